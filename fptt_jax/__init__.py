@@ -1,0 +1,38 @@
+"""Training recurrent networks forward through time (FPTT, Kag & Saligrama, ICML 2021) in JAX.
+
+One legend everywhere: T steps, K windows, S steps a window, B batch, D features, H hidden, C classes, V vocabulary; arrays are
+time-major. `fptt_jax.nn` holds models and the adapters for Flax; nothing else here imports Flax.
+"""
+
+from fptt_jax import losses
+from fptt_jax.losses import Loss, means
+from fptt_jax.methods import METHODS, Method
+from fptt_jax.stability import stability
+from fptt_jax.training import Batch, Model, StepMetrics, Trainer, TrainState, check_batch, trainer
+from fptt_jax.transformation import ALGORITHM_2, RELEASE, FPTTState, fptt, fptt_eval_params, fptt_restart
+from fptt_jax.windows import Window, Windows, cut
+
+__all__ = (
+  'ALGORITHM_2',
+  'METHODS',
+  'RELEASE',
+  'Batch',
+  'FPTTState',
+  'Loss',
+  'Method',
+  'Model',
+  'StepMetrics',
+  'TrainState',
+  'Trainer',
+  'Window',
+  'Windows',
+  'check_batch',
+  'cut',
+  'fptt',
+  'fptt_eval_params',
+  'fptt_restart',
+  'losses',
+  'means',
+  'stability',
+  'trainer',
+)

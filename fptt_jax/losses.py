@@ -1,0 +1,337 @@
+"""What a window is trained on and what is measured of it.
+
+A loss sees one window at a time: the model's outputs [S, B, ...], the batch's targets whole, and the :class:`Window`. Terminal
+tasks have one label a sequence and build an intermediate loss for every window from it (paper, Sec. 3 "Intermediate Losses");
+sequence-to-sequence tasks have a label each step. Whatever a loss remembers between windows is a tree in the carry.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fptt_jax.windows import Window
+
+LossState = Any
+Totals = dict[str, jax.Array]
+"""Sums over what was measured, and 'count', over how many: means are `total / count`."""
+
+DIVERGENCES = ('class_ema', 'last_epoch', 'example', 'uniform', 'none')
+
+
+class Loss(NamedTuple):
+  """A loss as pure functions. :func:`from_function` makes one of a single function of your own.
+
+  Attributes:
+    init: (num_windows) -> loss state.
+    apply: (outputs, targets, window, loss_state) -> (scalar objective of this window, new loss state). A window in which no
+      sequence is active must give 0.
+    measure: (outputs, targets, window) -> :data:`Totals` of what evaluation reports; summed over windows, batches, devices.
+    end_epoch: (loss_state) -> loss state of the next epoch.
+    check: (targets, num_steps, batch_size) -> None; raises on concrete (NumPy) targets that mean nothing.
+  """
+
+  init: Callable[[int], LossState]
+  apply: Callable[[jax.Array, Any, Window, LossState], tuple[jax.Array, LossState]]
+  measure: Callable[[jax.Array, Any, Window], Totals]
+  end_epoch: Callable[[LossState], LossState] = lambda loss_state: loss_state
+  check: Callable[[Any, int, int], None] = lambda targets, num_steps, batch_size: None
+
+
+def from_function(function: Callable[[jax.Array, Any, Window], jax.Array]) -> Loss:
+  """Makes a :class:`Loss` of one pure function (outputs [S, B, ...], targets, window) -> scalar.
+
+  The function decides itself what of `targets` it looks at: `window.slice(targets)` cuts the window's steps out of a time-major
+  array; `window.mask` [S, B] says which steps are real. Evaluation reports its mean, windows weighed by their valid steps.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> def absolute_error(outputs, targets, window):
+    ...   error = jnp.abs(outputs - window.slice(targets)).mean(-1)
+    ...   return jnp.sum(error, where=window.mask) / jnp.maximum(window.mask.sum(), 1)
+    >>> loss = from_function(absolute_error)
+  """
+
+  def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
+    steps = window.mask.sum()
+    return {'count': steps, 'loss': jnp.where(steps > 0, steps.astype(jnp.float32) * function(outputs, targets, window), 0)}
+
+  return Loss(
+    init=lambda num_windows: (),
+    apply=lambda outputs, targets, window, loss_state: (function(outputs, targets, window), loss_state),
+    measure=measure,
+  )
+
+
+def means(totals: Totals) -> dict[str, float]:
+  """Means of measured totals, on the host: {'loss': 0.31, 'accuracy': 0.9}; 'count' is left out."""
+  count = float(totals['count'])
+  return {name: float(total) / count if count else math.nan for name, total in totals.items() if name != 'count'}
+
+
+# Terminal tasks: one target a sequence.
+
+
+def terminal_classification(
+  num_classes: int, *, divergence: str = 'class_ema', ema_decay: float = 0.99, num_examples: int | None = None
+) -> Loss:
+  r"""One label a sequence: the paper's :math:`\ell_t = \beta\,CE + (1-\beta)\,Div` with β = t/T, at each window's last output.
+
+  CE is the cross-entropy of the prediction P̂ against the label, Div = -Σ_c Q(c) log P̂(c) keeps P̂ close to an earlier
+  estimate Q of it ("our estimate in last training epoch"), summed over the classes. t is the window's last valid step; in a
+  ragged batch β = t/length_i, sequences that ended in an earlier window contribute nothing and the mean is over the others.
+  The last window of a sequence has β = 1, so with K = 1 this is plain cross-entropy.
+
+  Args:
+    num_classes: C >= 2; outputs are logits [S, B, C].
+    divergence: what Q is. 'class_ema': per class and window, the exponential moving average of P̂ over the batches;
+      'last_epoch': per class and window, the mean of P̂ over the last epoch (call `end_epoch`); 'example': P̂ of the same
+      example at the same window one visit ago, the paper's literal reading, needs `num_examples` and targets
+      (labels [B], example ids [B]); 'uniform': 1/C; 'none': no Div term. All start uniform.
+    ema_decay: weight of the old Q in 'class_ema', in [0, 1).
+    num_examples: N, size of the training set, for 'example'.
+
+  Returns:
+    A :class:`Loss` for targets int [B] (or the pair above). It measures 'loss' (cross-entropy, nats) and 'accuracy', of the
+    last output of each sequence.
+
+  Raises:
+    ValueError: an argument outside its range.
+  """
+  if num_classes < 2:
+    raise ValueError(f'num_classes must be at least 2, got {num_classes}.')
+  if divergence not in DIVERGENCES:
+    raise ValueError(f'divergence must be one of {list(DIVERGENCES)}, got {divergence!r}.')
+  if not 0 <= ema_decay < 1:
+    raise ValueError(f'ema_decay must be in [0, 1), got {ema_decay}.')
+  if (divergence == 'example') != (num_examples is not None):
+    raise ValueError(f"num_examples goes with divergence='example': got num_examples={num_examples} and {divergence!r}.")
+  by_example = divergence == 'example'
+  uniform = 1 / num_classes
+
+  def init(num_windows: int) -> LossState:
+    table = jnp.full((num_windows, num_classes, num_classes), uniform)
+    if divergence == 'class_ema':
+      return {'q': table}
+    if divergence == 'last_epoch':
+      return {'q': table, 'sum': jnp.zeros_like(table), 'count': jnp.zeros((num_windows, num_classes))}
+    if num_examples is not None:
+      return {'q': jnp.full((num_examples, num_windows, num_classes), uniform)}
+    return {}
+
+  def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
+    labels, ids = _labels_and_ids(targets, by_example)
+    log_p = jax.nn.log_softmax(_at_least_float32(_last_outputs(outputs, window, num_classes)))
+    active, _, beta = _progress(window, log_p.dtype)
+    cross_entropy = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    if divergence == 'none':
+      return _mean_where(beta * cross_entropy, active), loss_state
+    p, k = jax.lax.stop_gradient(jnp.exp(log_p)), window.index
+    q: jax.Array | float
+    if divergence == 'uniform':
+      q = uniform
+    elif by_example:
+      q = loss_state['q'][ids, k]
+      loss_state = {'q': loss_state['q'].at[ids, k].set(jnp.where(active[:, None], p, q))}
+    else:
+      q = loss_state['q'][k, labels]
+      loss_state = _remember(p, labels, active, k, loss_state)
+    per_sequence = beta * cross_entropy - (1 - beta) * jnp.sum(q * log_p, axis=-1)
+    return _mean_where(per_sequence, active), loss_state
+
+  def _remember(p: jax.Array, labels: jax.Array, active: jax.Array, k: jax.Array, loss_state: LossState) -> LossState:
+    """Takes the predictions p [B, C] of window k into the per-class tables."""
+    members = jax.nn.one_hot(labels, num_classes, dtype=p.dtype) * active[:, None].astype(p.dtype)
+    sums, counts = members.T @ p, members.sum(0)
+    if divergence == 'last_epoch':
+      return loss_state | {'sum': loss_state['sum'].at[k].add(sums), 'count': loss_state['count'].at[k].add(counts)}
+    q = loss_state['q'][k]
+    moved = ema_decay * q + (1 - ema_decay) * (sums / jnp.maximum(counts, 1)[:, None]).astype(q.dtype)
+    return {'q': loss_state['q'].at[k].set(jnp.where(counts[:, None] > 0, moved, q))}
+
+  def end_epoch(loss_state: LossState) -> LossState:
+    if divergence != 'last_epoch':
+      return loss_state
+    count = loss_state['count'][..., None]
+    q = jnp.where(count > 0, loss_state['sum'] / jnp.maximum(count, 1), loss_state['q'])
+    return {'q': q, 'sum': jnp.zeros_like(loss_state['sum']), 'count': jnp.zeros_like(loss_state['count'])}
+
+  def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
+    labels, _ = _labels_and_ids(targets, by_example)
+    logits = _at_least_float32(_last_outputs(outputs, window, num_classes))
+    _, ended, _ = _progress(window, logits.dtype)
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return _totals(ended, loss=cross_entropy, accuracy=logits.argmax(-1) == labels)
+
+  def check(targets: Any, num_steps: int, batch_size: int) -> None:
+    labels, ids = _labels_and_ids(targets, by_example)
+    _check_integers('labels', labels, (batch_size,), num_classes)
+    if num_examples is not None:
+      _check_integers('example ids', ids, (batch_size,), num_examples)
+
+  return Loss(init, apply, measure, end_epoch, check)
+
+
+def terminal_regression() -> Loss:
+  """One real target a sequence (the adding problem): β · squared error at each window's last output, β = t/T.
+
+  The same β as for :func:`terminal_classification`, (k+1)/K in the k-th window; ragged batches likewise. Targets: float [B] or
+  [B, O], outputs [S, B, 1] or [S, B, O]; the error is the mean over O. It measures 'loss', the mean squared error of the last
+  output of each sequence.
+  """
+
+  def error(outputs: jax.Array, targets: jax.Array, window: Window) -> jax.Array:
+    if not jnp.issubdtype(targets.dtype, jnp.floating):
+      raise TypeError(f'terminal_regression needs floating-point targets, got {targets.dtype} {targets.shape}.')
+    expected = targets.reshape(targets.shape[0], -1)
+    predicted = _last_outputs(outputs, window, expected.shape[-1])
+    return jnp.mean(jnp.square(predicted - expected), axis=-1)
+
+  def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
+    squared = error(outputs, targets, window)
+    active, _, beta = _progress(window, squared.dtype)
+    return _mean_where(beta * squared, active), loss_state
+
+  def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
+    squared = error(outputs, targets, window)
+    return _totals(_progress(window, squared.dtype)[1], loss=squared)
+
+  def check(targets: Any, num_steps: int, batch_size: int) -> None:
+    _check_floats('targets', targets, (batch_size,))
+
+  return Loss(lambda num_windows: (), apply, measure, check=check)
+
+
+# Sequence-to-sequence tasks: a target each step.
+
+
+def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss:
+  """A label each step (language modelling): mean cross-entropy over the window's valid steps.
+
+  Args:
+    num_classes: C (the vocabulary's V for language), outputs are logits [S, B, C].
+    accuracy: measure the share of right predictions as well (one more pass over the logits).
+
+  Returns:
+    A :class:`Loss` for targets int [T, B]; it measures 'loss' in nats a step: perplexity is its exponential.
+
+  Raises:
+    ValueError: num_classes < 2.
+  """
+  if num_classes < 2:
+    raise ValueError(f'num_classes must be at least 2, got {num_classes}.')
+
+  def cross_entropy(outputs: jax.Array, targets: jax.Array, window: Window) -> tuple[jax.Array, jax.Array, jax.Array]:
+    _require_integers('targets', targets)
+    _require_features(outputs, num_classes)
+    logits, labels = _at_least_float32(outputs), window.slice(targets)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), logits, labels
+
+  def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
+    return _mean_where(cross_entropy(outputs, targets, window)[0], window.mask), loss_state
+
+  def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
+    loss, logits, labels = cross_entropy(outputs, targets, window)
+    extra = {'accuracy': logits.argmax(-1) == labels} if accuracy else {}
+    return _totals(window.mask, loss=loss, **extra)
+
+  def check(targets: Any, num_steps: int, batch_size: int) -> None:
+    _check_integers('targets', targets, (num_steps, batch_size), num_classes)
+
+  return Loss(lambda num_windows: (), apply, measure, check=check)
+
+
+def sequence_regression() -> Loss:
+  """A real target each step: mean squared error over the window's valid steps and the O outputs; targets float [T, B, O]."""
+
+  def error(outputs: jax.Array, targets: jax.Array, window: Window) -> jax.Array:
+    expected = window.slice(targets)
+    if expected.shape != outputs.shape:
+      raise ValueError(
+        f'sequence_regression needs targets [T, B, O] like the outputs: a window of targets is {expected.shape}, the model '
+        f'returned {outputs.shape}.'
+      )
+    return jnp.square(outputs - expected).reshape(*window.mask.shape, -1).mean(-1)
+
+  def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
+    return _mean_where(error(outputs, targets, window), window.mask), loss_state
+
+  def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
+    return _totals(window.mask, loss=error(outputs, targets, window))
+
+  def check(targets: Any, num_steps: int, batch_size: int) -> None:
+    _check_floats('targets', targets, (num_steps, batch_size))
+
+  return Loss(lambda num_windows: (), apply, measure, check=check)
+
+
+def _progress(window: Window, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Of each sequence [B]: is it active in the window, does it end there, and β = t/length_i at its last valid step t."""
+  active = window.lengths > window.start
+  ended = active & (window.lengths <= window.end)
+  t = jnp.minimum(window.lengths, window.end)
+  return active, ended, t.astype(dtype) / jnp.maximum(window.lengths, 1).astype(dtype)
+
+
+def _last_outputs(outputs: jax.Array, window: Window, features: int) -> jax.Array:
+  """Outputs [B, features] at each sequence's last valid step in the window."""
+  _require_features(outputs, features)
+  last = jnp.clip(jnp.minimum(window.lengths, window.end) - window.start - 1, 0, window.size - 1)
+  return jnp.take_along_axis(outputs, last[None, :, None], axis=0)[0]
+
+
+def _mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
+  """Mean over the chosen elements; 0 where there are none."""
+  return jnp.sum(values, where=where) / jnp.maximum(jnp.sum(where), 1).astype(values.dtype)
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _totals(where: jax.Array, **values: jax.Array) -> Totals:
+  sums = {name: jnp.sum(value, where=where, dtype=jnp.float32) for name, value in values.items()}
+  return {'count': jnp.sum(where, dtype=jnp.int32), **sums}
+
+
+def _labels_and_ids(targets: Any, by_example: bool) -> tuple[jax.Array, jax.Array]:
+  if by_example != isinstance(targets, tuple) or (by_example and len(targets) != 2):
+    expected = 'a pair (labels [B], example ids [B])' if by_example else 'labels [B]'
+    raise ValueError(f'terminal_classification expected targets to be {expected}, got {jax.tree.map(jnp.shape, targets)}.')
+  labels, ids = targets if by_example else (targets, targets)
+  _require_integers('labels', labels)
+  return labels, ids
+
+
+def _require_integers(name: str, values: jax.Array) -> None:
+  if not jnp.issubdtype(values.dtype, jnp.integer):
+    raise TypeError(f'{name} must be integers (class indices), got dtype {values.dtype} of shape {values.shape}.')
+
+
+def _require_features(outputs: jax.Array, features: int) -> None:
+  if outputs.ndim != 3 or outputs.shape[-1] != features:
+    raise ValueError(f'the loss expected model outputs of shape [S, B, {features}], got {outputs.shape}.')
+
+
+def _check_integers(name: str, values: Any, shape: tuple[int, ...], limit: int) -> None:
+  values = np.asarray(values)
+  if values.shape != shape:
+    raise ValueError(f'{name} must have shape {shape}, got {values.shape}.')
+  _require_integers(name, values)
+  low, high = int(values.min()), int(values.max())
+  if low < 0 or high >= limit:
+    raise ValueError(f'{name} must lie in 0..{limit - 1}, got values from {low} to {high}.')
+
+
+def _check_floats(name: str, values: Any, leading: tuple[int, ...]) -> None:
+  values = np.asarray(values)
+  if values.shape[: len(leading)] != leading:
+    raise ValueError(f'{name} must have leading dimensions {leading}, got shape {values.shape}.')
+  if not np.issubdtype(values.dtype, np.floating):
+    raise TypeError(f'{name} must be floating point, got {values.dtype}.')
+  if not np.isfinite(values).all():
+    raise ValueError(f'{name} must be finite, got {np.count_nonzero(~np.isfinite(values))} NaN or infinite values.')

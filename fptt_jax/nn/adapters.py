@@ -1,0 +1,107 @@
+"""From Flax modules to the pure functions of :class:`fptt_jax.Model`: NNX and Linen come in here and nowhere else."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen, nnx
+import jax
+import jax.numpy as jnp
+
+from fptt_jax.nn.layers import as_windowed, scan_steps
+from fptt_jax.training import Model
+
+
+def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+  """Turns an NNX module into a :class:`fptt_jax.Model`.
+
+  Args:
+    build: makes the module from `nnx.Rngs`: `lambda rngs: nn.LSTM(1, 128, rngs=rngs)`. The module runs windows, as those of
+      `fptt_jax.nn` do, or is a per-step cell such as `nnx.GRUCell`.
+
+  Returns:
+    The model; its params are a nested dict of the module's `nnx.Param` values. `init` may be traced (jit, vmap over seeds).
+
+  Raises:
+    TypeError: the module has no recurrent interface, or keeps state that is neither a parameter nor a random stream (batch
+      statistics, caches): the carry of a train step holds parameters only.
+
+  Example:
+    >>> import jax
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> model = nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(1, 16, rngs=rngs), nnx.Linear(16, 10, rngs=rngs)))
+    >>> params = model.init(jax.random.key(0))
+    >>> state, logits = model.apply(params, model.initial_state(4), jax.numpy.ones((28, 4, 1)), None, None)
+    >>> logits.shape
+    (28, 4, 10)
+  """
+  make = lambda key: as_windowed(build(nnx.Rngs(key)))
+  graph, abstract_params, streams, other = nnx.split(nnx.eval_shape(make, jax.random.key(0)), nnx.Param, nnx.RngState, ...)
+  if jax.tree.leaves(other):
+    kept = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(other)})
+    raise TypeError(f'from_nnx takes modules whose only state is nnx.Param (and random streams), this one also keeps {kept}.')
+
+  def init(key: jax.Array) -> Any:
+    return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
+
+  def initial_state(batch_size: int) -> Any:
+    return nnx.merge(graph, abstract_params, streams).initial_state(batch_size)
+
+  def apply(params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> tuple[Any, jax.Array]:
+    weights = jax.tree.map(lambda leaf: leaf, abstract_params)  # A copy: the next line writes into it.
+    nnx.replace_by_pure_dict(weights, params)
+    module = nnx.merge(graph, weights, jax.tree.map(lambda leaf: _stream_leaf(leaf, key), streams))
+    return module(state, x, mask, key)
+
+  return Model(init, initial_state, apply)
+
+
+def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> Model:
+  """Turns a Linen per-step module into a :class:`fptt_jax.Model`.
+
+  Args:
+    module: follows the protocol of flax's cells: `module(carry, x_t) -> (carry, y_t)` and `initialize_carry(key, input_shape)`.
+      A module of your own with embedding, several cells and a readout inside does as well.
+    features_shape: shape of one step of one sequence: (D,), or () for tokens.
+    dtype: the inputs' dtype.
+
+  Returns:
+    The model; its params are the module's 'params' collection. In training the stream 'dropout' is seeded anew each step; in
+    evaluation there is none, `self.has_rng('dropout')` tells a module which it is.
+
+  Raises:
+    TypeError: the module does not follow the protocol, or has collections beside 'params'.
+
+  Example:
+    >>> from flax import linen
+    >>> from fptt_jax import nn
+    >>> model = nn.from_linen(linen.OptimizedLSTMCell(16), (1,))
+  """
+  if not hasattr(module, 'initialize_carry'):
+    raise TypeError(f'from_linen expected a per-step cell with initialize_carry(key, input_shape), got {type(module).__name__}.')
+
+  def initial_state(batch_size: int) -> Any:
+    return module.initialize_carry(jax.random.key(0), (batch_size, *features_shape))
+
+  def init(key: jax.Array) -> Any:
+    variables = module.init(key, initial_state(1), jnp.zeros((1, *features_shape), dtype))
+    if set(variables) - {'params'}:
+      raise TypeError(f"from_linen takes modules whose only collection is 'params', this one has {sorted(variables)}.")
+    return variables.get('params', {})
+
+  def apply(params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> tuple[Any, jax.Array]:
+    def step(state: Any, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[Any, jax.Array]:
+      x_t, key_t = inputs
+      carry, y_t = module.apply({'params': params}, state, x_t, rngs=None if key_t is None else {'dropout': key_t})
+      return carry, y_t
+
+    return scan_steps(step, state, (x, None if key is None else jax.random.split(key, x.shape[0])), mask)
+
+  return Model(init, initial_state, apply)
+
+
+def _stream_leaf(leaf: jax.ShapeDtypeStruct, key: jax.Array | None) -> jax.Array:
+  """A random stream's key, or its count: streams a module keeps start anew from each window's key."""
+  if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jnp.zeros(leaf.shape, leaf.dtype)
+  return jax.random.key(0) if key is None else key

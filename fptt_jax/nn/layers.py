@@ -1,0 +1,361 @@
+"""Recurrent layers that run a whole window at a time.
+
+Each layer's call is (state, x [S, B, D], mask [S, B] or None, key or None) -> (state, y [S, B, H]), so that a fused window can
+take the place of the scan. A layer says what one step is; :func:`scan_steps` runs it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+Step = Callable[[Any, Any], tuple[Any, jax.Array]]
+INITS = ('torch', 'flax')
+
+
+class LSTMState(NamedTuple):
+  """Hidden state of :class:`LSTM`: output h and memory c, each [B, H] (torch's order; flax's cells carry (c, h))."""
+
+  h: jax.Array
+  c: jax.Array
+
+
+def scan_steps(step: Step, state: Any, x: Any, mask: jax.Array | None) -> tuple[Any, jax.Array]:
+  """Runs `step(state, x_t) -> (state, y_t)` over a window; masked steps leave the state as it is.
+
+  Args:
+    step: one time step.
+    state: tree of arrays [B, ...].
+    x: tree of arrays [S, ...], scanned over.
+    mask: bool [S, B], or None where all steps are real.
+
+  Returns:
+    (state after the window, y [S, B, ...]); y at masked steps has no meaning.
+  """
+
+  def body(state: Any, inputs: tuple[Any, jax.Array | None]) -> tuple[Any, jax.Array]:
+    x_t, mask_t = inputs
+    new_state, y_t = step(state, x_t)
+    if mask_t is not None:
+      keep = lambda new, old: jnp.where(mask_t.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+      new_state = jax.tree.map(keep, new_state, state)
+    return new_state, y_t
+
+  return jax.lax.scan(body, state, (x, mask))
+
+
+class Recurrent(nnx.Module):
+  """A layer of H hidden units that carries one array h [B, H]; subclasses give `step` (and another `initial_state`)."""
+
+  def __init__(self, in_features: int, hidden_features: int, param_dtype: jax.typing.DTypeLike):
+    for name, value in (('in_features', in_features), ('hidden_features', hidden_features)):
+      if value < 1:
+        raise ValueError(f'{name} must be at least 1, got {value}.')
+    self.in_features = in_features
+    self.hidden_features = hidden_features
+    self.param_dtype = param_dtype
+
+  def initial_state(self, batch_size: int) -> Any:
+    """The state before the first step: zeros."""
+    return jnp.zeros((batch_size, self.hidden_features), self.param_dtype)
+
+  def step(self) -> Step:
+    """One time step as a function of (state, x_t [B, D]); reads the weights, and prepares them, once a window."""
+    raise NotImplementedError
+
+  def __call__(self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+    """Runs a window; see the module's docstring. `key` is not used: these layers have no noise of their own."""
+    if x.ndim != 3 or x.shape[-1] != self.in_features:
+      raise ValueError(f'{type(self).__name__} expected inputs [S, B, {self.in_features}], got shape {x.shape}.')
+    return scan_steps(self.step(), state, x, mask)
+
+
+class LSTM(Recurrent):
+  r"""Long short-term memory (Hochreiter and Schmidhuber 1997, with forget gates), as `torch.nn.LSTM` computes it.
+
+  .. math::
+
+    (i, f, g, o) = x W_x + h W_h + b, \quad c' = \sigma(f) c + \sigma(i) \tanh(g), \quad h' = \sigma(o) \tanh(c')
+
+  Parameters: `w_x` [D, 4H], `w_h` [H, 4H], `bias` [4H], gates in the order i, f, g, o: 4H(D + H + 1) numbers (torch's two biases
+  are one sum).
+
+  Args:
+    in_features: D.
+    hidden_features: H.
+    init: 'torch': all uniform in ±1/√H (the bias a sum of two such); 'flax': `w_x` LeCun normal, `w_h` orthogonal for each gate,
+      bias 0.
+    forget_bias: the initial value of the forget gate's bias, in place of what `init` says. 1 keeps long memories from the start.
+    param_dtype: dtype of parameters and state.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    *,
+    init: str = 'torch',
+    forget_bias: float | None = None,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(in_features, hidden_features, param_dtype)
+    w_x, w_h, biases = _gates(init, in_features, hidden_features, 4, 2, param_dtype, rngs)
+    bias = biases[0] + biases[1]
+    if forget_bias is not None:
+      bias = bias.at[hidden_features : 2 * hidden_features].set(forget_bias)
+    self.w_x, self.w_h, self.bias = nnx.Param(w_x), nnx.Param(w_h), nnx.Param(bias)
+
+  def initial_state(self, batch_size: int) -> LSTMState:
+    """Zeros."""
+    shape = (batch_size, self.hidden_features)
+    return LSTMState(h=jnp.zeros(shape, self.param_dtype), c=jnp.zeros(shape, self.param_dtype))
+
+  def step(self) -> Step:
+    """See the class."""
+    w_x, w_h, bias = self.w_x[...], self.w_h[...], self.bias[...]
+
+    def step(state: LSTMState, x_t: jax.Array) -> tuple[LSTMState, jax.Array]:
+      i, f, g, o = jnp.split(x_t @ w_x + state.h @ w_h + bias, 4, axis=-1)
+      c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
+      h = jax.nn.sigmoid(o) * jnp.tanh(c)
+      return LSTMState(h, c), h
+
+    return step
+
+
+class GRU(Recurrent):
+  r"""Gated recurrent unit (Cho et al. 2014), as `torch.nn.GRU` computes it.
+
+  .. math::
+
+    r = \sigma(x W_{xr} + h W_{hr} + b_r), \quad z = \sigma(x W_{xz} + h W_{hz} + b_z), \quad
+    n = \tanh(x W_{xn} + b_{xn} + r (h W_{hn} + b_{hn})), \quad h' = (1 - z) n + z h
+
+  Parameters: `w_x` [D, 3H], `w_h` [H, 3H], `bias` [3H] and `recurrent_bias` [3H], gates in the order r, z, n. Only the last third of
+  `recurrent_bias` is not redundant.
+
+  Args:
+    in_features: D.
+    hidden_features: H.
+    init: 'torch' or 'flax', as for :class:`LSTM`.
+    recurrent_bias: whether there is a second bias; without it b_hn = 0.
+    param_dtype: dtype of parameters and state.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    *,
+    init: str = 'torch',
+    recurrent_bias: bool = True,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(in_features, hidden_features, param_dtype)
+    w_x, w_h, biases = _gates(init, in_features, hidden_features, 3, 2, param_dtype, rngs)
+    self.w_x, self.w_h, self.bias = nnx.Param(w_x), nnx.Param(w_h), nnx.Param(biases[0])
+    self.recurrent_bias = nnx.Param(biases[1]) if recurrent_bias else None
+
+  def step(self) -> Step:
+    """See the class."""
+    w_x, w_h, bias = self.w_x[...], self.w_h[...], self.bias[...]
+    recurrent_bias = jnp.zeros_like(bias) if self.recurrent_bias is None else self.recurrent_bias[...]
+
+    def step(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+      x_r, x_z, x_n = jnp.split(x_t @ w_x + bias, 3, axis=-1)
+      h_r, h_z, h_n = jnp.split(h @ w_h + recurrent_bias, 3, axis=-1)
+      r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
+      n = jnp.tanh(x_n + r * h_n)
+      h = (1 - z) * n + z * h
+      return h, h
+
+    return step
+
+
+class RNN(Recurrent):
+  """Elman's network with tanh: h' = tanh(x W_x + h W_h + b), as `torch.nn.RNN` computes it.
+
+  Parameters: `w_x` [D, H], `w_h` [H, H], `bias` [H]. Arguments as for :class:`LSTM`.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    *,
+    init: str = 'torch',
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(in_features, hidden_features, param_dtype)
+    w_x, w_h, biases = _gates(init, in_features, hidden_features, 1, 2, param_dtype, rngs)
+    self.w_x, self.w_h, self.bias = nnx.Param(w_x), nnx.Param(w_h), nnx.Param(biases[0] + biases[1])
+
+  def step(self) -> Step:
+    """See the class."""
+    w_x, w_h, bias = self.w_x[...], self.w_h[...], self.bias[...]
+
+    def step(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+      h = jnp.tanh(x_t @ w_x + h @ w_h + bias)
+      return h, h
+
+    return step
+
+
+class AntisymmetricRNN(Recurrent):
+  r"""AntisymmetricRNN with gating (Chang, Chen, Haber and Chi, ICLR 2019, Eq. 14).
+
+  .. math::
+
+    A = W - W^\top - \gamma I, \quad z = \sigma(A h + x V_z + b_z), \quad h' = h + \epsilon\, z \tanh(A h + x V_h + b_h)
+
+  Only the strict upper triangle of W matters and only it is stored. Parameters: `w` [H(H-1)/2], `v` [D, 2H] and `bias` [2H], first
+  the part of tanh, then that of the gate.
+
+  Args:
+    in_features: D.
+    hidden_features: H.
+    epsilon: ε > 0, step size.
+    gamma: γ >= 0, diffusion.
+    w_scale: σ_w; W's entries start normal with variance σ_w²/H, V's with variance 1/D, biases 0.
+    param_dtype: dtype of parameters and state.
+    rngs: source of the initial parameters.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    *,
+    epsilon: float = 0.01,
+    gamma: float = 0.01,
+    w_scale: float = 1.0,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(in_features, hidden_features, param_dtype)
+    if not epsilon > 0 or not gamma >= 0 or not w_scale >= 0:
+      raise ValueError(f'expected epsilon > 0, gamma >= 0, w_scale >= 0; got {epsilon=}, {gamma=}, {w_scale=}.')
+    self.epsilon, self.gamma = epsilon, gamma
+    num_upper = hidden_features * (hidden_features - 1) // 2
+    normal = lambda shape, variance: variance**0.5 * jax.random.normal(rngs.params(), shape, param_dtype)
+    self.w = nnx.Param(normal((num_upper,), w_scale**2 / hidden_features))
+    self.v = nnx.Param(normal((in_features, 2 * hidden_features), 1 / in_features))
+    self.bias = nnx.Param(jnp.zeros(2 * hidden_features, param_dtype))
+
+  def step(self) -> Step:
+    """See the class."""
+    size = self.hidden_features
+    upper = jnp.zeros((size, size), self.w[...].dtype).at[jnp.triu_indices(size, 1)].set(self.w[...])
+    # h is a row: (A h)ᵀ = hᵀ Aᵀ.
+    a_transposed = (upper - upper.T).T - self.gamma * jnp.eye(size, dtype=upper.dtype)
+    v, bias, epsilon = self.v[...], self.bias[...], self.epsilon
+
+    def step(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+      recurrent = h @ a_transposed
+      from_x, from_x_gate = jnp.split(x_t @ v + bias, 2, axis=-1)
+      h = h + epsilon * jax.nn.sigmoid(recurrent + from_x_gate) * jnp.tanh(recurrent + from_x)
+      return h, h
+
+    return step
+
+
+class Lift(nnx.Module):
+  """A per-step cell of flax's protocol, (carry, x_t) -> (carry, y_t) with `initialize_carry`, run over windows."""
+
+  def __init__(self, cell: nnx.Module):
+    self.cell = cell
+
+  def initial_state(self, batch_size: int) -> Any:
+    """The cell's own initial carry."""
+    return self.cell.initialize_carry((batch_size, self.cell.in_features), nnx.Rngs(0))
+
+  def __call__(self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+    """Runs a window step by step."""
+    return scan_steps(self.cell, state, x, mask)
+
+
+class Stack(nnx.Module):
+  """Layers one after the other: recurrent ones, flax's per-step cells, `nnx.Dropout`, and anything that acts on each step alone
+  (`nnx.Embed`, `nnx.Linear`, an activation function).
+
+  Its state is a tuple of the recurrent layers' states. Dropout layers draw a fresh mask for each step and unit and are off in
+  evaluation (key None).
+
+  Example:
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> language_model = nn.from_nnx(lambda rngs: nn.Stack(
+    ...   nnx.Embed(10_000, 256, rngs=rngs), nnx.Dropout(0.2),
+    ...   nn.LSTM(256, 256, rngs=rngs), nnx.Dropout(0.2),
+    ...   nnx.Linear(256, 10_000, rngs=rngs)))
+  """
+
+  def __init__(self, *layers: Any):
+    if not layers:
+      raise ValueError('a Stack needs at least one layer, got none.')
+    self.layers = nnx.List([Lift(layer) if _is_cell(layer) else layer for layer in layers])
+
+  def initial_state(self, batch_size: int) -> tuple[Any, ...]:
+    """The recurrent layers' initial states."""
+    return tuple(layer.initial_state(batch_size) for layer in self.layers if is_recurrent(layer))
+
+  def __call__(
+    self, state: tuple[Any, ...], x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
+  ) -> tuple[tuple[Any, ...], jax.Array]:
+    """Runs a window through all layers."""
+    states, new_states = iter(state), []
+    for number, layer in enumerate(self.layers):
+      layer_key = None if key is None else jax.random.fold_in(key, number)
+      if is_recurrent(layer):
+        new_state, x = layer(next(states), x, mask, layer_key)
+        new_states.append(new_state)
+      elif isinstance(layer, nnx.Dropout):
+        x = layer(x, deterministic=layer_key is None, rngs=layer_key)
+      else:
+        x = layer(x)
+    return tuple(new_states), x
+
+
+def is_recurrent(layer: Any) -> bool:
+  """Whether `layer` runs windows: (state, x, mask, key) -> (state, y), with `initial_state(batch_size)`."""
+  return hasattr(layer, 'initial_state')
+
+
+def _is_cell(layer: Any) -> bool:
+  return hasattr(layer, 'initialize_carry') and not is_recurrent(layer)
+
+
+def as_windowed(module: nnx.Module) -> Any:
+  """`module` itself if it runs windows, lifted if it is a per-step cell."""
+  if is_recurrent(module):
+    return module
+  if _is_cell(module):
+    return Lift(module)
+  raise TypeError(
+    f'expected a recurrent module (initial_state(batch_size), called with (state, x, mask, key)) or a per-step cell '
+    f'(initialize_carry), got {type(module).__name__}; put layers without state into a fptt_jax.nn.Stack.'
+  )
+
+
+def _gates(
+  init: str, in_features: int, hidden_features: int, num_gates: int, num_biases: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+  """Initial (w_x [D, gates·H], w_h [H, gates·H], biases each [gates·H]) as torch or flax draw them."""
+  width = num_gates * hidden_features
+  if init == 'torch':
+    bound = hidden_features**-0.5
+    draw = lambda *shape: jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
+    return draw(in_features, width), draw(hidden_features, width), [draw(width) for _ in range(num_biases)]
+  if init == 'flax':
+    normal, orthogonal = jax.nn.initializers.lecun_normal(), jax.nn.initializers.orthogonal()
+    w_x = [normal(rngs.params(), (in_features, hidden_features), dtype) for _ in range(num_gates)]
+    w_h = [orthogonal(rngs.params(), (hidden_features, hidden_features), dtype) for _ in range(num_gates)]
+    return jnp.concatenate(w_x, -1), jnp.concatenate(w_h, -1), [jnp.zeros(width, dtype) for _ in range(num_biases)]
+  raise ValueError(f'init must be one of {list(INITS)}, got {init!r}.')

@@ -1,0 +1,394 @@
+"""The train step: one scan over the windows of a sequence, an optimiser update in each.
+
+The data's way: a time-major :class:`Batch` is cut into K windows; in each, the model runs over S steps from the carried hidden
+state, the loss gives a scalar, its gradient goes to the optimiser, and everything that changed is carried to the next window.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fptt_jax.losses import Loss, LossState, Totals
+from fptt_jax.methods import METHODS, Method, Plan, plan
+from fptt_jax.windows import Window, Windows, cut, window_at
+
+Params = Any
+Hidden = Any
+
+
+class Batch(NamedTuple):
+  """A batch of sequences, time-major.
+
+  Attributes:
+    inputs: [T, B, ...], float features or int tokens.
+    targets: whatever the loss takes: [B] or [B, O] for terminal tasks, [T, B] or [T, B, O] for sequence-to-sequence ones.
+    lengths: int [B], valid steps of each sequence, 1..T; None where all have T. What inputs hold past them is ignored.
+  """
+
+  inputs: jax.typing.ArrayLike
+  targets: Any
+  lengths: jax.typing.ArrayLike | None = None
+
+
+class Model(NamedTuple):
+  """A recurrent model as pure functions; `fptt_jax.nn` makes them from Flax modules.
+
+  Attributes:
+    init: (key) -> params.
+    initial_state: (batch_size) -> hidden state before the first step, a tree of arrays [B, ...].
+    apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state, outputs [S, B, ...]), a whole window. A step
+      whose mask is False leaves the state as it is; mask None means that all steps are real. key None means evaluation: no
+      dropout.
+  """
+
+  init: Callable[[jax.Array], Params]
+  initial_state: Callable[[int], Hidden]
+  apply: Callable[[Params, Hidden, jax.Array, jax.Array | None, jax.Array | None], tuple[Hidden, jax.Array]]
+
+
+class TrainState(NamedTuple):
+  """All that the next step depends on: save it and a run goes on where it was.
+
+  Attributes:
+    params: W. Moved by each update.
+    opt_state: the optimiser's; holds W̄ and λ under `fptt`. Moved by each update.
+    hidden: [B, ...], the hidden state after the last window. Moved by each window; read again only with `carry_hidden`.
+    loss_state: what the loss remembers (Q tables). Moved by each window.
+    key: typed PRNG key, never moved: a window's key is folded in from `step_count` and the window's index.
+    step_count: int32 [], sequences (batches) so far.
+  """
+
+  params: Params
+  opt_state: optax.OptState
+  hidden: Hidden
+  loss_state: LossState
+  key: jax.Array
+  step_count: jax.Array
+
+
+class StepMetrics(NamedTuple):
+  """What one step saw.
+
+  Attributes:
+    loss: float32 [U], the objective of each update (U = K, or 1 for one update a sequence), before the update.
+    grad_norm: float32 [U], global norm of the loss gradient, before clipping and without the regulariser.
+    totals: what the loss measures, summed over the sequence; see `fptt_jax.means`.
+  """
+
+  loss: jax.Array
+  grad_norm: jax.Array
+  totals: Totals
+
+
+class Trainer(NamedTuple):
+  """The functions :func:`trainer` makes.
+
+  Attributes:
+    init: (key, batch) -> TrainState. Only shapes of the batch are used; `jax.ShapeDtypeStruct` leaves will do.
+    step: (state, batch) -> (state, StepMetrics), compiled once for each batch shape; the old state is donated.
+    evaluate: (params, batch, hidden=None) -> (totals, hidden), compiled, without dropout; `hidden` None starts from the model's
+      initial state. Windows of about √T steps bound its memory, whatever the method.
+    end_epoch: (state) -> state with the loss's end-of-epoch work done and the hidden state back at the start.
+  """
+
+  init: Callable[[jax.Array, Batch], TrainState]
+  step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+  evaluate: Callable[..., tuple[Totals, Hidden]]
+  end_epoch: Callable[[TrainState], TrainState]
+
+
+def trainer(
+  model: Model,
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  *,
+  method: str | Method = 'fptt',
+  num_windows: int | None = None,
+  window_size: int | None = None,
+  carry_hidden: bool = False,
+  loss_weights: Sequence[float] | np.ndarray | None = None,
+  inner_steps: int = 1,
+  final_steps: int | None = None,
+) -> Trainer:
+  """Builds the train step of a recurrent model, forward through time.
+
+  Args:
+    model: the model's pure functions.
+    loss: see `fptt_jax.losses`.
+    optimizer: any optax transformation; for FPTT `fptt(base)`, or a chain around it. It is called with the extra arguments
+      `value` (the objective) and `grad_fn` (params -> gradient of the same objective from the same hidden state).
+    method: a name in `METHODS` or a `Method`. 'fptt' and 'tbptt' run the same step: the regulariser is in the optimiser.
+    num_windows: K. Default round(√T), the paper's; or give
+    window_size: the longest window's steps S. Methods that fix K (bptt, tbptt_final, ogd) take neither.
+    carry_hidden: start a batch from the hidden state the last one ended with (language modelling: row b of a batch continues row b
+      of the one before). Default: each sequence starts from the model's initial state.
+    loss_weights: [K], finite factors of the windows' losses. Default all 1.
+    inner_steps: gradient steps a window, each from the window's own initial hidden state; give `fptt` the same number. The hidden
+      state carried on is the one of the last inner step's pass.
+    final_steps: k of 'tbptt_final': how many of the last steps are differentiated.
+
+  Returns:
+    A :class:`Trainer`. Steps that a mask leaves out change neither state, loss nor gradient; a window in which no sequence of a
+    ragged batch is left changes nothing at all, parameters and optimiser included.
+
+  Raises:
+    ValueError, TypeError: an argument outside its range (here), or a batch whose shapes or dtypes do not fit (when a step is
+      traced). Values inside arrays are not looked at in compiled code: see :func:`check_batch`.
+  """
+  method = _resolve(method, num_windows, window_size, final_steps, inner_steps)
+  optimizer = optax.with_extra_args_support(optimizer)
+  weights = None if loss_weights is None else np.asarray(loss_weights, np.float32)
+  if weights is not None and (weights.ndim != 1 or not np.isfinite(weights).all()):
+    raise ValueError(f'loss_weights must be K finite numbers, got {loss_weights!r}.')
+
+  def cut_windows(num_steps: int) -> Windows:
+    """Where the windows lie in a sequence of `num_steps`; tbptt_final's single one starts `final_steps` before the end."""
+    if method.final_steps_only:
+      assert final_steps is not None
+      if final_steps > num_steps:
+        raise ValueError(f'final_steps must be at most the sequence length T={num_steps}, got {final_steps}.')
+      return cut(final_steps, num_windows=1).shifted(num_steps - final_steps)
+    fixed = num_steps if method.num_windows == 'T' else method.num_windows
+    if fixed is None:
+      windows = cut(num_steps, num_windows=num_windows, window_size=window_size)
+    else:
+      windows = cut(num_steps, num_windows=int(fixed))
+    if weights is not None and len(weights) != windows.count:
+      raise ValueError(f'loss_weights must have one factor for each of the K={windows.count} windows, got {len(weights)}.')
+    return windows
+
+  def init(key: jax.Array, batch: Batch) -> TrainState:
+    num_steps, batch_size = _check_shapes(batch)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+      raise TypeError(f'key must be a typed PRNG key, jax.random.key(seed); got dtype {key.dtype}.')
+    init_key, run_key = jax.random.split(key)
+    params = model.init(init_key)
+    return TrainState(
+      params=params,
+      opt_state=optimizer.init(params),
+      hidden=model.initial_state(batch_size),
+      loss_state=loss.init(cut_windows(num_steps).count),
+      key=run_key,
+      step_count=jnp.zeros([], jnp.int32),
+    )
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    num_steps, batch_size = _check_shapes(batch)
+    windows = cut_windows(num_steps)
+    updates = plan(method, windows.count)
+    key = jax.random.fold_in(state.key, state.step_count)
+    if carry_hidden:
+      _check_same_hidden(state.hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the batch')
+      hidden = state.hidden
+    else:
+      hidden = model.initial_state(batch_size)
+    if method.final_steps_only and batch.lengths is not None:
+      raise ValueError("method 'tbptt_final' differentiates the last steps before T and takes no ragged batch: got lengths.")
+    if windows.starts[0] > 0:
+      prefix = jnp.asarray(batch.inputs)[: windows.starts[0]]
+      hidden, _ = model.apply(state.params, hidden, prefix, None, jax.random.fold_in(key, windows.count))
+
+    objective = _objective(model, loss, batch, windows, updates, weights, key)
+    first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
+    start = hidden
+
+    def body(carry: tuple[Any, ...], per_update: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+      params, opt_state, hidden, loss_state = carry
+      step_rows, first = per_update
+      hidden = jax.lax.stop_gradient(start if updates.restarts else hidden)
+
+      def inner_step(params: Params, opt_state: optax.OptState) -> tuple[Any, ...]:
+        """One optimiser step on this update's objective, always from the same hidden state."""
+        run = lambda p: objective(p, hidden, loss_state, step_rows)
+        (value, aux), grads = jax.value_and_grad(run, has_aux=True)(params)
+        changes, opt_state = optimizer.update(
+          grads, opt_state, params, value=value, grad_fn=lambda p: jax.grad(run, has_aux=True)(p)[0]
+        )
+        return optax.apply_updates(params, changes), opt_state, value, aux, optax.tree.norm(grads)
+
+      new_params, new_opt_state = params, opt_state
+      if inner_steps > 1:
+        (new_params, new_opt_state), _ = jax.lax.scan(
+          lambda c, _: (inner_step(*c)[:2], None), (params, opt_state), length=inner_steps - 1
+        )
+      new_params, new_opt_state, value, (hidden, loss_state, totals), norm = inner_step(new_params, new_opt_state)
+      if batch.lengths is not None:  # No sequence left: no update. By where: a cond would copy the carry.
+        active = jnp.max(jnp.asarray(batch.lengths)) > first
+        new_params, new_opt_state = optax.tree.where(active, (new_params, new_opt_state), (params, opt_state))
+      return (new_params, new_opt_state, hidden, loss_state), (value, norm, totals)
+
+    carry = (state.params, state.opt_state, hidden, state.loss_state)
+    rows = (jnp.asarray(updates.windows), jnp.asarray(updates.coefficients), jnp.asarray(updates.records))
+    (params, opt_state, hidden, loss_state), (values, norms, totals) = jax.lax.scan(body, carry, (rows, first_window))
+    next_state = TrainState(
+      params, opt_state, jax.lax.stop_gradient(hidden), loss_state, state.key, optax.safe_increment(state.step_count)
+    )
+    return next_state, StepMetrics(values, norms, jax.tree.map(lambda t: t.sum(0), totals))
+
+  def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> tuple[Totals, Hidden]:
+    num_steps, batch_size = _check_shapes(batch)
+    if hidden is None:
+      hidden = model.initial_state(batch_size)
+    windows = cut(num_steps)
+
+    def body(hidden: Hidden, index: jax.Array) -> tuple[Hidden, Totals]:
+      hidden, outputs, window = _run_window(model, params, hidden, batch, windows, index, None)
+      return hidden, loss.measure(outputs, batch.targets, window)
+
+    hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.count))
+    return jax.tree.map(lambda t: t.sum(0), totals), hidden
+
+  def end_epoch(state: TrainState) -> TrainState:
+    leaves = jax.tree.leaves(state.hidden)
+    hidden = model.initial_state(leaves[0].shape[0]) if leaves else state.hidden
+    return state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden)
+
+  return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), end_epoch)
+
+
+def _objective(
+  model: Model,
+  loss: Loss,
+  batch: Batch,
+  windows: Windows,
+  updates: Plan,
+  weights: np.ndarray | None,
+  key: jax.Array,
+) -> Callable[..., tuple[jax.Array, tuple[Hidden, LossState, Totals]]]:
+  """The scalar one update descends: the weighted losses of the windows it runs through, from a given hidden state."""
+  factors = jnp.asarray(np.ones(windows.count, np.float32) if weights is None else weights)
+
+  def objective(
+    params: Params, hidden: Hidden, loss_state: LossState, rows: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[jax.Array, tuple[Hidden, LossState, Totals]]:
+    def body(carry: tuple[Hidden, LossState], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+      hidden, loss_state = carry
+      index, coefficient, record = row
+      hidden, outputs, window = _run_window(model, params, hidden, batch, windows, index, key)
+      value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
+      totals = loss.measure(jax.lax.stop_gradient(outputs), batch.targets, window)
+      if not updates.records.all():
+        new_loss_state = optax.tree.where(record, new_loss_state, loss_state)
+        totals = jax.tree.map(lambda t: jnp.where(record, t, 0), totals)
+      return (hidden, new_loss_state), ((coefficient * factors[index]).astype(value.dtype) * value, totals)
+
+    if rows[0].shape[0] == 1:  # The usual case: one window an update, no inner loop.
+      carry, (value, totals) = body((hidden, loss_state), jax.tree.map(lambda r: r[0], rows))
+      return value, (*carry, totals)
+    carry, (values, totals) = jax.lax.scan(body, (hidden, loss_state), rows)
+    return values.sum(), (*carry, jax.tree.map(lambda t: t.sum(0), totals))
+
+  return objective
+
+
+def _run_window(
+  model: Model,
+  params: Params,
+  hidden: Hidden,
+  batch: Batch,
+  windows: Windows,
+  index: jax.Array,
+  key: jax.Array | None,
+) -> tuple[Hidden, jax.Array, Window]:
+  """Runs the model through the `index`-th window: (hidden state after it, outputs [S, B, ...], the window)."""
+  inputs = jnp.asarray(batch.inputs)
+  num_steps, batch_size = inputs.shape[:2]
+  ragged = batch.lengths is not None
+  lengths = jnp.asarray(batch.lengths, jnp.int32) if ragged else jnp.full(batch_size, num_steps, jnp.int32)
+  window = window_at(windows, index, lengths)
+  x, mask = window.slice(inputs), None
+  if ragged or not windows.even:
+    mask = window.mask
+    # What lies past a sequence's end may be anything, NaN included: its gradient would be NaN even where masked.
+    x = jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, jnp.zeros([], x.dtype))
+  new_hidden, outputs = model.apply(params, hidden, x, mask, None if key is None else jax.random.fold_in(key, index))
+  _check_same_hidden(new_hidden, hidden, 'model.apply')
+  if outputs.shape[:2] != x.shape[:2]:
+    raise ValueError(f'model.apply must return outputs [S, B, ...] = {x.shape[:2]} + features, got shape {outputs.shape}.')
+  return new_hidden, outputs, window
+
+
+def check_batch(batch: Batch, loss: Loss) -> None:
+  """Looks at a batch's values, which compiled code cannot: call it on a data set once, on the host.
+
+  Args:
+    batch: concrete arrays.
+    loss: the loss whose targets the batch holds.
+
+  Raises:
+    ValueError: NaN or infinite inputs before a sequence's end, lengths outside 1..T, labels outside 0..C-1, wrong shapes.
+    TypeError: labels or lengths that are not integers, targets that are not floating point.
+  """
+  num_steps, batch_size = _check_shapes(batch)
+  valid = np.ones((num_steps, batch_size), bool)
+  if batch.lengths is not None:
+    lengths = np.asarray(batch.lengths)
+    if lengths.min() < 1 or lengths.max() > num_steps:
+      raise ValueError(f'lengths must lie in 1..T={num_steps}, got values from {lengths.min()} to {lengths.max()}.')
+    valid = np.arange(num_steps)[:, None] < lengths
+  inputs = np.asarray(batch.inputs)
+  if np.issubdtype(inputs.dtype, np.floating) and not np.isfinite(inputs[valid]).all():
+    bad = np.argwhere(~np.isfinite(inputs.reshape(num_steps, batch_size, -1)).all(-1) & valid)
+    raise ValueError(f'inputs must be finite, got NaN or infinity in {len(bad)} places, the first at step, row {tuple(bad[0].tolist())}.')
+  loss.check(batch.targets, num_steps, batch_size)
+
+
+def _resolve(
+  method: str | Method, num_windows: int | None, window_size: int | None, final_steps: int | None, inner_steps: int
+) -> Method:
+  """The Method meant, after checking that the other options go with it."""
+  if isinstance(method, str):
+    if method not in METHODS:
+      raise ValueError(f'method must be one of {list(METHODS)} or a Method, got {method!r}.')
+    name, method = method, METHODS[method]
+  else:
+    name = 'given'
+  if num_windows is not None and window_size is not None:
+    raise ValueError(f'give num_windows or window_size, not both: got num_windows={num_windows} and window_size={window_size}.')
+  for option, value in (('num_windows', num_windows), ('window_size', window_size)):
+    if value is not None and method.num_windows is not None:
+      raise ValueError(f'method {name!r} fixes K={method.num_windows}: leave out {option}, got {option}={value}.')
+    if value is not None and value < 1:
+      raise ValueError(f'{option} must be at least 1, got {value}.')
+  if method.final_steps_only != (final_steps is not None):
+    raise ValueError(f"final_steps goes with the method 'tbptt_final': got final_steps={final_steps} and method {name!r}.")
+  if final_steps is not None and final_steps < 1:
+    raise ValueError(f'final_steps must be at least 1, got {final_steps}.')
+  if inner_steps < 1:
+    raise ValueError(f'inner_steps must be at least 1, got {inner_steps}.')
+  return method
+
+
+def _check_shapes(batch: Batch) -> tuple[int, int]:
+  """(T, B) of a batch, after checking what shapes and dtypes alone can tell."""
+  shape = jnp.shape(batch.inputs)
+  if len(shape) < 2:
+    raise ValueError(f'inputs must be time-major [T, B, ...], got shape {shape}.')
+  num_steps, batch_size = shape[:2]
+  if num_steps < 1 or batch_size < 1:
+    raise ValueError(f'inputs need at least one step and one sequence, got an empty batch [T, B, ...] = {shape}.')
+  if not isinstance(batch.inputs, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+    raise TypeError(f'inputs must be an array, got {type(batch.inputs).__name__}.')
+  if not (jnp.issubdtype(batch.inputs.dtype, jnp.floating) or jnp.issubdtype(batch.inputs.dtype, jnp.integer)):
+    raise TypeError(f'inputs must be floating point (features) or integers (tokens), got {batch.inputs.dtype}.')
+  if batch.lengths is not None:
+    if jnp.shape(batch.lengths) != (batch_size,):
+      raise ValueError(f'lengths must have shape [B] = ({batch_size},), got {jnp.shape(batch.lengths)}.')
+    if not jnp.issubdtype(jnp.result_type(batch.lengths), jnp.integer):
+      raise TypeError(f'lengths must be integers, got {jnp.result_type(batch.lengths)}.')
+  for leaf in jax.tree.leaves(batch.targets):
+    if batch_size not in jnp.shape(leaf)[:2]:
+      raise ValueError(f'targets must be [B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}; got shape {jnp.shape(leaf)}.')
+  return num_steps, batch_size
+
+
+def _check_same_hidden(got: Hidden, expected: Hidden, source: str) -> None:
+  describe = lambda tree: jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', tree)
+  if describe(got) != describe(expected):
+    raise ValueError(
+      f'the hidden state must keep its structure, shapes and dtypes: {source} has {describe(got)}, expected {describe(expected)}.'
+    )

@@ -1,0 +1,370 @@
+"""FPTT as an optax gradient transformation: the regularised update of one window.
+
+`lam` is the running estimate of the previous window's loss gradient and `w_bar` the running summary of the weights. Both
+live in :class:`FPTTState`; the window's own loss and the hidden state are none of this file's business.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import math
+from types import MappingProxyType
+from typing import Any, NamedTuple
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Hyperparameter = jax.typing.ArrayLike | optax.Schedule
+
+CORRECTIONS = {'eq6': 1.0, 'eq4': 0.5}
+GRADIENT_ESTIMATES = ('running', 'explicit', 'lagged')
+
+ALGORITHM_2: Mapping[str, Any] = MappingProxyType(
+  dict(beta=0.5, kappa=1.0, rho=0.0, correction='eq4', gradient_estimate='explicit')
+)
+"""Keywords of the paper's Algorithm 2 as printed: `fptt(base, alpha=alpha, **ALGORITHM_2)`.
+
+Coefficient 1/(2 alpha) on the previous gradient, and that gradient is evaluated at W_{t+1} (a second pass over the window).
+"""
+
+RELEASE: Mapping[str, Any] = MappingProxyType(
+  dict(beta=0.5, kappa=1.0, rho=0.0, correction='eq6', gradient_estimate='running')
+)
+"""Keywords of the authors' 2021 release: Eq. 6 with the running estimate; also the defaults of :func:`fptt`.
+
+The release uses alpha 0.1 on images, 0.5 on the adding problem; on language `kappa` is 2 (alpha 0.5 for PTB-300, 0.2 for
+PTB-c and PTB-w, the last with `beta` 0.7).
+"""
+
+
+class FPTTState(NamedTuple):
+  """State of :func:`fptt`.
+
+  Attributes:
+    step_count: int32 [], calls of `update` so far (windows times `inner_steps`).
+    w_bar: W̄_t, tree of the parameters' shapes, dtype as `state_dtype` says.
+    lam: λ_t, the running estimate of the previous window's loss gradient, like `w_bar`.
+    base_optimizer_state: state of the wrapped optimiser.
+  """
+
+  step_count: jax.Array
+  w_bar: optax.Params
+  lam: optax.Params
+  base_optimizer_state: optax.OptState
+
+
+def fptt(
+  base_optimizer: optax.GradientTransformation,
+  *,
+  alpha: Hyperparameter = 0.5,
+  beta: Hyperparameter = 0.5,
+  kappa: Hyperparameter = 1.0,
+  rho: Hyperparameter = 0.0,
+  correction: str = 'eq6',
+  gradient_estimate: str = 'running',
+  inner_steps: int = 1,
+  state_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Turns `base_optimizer` into Forward Propagation Through Time.
+
+  Call `update` once a window, with the gradient :math:`g_t` of that window's loss at :math:`W_t` (hidden state of the previous
+  window held constant):
+
+  .. math::
+
+    \begin{align*}
+      g'_t & = g_t - c\,(1-\rho)\,\lambda_t + \kappa\alpha\,(W_t - \bar W_t) \\
+      W_{t+1} & = \text{base optimiser's step on } g'_t \\
+      \lambda_{t+1} & = \lambda_t - \alpha\,(W_{t+1} - \bar W_t), & \lambda_0 & = 0 \\
+      \bar W_{t+1} & = (1-\beta)\,\bar W_t + \beta\,W_{t+1} - \tfrac{\beta}{\alpha}\,\lambda_{t+1}, & \bar W_0 & = W_0
+    \end{align*}
+
+  with c = 1 (`correction='eq6'`) or 1/2 (`'eq4'`, as Eq. 4 and Algorithm 2 print it; the paper contradicts itself here). The
+  first update of a fresh state equals the base optimiser's. If the inner problem were solved to its arg-min with c = κ = 1 and
+  ρ = 0, λ_{t+1} would be the gradient of the window's loss at W_{t+1}, and the last line the paper's Eq. 5.
+
+  Compose it like this: gradient clipping before it (`optax.chain(clip, fptt(base))`) clips the loss gradient; inside
+  (`fptt(optax.chain(clip, base))`) it clips loss plus regulariser, as the authors' release does. `MultiSteps(fptt(base))` and
+  `apply_if_finite(fptt(base), n)` are right, the reverse nestings are not: λ and W̄ would move on skipped steps. Nothing may
+  change the updates after `fptt`. `optax.masked` lets the raw gradient of left-out leaves through (they move!): to freeze them
+  use `optax.partition` with `optax.set_to_zero()`.
+
+  Args:
+    base_optimizer: takes the step on the regularised gradient.
+    alpha: α > 0, strength of the tie of W to W̄; a number, an array [] or an optax schedule over windows ("starting small, gradually
+      increased", Sec. 3.1).
+    beta: β in (0, 1], mixing of W̄; number or schedule. Above 1/2 the old mean gets a negative weight (1 - 2β): warned about.
+    kappa: κ >= 0, scale of the quadratic term only; number or schedule. The release's language runs use 2.
+    rho: ρ in [0, 1], fades the linear term; number or schedule.
+    correction: 'eq6' or 'eq4', the coefficient c above.
+    gradient_estimate: what λ_{t+1} is. 'running': the recursion above, no extra cost. 'explicit': the gradient of the same window's
+      loss at W_{t+1} from the same hidden state; `update` then needs the extra argument `grad_fn(params) -> grads` (one more
+      forward and backward pass). 'lagged': g_t itself.
+    inner_steps: gradient steps a window towards the arg-min of Eq. 4. With n > 1, λ and W̄ move on every n-th call only and schedules
+      count windows; the caller gives gradients of the same window, from the same hidden state, n times.
+    state_dtype: dtype of W̄ and λ. Default: the parameter's own, but at least float32, since λ holds differences that
+      bfloat16 loses.
+
+  Returns:
+    An `optax.GradientTransformationExtraArgs`; updates have the gradients' dtype.
+
+  Raises:
+    ValueError: an option or hyper-parameter outside its range (checked here unless it is a schedule or a traced value), or
+      `update` called without params, or 'explicit' without `grad_fn` or under `optax.masked`/`optax.partition`.
+    TypeError: `init` on parameters that are not floating point.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import fptt_jax
+    >>> tx = fptt_jax.fptt(optax.adam(1e-3), alpha=0.1)
+    >>> params = {'w': jnp.ones(3)}
+    >>> state = tx.init(params)
+    >>> grads = jax.grad(lambda p: jnp.sum(p['w'] ** 2))(params)
+    >>> updates, state = tx.update(grads, state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> params_for_evaluation = fptt_jax.fptt_eval_params(state, params)
+
+  References:
+    Kag and Saligrama, "Training Recurrent Neural Networks via Forward Propagation Through Time", ICML 2021: Eqs. 4-6, Algorithm 2
+    and the λ recursion after Eq. 5.
+  """
+  _check_options(alpha, beta, kappa, rho, correction, gradient_estimate, inner_steps)
+  base = optax.with_extra_args_support(base_optimizer)
+  c = CORRECTIONS[correction]
+
+  def init_fn(params: optax.Params) -> FPTTState:
+    return FPTTState(
+      step_count=jnp.zeros([], jnp.int32),
+      # Copies, so that a jitted step may donate both the parameters and the state.
+      w_bar=jax.tree.map(lambda p: jnp.array(p, dtype=_state_dtype(p, state_dtype), copy=True), params),
+      lam=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_state_dtype(p, state_dtype)), params),
+      base_optimizer_state=base.init(params),
+    )
+
+  def update_fn(
+    grads: optax.Updates, state: FPTTState, params: optax.Params | None = None, **extra_args: Any
+  ) -> tuple[optax.Updates, FPTTState]:
+    if params is None:
+      raise ValueError('fptt needs the current parameters: call update(grads, state, params), got params=None.')
+    window_count = state.step_count // jnp.asarray(inner_steps, jnp.int32)
+    alpha_t, beta_t, kappa_t, rho_t = (h(window_count) if callable(h) else h for h in (alpha, beta, kappa, rho))
+
+    regularised = _regularised_gradient(grads, params, state.w_bar, state.lam, alpha_t, kappa_t, c * (1 - rho_t))
+    updates, base_state = base.update(regularised, state.base_optimizer_state, params, **extra_args)
+    updates = jax.tree.map(lambda u, g: u.astype(g.dtype), updates, grads)
+    # The rounded W_{t+1}, exactly as the caller will see it: bfloat16 parameters lose part of the update.
+    params_next = optax.apply_updates(params, updates)
+
+    ends_window = (state.step_count + 1) % jnp.asarray(inner_steps, jnp.int32) == 0
+    one_step = isinstance(inner_steps, int) and inner_steps == 1
+    if gradient_estimate == 'running':
+      lam_next = _running_estimate(state.lam, params_next, state.w_bar, alpha_t)
+    elif gradient_estimate == 'lagged':
+      lam_next = grads
+    elif one_step:
+      lam_next = _explicit_gradient(params_next, extra_args)
+    else:  # The second pass is needed after the last inner step only.
+      lam_next = jax.lax.cond(ends_window, lambda p: _explicit_gradient(p, extra_args), lambda p: grads, params_next)
+    lam_next = optax.tree.cast_like(lam_next, state.lam)
+    w_bar_next = _running_summary(state.w_bar, params_next, lam_next, alpha_t, beta_t)
+    if not one_step:
+      lam_next = optax.tree.where(ends_window, lam_next, state.lam)
+      w_bar_next = optax.tree.where(ends_window, w_bar_next, state.w_bar)
+    return updates, FPTTState(optax.safe_increment(state.step_count), w_bar_next, lam_next, base_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def fptt_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+  """Returns W̄, the parameters to evaluate FPTT at (the release evaluates here; W itself is the other choice).
+
+  Args:
+    opt_state: any optimiser state that holds one or more :class:`FPTTState`, however deep (chains, masks, `MultiSteps`,
+      `inject_hyperparams`, `apply_if_finite`, `partition`; several are merged).
+    params: the current parameters; leaves that no state covers come back as they are.
+
+  Returns:
+    W̄ cast to the parameters' dtypes, a copy.
+
+  Raises:
+    ValueError: there is no FPTTState in `opt_state`, or its W̄ does not fit `params`.
+  """
+  summary = params
+  for state in _fptt_states(opt_state):
+    summary = _overlay(state.w_bar, summary)
+  return jax.tree.map(lambda w, p: jnp.array(w, dtype=p.dtype, copy=True), summary, params)
+
+
+def fptt_restart(opt_state: optax.OptState, params: optax.Params) -> tuple[optax.Params, optax.OptState]:
+  """Restarts the recursion at its summary: W := W̄, λ := 0; the base optimiser's state is kept.
+
+  The release does this after each epoch (not for PTB-300 and PTB-c, where λ is kept).
+
+  Args:
+    opt_state: as for :func:`fptt_eval_params`.
+    params: the current parameters; leaves that no state covers come back as they are.
+
+  Returns:
+    (params, opt_state). The next update equals the base optimiser's: W̄ is set to the returned W, rounding included.
+
+  Raises:
+    ValueError: as for :func:`fptt_eval_params`.
+  """
+  params_next = fptt_eval_params(opt_state, params)
+
+  def restart(node: Any) -> Any:
+    if not isinstance(node, FPTTState):
+      return node
+    w_bar = jax.tree.map(
+      lambda w, p: w if _is_masked(w) else jnp.array(p, dtype=w.dtype, copy=True),
+      node.w_bar,
+      params_next,
+      is_leaf=_is_masked,
+    )
+    return node._replace(w_bar=w_bar, lam=optax.tree.zeros_like(node.lam))
+
+  return params_next, jax.tree.map(restart, opt_state, is_leaf=_is_state)
+
+
+def _regularised_gradient(
+  grads: optax.Updates,
+  params: optax.Params,
+  w_bar: optax.Params,
+  lam: optax.Params,
+  alpha: jax.typing.ArrayLike,
+  kappa: jax.typing.ArrayLike,
+  lam_coefficient: jax.typing.ArrayLike,
+) -> optax.Updates:
+  """g'_t = g_t - c (1-ρ) λ_t + κ α (W_t - W̄_t): the analytic gradient of loss + regulariser, in the gradient's dtype."""
+
+  def leaf(g: jax.Array, w: jax.Array, wb: jax.Array, l: jax.Array) -> jax.Array:
+    cast = _caster(wb)
+    g_next = cast(g) - cast(lam_coefficient) * cast(l) + cast(kappa) * cast(alpha) * (cast(w) - cast(wb))
+    return g_next.astype(g.dtype)
+
+  return jax.tree.map(leaf, grads, params, w_bar, lam)
+
+
+def _running_estimate(
+  lam: optax.Params, params_next: optax.Params, w_bar: optax.Params, alpha: jax.typing.ArrayLike
+) -> optax.Params:
+  """λ_{t+1} = λ_t - α (W_{t+1} - W̄_t)."""
+
+  def leaf(l: jax.Array, w: jax.Array, wb: jax.Array) -> jax.Array:
+    cast = _caster(wb)
+    return cast(l) - cast(alpha) * (cast(w) - cast(wb))
+
+  return jax.tree.map(leaf, lam, params_next, w_bar)
+
+
+def _running_summary(
+  w_bar: optax.Params,
+  params_next: optax.Params,
+  lam_next: optax.Params,
+  alpha: jax.typing.ArrayLike,
+  beta: jax.typing.ArrayLike,
+) -> optax.Params:
+  """W̄_{t+1} = (1-β) W̄_t + β W_{t+1} - (β/α) λ_{t+1}."""
+
+  def leaf(wb: jax.Array, w: jax.Array, l: jax.Array) -> jax.Array:
+    cast = _caster(wb)
+    b = cast(beta)
+    return ((1 - b) * cast(wb) + b * cast(w) - b / cast(alpha) * cast(l)).astype(wb.dtype)
+
+  return jax.tree.map(leaf, w_bar, params_next, lam_next)
+
+
+def _explicit_gradient(params_next: optax.Params, extra_args: Mapping[str, Any]) -> optax.Updates:
+  """∇ℓ_t(W_{t+1}) through the caller's `grad_fn`."""
+  grad_fn: Callable[[optax.Params], optax.Updates] | None = extra_args.get('grad_fn')
+  if grad_fn is None:
+    raise ValueError(
+      "fptt(gradient_estimate='explicit') evaluates the window's gradient at W_{t+1}: call update(grads, state, params, "
+      'grad_fn=f) with f(params) -> grads over the same window from the same hidden state; got no grad_fn.'
+    )
+  if any(_is_masked(leaf) for leaf in jax.tree.leaves(params_next, is_leaf=_is_masked)):
+    raise ValueError(
+      "fptt(gradient_estimate='explicit') got masked parameters: inside optax.masked or optax.partition its grad_fn would see "
+      "MaskedNodes instead of weights. Put the mask inside, fptt(optax.masked(base, ...)), or use 'running' or 'lagged'."
+    )
+  return grad_fn(params_next)
+
+
+def _caster(state_leaf: jax.Array) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+  """Casts to the dtype the recursion is computed in: the state's own, at least float32."""
+  dtype = jnp.promote_types(state_leaf.dtype, jnp.float32)
+  return lambda x: jnp.asarray(x, dtype)
+
+
+def _state_dtype(param: jax.Array, state_dtype: jax.typing.DTypeLike | None) -> jnp.dtype:
+  if not jnp.issubdtype(param.dtype, jnp.inexact):
+    raise TypeError(
+      f'fptt needs floating-point parameters, got a leaf of dtype {param.dtype} and shape {param.shape}: keep it out of the '
+      'trained tree, or give it another transformation with optax.partition.'
+    )
+  return jnp.dtype(state_dtype) if state_dtype is not None else jnp.promote_types(param.dtype, jnp.float32)
+
+
+def _is_masked(node: Any) -> bool:
+  return isinstance(node, optax.MaskedNode)
+
+
+def _is_state(node: Any) -> bool:
+  return isinstance(node, FPTTState)
+
+
+def _fptt_states(opt_state: optax.OptState) -> Iterable[FPTTState]:
+  states = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
+  if not states:
+    raise ValueError(
+      f'no FPTTState found in the optimiser state (a {type(opt_state).__name__}): pass the state of a transformation that '
+      'contains fptt(...). For an optimiser without FPTT evaluate at the parameters themselves.'
+    )
+  return states
+
+
+def _overlay(w_bar: optax.Params, params: optax.Params) -> optax.Params:
+  """`w_bar` where it has leaves, `params` (leaf or whole subtree) where it is masked."""
+  try:
+    return jax.tree.map(lambda w, p: p if _is_masked(w) else w, w_bar, params, is_leaf=_is_masked)
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f'the FPTTState does not belong to these parameters: W̄ has the structure {jax.tree.structure(w_bar)}, the parameters '
+      f'{jax.tree.structure(params)}.'
+    ) from error
+
+
+def _check_options(
+  alpha: Hyperparameter,
+  beta: Hyperparameter,
+  kappa: Hyperparameter,
+  rho: Hyperparameter,
+  correction: str,
+  gradient_estimate: str,
+  inner_steps: int,
+) -> None:
+  if correction not in CORRECTIONS:
+    raise ValueError(f'correction must be one of {sorted(CORRECTIONS)}, got {correction!r}.')
+  if gradient_estimate not in GRADIENT_ESTIMATES:
+    raise ValueError(f'gradient_estimate must be one of {list(GRADIENT_ESTIMATES)}, got {gradient_estimate!r}.')
+  for name, value, expected, accepts in (
+    ('alpha', alpha, 'a finite number > 0', lambda v: 0 < v < math.inf),
+    ('beta', beta, 'a number in (0, 1]', lambda v: 0 < v <= 1),
+    ('kappa', kappa, 'a finite number >= 0', lambda v: 0 <= v < math.inf),
+    ('rho', rho, 'a number in [0, 1]', lambda v: 0 <= v <= 1),
+    ('inner_steps', inner_steps, 'an integer >= 1', lambda v: v >= 1 and v == int(v)),
+  ):
+    if isinstance(value, jax.core.Tracer) or (callable(value) and name != 'inner_steps'):
+      continue
+    try:
+      number = float(value)  # type: ignore
+    except (TypeError, ValueError):
+      number = math.nan
+    if not accepts(number):
+      raise ValueError(f'{name} must be {expected}{" or a schedule" if name != "inner_steps" else ""}, got {value!r}.')
+    if name == 'beta' and number > 0.5:
+      warnings.warn(
+        f'fptt with beta={number:g} > 0.5 extrapolates: W̄ weighs its old value by 1 - 2 beta = {1 - 2 * number:g}, and momentum '
+        'makes it unstable early (see fptt_jax.stability).',
+        stacklevel=3,
+      )

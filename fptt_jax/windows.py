@@ -1,0 +1,105 @@
+"""Cutting T time steps into K windows whose lengths differ by at most one step.
+
+Every window is laid out on S = ceil(T/K) steps. The windows that are one step shorter read one step of the window after them,
+masked out. The last window is always a full one, so no slice ever passes the end and no array is padded or copied.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Windows(NamedTuple):
+  """Where the windows of a sequence lie (plain integers and NumPy arrays, fixed at trace time).
+
+  Attributes:
+    size: S, steps of the longest window.
+    starts: int32 [K], first step of each window.
+    ends: int32 [K], one past the last step of each window.
+  """
+
+  size: int
+  starts: np.ndarray
+  ends: np.ndarray
+
+  @property
+  def count(self) -> int:
+    """K."""
+    return len(self.starts)
+
+  @property
+  def even(self) -> bool:
+    """Whether all windows have S steps, so that nothing needs a mask."""
+    return bool((self.ends - self.starts == self.size).all())
+
+  def shifted(self, steps: int) -> 'Windows':
+    """The same windows, `steps` later."""
+    return self._replace(starts=self.starts + np.int32(steps), ends=self.ends + np.int32(steps))
+
+
+def cut(num_steps: int, *, num_windows: int | None = None, window_size: int | None = None) -> Windows:
+  """Cuts `num_steps` into windows; by default K = round(√T), the paper's rule of thumb (Sec. 4.2).
+
+  Args:
+    num_steps: T >= 1.
+    num_windows: K, 1 <= K <= T. K = 1 is back-propagation through time, K = T an update each step.
+    window_size: alternatively the longest window S, 1 <= S <= T; K = ceil(T/S).
+
+  Returns:
+    The :class:`Windows`, whose lengths are floor(T/K) or ceil(T/K), spread evenly.
+
+  Raises:
+    ValueError: a number outside its range, or both `num_windows` and `window_size`.
+  """
+  if num_steps < 1:
+    raise ValueError(f'a sequence needs at least one time step, got T={num_steps}.')
+  if num_windows is not None and window_size is not None:
+    raise ValueError(f'give num_windows or window_size, not both: got num_windows={num_windows} and window_size={window_size}.')
+  if window_size is not None:
+    if not 1 <= window_size <= num_steps:
+      raise ValueError(f'window_size must be between 1 and the sequence length T={num_steps}, got {window_size}.')
+    num_windows = -(-num_steps // window_size)
+  elif num_windows is None:
+    num_windows = round(num_steps**0.5)
+  if not 1 <= num_windows <= num_steps:
+    raise ValueError(f'num_windows must be between 1 and the sequence length T={num_steps}, got {num_windows}.')
+  # floor(k T / K): the last window, T - floor((K-1) T / K), is ceil(T/K) long.
+  borders = np.arange(num_windows + 1, dtype=np.int64) * num_steps // num_windows
+  starts, ends = borders[:-1].astype(np.int32), borders[1:].astype(np.int32)
+  return Windows(int((ends - starts).max()), starts, ends)
+
+
+class Window(NamedTuple):
+  """One window of a batch, as a loss sees it. All fields but `count` and `size` may be traced.
+
+  Attributes:
+    index: int32 [], k, from 0.
+    count: K.
+    size: S.
+    start: int32 [], the window's first step, counted from 0.
+    end: int32 [], one past the window's last step.
+    lengths: int32 [B], valid steps of each whole sequence (T where the batch is not ragged).
+    mask: bool [S, B], which steps of the window are real.
+  """
+
+  index: jax.Array
+  count: int
+  size: int
+  start: jax.Array
+  end: jax.Array
+  lengths: jax.Array
+  mask: jax.Array
+
+  def slice(self, x: jax.Array) -> jax.Array:
+    """The window's S steps of a time-major array [T, B, ...]; steps that `mask` leaves out hold values of no meaning."""
+    return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=0)
+
+
+def window_at(windows: Windows, index: jax.Array, lengths: jax.Array) -> Window:
+  """The `index`-th window of a batch with the given sequence `lengths` (int32 [B])."""
+  start, end = jnp.asarray(windows.starts)[index], jnp.asarray(windows.ends)[index]
+  steps = start + jnp.arange(windows.size, dtype=jnp.int32)
+  mask = (steps < end)[:, None] & (steps[:, None] < lengths[None, :])
+  return Window(index, windows.count, windows.size, start, end, lengths, mask)
