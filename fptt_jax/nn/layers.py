@@ -116,7 +116,7 @@ class LSTM(Recurrent):
 
   def step(self) -> Step:
     """See the class."""
-    w_x, w_h, bias = self.w_x[...], self.w_h[...], self.bias[...]
+    w_x, w_h, bias = self.w_x[...], self.w_h[...], self.bias[None]
 
     def step(state: LSTMState, x_t: jax.Array) -> tuple[LSTMState, jax.Array]:
       i, f, g, o = jnp.split(x_t @ w_x + state.h @ w_h + bias, 4, axis=-1)
@@ -164,8 +164,8 @@ class GRU(Recurrent):
 
   def step(self) -> Step:
     """See the class."""
-    w_x, w_h, bias = self.w_x[...], self.w_h[...], self.bias[...]
-    recurrent_bias = jnp.zeros_like(bias) if self.recurrent_bias is None else self.recurrent_bias[...]
+    w_x, w_h, bias = self.w_x[...], self.w_h[...], self.bias[None]
+    recurrent_bias = jnp.zeros_like(bias) if self.recurrent_bias is None else self.recurrent_bias[None]
 
     def step(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
       x_r, x_z, x_n = jnp.split(x_t @ w_x + bias, 3, axis=-1)
@@ -199,7 +199,7 @@ class RNN(Recurrent):
 
   def step(self) -> Step:
     """See the class."""
-    w_x, w_h, bias = self.w_x[...], self.w_h[...], self.bias[...]
+    w_x, w_h, bias = self.w_x[...], self.w_h[...], self.bias[None]
 
     def step(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
       h = jnp.tanh(x_t @ w_x + h @ w_h + bias)
@@ -255,7 +255,7 @@ class AntisymmetricRNN(Recurrent):
     upper = jnp.zeros((size, size), self.w[...].dtype).at[jnp.triu_indices(size, 1)].set(self.w[...])
     # h is a row: (A h)ᵀ = hᵀ Aᵀ.
     a_transposed = (upper - upper.T).T - self.gamma * jnp.eye(size, dtype=upper.dtype)
-    v, bias, epsilon = self.v[...], self.bias[...], self.epsilon
+    v, bias, epsilon = self.v[...], self.bias[None], self.epsilon
 
     def step(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
       recurrent = h @ a_transposed
