@@ -130,7 +130,7 @@ def terminal_classification(
     cross_entropy = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
     if divergence == 'none':
       return _mean_where(beta * cross_entropy, active), loss_state
-    p, k = jax.lax.stop_gradient(jnp.exp(log_p)), window.index
+    p, k = jax.lax.stop_gradient(jnp.exp(log_p)), window.k
     q: jax.Array | float
     if divergence == 'uniform':
       q = uniform

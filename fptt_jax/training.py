@@ -157,8 +157,8 @@ def trainer(
       windows = cut(num_steps, num_windows=num_windows, window_size=window_size)
     else:
       windows = cut(num_steps, num_windows=int(fixed))
-    if weights is not None and len(weights) != windows.count:
-      raise ValueError(f'loss_weights must have one factor for each of the K={windows.count} windows, got {len(weights)}.')
+    if weights is not None and len(weights) != windows.num_windows:
+      raise ValueError(f'loss_weights must have one factor for each of the K={windows.num_windows} windows, got {len(weights)}.')
     return windows
 
   def init(key: jax.Array, batch: Batch) -> TrainState:
@@ -171,7 +171,7 @@ def trainer(
       params=params,
       opt_state=optimizer.init(params),
       hidden=model.initial_state(batch_size),
-      loss_state=loss.init(cut_windows(num_steps).count),
+      loss_state=loss.init(cut_windows(num_steps).num_windows),
       key=run_key,
       step_count=jnp.zeros([], jnp.int32),
     )
@@ -179,7 +179,7 @@ def trainer(
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
     num_steps, batch_size = _check_shapes(batch)
     windows = cut_windows(num_steps)
-    updates = plan(method, windows.count)
+    updates = plan(method, windows.num_windows)
     key = jax.random.fold_in(state.key, state.step_count)
     if carry_hidden:
       _check_same_hidden(state.hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the batch')
@@ -190,7 +190,7 @@ def trainer(
       raise ValueError("method 'tbptt_final' differentiates the last steps before T and takes no ragged batch: got lengths.")
     if windows.starts[0] > 0:
       prefix = jnp.asarray(batch.inputs)[: windows.starts[0]]
-      hidden, _ = model.apply(state.params, hidden, prefix, None, jax.random.fold_in(key, windows.count))
+      hidden, _ = model.apply(state.params, hidden, prefix, None, jax.random.fold_in(key, windows.num_windows))
 
     objective = _objective(model, loss, batch, windows, updates, weights, key)
     first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
@@ -235,11 +235,11 @@ def trainer(
       hidden = model.initial_state(batch_size)
     windows = cut(num_steps)
 
-    def body(hidden: Hidden, index: jax.Array) -> tuple[Hidden, Totals]:
-      hidden, outputs, window = _run_window(model, params, hidden, batch, windows, index, None)
+    def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, Totals]:
+      hidden, outputs, window = _run_window(model, params, hidden, batch, windows, k, None)
       return hidden, loss.measure(outputs, batch.targets, window)
 
-    hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.count))
+    hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.num_windows))
     return jax.tree.map(lambda t: t.sum(0), totals), hidden
 
   def end_epoch(state: TrainState) -> TrainState:
@@ -260,21 +260,21 @@ def _objective(
   key: jax.Array,
 ) -> Callable[..., tuple[jax.Array, tuple[Hidden, LossState, Totals]]]:
   """The scalar one update descends: the weighted losses of the windows it runs through, from a given hidden state."""
-  factors = jnp.asarray(np.ones(windows.count, np.float32) if weights is None else weights)
+  factors = jnp.asarray(np.ones(windows.num_windows, np.float32) if weights is None else weights)
 
   def objective(
     params: Params, hidden: Hidden, loss_state: LossState, rows: tuple[jax.Array, jax.Array, jax.Array]
   ) -> tuple[jax.Array, tuple[Hidden, LossState, Totals]]:
     def body(carry: tuple[Hidden, LossState], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
       hidden, loss_state = carry
-      index, coefficient, record = row
-      hidden, outputs, window = _run_window(model, params, hidden, batch, windows, index, key)
+      k, coefficient, record = row
+      hidden, outputs, window = _run_window(model, params, hidden, batch, windows, k, key)
       value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
       totals = loss.measure(jax.lax.stop_gradient(outputs), batch.targets, window)
       if not updates.records.all():
         new_loss_state = optax.tree.where(record, new_loss_state, loss_state)
         totals = jax.tree.map(lambda t: jnp.where(record, t, 0), totals)
-      return (hidden, new_loss_state), ((coefficient * factors[index]).astype(value.dtype) * value, totals)
+      return (hidden, new_loss_state), ((coefficient * factors[k]).astype(value.dtype) * value, totals)
 
     if rows[0].shape[0] == 1:  # The usual case: one window an update, no inner loop.
       carry, (value, totals) = body((hidden, loss_state), jax.tree.map(lambda r: r[0], rows))
@@ -291,21 +291,21 @@ def _run_window(
   hidden: Hidden,
   batch: Batch,
   windows: Windows,
-  index: jax.Array,
+  k: jax.Array,
   key: jax.Array | None,
 ) -> tuple[Hidden, jax.Array, Window]:
-  """Runs the model through the `index`-th window: (hidden state after it, outputs [S, B, ...], the window)."""
+  """Runs the model through the `k`-th window: (hidden state after it, outputs [S, B, ...], the window)."""
   inputs = jnp.asarray(batch.inputs)
   num_steps, batch_size = inputs.shape[:2]
   ragged = batch.lengths is not None
   lengths = jnp.asarray(batch.lengths, jnp.int32) if ragged else jnp.full(batch_size, num_steps, jnp.int32)
-  window = window_at(windows, index, lengths)
+  window = window_at(windows, k, lengths)
   x, mask = window.slice(inputs), None
   if ragged or not windows.even:
     mask = window.mask
     # What lies past a sequence's end may be anything, NaN included: its gradient would be NaN even where masked.
     x = jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, jnp.zeros([], x.dtype))
-  new_hidden, outputs = model.apply(params, hidden, x, mask, None if key is None else jax.random.fold_in(key, index))
+  new_hidden, outputs = model.apply(params, hidden, x, mask, None if key is None else jax.random.fold_in(key, k))
   _check_same_hidden(new_hidden, hidden, 'model.apply')
   if outputs.shape[:2] != x.shape[:2]:
     raise ValueError(f'model.apply must return outputs [S, B, ...] = {x.shape[:2]} + features, got shape {outputs.shape}.')
@@ -333,7 +333,8 @@ def check_batch(batch: Batch, loss: Loss) -> None:
   inputs = np.asarray(batch.inputs)
   if np.issubdtype(inputs.dtype, np.floating) and not np.isfinite(inputs[valid]).all():
     bad = np.argwhere(~np.isfinite(inputs.reshape(num_steps, batch_size, -1)).all(-1) & valid)
-    raise ValueError(f'inputs must be finite, got NaN or infinity in {len(bad)} places, the first at step, row {tuple(bad[0].tolist())}.')
+    place = tuple(bad[0].tolist())
+    raise ValueError(f'inputs must be finite, got NaN or infinity in {len(bad)} places, the first at (step, row) {place}.')
   loss.check(batch.targets, num_steps, batch_size)
 
 
@@ -387,7 +388,9 @@ def _check_shapes(batch: Batch) -> tuple[int, int]:
 
 
 def _check_same_hidden(got: Hidden, expected: Hidden, source: str) -> None:
-  describe = lambda tree: jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', tree)
+  def describe(tree: Hidden) -> Hidden:
+    return jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', tree)
+
   if describe(got) != describe(expected):
     raise ValueError(
       f'the hidden state must keep its structure, shapes and dtypes: {source} has {describe(got)}, expected {describe(expected)}.'

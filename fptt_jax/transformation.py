@@ -6,6 +6,7 @@ live in :class:`FPTTState`; the window's own loss and the hidden state are none 
 
 from collections.abc import Callable, Iterable, Mapping
 import math
+import sys
 from types import MappingProxyType
 from typing import Any, NamedTuple
 import warnings
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Hyperparameter = jax.typing.ArrayLike | optax.Schedule
+Hyperparameter = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
 
 CORRECTIONS = {'eq6': 1.0, 'eq4': 0.5}
 GRADIENT_ESTIMATES = ('running', 'explicit', 'lagged')
@@ -27,9 +28,7 @@ ALGORITHM_2: Mapping[str, Any] = MappingProxyType(
 Coefficient 1/(2 alpha) on the previous gradient, and that gradient is evaluated at W_{t+1} (a second pass over the window).
 """
 
-RELEASE: Mapping[str, Any] = MappingProxyType(
-  dict(beta=0.5, kappa=1.0, rho=0.0, correction='eq6', gradient_estimate='running')
-)
+RELEASE: Mapping[str, Any] = MappingProxyType(dict(beta=0.5, kappa=1.0, rho=0.0, correction='eq6', gradient_estimate='running'))
 """Keywords of the authors' 2021 release: Eq. 6 with the running estimate; also the defaults of :func:`fptt`.
 
 The release uses alpha 0.1 on images, 0.5 on the adding problem; on language `kappa` is 2 (alpha 0.5 for PTB-300, 0.2 for
@@ -100,8 +99,8 @@ def fptt(
     gradient_estimate: what λ_{t+1} is. 'running': the recursion above, no extra cost. 'explicit': the gradient of the same window's
       loss at W_{t+1} from the same hidden state; `update` then needs the extra argument `grad_fn(params) -> grads` (one more
       forward and backward pass). 'lagged': g_t itself.
-    inner_steps: gradient steps a window towards the arg-min of Eq. 4. With n > 1, λ and W̄ move on every n-th call only and schedules
-      count windows; the caller gives gradients of the same window, from the same hidden state, n times.
+    inner_steps: gradient steps a window towards the arg-min of Eq. 4. With n > 1, λ and W̄ move on every n-th call only and
+      schedules count windows; the caller gives gradients of the same window, from the same hidden state, n times.
     state_dtype: dtype of W̄ and λ. Default: the parameter's own, but at least float32, since λ holds differences that
       bfloat16 loses.
 
@@ -347,20 +346,17 @@ def _check_options(
     raise ValueError(f'correction must be one of {sorted(CORRECTIONS)}, got {correction!r}.')
   if gradient_estimate not in GRADIENT_ESTIMATES:
     raise ValueError(f'gradient_estimate must be one of {list(GRADIENT_ESTIMATES)}, got {gradient_estimate!r}.')
-  for name, value, expected, accepts in (
-    ('alpha', alpha, 'a finite number > 0', lambda v: 0 < v < math.inf),
-    ('beta', beta, 'a number in (0, 1]', lambda v: 0 < v <= 1),
-    ('kappa', kappa, 'a finite number >= 0', lambda v: 0 <= v < math.inf),
-    ('rho', rho, 'a number in [0, 1]', lambda v: 0 <= v <= 1),
-    ('inner_steps', inner_steps, 'an integer >= 1', lambda v: v >= 1 and v == int(v)),
+  for name, value, expected, low, high in (
+    ('alpha', alpha, 'a finite number > 0', _TINY, _HUGE),
+    ('beta', beta, 'a number in (0, 1]', _TINY, 1),
+    ('kappa', kappa, 'a finite number >= 0', 0, _HUGE),
+    ('rho', rho, 'a number in [0, 1]', 0, 1),
+    ('inner_steps', inner_steps, 'an integer >= 1', 1, _HUGE),
   ):
     if isinstance(value, jax.core.Tracer) or (callable(value) and name != 'inner_steps'):
       continue
-    try:
-      number = float(value)  # type: ignore
-    except (TypeError, ValueError):
-      number = math.nan
-    if not accepts(number):
+    number = _as_float(value)
+    if not low <= number <= high or (name == 'inner_steps' and number != int(number)):
       raise ValueError(f'{name} must be {expected}{" or a schedule" if name != "inner_steps" else ""}, got {value!r}.')
     if name == 'beta' and number > 0.5:
       warnings.warn(
@@ -368,3 +364,14 @@ def _check_options(
         'makes it unstable early (see fptt_jax.stability).',
         stacklevel=3,
       )
+
+
+_TINY, _HUGE = math.ulp(0.0), sys.float_info.max
+
+
+def _as_float(value: Any) -> float:
+  """`value` as a number, NaN where it is none (so that every comparison with it fails)."""
+  try:
+    return float(value)
+  except (TypeError, ValueError):
+    return math.nan

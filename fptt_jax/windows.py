@@ -25,7 +25,7 @@ class Windows(NamedTuple):
   ends: np.ndarray
 
   @property
-  def count(self) -> int:
+  def num_windows(self) -> int:
     """K."""
     return len(self.starts)
 
@@ -72,11 +72,11 @@ def cut(num_steps: int, *, num_windows: int | None = None, window_size: int | No
 
 
 class Window(NamedTuple):
-  """One window of a batch, as a loss sees it. All fields but `count` and `size` may be traced.
+  """One window of a batch, as a loss sees it. All fields but `num_windows` and `size` may be traced.
 
   Attributes:
-    index: int32 [], k, from 0.
-    count: K.
+    k: int32 [], the window's number, from 0.
+    num_windows: K.
     size: S.
     start: int32 [], the window's first step, counted from 0.
     end: int32 [], one past the window's last step.
@@ -84,8 +84,8 @@ class Window(NamedTuple):
     mask: bool [S, B], which steps of the window are real.
   """
 
-  index: jax.Array
-  count: int
+  k: jax.Array
+  num_windows: int
   size: int
   start: jax.Array
   end: jax.Array
@@ -97,9 +97,9 @@ class Window(NamedTuple):
     return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=0)
 
 
-def window_at(windows: Windows, index: jax.Array, lengths: jax.Array) -> Window:
-  """The `index`-th window of a batch with the given sequence `lengths` (int32 [B])."""
-  start, end = jnp.asarray(windows.starts)[index], jnp.asarray(windows.ends)[index]
+def window_at(windows: Windows, k: jax.Array, lengths: jax.Array) -> Window:
+  """The `k`-th window of a batch with the given sequence `lengths` (int32 [B])."""
+  start, end = jnp.asarray(windows.starts)[k], jnp.asarray(windows.ends)[k]
   steps = start + jnp.arange(windows.size, dtype=jnp.int32)
   mask = (steps < end)[:, None] & (steps[:, None] < lengths[None, :])
-  return Window(index, windows.count, windows.size, start, end, lengths, mask)
+  return Window(k, windows.num_windows, windows.size, start, end, lengths, mask)

@@ -36,7 +36,8 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     (28, 4, 10)
   """
   make = lambda key: as_windowed(build(nnx.Rngs(key)))
-  graph, abstract_params, streams, other = nnx.split(nnx.eval_shape(make, jax.random.key(0)), nnx.Param, nnx.RngState, ...)
+  parts: Any = nnx.split(nnx.eval_shape(make, jax.random.key(0)), nnx.Param, nnx.RngState, ...)
+  graph, abstract_params, streams, other = parts
   if jax.tree.leaves(other):
     kept = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(other)})
     raise TypeError(f'from_nnx takes modules whose only state is nnx.Param (and random streams), this one also keeps {kept}.')
@@ -92,8 +93,8 @@ def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax
   def apply(params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> tuple[Any, jax.Array]:
     def step(state: Any, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[Any, jax.Array]:
       x_t, key_t = inputs
-      carry, y_t = module.apply({'params': params}, state, x_t, rngs=None if key_t is None else {'dropout': key_t})
-      return carry, y_t
+      result: Any = module.apply({'params': params}, state, x_t, rngs=None if key_t is None else {'dropout': key_t})
+      return result
 
     return scan_steps(step, state, (x, None if key is None else jax.random.split(key, x.shape[0])), mask)
 

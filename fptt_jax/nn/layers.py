@@ -65,7 +65,9 @@ class Recurrent(nnx.Module):
     """One time step as a function of (state, x_t [B, D]); reads the weights, and prepares them, once a window."""
     raise NotImplementedError
 
-  def __call__(self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+  def __call__(
+    self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
+  ) -> tuple[Any, jax.Array]:
     """Runs a window; see the module's docstring. `key` is not used: these layers have no noise of their own."""
     if x.ndim != 3 or x.shape[-1] != self.in_features:
       raise ValueError(f'{type(self).__name__} expected inputs [S, B, {self.in_features}], got shape {x.shape}.')
@@ -135,8 +137,8 @@ class GRU(Recurrent):
     r = \sigma(x W_{xr} + h W_{hr} + b_r), \quad z = \sigma(x W_{xz} + h W_{hz} + b_z), \quad
     n = \tanh(x W_{xn} + b_{xn} + r (h W_{hn} + b_{hn})), \quad h' = (1 - z) n + z h
 
-  Parameters: `w_x` [D, 3H], `w_h` [H, 3H], `bias` [3H] and `recurrent_bias` [3H], gates in the order r, z, n. Only the last third of
-  `recurrent_bias` is not redundant.
+  Parameters: `w_x` [D, 3H], `w_h` [H, 3H], `bias` [3H] and `recurrent_bias` [3H], gates in the order r, z, n. Only the last third
+  of `recurrent_bias` is not redundant.
 
   Args:
     in_features: D.
@@ -244,9 +246,9 @@ class AntisymmetricRNN(Recurrent):
       raise ValueError(f'expected epsilon > 0, gamma >= 0, w_scale >= 0; got {epsilon=}, {gamma=}, {w_scale=}.')
     self.epsilon, self.gamma = epsilon, gamma
     num_upper = hidden_features * (hidden_features - 1) // 2
-    normal = lambda shape, variance: variance**0.5 * jax.random.normal(rngs.params(), shape, param_dtype)
-    self.w = nnx.Param(normal((num_upper,), w_scale**2 / hidden_features))
-    self.v = nnx.Param(normal((in_features, 2 * hidden_features), 1 / in_features))
+    normal = jax.nn.initializers.normal
+    self.w = nnx.Param(normal(w_scale * hidden_features**-0.5)(rngs.params(), (num_upper,), param_dtype))
+    self.v = nnx.Param(normal(in_features**-0.5)(rngs.params(), (in_features, 2 * hidden_features), param_dtype))
     self.bias = nnx.Param(jnp.zeros(2 * hidden_features, param_dtype))
 
   def step(self) -> Step:
@@ -269,14 +271,16 @@ class AntisymmetricRNN(Recurrent):
 class Lift(nnx.Module):
   """A per-step cell of flax's protocol, (carry, x_t) -> (carry, y_t) with `initialize_carry`, run over windows."""
 
-  def __init__(self, cell: nnx.Module):
+  def __init__(self, cell: Any):
     self.cell = cell
 
   def initial_state(self, batch_size: int) -> Any:
     """The cell's own initial carry."""
     return self.cell.initialize_carry((batch_size, self.cell.in_features), nnx.Rngs(0))
 
-  def __call__(self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None) -> tuple[Any, jax.Array]:
+  def __call__(
+    self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
+  ) -> tuple[Any, jax.Array]:
     """Runs a window step by step."""
     return scan_steps(self.cell, state, x, mask)
 
@@ -311,6 +315,7 @@ class Stack(nnx.Module):
   ) -> tuple[tuple[Any, ...], jax.Array]:
     """Runs a window through all layers."""
     states, new_states = iter(state), []
+    layer: Any
     for number, layer in enumerate(self.layers):
       layer_key = None if key is None else jax.random.fold_in(key, number)
       if is_recurrent(layer):
@@ -351,11 +356,12 @@ def _gates(
   width = num_gates * hidden_features
   if init == 'torch':
     bound = hidden_features**-0.5
-    draw = lambda *shape: jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
-    return draw(in_features, width), draw(hidden_features, width), [draw(width) for _ in range(num_biases)]
+    shapes = [(in_features, width), (hidden_features, width), *[(width,)] * num_biases]
+    w_x, w_h, *biases = (jax.random.uniform(rngs.params(), shape, dtype, -bound, bound) for shape in shapes)
+    return w_x, w_h, biases
   if init == 'flax':
     normal, orthogonal = jax.nn.initializers.lecun_normal(), jax.nn.initializers.orthogonal()
-    w_x = [normal(rngs.params(), (in_features, hidden_features), dtype) for _ in range(num_gates)]
-    w_h = [orthogonal(rngs.params(), (hidden_features, hidden_features), dtype) for _ in range(num_gates)]
-    return jnp.concatenate(w_x, -1), jnp.concatenate(w_h, -1), [jnp.zeros(width, dtype) for _ in range(num_biases)]
+    input_kernels = [normal(rngs.params(), (in_features, hidden_features), dtype) for _ in range(num_gates)]
+    kernels = [orthogonal(rngs.params(), (hidden_features, hidden_features), dtype) for _ in range(num_gates)]
+    return jnp.concatenate(input_kernels, -1), jnp.concatenate(kernels, -1), [jnp.zeros(width, dtype) for _ in range(num_biases)]
   raise ValueError(f'init must be one of {list(INITS)}, got {init!r}.')
