@@ -1,0 +1,1 @@
+"""Scripts that run the paper's experiments: `python -m experiments.NAME --help`."""

@@ -1,0 +1,147 @@
+"""The adding problem (Hochreiter & Schmidhuber 1997): FPTT against its rivals, as in Figs. 1-3 of the paper.
+
+A sequence has two rows: numbers uniform in [0, 1], and two markers, one in each half. The target is the sum of the two marked
+numbers; always answering 1 gives a mean squared error of 1/6 = 0.167. Every batch is drawn afresh.
+
+The defaults run on two CPU cores in a quarter of an hour: T=100, an LSTM of 128, batch 128, K=10. The paper's settings are
+--seq_len=200|500|750|1000.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tabulate import tabulate
+from tqdm import tqdm
+
+from experiments import options, recipe, runs
+from experiments.options import check, option
+import fptt_jax
+from fptt_jax import nn
+
+CHANCE = 1 / 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(recipe.Recipe):
+  """Settings of the adding problem."""
+
+  method: tuple[str, ...] = option(('fptt', 'tbptt', 'bptt'), f'methods, one after the other: {", ".join(recipe.METHODS)}')
+  alpha: float = option(0.1, 'strength of the tie of W to its summary')
+  clip: float = option(1.0, 'largest global norm of the gradient; 0 does not clip')
+  seq_len: int = option(100, 'T, steps of a sequence')
+  hidden: int = option(128, 'H, LSTM units')
+  batch_size: int = option(128, 'B, fresh sequences a batch')
+  batches: int = option(2500, 'training batches; each gives K updates, or one')
+  forget_bias: float = option(1.0, "initial bias of the LSTM's forget gate")
+  decay: bool = option(True, 'decay the learning rate to 0 over the run along a half cosine (False: constant, as in the paper)')
+  test_size: int = option(1024, 'sequences of the test set, drawn independently')
+  eval_every: int = option(100, 'batches between evaluations, which are also checkpoints')
+  workdir: str = option('', 'folder of the run; default runs/add_task-TIME. The same command and folder resume a run')
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for name in ('hidden', 'batch_size', 'batches', 'test_size', 'eval_every'):
+      check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
+    check(self.seq_len >= 2, 'seq_len', self.seq_len, 'at least 2 (a marker in each half)')
+    fptt_jax.cut(self.seq_len, num_windows=self.num_windows)
+
+
+def draw_batch(key: jax.Array, seq_len: int, batch_size: int) -> fptt_jax.Batch:
+  """Draws inputs [T, B, 2] (value, marker) and targets [B]; one marker in each half of the sequence."""
+  value_key, first_key, second_key = jax.random.split(key, 3)
+  values = jax.random.uniform(value_key, (seq_len, batch_size))
+  first = jax.random.randint(first_key, (batch_size,), 0, seq_len // 2)
+  second = jax.random.randint(second_key, (batch_size,), seq_len // 2, seq_len)
+  steps = jnp.arange(seq_len)[:, None]
+  markers = ((steps == first[None]) | (steps == second[None])).astype(values.dtype)
+  return fptt_jax.Batch(jnp.stack([values, markers], axis=-1), jnp.sum(values * markers, axis=0))
+
+
+def make_model(config: Config) -> fptt_jax.Model:
+  """One LSTM and a linear readout."""
+  return nn.from_nnx(
+    lambda rngs: nn.Stack(
+      nn.LSTM(2, config.hidden, forget_bias=config.forget_bias, rngs=rngs), nnx.Linear(config.hidden, 1, rngs=rngs)
+    )
+  )
+
+
+def train(config: Config, method: str, seed: int, folder: Path) -> dict[str, Any]:
+  """Trains by one method from one seed and returns its summary."""
+  num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
+  schedule = optax.cosine_decay_schedule(config.lr, config.batches * updates) if config.decay else config.lr
+  trainer = recipe.make_trainer(config, method, make_model(config), fptt_jax.losses.terminal_regression(), schedule)
+  draw = jax.jit(draw_batch, static_argnums=(1, 2))
+  init_key, data_key, test_key = jax.random.split(jax.random.key(seed), 3)
+  test_batch = draw(test_key, config.seq_len, config.test_size)
+
+  run = runs.Run(folder / f'{method}-seed{seed}')
+  first, state, _ = run.restore(trainer.init(init_key, draw(data_key, config.seq_len, config.batch_size)))
+  with tqdm(total=config.batches, initial=first, desc=f'{method} seed {seed}', unit='batch', disable=None) as bar:
+    for step in range(first + 1, config.batches + 1):
+      batch = draw(jax.random.fold_in(data_key, step), config.seq_len, config.batch_size)
+      state, metrics = trainer.step(state, batch)
+      bar.update()
+      if step % config.eval_every == 0 or step == config.batches:
+        totals, _ = trainer.evaluate(recipe.evaluation_params(config, method, state), test_batch)
+        row = run.log(
+          step,
+          updates=step * updates,
+          train_loss=float(np.mean(metrics.loss)),
+          grad_norm=float(np.mean(metrics.grad_norm)),
+          test_mse=fptt_jax.means(totals)['loss'],
+        )
+        run.save(step, state)
+        bar.write(
+          f'{method:>11} seed {seed}  batch {step:>6}  updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  '
+          f'test MSE {row["test_mse"]:.4f}  {row["seconds"]:.0f} s'
+        )
+        if not np.isfinite(row['train_loss']):
+          break
+  run.close()
+  solved = [row['step'] for row in run.rows if row['test_mse'] < 0.01]
+  return {
+    'method': method,
+    'seed': seed,
+    'K': num_windows,
+    'batches': run.rows[-1]['step'],
+    'updates': run.rows[-1]['updates'],
+    'test_mse': run.rows[-1]['test_mse'],
+    'best_mse': min(row['test_mse'] for row in run.rows),
+    'below_0.01_at': solved[0] if solved else None,
+    'seconds': run.rows[-1]['seconds'],
+  }
+
+
+def report(folder: Path, summaries: Iterable[dict[str, Any]]) -> None:
+  """Prints the table, draws the convergence plot, writes the summary."""
+  summaries = list(summaries)
+  runs.write_summary(folder, summaries)
+  curves: dict[str, list[tuple[list[float], list[float]]]] = {}
+  for summary in summaries:
+    rows = runs.read_jsonl(folder / f'{summary["method"]}-seed{summary["seed"]}' / 'metrics.jsonl')
+    curves.setdefault(summary['method'], []).append(([r['step'] for r in rows], [r['test_mse'] for r in rows]))
+  runs.plot_curves(folder / 'convergence.png', curves, 'batches', 'test MSE', {'chance': CHANCE, 'solved': 0.01})
+  columns = ('method', 'seed', 'K', 'batches', 'updates', 'test_mse', 'best_mse', 'below_0.01_at', 'seconds')
+  table = [[summary[column] for column in columns] for summary in summaries]
+  print(tabulate(table, [c.replace('_', ' ') for c in columns], floatfmt='.4f', missingval='never'))
+  print(f'chance {CHANCE:.3f} (answering 1); test MSE is the one after the last batch')
+  print(f'metrics, summary.json and convergence.png are in {folder}')
+
+
+def main(config: Config) -> None:
+  """Trains by each method from each seed."""
+  folder = runs.open_workdir(config.workdir, 'add_task', config)
+  print(f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}; writing to {folder}')
+  report(folder, [train(config, method, seed, folder) for method in config.method for seed in config.seeds])
+
+
+if __name__ == '__main__':
+  options.run(main, Config)

@@ -1,0 +1,83 @@
+"""Configurations as dataclasses, and the absl flags made from them: a setting is declared in one place."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, TypeVar
+
+from absl import app, flags, logging
+
+# The flags belong to the script that defines them, so that its --help shows them.
+flags.disclaim_key_flags()
+
+C = TypeVar('C')
+
+
+class UserError(Exception):
+  """Something the user can put right: printed as one line, without a traceback."""
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+  """A dataclass field that is also a flag. A tuple as default makes a comma-separated list."""
+  return dataclasses.field(default=default, metadata={'help': text, 'choices': choices})
+
+
+def run(main: Callable[[C], None], config_class: type[C]) -> None:
+  """Defines a flag for each field of `config_class`, parses the command line, and calls `main` with the configuration."""
+  for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+    _define(field)
+
+  def parsed(argv: list[str]) -> None:
+    if len(argv) > 1:
+      raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+    values = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
+    try:
+      config = config_class(**{name: _read(config_class, name, value) for name, value in values.items()})
+    except ValueError as error:
+      raise SystemExit(f'error: {error} See --help.') from error
+    try:
+      main(config)
+    except UserError as error:
+      raise SystemExit(f'error: {error}') from error
+
+  app.run(parsed)
+
+
+def _define(field: Any) -> None:
+  text, choices, default = field.metadata['help'], field.metadata['choices'], field.default
+  if isinstance(default, tuple):
+    flags.DEFINE_list(field.name, [str(value) for value in default], text)
+  elif choices:
+    flags.DEFINE_enum(field.name, default, list(choices), text)
+  elif isinstance(default, bool):
+    flags.DEFINE_bool(field.name, default, text)
+  elif isinstance(default, int) or 'int' in str(field.type):
+    flags.DEFINE_integer(field.name, default, text)
+  elif isinstance(default, float) or 'float' in str(field.type):
+    flags.DEFINE_float(field.name, default, text)
+  else:
+    flags.DEFINE_string(field.name, default, text)
+
+
+def _read(config_class: type, name: str, value: Any) -> Any:
+  """A list flag's strings as a tuple of the default's type; '0:3' stands for 0, 1, 2."""
+  default = next(f.default for f in dataclasses.fields(config_class) if f.name == name)
+  if not isinstance(default, tuple):
+    return value
+  items: list[Any] = []
+  for text in value:
+    if not isinstance(default[0], int):
+      items.append(text)
+    elif ':' in text:
+      first, last = (int(part) for part in text.split(':'))
+      items.extend(range(first, last))
+    else:
+      items.append(int(text))
+  return tuple(items)
+
+
+def check(condition: bool, name: str, got: Any, expected: str) -> None:
+  """Raises the ValueError that a flag with a value of no meaning deserves."""
+  if not condition:
+    raise ValueError(f'--{name} must be {expected}, got {got!r}.')

@@ -1,0 +1,132 @@
+"""The settings all experiments share: training method, FPTT's hyper-parameters, optimiser."""
+
+import dataclasses
+import math
+import warnings
+
+import jax
+import optax
+
+from experiments.options import check, option
+import fptt_jax
+
+METHODS = tuple(fptt_jax.METHODS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How a model is trained, apart from the task."""
+
+  method: tuple[str, ...] = option(('fptt',), f'methods to train by, one after the other: {", ".join(METHODS)}')
+  seeds: tuple[int, ...] = option((0,), 'seeds, one run each: 0,1,2 or 0:3')
+  num_windows: int | None = option(None, 'K, updates a sequence; default round(sqrt(T)), for methods that do not fix it')
+  final_steps: int = option(300, "k of method 'tbptt_final': the last steps that are differentiated")
+  alpha: float = option(0.5, 'strength of the tie of W to its summary')
+  beta: float = option(0.5, 'mixing of the summary')
+  kappa: float = option(1.0, 'scale of the quadratic term')
+  rho: float = option(0.0, 'fades the linear term')
+  correction: str = option('eq6', 'coefficient of the previous gradient: 1 (Eq. 6) or 1/2 (Eq. 4)', ('eq6', 'eq4'))
+  gradient_estimate: str = option('running', 'estimate of the gradient at the new weights', ('running', 'explicit', 'lagged'))
+  inner_steps: int = option(1, 'gradient steps a window')
+  optimizer: str = option('adam', 'base optimiser', ('adam', 'sgd'))
+  lr: float = option(1e-3, 'learning rate')
+  momentum: float = option(0.0, "heavy-ball momentum of 'sgd'")
+  clip: float = option(0.0, 'largest global norm of the gradient; 0 does not clip')
+  clip_regulariser: bool = option(True, 'clip loss plus regulariser, as the release does, rather than the loss gradient alone')
+  evaluate_at: str = option('w', 'evaluate at the weights or at their summary (fptt only)', ('w', 'w_bar'))
+
+  def __post_init__(self) -> None:
+    check(bool(self.method) and set(self.method) <= set(METHODS), 'method', self.method, f'out of {", ".join(METHODS)}')
+    check(bool(self.seeds) and min(self.seeds, default=-1) >= 0, 'seeds', self.seeds, 'integers >= 0')
+    check(self.num_windows is None or self.num_windows >= 1, 'num_windows', self.num_windows, 'at least 1')
+    check(self.final_steps >= 1, 'final_steps', self.final_steps, 'at least 1')
+    check(0 < self.lr < math.inf, 'lr', self.lr, 'a finite number > 0')
+    check(0 <= self.momentum < 1, 'momentum', self.momentum, 'in [0, 1)')
+    check(self.momentum == 0 or self.optimizer == 'sgd', 'momentum', self.momentum, '0 unless --optimizer=sgd')
+    check(0 <= self.clip < math.inf, 'clip', self.clip, 'a finite number >= 0')
+    regularise(self, optax.sgd(self.lr))  # Raises on FPTT options of no meaning.
+
+
+def regularise(recipe: Recipe, base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """FPTT around `base` with the recipe's hyper-parameters."""
+  return fptt_jax.fptt(
+    base,
+    alpha=recipe.alpha,
+    beta=recipe.beta,
+    kappa=recipe.kappa,
+    rho=recipe.rho,
+    correction=recipe.correction,
+    gradient_estimate=recipe.gradient_estimate,
+    inner_steps=recipe.inner_steps,
+  )
+
+
+def make_optimizer(recipe: Recipe, method: str, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+  """The chain of clipping, base optimiser and regulariser for one method; its state holds 'learning_rate', which may be set.
+
+  Warns when FPTT's own recursion would grow: the advisor's radius at the initial learning rate is above 1.
+  """
+  regularised = fptt_jax.METHODS[method].regularised
+  if recipe.optimizer == 'sgd':
+    base = optax.inject_hyperparams(optax.sgd)(learning_rate=learning_rate, momentum=recipe.momentum)
+    if regularised and recipe.gradient_estimate == 'running':
+      warn_if_unstable(recipe)
+  else:
+    base = optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
+  clip = optax.clip_by_global_norm(recipe.clip) if recipe.clip else optax.identity()
+  if not regularised:
+    return optax.chain(clip, base)
+  if recipe.clip_regulariser:
+    return regularise(recipe, optax.chain(clip, base))
+  return optax.chain(clip, regularise(recipe, base))
+
+
+def warn_if_unstable(recipe: Recipe) -> None:
+  """Warns when FPTT with SGD at these settings is unstable even where the loss is flat."""
+  settings = dict(kappa=recipe.kappa, beta=recipe.beta, rho=recipe.rho, correction=recipe.correction, momentum=recipe.momentum)
+  radius = fptt_jax.stability(recipe.lr, recipe.alpha, **settings)
+  if radius > 1:
+    warnings.warn(
+      f'FPTT with SGD at lr={recipe.lr:g}, alpha={recipe.alpha:g}, {settings} is unstable even on a flat loss: its linearised '
+      f'recursion has spectral radius {radius:.2f} > 1. Lower lr * alpha.',
+      stacklevel=2,
+    )
+
+
+def make_trainer(
+  recipe: Recipe,
+  method: str,
+  model: fptt_jax.Model,
+  loss: fptt_jax.Loss,
+  learning_rate: optax.ScalarOrSchedule,
+  carry_hidden: bool = False,
+) -> fptt_jax.Trainer:
+  """The trainer of one method."""
+  setting = fptt_jax.METHODS[method]
+  return fptt_jax.trainer(
+    model,
+    loss,
+    make_optimizer(recipe, method, learning_rate),
+    method=setting,
+    num_windows=recipe.num_windows if setting.num_windows is None else None,
+    carry_hidden=carry_hidden,
+    inner_steps=recipe.inner_steps,
+    final_steps=recipe.final_steps if setting.final_steps_only else None,
+  )
+
+
+def updates_a_sequence(recipe: Recipe, method: str, seq_len: int) -> tuple[int, int]:
+  """(K, optimiser updates) of one sequence of `seq_len` steps."""
+  setting = fptt_jax.METHODS[method]
+  if setting.num_windows is None:
+    num_windows = fptt_jax.cut(seq_len, num_windows=recipe.num_windows).num_windows
+  else:
+    num_windows = seq_len if setting.num_windows == 'T' else int(setting.num_windows)
+  return num_windows, (num_windows if setting.update_each_window else 1) * recipe.inner_steps
+
+
+def evaluation_params(recipe: Recipe, method: str, state: fptt_jax.TrainState) -> jax.typing.ArrayLike:
+  """The parameters to evaluate at."""
+  if recipe.evaluate_at == 'w_bar' and fptt_jax.METHODS[method].regularised:
+    return fptt_jax.fptt_eval_params(state.opt_state, state.params)
+  return state.params

@@ -1,0 +1,153 @@
+"""A run's folder: its configuration, metrics, checkpoints, summary and plot.
+
+WORKDIR/config.json        what was asked for
+WORKDIR/NAME/metrics.jsonl one line an interval (NAME is method and seed)
+WORKDIR/NAME/checkpoints/  the whole carry, so that the same command goes on where a killed run stopped
+WORKDIR/summary.json       what came out, and on which machine
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+import platform
+import time
+from typing import Any, TextIO
+
+import jax
+from matplotlib.figure import Figure
+import orbax.checkpoint as ocp
+
+from experiments.options import UserError
+import fptt_jax
+
+
+class Run:
+  """One training run (a method and a seed) in its own folder.
+
+  Attributes:
+    folder: where it writes.
+    rows: the metrics lines so far, restored ones included.
+  """
+
+  def __init__(self, folder: Path):
+    self.folder = folder
+    self.rows: list[dict[str, Any]] = []
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    self._checkpoints = ocp.CheckpointManager((folder / 'checkpoints').absolute(), options=options)
+    self._seconds_before = 0.0
+    self._started = time.perf_counter()
+
+  def restore(self, carry: Any) -> tuple[int, Any, dict[str, Any]]:
+    """(last saved step, carry, record) of an earlier process, or (0, `carry`, {}) for a fresh run.
+
+    Metrics lines written after the last checkpoint are dropped: their steps are about to be run again.
+    """
+    step = self._checkpoints.latest_step()
+    if step is None:
+      return 0, carry, {}
+    arguments = ocp.args.Composite(carry=ocp.args.StandardRestore(carry), record=ocp.args.JsonRestore())
+    saved = self._checkpoints.restore(step, args=arguments)
+    self.rows = [row for row in read_jsonl(self.folder / 'metrics.jsonl') if row['step'] <= step]
+    with replaced(self.folder / 'metrics.jsonl') as file:
+      file.writelines(json.dumps(row) + '\n' for row in self.rows)
+    self._seconds_before = saved.record['seconds']
+    return step, saved.carry, saved.record
+
+  def log(self, step: int, **metrics: Any) -> dict[str, Any]:
+    """Appends a line to metrics.jsonl; `seconds` is the run's wall-clock, restarts included."""
+    row = {'step': step, 'seconds': round(self.seconds, 2), **metrics}
+    self.rows.append(row)
+    with (self.folder / 'metrics.jsonl').open('a') as file:
+      file.write(json.dumps(row) + '\n')
+    return row
+
+  def save(self, step: int, carry: Any, **record: Any) -> None:
+    """Saves the carry after `step`, in the background."""
+    arguments = ocp.args.Composite(
+      carry=ocp.args.StandardSave(carry), record=ocp.args.JsonSave({'seconds': self.seconds, **record})
+    )
+    self._checkpoints.save(step, args=arguments)
+
+  @property
+  def seconds(self) -> float:
+    """Wall-clock of the run so far, that of earlier processes included."""
+    return self._seconds_before + time.perf_counter() - self._started
+
+  def close(self) -> None:
+    """Waits for the last checkpoint."""
+    self._checkpoints.close()
+
+
+def open_workdir(workdir: str, script: str, config: Any) -> Path:
+  """Makes the folder and writes config.json, or checks that the folder was made with the same configuration.
+
+  Raises:
+    UserError: the folder holds runs of another configuration, or cannot be written.
+  """
+  folder = Path(workdir or f'runs/{script}-{time.strftime("%Y%m%d-%H%M%S")}').absolute()
+  described = {'script': script, **json.loads(json.dumps(dataclasses.asdict(config)))}
+  described.pop('workdir', None)
+  path = folder / 'config.json'
+  try:
+    if path.exists():
+      found = json.loads(path.read_text())
+      keys = sorted({*found, *described})
+      differ = [f'{k}: was {found.get(k)!r}, now {described.get(k)!r}' for k in keys if found.get(k) != described.get(k)]
+      if differ:
+        raise UserError(f'{folder} holds runs of another configuration; {"; ".join(differ)}. Choose another --workdir.')
+    else:
+      folder.mkdir(parents=True, exist_ok=True)
+      with replaced(path) as file:
+        file.write(json.dumps(described, indent=2) + '\n')
+  except OSError as error:
+    raise UserError(f'cannot write to --workdir={folder}: {error}') from error
+  return folder
+
+
+def write_summary(folder: Path, runs: list[dict[str, Any]]) -> None:
+  """Writes what came out and what it ran on."""
+  devices = sorted({device.device_kind for device in jax.devices()})
+  described = {
+    'config': json.loads((folder / 'config.json').read_text()),
+    'runs': runs,
+    'hardware': {'devices': devices, 'cpu_cores': os.cpu_count(), 'machine': platform.machine()},
+    'versions': {'python': platform.python_version(), 'jax': jax.__version__, 'fptt_jax': fptt_jax.__version__},
+  }
+  with replaced(folder / 'summary.json') as file:
+    file.write(json.dumps(described, indent=2) + '\n')
+
+
+def plot_curves(
+  path: Path, curves: dict[str, Sequence[tuple[list[float], list[float]]]], xlabel: str, ylabel: str, lines: dict[str, float]
+) -> None:
+  """One colour a method, one thin line a seed; `lines` are horizontal marks."""
+  figure = Figure(figsize=(7, 4.5), layout='constrained')
+  axes = figure.subplots()
+  for number, (name, runs) in enumerate(curves.items()):
+    for seed, (x, y) in enumerate(runs):
+      axes.plot(x, y, color=f'C{number}', label=name if seed == 0 else None, linewidth=1.5)
+  for number, (name, value) in enumerate(lines.items()):
+    axes.axhline(value, color='0.5', linestyle=('--', ':')[number % 2], linewidth=1, label=name)
+  axes.set(xlabel=xlabel, ylabel=ylabel, yscale='log')
+  axes.grid(alpha=0.3, which='both')
+  axes.legend()
+  figure.savefig(path, dpi=120)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+  """The whole lines of a JSONL file; a last line cut off by a kill is left out."""
+  if not path.exists():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[TextIO]:
+  """A file that takes the place of `path` when it is complete."""
+  temporary = path.with_name(path.name + '.tmp')
+  with temporary.open('w') as file:
+    yield file
+  temporary.replace(path)
