@@ -36,3 +36,50 @@ def tagging_batch(
   rng = np.random.default_rng(seed)
   inputs = rng.normal(size=(num_steps, batch_size, features)).astype(dtype)
   return fptt_jax.Batch(inputs, rng.integers(0, classes, (num_steps, batch_size)).astype(np.int32))
+
+
+def label_batch(
+  num_steps: int, batch_size: int, features: int = 2, classes: int = 3, seed: int = 0, dtype: type = np.float32
+) -> fptt_jax.Batch:
+  """Random sequences with one label each."""
+  rng = np.random.default_rng(seed)
+  inputs = rng.normal(size=(num_steps, batch_size, features)).astype(dtype)
+  return fptt_jax.Batch(inputs, rng.integers(0, classes, batch_size).astype(np.int32))
+
+
+def series_batch(
+  num_steps: int, batch_size: int, features: int = 2, out: int = 1, seed: int = 0, dtype: type = np.float32
+) -> fptt_jax.Batch:
+  """Random sequences with a real target each step."""
+  rng = np.random.default_rng(seed)
+  inputs = rng.normal(size=(num_steps, batch_size, features)).astype(dtype)
+  return fptt_jax.Batch(inputs, rng.normal(size=(num_steps, batch_size, out)).astype(dtype))
+
+
+def elman(
+  features: int = 2, hidden: int = 4, out: int = 1, dtype: jax.typing.DTypeLike = jnp.float32, dropout: float = 0.0
+) -> fptt_jax.Model:
+  """h' = tanh(x A + h C + b), y = h V as plain functions: quick to compile, and independent of `fptt_jax.nn` and Flax."""
+
+  def init(key: jax.Array) -> dict[str, jax.Array]:
+    a, b, c, v = jax.random.split(key, 4)
+    return {
+      'a': jax.random.normal(a, (features, hidden), dtype),
+      'b': jax.random.normal(b, (hidden,), dtype),
+      'c': jax.random.normal(c, (hidden, hidden), dtype) / hidden**0.5,
+      'v': jax.random.normal(v, (hidden, out), dtype),
+    }
+
+  def apply(params, h, x, mask, key):
+    def step(h, inputs):
+      x_t, mask_t = inputs
+      new = jnp.tanh(x_t @ params['a'] + h @ params['c'] + params['b'][None])
+      h = new if mask_t is None else jnp.where(mask_t[:, None], new, h)
+      return h, new
+
+    h, hs = jax.lax.scan(step, h, (x, mask))
+    if dropout and key is not None:
+      hs = hs * jax.random.bernoulli(key, 1 - dropout, hs.shape).astype(hs.dtype) / (1 - dropout)
+    return h, hs @ params['v']
+
+  return fptt_jax.Model(init, lambda batch_size: jnp.zeros((batch_size, hidden), dtype), apply)

@@ -1,0 +1,161 @@
+"""The adding problem's script, and what every script shares: flags, run folders, resuming."""
+
+import dataclasses
+import json
+from pathlib import Path
+import subprocess
+import sys
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from experiments import add_task, options, recipe, runs
+
+TINY = dict(seq_len=12, num_windows=3, hidden=4, batch_size=8, batches=6, eval_every=2, test_size=16)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+  """Metrics without the wall-clock."""
+  return [{k: v for k, v in row.items() if k != 'seconds'} for row in runs.read_jsonl(folder / 'metrics.jsonl')]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run([sys.executable, '-m', 'experiments.add_task', *arguments], capture_output=True, text=True, check=False)
+
+
+def test_draw_batch_has_one_marker_in_each_half_and_their_sum_as_target() -> None:
+  """The definition of the task (Sec. 4.4), and its chance level: answering 1 errs by 1/6 on average."""
+  batch = add_task.draw_batch(jax.random.key(3), 21, 4000)
+  values, markers = np.asarray(batch.inputs[..., 0]), np.asarray(batch.inputs[..., 1])
+  np.testing.assert_array_equal(markers[:10].sum(0), 1)
+  np.testing.assert_array_equal(markers[10:].sum(0), 1)
+  assert set(np.unique(markers)) == {0.0, 1.0}
+  assert markers.mean(1).min() > 0  # each step is marked in some sequence
+  np.testing.assert_allclose(batch.targets, (values * markers).sum(0), rtol=1e-6)
+  assert np.mean((batch.targets - 1) ** 2) == pytest.approx(add_task.CHANCE, rel=0.05)
+
+
+def test_every_method_runs_and_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """One command gives a table, a plot, a summary, and a line of metrics an interval, for all seven methods."""
+  config = add_task.Config(method=recipe.METHODS, final_steps=5, workdir=str(tmp_path / 'run'), **TINY)
+  add_task.main(config)
+  folder = tmp_path / 'run'
+  summary = json.loads((folder / 'summary.json').read_text())
+  assert [run['method'] for run in summary['runs']] == list(recipe.METHODS)
+  updates = {run['method']: run['updates'] for run in summary['runs']}
+  assert updates == {'fptt': 18, 'tbptt': 18, 'ogd': 72, 'bptt': 6, 'tbptt_final': 6, 'bptt_aux': 6, 'ftrl': 18}
+  for method in recipe.METHODS:
+    rows = read_rows(folder / f'{method}-seed0')
+    assert [row['step'] for row in rows] == [2, 4, 6]
+    assert all(np.isfinite(row['test_mse']) and row['grad_norm'] > 0 for row in rows)
+  assert (folder / 'convergence.png').stat().st_size > 10_000
+  assert json.loads((folder / 'config.json').read_text())['seq_len'] == 12
+  printed = capsys.readouterr().out
+  assert str(folder) in printed
+  assert 'chance 0.167' in printed
+
+
+@pytest.mark.parametrize('method', ['fptt', 'bptt'])
+def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+  """A run stopped between two checkpoints, started again, ends with the very metrics and weights of a run never stopped."""
+  config = add_task.Config(method=(method,), seeds=(3,), optimizer='sgd', momentum=0.9, lr=0.1, decay=False, **TINY)
+  whole = add_task.train(config, method, 3, tmp_path / 'whole')
+
+  save, saves = runs.Run.save, []
+
+  def interrupted_save(self: runs.Run, step: int, carry: Any, **record: Any) -> None:
+    if len(saves) == 1:  # The second interval's metrics are written, its checkpoint is not.
+      self.close()
+      raise KeyboardInterrupt
+    saves.append(step)
+    save(self, step, carry, **record)
+
+  monkeypatch.setattr(runs.Run, 'save', interrupted_save)
+  with pytest.raises(KeyboardInterrupt):
+    add_task.train(config, method, 3, tmp_path / 'cut')
+  monkeypatch.undo()
+  assert [row['step'] for row in read_rows(tmp_path / 'cut' / f'{method}-seed3')] == [2, 4]
+  resumed = add_task.train(config, method, 3, tmp_path / 'cut')
+
+  assert read_rows(tmp_path / 'cut' / f'{method}-seed3') == read_rows(tmp_path / 'whole' / f'{method}-seed3')
+  assert {**resumed, 'seconds': 0} == {**whole, 'seconds': 0}
+  trainer = recipe.make_trainer(config, method, add_task.make_model(config), add_task.fptt_jax.losses.terminal_regression(), 0.1)
+  states = []
+  for name in ('whole', 'cut'):
+    run = runs.Run(tmp_path / name / f'{method}-seed3')
+    step, state, _ = run.restore(trainer.init(jax.random.key(0), add_task.draw_batch(jax.random.key(0), 12, 8)))
+    run.close()
+    assert step == 6
+    states.append(state._replace(key=jax.random.key_data(state.key)))
+  chex.assert_trees_all_equal(*states)
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
+  """Results of two configurations never mix: the message lists what differs, and nothing is written."""
+  config = add_task.Config(workdir=str(tmp_path), **TINY)
+  runs.open_workdir(config.workdir, 'add_task', config)
+  assert runs.open_workdir(config.workdir, 'add_task', config) == tmp_path
+  other = dataclasses.replace(config, lr=0.5)
+  with pytest.raises(options.UserError, match=r'another configuration; lr: was 0.001, now 0.5\. Choose another --workdir'):
+    runs.open_workdir(config.workdir, 'add_task', other)
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(options.UserError, match='cannot write to --workdir'):
+    runs.open_workdir(str(tmp_path / 'file' / 'below'), 'add_task', config)
+
+
+def test_metrics_cut_off_by_a_kill_are_left_out(tmp_path: Path) -> None:
+  """A line without its end is not data."""
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+  assert runs.read_jsonl(path) == [{'step': 1}, {'step': 2}]
+  assert runs.read_jsonl(tmp_path / 'none') == []
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (dict(method=('fptp',)), r"--method must be out of fptt, tbptt, .*, got \('fptp',\)"),
+    (dict(seeds=(-1,)), '--seeds must be integers >= 0'),
+    (dict(num_windows=0), '--num_windows must be at least 1, got 0'),
+    (dict(num_windows=101), 'num_windows must be between 1 and the sequence length T=100, got 101'),
+    (dict(lr=0.0), '--lr must be a finite number > 0, got 0.0'),
+    (dict(lr=float('nan')), '--lr must be a finite number > 0, got nan'),
+    (dict(momentum=0.9), '--momentum must be 0 unless --optimizer=sgd, got 0.9'),
+    (dict(clip=-1.0), '--clip must be a finite number >= 0'),
+    (dict(alpha=0.0), 'alpha must be a finite number > 0'),
+    (dict(batches=0), '--batches must be at least 1, got 0'),
+    (dict(seq_len=1), '--seq_len must be at least 2'),
+    (dict(inner_steps=0), 'inner_steps must be an integer >= 1'),
+  ],
+)
+def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
+  """Each is refused before anything is compiled, saying what was got and what was expected."""
+  with pytest.raises(ValueError, match=message):
+    add_task.Config(**settings)
+
+
+def test_unstable_sgd_is_warned_about() -> None:
+  """The trainer knows the learning rate: past radius 1 the advisor speaks; below it, and for Adam, it is silent."""
+  unstable = add_task.Config(optimizer='sgd', lr=4.0, alpha=1.0)
+  with pytest.warns(UserWarning, match=r'lr=4, alpha=1.* spectral radius [1-9]\.\d\d > 1'):
+    recipe.make_optimizer(unstable, 'fptt', unstable.lr)
+  recipe.make_optimizer(unstable, 'tbptt', unstable.lr)
+  recipe.make_optimizer(dataclasses.replace(unstable, lr=0.5), 'fptt', 0.5)
+  recipe.make_optimizer(dataclasses.replace(unstable, optimizer='adam'), 'fptt', 4.0)
+
+
+def test_command_line(tmp_path: Path) -> None:
+  """Help shows the flags, a bad value is one line, a range of seeds runs, and the same command again only reports."""
+  shown = command('--help')
+  assert '--alpha: strength of the tie of W to its summary' in shown.stdout
+  bad = command('--lr=-1')
+  assert (bad.returncode, bad.stderr.strip()) == (1, 'error: --lr must be a finite number > 0, got -1.0. See --help.')
+  flags = [f'--{name}={value}' for name, value in TINY.items()] + ['--method=tbptt', '--seeds=0:2', f'--workdir={tmp_path}']
+  first, again = command(*flags), command(*flags)
+  assert first.returncode == 0, first.stderr
+  assert first.stdout.count('batch      6') == 2
+  assert again.stdout.count('batch      6') == 0
+  assert first.stdout.splitlines()[-4:] == again.stdout.splitlines()[-4:]

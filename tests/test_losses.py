@@ -1,0 +1,484 @@
+"""Losses against the same formulas in NumPy, on numbers small enough to follow by hand."""
+
+import chex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fptt_jax
+from fptt_jax import losses
+from fptt_jax.windows import window_at
+
+C = 3
+WITH_DIVERGENCE = ('class_ema', 'last_epoch', 'example', 'uniform')
+EXACT = dict(rtol=3e-6, atol=1e-6)  # float32 rounding
+
+
+def window(k: int, cuts: list[int], lengths: list[int]) -> fptt_jax.Window:
+  """The k-th of the windows between the given borders, written out."""
+  size = max(np.diff(cuts))
+  steps = np.arange(cuts[k], cuts[k] + size)
+  mask = (steps < cuts[k + 1])[:, None] & (steps[:, None] < np.array(lengths))
+  number = lambda n: jnp.asarray(n, jnp.int32)
+  return fptt_jax.Window(
+    number(k), len(cuts) - 1, int(size), number(cuts[k]), number(cuts[k + 1]), number(lengths), jnp.asarray(mask)
+  )
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+  logits = logits.astype(np.float64)
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def classification(divergence: str) -> losses.Loss:
+  return losses.terminal_classification(C, divergence=divergence, num_examples=5 if divergence == 'example' else None)
+
+
+def targets_for(divergence: str, labels: list[int] | np.ndarray) -> object:
+  """Labels, with example ids 4, 3, 2, ... where the mode needs them."""
+  labels = jnp.asarray(labels)
+  return (labels, 4 - jnp.arange(len(labels))) if divergence == 'example' else labels
+
+
+# Terminal classification.
+
+
+@pytest.mark.parametrize('divergence', [*WITH_DIVERGENCE, 'none'])
+def test_terminal_objective_by_hand(divergence):
+  """β CE + (1 - β) Div at the window's last output, β = t/T = 2/6; Div = -Σ_c Q(c) log P(c) is a sum over the classes (the mean,
+  as the release has it, would be C times smaller) and Q starts uniform. 'none' leaves β CE."""
+  loss, labels = classification(divergence), [2, 0, 2, 1]
+  outputs = random(2, 4, C)
+  value, _ = loss.apply(outputs, targets_for(divergence, labels), window(0, [0, 2, 4, 6], [6] * 4), loss.init(3))
+  log_p = log_softmax(outputs[-1])
+  cross_entropy = -log_p[np.arange(4), labels]
+  div = 0 if divergence == 'none' else -(log_p / C).sum(-1)
+  np.testing.assert_allclose(value, np.mean(2 / 6 * cross_entropy + 4 / 6 * div), **EXACT)
+
+
+@pytest.mark.parametrize('divergence', [*WITH_DIVERGENCE, 'none'])
+def test_one_window_is_plain_cross_entropy(divergence):
+  """With K = 1 β is 1: the objective is the cross-entropy of the last output, whatever Q holds."""
+  loss, labels, outputs = classification(divergence), [2, 0, 1], random(4, 3, C)
+  anything = jax.tree.map(lambda q: jnp.asarray(random(*q.shape, seed=1)), loss.init(1))
+  value, _ = loss.apply(outputs, targets_for(divergence, labels), window(0, [0, 4], [4] * 3), anything)
+  np.testing.assert_allclose(value, -log_softmax(outputs[-1])[np.arange(3), labels].mean(), **EXACT)
+
+
+def test_ragged_terminal_objective_by_hand():
+  """β = t/length_i at each sequence's own last valid step; ended sequences contribute nothing and the mean is over the others."""
+  loss = losses.terminal_classification(C, divergence='uniform')
+  cuts, lengths, labels = [0, 2, 5, 7], [7, 3, 2, 4], [0, 1, 2, 1]
+  outputs = random(3, 4, C)
+
+  def expected(k: int) -> float:
+    terms = []
+    for row, length in enumerate(lengths):
+      if length > cuts[k]:
+        t = min(length, cuts[k + 1])
+        log_p = log_softmax(outputs[t - cuts[k] - 1, row])
+        terms.append(-t / length * log_p[labels[row]] - (1 - t / length) * log_p.mean())
+    return np.mean(terms)
+
+  for k in range(3):
+    value, _ = loss.apply(outputs, jnp.array(labels), window(k, cuts, lengths), loss.init(3))
+    np.testing.assert_allclose(value, expected(k), **EXACT)
+
+
+def test_class_ema_by_hand():
+  """Q[k, c] moves by 1 - decay towards the mean prediction of the sequences of class c, only in window k and only where the batch
+  has the class; the objective uses the table before the move."""
+  loss = losses.terminal_classification(C, ema_decay=0.75)
+  cuts, labels = [0, 1, 2], [2, 0, 2]  # no sequence of class 1
+  state, table = loss.init(2), np.full((2, C, C), 1 / C)
+  for visit, k in enumerate([0, 0, 1]):
+    outputs = random(1, 3, C, seed=visit)
+    log_p = log_softmax(outputs[0])
+    beta = (k + 1) / 2
+    expected = np.mean(-beta * log_p[np.arange(3), labels] - (1 - beta) * (table[k, labels] * log_p).sum(-1))
+    value, state = loss.apply(outputs, jnp.array(labels), window(k, cuts, [2] * 3), state)
+    np.testing.assert_allclose(value, expected, **EXACT)
+    p = np.exp(log_p)
+    table[k, 0] = 0.75 * table[k, 0] + 0.25 * p[1]
+    table[k, 2] = 0.75 * table[k, 2] + 0.25 * (p[0] + p[2]) / 2
+    np.testing.assert_allclose(state['q'], table, **EXACT)
+  np.testing.assert_allclose(state['q'][:, 1], 1 / C, rtol=1e-6)
+
+
+def test_class_ema_leaves_out_ended_sequences():
+  """A sequence that ended before the window tells nothing about its class there."""
+  loss = losses.terminal_classification(C, ema_decay=0.0)
+  outputs = random(2, 2, C)
+  _, state = loss.apply(outputs, jnp.array([1, 1]), window(1, [0, 2, 4], [4, 2]), loss.init(2))
+  np.testing.assert_allclose(state['q'][1, 1], np.exp(log_softmax(outputs[1, 0])), **EXACT)
+
+
+def test_last_epoch_by_hand():
+  """Q stays what the last epoch's mean was while this one's predictions are summed; a class not seen keeps its Q."""
+  loss = losses.terminal_classification(C, divergence='last_epoch')
+  cuts = [0, 1, 2]
+  state, q = loss.init(2), np.full((2, C, C), 1 / C)
+  for epoch, labels in enumerate([[0, 1], [1, 1], [2, 0]]):
+    seen = [[[] for _ in range(C)] for _ in range(2)]
+    for batch in range(2):
+      for k in range(2):
+        outputs = random(1, 2, C, seed=100 * epoch + 10 * batch + k)
+        log_p, beta = log_softmax(outputs[0]), (k + 1) / 2
+        value, state = loss.apply(outputs, jnp.array(labels), window(k, cuts, [2, 2]), state)
+        expected = np.mean(-beta * log_p[[0, 1], labels] - (1 - beta) * (q[k, labels] * log_p).sum(-1))
+        np.testing.assert_allclose(value, expected, **EXACT)
+        np.testing.assert_allclose(state['q'], q, **EXACT)
+        for row, label in enumerate(labels):
+          seen[k][label].append(np.exp(log_p[row]))
+    state = loss.end_epoch(state)
+    for k in range(2):
+      for c in range(C):
+        q[k, c] = np.mean(seen[k][c], axis=0) if seen[k][c] else q[k, c]
+    np.testing.assert_allclose(state['q'], q, **EXACT)
+    assert not np.any(state['sum'])
+    assert not np.any(state['count'])
+
+
+def test_example_by_hand():
+  """Q is what the same example's prediction was at the same window one visit ago, uniform on the first; only the visited
+  examples' entries of that window change."""
+  loss = losses.terminal_classification(C, divergence='example', num_examples=4)
+  cuts, labels = [0, 1, 2], {0: 2, 1: 0, 3: 1}
+  state, table = loss.init(2), np.full((4, 2, C), 1 / C)
+  for visit, (ids, k) in enumerate([((3, 1), 0), ((1, 0), 0), ((3, 1), 1), ((1, 3), 0)]):
+    outputs = random(1, 2, C, seed=visit)
+    log_p, beta = log_softmax(outputs[0]), (k + 1) / 2
+    y = [labels[i] for i in ids]
+    expected = np.mean(-beta * log_p[[0, 1], y] - (1 - beta) * (table[list(ids), k] * log_p).sum(-1))
+    value, state = loss.apply(outputs, (jnp.array(y), jnp.array(ids)), window(k, cuts, [2, 2]), state)
+    np.testing.assert_allclose(value, expected, **EXACT)
+    table[list(ids), k] = np.exp(log_p)
+    np.testing.assert_allclose(state['q'], table, **EXACT)
+  np.testing.assert_allclose(table[2], 1 / C, rtol=1e-12)
+
+
+def test_example_keeps_the_entry_of_an_ended_sequence():
+  """No prediction at this window, no new entry."""
+  loss = losses.terminal_classification(C, divergence='example', num_examples=2)
+  before = {'q': jnp.asarray(random(2, 2, C))}
+  outputs = random(2, 2, C, seed=1)
+  _, after = loss.apply(outputs, (jnp.array([0, 1]), jnp.array([1, 0])), window(1, [0, 2, 4], [2, 3]), before)
+  expected = np.array(before['q'])
+  expected[0, 1] = np.exp(log_softmax(outputs[0, 1]))
+  np.testing.assert_allclose(after['q'], expected, **EXACT)
+
+
+@pytest.mark.parametrize('divergence', ['class_ema', 'last_epoch', 'example'])
+def test_no_gradient_flows_through_q(divergence):
+  """With Q a constant the gradient at the last output is β (P - y) + (1 - β)(P - Q) over B, and 0 at the other outputs (also when Q
+  holds this very prediction); the new loss state as a function of the outputs has gradient exactly 0."""
+  loss, labels = classification(divergence), [1, 0]
+  targets, place, outputs = targets_for(divergence, labels), window(0, [0, 2, 4], [4, 4]), jnp.asarray(random(2, 2, C))
+  _, state = loss.apply(outputs, targets, place, loss.init(2))
+  state = loss.end_epoch(state)
+  p = np.exp(log_softmax(np.asarray(outputs[1])))
+  q = np.asarray(state['q'][targets[1], 0] if divergence == 'example' else state['q'][0, jnp.array(labels)])
+  gradient = jax.grad(lambda o: loss.apply(o, targets, place, state)[0])(outputs)
+  expected = np.zeros((2, 2, C))
+  expected[1] = (0.5 * (p - np.eye(C)[labels]) + 0.5 * (p - q)) / 2
+  np.testing.assert_allclose(gradient, expected, **EXACT)
+  through = jax.grad(lambda o: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(loss.apply(o, targets, place, state)[1])))(outputs)
+  assert not np.any(through)
+
+
+def test_bfloat16_logits_are_taken_up_to_float32():
+  """Softmax, objective and tables of bfloat16 logits equal those of the same numbers in float32."""
+  loss, labels, place = classification('class_ema'), jnp.array([1, 0]), window(0, [0, 2, 4], [4, 4])
+  low = jnp.asarray(random(2, 2, C), jnp.bfloat16)
+  got = (*loss.apply(low, labels, place, loss.init(2)), loss.measure(low, labels, place))
+  high = low.astype(jnp.float32)
+  chex.assert_trees_all_equal(got, (*loss.apply(high, labels, place, loss.init(2)), loss.measure(high, labels, place)))
+  chex.assert_type([got[0], got[1]['q'], got[2]['loss']], jnp.float32)
+
+
+@pytest.mark.parametrize('divergence', [*WITH_DIVERGENCE, 'none'])
+@pytest.mark.usefixtures('strict_dtypes')
+def test_terminal_classification_promotes_nothing_implicitly(divergence):
+  """All dtypes are meant: the loss runs under strict promotion, and its state keeps its dtypes."""
+  loss, place = classification(divergence), window(0, [0, 2, 4], [4, 3])
+  run = lambda outputs, labels, state: (
+    loss.apply(outputs, targets_for(divergence, labels), place, state),
+    loss.measure(outputs, targets_for(divergence, labels), place),
+  )
+  before = loss.init(2)
+  (value, after), totals = jax.eval_shape(run, random(2, 2, C), np.array([1, 0], np.int32), before)
+  assert value.dtype == totals['loss'].dtype == totals['accuracy'].dtype == jnp.float32
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
+
+
+@pytest.mark.xfail(strict=True, reason='jnp.full(shape, python float) without a dtype is weakly typed')
+@pytest.mark.parametrize('divergence', ['class_ema', 'last_epoch', 'example'])
+def test_loss_state_is_not_weakly_typed(divergence):
+  """A weak type would compile the step anew when the state comes back strong, from a checkpoint say."""
+  assert not any(leaf.weak_type for leaf in jax.tree.leaves(classification(divergence).init(2)))
+
+
+# Terminal regression.
+
+
+@pytest.mark.parametrize('shape', [(3,), (3, 1), (3, 2)])
+def test_terminal_regression_by_hand(shape):
+  """β · squared error of the last valid output, the mean over the O outputs and over the active sequences."""
+  cuts, lengths = [0, 2, 5, 7], [7, 3, 2]
+  targets = random(*shape, seed=1)
+  expected_targets = targets.reshape(3, -1)
+  outputs = random(3, 3, expected_targets.shape[1])
+  loss = losses.terminal_regression()
+  for k in range(3):
+    terms, ended = [], []
+    for row, length in enumerate(lengths):
+      if length > cuts[k]:
+        t = min(length, cuts[k + 1])
+        error = np.mean((outputs[t - cuts[k] - 1, row] - expected_targets[row]) ** 2)
+        terms.append(t / length * error)
+        ended += [error] if t == length else []
+    value, _ = loss.apply(outputs, jnp.asarray(targets), window(k, cuts, lengths), loss.init(3))
+    np.testing.assert_allclose(value, np.mean(terms), **EXACT)
+    totals = loss.measure(outputs, jnp.asarray(targets), window(k, cuts, lengths))
+    assert int(totals['count']) == len(ended)
+    np.testing.assert_allclose(totals['loss'], sum(ended), **EXACT)
+
+
+# Sequence-to-sequence.
+
+
+def test_sequence_classification_by_hand():
+  """Mean cross-entropy over the valid steps of the window; what outputs and labels hold elsewhere, nonsense included, is
+  not read, and gets no gradient."""
+  cuts, lengths = [0, 2, 5], [5, 3]
+  outputs, labels = random(3, 2, C), np.random.default_rng(0).integers(0, C, (5, 2))
+  labels[3:, 1] = [999, -1]
+  loss = losses.sequence_classification(C, accuracy=True)
+  for k, steps in ((0, [(0, 0), (1, 0), (0, 1), (1, 1)]), (1, [(2, 0), (3, 0), (4, 0), (2, 1)])):
+    log_p = [log_softmax(outputs[t - cuts[k], b]) for t, b in steps]
+    right = [labels[t, b] for t, b in steps]
+    nats = [-row[label] for row, label in zip(log_p, right, strict=True)]
+    place = window(k, cuts, lengths)
+    run = lambda o: loss.apply(o, jnp.asarray(labels), place, ())[0]
+    np.testing.assert_allclose(run(outputs), np.mean(nats), **EXACT)
+    totals = loss.measure(outputs, jnp.asarray(labels), place)
+    assert int(totals['count']) == 4
+    np.testing.assert_allclose(totals['loss'], np.sum(nats), **EXACT)
+    np.testing.assert_allclose(totals['accuracy'], np.sum(np.argmax(log_p, -1) == right), rtol=0)
+    gradient = np.asarray(jax.grad(run)(jnp.asarray(outputs)))
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(np.any(gradient, axis=-1), place.mask)
+
+
+def test_sequence_classification_measures_accuracy_on_demand_only():
+  """The pass over the logits is paid for when asked."""
+  totals = losses.sequence_classification(C).measure(random(2, 2, C), jnp.zeros((2, 2), jnp.int32), window(0, [0, 2], [2, 2]))
+  assert set(totals) == {'count', 'loss'}
+
+
+def test_sequence_regression_by_hand():
+  """Mean squared error over valid steps and the O outputs."""
+  outputs, targets = random(3, 2, 4), random(5, 2, 4, seed=1)
+  loss, place = losses.sequence_regression(), window(1, [0, 2, 5], [5, 3])
+  errors = [(outputs[t - 2, b] - targets[t, b]) ** 2 for t, b in [(2, 0), (3, 0), (4, 0), (2, 1)]]
+  value, _ = loss.apply(outputs, jnp.asarray(targets), place, ())
+  np.testing.assert_allclose(value, np.mean(errors), **EXACT)
+  totals = loss.measure(outputs, jnp.asarray(targets), place)
+  assert int(totals['count']) == 4
+  np.testing.assert_allclose(totals['loss'], np.sum(np.mean(errors, -1)), **EXACT)
+
+
+# All of them.
+
+
+def mean_absolute_error(outputs, targets, window):
+  error = jnp.abs(outputs - window.slice(targets)).mean(-1)
+  return jnp.sum(error, where=window.mask) / jnp.maximum(window.mask.sum(), 1)
+
+
+LOSSES = {
+  'terminal_classification': (losses.terminal_classification(C, divergence='uniform'), jnp.array([2, 0])),
+  'terminal_regression': (losses.terminal_regression(), jnp.array([[0.5, 1, 2], [1, 0, -1]])),
+  'sequence_classification': (losses.sequence_classification(C, accuracy=True), jnp.array([[0, 1]] * 4 + [[2, 0]] * 2)),
+  'sequence_regression': (losses.sequence_regression(), jnp.asarray(random(6, 2, C, seed=1))),
+  'from_function': (losses.from_function(mean_absolute_error), jnp.asarray(random(6, 2, C, seed=1))),
+}
+EACH_LOSS = pytest.mark.parametrize('name', list(LOSSES))
+
+
+@EACH_LOSS
+def test_window_without_sequences_gives_zero(name):
+  """Objective, gradient and totals of a window in which no sequence is left are 0, not NaN."""
+  loss, targets = LOSSES[name]
+  place = window(2, [0, 2, 4, 6], [4, 1])
+  value, gradient = jax.value_and_grad(lambda o: loss.apply(o, targets, place, loss.init(3))[0])(jnp.asarray(random(2, 2, C)))
+  assert float(value) == 0
+  assert not np.any(gradient)
+  assert all(float(total) == 0 for total in loss.measure(jnp.asarray(random(2, 2, C)), targets, place).values())
+
+
+@EACH_LOSS
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(lengths=st.tuples(st.integers(1, 6), st.integers(1, 6)), num_windows=st.sampled_from([1, 4]))
+def test_totals_do_not_depend_on_the_windows(name, lengths, num_windows):
+  """Summed over the windows, 'count' and totals are those of the sequences whole: windows are the trainer's business only.
+  Terminal tasks count sequences, the others steps."""
+  targets = LOSSES[name][1]
+  outputs, windows = random(6, 2, C), fptt_jax.cut(6, num_windows=num_windows)
+  sums = {}
+  for k in range(num_windows):
+    place = window_at(windows, jnp.int32(k), jnp.asarray(lengths, jnp.int32))
+    measured = _measure(name, windows.size, place, outputs, targets)
+    sums = {key: sums.get(key, 0) + float(total) for key, total in measured.items()}
+  whole = fptt_jax.Window(
+    jnp.int32(0), 1, 6, jnp.int32(0), jnp.int32(6), jnp.asarray(lengths, jnp.int32), jnp.asarray(np.arange(6)[:, None] < lengths)
+  )
+  expected = _measure(name, 6, whole, outputs, targets)
+  assert sums['count'] == (2 if name.startswith('terminal') else sum(lengths))
+  chex.assert_trees_all_close(sums, {key: float(total) for key, total in expected.items()}, rtol=1e-5)
+
+
+_COMPILED = {}
+
+
+def _measure(name, size, place, outputs, targets):
+  """`measure`, compiled once for each loss and window size."""
+  loss = LOSSES[name][0]
+  key = (name, size, place.num_windows)
+  if key not in _COMPILED:
+    _COMPILED[key] = jax.jit(
+      lambda k, start, end, lengths, mask, outputs, targets: loss.measure(
+        jax.lax.dynamic_slice_in_dim(outputs, start, size),
+        targets,
+        fptt_jax.Window(k, place.num_windows, size, start, end, lengths, mask),
+      )
+    )
+  return _COMPILED[key](place.k, place.start, place.end, place.lengths, place.mask, outputs, targets)
+
+
+def test_from_function_hands_over_what_it_gets():
+  """The objective is the function's value; there is no loss state; the measure weighs a window by its valid steps."""
+  seen = []
+
+  def function(outputs, targets, window):
+    seen.append((outputs.shape, targets, int(window.k)))
+    return jnp.float32(7)
+
+  loss, place = losses.from_function(function), window(1, [0, 2, 5], [5, 3])
+  assert loss.init(2) == ()
+  assert loss.end_epoch(()) == ()
+  value, state = loss.apply(jnp.zeros((3, 2, 1)), 'anything', place, ())
+  totals = loss.measure(jnp.zeros((3, 2, 1)), 'anything', place)
+  assert (float(value), state) == (7, ())
+  assert {key: float(total) for key, total in totals.items()} == {'count': 4, 'loss': 28}
+  assert seen == [((3, 2, 1), 'anything', 1)] * 2
+
+
+def test_means_divide_by_the_count():
+  """Means are host floats without the count; over nothing they are NaN, not an error."""
+  totals = {'count': jnp.int32(4), 'loss': jnp.float32(2), 'accuracy': jnp.float32(3)}
+  assert fptt_jax.means(totals) == {'loss': 0.5, 'accuracy': 0.75}
+  assert np.isnan(fptt_jax.means({'count': jnp.int32(0), 'loss': jnp.float32(0)})['loss'])
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (lambda: losses.terminal_classification(1), r'num_classes must be at least 2, got 1\.'),
+    (lambda: losses.sequence_classification(0), r'num_classes must be at least 2, got 0\.'),
+    (lambda: losses.terminal_classification(3, divergence='kl'), r"divergence must be one of \['class_ema', .*\], got 'kl'\."),
+    (lambda: losses.terminal_classification(3, ema_decay=1.0), r'ema_decay must be in \[0, 1\), got 1\.0\.'),
+    (lambda: losses.terminal_classification(3, ema_decay=-0.1), r'ema_decay must be in \[0, 1\), got -0\.1\.'),
+    (
+      lambda: losses.terminal_classification(3, divergence='example'),
+      r"num_examples goes with divergence='example': got num_examples=None and 'example'\.",
+    ),
+    (
+      lambda: losses.terminal_classification(3, num_examples=10),
+      r"num_examples goes with divergence='example': got num_examples=10 and 'class_ema'\.",
+    ),
+  ],
+)
+def test_impossible_settings_are_refused(make, message):
+  """Settings that mean nothing fail where they are made."""
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+INTS, FLOATS = np.array([0, 1]), np.array([0.0, 1.0], np.float32)
+
+
+@pytest.mark.parametrize(
+  ('loss', 'features', 'targets', 'error', 'message'),
+  [
+    (
+      classification('none'),
+      3,
+      FLOATS,
+      TypeError,
+      r'labels must be integers \(class .*, got dtype float32 of shape \(2,\)\.',
+    ),
+    (classification('none'), 4, INTS, ValueError, r'outputs of shape \[S, B, 3\], got \(2, 2, 4\)\.'),
+    (classification('none'), 3, (INTS, INTS), ValueError, r'expected targets to be labels \[B\], got'),
+    (classification('example'), 3, INTS, ValueError, r'expected targets to be a pair \(labels \[B\], example ids \[B\]\), got'),
+    (losses.terminal_regression(), 1, INTS, TypeError, r'terminal_regression needs floating-point targets, got int64 \(2,\)\.'),
+    (losses.terminal_regression(), 2, FLOATS, ValueError, r'outputs of shape \[S, B, 1\], got \(2, 2, 2\)\.'),
+    (losses.sequence_classification(3), 3, np.zeros((2, 2)), TypeError, r'targets must be integers \(class indices\), got dtype'),
+    (losses.sequence_classification(3), 2, np.zeros((2, 2), int), ValueError, r'outputs of shape \[S, B, 3\], got \(2, 2, 2\)\.'),
+    (
+      losses.sequence_regression(),
+      3,
+      random(2, 2, 1),
+      ValueError,
+      r'targets is \(2, 2, 1\), the model returned \(2, 2, 3\)\.',
+    ),
+    (losses.sequence_regression(), 1, random(2, 2), ValueError, r'targets is \(2, 2\), the model returned \(2, 2, 1\)\.'),
+  ],
+)
+def test_outputs_and_targets_that_do_not_fit_are_refused(loss, features, targets, error, message):
+  """Shapes and dtypes are checked when the step is traced, before anything broadcasts."""
+  with pytest.raises(error, match=message):
+    loss.apply(random(2, 2, features), targets, window(0, [0, 2], [2, 2]), loss.init(1))
+
+
+@pytest.mark.parametrize(
+  ('loss', 'targets', 'error', 'message'),
+  [
+    (classification('none'), np.array([0, 3]), ValueError, r'labels must lie in 0\.\.2, got values from 0 to 3\.'),
+    (classification('none'), np.array([-1, 0]), ValueError, r'labels must lie in 0\.\.2, got values from -1 to 0\.'),
+    (classification('none'), np.array([[0, 1]]), ValueError, r'labels must have shape \(2,\), got \(1, 2\)\.'),
+    (classification('none'), FLOATS, TypeError, r'labels must be integers'),
+    (classification('example'), (INTS, np.array([0, 5])), ValueError, r'example ids must lie in 0\.\.4, got values from 0 to 5\.'),
+    (losses.terminal_regression(), INTS, TypeError, r'targets must be floating point, got int64\.'),
+    (losses.terminal_regression(), np.zeros(3), ValueError, r'targets must have leading dimensions \(2,\), got shape \(3,\)\.'),
+    (losses.terminal_regression(), np.array([0, np.nan]), ValueError, r'targets must be finite, got 1 NaN or infinite values\.'),
+    (losses.sequence_classification(3), np.full((4, 2), 3), ValueError, r'targets must lie in 0\.\.2, got values from 3 to 3\.'),
+    (losses.sequence_classification(3), np.zeros((3, 2), int), ValueError, r'targets must have shape \(4, 2\), got \(3, 2\)\.'),
+    (losses.sequence_regression(), np.zeros((3, 2, 1)), ValueError, r'leading dimensions \(4, 2\), got shape \(3, 2, 1\)\.'),
+    (losses.sequence_regression(), np.zeros((4, 2, 1), int), TypeError, r'targets must be floating point, got int64\.'),
+  ],
+)
+def test_check_refuses_targets_that_mean_nothing(loss, targets, error, message):
+  """`check` looks at concrete values on the host, T = 4 and B = 2 here."""
+  with pytest.raises(error, match=message):
+    loss.check(targets, 4, 2)
+
+
+@EACH_LOSS
+def test_check_accepts_what_the_losses_run_on(name):
+  """The targets of the tests above pass, where the same targets for another batch size do not (from_function has no check)."""
+  loss, targets = LOSSES[name]
+  loss.check(np.asarray(targets), 6, 2)
+  if name != 'from_function':
+    with pytest.raises(ValueError, match='must have'):
+      loss.check(np.asarray(targets), 6, 3)

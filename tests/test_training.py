@@ -1,0 +1,956 @@
+"""The train step against plain Python loops and plain jax.grad, in float64 where numbers are compared."""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+import fptt_jax
+from fptt_jax import Batch, Window, losses
+
+F64 = dict(rtol=1e-10, atol=1e-12)
+TIGHT = dict(rtol=1e-12, atol=1e-13)
+in_float64 = pytest.mark.usefixtures('x64')
+double = functools.partial(problems.elman, dtype=np.float64)
+
+
+class Recorder(NamedTuple):
+  """State of `record`: how many updates there were, and each one's gradient and `value`."""
+
+  updates: jax.Array
+  grads: Any
+  values: jax.Array
+
+
+def record(num_updates: int) -> optax.GradientTransformationExtraArgs:
+  """Leaves the parameters where they are and keeps every gradient, so that all updates of a step are seen at the same W."""
+
+  def init(params):
+    grads = jax.tree.map(lambda p: jnp.zeros((num_updates, *p.shape), p.dtype), params)
+    return Recorder(jnp.zeros([], jnp.int32), grads, jnp.zeros(num_updates))
+
+  def update(grads, state, params=None, *, value, **extra_args):
+    stored = jax.tree.map(lambda all_grads, g: all_grads.at[state.updates].set(g), state.grads, grads)
+    return optax.tree.zeros_like(grads), Recorder(state.updates + 1, stored, state.values.at[state.updates].set(value))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def run(trainer: fptt_jax.Trainer, *batches: Batch) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
+  """A step on each batch from seed 0: the last state and metrics."""
+  state = trainer.init(jax.random.key(0), batches[0])
+  for batch in batches:
+    state, metrics = trainer.step(state, batch)
+  return state, metrics
+
+
+def by_hand(
+  model: fptt_jax.Model,
+  loss: losses.Loss,
+  optimizer: optax.GradientTransformation,
+  state: fptt_jax.TrainState,
+  batch: Batch,
+  cuts: list[int],
+  inner_steps: int = 1,
+) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
+  """Algorithm 2 as a Python loop. Windows have their true lengths: none is padded, only what lies past a sequence's end is masked."""
+  num_steps, batch_size = batch.inputs.shape[:2]
+  lengths = jnp.full(batch_size, num_steps, jnp.int32) if batch.lengths is None else jnp.asarray(batch.lengths)
+  optimizer = optax.with_extra_args_support(optimizer)
+  key = jax.random.fold_in(state.key, state.step_count)
+  params, opt_state, loss_state, hidden = state.params, state.opt_state, state.loss_state, model.initial_state(batch_size)
+
+  @jax.jit
+  def one_step(params, opt_state, hidden, loss_state, x, k, start, end):
+    mask = (start + jnp.arange(len(x)))[:, None] < lengths[None, :]
+    window = Window(k, len(cuts) - 1, len(x), start, end, lengths, mask)
+
+    def objective(params):
+      new_hidden, outputs = model.apply(params, hidden, x, mask, jax.random.fold_in(key, k))
+      value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
+      return value, (new_hidden, new_loss_state, loss.measure(outputs, batch.targets, window))
+
+    (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(params)
+    changes, opt_state = optimizer.update(
+      grads, opt_state, params, value=value, grad_fn=lambda p: jax.grad(objective, has_aux=True)(p)[0]
+    )
+    return optax.apply_updates(params, changes), opt_state, aux, value, optax.tree.norm(grads)
+
+  values, norms, totals = [], [], []
+  for k, (start, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    if start >= max(np.asarray(lengths)):
+      values, norms = [*values, 0.0], [*norms, 0.0]
+      continue
+    for _ in range(inner_steps):
+      place = [jnp.int32(n) for n in (k, start, end)]
+      params, opt_state, aux, value, norm = one_step(params, opt_state, hidden, loss_state, batch.inputs[start:end], *place)
+    hidden, loss_state, measured = aux
+    values, norms, totals = [*values, value], [*norms, norm], [*totals, measured]
+  metrics = fptt_jax.StepMetrics(jnp.stack(values), jnp.stack(norms), jax.tree.map(lambda *t: sum(t), *totals))
+  return state._replace(
+    params=params, opt_state=opt_state, hidden=hidden, loss_state=loss_state, step_count=state.step_count + 1
+  ), metrics
+
+
+def mean_absolute_error(outputs, targets, window):
+  error = jnp.abs(outputs - window.slice(targets)).mean(-1)
+  return jnp.sum(error, where=window.mask) / jnp.maximum(window.mask.sum(), 1)
+
+
+def same(got: Any, expected: Any, **tolerance: float) -> None:
+  """Trees of equal numbers; keys, which are not numbers, bit for bit; dtypes of metrics may differ."""
+  data = lambda tree: jax.tree.map(
+    lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x), tree
+  )
+  chex.assert_trees_all_close(data(got), data(expected), **(tolerance or F64))
+
+
+# The scan over windows is Algorithm 2.
+
+
+@in_float64
+@pytest.mark.parametrize(
+  ('loss', 'batch', 'out'),
+  [
+    (losses.terminal_classification(3, ema_decay=0.5), problems.label_batch, 3),
+    (losses.sequence_classification(3, accuracy=True), problems.tagging_batch, 3),
+    (losses.from_function(mean_absolute_error), problems.series_batch, 1),
+  ],
+  ids=['terminal_classification', 'sequence_classification', 'from_function'],
+)
+def test_step_equals_a_python_loop(loss, batch, out):
+  """Two steps of FPTT on uneven windows (2, 3, 2, 3) of ragged sequences give the state and metrics of the loop above: the padded step
+  of a short window and all masks leave nothing behind, and the second step goes on where the first ended."""
+  model, optimizer = double(out=out), fptt_jax.fptt(optax.adam(1e-2), alpha=0.5)
+  lengths = np.array([10, 3, 7], np.int32)
+  first, second = (batch(10, 3, seed=seed, dtype=np.float64)._replace(lengths=lengths) for seed in (0, 1))
+  trainer = fptt_jax.trainer(model, loss, optimizer, num_windows=4)
+  expected = trainer.init(jax.random.key(0), first)
+  for data in (first, second):
+    expected, expected_metrics = by_hand(model, loss, optimizer, expected, data, [0, 2, 5, 7, 10])
+  state, metrics = run(trainer, first, second)
+  same(state, expected)
+  same(metrics._replace(totals=None), expected_metrics._replace(totals=None))
+  same(metrics.totals, expected_metrics.totals, rtol=1e-6)  # Totals are float32 sums.
+
+
+@in_float64
+def test_lstm_step_equals_a_python_loop():
+  """The same for an LSTM with dropout on even windows, not ragged: masks of dropout come from the window's own key."""
+  model, optimizer = problems.lstm(dtype=jnp.float64, dropout=0.3), fptt_jax.fptt(optax.sgd(0.1, momentum=0.9))
+  loss, batch = losses.terminal_regression(), problems.regression_batch(6, 3, dtype=np.float64)
+  trainer = fptt_jax.trainer(model, loss, optimizer, num_windows=3)
+  expected = by_hand(model, loss, optimizer, trainer.init(jax.random.key(0), batch), batch, [0, 2, 4, 6])
+  state, metrics = run(trainer, batch)
+  same((state, metrics._replace(totals=None)), (expected[0], expected[1]._replace(totals=None)))
+
+
+@in_float64
+def test_step_is_the_same_without_compilation():
+  """Under jax.disable_jit every scan is a Python loop and every branch is taken by hand: same numbers."""
+  batch = problems.regression_batch(3, 2, dtype=np.float64)._replace(lengths=np.array([3, 1], np.int32))
+  trainer = fptt_jax.trainer(double(), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1)), num_windows=2)
+  expected = run(trainer, batch)
+  with jax.disable_jit():
+    got = run(trainer, batch)
+  same(got, expected)
+
+
+# Gradients, method by method.
+
+
+def lstm_outputs(params: Any, x: np.ndarray) -> jax.Array:
+  """The LSTM of `problems.lstm`, unrolled from its equations."""
+  lstm, head = params['layers'][0], params['layers'][2]
+  h = c = jnp.zeros((x.shape[1], lstm['w_h'].shape[0]), x.dtype)
+  outputs = []
+  for x_t in x:
+    i, f, g, o = jnp.split(x_t @ lstm['w_x'] + h @ lstm['w_h'] + lstm['bias'][None], 4, axis=-1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    outputs.append(h @ head['kernel'] + head['bias'][None])
+  return jnp.stack(outputs)
+
+
+@in_float64
+@pytest.mark.parametrize(('method', 'options'), [('bptt', {}), ('tbptt', {'num_windows': 1})])
+def test_one_window_has_bptts_gradient(method, options):
+  """K = 1: the gradient is back-propagation through the whole unrolled sequence, and grad_norm its global norm."""
+  batch = problems.regression_batch(6, 3, dtype=np.float64)
+  trainer = fptt_jax.trainer(problems.lstm(dtype=jnp.float64), losses.terminal_regression(), record(1), method=method, **options)
+  objective = lambda params: jnp.mean((lstm_outputs(params, batch.inputs)[-1, :, 0] - batch.targets) ** 2)
+  value, expected = jax.jit(jax.value_and_grad(objective))(trainer.init(jax.random.key(0), batch).params)
+  state, metrics = run(trainer, batch)
+  assert int(state.opt_state.updates) == 1
+  same(jax.tree.map(lambda g: g[0], state.opt_state.grads), expected)
+  same((metrics.loss[0], state.opt_state.values[0]), (value, value))
+  same(metrics.grad_norm[0], np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(expected))))
+
+
+def window_losses(params: Any, batch: Batch, cuts: list[int], terminal: bool, stop: tuple[int, ...]) -> jax.Array:
+  """The windows' losses [K] of `problems.elman`, each sequence run alone and unpadded in a Python loop.
+
+  Terminal: β · squared error of the window's last output, β = t/length; else the squared error of each step; the mean is over what
+  there is in a window, 0 if there is nothing. The gradient is stopped before the steps in `stop`.
+  """
+  num_steps, batch_size = batch.inputs.shape[:2]
+  lengths = [num_steps] * batch_size if batch.lengths is None else batch.lengths
+  terms = [[] for _ in cuts[1:]]
+  for row, length in enumerate(lengths):
+    h = jnp.zeros(params['b'].shape)
+    for t in range(length):
+      h = jax.lax.stop_gradient(h) if t in stop else h
+      h = jnp.tanh(batch.inputs[t, row] @ params['a'] + h @ params['c'] + params['b'])
+      k = int(np.searchsorted(cuts, t, side='right')) - 1
+      target = batch.targets[row] if terminal else batch.targets[t, row, 0]
+      error = ((h @ params['v'])[0] - target) ** 2
+      if not terminal:
+        terms[k].append(error)
+      elif t + 1 in (cuts[k + 1], length):
+        terms[k].append((t + 1) / length * error)
+  return jnp.stack([sum(term) / max(len(term), 1) + 0.0 for term in terms])
+
+
+@in_float64
+@pytest.mark.parametrize(
+  ('method', 'options', 'stop', 'objectives'),
+  [
+    ('tbptt', {'num_windows': 3}, (2, 4), np.eye(3)),
+    ('bptt_aux', {'num_windows': 3}, (), np.ones((1, 3))),
+    ('ftrl', {'num_windows': 3}, (), np.tril(np.ones((3, 3))) / np.arange(1, 4)[:, None]),
+    ('tbptt_final', {'final_steps': 3}, (4,), np.array([[0, 0, 1]])),
+    ('tbptt', {'num_windows': 3, 'loss_weights': [0.5, 2, 0]}, (2, 4), np.diag([0.5, 2, 0])),
+    ('bptt_aux', {'num_windows': 3, 'loss_weights': [0.5, 2, 0]}, (), np.array([[0.5, 2, 0]])),
+  ],
+  ids=['tbptt', 'bptt_aux', 'ftrl', 'tbptt_final', 'tbptt weighted', 'bptt_aux weighted'],
+)
+def test_each_methods_gradient(method, options, stop, objectives):
+  """At the same W, the u-th update's objective and gradient are those of its combination of the windows' losses: window by window with
+  the gradient stopped at borders (tbptt), their sum (bptt_aux), the mean of those so far (ftrl), the last with the gradient
+  stopped at T - k (tbptt_final); windows here are (2, 2, 3)."""
+  batch = problems.regression_batch(7, 2, dtype=np.float64)
+  trainer = fptt_jax.trainer(double(), losses.terminal_regression(), record(len(objectives)), method=method, **options)
+  combined = lambda params: objectives @ window_losses(params, batch, [0, 2, 4, 7], True, stop)
+  params = trainer.init(jax.random.key(0), batch).params
+  values, grads = jax.jit(lambda p: (combined(p), jax.jacrev(combined)(p)))(params)
+  state, metrics = run(trainer, batch)
+  assert int(state.opt_state.updates) == len(objectives)
+  same(state.params, params)
+  same(state.opt_state.grads, grads)
+  same((metrics.loss, state.opt_state.values), (values, values))
+  same(metrics.grad_norm, np.sqrt(sum(np.sum(np.square(g).reshape(len(g), -1), -1) for g in jax.tree.leaves(grads))))
+
+
+@in_float64
+@pytest.mark.parametrize('terminal', [True, False])
+def test_mixed_lengths_equal_the_sequences_one_by_one(terminal):
+  """Losses and gradients of a ragged batch are the means over what each sequence gives alone, unpadded: a sequence that has ended adds
+  neither a term nor to the number divided by, and its last window's output is its own last."""
+  make = problems.regression_batch if terminal else problems.series_batch
+  batch = make(7, 3, dtype=np.float64)._replace(lengths=np.array([3, 5, 2], np.int32))
+  loss = losses.terminal_regression() if terminal else losses.sequence_regression()
+  trainer = fptt_jax.trainer(double(), loss, record(3), method='tbptt', num_windows=3)
+  expected = functools.partial(window_losses, batch=batch, cuts=[0, 2, 4, 7], terminal=terminal, stop=(2, 4))
+  params = trainer.init(jax.random.key(0), batch).params
+  values, grads = jax.jit(lambda p: (expected(p), jax.jacrev(expected)(p)))(params)
+  state, metrics = run(trainer, batch)
+  same(state.opt_state.grads, grads)
+  same(metrics.loss, values)
+
+
+def test_no_gradient_crosses_a_border():
+  """The second window's loss has gradient exactly 0 for inputs of the first window, though its value depends on them; with the
+  gradient taken from the start (bptt_aux, ftrl, only the second loss weighted) it does not. A learning rate above 0 lets it
+  through the update, so the zeros are not for want of a path. Nor does a gradient leave through the state's hidden."""
+  batch = problems.regression_batch(6, 2)
+
+  def second_loss(method: str, rate: float, weights: list[float]) -> Callable[[jax.Array], jax.Array]:
+    trainer = fptt_jax.trainer(
+      problems.elman(), losses.terminal_regression(), optax.sgd(rate), method=method, num_windows=2, loss_weights=weights
+    )
+
+    def function(inputs):
+      state, metrics = trainer.step(trainer.init(jax.random.key(0), batch), batch._replace(inputs=inputs))
+      return metrics.loss[-1] + 0 * metrics.loss[0], jnp.sum(state.hidden)
+
+    return function
+
+  def gradients(*arguments):
+    function = second_loss(*arguments)
+    return [np.asarray(g) for g in jax.jit(jax.jacrev(function))(jnp.asarray(batch.inputs))]
+
+  plain = second_loss('tbptt', 0.0, [1, 1])
+  moved = np.array(batch.inputs)
+  moved[:3] += 0.1
+  assert abs(plain(moved)[0] - plain(batch.inputs)[0]) > 1e-4
+  loss_gradient, hidden_gradient = gradients('tbptt', 0.0, [1, 1])
+  np.testing.assert_array_equal(loss_gradient[:3], 0)
+  np.testing.assert_array_equal(hidden_gradient, 0)
+  assert np.any(loss_gradient[3:], axis=-1).all()
+  assert np.any(gradients('tbptt', 0.1, [1, 1])[0][:3], axis=-1).all()
+  for method in ('bptt_aux', 'ftrl'):
+    assert np.any(gradients(method, 0.0, [0, 1])[0][:3], axis=-1).all()
+
+
+# Masks.
+
+
+@in_float64
+def test_ragged_batch_equals_the_shorter_one():
+  """Where all sequences end after L = 6 of T = 9 steps, with windows of 3 in both, a step does what it does on L steps: the third
+  window moves neither parameters, Adam's moments, λ, W̄, their step counts, nor hidden and loss state."""
+  loss = losses.terminal_classification(3, ema_decay=0.5)
+  trainer = fptt_jax.trainer(double(out=3), loss, fptt_jax.fptt(optax.adam(1e-2)), window_size=3)
+  long = problems.label_batch(9, 2, dtype=np.float64)._replace(lengths=np.array([6, 6], np.int32))
+  short = Batch(long.inputs[:6], long.targets)
+  padded, padded_metrics = run(trainer, long, long)
+  state, metrics = run(trainer, short, short)
+  assert int(padded.opt_state.step_count) == 4
+  same(padded._replace(loss_state=None), state._replace(loss_state=None), **TIGHT)
+  same(padded.loss_state['q'][:2], state.loss_state['q'], **TIGHT)
+  np.testing.assert_allclose(padded.loss_state['q'][2], 1 / 3, rtol=1e-12)
+  same((padded_metrics.loss[:2], padded_metrics.grad_norm[:2]), (metrics.loss, metrics.grad_norm), **TIGHT)
+  assert (padded_metrics.loss[2], padded_metrics.grad_norm[2]) == (0, 0)
+  same(padded_metrics.totals, metrics.totals)
+
+
+@pytest.mark.parametrize('method', ['fptt', 'ftrl'])
+def test_nothing_past_the_end_matters(method):
+  """NaN, infinity and impossible labels past a sequence's end change no bit of state, metrics or evaluation."""
+  lengths = np.array([7, 3, 4], np.int32)
+  past = np.arange(10)[:, None] >= lengths
+  clean = problems.tagging_batch(10, 3)._replace(lengths=lengths)
+  inputs, labels = clean.inputs.copy(), clean.targets.copy()
+  inputs[past] = np.resize([np.nan, np.inf, -np.inf, 1e30], (past.sum(), 2))
+  labels[past] = np.resize([-1, 999], past.sum())
+  trainer = fptt_jax.trainer(
+    problems.elman(out=3), losses.sequence_classification(3), fptt_jax.fptt(optax.adam(1e-2)), method=method, num_windows=4
+  )
+  state, metrics = run(trainer, clean, clean)
+  dirty_state, dirty_metrics = run(trainer, Batch(inputs, labels, lengths), Batch(inputs, labels, lengths))
+  chex.assert_tree_all_finite(state._replace(key=None))
+  chex.assert_trees_all_equal(dirty_state._replace(key=None), state._replace(key=None))
+  chex.assert_trees_all_equal(dirty_metrics, metrics)
+  if method == 'fptt':
+    chex.assert_trees_all_equal(
+      trainer.evaluate(state.params, Batch(inputs, labels, lengths)), trainer.evaluate(state.params, clean)
+    )
+
+
+@pytest.mark.xfail(strict=True, reason='sequence_regression: 0 · NaN in the gradient of the masked squared error')
+def test_real_targets_past_the_end_do_not_matter():
+  """As for inputs: NaN targets past the end leave the gradient finite."""
+  batch = problems.series_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
+  batch.targets[3, 1] = np.nan
+  trainer = fptt_jax.trainer(problems.elman(), losses.sequence_regression(), optax.sgd(0.1), method='bptt')
+  assert np.isfinite(run(trainer, batch)[1].grad_norm).all()
+
+
+# Methods that must agree.
+
+
+@functools.cache
+def two_windows(method: str, regularised: bool) -> fptt_jax.Trainer:
+  adam = optax.adam(1e-2)
+  return fptt_jax.trainer(
+    double(), losses.terminal_regression(), fptt_jax.fptt(adam) if regularised else adam, method=method, num_windows=2
+  )
+
+
+@in_float64
+def test_one_window_is_one_method():
+  """With one window of the whole sequence tbptt, bptt, bptt_aux, ftrl and tbptt_final (all steps differentiated) are the same."""
+  batch = problems.regression_batch(4, 2, dtype=np.float64)
+  make = functools.partial(fptt_jax.trainer, double(), losses.terminal_regression(), optax.adam(1e-2))
+  expected = run(make(method='bptt'), batch)
+  for options in (
+    dict(method='tbptt', num_windows=1),
+    dict(method='bptt_aux', num_windows=1),
+    dict(method='ftrl', window_size=4),
+    dict(method='tbptt_final', final_steps=4),
+  ):
+    same(run(make(**options), batch), expected, **TIGHT)
+
+
+@in_float64
+def test_first_updates_agree():
+  """Sequences that end with the first window leave the one update of it: fptt's (λ = 0, W = W̄) and ftrl's (the mean of one loss) are
+  tbptt's. From the second update on, all three go their own ways."""
+  batch = problems.regression_batch(6, 2, dtype=np.float64)
+  one, two = (batch._replace(lengths=np.full(2, n, np.int32)) for n in (3, 6))
+  first = {name: run(two_windows(name, name == 'fptt'), one)[0] for name in ('tbptt', 'fptt', 'ftrl')}
+  same(first['fptt'].params, first['tbptt'].params, **TIGHT)
+  same(first['fptt'].opt_state.base_optimizer_state, first['tbptt'].opt_state, **TIGHT)
+  same((first['ftrl'].params, first['ftrl'].opt_state), (first['tbptt'].params, first['tbptt'].opt_state), **TIGHT)
+  both = {name: run(two_windows(name, name == 'fptt'), two)[0].params for name in first}
+  for one_name, other in (('tbptt', 'fptt'), ('tbptt', 'ftrl'), ('fptt', 'ftrl')):
+    assert np.abs(both[one_name]['c'] - both[other]['c']).max() > 1e-5
+
+
+@in_float64
+def test_methods_are_told_apart_by_their_settings_only():
+  """'fptt' with an optimiser that is not wrapped runs tbptt's step bit for bit, as does the same Method given as a value."""
+  batch = problems.regression_batch(6, 2, dtype=np.float64)._replace(lengths=np.full(2, 6, np.int32))
+  expected = run(two_windows('tbptt', False), batch)
+  chex.assert_trees_all_equal(run(two_windows('fptt', False), batch), expected)
+  chex.assert_trees_all_equal(run(two_windows(fptt_jax.METHODS['tbptt'], False), batch), expected)
+
+
+@in_float64
+def test_ogd_updates_each_step():
+  """Online gradient descent is tbptt with K = T."""
+  batch = problems.series_batch(4, 2, dtype=np.float64)
+  make = functools.partial(fptt_jax.trainer, double(), losses.sequence_regression(), optax.sgd(0.1))
+  got = run(make(method='ogd'), batch)
+  chex.assert_shape(got[1].loss, (4,))
+  same(got, run(make(method='tbptt', num_windows=4), batch), **TIGHT)
+
+
+# The hidden state between batches, and between inner steps.
+
+
+@in_float64
+def test_carried_hidden_state_joins_batches():
+  """With carry_hidden two batches of T steps in K windows are one of 2T in 2K: same parameters, FPTT state, hidden state and losses."""
+  whole = problems.series_batch(8, 2, dtype=np.float64)
+  halves = [Batch(whole.inputs[i : i + 4], whole.targets[i : i + 4]) for i in (0, 4)]
+  make = functools.partial(
+    fptt_jax.trainer, double(), losses.sequence_regression(), fptt_jax.fptt(optax.adam(1e-2)), window_size=2, carry_hidden=True
+  )
+  state, metrics = run(make(), *halves)
+  expected, expected_metrics = run(make(), whole)
+  same(state._replace(step_count=0), expected._replace(step_count=0), **TIGHT)
+  assert (int(state.step_count), int(expected.step_count)) == (2, 1)
+  same(metrics.loss, expected_metrics.loss[2:], **TIGHT)
+
+
+def test_hidden_state_starts_anew_unless_carried():
+  """Without carry_hidden a step does not read state.hidden, garbage in it changes no bit; with it, it does. `end_epoch` sets it to the
+  model's initial state."""
+  batch = problems.series_batch(4, 2)
+  for carry in (False, True):
+    trainer = fptt_jax.trainer(
+      problems.elman(), losses.sequence_regression(), optax.sgd(0.1), method='tbptt', num_windows=2, carry_hidden=carry
+    )
+    start = lambda: trainer.init(jax.random.key(0), batch)
+    params = trainer.step(start(), batch)[0].params
+    state, _ = trainer.step(start()._replace(hidden=jnp.ones((2, 4))), batch)
+    equal = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True)]
+    assert not any(equal) if carry else all(equal)
+    assert np.any(state.hidden)
+    ended = trainer.end_epoch(state)
+    np.testing.assert_array_equal(ended.hidden, np.zeros((2, 4)))
+    chex.assert_trees_all_equal(ended._replace(hidden=None, key=None), state._replace(hidden=None, key=None))
+
+
+def test_end_epoch_does_the_losses_work():
+  """The loss's own end_epoch runs: the last_epoch table takes over the sums."""
+  batch = problems.label_batch(2, 4)
+  trainer = fptt_jax.trainer(
+    problems.elman(out=3), losses.terminal_classification(3, divergence='last_epoch'), optax.sgd(0.1), method='bptt'
+  )
+  state, _ = run(trainer, batch)
+  seen = np.unique(batch.targets)
+  expected = np.asarray(state.loss_state['sum'] / np.maximum(state.loss_state['count'], 1)[..., None])[0, seen]
+  ended = trainer.end_epoch(state)
+  np.testing.assert_allclose(ended.loss_state['q'][0, seen], expected, rtol=1e-6)
+  assert np.abs(expected - 1 / 3).max() > 0.01
+
+
+@in_float64
+def test_inner_steps_start_from_the_same_state_with_the_same_key():
+  """n gradient steps a window: each from the window's own hidden state, loss state and dropout mask; W̄ and λ move once; the hidden and
+  loss state carried on are the last pass's."""
+  model, optimizer = double(out=3, dropout=0.5), fptt_jax.fptt(optax.sgd(0.2), inner_steps=3)
+  loss = losses.terminal_classification(3, ema_decay=0.5)
+  batch = problems.label_batch(4, 3, dtype=np.float64)
+  trainer = fptt_jax.trainer(model, loss, optimizer, num_windows=2, inner_steps=3)
+  expected, expected_metrics = by_hand(
+    model, loss, optimizer, trainer.init(jax.random.key(0), batch), batch, [0, 2, 4], inner_steps=3
+  )
+  state, metrics = run(trainer, batch)
+  assert int(state.opt_state.step_count) == 6
+  same((state, metrics.loss, metrics.grad_norm), (expected, expected_metrics.loss, expected_metrics.grad_norm))
+
+
+@in_float64
+def test_explicit_gradient_is_taken_from_the_windows_own_start():
+  """After a step with gradient_estimate='explicit' λ is the gradient of the last window's loss at W_{t+1}, the parameters now, from
+  the hidden state that window started from, under the dropout mask it had."""
+  model, batch = double(dropout=0.5), problems.regression_batch(4, 3, dtype=np.float64)
+  trainer = fptt_jax.trainer(
+    model, losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.2), gradient_estimate='explicit'), num_windows=2
+  )
+  start = trainer.init(jax.random.key(0), batch)
+  key = jax.random.fold_in(start.key, 0)
+  hidden, _ = model.apply(start.params, model.initial_state(3), batch.inputs[:2], None, jax.random.fold_in(key, 0))
+
+  def objective(params):
+    _, outputs = model.apply(params, hidden, batch.inputs[2:], None, jax.random.fold_in(key, 1))
+    return jnp.mean((outputs[-1, :, 0] - batch.targets) ** 2)
+
+  state, _ = trainer.step(start, batch)
+  same(state.opt_state.lam, jax.jit(jax.grad(objective))(state.params))
+
+
+# Compilation.
+
+
+def test_one_trace_for_each_shape():
+  """Steps of one shape trace the model and the loss once, whatever the values; another shape once more. The state keeps its
+  structure, shapes and dtypes, and none of it but the loss's tables is weakly typed (those are in test_losses)."""
+  calls = {'model': 0, 'loss': 0}
+  model, loss = problems.elman(out=3), losses.terminal_classification(3)
+
+  def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapper(*args):
+      calls[name] += 1
+      return function(*args)
+
+    return wrapper
+
+  trainer = fptt_jax.trainer(
+    model._replace(apply=counted('model', model.apply)),
+    loss._replace(apply=counted('loss', loss.apply)),
+    fptt_jax.fptt(optax.adam(optax.cosine_decay_schedule(1e-2, 10)), alpha=optax.constant_schedule(0.5)),
+    num_windows=2,
+  )
+  batch = problems.label_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
+  state = trainer.init(jax.random.key(0), batch)
+  kinds = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  assert not any(x.weak_type for x in jax.tree.leaves(state._replace(key=None, loss_state=None)))
+  counts = []
+  for seed in (0, 1, 2):
+    state, _ = trainer.step(state, problems.label_batch(4, 2, seed=seed)._replace(lengths=np.array([2, 4 - seed], np.int32)))
+    counts.append(dict(calls))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == kinds
+    assert not any(x.weak_type for x in jax.tree.leaves(state._replace(key=None, loss_state=None)))
+  assert counts[0] == counts[1] == counts[2]
+  assert min(counts[0].values()) >= 1
+  assert trainer.step._cache_size() == 1
+  longer = problems.label_batch(6, 2)._replace(lengths=np.array([6, 5], np.int32))
+  for _ in range(2):
+    state, _ = trainer.step(state, longer)
+    assert calls == {name: 2 * count for name, count in counts[0].items()}
+  assert trainer.step._cache_size() == 2
+
+
+def test_step_takes_over_the_old_state():
+  """The old state's buffers are donated, all of them (a warning, had one not been usable, is an error here)."""
+  batch = problems.label_batch(4, 2)
+  trainer = fptt_jax.trainer(
+    problems.elman(out=3), losses.terminal_classification(3), fptt_jax.fptt(optax.adam(1e-2)), num_windows=2, carry_hidden=True
+  )
+  state = trainer.init(jax.random.key(0), batch)
+  new_state, _ = trainer.step(state, batch)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state._replace(key=None)))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new_state))
+
+
+def temporary_bytes(num_steps: int, **options: Any) -> int:
+  """What the compiled step of an LSTM of 32 units on 16 sequences needs beside its arguments and results."""
+  trainer = fptt_jax.trainer(problems.lstm(hidden=32), losses.terminal_regression(), optax.sgd(0.1), **options)
+  batch = Batch(jax.ShapeDtypeStruct((num_steps, 16, 2), jnp.float32), jax.ShapeDtypeStruct((16,), jnp.float32))
+  state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
+  return trainer.step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_bounded_by_the_window():
+  """At fixed S temporary memory does not grow with T; BPTT's is proportional to T (four times the steps, about four times the memory),
+  and FPTT's with K = 16 is a small part of it."""
+  short, long = (temporary_bytes(num_steps, method='tbptt', window_size=16) for num_steps in (64, 1024))
+  assert abs(long - short) < 0.05 * short
+  bptt_short, bptt_long = (temporary_bytes(num_steps, method='bptt') for num_steps in (256, 1024))
+  assert 3.5 < bptt_long / bptt_short < 4.5
+  assert temporary_bytes(1024, method='fptt', num_windows=16) < bptt_long / 8
+  assert long < bptt_long / 16
+
+
+def test_initialisation_from_shapes_and_over_seeds():
+  """Abstract batches give the concrete ones' state; eval_shape gives its shapes; under vmap over keys each seed gets its own parameters,
+  those of a call of its own, and a step vmapped over such states is the steps one by one."""
+  batch = problems.regression_batch(4, 2)
+  trainer = fptt_jax.trainer(problems.elman(), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1)), num_windows=2)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+  concrete = trainer.init(jax.random.key(0), batch)
+  same(trainer.init(jax.random.key(0), shapes), concrete, rtol=0)
+  abstract = jax.eval_shape(trainer.init, jax.random.key(0), shapes)
+  describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert describe(abstract) == describe(concrete)
+  keys = jax.random.split(jax.random.key(1), 3)
+  many = jax.vmap(lambda key: trainer.init(key, batch))(keys)
+  assert len(np.unique(many.params['b'])) == many.params['b'].size
+  stepped, metrics = jax.vmap(trainer.step, in_axes=(0, None))(many, batch)
+  for i, key in enumerate(keys):
+    one = trainer.init(key, batch)
+    same(jax.tree.map(lambda x: x[i], many), one, rtol=1e-6)
+    one_stepped, one_metrics = trainer.step(one, batch)
+    same(jax.tree.map(lambda x: x[i], (stepped, metrics)), (one_stepped, one_metrics), rtol=1e-5, atol=1e-6)
+
+
+@in_float64
+def test_steps_inside_an_outer_scan():
+  """A compiled scan of `step` over stacked batches is the loop over them."""
+  batches = [problems.regression_batch(4, 2, seed=seed, dtype=np.float64) for seed in range(3)]
+  trainer = fptt_jax.trainer(
+    double(dropout=0.5), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1, momentum=0.9)), num_windows=2
+  )
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+  state, metrics = jax.jit(lambda state: jax.lax.scan(trainer.step, state, stacked))(trainer.init(jax.random.key(0), batches[0]))
+  expected, last = run(trainer, *batches)
+  same(state, expected, **TIGHT)
+  same(jax.tree.map(lambda x: x[-1], metrics), last, **TIGHT)
+
+
+# Randomness.
+
+
+def noise_model() -> fptt_jax.Model:
+  """Its outputs are the noise of its key; 0 without one."""
+
+  def apply(params, state, x, mask, key):
+    shape = (*x.shape[:2], 1)
+    return state, params * (jnp.zeros(shape) if key is None else jax.random.uniform(key, shape))
+
+  return fptt_jax.Model(lambda key: jnp.ones((1, 1, 1)), lambda batch_size: jnp.zeros((batch_size, 1)), apply)
+
+
+def test_noise_is_fresh_in_each_window_and_step_and_absent_from_evaluation():
+  """Every window of every step has its own noise; the same seed gives the same numbers, another seed others; evaluation has none."""
+  batch = problems.regression_batch(6, 2)
+  mean_output = losses.from_function(lambda outputs, targets, window: outputs.mean())
+  trainer = fptt_jax.trainer(noise_model(), mean_output, optax.sgd(0.0), method='tbptt', num_windows=3)
+
+  def noise(seed: int) -> np.ndarray:
+    state, seen = trainer.init(jax.random.key(seed), batch), []
+    for _ in range(3):
+      state, metrics = trainer.step(state, batch)
+      seen.append(np.asarray(metrics.loss))
+    return np.stack(seen)
+
+  first = noise(0)
+  assert len(np.unique(first)) == 9
+  np.testing.assert_array_equal(noise(0), first)
+  assert not np.isin(noise(1), first).any()
+  totals, _ = trainer.evaluate(jnp.ones((1, 1, 1)), batch)
+  assert float(totals['loss']) == 0
+
+
+def test_tbptt_finals_prefix_has_noise_of_its_own():
+  """The steps before the differentiated ones run as in training, with dropout, under a key that is not the last window's."""
+  keys = []
+  model = problems.elman()
+
+  def apply(params, state, x, mask, key):
+    keys.append(key)
+    return model.apply(params, state, x, mask, key)
+
+  trainer = fptt_jax.trainer(
+    model._replace(apply=apply), losses.terminal_regression(), optax.sgd(0.1), method='tbptt_final', final_steps=2
+  )
+  batch = problems.regression_batch(4, 2)
+  with jax.disable_jit():
+    run(trainer, batch)
+  data = [tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys]
+  assert len(data) == 2
+  assert data[0] != data[1]
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize('lengths', [None, np.array([10, 4, 7], np.int32)], ids=['whole', 'ragged'])
+@pytest.mark.parametrize('terminal', [True, False], ids=['terminal', 'sequence'])
+def test_evaluation_equals_the_whole_sequence(terminal, lengths):
+  """Totals over evaluation's windows (3, 3, 4) are those of one pass over each whole sequence: cross-entropy and hits at the
+  sequence's last step, or at every step; dropout is off. The hidden state is the one at each sequence's end."""
+  model = problems.elman(out=3, dropout=0.5)
+  batch = (problems.label_batch if terminal else problems.tagging_batch)(10, 3)._replace(lengths=lengths)
+  loss = losses.terminal_classification(3) if terminal else losses.sequence_classification(3, accuracy=True)
+  trainer = fptt_jax.trainer(model, loss, optax.sgd(0.1))
+  params = model.init(jax.random.key(0))
+  totals, hidden = trainer.evaluate(params, batch)
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  nats, hits = [], []
+  for row, length in enumerate([10, 10, 10] if lengths is None else lengths):
+    h = np.zeros(4)
+    for t in range(length):
+      h = np.tanh(batch.inputs[t, row] @ p['a'] + h @ p['c'] + p['b'])
+      logits = h @ p['v']
+      label = batch.targets[row] if terminal else batch.targets[t, row]
+      if not terminal or t + 1 == length:
+        nats.append(np.log(np.exp(logits).sum()) - logits[label])
+        hits.append(np.argmax(logits) == label)
+    np.testing.assert_allclose(hidden[row], h, rtol=1e-4, atol=1e-5)
+  expected = {'count': len(nats), 'loss': sum(nats), 'accuracy': sum(hits)}
+  assert {name: float(total) for name, total in totals.items()} == pytest.approx(expected, rel=1e-4)
+  assert fptt_jax.means(totals) == pytest.approx({'loss': np.mean(nats), 'accuracy': np.mean(hits)}, rel=1e-4)
+
+
+def test_evaluation_goes_on_from_a_given_hidden_state():
+  """Two halves, the second from the first's hidden state, have the whole's totals and hidden state; from the start they have not."""
+  whole = problems.tagging_batch(8, 2)
+  halves = [Batch(whole.inputs[i : i + 4], whole.targets[i : i + 4]) for i in (0, 4)]
+  trainer = fptt_jax.trainer(problems.elman(out=3), losses.sequence_classification(3), optax.sgd(0.1))
+  params = problems.elman(out=3).init(jax.random.key(0))
+  first, hidden = trainer.evaluate(params, halves[0])
+  second, hidden = trainer.evaluate(params, halves[1], hidden)
+  expected, expected_hidden = trainer.evaluate(params, whole)
+  same(hidden, expected_hidden, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(first['loss'] + second['loss'], expected['loss'], rtol=1e-5)
+  assert abs(float(trainer.evaluate(params, halves[1])[0]['loss'] - second['loss'])) > 1e-3
+
+
+def test_metrics_totals_are_the_measures_of_the_step():
+  """With parameters that stay where they are, a step's totals are evaluation's, for methods that see a window once and for ftrl, which
+  sees the first one K times."""
+  batch = problems.label_batch(6, 3)._replace(lengths=np.array([6, 2, 3], np.int32))
+  for method in ('tbptt', 'ftrl', 'bptt_aux'):
+    trainer = fptt_jax.trainer(
+      problems.elman(out=3), losses.terminal_classification(3), optax.sgd(0.0), method=method, num_windows=3
+    )
+    state, metrics = run(trainer, batch)
+    same(metrics.totals, trainer.evaluate(state.params, batch)[0], rtol=1e-5)
+
+
+# What is refused.
+
+make = functools.partial(fptt_jax.trainer, problems.elman(), losses.terminal_regression(), optax.sgd(0.1))
+GOOD = problems.regression_batch(6, 2)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'num_windows': 0}, r'num_windows must be at least 1, got 0\.'),
+    ({'window_size': 0}, r'window_size must be at least 1, got 0\.'),
+    ({'num_windows': 2, 'window_size': 3}, r'not both: got num_windows=2 and window_size=3\.'),
+    ({'method': 'bppt'}, r"method must be one of \['fptt', 'tbptt', .*\] or a Method, got 'bppt'\."),
+    ({'method': 'bptt', 'num_windows': 2}, r"method 'bptt' fixes K=1: leave out num_windows, got num_windows=2\."),
+    ({'method': 'ogd', 'window_size': 2}, r"method 'ogd' fixes K=T: leave out window_size, got window_size=2\."),
+    ({'method': 'tbptt_final'}, r"final_steps goes with the method 'tbptt_final': got final_steps=None and method 'tbptt_final'\."),
+    ({'method': 'bptt', 'final_steps': 2}, r"goes with the method 'tbptt_final': got final_steps=2 and method 'bptt'\."),
+    ({'method': 'tbptt_final', 'final_steps': 0}, r'final_steps must be at least 1, got 0\.'),
+    ({'inner_steps': 0}, r'inner_steps must be at least 1, got 0\.'),
+    ({'loss_weights': [1.0, np.nan]}, r'loss_weights must be K finite numbers, got \[1\.0, nan\]\.'),
+    ({'loss_weights': [[1.0]]}, r'loss_weights must be K finite numbers, got \[\[1\.0\]\]\.'),
+  ],
+)
+def test_impossible_settings_are_refused(options, message):
+  """Settings that mean nothing fail where the trainer is made, with the value given."""
+  with pytest.raises(ValueError, match=message):
+    make(**options)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'num_windows': 7}, r'num_windows must be between 1 and the sequence length T=6, got 7\.'),
+    ({'window_size': 7}, r'window_size must be between 1 and the sequence length T=6, got 7\.'),
+    ({'method': 'tbptt_final', 'final_steps': 7}, r'final_steps must be at most the sequence length T=6, got 7\.'),
+    ({'num_windows': 3, 'loss_weights': [1, 2]}, r'one factor for each of the K=3 windows, got 2\.'),
+    pytest.param(
+      {'method': 'tbptt_final', 'final_steps': 2, 'loss_weights': [1, 2]},
+      r'one factor for each of the K=1 windows, got 2\.',
+      marks=pytest.mark.xfail(strict=True, reason='cut_windows returns before it counts the weights of tbptt_final'),
+    ),
+  ],
+)
+def test_settings_that_do_not_fit_the_sequence_are_refused(options, message):
+  """What depends on T fails with the first batch, in `init` and, for another length later, in `step`."""
+  with pytest.raises(ValueError, match=message):
+    make(**options).init(jax.random.key(0), GOOD)
+  state = make(method='bptt').init(jax.random.key(0), GOOD)
+  with pytest.raises(ValueError, match=message):
+    make(**options).step(state, GOOD)
+
+
+@pytest.mark.parametrize(
+  ('batch', 'error', 'message'),
+  [
+    (Batch(np.zeros((6, 0, 2)), np.zeros(0)), ValueError, r'got an empty batch \[T, B, \.\.\.\] = \(6, 0, 2\)\.'),
+    (Batch(np.zeros((0, 2, 2)), np.zeros(2)), ValueError, r'got an empty batch \[T, B, \.\.\.\] = \(0, 2, 2\)\.'),
+    (Batch(np.zeros(6), np.zeros(2)), ValueError, r'inputs must be time-major \[T, B, \.\.\.\], got shape \(6,\)\.'),
+    (Batch(np.zeros((6, 2), bool), np.zeros(2)), TypeError, r'floating point \(features\) or integers \(tokens\), got bool\.'),
+    (Batch(np.zeros((6, 2), np.complex64), np.zeros(2)), TypeError, r'or integers \(tokens\), got complex64\.'),
+    (Batch(np.full((6, 2), 'a'), np.zeros(2)), TypeError, r'or integers \(tokens\), got <U1\.'),
+    (Batch(GOOD.inputs, np.zeros(5, np.float32)), ValueError, r'with B=2, T=6; got shape \(5,\)\.'),
+    (GOOD._replace(lengths=np.full(3, 6)), ValueError, r'lengths must have shape \[B\] = \(2,\), got \(3,\)\.'),
+    (GOOD._replace(lengths=np.full((2, 1), 6)), ValueError, r'lengths must have shape \[B\] = \(2,\), got \(2, 1\)\.'),
+    (GOOD._replace(lengths=np.full(2, 6.0)), TypeError, r'lengths must be integers, got float'),
+    pytest.param(
+      Batch(GOOD.inputs.tolist(), GOOD.targets),
+      TypeError,
+      r'inputs must be an array, got list\.',
+      marks=pytest.mark.xfail(strict=True, reason='jnp.shape(list) warns of deprecation before the message is reached'),
+    ),
+  ],
+)
+def test_batches_of_wrong_shape_or_dtype_are_refused(batch, error, message):
+  """Shapes and dtypes are looked at in `init` and in `check_batch`."""
+  with pytest.raises(error, match=message):
+    make().init(jax.random.key(0), batch)
+  with pytest.raises(error, match=message):
+    fptt_jax.check_batch(batch, losses.terminal_regression())
+
+
+def changed(model: fptt_jax.Model, change: Callable[[Any, jax.Array], Any]) -> fptt_jax.Model:
+  """`model` with `change` at the end of its apply."""
+  return model._replace(apply=lambda *args: change(*model.apply(*args)))
+
+
+SAME_HIDDEN = r'the hidden state must keep its structure, shapes and dtypes: model\.apply has'
+
+
+@pytest.mark.parametrize(
+  ('model', 'loss', 'batch', 'error', 'message'),
+  [
+    (
+      changed(problems.elman(), lambda h, y: (h.astype(jnp.bfloat16), y)),
+      losses.terminal_regression(),
+      GOOD,
+      ValueError,
+      SAME_HIDDEN + r' bfloat16\[2, 4\], expected float32\[2, 4\]\.',
+    ),
+    (
+      changed(problems.elman(), lambda h, y: (h[:, :3], y)),
+      losses.terminal_regression(),
+      GOOD,
+      ValueError,
+      SAME_HIDDEN + r' float32\[2, 3\], expected float32\[2, 4\]\.',
+    ),
+    (changed(problems.elman(), lambda h, y: ((h,), y)), losses.terminal_regression(), GOOD, ValueError, SAME_HIDDEN),
+    (
+      changed(problems.elman(), lambda h, y: (h, y[-1])),
+      losses.terminal_regression(),
+      GOOD,
+      ValueError,
+      r'model\.apply must return outputs \[S, B, \.\.\.\] = \(3, 2\) \+ features, got shape \(2, 1\)\.',
+    ),
+    (
+      problems.elman(out=2),
+      losses.terminal_regression(),
+      GOOD,
+      ValueError,
+      r'the loss expected model outputs of shape \[S, B, 1\], got \(3, 2, 2\)\.',
+    ),
+    (
+      problems.elman(),
+      losses.terminal_regression(),
+      Batch(GOOD.inputs, np.zeros(5, np.float32)),
+      ValueError,
+      r'B=2, T=6; got shape',
+    ),
+    (
+      problems.elman(out=3),
+      losses.terminal_classification(3),
+      GOOD,
+      TypeError,
+      r'labels must be integers \(class indices\), got dtype float32 of shape \(2,\)\.',
+    ),
+    pytest.param(
+      problems.elman(),
+      losses.sequence_regression(),
+      Batch(GOOD.inputs, np.zeros((5, 2, 1), np.float32)),
+      ValueError,
+      r'targets',
+      marks=pytest.mark.xfail(strict=True, reason='targets [T - 1, B] are sliced with a clamped start, so silently shifted'),
+    ),
+  ],
+  ids=['dtype', 'shape', 'structure', 'outputs', 'features', 'targets', 'float labels', 'targets too short'],
+)
+def test_models_and_targets_that_do_not_fit_are_refused(model, loss, batch, error, message):
+  """Found when the step is traced, before anything is computed."""
+  trainer = fptt_jax.trainer(model, loss, optax.sgd(0.1), num_windows=2)
+  state = trainer.init(jax.random.key(0), GOOD)
+  with pytest.raises(error, match=message):
+    jax.eval_shape(trainer.step, state, batch)
+
+
+def test_carried_hidden_state_of_another_batch_size_is_refused():
+  """Rows of the next batch continue rows of the last: there must be as many. Without carry_hidden another size is welcome."""
+  other = problems.regression_batch(6, 3)
+  trainer = make(carry_hidden=True)
+  with pytest.raises(
+    ValueError, match=r'the hidden state must keep its structure, shapes and dtypes: .*\[2, 4\].*\[3, 4\]|3, 4.*2, 4'
+  ):
+    trainer.step(trainer.init(jax.random.key(0), GOOD), other)
+  state, _ = jax.eval_shape(make().step, make().init(jax.random.key(0), GOOD), other)
+  assert state.hidden.shape == (3, 4)
+
+
+def test_truncated_final_loss_takes_no_ragged_batch():
+  """tbptt_final counts its steps from T."""
+  trainer = make(method='tbptt_final', final_steps=2)
+  with pytest.raises(ValueError, match=r"'tbptt_final' .* takes no ragged batch: got lengths\."):
+    trainer.step(trainer.init(jax.random.key(0), GOOD), GOOD._replace(lengths=np.array([6, 5], np.int32)))
+
+
+@pytest.mark.parametrize(
+  'key',
+  [
+    np.zeros(2, np.uint32),
+    pytest.param(0, marks=pytest.mark.xfail(strict=True, reason='an int has no .dtype: AttributeError instead of the message')),
+  ],
+)
+def test_untyped_keys_are_refused(key):
+  """Only jax.random.key's typed keys; raw words and seeds are told so."""
+  with pytest.raises(TypeError, match=r'key must be a typed PRNG key, jax\.random\.key\(seed\)'):
+    make().init(key, GOOD)
+
+
+def with_value(batch: Batch, place: tuple[int, ...], value: float) -> Batch:
+  inputs = np.array(batch.inputs)
+  inputs[place] = value
+  return batch._replace(inputs=inputs)
+
+
+@pytest.mark.parametrize(
+  ('batch', 'message'),
+  [
+    (with_value(GOOD, (4, 1), np.nan), r'NaN or infinity in 1 places, the first at .*\(4, 1\)'),
+    (with_value(GOOD, (2, 0, 1), -np.inf), r'NaN or infinity in 1 places, the first at .*\(2, 0\)'),
+    (with_value(GOOD, (4, 1), np.nan)._replace(lengths=np.array([3, 5])), r'NaN or infinity in 1 places'),
+    (GOOD._replace(lengths=np.array([6, 7])), r'lengths must lie in 1\.\.T=6, got values from 6 to 7\.'),
+    (GOOD._replace(lengths=np.array([0, 6])), r'lengths must lie in 1\.\.T=6, got values from 0 to 6\.'),
+    (GOOD._replace(targets=np.array([0, np.inf])), r'targets must be finite, got 1 NaN or infinite values\.'),
+    pytest.param(
+      with_value(GOOD, (4, 1), np.nan)._replace(inputs=jnp.full((6, 2, 2), jnp.nan, jnp.bfloat16)),
+      r'NaN or infinity in 12 places',
+      marks=pytest.mark.xfail(strict=True, reason='np.issubdtype(bfloat16, np.floating) is False'),
+    ),
+  ],
+)
+def test_check_batch_finds_values_that_mean_nothing(batch, message):
+  """Values are looked at on the host only."""
+  with pytest.raises(ValueError, match=message):
+    fptt_jax.check_batch(batch, losses.terminal_regression())
+
+
+def test_check_batch_refuses_labels_that_mean_nothing():
+  """Labels outside 0..C-1 and labels that are not integers, which a compiled gather would turn into NaN or nonsense."""
+  loss = losses.terminal_classification(3)
+  with pytest.raises(ValueError, match=r'labels must lie in 0\.\.2, got values from 1 to 3\.'):
+    fptt_jax.check_batch(Batch(GOOD.inputs, np.array([3, 1])), loss)
+  with pytest.raises(TypeError, match=r'labels must be integers'):
+    fptt_jax.check_batch(Batch(GOOD.inputs, np.array([0.0, 1.0])), loss)
+
+
+def test_check_batch_accepts_what_a_step_runs_on():
+  """Good batches pass: plain, ragged with NaN past the end, tokens, lengths at both ends of their range."""
+  fptt_jax.check_batch(GOOD, losses.terminal_regression())
+  fptt_jax.check_batch(with_value(GOOD, (5, 1), np.nan)._replace(lengths=np.array([1, 5])), losses.terminal_regression())
+  fptt_jax.check_batch(Batch(np.zeros((6, 2), np.int32), np.full((6, 2), 2)), losses.sequence_classification(3))
+
+
+@pytest.mark.xfail(strict=True, reason='np.issubdtype(bfloat16, np.floating) is False: finite bfloat16 targets are refused')
+def test_check_batch_accepts_bfloat16_targets():
+  """bfloat16 is floating point."""
+  fptt_jax.check_batch(Batch(GOOD.inputs, jnp.zeros(2, jnp.bfloat16)), losses.terminal_regression())
