@@ -38,7 +38,7 @@ class Config(recipe.Recipe):
   seq_len: int = option(100, 'T, steps of a sequence')
   hidden: int = option(128, 'H, LSTM units')
   batch_size: int = option(128, 'B, fresh sequences a batch')
-  batches: int = option(2500, 'training batches; each gives K updates, or one')
+  batches: int = option(3000, 'training batches; each gives K updates, or one')
   forget_bias: float = option(1.0, "initial bias of the LSTM's forget gate")
   decay: bool = option(True, 'decay the learning rate to 0 over the run along a half cosine (False: constant, as in the paper)')
   test_size: int = option(1024, 'sequences of the test set, drawn independently')

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import chex
@@ -60,14 +61,15 @@ def by_hand(
   cuts: list[int],
   inner_steps: int = 1,
 ) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
-  """Algorithm 2 as a Python loop. Windows have their true lengths: none is padded, only what lies past a sequence's end is masked."""
+  """Algorithm 2 as a Python loop. Windows have their true lengths: none is padded, only what lies past a sequence's end is
+  masked."""
   num_steps, batch_size = batch.inputs.shape[:2]
   lengths = jnp.full(batch_size, num_steps, jnp.int32) if batch.lengths is None else jnp.asarray(batch.lengths)
   optimizer = optax.with_extra_args_support(optimizer)
   key = jax.random.fold_in(state.key, state.step_count)
   params, opt_state, loss_state, hidden = state.params, state.opt_state, state.loss_state, model.initial_state(batch_size)
 
-  @jax.jit
+  @problems.quick
   def one_step(params, opt_state, hidden, loss_state, x, k, start, end):
     mask = (start + jnp.arange(len(x)))[:, None] < lengths[None, :]
     window = Window(k, len(cuts) - 1, len(x), start, end, lengths, mask)
@@ -78,13 +80,12 @@ def by_hand(
       return value, (new_hidden, new_loss_state, loss.measure(outputs, batch.targets, window))
 
     (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(params)
-    changes, opt_state = optimizer.update(
-      grads, opt_state, params, value=value, grad_fn=lambda p: jax.grad(objective, has_aux=True)(p)[0]
-    )
+    again = lambda p: jax.grad(objective, has_aux=True)(p)[0]
+    changes, opt_state = optimizer.update(grads, opt_state, params, value=value, grad_fn=again)
     return optax.apply_updates(params, changes), opt_state, aux, value, optax.tree.norm(grads)
 
   values, norms, totals = [], [], []
-  for k, (start, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+  for k, (start, end) in enumerate(itertools.pairwise(cuts)):
     if start >= max(np.asarray(lengths)):
       values, norms = [*values, 0.0], [*norms, 0.0]
       continue
@@ -105,11 +106,11 @@ def mean_absolute_error(outputs, targets, window):
 
 
 def same(got: Any, expected: Any, **tolerance: float) -> None:
-  """Trees of equal numbers; keys, which are not numbers, bit for bit; dtypes of metrics may differ."""
-  data = lambda tree: jax.tree.map(
-    lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x), tree
+  """Trees of equal numbers; typed keys by their data."""
+  number = lambda x: np.asarray(
+    jax.random.key_data(x) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
   )
-  chex.assert_trees_all_close(data(got), data(expected), **(tolerance or F64))
+  chex.assert_trees_all_close(jax.tree.map(number, got), jax.tree.map(number, expected), **(tolerance or F64))
 
 
 # The scan over windows is Algorithm 2.
