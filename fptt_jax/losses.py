@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fptt_jax.transformation import at_least_float32
 from fptt_jax.windows import Window
 
 LossState = Any
@@ -114,13 +115,13 @@ def terminal_classification(
   uniform = 1 / num_classes
 
   def init(num_windows: int) -> LossState:
-    table = jnp.full((num_windows, num_classes, num_classes), uniform)
+    table = jnp.full((num_windows, num_classes, num_classes), uniform, float)
     if divergence == 'class_ema':
       return {'q': table}
     if divergence == 'last_epoch':
       return {'q': table, 'sum': jnp.zeros_like(table), 'count': jnp.zeros((num_windows, num_classes))}
     if num_examples is not None:
-      return {'q': jnp.full((num_examples, num_windows, num_classes), uniform)}
+      return {'q': jnp.full((num_examples, num_windows, num_classes), uniform, float)}
     return {}
 
   def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
@@ -135,22 +136,24 @@ def terminal_classification(
     if divergence == 'uniform':
       q = uniform
     elif by_example:
-      q = loss_state['q'][ids, k]
-      loss_state = {'q': loss_state['q'].at[ids, k].set(jnp.where(active[:, None], p, q))}
+      table = loss_state['q']
+      q = table[ids, k]
+      loss_state = {'q': table.at[ids, k].set(jnp.where(active[:, None], p.astype(table.dtype), q))}
     else:
       q = loss_state['q'][k, labels]
       loss_state = _remember(p, labels, active, k, loss_state)
-    per_sequence = beta * cross_entropy - (1 - beta) * jnp.sum(q * log_p, axis=-1)
+    per_sequence = beta * cross_entropy - (1 - beta) * jnp.sum(jnp.asarray(q, log_p.dtype) * log_p, axis=-1)
     return _mean_where(per_sequence, active), loss_state
 
   def _remember(p: jax.Array, labels: jax.Array, active: jax.Array, k: jax.Array, loss_state: LossState) -> LossState:
     """Takes the predictions p [B, C] of window k into the per-class tables."""
-    members = jax.nn.one_hot(labels, num_classes, dtype=p.dtype) * active[:, None].astype(p.dtype)
-    sums, counts = members.T @ p, members.sum(0)
+    dtype = loss_state['q'].dtype
+    members = jax.nn.one_hot(labels, num_classes, dtype=dtype) * active[:, None].astype(dtype)
+    sums, counts = members.T @ p.astype(dtype), members.sum(0)
     if divergence == 'last_epoch':
       return loss_state | {'sum': loss_state['sum'].at[k].add(sums), 'count': loss_state['count'].at[k].add(counts)}
     q = loss_state['q'][k]
-    moved = ema_decay * q + (1 - ema_decay) * (sums / jnp.maximum(counts, 1)[:, None]).astype(q.dtype)
+    moved = ema_decay * q + (1 - ema_decay) * sums / jnp.maximum(counts, 1)[:, None]
     return {'q': loss_state['q'].at[k].set(jnp.where(counts[:, None] > 0, moved, q))}
 
   def end_epoch(loss_state: LossState) -> LossState:
@@ -290,7 +293,7 @@ def _mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return x.astype(at_least_float32(x.dtype))
 
 
 def _totals(where: jax.Array, **values: jax.Array) -> Totals:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from fptt_jax.transformation import CORRECTIONS
+from fptt_jax.transformation import CORRECTIONS, HUGE, RANGES, TINY, check_correction, check_number
 
 
 def stability(
@@ -55,18 +55,12 @@ def stability(
     >>> round(stability(2.0, 1.0, kappa=2.0, momentum=0.9, curvature=0.5), 2)
     1.44
   """
-  for name, value, expected, accepted in (
-    ('lr', lr, 'a finite number > 0', 0 < lr < math.inf),
-    ('alpha', alpha, 'a finite number > 0', 0 < alpha < math.inf),
-    ('kappa', kappa, 'a finite number >= 0', 0 <= kappa < math.inf),
-    ('beta', beta, 'a number in (0, 1]', 0 < beta <= 1),
-    ('rho', rho, 'a number in [0, 1]', 0 <= rho <= 1),
-    ('momentum', momentum, 'a number in [0, 1)', 0 <= momentum < 1),
-    ('curvature', curvature, 'a finite number', math.isfinite(curvature)),
-    ('correction', correction, f'one of {sorted(CORRECTIONS)}', correction in CORRECTIONS),
-  ):
-    if not accepted:
-      raise ValueError(f'{name} must be {expected}, got {value!r}.')
+  check_correction(correction)
+  for name, value in dict(alpha=alpha, beta=beta, kappa=kappa, rho=rho).items():
+    check_number(name, value, *RANGES[name])
+  check_number('lr', lr, TINY, HUGE, 'a finite number > 0')
+  check_number('momentum', momentum, 0.0, math.nextafter(1.0, 0.0), 'a number in [0, 1)')
+  check_number('curvature', curvature, -HUGE, HUGE, 'a finite number')
 
   c = CORRECTIONS[correction] * (1 - rho)
   w, w_bar, lam, m = np.eye(4)

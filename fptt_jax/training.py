@@ -151,20 +151,20 @@ def trainer(
       assert final_steps is not None
       if final_steps > num_steps:
         raise ValueError(f'final_steps must be at most the sequence length T={num_steps}, got {final_steps}.')
-      return cut(final_steps, num_windows=1).shifted(num_steps - final_steps)
-    fixed = num_steps if method.num_windows == 'T' else method.num_windows
-    if fixed is None:
-      windows = cut(num_steps, num_windows=num_windows, window_size=window_size)
+      windows = cut(final_steps, num_windows=1).shifted(num_steps - final_steps)
+    elif method.num_windows is not None:
+      windows = cut(num_steps, num_windows=num_steps if method.num_windows == 'T' else int(method.num_windows))
     else:
-      windows = cut(num_steps, num_windows=int(fixed))
+      windows = cut(num_steps, num_windows=num_windows, window_size=window_size)
     if weights is not None and len(weights) != windows.num_windows:
       raise ValueError(f'loss_weights must have one factor for each of the K={windows.num_windows} windows, got {len(weights)}.')
     return windows
 
   def init(key: jax.Array, batch: Batch) -> TrainState:
     num_steps, batch_size = _check_shapes(batch)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-      raise TypeError(f'key must be a typed PRNG key, jax.random.key(seed); got dtype {key.dtype}.')
+    dtype: Any = getattr(key, 'dtype', None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+      raise TypeError(f'key must be a typed PRNG key, jax.random.key(seed); got {dtype or type(key).__name__}.')
     init_key, run_key = jax.random.split(key)
     params = model.init(init_key)
     return TrainState(
@@ -299,12 +299,8 @@ def _run_window(
   num_steps, batch_size = inputs.shape[:2]
   ragged = batch.lengths is not None
   lengths = jnp.asarray(batch.lengths, jnp.int32) if ragged else jnp.full(batch_size, num_steps, jnp.int32)
-  window = window_at(windows, k, lengths)
-  x, mask = window.slice(inputs), None
-  if ragged or not windows.even:
-    mask = window.mask
-    # What lies past a sequence's end may be anything, NaN included: its gradient would be NaN even where masked.
-    x = jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, jnp.zeros([], x.dtype))
+  window = window_at(windows, k, lengths, ragged)
+  x, mask = window.slice(inputs), window.mask if window.masked else None
   new_hidden, outputs = model.apply(params, hidden, x, mask, None if key is None else jax.random.fold_in(key, k))
   _check_same_hidden(new_hidden, hidden, 'model.apply')
   if outputs.shape[:2] != x.shape[:2]:
@@ -366,14 +362,14 @@ def _resolve(
 
 def _check_shapes(batch: Batch) -> tuple[int, int]:
   """(T, B) of a batch, after checking what shapes and dtypes alone can tell."""
-  shape = jnp.shape(batch.inputs)
+  if not isinstance(batch.inputs, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+    raise TypeError(f'inputs must be an array, got {type(batch.inputs).__name__}.')
+  shape = batch.inputs.shape
   if len(shape) < 2:
     raise ValueError(f'inputs must be time-major [T, B, ...], got shape {shape}.')
   num_steps, batch_size = shape[:2]
   if num_steps < 1 or batch_size < 1:
     raise ValueError(f'inputs need at least one step and one sequence, got an empty batch [T, B, ...] = {shape}.')
-  if not isinstance(batch.inputs, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-    raise TypeError(f'inputs must be an array, got {type(batch.inputs).__name__}.')
   if not (jnp.issubdtype(batch.inputs.dtype, jnp.floating) or jnp.issubdtype(batch.inputs.dtype, jnp.integer)):
     raise TypeError(f'inputs must be floating point (features) or integers (tokens), got {batch.inputs.dtype}.')
   if batch.lengths is not None:

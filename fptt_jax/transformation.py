@@ -98,7 +98,7 @@ def fptt(
     correction: 'eq6' or 'eq4', the coefficient c above.
     gradient_estimate: what λ_{t+1} is. 'running': the recursion above, no extra cost. 'explicit': the gradient of the same window's
       loss at W_{t+1} from the same hidden state; `update` then needs the extra argument `grad_fn(params) -> grads` (one more
-      forward and backward pass). 'lagged': g_t itself.
+      forward and backward pass; inside `MultiSteps` it is the last mini-batch's). 'lagged': g_t itself.
     inner_steps: gradient steps a window towards the arg-min of Eq. 4. With n > 1, λ and W̄ move on every n-th call only and
       schedules count windows; the caller gives gradients of the same window, from the same hidden state, n times.
     state_dtype: dtype of W̄ and λ. Default: the parameter's own, but at least float32, since λ holds differences that
@@ -127,7 +127,7 @@ def fptt(
     Kag and Saligrama, "Training Recurrent Neural Networks via Forward Propagation Through Time", ICML 2021: Eqs. 4-6, Algorithm 2
     and the λ recursion after Eq. 5.
   """
-  _check_options(alpha, beta, kappa, rho, correction, gradient_estimate, inner_steps)
+  _check_options(dict(alpha=alpha, beta=beta, kappa=kappa, rho=rho), correction, gradient_estimate, inner_steps)
   base = optax.with_extra_args_support(base_optimizer)
   c = CORRECTIONS[correction]
 
@@ -160,10 +160,10 @@ def fptt(
       lam_next = _running_estimate(state.lam, params_next, state.w_bar, alpha_t)
     elif gradient_estimate == 'lagged':
       lam_next = grads
-    elif one_step:
-      lam_next = _explicit_gradient(params_next, extra_args)
-    else:  # The second pass is needed after the last inner step only.
-      lam_next = jax.lax.cond(ends_window, lambda p: _explicit_gradient(p, extra_args), lambda p: grads, params_next)
+    else:
+      explicit = lambda p: optax.tree.cast_like(_explicit_gradient(p, extra_args), state.lam)
+      # The second pass is needed after the last inner step only.
+      lam_next = explicit(params_next) if one_step else jax.lax.cond(ends_window, explicit, lambda _: state.lam, params_next)
     lam_next = optax.tree.cast_like(lam_next, state.lam)
     w_bar_next = _running_summary(state.w_bar, params_next, lam_next, alpha_t, beta_t)
     if not one_step:
@@ -191,13 +191,14 @@ def fptt_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
   summary = params
   for state in _fptt_states(opt_state):
     summary = _overlay(state.w_bar, summary)
-  return jax.tree.map(lambda w, p: jnp.array(w, dtype=p.dtype, copy=True), summary, params)
+  return jax.tree.map(lambda w, p: jnp.array(w, dtype=jnp.result_type(p), copy=True), summary, params)
 
 
 def fptt_restart(opt_state: optax.OptState, params: optax.Params) -> tuple[optax.Params, optax.OptState]:
   """Restarts the recursion at its summary: W := W̄, λ := 0; the base optimiser's state is kept.
 
-  The release does this after each epoch (not for PTB-300 and PTB-c, where λ is kept).
+  The release does this after each epoch (not for PTB-300 and PTB-c, where λ is kept). Call it between windows: with
+  `inner_steps` > 1 the calls of a window already begun still count.
 
   Args:
     opt_state: as for :func:`fptt_eval_params`.
@@ -286,22 +287,34 @@ def _explicit_gradient(params_next: optax.Params, extra_args: Mapping[str, Any])
       "fptt(gradient_estimate='explicit') got masked parameters: inside optax.masked or optax.partition its grad_fn would see "
       "MaskedNodes instead of weights. Put the mask inside, fptt(optax.masked(base, ...)), or use 'running' or 'lagged'."
     )
-  return grad_fn(params_next)
+  grads = grad_fn(params_next)
+  if not _same_structure(grads, params_next):
+    raise ValueError(
+      f'grad_fn must return gradients of the structure of the parameters, {jax.tree.structure(params_next)}, got '
+      f'{jax.tree.structure(grads)}.'
+    )
+  return grads
 
 
 def _caster(state_leaf: jax.Array) -> Callable[[jax.typing.ArrayLike], jax.Array]:
   """Casts to the dtype the recursion is computed in: the state's own, at least float32."""
-  dtype = jnp.promote_types(state_leaf.dtype, jnp.float32)
+  dtype = at_least_float32(state_leaf.dtype)
   return lambda x: jnp.asarray(x, dtype)
 
 
-def _state_dtype(param: jax.Array, state_dtype: jax.typing.DTypeLike | None) -> jnp.dtype:
-  if not jnp.issubdtype(param.dtype, jnp.inexact):
+def _state_dtype(param: jax.typing.ArrayLike, state_dtype: jax.typing.DTypeLike | None) -> jnp.dtype:
+  dtype = jnp.result_type(param)
+  if not jnp.issubdtype(dtype, jnp.inexact):
     raise TypeError(
-      f'fptt needs floating-point parameters, got a leaf of dtype {param.dtype} and shape {param.shape}: keep it out of the '
+      f'fptt needs floating-point parameters, got a leaf of dtype {dtype} and shape {jnp.shape(param)}: keep it out of the '
       'trained tree, or give it another transformation with optax.partition.'
     )
-  return jnp.dtype(state_dtype) if state_dtype is not None else jnp.promote_types(param.dtype, jnp.float32)
+  return jnp.dtype(state_dtype) if state_dtype is not None else at_least_float32(dtype)
+
+
+def _same_structure(a: Any, b: Any) -> bool:
+  structure: Any = jax.tree.structure(a)
+  return bool(structure == jax.tree.structure(b))
 
 
 def _is_masked(node: Any) -> bool:
@@ -324,40 +337,66 @@ def _fptt_states(opt_state: optax.OptState) -> Iterable[FPTTState]:
 
 def _overlay(w_bar: optax.Params, params: optax.Params) -> optax.Params:
   """`w_bar` where it has leaves, `params` (leaf or whole subtree) where it is masked."""
+
+  def leaf(w: Any, p: Any) -> Any:
+    if _is_masked(w):
+      return p
+    if not _same_structure(p, w) or jnp.shape(p) != w.shape:
+      raise ValueError('not the same leaf')
+    return w
+
   try:
-    return jax.tree.map(lambda w, p: p if _is_masked(w) else w, w_bar, params, is_leaf=_is_masked)
+    return jax.tree.map(leaf, w_bar, params, is_leaf=_is_masked)
   except (ValueError, TypeError) as error:
     raise ValueError(
-      f'the FPTTState does not belong to these parameters: W̄ has the structure {jax.tree.structure(w_bar)}, the parameters '
-      f'{jax.tree.structure(params)}.'
+      'the FPTTState does not belong to these parameters: W̄ has the structure and shapes '
+      f'{jax.tree.map(jnp.shape, w_bar)}, the parameters {jax.tree.map(jnp.shape, params)}.'
     ) from error
 
 
-def _check_options(
-  alpha: Hyperparameter,
-  beta: Hyperparameter,
-  kappa: Hyperparameter,
-  rho: Hyperparameter,
-  correction: str,
-  gradient_estimate: str,
-  inner_steps: int,
-) -> None:
-  if correction not in CORRECTIONS:
+TINY, HUGE = math.ulp(0.0), sys.float_info.max
+
+RANGES = {
+  'alpha': (TINY, HUGE, 'a finite number > 0'),
+  'beta': (TINY, 1.0, 'a number in (0, 1]'),
+  'kappa': (0.0, HUGE, 'a finite number >= 0'),
+  'rho': (0.0, 1.0, 'a number in [0, 1]'),
+}
+"""Least and greatest value of each hyper-parameter, and the range in words."""
+
+
+def check_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
+  """`value` as a float; a ValueError that names it if it is no number or outside its range (NaN is)."""
+  try:
+    number = math.nan if isinstance(value, str | bytes) else float(value)
+  except (TypeError, ValueError):
+    number = math.nan
+  if not low <= number <= high:
+    raise ValueError(f'{name} must be {expected}, got {value!r}.')
+  return number
+
+
+def check_correction(correction: str) -> None:
+  """A ValueError unless `correction` is one of the two."""
+  if correction not in list(CORRECTIONS):
     raise ValueError(f'correction must be one of {sorted(CORRECTIONS)}, got {correction!r}.')
+
+
+def _check_options(
+  hyperparameters: Mapping[str, Hyperparameter], correction: str, gradient_estimate: str, inner_steps: int
+) -> None:
+  check_correction(correction)
   if gradient_estimate not in GRADIENT_ESTIMATES:
     raise ValueError(f'gradient_estimate must be one of {list(GRADIENT_ESTIMATES)}, got {gradient_estimate!r}.')
-  for name, value, expected, low, high in (
-    ('alpha', alpha, 'a finite number > 0', _TINY, _HUGE),
-    ('beta', beta, 'a number in (0, 1]', _TINY, 1),
-    ('kappa', kappa, 'a finite number >= 0', 0, _HUGE),
-    ('rho', rho, 'a number in [0, 1]', 0, 1),
-    ('inner_steps', inner_steps, 'an integer >= 1', 1, _HUGE),
-  ):
-    if isinstance(value, jax.core.Tracer) or (callable(value) and name != 'inner_steps'):
+  if not isinstance(inner_steps, jax.core.Tracer):
+    expected = 'an integer >= 1'
+    number = check_number('inner_steps', inner_steps, 1, HUGE, expected)
+    check_number('inner_steps', inner_steps, int(number), int(number), expected)
+  for name, value in hyperparameters.items():
+    if isinstance(value, jax.core.Tracer) or callable(value):
       continue
-    number = _as_float(value)
-    if not low <= number <= high or (name == 'inner_steps' and number != int(number)):
-      raise ValueError(f'{name} must be {expected}{" or a schedule" if name != "inner_steps" else ""}, got {value!r}.')
+    low, high, expected = RANGES[name]
+    number = check_number(name, value, low, high, f'{expected} or a schedule')
     if name == 'beta' and number > 0.5:
       warnings.warn(
         f'fptt with beta={number:g} > 0.5 extrapolates: W̄ weighs its old value by 1 - 2 beta = {1 - 2 * number:g}, and momentum '
@@ -366,12 +405,6 @@ def _check_options(
       )
 
 
-_TINY, _HUGE = math.ulp(0.0), sys.float_info.max
-
-
-def _as_float(value: Any) -> float:
-  """`value` as a number, NaN where it is none (so that every comparison with it fails)."""
-  try:
-    return float(value)
-  except (TypeError, ValueError):
-    return math.nan
+def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+  """`dtype`, or float32 where it has fewer bits."""
+  return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)

@@ -72,12 +72,14 @@ def cut(num_steps: int, *, num_windows: int | None = None, window_size: int | No
 
 
 class Window(NamedTuple):
-  """One window of a batch, as a loss sees it. All fields but `num_windows` and `size` may be traced.
+  """One window of a batch, as a loss sees it. Fields that are arrays may be traced.
 
   Attributes:
     k: int32 [], the window's number, from 0.
     num_windows: K.
+    num_steps: T.
     size: S.
+    masked: whether any step of any window may be masked; False where all windows are even and the batch is not ragged.
     start: int32 [], the window's first step, counted from 0.
     end: int32 [], one past the window's last step.
     lengths: int32 [B], valid steps of each whole sequence (T where the batch is not ragged).
@@ -86,20 +88,34 @@ class Window(NamedTuple):
 
   k: jax.Array
   num_windows: int
+  num_steps: int
   size: int
+  masked: bool
   start: jax.Array
   end: jax.Array
   lengths: jax.Array
   mask: jax.Array
 
   def slice(self, x: jax.Array) -> jax.Array:
-    """The window's S steps of a time-major array [T, B, ...]; steps that `mask` leaves out hold values of no meaning."""
-    return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=0)
+    """The window's S steps of a time-major array [T, B, ...]; zero where `mask` is False.
+
+    What lies past a sequence's end may be anything: NaN there would come back as NaN gradients, even masked out of the loss.
+
+    Raises:
+      ValueError: the array is not [T, B, ...].
+    """
+    if x.shape[:2] != (self.num_steps, self.mask.shape[1]):
+      raise ValueError(f'expected a time-major array [T, B, ...] = {(self.num_steps, self.mask.shape[1])}, got shape {x.shape}.')
+    x = jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=0)
+    if not self.masked:
+      return x
+    return jnp.where(self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)), x, jnp.zeros([], x.dtype))
 
 
-def window_at(windows: Windows, k: jax.Array, lengths: jax.Array) -> Window:
-  """The `k`-th window of a batch with the given sequence `lengths` (int32 [B])."""
+def window_at(windows: Windows, k: jax.Array, lengths: jax.Array, ragged: bool = True) -> Window:
+  """The `k`-th window of a batch with the given sequence `lengths` (int32 [B]); not `ragged` means that they are all T."""
   start, end = jnp.asarray(windows.starts)[k], jnp.asarray(windows.ends)[k]
   steps = start + jnp.arange(windows.size, dtype=jnp.int32)
   mask = (steps < end)[:, None] & (steps[:, None] < lengths[None, :])
-  return Window(k, windows.num_windows, windows.size, start, end, lengths, mask)
+  masked = ragged or not windows.even
+  return Window(k, windows.num_windows, int(windows.ends[-1]), windows.size, masked, start, end, lengths, mask)

@@ -20,7 +20,7 @@ def quick(function: Callable[..., Any]) -> Callable[..., Any]:
 def quick_trainer(*args: Any, **kwargs: Any) -> fptt_jax.Trainer:
   """`fptt_jax.trainer` compiled by `quick`; its step keeps the old state alive."""
   trainer = fptt_jax.trainer(*args, **kwargs)
-  return trainer._replace(init=quick(trainer.init), step=quick(trainer.step), evaluate=quick(trainer.evaluate))
+  return trainer._replace(step=quick(trainer.step), evaluate=quick(trainer.evaluate))
 
 
 def lstm(

@@ -187,6 +187,7 @@ def test_radius_is_the_growth_of_a_run(x64, options):
   [
     ('lr', 0.0, 'a finite number > 0'),
     ('lr', float('nan'), 'a finite number > 0'),
+    ('lr', 'fast', 'a finite number > 0'),
     ('alpha', -1.0, 'a finite number > 0'),
     ('alpha', float('inf'), 'a finite number > 0'),
     ('kappa', -0.5, 'a finite number >= 0'),

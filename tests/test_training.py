@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import problems
+from problems import quick_trainer
 import pytest
 
 import fptt_jax
@@ -18,6 +19,7 @@ from fptt_jax import Batch, Window, losses
 
 F64 = dict(rtol=1e-10, atol=1e-12)
 TIGHT = dict(rtol=1e-12, atol=1e-13)
+GOOD = problems.regression_batch(6, 2)
 in_float64 = pytest.mark.usefixtures('x64')
 double = functools.partial(problems.elman, dtype=np.float64)
 
@@ -72,7 +74,17 @@ def by_hand(
   @problems.quick
   def one_step(params, opt_state, hidden, loss_state, x, k, start, end):
     mask = (start + jnp.arange(len(x)))[:, None] < lengths[None, :]
-    window = Window(k, len(cuts) - 1, len(x), start, end, lengths, mask)
+    window = Window(
+      k=k,
+      num_windows=len(cuts) - 1,
+      num_steps=num_steps,
+      size=len(x),
+      masked=batch.lengths is not None,
+      start=start,
+      end=end,
+      lengths=lengths,
+      mask=mask,
+    )
 
     def objective(params):
       new_hidden, outputs = model.apply(params, hidden, x, mask, jax.random.fold_in(key, k))
@@ -107,9 +119,11 @@ def mean_absolute_error(outputs, targets, window):
 
 def same(got: Any, expected: Any, **tolerance: float) -> None:
   """Trees of equal numbers; typed keys by their data."""
-  number = lambda x: np.asarray(
-    jax.random.key_data(x) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-  )
+
+  def number(x: Any) -> np.ndarray:
+    is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
+
   chex.assert_trees_all_close(jax.tree.map(number, got), jax.tree.map(number, expected), **(tolerance or F64))
 
 
@@ -127,12 +141,12 @@ def same(got: Any, expected: Any, **tolerance: float) -> None:
   ids=['terminal_classification', 'sequence_classification', 'from_function'],
 )
 def test_step_equals_a_python_loop(loss, batch, out):
-  """Two steps of FPTT on uneven windows (2, 3, 2, 3) of ragged sequences give the state and metrics of the loop above: the padded step
-  of a short window and all masks leave nothing behind, and the second step goes on where the first ended."""
+  """Two steps of FPTT on uneven windows (2, 3, 2, 3) of ragged sequences give the state and metrics of the loop above: the padded
+  step of a short window and all masks leave nothing behind, and the second step goes on where the first ended."""
   model, optimizer = double(out=out), fptt_jax.fptt(optax.adam(1e-2), alpha=0.5)
   lengths = np.array([10, 3, 7], np.int32)
   first, second = (batch(10, 3, seed=seed, dtype=np.float64)._replace(lengths=lengths) for seed in (0, 1))
-  trainer = fptt_jax.trainer(model, loss, optimizer, num_windows=4)
+  trainer = quick_trainer(model, loss, optimizer, num_windows=4)
   expected = trainer.init(jax.random.key(0), first)
   for data in (first, second):
     expected, expected_metrics = by_hand(model, loss, optimizer, expected, data, [0, 2, 5, 7, 10])
@@ -147,21 +161,21 @@ def test_lstm_step_equals_a_python_loop():
   """The same for an LSTM with dropout on even windows, not ragged: masks of dropout come from the window's own key."""
   model, optimizer = problems.lstm(dtype=jnp.float64, dropout=0.3), fptt_jax.fptt(optax.sgd(0.1, momentum=0.9))
   loss, batch = losses.terminal_regression(), problems.regression_batch(6, 3, dtype=np.float64)
-  trainer = fptt_jax.trainer(model, loss, optimizer, num_windows=3)
+  trainer = quick_trainer(model, loss, optimizer, num_windows=3)
   expected = by_hand(model, loss, optimizer, trainer.init(jax.random.key(0), batch), batch, [0, 2, 4, 6])
   state, metrics = run(trainer, batch)
   same((state, metrics._replace(totals=None)), (expected[0], expected[1]._replace(totals=None)))
 
 
-@in_float64
 def test_step_is_the_same_without_compilation():
-  """Under jax.disable_jit every scan is a Python loop and every branch is taken by hand: same numbers."""
-  batch = problems.regression_batch(3, 2, dtype=np.float64)._replace(lengths=np.array([3, 1], np.int32))
-  trainer = fptt_jax.trainer(double(), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1)), num_windows=2)
-  expected = run(trainer, batch)
+  """Under jax.disable_jit every scan is a Python loop, run operation by operation: same numbers."""
+  squares = losses.from_function(lambda outputs, targets, window: jnp.mean(outputs * outputs))
+  trainer = quick_trainer(problems.elman(), squares, optax.sgd(0.1), method='tbptt', num_windows=2)
+  start = trainer.init(jax.random.key(0), GOOD)
+  batch = Batch(GOOD.inputs[:2], GOOD.targets)
   with jax.disable_jit():
-    got = run(trainer, batch)
-  same(got, expected)
+    got = trainer.step(start, batch)
+  same(got, trainer.step(start, batch), rtol=1e-5, atol=1e-6)
 
 
 # Gradients, method by method.
@@ -185,9 +199,9 @@ def lstm_outputs(params: Any, x: np.ndarray) -> jax.Array:
 def test_one_window_has_bptts_gradient(method, options):
   """K = 1: the gradient is back-propagation through the whole unrolled sequence, and grad_norm its global norm."""
   batch = problems.regression_batch(6, 3, dtype=np.float64)
-  trainer = fptt_jax.trainer(problems.lstm(dtype=jnp.float64), losses.terminal_regression(), record(1), method=method, **options)
+  trainer = quick_trainer(problems.lstm(dtype=jnp.float64), losses.terminal_regression(), record(1), method=method, **options)
   objective = lambda params: jnp.mean((lstm_outputs(params, batch.inputs)[-1, :, 0] - batch.targets) ** 2)
-  value, expected = jax.jit(jax.value_and_grad(objective))(trainer.init(jax.random.key(0), batch).params)
+  value, expected = problems.quick(jax.value_and_grad(objective))(trainer.init(jax.random.key(0), batch).params)
   state, metrics = run(trainer, batch)
   assert int(state.opt_state.updates) == 1
   same(jax.tree.map(lambda g: g[0], state.opt_state.grads), expected)
@@ -225,7 +239,7 @@ def window_losses(params: Any, batch: Batch, cuts: list[int], terminal: bool, st
   [
     ('tbptt', {'num_windows': 3}, (2, 4), np.eye(3)),
     ('bptt_aux', {'num_windows': 3}, (), np.ones((1, 3))),
-    ('ftrl', {'num_windows': 3}, (), np.tril(np.ones((3, 3))) / np.arange(1, 4)[:, None]),
+    ('ftrl', {'num_windows': 3}, (), (np.tril(np.ones((3, 3))) / np.arange(1, 4)[:, None]).astype(np.float32)),
     ('tbptt_final', {'final_steps': 3}, (4,), np.array([[0, 0, 1]])),
     ('tbptt', {'num_windows': 3, 'loss_weights': [0.5, 2, 0]}, (2, 4), np.diag([0.5, 2, 0])),
     ('bptt_aux', {'num_windows': 3, 'loss_weights': [0.5, 2, 0]}, (), np.array([[0.5, 2, 0]])),
@@ -233,14 +247,14 @@ def window_losses(params: Any, batch: Batch, cuts: list[int], terminal: bool, st
   ids=['tbptt', 'bptt_aux', 'ftrl', 'tbptt_final', 'tbptt weighted', 'bptt_aux weighted'],
 )
 def test_each_methods_gradient(method, options, stop, objectives):
-  """At the same W, the u-th update's objective and gradient are those of its combination of the windows' losses: window by window with
-  the gradient stopped at borders (tbptt), their sum (bptt_aux), the mean of those so far (ftrl), the last with the gradient
-  stopped at T - k (tbptt_final); windows here are (2, 2, 3)."""
+  """At the same W, the u-th update's objective and gradient are those of its combination of the windows' losses: window by window
+  with the gradient stopped at borders (tbptt), their sum (bptt_aux), the mean of those so far (ftrl, whose 1/3 is a float32), the
+  last with the gradient stopped at T - k (tbptt_final); windows here are (2, 2, 3)."""
   batch = problems.regression_batch(7, 2, dtype=np.float64)
-  trainer = fptt_jax.trainer(double(), losses.terminal_regression(), record(len(objectives)), method=method, **options)
+  trainer = quick_trainer(double(), losses.terminal_regression(), record(len(objectives)), method=method, **options)
   combined = lambda params: objectives @ window_losses(params, batch, [0, 2, 4, 7], True, stop)
   params = trainer.init(jax.random.key(0), batch).params
-  values, grads = jax.jit(lambda p: (combined(p), jax.jacrev(combined)(p)))(params)
+  values, grads = problems.quick(lambda p: (combined(p), jax.jacrev(combined)(p)))(params)
   state, metrics = run(trainer, batch)
   assert int(state.opt_state.updates) == len(objectives)
   same(state.params, params)
@@ -252,15 +266,15 @@ def test_each_methods_gradient(method, options, stop, objectives):
 @in_float64
 @pytest.mark.parametrize('terminal', [True, False])
 def test_mixed_lengths_equal_the_sequences_one_by_one(terminal):
-  """Losses and gradients of a ragged batch are the means over what each sequence gives alone, unpadded: a sequence that has ended adds
-  neither a term nor to the number divided by, and its last window's output is its own last."""
+  """Losses and gradients of a ragged batch are the means over what each sequence gives alone, unpadded: a sequence that has ended
+  adds neither a term nor to the number divided by, and its last window's output is its own last."""
   make = problems.regression_batch if terminal else problems.series_batch
   batch = make(7, 3, dtype=np.float64)._replace(lengths=np.array([3, 5, 2], np.int32))
   loss = losses.terminal_regression() if terminal else losses.sequence_regression()
-  trainer = fptt_jax.trainer(double(), loss, record(3), method='tbptt', num_windows=3)
+  trainer = quick_trainer(double(), loss, record(3), method='tbptt', num_windows=3)
   expected = functools.partial(window_losses, batch=batch, cuts=[0, 2, 4, 7], terminal=terminal, stop=(2, 4))
   params = trainer.init(jax.random.key(0), batch).params
-  values, grads = jax.jit(lambda p: (expected(p), jax.jacrev(expected)(p)))(params)
+  values, grads = problems.quick(lambda p: (expected(p), jax.jacrev(expected)(p)))(params)
   state, metrics = run(trainer, batch)
   same(state.opt_state.grads, grads)
   same(metrics.loss, values)
@@ -272,32 +286,37 @@ def test_no_gradient_crosses_a_border():
   through the update, so the zeros are not for want of a path. Nor does a gradient leave through the state's hidden."""
   batch = problems.regression_batch(6, 2)
 
-  def second_loss(method: str, rate: float, weights: list[float]) -> Callable[[jax.Array], jax.Array]:
+  def function(method: str, rate: float, weights: list[float]) -> Callable[[jax.Array], Any]:
     trainer = fptt_jax.trainer(
       problems.elman(), losses.terminal_regression(), optax.sgd(rate), method=method, num_windows=2, loss_weights=weights
     )
+    start = trainer.init(jax.random.key(0), batch)
 
-    def function(inputs):
-      state, metrics = trainer.step(trainer.init(jax.random.key(0), batch), batch._replace(inputs=inputs))
-      return metrics.loss[-1] + 0 * metrics.loss[0], jnp.sum(state.hidden)
+    def second_loss(inputs):
+      state, metrics = trainer.step(start, batch._replace(inputs=inputs))
+      return metrics.loss[-1], state.hidden
 
-    return function
+    return second_loss
 
-  def gradients(*arguments):
-    function = second_loss(*arguments)
-    return [np.asarray(g) for g in jax.jit(jax.jacrev(function))(jnp.asarray(batch.inputs))]
+  def gradient(*arguments) -> np.ndarray:
+    return np.asarray(problems.quick(jax.grad(function(*arguments), has_aux=True))(batch.inputs)[0])
 
-  plain = second_loss('tbptt', 0.0, [1, 1])
-  moved = np.array(batch.inputs)
+  @problems.quick
+  def both(inputs):
+    (value, hidden), pull_back = jax.vjp(function('tbptt', 0.0, [1, 1]), inputs)
+    one, ones = jnp.ones_like(value), jnp.ones_like(hidden)
+    return value, pull_back((one, 0 * ones))[0], pull_back((0 * one, ones))[0]
+
+  value, loss_gradient, hidden_gradient = both(batch.inputs)
+  moved = batch.inputs.copy()
   moved[:3] += 0.1
-  assert abs(plain(moved)[0] - plain(batch.inputs)[0]) > 1e-4
-  loss_gradient, hidden_gradient = gradients('tbptt', 0.0, [1, 1])
+  assert abs(both(moved)[0] - value) > 1e-4
   np.testing.assert_array_equal(loss_gradient[:3], 0)
   np.testing.assert_array_equal(hidden_gradient, 0)
   assert np.any(loss_gradient[3:], axis=-1).all()
-  assert np.any(gradients('tbptt', 0.1, [1, 1])[0][:3], axis=-1).all()
+  assert np.any(gradient('tbptt', 0.1, [1, 1])[:3], axis=-1).all()
   for method in ('bptt_aux', 'ftrl'):
-    assert np.any(gradients(method, 0.0, [0, 1])[0][:3], axis=-1).all()
+    assert np.any(gradient(method, 0.0, [0, 1])[:3], axis=-1).all()
 
 
 # Masks.
@@ -308,7 +327,7 @@ def test_ragged_batch_equals_the_shorter_one():
   """Where all sequences end after L = 6 of T = 9 steps, with windows of 3 in both, a step does what it does on L steps: the third
   window moves neither parameters, Adam's moments, λ, W̄, their step counts, nor hidden and loss state."""
   loss = losses.terminal_classification(3, ema_decay=0.5)
-  trainer = fptt_jax.trainer(double(out=3), loss, fptt_jax.fptt(optax.adam(1e-2)), window_size=3)
+  trainer = quick_trainer(double(out=3), loss, fptt_jax.fptt(optax.adam(1e-2)), window_size=3)
   long = problems.label_batch(9, 2, dtype=np.float64)._replace(lengths=np.array([6, 6], np.int32))
   short = Batch(long.inputs[:6], long.targets)
   padded, padded_metrics = run(trainer, long, long)
@@ -331,7 +350,7 @@ def test_nothing_past_the_end_matters(method):
   inputs, labels = clean.inputs.copy(), clean.targets.copy()
   inputs[past] = np.resize([np.nan, np.inf, -np.inf, 1e30], (past.sum(), 2))
   labels[past] = np.resize([-1, 999], past.sum())
-  trainer = fptt_jax.trainer(
+  trainer = quick_trainer(
     problems.elman(out=3), losses.sequence_classification(3), fptt_jax.fptt(optax.adam(1e-2)), method=method, num_windows=4
   )
   state, metrics = run(trainer, clean, clean)
@@ -345,12 +364,11 @@ def test_nothing_past_the_end_matters(method):
     )
 
 
-@pytest.mark.xfail(strict=True, reason='sequence_regression: 0 · NaN in the gradient of the masked squared error')
 def test_real_targets_past_the_end_do_not_matter():
   """As for inputs: NaN targets past the end leave the gradient finite."""
   batch = problems.series_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
   batch.targets[3, 1] = np.nan
-  trainer = fptt_jax.trainer(problems.elman(), losses.sequence_regression(), optax.sgd(0.1), method='bptt')
+  trainer = quick_trainer(problems.elman(), losses.sequence_regression(), optax.sgd(0.1), method='bptt')
   assert np.isfinite(run(trainer, batch)[1].grad_norm).all()
 
 
@@ -360,7 +378,7 @@ def test_real_targets_past_the_end_do_not_matter():
 @functools.cache
 def two_windows(method: str, regularised: bool) -> fptt_jax.Trainer:
   adam = optax.adam(1e-2)
-  return fptt_jax.trainer(
+  return quick_trainer(
     double(), losses.terminal_regression(), fptt_jax.fptt(adam) if regularised else adam, method=method, num_windows=2
   )
 
@@ -369,7 +387,7 @@ def two_windows(method: str, regularised: bool) -> fptt_jax.Trainer:
 def test_one_window_is_one_method():
   """With one window of the whole sequence tbptt, bptt, bptt_aux, ftrl and tbptt_final (all steps differentiated) are the same."""
   batch = problems.regression_batch(4, 2, dtype=np.float64)
-  make = functools.partial(fptt_jax.trainer, double(), losses.terminal_regression(), optax.adam(1e-2))
+  make = functools.partial(quick_trainer, double(), losses.terminal_regression(), optax.adam(1e-2))
   expected = run(make(method='bptt'), batch)
   for options in (
     dict(method='tbptt', num_windows=1),
@@ -382,8 +400,8 @@ def test_one_window_is_one_method():
 
 @in_float64
 def test_first_updates_agree():
-  """Sequences that end with the first window leave the one update of it: fptt's (λ = 0, W = W̄) and ftrl's (the mean of one loss) are
-  tbptt's. From the second update on, all three go their own ways."""
+  """Sequences that end with the first window leave the one update of it: fptt's (λ = 0, W = W̄) and ftrl's (the mean of one loss)
+  are tbptt's. From the second update on, all three go their own ways."""
   batch = problems.regression_batch(6, 2, dtype=np.float64)
   one, two = (batch._replace(lengths=np.full(2, n, np.int32)) for n in (3, 6))
   first = {name: run(two_windows(name, name == 'fptt'), one)[0] for name in ('tbptt', 'fptt', 'ftrl')}
@@ -408,7 +426,7 @@ def test_methods_are_told_apart_by_their_settings_only():
 def test_ogd_updates_each_step():
   """Online gradient descent is tbptt with K = T."""
   batch = problems.series_batch(4, 2, dtype=np.float64)
-  make = functools.partial(fptt_jax.trainer, double(), losses.sequence_regression(), optax.sgd(0.1))
+  make = functools.partial(quick_trainer, double(), losses.sequence_regression(), optax.sgd(0.1))
   got = run(make(method='ogd'), batch)
   chex.assert_shape(got[1].loss, (4,))
   same(got, run(make(method='tbptt', num_windows=4), batch), **TIGHT)
@@ -419,11 +437,11 @@ def test_ogd_updates_each_step():
 
 @in_float64
 def test_carried_hidden_state_joins_batches():
-  """With carry_hidden two batches of T steps in K windows are one of 2T in 2K: same parameters, FPTT state, hidden state and losses."""
+  """With carry_hidden two batches of T steps in K windows are one of 2T in 2K: same parameters, FPTT state, hidden, losses."""
   whole = problems.series_batch(8, 2, dtype=np.float64)
   halves = [Batch(whole.inputs[i : i + 4], whole.targets[i : i + 4]) for i in (0, 4)]
   make = functools.partial(
-    fptt_jax.trainer, double(), losses.sequence_regression(), fptt_jax.fptt(optax.adam(1e-2)), window_size=2, carry_hidden=True
+    quick_trainer, double(), losses.sequence_regression(), fptt_jax.fptt(optax.adam(1e-2)), window_size=2, carry_hidden=True
   )
   state, metrics = run(make(), *halves)
   expected, expected_metrics = run(make(), whole)
@@ -433,16 +451,16 @@ def test_carried_hidden_state_joins_batches():
 
 
 def test_hidden_state_starts_anew_unless_carried():
-  """Without carry_hidden a step does not read state.hidden, garbage in it changes no bit; with it, it does. `end_epoch` sets it to the
-  model's initial state."""
+  """Without carry_hidden a step does not read state.hidden, garbage in it changes no bit; with it, it does. `end_epoch` sets it to
+  the model's initial state."""
   batch = problems.series_batch(4, 2)
   for carry in (False, True):
-    trainer = fptt_jax.trainer(
+    trainer = quick_trainer(
       problems.elman(), losses.sequence_regression(), optax.sgd(0.1), method='tbptt', num_windows=2, carry_hidden=carry
     )
-    start = lambda: trainer.init(jax.random.key(0), batch)
-    params = trainer.step(start(), batch)[0].params
-    state, _ = trainer.step(start()._replace(hidden=jnp.ones((2, 4))), batch)
+    start = trainer.init(jax.random.key(0), batch)
+    params = trainer.step(start, batch)[0].params
+    state, _ = trainer.step(start._replace(hidden=jnp.ones((2, 4))), batch)
     equal = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True)]
     assert not any(equal) if carry else all(equal)
     assert np.any(state.hidden)
@@ -454,7 +472,7 @@ def test_hidden_state_starts_anew_unless_carried():
 def test_end_epoch_does_the_losses_work():
   """The loss's own end_epoch runs: the last_epoch table takes over the sums."""
   batch = problems.label_batch(2, 4)
-  trainer = fptt_jax.trainer(
+  trainer = quick_trainer(
     problems.elman(out=3), losses.terminal_classification(3, divergence='last_epoch'), optax.sgd(0.1), method='bptt'
   )
   state, _ = run(trainer, batch)
@@ -467,12 +485,12 @@ def test_end_epoch_does_the_losses_work():
 
 @in_float64
 def test_inner_steps_start_from_the_same_state_with_the_same_key():
-  """n gradient steps a window: each from the window's own hidden state, loss state and dropout mask; W̄ and λ move once; the hidden and
-  loss state carried on are the last pass's."""
+  """n gradient steps a window: each from the window's own hidden state, loss state and dropout mask; W̄ and λ move once; the hidden
+  and loss state carried on are the last pass's."""
   model, optimizer = double(out=3, dropout=0.5), fptt_jax.fptt(optax.sgd(0.2), inner_steps=3)
   loss = losses.terminal_classification(3, ema_decay=0.5)
   batch = problems.label_batch(4, 3, dtype=np.float64)
-  trainer = fptt_jax.trainer(model, loss, optimizer, num_windows=2, inner_steps=3)
+  trainer = quick_trainer(model, loss, optimizer, num_windows=2, inner_steps=3)
   expected, expected_metrics = by_hand(
     model, loss, optimizer, trainer.init(jax.random.key(0), batch), batch, [0, 2, 4], inner_steps=3
   )
@@ -486,7 +504,7 @@ def test_explicit_gradient_is_taken_from_the_windows_own_start():
   """After a step with gradient_estimate='explicit' λ is the gradient of the last window's loss at W_{t+1}, the parameters now, from
   the hidden state that window started from, under the dropout mask it had."""
   model, batch = double(dropout=0.5), problems.regression_batch(4, 3, dtype=np.float64)
-  trainer = fptt_jax.trainer(
+  trainer = quick_trainer(
     model, losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.2), gradient_estimate='explicit'), num_windows=2
   )
   start = trainer.init(jax.random.key(0), batch)
@@ -498,7 +516,7 @@ def test_explicit_gradient_is_taken_from_the_windows_own_start():
     return jnp.mean((outputs[-1, :, 0] - batch.targets) ** 2)
 
   state, _ = trainer.step(start, batch)
-  same(state.opt_state.lam, jax.jit(jax.grad(objective))(state.params))
+  same(state.opt_state.lam, problems.quick(jax.grad(objective))(state.params))
 
 
 # Compilation.
@@ -506,7 +524,7 @@ def test_explicit_gradient_is_taken_from_the_windows_own_start():
 
 def test_one_trace_for_each_shape():
   """Steps of one shape trace the model and the loss once, whatever the values; another shape once more. The state keeps its
-  structure, shapes and dtypes, and none of it but the loss's tables is weakly typed (those are in test_losses)."""
+  structure, shapes and dtypes, none of them weak: a state from a checkpoint would be traced anew."""
   calls = {'model': 0, 'loss': 0}
   model, loss = problems.elman(out=3), losses.terminal_classification(3)
 
@@ -520,19 +538,19 @@ def test_one_trace_for_each_shape():
   trainer = fptt_jax.trainer(
     model._replace(apply=counted('model', model.apply)),
     loss._replace(apply=counted('loss', loss.apply)),
-    fptt_jax.fptt(optax.adam(optax.cosine_decay_schedule(1e-2, 10)), alpha=optax.constant_schedule(0.5)),
+    fptt_jax.fptt(optax.sgd(optax.cosine_decay_schedule(1e-2, 10)), alpha=optax.constant_schedule(0.5)),
     num_windows=2,
   )
   batch = problems.label_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
   state = trainer.init(jax.random.key(0), batch)
   kinds = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-  assert not any(x.weak_type for x in jax.tree.leaves(state._replace(key=None, loss_state=None)))
+  assert not any(x.weak_type for x in jax.tree.leaves(state._replace(key=None)))
   counts = []
   for seed in (0, 1, 2):
     state, _ = trainer.step(state, problems.label_batch(4, 2, seed=seed)._replace(lengths=np.array([2, 4 - seed], np.int32)))
     counts.append(dict(calls))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == kinds
-    assert not any(x.weak_type for x in jax.tree.leaves(state._replace(key=None, loss_state=None)))
+    assert not any(x.weak_type for x in jax.tree.leaves(state._replace(key=None)))
   assert counts[0] == counts[1] == counts[2]
   assert min(counts[0].values()) >= 1
   assert trainer.step._cache_size() == 1
@@ -556,16 +574,16 @@ def test_step_takes_over_the_old_state():
 
 
 def temporary_bytes(num_steps: int, **options: Any) -> int:
-  """What the compiled step of an LSTM of 32 units on 16 sequences needs beside its arguments and results."""
-  trainer = fptt_jax.trainer(problems.lstm(hidden=32), losses.terminal_regression(), optax.sgd(0.1), **options)
+  """What the compiled step of a network of 32 units on 16 sequences needs beside its arguments and results."""
+  trainer = fptt_jax.trainer(problems.elman(hidden=32), losses.terminal_regression(), optax.sgd(0.1), **options)
   batch = Batch(jax.ShapeDtypeStruct((num_steps, 16, 2), jnp.float32), jax.ShapeDtypeStruct((16,), jnp.float32))
   state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
   return trainer.step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_is_bounded_by_the_window():
-  """At fixed S temporary memory does not grow with T; BPTT's is proportional to T (four times the steps, about four times the memory),
-  and FPTT's with K = 16 is a small part of it."""
+  """At fixed S temporary memory does not grow with T; BPTT's is proportional to T (four times the steps, about four times the
+  memory), and FPTT's with K = 16 is a small part of it."""
   short, long = (temporary_bytes(num_steps, method='tbptt', window_size=16) for num_steps in (64, 1024))
   assert abs(long - short) < 0.05 * short
   bptt_short, bptt_long = (temporary_bytes(num_steps, method='bptt') for num_steps in (256, 1024))
@@ -575,36 +593,40 @@ def test_memory_is_bounded_by_the_window():
 
 
 def test_initialisation_from_shapes_and_over_seeds():
-  """Abstract batches give the concrete ones' state; eval_shape gives its shapes; under vmap over keys each seed gets its own parameters,
-  those of a call of its own, and a step vmapped over such states is the steps one by one."""
+  """Abstract batches give the concrete ones' state; eval_shape gives its shapes; under vmap over keys each seed gets its own
+  parameters, those of a call of its own, and a step vmapped over such states is the steps one by one."""
   batch = problems.regression_batch(4, 2)
-  trainer = fptt_jax.trainer(problems.elman(), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1)), num_windows=2)
+  plain = fptt_jax.trainer(problems.elman(), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1)), num_windows=2)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-  concrete = trainer.init(jax.random.key(0), batch)
-  same(trainer.init(jax.random.key(0), shapes), concrete, rtol=0)
-  abstract = jax.eval_shape(trainer.init, jax.random.key(0), shapes)
+  concrete = plain.init(jax.random.key(0), batch)
+  same(plain.init(jax.random.key(0), shapes), concrete, rtol=0)
   describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  assert describe(abstract) == describe(concrete)
+  assert describe(jax.eval_shape(plain.init, jax.random.key(0), shapes)) == describe(concrete)
   keys = jax.random.split(jax.random.key(1), 3)
-  many = jax.vmap(lambda key: trainer.init(key, batch))(keys)
+  step = problems.quick(plain.step)
+  many = problems.quick(jax.vmap(lambda key: plain.init(key, batch)))(keys)
+  stepped = problems.quick(jax.vmap(plain.step, in_axes=(0, None)))(many, batch)
   assert len(np.unique(many.params['b'])) == many.params['b'].size
-  stepped, metrics = jax.vmap(trainer.step, in_axes=(0, None))(many, batch)
   for i, key in enumerate(keys):
-    one = trainer.init(key, batch)
+    one = plain.init(key, batch)
     same(jax.tree.map(lambda x: x[i], many), one, rtol=1e-6)
-    one_stepped, one_metrics = trainer.step(one, batch)
-    same(jax.tree.map(lambda x: x[i], (stepped, metrics)), (one_stepped, one_metrics), rtol=1e-5, atol=1e-6)
+    same(jax.tree.map(lambda x: x[i], stepped), step(one, batch), rtol=1e-5, atol=1e-6)
 
 
 @in_float64
 def test_steps_inside_an_outer_scan():
   """A compiled scan of `step` over stacked batches is the loop over them."""
   batches = [problems.regression_batch(4, 2, seed=seed, dtype=np.float64) for seed in range(3)]
-  trainer = fptt_jax.trainer(
+  trainer = quick_trainer(
     double(dropout=0.5), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1, momentum=0.9)), num_windows=2
   )
-  stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
-  state, metrics = jax.jit(lambda state: jax.lax.scan(trainer.step, state, stacked))(trainer.init(jax.random.key(0), batches[0]))
+  plain = fptt_jax.trainer(
+    double(dropout=0.5), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1, momentum=0.9)), num_windows=2
+  )
+  stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
+  state, metrics = problems.quick(lambda state: jax.lax.scan(plain.step, state, stacked))(
+    trainer.init(jax.random.key(0), batches[0])
+  )
   expected, last = run(trainer, *batches)
   same(state, expected, **TIGHT)
   same(jax.tree.map(lambda x: x[-1], metrics), last, **TIGHT)
@@ -614,25 +636,27 @@ def test_steps_inside_an_outer_scan():
 
 
 def noise_model() -> fptt_jax.Model:
-  """Its outputs are the noise of its key; 0 without one."""
+  """Outputs are the noise of each window's key, 0 without one; the state adds it up."""
 
   def apply(params, state, x, mask, key):
-    shape = (*x.shape[:2], 1)
-    return state, params * (jnp.zeros(shape) if key is None else jax.random.uniform(key, shape))
+    noise = jnp.zeros([]) if key is None else jax.random.uniform(key)
+    return state + noise, params * noise * jnp.ones((*x.shape[:2], 1))
 
   return fptt_jax.Model(lambda key: jnp.ones((1, 1, 1)), lambda batch_size: jnp.zeros((batch_size, 1)), apply)
 
 
+mean_output = losses.from_function(lambda outputs, targets, window: outputs.mean())
+
+
 def test_noise_is_fresh_in_each_window_and_step_and_absent_from_evaluation():
-  """Every window of every step has its own noise; the same seed gives the same numbers, another seed others; evaluation has none."""
-  batch = problems.regression_batch(6, 2)
-  mean_output = losses.from_function(lambda outputs, targets, window: outputs.mean())
-  trainer = fptt_jax.trainer(noise_model(), mean_output, optax.sgd(0.0), method='tbptt', num_windows=3)
+  """Every window of every step has its own noise; the same seed gives the same numbers, another seed others; evaluation has
+  none."""
+  trainer = quick_trainer(noise_model(), mean_output, optax.sgd(0.0), method='tbptt', num_windows=3)
 
   def noise(seed: int) -> np.ndarray:
-    state, seen = trainer.init(jax.random.key(seed), batch), []
+    state, seen = trainer.init(jax.random.key(seed), GOOD), []
     for _ in range(3):
-      state, metrics = trainer.step(state, batch)
+      state, metrics = trainer.step(state, GOOD)
       seen.append(np.asarray(metrics.loss))
     return np.stack(seen)
 
@@ -640,28 +664,18 @@ def test_noise_is_fresh_in_each_window_and_step_and_absent_from_evaluation():
   assert len(np.unique(first)) == 9
   np.testing.assert_array_equal(noise(0), first)
   assert not np.isin(noise(1), first).any()
-  totals, _ = trainer.evaluate(jnp.ones((1, 1, 1)), batch)
+  totals, hidden = trainer.evaluate(jnp.ones((1, 1, 1)), GOOD)
   assert float(totals['loss']) == 0
+  assert not np.any(hidden)
 
 
 def test_tbptt_finals_prefix_has_noise_of_its_own():
-  """The steps before the differentiated ones run as in training, with dropout, under a key that is not the last window's."""
-  keys = []
-  model = problems.elman()
-
-  def apply(params, state, x, mask, key):
-    keys.append(key)
-    return model.apply(params, state, x, mask, key)
-
-  trainer = fptt_jax.trainer(
-    model._replace(apply=apply), losses.terminal_regression(), optax.sgd(0.1), method='tbptt_final', final_steps=2
-  )
-  batch = problems.regression_batch(4, 2)
-  with jax.disable_jit():
-    run(trainer, batch)
-  data = [tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys]
-  assert len(data) == 2
-  assert data[0] != data[1]
+  """The steps before the differentiated ones run as in training, with noise, under a key that is not the last window's."""
+  trainer = quick_trainer(noise_model(), mean_output, optax.sgd(0.0), method='tbptt_final', final_steps=2)
+  state, metrics = run(trainer, GOOD)
+  of_prefix = float(state.hidden[0, 0] - metrics.loss[0])
+  assert abs(of_prefix) > 1e-3
+  assert abs(of_prefix - float(metrics.loss[0])) > 1e-3
 
 
 # Evaluation.
@@ -675,7 +689,7 @@ def test_evaluation_equals_the_whole_sequence(terminal, lengths):
   model = problems.elman(out=3, dropout=0.5)
   batch = (problems.label_batch if terminal else problems.tagging_batch)(10, 3)._replace(lengths=lengths)
   loss = losses.terminal_classification(3) if terminal else losses.sequence_classification(3, accuracy=True)
-  trainer = fptt_jax.trainer(model, loss, optax.sgd(0.1))
+  trainer = quick_trainer(model, loss, optax.sgd(0.1))
   params = model.init(jax.random.key(0))
   totals, hidden = trainer.evaluate(params, batch)
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -696,10 +710,10 @@ def test_evaluation_equals_the_whole_sequence(terminal, lengths):
 
 
 def test_evaluation_goes_on_from_a_given_hidden_state():
-  """Two halves, the second from the first's hidden state, have the whole's totals and hidden state; from the start they have not."""
+  """Two halves, the second from the first's hidden state, have the whole's totals and hidden state; from the start they do not."""
   whole = problems.tagging_batch(8, 2)
   halves = [Batch(whole.inputs[i : i + 4], whole.targets[i : i + 4]) for i in (0, 4)]
-  trainer = fptt_jax.trainer(problems.elman(out=3), losses.sequence_classification(3), optax.sgd(0.1))
+  trainer = quick_trainer(problems.elman(out=3), losses.sequence_classification(3), optax.sgd(0.1))
   params = problems.elman(out=3).init(jax.random.key(0))
   first, hidden = trainer.evaluate(params, halves[0])
   second, hidden = trainer.evaluate(params, halves[1], hidden)
@@ -709,22 +723,20 @@ def test_evaluation_goes_on_from_a_given_hidden_state():
   assert abs(float(trainer.evaluate(params, halves[1])[0]['loss'] - second['loss'])) > 1e-3
 
 
-def test_metrics_totals_are_the_measures_of_the_step():
-  """With parameters that stay where they are, a step's totals are evaluation's, for methods that see a window once and for ftrl, which
-  sees the first one K times."""
-  batch = problems.label_batch(6, 3)._replace(lengths=np.array([6, 2, 3], np.int32))
-  for method in ('tbptt', 'ftrl', 'bptt_aux'):
-    trainer = fptt_jax.trainer(
-      problems.elman(out=3), losses.terminal_classification(3), optax.sgd(0.0), method=method, num_windows=3
-    )
-    state, metrics = run(trainer, batch)
-    same(metrics.totals, trainer.evaluate(state.params, batch)[0], rtol=1e-5)
+@pytest.mark.parametrize('method', ['bptt_aux', 'ftrl'])
+def test_totals_are_the_measures_of_the_step(method):
+  """With parameters that stay where they are, a step's totals are evaluation's, for a method that sees all windows in one update
+  and for ftrl, which sees the first one K times."""
+  batch = problems.regression_batch(6, 3)._replace(lengths=np.array([6, 2, 3], np.int32))
+  trainer = quick_trainer(problems.elman(), losses.terminal_regression(), optax.sgd(0.0), method=method, num_windows=3)
+  state, metrics = run(trainer, batch)
+  assert int(metrics.totals['count']) == 3
+  same(metrics.totals, trainer.evaluate(state.params, batch)[0], rtol=1e-5)
 
 
 # What is refused.
 
 make = functools.partial(fptt_jax.trainer, problems.elman(), losses.terminal_regression(), optax.sgd(0.1))
-GOOD = problems.regression_batch(6, 2)
 
 
 @pytest.mark.parametrize(
@@ -757,10 +769,9 @@ def test_impossible_settings_are_refused(options, message):
     ({'window_size': 7}, r'window_size must be between 1 and the sequence length T=6, got 7\.'),
     ({'method': 'tbptt_final', 'final_steps': 7}, r'final_steps must be at most the sequence length T=6, got 7\.'),
     ({'num_windows': 3, 'loss_weights': [1, 2]}, r'one factor for each of the K=3 windows, got 2\.'),
-    pytest.param(
+    (
       {'method': 'tbptt_final', 'final_steps': 2, 'loss_weights': [1, 2]},
       r'one factor for each of the K=1 windows, got 2\.',
-      marks=pytest.mark.xfail(strict=True, reason='cut_windows returns before it counts the weights of tbptt_final'),
     ),
   ],
 )
@@ -786,12 +797,7 @@ def test_settings_that_do_not_fit_the_sequence_are_refused(options, message):
     (GOOD._replace(lengths=np.full(3, 6)), ValueError, r'lengths must have shape \[B\] = \(2,\), got \(3,\)\.'),
     (GOOD._replace(lengths=np.full((2, 1), 6)), ValueError, r'lengths must have shape \[B\] = \(2,\), got \(2, 1\)\.'),
     (GOOD._replace(lengths=np.full(2, 6.0)), TypeError, r'lengths must be integers, got float'),
-    pytest.param(
-      Batch(GOOD.inputs.tolist(), GOOD.targets),
-      TypeError,
-      r'inputs must be an array, got list\.',
-      marks=pytest.mark.xfail(strict=True, reason='jnp.shape(list) warns of deprecation before the message is reached'),
-    ),
+    (Batch(GOOD.inputs.tolist(), GOOD.targets), TypeError, r'inputs must be an array, got list\.'),
   ],
 )
 def test_batches_of_wrong_shape_or_dtype_are_refused(batch, error, message):
@@ -856,16 +862,22 @@ SAME_HIDDEN = r'the hidden state must keep its structure, shapes and dtypes: mod
       TypeError,
       r'labels must be integers \(class indices\), got dtype float32 of shape \(2,\)\.',
     ),
-    pytest.param(
+    (
       problems.elman(),
       losses.sequence_regression(),
       Batch(GOOD.inputs, np.zeros((5, 2, 1), np.float32)),
       ValueError,
-      r'targets',
-      marks=pytest.mark.xfail(strict=True, reason='targets [T - 1, B] are sliced with a clamped start, so silently shifted'),
+      r'expected a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(5, 2, 1\)\.',
+    ),
+    (
+      problems.elman(),
+      losses.sequence_regression(),
+      Batch(GOOD.inputs, np.zeros((2, 6, 1), np.float32)),
+      ValueError,
+      r'expected a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(2, 6, 1\)\.',
     ),
   ],
-  ids=['dtype', 'shape', 'structure', 'outputs', 'features', 'targets', 'float labels', 'targets too short'],
+  ids=['dtype', 'shape', 'structure', 'outputs', 'features', 'targets', 'float labels', 'targets too short', 'targets batch-major'],
 )
 def test_models_and_targets_that_do_not_fit_are_refused(model, loss, batch, error, message):
   """Found when the step is traced, before anything is computed."""
@@ -879,10 +891,10 @@ def test_carried_hidden_state_of_another_batch_size_is_refused():
   """Rows of the next batch continue rows of the last: there must be as many. Without carry_hidden another size is welcome."""
   other = problems.regression_batch(6, 3)
   trainer = make(carry_hidden=True)
-  with pytest.raises(
-    ValueError, match=r'the hidden state must keep its structure, shapes and dtypes: .*\[2, 4\].*\[3, 4\]|3, 4.*2, 4'
-  ):
+  with pytest.raises(ValueError, match=r'the hidden state must keep its structure, shapes and dtypes') as error:
     trainer.step(trainer.init(jax.random.key(0), GOOD), other)
+  assert 'float32[2, 4]' in str(error.value)
+  assert 'float32[3, 4]' in str(error.value)
   state, _ = jax.eval_shape(make().step, make().init(jax.random.key(0), GOOD), other)
   assert state.hidden.shape == (3, 4)
 
@@ -894,13 +906,7 @@ def test_truncated_final_loss_takes_no_ragged_batch():
     trainer.step(trainer.init(jax.random.key(0), GOOD), GOOD._replace(lengths=np.array([6, 5], np.int32)))
 
 
-@pytest.mark.parametrize(
-  'key',
-  [
-    np.zeros(2, np.uint32),
-    pytest.param(0, marks=pytest.mark.xfail(strict=True, reason='an int has no .dtype: AttributeError instead of the message')),
-  ],
-)
+@pytest.mark.parametrize('key', [np.zeros(2, np.uint32), 0])
 def test_untyped_keys_are_refused(key):
   """Only jax.random.key's typed keys; raw words and seeds are told so."""
   with pytest.raises(TypeError, match=r'key must be a typed PRNG key, jax\.random\.key\(seed\)'):

@@ -539,6 +539,17 @@ def test_unknown_extra_arguments_and_one_trace(base):
   assert len(traces) == 1
 
 
+def test_extra_arguments_reach_the_base_optimiser():
+  """One that asks for an extra argument (a loss value, say) gets it, and one that knows of none is spared it."""
+  scale_by_value = lambda updates, state, params=None, *, value, **extra: (jax.tree.map(lambda u: value * u, updates), state)
+  asks = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scale_by_value)
+  params = random_tree(0)
+  for base, factor in ((asks, -3.0), (optax.scale(-0.5), -0.5)):
+    tx = fptt(base)
+    updates, _ = tx.update(params, tx.init(params), params, value=-3.0, grad_fn=None)
+    chex.assert_trees_all_equal(updates, jax.tree.map(lambda p: factor * p, params))
+
+
 MINIMA = {
   'parabola': np.array([1.0, -1.0, 1.0]),
   'rosenbrock': np.array([1.0, 1.0]),
@@ -595,6 +606,15 @@ def test_preserves_dtype(base, dtype):
   tx, params = fptt(base), random_tree(0, dtype=dtype)
   updates, _ = jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
   chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+@pytest.mark.parametrize('base', [optax.adamw(0.1), optax.adam(0.1, mu_dtype=jnp.float32)], ids=['adamw', 'mu_dtype'])
+def test_updates_have_the_gradients_dtype(base):
+  """A base optimiser that answers bfloat16 gradients in float32 (decay of float32 weights, float32 moments) is cast back."""
+  params, grads = random_tree(0), random_tree(1, dtype=jnp.bfloat16)
+  assert jax.tree.leaves(base.update(grads, base.init(params), params)[0])[0].dtype == jnp.float32
+  tx = fptt(base)
+  chex.assert_trees_all_equal_dtypes(tx.update(grads, tx.init(params), params)[0], grads)
 
 
 @pytest.mark.parametrize('name', BASES)
@@ -838,7 +858,11 @@ def test_donation():
   chex.assert_tree_all_finite((params, state))
 
 
-@pytest.mark.parametrize(('dtype', 'state_dtype'), [(jnp.float32, None), (jnp.bfloat16, jnp.float32)], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  ('dtype', 'state_dtype'),
+  [(jnp.float32, None), (jnp.bfloat16, jnp.float32), (jnp.bfloat16, None), (jnp.bfloat16, jnp.bfloat16)],
+  ids=['float32', 'bfloat16-float32', 'bfloat16', 'bfloat16-bfloat16'],
+)
 @pytest.mark.parametrize('inner_steps', [1, 2])
 @pytest.mark.parametrize('estimate', ['running', 'explicit', 'lagged'])
 def test_strict_promotion(strict_dtypes, estimate, inner_steps, dtype, state_dtype):
@@ -850,6 +874,33 @@ def test_strict_promotion(strict_dtypes, estimate, inner_steps, dtype, state_dty
     update = lambda g, s, p: tx.update(g, s, p, grad_fn=lambda q: q)
     updates, _ = jax.eval_shape(update, params, tx.init(params), params)
     chex.assert_trees_all_equal_dtypes(updates, params)
+
+
+@pytest.mark.parametrize('inner_steps', [1, 2])
+def test_explicit_gradient_may_be_of_another_dtype(inner_steps):
+  """A `grad_fn` in float32 beside bfloat16 gradients: λ takes its own dtype, after the last inner step or the only one."""
+  params = {'w': jnp.ones(3, jnp.bfloat16)}
+  tx = fptt(optax.sgd(0.1), gradient_estimate='explicit', inner_steps=inner_steps)
+  state = tx.init(params)
+  for _ in range(inner_steps):
+    _, state = tx.update(params, state, params, grad_fn=lambda p: {'w': jnp.full(3, 0.3)})
+  chex.assert_trees_all_equal(state.lam, {'w': jnp.full(3, 0.3)})
+
+
+def test_explicit_gradient_of_another_structure_is_refused():
+  """A `grad_fn` that returns (loss, gradients), say: both structures are shown."""
+  params = {'w': jnp.ones(3)}
+  tx = fptt(optax.sgd(0.1), gradient_estimate='explicit')
+  with pytest.raises(ValueError, match=r"grad_fn must return gradients of the structure of the parameters, .*'w'.*, got "):
+    tx.update(params, tx.init(params), params, grad_fn=lambda p: (0.0, p))
+
+
+def test_parameters_may_be_python_numbers():
+  """As optax's own optimisers take them."""
+  tx = fptt(optax.sgd(0.5))
+  state = tx.init({'w': 1.0})
+  assert state.w_bar['w'].dtype == jnp.float32
+  assert fptt_eval_params(state, {'w': 1.0}) == {'w': 1.0}
 
 
 def test_vmap_over_alpha():
@@ -926,15 +977,15 @@ def test_restart_through_wrappers(name):
 
 
 @every_float
-def test_restarted_base_update_is_exact(dtype):
-  """After a restart the base optimiser gets the loss gradient to the last bit: W̄ is set to W as rounded to W's dtype."""
-  tx = fptt(optax.sgd(0.1, momentum=0.9))
+def test_restart_rounds_the_summary_too(dtype):
+  """After a restart W - W̄ is 0 to the last bit even if W is bfloat16: with a zero gradient SGD does not move, λ stays 0."""
+  tx = fptt(optax.sgd(0.1))
   params, state = last(walk(tx, random_tree(0, dtype=dtype), as_given, random_tree(1, 3, dtype=dtype)))
   params, state = fptt_restart(state, params)
-  grads = random_tree(5, dtype=dtype)
-  expected, _ = optax.sgd(0.1, momentum=0.9).update(grads, state.base_optimizer_state, params)
-  chex.assert_trees_all_equal(tx.update(grads, state, params)[0], expected)
-  chex.assert_trees_all_equal_dtypes(params, grads)
+  updates, new_state = tx.update(optax.tree.zeros_like(params), state, params)
+  chex.assert_trees_all_equal(updates, optax.tree.zeros_like(params))
+  chex.assert_trees_all_equal((new_state.w_bar, new_state.lam), (state.w_bar, optax.tree.zeros_like(state.lam)))
+  chex.assert_trees_all_equal_dtypes(params, updates)
 
 
 def test_eval_params_have_the_parameters_dtype():
@@ -972,10 +1023,15 @@ def test_state_without_fptt(read):
 
 @pytest.mark.parametrize('read', [fptt_eval_params, fptt_restart])
 def test_state_of_other_parameters(read):
-  """Parameters of another structure: the error shows both structures."""
-  state = fptt(BASE).init(random_tree(0))
-  with pytest.raises(ValueError, match=r"does not belong to these parameters: W̄ has .*'b': \*, 'w': \*.* the parameters .*'v': \*"):
-    read(state, {'v': jnp.ones(2)})
+  """Parameters of another structure or shape: the error shows both."""
+  state = fptt(BASE).init({'w': jnp.ones(2)})
+  for other, shown in (
+    ({'v': jnp.ones(2)}, r"'v': \(2,\)"),
+    ({'w': jnp.ones(3)}, r"'w': \(3,\)"),
+    ({'w': {'u': jnp.ones(2)}}, "'u'"),
+  ):
+    with pytest.raises(ValueError, match=rf"does not belong to these parameters: W̄ has .*'w': \(2,\).*, the parameters .*{shown}"):
+      read(state, other)
 
 
 # --- Presets ------------------------------------------------------------------------------------------------------------------
@@ -1019,12 +1075,12 @@ def test_presets_are_read_only():
 # --- Bad input ----------------------------------------------------------------------------------------------------------------
 
 OUT_OF_RANGE = {
-  'alpha': ('a finite number > 0 or a schedule', [0.0, -0.5, float('nan'), float('inf'), 'large', None, np.ones(2)]),
+  'alpha': ('a finite number > 0 or a schedule', [0.0, -0.5, float('nan'), float('inf'), 'large', '0.5', None, np.ones(2)]),
   'beta': (r'a number in \(0, 1\] or a schedule', [0.0, -0.1, 1.5, float('nan')]),
   'kappa': ('a finite number >= 0 or a schedule', [-1.0, float('inf'), float('nan'), 'two']),
   'rho': (r'a number in \[0, 1\] or a schedule', [-0.1, 1.1, float('nan')]),
-  'inner_steps': ('an integer >= 1', [0, -1, 1.5, float('nan'), float('inf'), 'many', optax.constant_schedule(2)]),
-  'correction': (r"one of \['eq4', 'eq6'\]", ['eq5', None]),
+  'inner_steps': ('an integer >= 1', [0, -1, 1.5, float('nan'), float('inf'), 'many', '3', optax.constant_schedule(2)]),
+  'correction': (r"one of \['eq4', 'eq6'\]", ['eq5', None, ['eq6']]),
   'gradient_estimate': (r"one of \['running', 'explicit', 'lagged'\]", ['exact', None]),
 }
 

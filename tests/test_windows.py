@@ -95,7 +95,7 @@ def test_shifted_windows_move_whole():
 @PROPERTY
 @given(st.sampled_from([(7, 3), (10, 4), (12, 12)]), st.data())
 def test_masks_of_all_windows_sum_to_the_lengths(shape, data):
-  """Whatever the lengths, each valid step is unmasked in exactly one window, and in the row where the window's slice holds it."""
+  """Whatever the lengths, each valid step is unmasked in exactly one window, in the row of its own step."""
   num_steps, num_windows = shape
   lengths = np.array(data.draw(st.lists(st.integers(1, num_steps), min_size=3, max_size=3)), np.int32)
   windows = fptt_jax.cut(num_steps, num_windows=num_windows)
@@ -105,10 +105,9 @@ def test_masks_of_all_windows_sum_to_the_lengths(shape, data):
     chex.assert_shape(window.mask, (windows.size, 3))
     chex.assert_type(window.mask, bool)
     assert (int(window.start), int(window.end)) == (windows.starts[k], windows.ends[k])
-    assert (window.num_windows, window.size, int(window.k)) == (num_windows, windows.size, k)
-    rows = np.asarray(window.slice(jnp.arange(num_steps)))
-    np.testing.assert_array_equal(rows, np.arange(windows.starts[k], windows.starts[k] + windows.size))
-    np.add.at(seen, rows, np.asarray(window.mask).astype(int))
+    assert (window.num_windows, window.num_steps, window.size, int(window.k)) == (num_windows, num_steps, windows.size, k)
+    rows = np.arange(windows.starts[k], windows.starts[k] + windows.size)
+    seen[rows] += np.asarray(window.mask)
   np.testing.assert_array_equal(seen, np.arange(num_steps)[:, None] < lengths)
   np.testing.assert_array_equal(seen.sum(0), lengths)
 
@@ -122,10 +121,28 @@ def test_window_is_the_same_under_a_traced_index():
 
 
 def test_slice_cuts_the_windows_steps():
-  """`slice` takes S steps of any time-major array, features and all."""
-  x = jnp.arange(10 * 2 * 3).reshape(10, 2, 3)
-  window = windows_lib.window_at(fptt_jax.cut(10, num_windows=4), jnp.int32(1), jnp.full(2, 10))
-  np.testing.assert_array_equal(window.slice(x), x[2:5])
+  """`slice` takes S steps of any time-major array, features and all, 0 where masked; what was there, NaN too, is gone. Where
+  nothing can be masked the steps come as they are."""
+  x = 1 + np.arange(10 * 2 * 3, dtype=np.float32).reshape(10, 2, 3)
+  x[4:, 1] = np.nan
+  lengths = jnp.array([10, 4], jnp.int32)
+  uneven = fptt_jax.cut(10, num_windows=4)
+  expected = x[2:5].copy()
+  expected[2, 1] = 0
+  np.testing.assert_array_equal(windows_lib.window_at(uneven, jnp.int32(1), lengths).slice(jnp.asarray(x)), expected)
+  short = windows_lib.window_at(uneven, jnp.int32(0), jnp.full(2, 10, jnp.int32), ragged=False).slice(jnp.asarray(x[:, 0:2, 0]))
+  np.testing.assert_array_equal(short, [x[0, :, 0], x[1, :, 0], [0, 0]])
+  even = windows_lib.window_at(fptt_jax.cut(10, num_windows=5), jnp.int32(1), jnp.full(2, 10, jnp.int32), ragged=False)
+  assert not even.masked
+  np.testing.assert_array_equal(even.slice(jnp.asarray(x)), x[2:4])
+
+
+@pytest.mark.parametrize('shape', [(9, 2), (11, 2), (2, 10), (10, 3), (10,)])
+def test_slice_refuses_arrays_of_another_length(shape):
+  """A shorter array's slice would be clamped, so silently shifted."""
+  window = windows_lib.window_at(fptt_jax.cut(10, num_windows=4), jnp.int32(1), jnp.full(2, 10, jnp.int32))
+  with pytest.raises(ValueError, match=r'expected a time-major array \[T, B, \.\.\.\] = \(10, 2\), got shape '):
+    window.slice(jnp.zeros(shape))
 
 
 @pytest.mark.parametrize(

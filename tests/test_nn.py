@@ -1,0 +1,512 @@
+"""Layers against torch, Flax's cells and their equations; what adapters and stacks promise of any of them."""
+
+from collections.abc import Callable
+import functools
+import subprocess
+import sys
+from typing import Any
+import warnings
+
+import chex
+from flax import linen, nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from problems import quick
+import pytest
+
+import fptt_jax
+from fptt_jax import nn
+
+T, B, D, H = 5, 3, 2, 4
+KEY = jax.random.key(0)
+LAYERS: dict[str, Callable[[], fptt_jax.Model]] = {
+  'LSTM': lambda: nn.from_nnx(lambda rngs: nn.LSTM(D, H, rngs=rngs)),
+  'GRU': lambda: nn.from_nnx(lambda rngs: nn.GRU(D, H, rngs=rngs)),
+  'RNN': lambda: nn.from_nnx(lambda rngs: nn.RNN(D, H, rngs=rngs)),
+  'AntisymmetricRNN': lambda: nn.from_nnx(lambda rngs: nn.AntisymmetricRNN(D, H, epsilon=0.5, rngs=rngs)),
+  'nnx cell': lambda: nn.from_nnx(lambda rngs: nnx.GRUCell(D, H, rngs=rngs)),
+  'linen cell': lambda: nn.from_linen(linen.OptimizedLSTMCell(H), (D,)),
+  'Stack': lambda: nn.from_nnx(
+    lambda rngs: nn.Stack(nn.LSTM(D, H, rngs=rngs), jnp.tanh, nnx.GRUCell(H, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs))
+  ),
+}
+EACH_LAYER = pytest.mark.parametrize('name', list(LAYERS))
+OWN_LAYERS = pytest.mark.parametrize('layer', [nn.LSTM, nn.GRU, nn.RNN, nn.AntisymmetricRNN])
+CLOSE = dict(rtol=1e-5, atol=1e-6)
+
+
+@functools.cache
+def built(name: str) -> tuple[Any, Callable[..., Any]]:
+  """A layer's parameters, and its evaluation (state, x, mask) -> (state, y), compiled once for each shape."""
+  model = LAYERS[name]()
+  params = quick(model.init)(jax.random.key(1))
+  run = quick(lambda state, x, mask: model.apply(params, state, x, mask, None))
+  return model, lambda x, mask=None, state=None: run(model.initial_state(x.shape[1]) if state is None else state, x, mask)
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def size(params: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def parameter_count(build: Callable[[nnx.Rngs], nnx.Module]) -> int:
+  return size(jax.eval_shape(nn.from_nnx(build).init, KEY))
+
+
+# What holds of every layer.
+
+
+@EACH_LAYER
+def test_outputs_depend_on_the_past_only(name):
+  """Causality: inputs from step 3 on change the outputs from step 3 on, those before them by not one bit. Rows of a batch are
+  independent in the same sense."""
+  _, run = built(name)
+  x, changed = random(T, B, D), random(T, B, D)
+  changed[3:, 1] += 1
+  y, y_changed = np.asarray(run(x)[1]), np.asarray(run(changed)[1])
+  np.testing.assert_array_equal(y_changed[:3], y[:3])
+  np.testing.assert_array_equal(y_changed[:, [0, 2]], y[:, [0, 2]])
+  assert np.any(y_changed[3:, 1] != y[3:, 1], axis=-1).all()
+
+
+@EACH_LAYER
+def test_masked_steps_leave_the_state(name):
+  """With a mask the state is, for each sequence, the one after its own valid steps, wherever the others go on; a whole window of
+  masked steps gives back the state it got, bit for bit. Outputs at valid steps are those without a mask."""
+  _, run = built(name)
+  x, lengths = random(T, B, D), [5, 2, 3]
+  state, y = run(x, np.arange(T)[:, None] < lengths)
+  for row, length in enumerate(lengths):
+    alone, y_alone = run(x[:length])
+    chex.assert_trees_all_close(jax.tree.map(lambda s: s[row], state), jax.tree.map(lambda s: s[row], alone), **CLOSE)
+    np.testing.assert_allclose(y[:length, row], y_alone[:, row], **CLOSE)
+  assert np.any(np.asarray(jax.tree.leaves(state)[0]))
+  chex.assert_trees_all_equal(run(x, np.zeros((T, B), bool), state)[0], state)
+  chex.assert_trees_all_close(run(x, np.ones((T, B), bool)), run(x), **CLOSE)
+
+
+@EACH_LAYER
+def test_windows_join(name):
+  """Two windows, the second from the first's state, are one long window: state and outputs."""
+  _, run = built(name)
+  x = random(T, B, D)
+  state, first = run(x[:2])
+  state, second = run(x[2:], None, state)
+  whole_state, whole = run(x)
+  chex.assert_trees_all_close(state, whole_state, **CLOSE)
+  np.testing.assert_allclose(np.concatenate([first, second]), whole, **CLOSE)
+
+
+@EACH_LAYER
+def test_initialisation_is_pure_and_may_be_mapped(name):
+  """The same key gives the same parameters, under vmap over seeds too; all are floating-point arrays."""
+  model, _ = built(name)
+  keys = jax.random.split(KEY, 2)
+  many = quick(jax.vmap(model.init))(keys)
+  one = quick(model.init)(keys[1])
+  chex.assert_trees_all_close(jax.tree.map(lambda p: p[1], many), one, rtol=1e-5, atol=1e-6)
+  assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(one))
+  assert any(np.any(leaf[0] != leaf[1]) for leaf in jax.tree.leaves(many))
+
+
+@OWN_LAYERS
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.usefixtures('strict_dtypes')
+def test_layers_keep_their_dtype(layer, dtype):
+  """Parameters, state and outputs have param_dtype; nothing is promoted on the way."""
+  model = nn.from_nnx(lambda rngs: layer(D, H, param_dtype=dtype, rngs=rngs))
+  run = lambda key, x: (model.init(key), *model.apply(model.init(key), model.initial_state(B), x, None, None))
+  params, state, y = jax.eval_shape(run, KEY, jax.ShapeDtypeStruct((T, B, D), dtype))
+  assert {leaf.dtype for leaf in jax.tree.leaves((params, state, y))} == {jnp.dtype(dtype)}
+  assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == jax.tree.map(lambda s: (s.shape, s.dtype), model.initial_state(B))
+
+
+# Torch.
+
+
+@pytest.fixture(scope='module')
+def torch() -> Any:
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    return pytest.importorskip('torch')
+
+
+@pytest.mark.parametrize(
+  ('kind', 'layers', 'bias'), [('LSTM', 1, True), ('LSTM', 3, True), ('GRU', 2, True), ('GRU', 1, False), ('RNN', 2, True)]
+)
+def test_layers_compute_what_torch_computes(torch, kind, layers, bias):
+  """With torch's weights: outputs and every layer's last state, from a given state, through one or several layers."""
+  torch.manual_seed(0)
+  module = getattr(torch.nn, kind)(D, H, layers, bias=bias)
+  ours = getattr(nn, kind)
+  model = nn.from_nnx(lambda rngs: nn.Stack(*(ours(D if i == 0 else H, H, rngs=rngs) for i in range(layers))))
+  params = {'layers': dict(enumerate(nn.from_torch(module.state_dict())))}
+  chex.assert_trees_all_equal_shapes_and_dtypes(params, jax.eval_shape(model.init, KEY))
+  x, h, c = random(T, B, D), random(layers, B, H, seed=1), random(layers, B, H, seed=2)
+  start = [torch.tensor(h), torch.tensor(c)] if kind == 'LSTM' else torch.tensor(h)
+  with torch.no_grad():
+    expected, last = module(torch.tensor(x), start)
+  state = tuple(nn.LSTMState(h[i], c[i]) if kind == 'LSTM' else h[i] for i in range(layers))
+  state, y = quick(lambda p, s, x: model.apply(p, s, x, None, None))(params, state, x)
+  np.testing.assert_allclose(y, expected.numpy(), rtol=1e-5, atol=1e-5)
+  for i, layer_state in enumerate(state):
+    parts = zip(layer_state, last, strict=True) if kind == 'LSTM' else [(layer_state, last)]
+    for ours_now, torchs in parts:
+      np.testing.assert_allclose(ours_now, torchs[i].numpy(), rtol=1e-5, atol=1e-5)
+
+
+def torch_names(*shapes: tuple[int, ...], suffix: str = 'l0') -> dict[str, np.ndarray]:
+  names = [f'{part}_{side}_{suffix}' for part in ('weight', 'bias') for side in ('ih', 'hh')]
+  return {name: random(*shape) for name, shape in zip(names, shapes, strict=False)}
+
+
+def test_from_torch_takes_numpy_arrays():
+  """A mapping of torch's names to NumPy arrays does; biases add up but for the GRU's; torch itself is not needed."""
+  weights = torch_names((8, 3), (8, 2), (8,), (8,))
+  (params,) = nn.from_torch(weights)
+  np.testing.assert_array_equal(params['w_x'], weights['weight_ih_l0'].T)
+  np.testing.assert_array_equal(params['w_h'], weights['weight_hh_l0'].T)
+  np.testing.assert_array_equal(params['bias'], weights['bias_ih_l0'] + weights['bias_hh_l0'])
+  assert set(nn.from_torch(torch_names((6, 3), (6, 2), (6,), (6,)))[0]) == {'w_x', 'w_h', 'bias', 'recurrent_bias'}
+
+
+@pytest.mark.parametrize(
+  ('weights', 'message'),
+  [
+    (torch_names((8, 3), (8, 2)) | {'weight_ih_l0_reverse': random(8, 3)}, r'unidirectional torch\.nn\.LSTM, .* got \[.*_reverse'),
+    (torch_names((8, 3), (8, 2)) | {'weight_hr_l0': random(2, 2)}, r'without projections'),
+    ({}, r'got \[\]'),
+    ({'kernel': random(2, 2)}, r"got \['kernel'\]"),
+    (torch_names((8, 3)), r'no weight_ih_l0 and weight_hh_l0'),
+    (torch_names((10, 3), (10, 2)), r'cannot tell an LSTM, GRU or RNN from weights of shapes \(10, 3\) and \(10, 2\)\.'),
+    (torch_names((6, 3), (8, 2)), r'cannot tell .* of shapes \(6, 3\) and \(8, 2\)\.'),
+  ],
+  ids=['bidirectional', 'projections', 'empty', 'other names', 'half a layer', 'five gates', 'two widths'],
+)
+def test_from_torch_refuses_other_modules(weights, message):
+  """What is not a plain recurrent module's state_dict is told from one by names and shapes."""
+  with pytest.raises(ValueError, match=message):
+    nn.from_torch(weights)
+
+
+# Flax.
+
+
+@pytest.mark.parametrize('cell', [nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell])
+def test_from_nnx_runs_flaxs_cells(cell):
+  """The adapter's window is the cell called step by step; its parameters are the cell's own for the same key."""
+  model = nn.from_nnx(lambda rngs: cell(D, H, rngs=rngs))
+  module, x = cell(D, H, rngs=nnx.Rngs(KEY)), random(T, B, D)
+  params = model.init(KEY)
+  chex.assert_trees_all_equal(jax.tree.leaves(params), jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param))))
+  state, y = quick(lambda p, x: model.apply(p, model.initial_state(B), x, None, None))(params, x)
+  carry, expected = module.initialize_carry((B, D), nnx.Rngs(0)), []
+  for x_t in x:
+    carry, y_t = module(carry, jnp.asarray(x_t))
+    expected.append(y_t)
+  chex.assert_trees_all_close((state, y), (carry, jnp.stack(expected)), **CLOSE)
+
+
+class Tagger(linen.Module):
+  """A Linen per-step module with everything inside: embedding, dropout, cell, readout."""
+
+  dropout: float = 0.0
+
+  @linen.compact
+  def __call__(self, carry, token):
+    x = linen.Embed(7, D)(token)
+    x = linen.Dropout(self.dropout, deterministic=not self.has_rng('dropout'))(x)
+    carry, h = linen.GRUCell(H)(carry, x)
+    return carry, linen.Dense(3)(h)
+
+  def initialize_carry(self, key, input_shape):
+    return linen.GRUCell(H, parent=None).initialize_carry(key, (*input_shape, D))
+
+
+@pytest.mark.parametrize(
+  ('module', 'shape', 'dtype'),
+  [(linen.OptimizedLSTMCell(H), (D,), jnp.float32), (linen.GRUCell(H), (D,), jnp.float32), (Tagger(), (), jnp.int32)],
+  ids=['OptimizedLSTMCell', 'GRUCell', 'own module'],
+)
+def test_from_linen_runs_linens_modules(module, shape, dtype):
+  """The adapter's window is the Linen module applied step by step, to features or tokens."""
+  model = nn.from_linen(module, shape, dtype)
+  x = random(T, B, *shape) if shape else np.random.default_rng(0).integers(0, 7, (T, B)).astype(np.int32)
+  params = quick(model.init)(KEY)
+  state, y = quick(lambda p, x: model.apply(p, model.initial_state(B), x, None, None))(params, x)
+  carry, expected = module.initialize_carry(KEY, (B, *shape)), []
+  step = quick(lambda p, carry, x_t: module.apply({'params': p}, carry, x_t))
+  for x_t in x:
+    carry, y_t = step(params, carry, x_t)
+    expected.append(y_t)
+  chex.assert_trees_all_close((state, y), (carry, jnp.stack(expected)), **CLOSE)
+
+
+def test_linen_dropout_is_seeded_by_the_key():
+  """With a key the module has a dropout stream, a new one each step; without, it is deterministic."""
+  model = nn.from_linen(Tagger(dropout=0.5), (), jnp.int32)
+  params = quick(model.init)(KEY)
+  run = quick(lambda key: model.apply(params, model.initial_state(B), jnp.ones((T, B), jnp.int32), None, key)[1])
+  silent, one, other = run(None), run(jax.random.key(1)), run(jax.random.key(2))
+  np.testing.assert_array_equal(run(None), silent)
+  np.testing.assert_array_equal(run(jax.random.key(1)), one)
+  assert np.any(one != silent)
+  assert np.any(one != other)
+
+
+def test_lstm_equals_flaxs_with_its_weights():
+  """Gates are in flax's order too: `w_x`, `w_h` and `bias` are OptimizedLSTMCell's kernels and bias as they are; its carry is
+  (c, h)."""
+  cell, x = nnx.OptimizedLSTMCell(D, H, rngs=nnx.Rngs(0)), random(T, B, D)
+  params = {'w_x': cell.dense_i.kernel[...], 'w_h': cell.dense_h.kernel[...], 'bias': cell.dense_h.bias[...] + random(4 * H)}
+  cell.dense_h.bias[...] = params['bias']
+  ours = nn.from_nnx(lambda rngs: nn.LSTM(D, H, rngs=rngs))
+  theirs = nn.from_nnx(lambda rngs: nnx.OptimizedLSTMCell(D, H, rngs=rngs))
+  state, y = quick(lambda p, x: ours.apply(p, ours.initial_state(B), x, None, None))(params, x)
+  cell_params = nnx.to_pure_dict(nnx.state(cell, nnx.Param))
+  (c, h), expected = quick(lambda p, x: theirs.apply({'cell': p}, theirs.initial_state(B), x, None, None))(cell_params, x)
+  chex.assert_trees_all_close((state, y), (nn.LSTMState(h=h, c=c), expected), **CLOSE)
+
+
+# The layers' own equations, sizes and initial values.
+
+
+@pytest.mark.usefixtures('x64')
+def test_antisymmetric_rnn_by_its_equation():
+  """Equation 14 in NumPy, the matrix built entry by entry: W's strict upper triangle row by row, minus its transpose, minus γ on
+  the diagonal; the tanh part first, the gate second."""
+  model = nn.from_nnx(lambda rngs: nn.AntisymmetricRNN(D, H, epsilon=0.3, gamma=0.2, param_dtype=jnp.float64, rngs=rngs))
+  params = quick(model.init)(KEY) | {'bias': random(2 * H, seed=3).astype(np.float64)}
+  w, v, bias = (np.asarray(params[name]) for name in ('w', 'v', 'bias'))
+  upper, entries = np.zeros((H, H)), iter(w)
+  for i in range(H):
+    for j in range(i + 1, H):
+      upper[i, j] = next(entries)
+  a = upper - upper.T - 0.2 * np.eye(H)
+  x, h = random(T, B, D).astype(np.float64), random(B, H, seed=1).astype(np.float64)
+  _, y = quick(lambda p, h, x: model.apply(p, h, x, None, None))(params, h, x)
+  for t in range(T):
+    for b in range(B):
+      recurrent, drive = a @ h[b], x[t, b] @ v + bias
+      gate = 1 / (1 + np.exp(-(recurrent + drive[H:])))
+      h[b] = h[b] + 0.3 * gate * np.tanh(recurrent + drive[:H])
+    np.testing.assert_allclose(y[t], h, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  ('build', 'count'),
+  [
+    (lambda rngs: nn.LSTM(1, 128, rngs=rngs), 66_560),
+    (lambda rngs: nn.LSTM(3, 128, rngs=rngs), 67_584),
+    (lambda rngs: nn.GRU(3, 128, rngs=rngs), 51_072),
+    (lambda rngs: nn.GRU(3, 128, recurrent_bias=False, rngs=rngs), 50_688),
+    (lambda rngs: nn.RNN(3, 128, rngs=rngs), 16_896),
+    (lambda rngs: nn.Stack(nn.AntisymmetricRNN(3, 256, rngs=rngs), nnx.Linear(256, 10, rngs=rngs)), 37_258),
+  ],
+  ids=['LSTM D=1', 'LSTM D=3', 'GRU', 'GRU one bias', 'RNN', 'AntisymmetricRNN with head'],
+)
+def test_parameter_counts(build, count):
+  """The papers' 66K, 67K, 51K and 37K."""
+  assert parameter_count(build) == count
+
+
+@pytest.mark.parametrize(('layer', 'biases'), [(nn.LSTM, 2), (nn.GRU, 1), (nn.RNN, 2)])
+def test_torchs_initialisation(layer, biases):
+  """Weights are uniform in ±1/√H: within the bounds, filling them, of that variance; a bias that stands for torch's two is the sum
+  of two such numbers."""
+  params = quick(nn.from_nnx(lambda rngs: layer(64, 64, rngs=rngs)).init)(KEY)
+  bound = 64**-0.5
+  for name in ('w_x', 'w_h'):
+    w = np.asarray(params[name])
+    assert np.abs(w).max() <= bound
+    assert w.max() > 0.99 * bound
+    assert w.min() < -0.99 * bound
+    assert abs(w.mean()) < 0.05 * bound
+    np.testing.assert_allclose(w.std(), bound / 3**0.5, rtol=0.05)
+  assert np.abs(params['bias']).max() <= biases * bound
+  np.testing.assert_allclose(np.std(params['bias']), bound * (biases / 3) ** 0.5, rtol=0.25)
+
+
+@pytest.mark.parametrize(('layer', 'gates'), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_flaxs_initialisation(layer, gates):
+  """Recurrent weights are one orthogonal block a gate, input weights LeCun normal (variance 1/D), biases 0."""
+  params = quick(nn.from_nnx(lambda rngs: layer(64, 16, init='flax', rngs=rngs)).init)(KEY)
+  blocks = np.split(np.asarray(params['w_h']), gates, axis=1)
+  for block in blocks:
+    np.testing.assert_allclose(block.T @ block, np.eye(16), atol=1e-5)
+  assert all(np.abs(block - blocks[0]).max() > 0.1 for block in blocks[1:])
+  np.testing.assert_allclose(np.std(params['w_x']), 1 / 8, rtol=0.1)
+  assert not np.any(params['bias'])
+
+
+@pytest.mark.parametrize('init', ['torch', 'flax'])
+def test_forget_bias_replaces_the_forget_gates_part(init):
+  """`forget_bias` is what the second of the four gates' biases start at; the others are as without it."""
+  make = lambda forget_bias: np.asarray(
+    nn.from_nnx(lambda rngs: nn.LSTM(D, H, init=init, forget_bias=forget_bias, rngs=rngs)).init(KEY)['bias']
+  )
+  bias, plain = make(1.5), make(None)
+  np.testing.assert_array_equal(bias[H : 2 * H], 1.5)
+  np.testing.assert_array_equal(np.delete(bias, np.s_[H : 2 * H]), np.delete(plain, np.s_[H : 2 * H]))
+  assert not np.any(plain[H : 2 * H] == 1.5)
+
+
+def test_antisymmetric_initialisation():
+  """W normal with variance σ²/H, V with 1/D, biases 0."""
+  params = quick(nn.from_nnx(lambda rngs: nn.AntisymmetricRNN(64, 64, w_scale=2.0, rngs=rngs)).init)(KEY)
+  np.testing.assert_allclose(np.std(params['w']), 2 / 8, rtol=0.05)
+  np.testing.assert_allclose(np.std(params['v']), 1 / 8, rtol=0.05)
+  assert not np.any(params['bias'])
+
+
+# Stacks.
+
+
+def language_model(dropout: float = 0.5) -> fptt_jax.Model:
+  return nn.from_nnx(
+    lambda rngs: nn.Stack(
+      nnx.Embed(7, D, rngs=rngs),
+      nnx.Dropout(dropout),
+      nn.LSTM(D, H, rngs=rngs),
+      nnx.Dropout(dropout),
+      nn.GRU(H, 3, rngs=rngs),
+      nnx.Linear(3, 7, rngs=rngs),
+    )
+  )
+
+
+def test_stack_runs_its_layers_one_after_the_other():
+  """Embedding, two layers and readout give what the layers give one by one; the state is the recurrent layers'."""
+  model = language_model()
+  params, tokens = quick(model.init)(KEY), np.random.default_rng(0).integers(0, 7, (T, B)).astype(np.int32)
+  state, logits = quick(lambda p, x: model.apply(p, model.initial_state(B), x, None, None))(params, tokens)
+
+  def by_hand(params, tokens):
+    layers = params['layers']
+    lstm, gru = nn.from_nnx(lambda rngs: nn.LSTM(D, H, rngs=rngs)), nn.from_nnx(lambda rngs: nn.GRU(H, 3, rngs=rngs))
+    lstm_state, x = lstm.apply(layers[2], lstm.initial_state(B), layers[0]['embedding'][tokens], None, None)
+    gru_state, x = gru.apply(layers[4], gru.initial_state(B), x, None, None)
+    return (lstm_state, gru_state), x @ layers[5]['kernel'] + layers[5]['bias'][None, None]
+
+  chex.assert_trees_all_close((state, logits), quick(by_hand)(params, tokens), **CLOSE)
+  chex.assert_shape(logits, (T, B, 7))
+
+
+def test_stack_without_a_key_is_deterministic():
+  """key None is evaluation: no dropout at all, the same as rate 0; with a key, the same key gives the same numbers and another
+  key others, also where the module was built with streams of its own."""
+  model = language_model()
+  params, tokens = quick(model.init)(KEY), np.ones((T, B), np.int32)
+  run = quick(lambda key: model.apply(params, model.initial_state(B), tokens, None, key)[1])
+  silent, one, other = run(None), run(jax.random.key(1)), run(jax.random.key(2))
+  plain = language_model(dropout=0.0)
+  no_dropout = quick(lambda key: plain.apply(params, plain.initial_state(B), tokens, None, key)[1])
+  np.testing.assert_allclose(no_dropout(jax.random.key(1)), silent, **CLOSE)
+  np.testing.assert_array_equal(run(jax.random.key(1)), one)
+  assert np.abs(one - silent).max() > 1e-3
+  assert np.abs(one - other).max() > 1e-3
+
+
+@pytest.mark.parametrize('streams', [False, True])
+def test_dropout_masks_are_fresh_for_each_step_unit_and_layer(streams):
+  """Two dropout layers on ones: every unit is 0 or scaled by 1/keep, half of them each, no step's mask like another's, and the
+  layers' masks differ, whether or not the layers keep streams of their own."""
+  make = lambda rngs: nnx.Dropout(0.5, rngs=rngs if streams else None)
+  one = nn.from_nnx(lambda rngs: nn.Stack(make(rngs)))
+  two = nn.from_nnx(lambda rngs: nn.Stack(make(rngs), make(rngs)))
+  x = jnp.ones((8, 4, 64))
+  (state, y), (_, yy) = (quick(lambda key: m.apply({}, (), x, None, key))(KEY) for m in (one, two))
+  assert state == ()
+  assert set(np.unique(y)) == {0.0, 2.0}
+  assert set(np.unique(yy)) == {0.0, 4.0}
+  assert abs(np.mean(np.asarray(y) > 0) - 0.5) < 0.05
+  assert abs(np.mean(np.asarray(yy) > 0) - 0.25) < 0.05
+  assert len({np.asarray(step).tobytes() for step in y}) == 8
+  assert len({np.asarray(row).tobytes() for row in y[0]}) == 4
+
+
+# What is refused, and what is not imported.
+
+
+class Counting(nnx.Module):
+  """A recurrent module that keeps batch statistics."""
+
+  def __init__(self, rngs):
+    self.norm = nnx.BatchNorm(D, rngs=rngs)
+
+  def initial_state(self, batch_size):
+    return ()
+
+  def __call__(self, state, x, mask=None, key=None):
+    return state, self.norm(x)
+
+
+def test_modules_with_other_state_are_refused():
+  """Batch statistics would have to be carried: refused by name, in a module of its own and inside a stack."""
+  for build in (Counting, lambda rngs: nn.Stack(nn.RNN(D, D, rngs=rngs), nnx.BatchNorm(D, rngs=rngs))):
+    with pytest.raises(TypeError, match=r"only state is nnx\.Param .*, this one also keeps \['BatchStat'\]\."):
+      nn.from_nnx(build)
+
+
+class LinenCounting(linen.Module):
+  """A Linen cell that keeps batch statistics."""
+
+  @linen.compact
+  def __call__(self, carry, x):
+    return carry, linen.BatchNorm(use_running_average=True)(x)
+
+  def initialize_carry(self, key, input_shape):
+    return jnp.zeros(input_shape)
+
+
+def test_linen_modules_with_other_collections_are_refused():
+  """Their 'params' are all there may be."""
+  with pytest.raises(TypeError, match=r"only collection is 'params', this one has \['batch_stats', 'params'\]\."):
+    nn.from_linen(LinenCounting(), (D,)).init(KEY)
+
+
+def test_modules_that_are_not_recurrent_are_refused():
+  """With the advice to put them into a Stack."""
+  with pytest.raises(
+    TypeError, match=r'expected a recurrent module .* got Linear; put layers without state into a fptt_jax\.nn\.Stack'
+  ):
+    nn.from_nnx(lambda rngs: nnx.Linear(D, H, rngs=rngs))
+  with pytest.raises(TypeError, match=r'from_linen expected a per-step cell with initialize_carry.*, got Dense\.'):
+    nn.from_linen(linen.Dense(3), (D,))
+
+
+@pytest.mark.parametrize(
+  ('build', 'message'),
+  [
+    (lambda rngs: nn.LSTM(D, H, init='xavier', rngs=rngs), r"init must be one of \['torch', 'flax'\], got 'xavier'\."),
+    (lambda rngs: nn.GRU(0, H, rngs=rngs), r'in_features must be at least 1, got 0\.'),
+    (lambda rngs: nn.RNN(D, 0, rngs=rngs), r'hidden_features must be at least 1, got 0\.'),
+    (lambda rngs: nn.AntisymmetricRNN(D, H, epsilon=0, rngs=rngs), r'expected epsilon > 0, .* got epsilon=0'),
+    (lambda rngs: nn.AntisymmetricRNN(D, H, gamma=-1.0, rngs=rngs), r'gamma >= 0, .* gamma=-1\.0'),
+    (lambda rngs: nn.Stack(), r'a Stack needs at least one layer, got none\.'),
+  ],
+)
+def test_impossible_layers_are_refused(build, message):
+  """Where they are built, with the value given."""
+  with pytest.raises(ValueError, match=message):
+    nn.from_nnx(build)
+
+
+@OWN_LAYERS
+def test_inputs_of_other_features_are_refused(layer):
+  """Both ways a window may have the wrong shape are told with the shape expected."""
+  model = nn.from_nnx(lambda rngs: layer(D, H, rngs=rngs))
+  for shape in ((T, B, D + 1), (T, B)):
+    with pytest.raises(ValueError, match=rf'{layer.__name__} expected inputs \[S, B, 2\], got shape \({T}, {B}'):
+      jax.eval_shape(lambda x: model.apply(model.init(KEY), model.initial_state(B), x, None, None), jnp.zeros(shape))
+
+
+def test_core_does_not_import_flax():
+  """`import fptt_jax` in a fresh interpreter loads no Flax; fptt_jax.nn does."""
+  code = 'import sys, fptt_jax; a = "flax" in sys.modules; import fptt_jax.nn; print(a, "flax" in sys.modules)'
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert done.stdout.split() == ['False', 'True']
