@@ -212,15 +212,11 @@ def test_from_nnx_runs_flaxs_cells(cell):
 
 
 class Tagger(linen.Module):
-  """A Linen per-step module with everything inside: embedding, dropout, cell, readout."""
-
-  dropout: float = 0.0
+  """A Linen per-step module with everything inside: embedding, cell, readout."""
 
   @linen.compact
   def __call__(self, carry, token):
-    x = linen.Embed(7, D)(token)
-    x = linen.Dropout(self.dropout, deterministic=not self.has_rng('dropout'))(x)
-    carry, h = linen.GRUCell(H)(carry, x)
+    carry, h = linen.GRUCell(H)(carry, linen.Embed(7, D)(token))
     return carry, linen.Dense(3)(h)
 
   def initialize_carry(self, key, input_shape):
@@ -246,16 +242,27 @@ def test_from_linen_runs_linens_modules(module, shape, dtype):
   chex.assert_trees_all_close((state, y), (carry, jnp.stack(expected)), **CLOSE)
 
 
+class LinenDropout(linen.Module):
+  """A Linen per-step module of dropout alone."""
+
+  @linen.compact
+  def __call__(self, carry, x):
+    return carry, linen.Dropout(0.5, deterministic=not self.has_rng('dropout'))(x)
+
+  def initialize_carry(self, key, input_shape):
+    return jnp.zeros(input_shape)
+
+
 def test_linen_dropout_is_seeded_by_the_key():
   """With a key the module has a dropout stream, a new one each step; without, it is deterministic."""
-  model = nn.from_linen(Tagger(dropout=0.5), (), jnp.int32)
-  params = quick(model.init)(KEY)
-  run = quick(lambda key: model.apply(params, model.initial_state(B), jnp.ones((T, B), jnp.int32), None, key)[1])
-  silent, one, other = run(None), run(jax.random.key(1)), run(jax.random.key(2))
-  np.testing.assert_array_equal(run(None), silent)
+  model, x = nn.from_linen(LinenDropout(), (64,)), np.ones((8, 2, 64), np.float32)
+  run = quick(lambda key: model.apply(model.init(KEY), model.initial_state(2), x, None, key)[1])
+  one = np.asarray(run(jax.random.key(1)))
+  np.testing.assert_array_equal(run(None), x)
   np.testing.assert_array_equal(run(jax.random.key(1)), one)
-  assert np.any(one != silent)
-  assert np.any(one != other)
+  assert set(np.unique(one)) == {0.0, 2.0}
+  assert len({step.tobytes() for step in one}) == 8
+  assert np.any(run(jax.random.key(2)) != one)
 
 
 def test_lstm_equals_flaxs_with_its_weights():
