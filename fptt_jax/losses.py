@@ -33,14 +33,14 @@ class Loss(NamedTuple):
       sequence is active must give 0.
     measure: (outputs, targets, window) -> :data:`Totals` of what evaluation reports; summed over windows, batches, devices.
     end_epoch: (loss_state) -> loss state of the next epoch.
-    check: (targets, num_steps, batch_size) -> None; raises on concrete (NumPy) targets that mean nothing.
+    check: (targets, valid bool [T, B]) -> None; raises on concrete targets that mean nothing. `valid` says which steps are real.
   """
 
   init: Callable[[int], LossState]
   apply: Callable[[jax.Array, Any, Window, LossState], tuple[jax.Array, LossState]]
   measure: Callable[[jax.Array, Any, Window], Totals]
   end_epoch: Callable[[LossState], LossState] = lambda loss_state: loss_state
-  check: Callable[[Any, int, int], None] = lambda targets, num_steps, batch_size: None
+  check: Callable[[Any, np.ndarray], None] = lambda targets, valid: None
 
 
 def from_function(function: Callable[[jax.Array, Any, Window], jax.Array]) -> Loss:
@@ -125,7 +125,7 @@ def terminal_classification(
     return {}
 
   def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
-    labels, ids = _labels_and_ids(targets, by_example)
+    labels, ids = _labels_and_ids(targets, by_example, window.mask.shape[1])
     log_p = jax.nn.log_softmax(_at_least_float32(_last_outputs(outputs, window, num_classes)))
     active, _, beta = _progress(window, log_p.dtype)
     cross_entropy = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
@@ -164,17 +164,17 @@ def terminal_classification(
     return {'q': q, 'sum': jnp.zeros_like(loss_state['sum']), 'count': jnp.zeros_like(loss_state['count'])}
 
   def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
-    labels, _ = _labels_and_ids(targets, by_example)
+    labels, _ = _labels_and_ids(targets, by_example, window.mask.shape[1])
     logits = _at_least_float32(_last_outputs(outputs, window, num_classes))
     _, ended, _ = _progress(window, logits.dtype)
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     return _totals(ended, loss=cross_entropy, accuracy=logits.argmax(-1) == labels)
 
-  def check(targets: Any, num_steps: int, batch_size: int) -> None:
-    labels, ids = _labels_and_ids(targets, by_example)
-    _check_integers('labels', labels, (batch_size,), num_classes)
+  def check(targets: Any, valid: np.ndarray) -> None:
+    labels, ids = _labels_and_ids(targets, by_example, valid.shape[1])
+    _check_integers('labels', labels, valid[0], num_classes)
     if num_examples is not None:
-      _check_integers('example ids', ids, (batch_size,), num_examples)
+      _check_integers('example ids', ids, valid[0], num_examples)
 
   return Loss(init, apply, measure, end_epoch, check)
 
@@ -188,8 +188,9 @@ def terminal_regression() -> Loss:
   """
 
   def error(outputs: jax.Array, targets: jax.Array, window: Window) -> jax.Array:
-    if not jnp.issubdtype(targets.dtype, jnp.floating):
-      raise TypeError(f'terminal_regression needs floating-point targets, got {targets.dtype} {targets.shape}.')
+    _require_floats('targets', targets)
+    if targets.ndim not in (1, 2) or targets.shape[0] != window.mask.shape[1]:
+      raise ValueError(f'terminal_regression expected targets [B] or [B, O] with B={window.mask.shape[1]}, got {targets.shape}.')
     expected = targets.reshape(targets.shape[0], -1)
     predicted = _last_outputs(outputs, window, expected.shape[-1])
     return jnp.mean(jnp.square(predicted - expected), axis=-1)
@@ -203,8 +204,8 @@ def terminal_regression() -> Loss:
     squared = error(outputs, targets, window)
     return _totals(_progress(window, squared.dtype)[1], loss=squared)
 
-  def check(targets: Any, num_steps: int, batch_size: int) -> None:
-    _check_floats('targets', targets, (batch_size,))
+  def check(targets: Any, valid: np.ndarray) -> None:
+    _check_floats('targets', targets, valid[0])
 
   return Loss(lambda num_windows: (), apply, measure, check=check)
 
@@ -242,8 +243,8 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
     extra = {'accuracy': logits.argmax(-1) == labels} if accuracy else {}
     return _totals(window.mask, loss=loss, **extra)
 
-  def check(targets: Any, num_steps: int, batch_size: int) -> None:
-    _check_integers('targets', targets, (num_steps, batch_size), num_classes)
+  def check(targets: Any, valid: np.ndarray) -> None:
+    _check_integers('targets', targets, valid, num_classes)
 
   return Loss(lambda num_windows: (), apply, measure, check=check)
 
@@ -266,8 +267,8 @@ def sequence_regression() -> Loss:
   def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
     return _totals(window.mask, loss=error(outputs, targets, window))
 
-  def check(targets: Any, num_steps: int, batch_size: int) -> None:
-    _check_floats('targets', targets, (num_steps, batch_size))
+  def check(targets: Any, valid: np.ndarray) -> None:
+    _check_floats('targets', targets, valid)
 
   return Loss(lambda num_windows: (), apply, measure, check=check)
 
@@ -301,13 +302,14 @@ def _totals(where: jax.Array, **values: jax.Array) -> Totals:
   return {'count': jnp.sum(where, dtype=jnp.int32), **sums}
 
 
-def _labels_and_ids(targets: Any, by_example: bool) -> tuple[jax.Array, jax.Array]:
-  if by_example != isinstance(targets, tuple) or (by_example and len(targets) != 2):
-    expected = 'a pair (labels [B], example ids [B])' if by_example else 'labels [B]'
-    raise ValueError(f'terminal_classification expected targets to be {expected}, got {jax.tree.map(jnp.shape, targets)}.')
-  labels, ids = targets if by_example else (targets, targets)
-  _require_integers('labels', labels)
-  return labels, ids
+def _labels_and_ids(targets: Any, by_example: bool, batch_size: int) -> tuple[jax.Array, jax.Array]:
+  expected = f'a pair (labels [B], example ids [B]), B={batch_size}' if by_example else f'labels [B], B={batch_size}'
+  pair = targets if by_example else (targets, targets)
+  if jax.tree.map(jnp.shape, pair) != ((batch_size,), (batch_size,)):
+    raise ValueError(f'terminal_classification expected targets to be {expected}, got shapes {jax.tree.map(jnp.shape, targets)}.')
+  _require_integers('labels', pair[0])
+  _require_integers('example ids', pair[1])
+  return pair
 
 
 def _require_integers(name: str, values: jax.Array) -> None:
@@ -315,26 +317,33 @@ def _require_integers(name: str, values: jax.Array) -> None:
     raise TypeError(f'{name} must be integers (class indices), got dtype {values.dtype} of shape {values.shape}.')
 
 
+def _require_floats(name: str, values: jax.Array) -> None:
+  if not jnp.issubdtype(values.dtype, jnp.floating):
+    raise TypeError(f'{name} must be floating point, got dtype {values.dtype} of shape {values.shape}.')
+
+
 def _require_features(outputs: jax.Array, features: int) -> None:
   if outputs.ndim != 3 or outputs.shape[-1] != features:
     raise ValueError(f'the loss expected model outputs of shape [S, B, {features}], got {outputs.shape}.')
 
 
-def _check_integers(name: str, values: Any, shape: tuple[int, ...], limit: int) -> None:
+def _check_integers(name: str, values: Any, valid: np.ndarray, limit: int) -> None:
+  """Concrete class indices of the shape of `valid`, in 0..limit-1 where it is True."""
   values = np.asarray(values)
-  if values.shape != shape:
-    raise ValueError(f'{name} must have shape {shape}, got {values.shape}.')
+  if values.shape != valid.shape:
+    raise ValueError(f'{name} must have shape {valid.shape}, got {values.shape}.')
   _require_integers(name, values)
-  low, high = int(values.min()), int(values.max())
+  low, high = int(values[valid].min()), int(values[valid].max())
   if low < 0 or high >= limit:
     raise ValueError(f'{name} must lie in 0..{limit - 1}, got values from {low} to {high}.')
 
 
-def _check_floats(name: str, values: Any, leading: tuple[int, ...]) -> None:
+def _check_floats(name: str, values: Any, valid: np.ndarray) -> None:
+  """Concrete numbers with the leading dimensions of `valid`, finite where it is True."""
   values = np.asarray(values)
-  if values.shape[: len(leading)] != leading:
-    raise ValueError(f'{name} must have leading dimensions {leading}, got shape {values.shape}.')
-  if not np.issubdtype(values.dtype, np.floating):
-    raise TypeError(f'{name} must be floating point, got {values.dtype}.')
-  if not np.isfinite(values).all():
-    raise ValueError(f'{name} must be finite, got {np.count_nonzero(~np.isfinite(values))} NaN or infinite values.')
+  if values.shape[: valid.ndim] != valid.shape:
+    raise ValueError(f'{name} must have leading dimensions {valid.shape}, got shape {values.shape}.')
+  _require_floats(name, values)
+  bad = np.count_nonzero(~np.isfinite(values[valid]))
+  if bad:
+    raise ValueError(f'{name} must be finite, got {bad} NaN or infinite values.')

@@ -14,8 +14,7 @@ class Method(NamedTuple):
   """A training method.
 
   Attributes:
-    regularised: whether the base optimiser is meant to be wrapped in `fptt`. The train step takes the optimiser as it is given;
-      this tells whoever builds it.
+    regularised: whether the optimiser contains `fptt`. The train step takes the optimiser as it is given and checks this.
     update_each_window: True: an optimiser step after each window; False: one a sequence.
     whole_gradient: True: gradients reach back to the sequence's start; False: to the start of the loss's own window.
     num_windows: K if the method fixes it: a number, or 'T' for one window a step.
@@ -50,7 +49,7 @@ class Plan(NamedTuple):
 
   Attributes:
     windows: int32 [U, V], indices of the windows an update runs through, in order.
-    coefficients: float32 [U, V], weight of each window's loss in the update's objective.
+    coefficients: float64 [U, V], weight of each window's loss in the update's objective.
     records: bool [U, V], True where the window is seen for the first time: its metrics and loss state count.
     restarts: whether each update starts from the sequence's initial hidden state rather than from the last one.
   """
@@ -65,9 +64,9 @@ def plan(method: Method, num_windows: int) -> Plan:
   """Lays out the updates of one sequence of `num_windows` = K windows."""
   each = np.arange(num_windows, dtype=np.int32)
   if not method.update_each_window:
-    return Plan(each[None, :], np.ones((1, num_windows), np.float32), np.ones((1, num_windows), bool), True)
+    return Plan(each[None, :], np.ones((1, num_windows)), np.ones((1, num_windows), bool), True)
   if not method.whole_gradient:
-    return Plan(each[:, None], np.ones((num_windows, 1), np.float32), np.ones((num_windows, 1), bool), False)
+    return Plan(each[:, None], np.ones((num_windows, 1)), np.ones((num_windows, 1), bool), False)
   seen = each[None, :] <= each[:, None]
-  coefficients = (seen / (each[:, None] + 1)).astype(np.float32)
+  coefficients = seen / (each[:, None] + 1)
   return Plan(np.broadcast_to(each, (num_windows, num_windows)), coefficients, np.eye(num_windows, dtype=bool), True)

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from fptt_jax.transformation import CORRECTIONS, HUGE, RANGES, TINY, check_correction, check_number
+from fptt_jax.checks import HUGE, TINY, check_number
+from fptt_jax.transformation import CORRECTIONS, RANGES, check_correction
 
 
 def stability(

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fptt_jax.checks import HUGE, check_integer
 from fptt_jax.losses import Loss, LossState, Totals
 from fptt_jax.methods import METHODS, Method, Plan, plan
+from fptt_jax.transformation import find_states
 from fptt_jax.windows import Window, Windows, cut, window_at
 
 Params = Any
@@ -74,8 +76,8 @@ class StepMetrics(NamedTuple):
   """What one step saw.
 
   Attributes:
-    loss: float32 [U], the objective of each update (U = K, or 1 for one update a sequence), before the update.
-    grad_norm: float32 [U], global norm of the loss gradient, before clipping and without the regulariser.
+    loss: [U], the objective of each update (U = K, or 1 for one update a sequence), before the update.
+    grad_norm: [U], global norm of the loss gradient, before clipping and without the regulariser.
     totals: what the loss measures, summed over the sequence; see `fptt_jax.means`.
   """
 
@@ -121,7 +123,8 @@ def trainer(
     loss: see `fptt_jax.losses`.
     optimizer: any optax transformation; for FPTT `fptt(base)`, or a chain around it. It is called with the extra arguments
       `value` (the objective) and `grad_fn` (params -> gradient of the same objective from the same hidden state).
-    method: a name in `METHODS` or a `Method`. 'fptt' and 'tbptt' run the same step: the regulariser is in the optimiser.
+    method: a name in `METHODS` or a `Method`. 'fptt' and 'tbptt' run the same step: the regulariser is in the optimiser, which has
+      to contain `fptt` for the one and not for the other.
     num_windows: K. Default round(√T), the paper's; or give
     window_size: the longest window's steps S. Methods that fix K (bptt, tbptt_final, ogd) take neither.
     carry_hidden: start a batch from the hidden state the last one ended with (language modelling: row b of a batch continues row b
@@ -139,9 +142,9 @@ def trainer(
     ValueError, TypeError: an argument outside its range (here), or a batch whose shapes or dtypes do not fit (when a step is
       traced). Values inside arrays are not looked at in compiled code: see :func:`check_batch`.
   """
-  method = _resolve(method, num_windows, window_size, final_steps, inner_steps)
+  name, method = _resolve(method, num_windows, window_size, final_steps, inner_steps)
   optimizer = optax.with_extra_args_support(optimizer)
-  weights = None if loss_weights is None else np.asarray(loss_weights, np.float32)
+  weights = None if loss_weights is None else np.asarray(loss_weights, np.float64)
   if weights is not None and (weights.ndim != 1 or not np.isfinite(weights).all()):
     raise ValueError(f'loss_weights must be K finite numbers, got {loss_weights!r}.')
 
@@ -167,9 +170,14 @@ def trainer(
       raise TypeError(f'key must be a typed PRNG key, jax.random.key(seed); got {dtype or type(key).__name__}.')
     init_key, run_key = jax.random.split(key)
     params = model.init(init_key)
+    opt_state = optimizer.init(params)
+    if bool(find_states(opt_state)) != method.regularised:
+      if method.regularised:
+        raise ValueError(f"method {name!r} needs fptt(...) around the optimiser, got one without; without it this is 'tbptt'.")
+      raise ValueError(f"method {name!r} has no regulariser, got an optimiser with fptt(...) in it; that makes it 'fptt'.")
     return TrainState(
       params=params,
-      opt_state=optimizer.init(params),
+      opt_state=opt_state,
       hidden=model.initial_state(batch_size),
       loss_state=loss.init(cut_windows(num_steps).num_windows),
       key=run_key,
@@ -182,8 +190,8 @@ def trainer(
     updates = plan(method, windows.num_windows)
     key = jax.random.fold_in(state.key, state.step_count)
     if carry_hidden:
-      _check_same_hidden(state.hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the batch')
       hidden = state.hidden
+      _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the carried hidden state')
     else:
       hidden = model.initial_state(batch_size)
     if method.final_steps_only and batch.lengths is not None:
@@ -233,6 +241,7 @@ def trainer(
     num_steps, batch_size = _check_shapes(batch)
     if hidden is None:
       hidden = model.initial_state(batch_size)
+    _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
     windows = cut(num_steps)
 
     def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, Totals]:
@@ -260,7 +269,7 @@ def _objective(
   key: jax.Array,
 ) -> Callable[..., tuple[jax.Array, tuple[Hidden, LossState, Totals]]]:
   """The scalar one update descends: the weighted losses of the windows it runs through, from a given hidden state."""
-  factors = jnp.asarray(np.ones(windows.num_windows, np.float32) if weights is None else weights)
+  factors = jnp.asarray(np.ones(windows.num_windows) if weights is None else weights)
 
   def objective(
     params: Params, hidden: Hidden, loss_state: LossState, rows: tuple[jax.Array, jax.Array, jax.Array]
@@ -302,7 +311,7 @@ def _run_window(
   window = window_at(windows, k, lengths, ragged)
   x, mask = window.slice(inputs), window.mask if window.masked else None
   new_hidden, outputs = model.apply(params, hidden, x, mask, None if key is None else jax.random.fold_in(key, k))
-  _check_same_hidden(new_hidden, hidden, 'model.apply')
+  _check_hidden(new_hidden, hidden, 'the hidden state that model.apply returns')
   if outputs.shape[:2] != x.shape[:2]:
     raise ValueError(f'model.apply must return outputs [S, B, ...] = {x.shape[:2]} + features, got shape {outputs.shape}.')
   return new_hidden, outputs, window
@@ -327,37 +336,36 @@ def check_batch(batch: Batch, loss: Loss) -> None:
       raise ValueError(f'lengths must lie in 1..T={num_steps}, got values from {lengths.min()} to {lengths.max()}.')
     valid = np.arange(num_steps)[:, None] < lengths
   inputs = np.asarray(batch.inputs)
-  if np.issubdtype(inputs.dtype, np.floating) and not np.isfinite(inputs[valid]).all():
+  if jnp.issubdtype(inputs.dtype, jnp.floating) and not np.isfinite(inputs[valid]).all():
     bad = np.argwhere(~np.isfinite(inputs.reshape(num_steps, batch_size, -1)).all(-1) & valid)
     place = tuple(bad[0].tolist())
     raise ValueError(f'inputs must be finite, got NaN or infinity in {len(bad)} places, the first at (step, row) {place}.')
-  loss.check(batch.targets, num_steps, batch_size)
+  loss.check(batch.targets, valid)
 
 
 def _resolve(
   method: str | Method, num_windows: int | None, window_size: int | None, final_steps: int | None, inner_steps: int
-) -> Method:
-  """The Method meant, after checking that the other options go with it."""
+) -> tuple[str, Method]:
+  """The name and the Method meant, after checking that the other options go with it."""
   if isinstance(method, str):
     if method not in METHODS:
       raise ValueError(f'method must be one of {list(METHODS)} or a Method, got {method!r}.')
     name, method = method, METHODS[method]
   else:
-    name = 'given'
+    name = 'custom'
   if num_windows is not None and window_size is not None:
     raise ValueError(f'give num_windows or window_size, not both: got num_windows={num_windows} and window_size={window_size}.')
   for option, value in (('num_windows', num_windows), ('window_size', window_size)):
     if value is not None and method.num_windows is not None:
       raise ValueError(f'method {name!r} fixes K={method.num_windows}: leave out {option}, got {option}={value}.')
-    if value is not None and value < 1:
-      raise ValueError(f'{option} must be at least 1, got {value}.')
+    if value is not None:
+      check_integer(option, value, 1, HUGE, 'an integer >= 1')
   if method.final_steps_only != (final_steps is not None):
     raise ValueError(f"final_steps goes with the method 'tbptt_final': got final_steps={final_steps} and method {name!r}.")
-  if final_steps is not None and final_steps < 1:
-    raise ValueError(f'final_steps must be at least 1, got {final_steps}.')
-  if inner_steps < 1:
-    raise ValueError(f'inner_steps must be at least 1, got {inner_steps}.')
-  return method
+  if final_steps is not None:
+    check_integer('final_steps', final_steps, 1, HUGE, 'an integer >= 1')
+  check_integer('inner_steps', inner_steps, 1, HUGE, 'an integer >= 1')
+  return name, method
 
 
 def _check_shapes(batch: Batch) -> tuple[int, int]:
@@ -383,11 +391,12 @@ def _check_shapes(batch: Batch) -> tuple[int, int]:
   return num_steps, batch_size
 
 
-def _check_same_hidden(got: Hidden, expected: Hidden, source: str) -> None:
+def _check_hidden(got: Hidden, expected: Hidden, which: str) -> None:
   def describe(tree: Hidden) -> Hidden:
     return jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', tree)
 
   if describe(got) != describe(expected):
     raise ValueError(
-      f'the hidden state must keep its structure, shapes and dtypes: {source} has {describe(got)}, expected {describe(expected)}.'
+      f"{which} must have the structure, shapes and dtypes of the model's initial state for this batch, {describe(expected)}; "
+      f'got {describe(got)}.'
     )

@@ -4,9 +4,7 @@
 live in :class:`FPTTState`; the window's own loss and the hidden state are none of this file's business.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-import math
-import sys
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 import warnings
@@ -14,6 +12,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 import optax
+
+from fptt_jax.checks import HUGE, TINY, check_integer, check_number
 
 Hyperparameter = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
 
@@ -325,8 +325,13 @@ def _is_state(node: Any) -> bool:
   return isinstance(node, FPTTState)
 
 
-def _fptt_states(opt_state: optax.OptState) -> Iterable[FPTTState]:
-  states = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
+def find_states(opt_state: optax.OptState) -> list[FPTTState]:
+  """Every FPTTState in an optimiser's state, however deep."""
+  return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
+
+
+def _fptt_states(opt_state: optax.OptState) -> list[FPTTState]:
+  states = find_states(opt_state)
   if not states:
     raise ValueError(
       f'no FPTTState found in the optimiser state (a {type(opt_state).__name__}): pass the state of a transformation that '
@@ -354,8 +359,6 @@ def _overlay(w_bar: optax.Params, params: optax.Params) -> optax.Params:
     ) from error
 
 
-TINY, HUGE = math.ulp(0.0), sys.float_info.max
-
 RANGES = {
   'alpha': (TINY, HUGE, 'a finite number > 0'),
   'beta': (TINY, 1.0, 'a number in (0, 1]'),
@@ -363,17 +366,6 @@ RANGES = {
   'rho': (0.0, 1.0, 'a number in [0, 1]'),
 }
 """Least and greatest value of each hyper-parameter, and the range in words."""
-
-
-def check_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
-  """`value` as a float; a ValueError that names it if it is no number or outside its range (NaN is)."""
-  try:
-    number = math.nan if isinstance(value, str | bytes) else float(value)
-  except (TypeError, ValueError):
-    number = math.nan
-  if not low <= number <= high:
-    raise ValueError(f'{name} must be {expected}, got {value!r}.')
-  return number
 
 
 def check_correction(correction: str) -> None:
@@ -389,9 +381,7 @@ def _check_options(
   if gradient_estimate not in GRADIENT_ESTIMATES:
     raise ValueError(f'gradient_estimate must be one of {list(GRADIENT_ESTIMATES)}, got {gradient_estimate!r}.')
   if not isinstance(inner_steps, jax.core.Tracer):
-    expected = 'an integer >= 1'
-    number = check_number('inner_steps', inner_steps, 1, HUGE, expected)
-    check_number('inner_steps', inner_steps, int(number), int(number), expected)
+    check_integer('inner_steps', inner_steps, 1, HUGE, 'an integer >= 1')
   for name, value in hyperparameters.items():
     if isinstance(value, jax.core.Tracer) or callable(value):
       continue

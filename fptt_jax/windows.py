@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fptt_jax.checks import HUGE, check_integer
+
 
 class Windows(NamedTuple):
   """Where the windows of a sequence lie (plain integers and NumPy arrays, fixed at trace time).
@@ -53,18 +55,15 @@ def cut(num_steps: int, *, num_windows: int | None = None, window_size: int | No
   Raises:
     ValueError: a number outside its range, or both `num_windows` and `window_size`.
   """
-  if num_steps < 1:
-    raise ValueError(f'a sequence needs at least one time step, got T={num_steps}.')
+  check_integer('the number of time steps', num_steps, 1, HUGE, 'at least 1')
   if num_windows is not None and window_size is not None:
     raise ValueError(f'give num_windows or window_size, not both: got num_windows={num_windows} and window_size={window_size}.')
+  expected = f'an integer between 1 and the sequence length T={num_steps}'
   if window_size is not None:
-    if not 1 <= window_size <= num_steps:
-      raise ValueError(f'window_size must be between 1 and the sequence length T={num_steps}, got {window_size}.')
-    num_windows = -(-num_steps // window_size)
+    num_windows = -(-num_steps // check_integer('window_size', window_size, 1, num_steps, expected))
   elif num_windows is None:
     num_windows = round(num_steps**0.5)
-  if not 1 <= num_windows <= num_steps:
-    raise ValueError(f'num_windows must be between 1 and the sequence length T={num_steps}, got {num_windows}.')
+  num_windows = check_integer('num_windows', num_windows, 1, num_steps, expected)
   # floor(k T / K): the last window, T - floor((K-1) T / K), is ceil(T/K) long.
   borders = np.arange(num_windows + 1, dtype=np.int64) * num_steps // num_windows
   starts, ends = borders[:-1].astype(np.int32), borders[1:].astype(np.int32)

@@ -89,6 +89,6 @@ def test_each_window_is_recorded_exactly_once_and_when_it_counts(name, num_windo
   np.testing.assert_array_equal(np.sort(plan.windows[plan.records]), np.arange(num_windows))
   assert (np.diff(plan.windows, axis=1) == 1).all()
   assert (plan.coefficients[plan.records] > 0).all()
-  assert (plan.windows.dtype, plan.coefficients.dtype, plan.records.dtype) == (np.int32, np.float32, np.bool_)
+  assert (plan.windows.dtype, plan.coefficients.dtype, plan.records.dtype) == (np.int32, np.float64, np.bool_)
   starts_over = (plan.windows[:, 0] == 0).all()
   assert starts_over if plan.restarts else (plan.windows[:, 0] == np.arange(num_windows)).all()

@@ -272,6 +272,8 @@ class Lift(nnx.Module):
   """A per-step cell of flax's protocol, (carry, x_t) -> (carry, y_t) with `initialize_carry`, run over windows."""
 
   def __init__(self, cell: Any):
+    if not hasattr(cell, 'in_features'):
+      raise TypeError(f'a per-step cell must tell its in_features, {type(cell).__name__} does not.')
     self.cell = cell
 
   def initial_state(self, batch_size: int) -> Any:
