@@ -50,7 +50,7 @@ class Config(recipe.Recipe):
     for name in ('hidden', 'batch_size', 'batches', 'test_size', 'eval_every'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
     check(self.seq_len >= 2, 'seq_len', self.seq_len, 'at least 2 (a marker in each half)')
-    fptt_jax.cut(self.seq_len, num_windows=self.num_windows)
+    self.check_length(self.seq_len)
 
 
 def draw_batch(key: jax.Array, seq_len: int, batch_size: int) -> fptt_jax.Batch:
@@ -77,7 +77,8 @@ def train(config: Config, method: str, seed: int, folder: Path) -> dict[str, Any
   """Trains by one method from one seed and returns its summary."""
   num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
   schedule = optax.cosine_decay_schedule(config.lr, config.batches * updates) if config.decay else config.lr
-  trainer = recipe.make_trainer(config, method, make_model(config), fptt_jax.losses.terminal_regression(), schedule)
+  loss = fptt_jax.losses.terminal_regression()
+  trainer = recipe.make_trainer(config, method, make_model(config), loss, schedule, config.seq_len)
   draw = jax.jit(draw_batch, static_argnums=(1, 2))
   init_key, data_key, test_key = jax.random.split(jax.random.key(seed), 3)
   test_batch = draw(test_key, config.seq_len, config.test_size)
@@ -98,15 +99,17 @@ def train(config: Config, method: str, seed: int, folder: Path) -> dict[str, Any
           grad_norm=float(np.mean(metrics.grad_norm)),
           test_mse=fptt_jax.means(totals)['loss'],
         )
+        if None in row.values():
+          bar.write(f'{method:>11} seed {seed}  batch {step:>6}  diverged: train loss or test MSE is not finite')
+          break
         run.save(step, state)
         bar.write(
           f'{method:>11} seed {seed}  batch {step:>6}  updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  '
           f'test MSE {row["test_mse"]:.4f}  {row["seconds"]:.0f} s'
         )
-        if not np.isfinite(row['train_loss']):
-          break
   run.close()
-  solved = [row['step'] for row in run.rows if row['test_mse'] < 0.01]
+  errors = [(row['test_mse'], row['step']) for row in run.rows if row['test_mse'] is not None]
+  solved = [step for error, step in errors if error < 0.01]
   return {
     'method': method,
     'seed': seed,
@@ -114,7 +117,7 @@ def train(config: Config, method: str, seed: int, folder: Path) -> dict[str, Any
     'batches': run.rows[-1]['step'],
     'updates': run.rows[-1]['updates'],
     'test_mse': run.rows[-1]['test_mse'],
-    'best_mse': min(row['test_mse'] for row in run.rows),
+    'best_mse': min(errors)[0] if errors else None,
     'below_0.01_at': solved[0] if solved else None,
     'seconds': run.rows[-1]['seconds'],
   }
@@ -131,7 +134,7 @@ def report(folder: Path, summaries: Iterable[dict[str, Any]]) -> None:
   runs.plot_curves(folder / 'convergence.png', curves, 'batches', 'test MSE', {'chance': CHANCE, 'solved': 0.01})
   columns = ('method', 'seed', 'K', 'batches', 'updates', 'test_mse', 'best_mse', 'below_0.01_at', 'seconds')
   table = [[summary[column] for column in columns] for summary in summaries]
-  print(tabulate(table, [c.replace('_', ' ') for c in columns], floatfmt='.4f', missingval='never'))
+  print(tabulate(table, [c.replace('_', ' ') for c in columns], floatfmt='.4f', missingval='-'))
   print(f'chance {CHANCE:.3f} (answering 1); test MSE is the one after the last batch')
   print(f'metrics, summary.json and convergence.png are in {folder}')
 

@@ -58,7 +58,7 @@ class Config(recipe.Recipe):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
     check(0 <= self.dropout < 1, 'dropout', self.dropout, 'in [0, 1)')
     check(self.plateau_factor >= 1, 'plateau_factor', self.plateau_factor, 'at least 1')
-    fptt_jax.cut(self.seq_len, num_windows=self.num_windows)
+    self.check_length(self.seq_len)
 
 
 def make_model(config: Config, vocabulary_size: int) -> fptt_jax.Model:
@@ -91,6 +91,14 @@ def sequences(tokens: np.ndarray, seq_len: int, batch_size: int) -> Iterator[fpt
       yield fptt_jax.Batch(np.pad(inputs[:steps], padding), np.pad(targets, padding), lengths)
 
 
+def active_updates(config: Config, method: str, batch: fptt_jax.Batch) -> int:
+  """Updates the batch gives: K or one, fewer where a padded batch ends before the last windows."""
+  num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
+  if batch.lengths is None or updates == config.inner_steps:
+    return updates // config.inner_steps
+  return int((fptt_jax.cut(config.seq_len, num_windows=num_windows).starts < batch.lengths.max()).sum())
+
+
 def perplexity(trainer: fptt_jax.Trainer, params: Any, tokens: np.ndarray) -> float:
   """Perplexity of a whole text read as one stream, hidden state carried from beginning to end."""
   hidden, sums = None, {'loss': 0.0, 'count': 0}
@@ -100,7 +108,12 @@ def perplexity(trainer: fptt_jax.Trainer, params: Any, tokens: np.ndarray) -> fl
     else:
       totals, hidden = trainer.evaluate(params, batch, hidden)
     sums = {name: sums[name] + totals[name].item() for name in sums}
-  return math.exp(sums['loss'] / sums['count'])
+  return to_perplexity(sums['loss'] / sums['count'])
+
+
+def to_perplexity(nats: float) -> float:
+  """exp of a mean cross-entropy; infinite where it overflows or is NaN."""
+  return math.exp(nats) if nats < 700 else math.inf
 
 
 def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -108,8 +121,9 @@ def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) 
   num_windows, _ = recipe.updates_a_sequence(config, method, config.seq_len)
   model = make_model(config, len(text.vocabulary))
   loss = fptt_jax.losses.sequence_classification(len(text.vocabulary))
-  trainer = recipe.make_trainer(config, method, model, loss, config.lr, carry_hidden=True)
+  trainer = recipe.make_trainer(config, method, model, loss, config.lr, config.seq_len, carry_hidden=True)
   batches = list(sequences(text.train, config.seq_len, config.batch_size))
+  updates = [active_updates(config, method, batch) for batch in batches]
 
   run = runs.Run(folder / f'{method}-seed{seed}')
   state = trainer.init(jax.random.key(seed), batches[0])
@@ -138,12 +152,15 @@ def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) 
       valid = perplexity(trainer, params, text.valid)
       row = run.log(
         epoch,
-        updates=epoch * len(batches) * num_windows,
+        updates=epoch * sum(updates) * config.inner_steps,
         lr=lr,
-        train_ppl=math.exp(min(train_loss, 700.0)),
-        grad_norm=float(np.mean(np.concatenate([np.atleast_1d(norm) for norm in norms]))),
+        train_ppl=to_perplexity(train_loss),
+        grad_norm=float(np.mean(np.concatenate([norm[:count] for norm, count in zip(norms, updates, strict=True)]))),
         valid_ppl=valid,
       )
+      if None in row.values():
+        bar.write(f'{method:>11} seed {seed}  epoch {epoch:>3}  diverged: train or validation perplexity is not finite')
+        break
       if valid < best:
         best, best_epoch, best_params = valid, epoch, jax.tree.map(jnp.copy, params)
       else:
@@ -153,8 +170,6 @@ def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) 
         f'{method:>11} seed {seed}  epoch {epoch:>3}  lr {row["lr"]:<8.4g} train ppl {row["train_ppl"]:8.2f}  '
         f'valid ppl {valid:8.2f}  {row["seconds"]:.0f} s'
       )
-      if not math.isfinite(train_loss):
-        break
   run.close()
   return {
     'method': method,
@@ -162,8 +177,8 @@ def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) 
     'K': num_windows,
     'epochs': run.rows[-1]['step'],
     'best_epoch': best_epoch,
-    'valid_ppl': best,
-    'test_ppl': perplexity(trainer, best_params, text.test),
+    'valid_ppl': best if best_epoch else None,
+    'test_ppl': perplexity(trainer, best_params, text.test) if best_epoch else None,
     'parameters': sum(leaf.size for leaf in jax.tree.leaves(best_params)),
     'seconds': run.rows[-1]['seconds'],
   }
@@ -179,14 +194,14 @@ def report(folder: Path, summaries: list[dict[str, Any]]) -> None:
   runs.plot_curves(folder / 'perplexity.png', curves, 'epoch', 'validation perplexity', {})
   columns = list(summaries[0])
   table = [[summary[column] for column in columns] for summary in summaries]
-  print(tabulate(table, [c.replace('_', ' ') for c in columns], floatfmt='.2f'))
+  print(tabulate(table, [c.replace('_', ' ') for c in columns], floatfmt='.2f', missingval='-'))
   print(f'metrics, summary.json and perplexity.png are in {folder}')
 
 
 def main(config: Config) -> None:
   """Trains by each method from each seed."""
   text = ptb.load(Path(config.data_dir), check_hashes=config.task == 'ptb300')
-  folder = runs.open_workdir(config.workdir, 'language_model', config)
+  folder = runs.open_workdir(config.workdir, 'language_model', config, text_sha256=ptb.fingerprint(text))
   print(
     f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} words, vocabulary {len(text.vocabulary):,}; '
     f'T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}; writing to {folder}'

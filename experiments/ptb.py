@@ -13,6 +13,8 @@ import gzip
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
+import zipfile
+import zlib
 
 import numpy as np
 
@@ -57,7 +59,7 @@ def load(path: Path, check_hashes: bool = True) -> Text:
     UserError: a file is missing, damaged or not the original, or holds words that the training text has not.
   """
   if path.suffix == '.npz':
-    return _load_arrays(path)
+    return _load_arrays(path, check_hashes)
   lines = {split: _read(path, split, check_hashes) for split in SPLITS}
   tokens = {split: [word for line in lines[split] for word in (*line.split(), '<eos>')] for split in SPLITS}
   ids = {word: number for number, word in enumerate(dict.fromkeys(tokens['train']))}
@@ -73,17 +75,45 @@ def save(text: Text, path: Path) -> None:
   np.savez_compressed(path, train=text.train, valid=text.valid, test=text.test, vocabulary=np.array(text.vocabulary))
 
 
-def _load_arrays(path: Path) -> Text:
+def fingerprint(text: Text) -> str:
+  """sha256 of the three texts' words, whatever files they came from."""
+  digest = hashlib.sha256()
+  for split in SPLITS:
+    digest.update(_as_file(text, split))
+  return digest.hexdigest()
+
+
+def _as_file(text: Text, split: str) -> bytes:
+  """The split as the file it came from, Mikolov's layout: a blank before and after each line's words."""
+  words = ' '.join(np.array(text.vocabulary)[getattr(text, split)].tolist())
+  return ''.join(f' {line.strip()} \n' for line in words.removesuffix('<eos>').split('<eos>')).encode()
+
+
+def _load_arrays(path: Path, check_hashes: bool) -> Text:
   try:
-    with np.load(path) as file:
-      return Text(file['train'], file['valid'], file['test'], file['vocabulary'].tolist())
-  except (OSError, KeyError, ValueError) as error:
+    with path.open('rb') as raw, np.load(raw) as file:
+      text = Text(file['train'], file['valid'], file['test'], file['vocabulary'].tolist())
+  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
     raise UserError(f'{path} is not an array file written by experiments.ptb: {error}') from error
+  for split in SPLITS:
+    tokens = getattr(text, split)
+    if tokens.ndim != 1 or tokens.dtype != np.int32 or not tokens.size:
+      raise UserError(f'{path}: {split} must be int32 token ids [N], got {tokens.dtype}{list(tokens.shape)}.')
+    if tokens.min() < 0 or tokens.max() >= len(text.vocabulary):
+      raise UserError(f'{path}: {split} holds ids {tokens.min()}..{tokens.max()} for a vocabulary of {len(text.vocabulary)}.')
+    got = hashlib.sha256(_as_file(text, split)).hexdigest()
+    if check_hashes and got != SHA256[split]:
+      raise UserError(f'{path}: {split} is not the original text: its sha256 is {got}, {_expected(split)}')
+  return text
+
+
+def _expected(split: str) -> str:
+  return f'expected sha256 {SHA256[split]}; get it from {SOURCE}.'
 
 
 def _read(folder: Path, split: str, check_hash: bool) -> list[str]:
   name = f'ptb.{split}.txt'
-  expected = f'expected sha256 {SHA256[split]}; get it from {SOURCE}.' if check_hash else ''
+  expected = _expected(split) if check_hash else ''
   path = folder / name
   try:
     if path.exists():
@@ -96,7 +126,7 @@ def _read(folder: Path, split: str, check_hash: bool) -> list[str]:
     if check_hash and (got := hashlib.sha256(content).hexdigest()) != SHA256[split]:
       raise UserError(f'{path} is not the original text: its sha256 is {got}, {expected}')
     lines = content.decode().splitlines()
-  except (OSError, EOFError, ValueError) as error:
+  except (OSError, EOFError, ValueError, zlib.error) as error:
     raise UserError(f'{path} cannot be read as text ({error}); {expected}') from error
   if not any(line.split() for line in lines):
     raise UserError(f'{path} is empty; {expected}')

@@ -20,7 +20,7 @@ class Recipe:
   method: tuple[str, ...] = option(('fptt',), f'methods to train by, one after the other: {", ".join(METHODS)}')
   seeds: tuple[int, ...] = option((0,), 'seeds, one run each: 0,1,2 or 0:3')
   num_windows: int | None = option(None, 'K, updates a sequence; default round(sqrt(T)), for methods that do not fix it')
-  final_steps: int = option(300, "k of method 'tbptt_final': the last steps that are differentiated")
+  final_steps: int | None = option(None, "k of method 'tbptt_final': the last steps that are differentiated; default min(300, T)")
   alpha: float = option(0.5, 'strength of the tie of W to its summary')
   beta: float = option(0.5, 'mixing of the summary')
   kappa: float = option(1.0, 'scale of the quadratic term')
@@ -39,12 +39,21 @@ class Recipe:
     check(bool(self.method) and set(self.method) <= set(METHODS), 'method', self.method, f'out of {", ".join(METHODS)}')
     check(bool(self.seeds) and min(self.seeds, default=-1) >= 0, 'seeds', self.seeds, 'integers >= 0')
     check(self.num_windows is None or self.num_windows >= 1, 'num_windows', self.num_windows, 'at least 1')
-    check(self.final_steps >= 1, 'final_steps', self.final_steps, 'at least 1')
+    check(len(set(self.method)) == len(self.method), 'method', self.method, 'named once each')
+    check(len(set(self.seeds)) == len(self.seeds), 'seeds', self.seeds, 'different from each other')
+    check(self.final_steps is None or self.final_steps >= 1, 'final_steps', self.final_steps, 'at least 1')
     check(0 < self.lr < math.inf, 'lr', self.lr, 'a finite number > 0')
     check(0 <= self.momentum < 1, 'momentum', self.momentum, 'in [0, 1)')
     check(self.momentum == 0 or self.optimizer == 'sgd', 'momentum', self.momentum, '0 unless --optimizer=sgd')
     check(0 <= self.clip < math.inf, 'clip', self.clip, 'a finite number >= 0')
+    inside = self.clip_regulariser or not self.clip or self.gradient_estimate != 'explicit'
+    check(inside, 'clip_regulariser', self.clip_regulariser, 'true with --gradient_estimate=explicit, whose lambda is not clipped')
     regularise(self, optax.sgd(self.lr))  # Raises on FPTT options of no meaning.
+
+  def check_length(self, seq_len: int) -> None:
+    """Raises if K or final_steps do not fit sequences of `seq_len` steps."""
+    fptt_jax.cut(seq_len, num_windows=self.num_windows)
+    check((self.final_steps or 1) <= seq_len, 'final_steps', self.final_steps, f'at most T={seq_len}')
 
 
 def regularise(recipe: Recipe, base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -99,6 +108,7 @@ def make_trainer(
   model: fptt_jax.Model,
   loss: fptt_jax.Loss,
   learning_rate: optax.ScalarOrSchedule,
+  seq_len: int,
   carry_hidden: bool = False,
 ) -> fptt_jax.Trainer:
   """The trainer of one method."""
@@ -107,11 +117,11 @@ def make_trainer(
     model,
     loss,
     make_optimizer(recipe, method, learning_rate),
-    method=setting,
+    method=method,
     num_windows=recipe.num_windows if setting.num_windows is None else None,
     carry_hidden=carry_hidden,
     inner_steps=recipe.inner_steps,
-    final_steps=recipe.final_steps if setting.final_steps_only else None,
+    final_steps=(recipe.final_steps or min(300, seq_len)) if setting.final_steps_only else None,
   )
 
 

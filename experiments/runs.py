@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 import platform
@@ -46,19 +47,20 @@ class Run:
     Metrics lines written after the last checkpoint are dropped: their steps are about to be run again.
     """
     step = self._checkpoints.latest_step()
+    self.rows = [row for row in read_jsonl(self.folder / 'metrics.jsonl') if row['step'] <= (step or 0)]
+    with replaced(self.folder / 'metrics.jsonl') as file:
+      file.writelines(json.dumps(row) + '\n' for row in self.rows)
     if step is None:
       return 0, carry, {}
     arguments = ocp.args.Composite(carry=ocp.args.StandardRestore(carry), record=ocp.args.JsonRestore())
     saved = self._checkpoints.restore(step, args=arguments)
-    self.rows = [row for row in read_jsonl(self.folder / 'metrics.jsonl') if row['step'] <= step]
-    with replaced(self.folder / 'metrics.jsonl') as file:
-      file.writelines(json.dumps(row) + '\n' for row in self.rows)
     self._seconds_before = saved.record['seconds']
     return step, saved.carry, saved.record
 
   def log(self, step: int, **metrics: Any) -> dict[str, Any]:
-    """Appends a line to metrics.jsonl; `seconds` is the run's wall-clock, restarts included."""
-    row = {'step': step, 'seconds': round(self.seconds, 2), **metrics}
+    """Appends a line to metrics.jsonl; `seconds` is the wall-clock, restarts included; numbers that are not finite become null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    row = {'step': step, 'seconds': round(self.seconds, 2), **finite}
     self.rows.append(row)
     with (self.folder / 'metrics.jsonl').open('a') as file:
       file.write(json.dumps(row) + '\n')
@@ -81,15 +83,18 @@ class Run:
     self._checkpoints.close()
 
 
-def open_workdir(workdir: str, script: str, config: Any) -> Path:
+def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Path:
   """Makes the folder and writes config.json, or checks that the folder was made with the same configuration.
+
+  `identity` says what else makes it the same run, such as a hash of the data.
 
   Raises:
     UserError: the folder holds runs of another configuration, or cannot be written.
   """
   folder = Path(workdir or f'runs/{script}-{time.strftime("%Y%m%d-%H%M%S")}').absolute()
-  described = {'script': script, **json.loads(json.dumps(dataclasses.asdict(config)))}
-  described.pop('workdir', None)
+  described = {'script': script, **json.loads(json.dumps(dataclasses.asdict(config))), **identity}
+  for place in ('workdir', 'data_dir'):  # Where things lie is no setting: a run may go on elsewhere.
+    described.pop(place, None)
   path = folder / 'config.json'
   try:
     if path.exists():

@@ -4,8 +4,6 @@ One legend everywhere: T steps, K windows, S steps a window, B batch, D features
 time-major. `fptt_jax.nn` holds models and the adapters for Flax; nothing else here imports Flax.
 """
 
-from importlib.metadata import version
-
 from fptt_jax import losses
 from fptt_jax.losses import Loss, means
 from fptt_jax.methods import METHODS, Method
@@ -14,7 +12,7 @@ from fptt_jax.training import Batch, Model, StepMetrics, Trainer, TrainState, ch
 from fptt_jax.transformation import ALGORITHM_2, RELEASE, FPTTState, fptt, fptt_eval_params, fptt_restart
 from fptt_jax.windows import Window, Windows, cut
 
-__version__ = version('fptt-jax')
+__version__ = '0.1.0'
 
 __all__ = (
   'ALGORITHM_2',

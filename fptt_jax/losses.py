@@ -43,28 +43,39 @@ class Loss(NamedTuple):
   check: Callable[[Any, np.ndarray], None] = lambda targets, valid: None
 
 
-def from_function(function: Callable[[jax.Array, Any, Window], jax.Array]) -> Loss:
+def from_function(
+  function: Callable[[jax.Array, Any, Window], jax.Array], measure: Callable[[jax.Array, Any, Window], Totals] | None = None
+) -> Loss:
   """Makes a :class:`Loss` of one pure function (outputs [S, B, ...], targets, window) -> scalar.
 
   The function decides itself what of `targets` it looks at: `window.slice(targets)` cuts the window's steps out of a time-major
-  array; `window.mask` [S, B] says which steps are real. Evaluation reports its mean, windows weighed by their valid steps.
+  array; `window.mask` [S, B] says which steps are real.
+
+  Args:
+    function: the loss of a window.
+    measure: what evaluation reports, see :class:`Loss`. By default the function's mean, windows weighed by their valid steps: right
+      for means over steps. Evaluation cuts its own windows, of about √T steps, so a terminal loss needs a measure of its own.
+
+  Returns:
+    A :class:`Loss` without state.
 
   Example:
     >>> import jax.numpy as jnp
+    >>> from fptt_jax.losses import from_function
     >>> def absolute_error(outputs, targets, window):
     ...   error = jnp.abs(outputs - window.slice(targets)).mean(-1)
     ...   return jnp.sum(error, where=window.mask) / jnp.maximum(window.mask.sum(), 1)
     >>> loss = from_function(absolute_error)
   """
 
-  def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
+  def mean(outputs: jax.Array, targets: Any, window: Window) -> Totals:
     steps = window.mask.sum()
     return {'count': steps, 'loss': jnp.where(steps > 0, steps.astype(jnp.float32) * function(outputs, targets, window), 0)}
 
   return Loss(
     init=lambda num_windows: (),
     apply=lambda outputs, targets, window, loss_state: (function(outputs, targets, window), loss_state),
-    measure=measure,
+    measure=measure or mean,
   )
 
 
@@ -231,6 +242,8 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
 
   def cross_entropy(outputs: jax.Array, targets: jax.Array, window: Window) -> tuple[jax.Array, jax.Array, jax.Array]:
     _require_integers('targets', targets)
+    if targets.ndim != 2:
+      raise ValueError(f'sequence_classification expected targets [T, B], got shape {targets.shape}.')
     _require_features(outputs, num_classes)
     logits, labels = _at_least_float32(outputs), window.slice(targets)
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), logits, labels

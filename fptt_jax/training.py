@@ -90,7 +90,8 @@ class Trainer(NamedTuple):
   """The functions :func:`trainer` makes.
 
   Attributes:
-    init: (key, batch) -> TrainState. Only shapes of the batch are used; `jax.ShapeDtypeStruct` leaves will do.
+    init: (key, batch) -> TrainState. A concrete batch is looked at by :func:`check_batch`; otherwise only its shapes are used, and
+      `jax.ShapeDtypeStruct` leaves will do.
     step: (state, batch) -> (state, StepMetrics), compiled once for each batch shape; the old state is donated.
     evaluate: (params, batch, hidden=None) -> (totals, hidden), compiled, without dropout; `hidden` None starts from the model's
       initial state. Windows of about √T steps bound its memory, whatever the method.
@@ -122,7 +123,7 @@ def trainer(
     model: the model's pure functions.
     loss: see `fptt_jax.losses`.
     optimizer: any optax transformation; for FPTT `fptt(base)`, or a chain around it. It is called with the extra arguments
-      `value` (the objective) and `grad_fn` (params -> gradient of the same objective from the same hidden state).
+      `value` (the objective), `grad_fn` (params -> gradient of the same objective from the same hidden state) and `inner_steps`.
     method: a name in `METHODS` or a `Method`. 'fptt' and 'tbptt' run the same step: the regulariser is in the optimiser, which has
       to contain `fptt` for the one and not for the other.
     num_windows: K. Default round(√T), the paper's; or give
@@ -130,18 +131,39 @@ def trainer(
     carry_hidden: start a batch from the hidden state the last one ended with (language modelling: row b of a batch continues row b
       of the one before). Default: each sequence starts from the model's initial state.
     loss_weights: [K], finite factors of the windows' losses. Default all 1.
-    inner_steps: gradient steps a window, each from the window's own initial hidden state; give `fptt` the same number. The hidden
-      state carried on is the one of the last inner step's pass.
+    inner_steps: gradient steps a window, each from the window's own initial hidden state; `fptt` must have the same number. The
+      hidden state carried on is the one of the last inner step's pass.
     final_steps: k of 'tbptt_final': how many of the last steps are differentiated.
 
   Returns:
     A :class:`Trainer`. Steps that a mask leaves out change neither state, loss nor gradient; a window in which no sequence of a
     ragged batch is left changes nothing at all, parameters and optimiser included.
 
+  To start from weights of your own (imported ones, say), give them as the model's: `model._replace(init=lambda key: params)`.
+
+  Example:
+    >>> import jax, optax, fptt_jax
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> model = nn.from_nnx(lambda rngs: nn.Stack(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)))
+    >>> optimizer = fptt_jax.fptt(optax.adam(1e-3), alpha=0.1)
+    >>> trainer = fptt_jax.trainer(model, fptt_jax.losses.terminal_regression(), optimizer, num_windows=4)
+    >>> batch = fptt_jax.Batch(jax.numpy.ones((20, 8, 1)), jax.numpy.ones(8))
+    >>> state = trainer.init(jax.random.key(0), batch)
+    >>> state, metrics = trainer.step(state, batch)
+    >>> metrics.loss.shape
+    (4,)
+
+  References:
+    Kag and Saligrama, ICML 2021: Algorithms 1 and 2, "FPTT-K" and Table 3.
+
   Raises:
     ValueError, TypeError: an argument outside its range (here), or a batch whose shapes or dtypes do not fit (when a step is
       traced). Values inside arrays are not looked at in compiled code: see :func:`check_batch`.
   """
+  _check_types(model, loss, optimizer)
+  if isinstance(optimizer, optax.MultiSteps):  # Not a transformation itself, and its own conversion drops extra arguments.
+    optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
   name, method = _resolve(method, num_windows, window_size, final_steps, inner_steps)
   optimizer = optax.with_extra_args_support(optimizer)
   weights = None if loss_weights is None else np.asarray(loss_weights, np.float64)
@@ -169,17 +191,19 @@ def trainer(
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
       raise TypeError(f'key must be a typed PRNG key, jax.random.key(seed); got {dtype or type(key).__name__}.')
     init_key, run_key = jax.random.split(key)
-    params = model.init(init_key)
+    if all(isinstance(leaf, jax.Array | np.ndarray) and not _is_traced(leaf) for leaf in jax.tree.leaves(batch)):
+      check_batch(batch, loss)
+    params = _own(model.init(init_key))
     opt_state = optimizer.init(params)
     if bool(find_states(opt_state)) != method.regularised:
       if method.regularised:
         raise ValueError(f"method {name!r} needs fptt(...) around the optimiser, got one without; without it this is 'tbptt'.")
-      raise ValueError(f"method {name!r} has no regulariser, got an optimiser with fptt(...) in it; that makes it 'fptt'.")
+      raise ValueError(f'method {name!r} has no regulariser, got an optimiser with fptt(...) in it.')
     return TrainState(
       params=params,
       opt_state=opt_state,
-      hidden=model.initial_state(batch_size),
-      loss_state=loss.init(cut_windows(num_steps).num_windows),
+      hidden=_own(model.initial_state(batch_size)),
+      loss_state=_own(loss.init(cut_windows(num_steps).num_windows)),
       key=run_key,
       step_count=jnp.zeros([], jnp.int32),
     )
@@ -193,14 +217,14 @@ def trainer(
       hidden = state.hidden
       _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the carried hidden state')
     else:
-      hidden = model.initial_state(batch_size)
+      hidden = _own(model.initial_state(batch_size))
     if method.final_steps_only and batch.lengths is not None:
       raise ValueError("method 'tbptt_final' differentiates the last steps before T and takes no ragged batch: got lengths.")
     if windows.starts[0] > 0:
       prefix = jnp.asarray(batch.inputs)[: windows.starts[0]]
       hidden, _ = model.apply(state.params, hidden, prefix, None, jax.random.fold_in(key, windows.num_windows))
 
-    objective = _objective(model, loss, batch, windows, updates, weights, key)
+    objective = _objective(model, loss, batch, windows, updates, weights, state.loss_state, key)
     first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
     start = hidden
 
@@ -214,7 +238,12 @@ def trainer(
         run = lambda p: objective(p, hidden, loss_state, step_rows)
         (value, aux), grads = jax.value_and_grad(run, has_aux=True)(params)
         changes, opt_state = optimizer.update(
-          grads, opt_state, params, value=value, grad_fn=lambda p: jax.grad(run, has_aux=True)(p)[0]
+          grads,
+          opt_state,
+          params,
+          value=value,
+          grad_fn=lambda p: jax.grad(run, has_aux=True)(p)[0],
+          inner_steps=inner_steps,
         )
         return optax.apply_updates(params, changes), opt_state, value, aux, optax.tree.norm(grads)
 
@@ -253,7 +282,7 @@ def trainer(
 
   def end_epoch(state: TrainState) -> TrainState:
     leaves = jax.tree.leaves(state.hidden)
-    hidden = model.initial_state(leaves[0].shape[0]) if leaves else state.hidden
+    hidden = _own(model.initial_state(leaves[0].shape[0])) if leaves else state.hidden
     return state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden)
 
   return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), end_epoch)
@@ -266,6 +295,7 @@ def _objective(
   windows: Windows,
   updates: Plan,
   weights: np.ndarray | None,
+  initial_loss_state: LossState,
   key: jax.Array,
 ) -> Callable[..., tuple[jax.Array, tuple[Hidden, LossState, Totals]]]:
   """The scalar one update descends: the weighted losses of the windows it runs through, from a given hidden state."""
@@ -279,8 +309,11 @@ def _objective(
       k, coefficient, record = row
       hidden, outputs, window = _run_window(model, params, hidden, batch, windows, k, key)
       value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
+      value = _scalar(value)
       totals = loss.measure(jax.lax.stop_gradient(outputs), batch.targets, window)
       if not updates.records.all():
+        # A window seen before has moved the loss state already: its loss is that of the sequence's start, as when first seen.
+        value = _scalar(loss.apply(outputs, batch.targets, window, initial_loss_state)[0])
         new_loss_state = optax.tree.where(record, new_loss_state, loss_state)
         totals = jax.tree.map(lambda t: jnp.where(record, t, 0), totals)
       return (hidden, new_loss_state), ((coefficient * factors[k]).astype(value.dtype) * value, totals)
@@ -368,8 +401,35 @@ def _resolve(
   return name, method
 
 
+def _check_types(model: Model, loss: Loss, optimizer: optax.GradientTransformation) -> None:
+  if not isinstance(model, Model):
+    raise TypeError(f'model must be a fptt_jax.Model, as fptt_jax.nn.from_nnx makes one, got {type(model).__name__}.')
+  if not isinstance(loss, Loss):
+    raise TypeError(f'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for your own), got {loss!r}.')
+  if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
+    raise TypeError(f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.')
+
+
+def _is_traced(x: Any) -> bool:
+  return isinstance(x, jax.core.Tracer)
+
+
+def _own(tree: Any) -> Any:
+  """Copies, strongly typed: a state may be donated, and its types never change from step to step."""
+  return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
+
+
+def _scalar(value: Any) -> jax.Array:
+  value = jnp.asarray(value)
+  if value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
+    raise ValueError(f'a loss must return one floating-point number a window, got {value.dtype}{list(value.shape)}.')
+  return value
+
+
 def _check_shapes(batch: Batch) -> tuple[int, int]:
   """(T, B) of a batch, after checking what shapes and dtypes alone can tell."""
+  if not isinstance(batch, Batch):
+    raise TypeError(f'batch must be a fptt_jax.Batch(inputs, targets, lengths=None), got {type(batch).__name__}.')
   if not isinstance(batch.inputs, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
     raise TypeError(f'inputs must be an array, got {type(batch.inputs).__name__}.')
   shape = batch.inputs.shape

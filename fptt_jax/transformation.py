@@ -25,7 +25,9 @@ ALGORITHM_2: Mapping[str, Any] = MappingProxyType(
 )
 """Keywords of the paper's Algorithm 2 as printed: `fptt(base, alpha=alpha, **ALGORITHM_2)`.
 
-Coefficient 1/(2 alpha) on the previous gradient, and that gradient is evaluated at W_{t+1} (a second pass over the window).
+Coefficient 1/(2 alpha) on the previous gradient, and that gradient is evaluated at W_{t+1} (a second pass over the window). The
+algorithm box also carries W_T, not W_{T+1}, to the next sequence, which drops the last update; the paper's text does not, nor
+do we.
 """
 
 RELEASE: Mapping[str, Any] = MappingProxyType(dict(beta=0.5, kappa=1.0, rho=0.0, correction='eq6', gradient_estimate='running'))
@@ -80,13 +82,15 @@ def fptt(
 
   with c = 1 (`correction='eq6'`) or 1/2 (`'eq4'`, as Eq. 4 and Algorithm 2 print it; the paper contradicts itself here). The
   first update of a fresh state equals the base optimiser's. If the inner problem were solved to its arg-min with c = κ = 1 and
-  ρ = 0, λ_{t+1} would be the gradient of the window's loss at W_{t+1}, and the last line the paper's Eq. 5.
+  ρ = 0, λ_{t+1} would be the gradient of the window's loss at W_{t+1}, and the last line the paper's Eq. 5 (which is not itself a
+  first-order condition, as the paper says).
 
   Compose it like this: gradient clipping before it (`optax.chain(clip, fptt(base))`) clips the loss gradient; inside
   (`fptt(optax.chain(clip, base))`) it clips loss plus regulariser, as the authors' release does. `MultiSteps(fptt(base))` and
   `apply_if_finite(fptt(base), n)` are right, the reverse nestings are not: λ and W̄ would move on skipped steps. Nothing may
-  change the updates after `fptt`. `optax.masked` lets the raw gradient of left-out leaves through (they move!): to freeze them
-  use `optax.partition` with `optax.set_to_zero()`.
+  change the updates after `fptt`. With 'explicit' keep the clipping inside: λ is the gradient `grad_fn` returns, unclipped, and
+  against a g_t clipped before it is of another scale. `optax.masked` lets the raw gradient of left-out leaves through (they
+  move!): to freeze them use `optax.partition` with `optax.set_to_zero()`.
 
   Args:
     base_optimizer: takes the step on the regularised gradient.
@@ -108,9 +112,9 @@ def fptt(
     An `optax.GradientTransformationExtraArgs`; updates have the gradients' dtype.
 
   Raises:
-    ValueError: an option or hyper-parameter outside its range (checked here unless it is a schedule or a traced value), or
+    ValueError: an option or hyper-parameter outside its range (checked here unless it is traced; a schedule at window 0), or
       `update` called without params, or 'explicit' without `grad_fn` or under `optax.masked`/`optax.partition`.
-    TypeError: `init` on parameters that are not floating point.
+    TypeError: `base_optimizer` is no transformation, or `init` on parameters that are not floating point.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax
@@ -128,6 +132,10 @@ def fptt(
     and the λ recursion after Eq. 5.
   """
   _check_options(dict(alpha=alpha, beta=beta, kappa=kappa, rho=rho), correction, gradient_estimate, inner_steps)
+  if not isinstance(base_optimizer, optax.GradientTransformation):
+    raise TypeError(f'base_optimizer must be an optax.GradientTransformation, such as optax.adam(1e-3), got {base_optimizer!r}.')
+  if state_dtype is not None and not jnp.issubdtype(state_dtype, jnp.inexact):
+    raise ValueError(f'state_dtype must be a floating-point dtype, got {state_dtype!r}.')
   base = optax.with_extra_args_support(base_optimizer)
   c = CORRECTIONS[correction]
 
@@ -145,6 +153,9 @@ def fptt(
   ) -> tuple[optax.Updates, FPTTState]:
     if params is None:
       raise ValueError('fptt needs the current parameters: call update(grads, state, params), got params=None.')
+    callers_steps = extra_args.pop('inner_steps', inner_steps)
+    if isinstance(inner_steps, int) and callers_steps != inner_steps:
+      raise ValueError(f'fptt was built with inner_steps={inner_steps}, the caller takes inner_steps={callers_steps} a window.')
     window_count = state.step_count // jnp.asarray(inner_steps, jnp.int32)
     alpha_t, beta_t, kappa_t, rho_t = (h(window_count) if callable(h) else h for h in (alpha, beta, kappa, rho))
 
@@ -383,10 +394,12 @@ def _check_options(
   if not isinstance(inner_steps, jax.core.Tracer):
     check_integer('inner_steps', inner_steps, 1, HUGE, 'an integer >= 1')
   for name, value in hyperparameters.items():
-    if isinstance(value, jax.core.Tracer) or callable(value):
+    first = value(jnp.zeros([], jnp.int32)) if callable(value) else value
+    if isinstance(first, jax.core.Tracer):
       continue
     low, high, expected = RANGES[name]
-    number = check_number(name, value, low, high, f'{expected} or a schedule')
+    which = f'{name} at window 0' if callable(value) else name
+    number = check_number(which, first, low, high, f'{expected} or a schedule')
     if name == 'beta' and number > 0.5:
       warnings.warn(
         f'fptt with beta={number:g} > 0.5 extrapolates: W̄ weighs its old value by 1 - 2 beta = {1 - 2 * number:g}, and momentum '

@@ -46,7 +46,8 @@ def cut(num_steps: int, *, num_windows: int | None = None, window_size: int | No
 
   Args:
     num_steps: T >= 1.
-    num_windows: K, 1 <= K <= T. K = 1 is back-propagation through time, K = T an update each step.
+    num_windows: K, 1 <= K <= T. K = 1 is back-propagation through time (but for the regulariser), K = T an
+      update each step.
     window_size: alternatively the longest window S, 1 <= S <= T; K = ceil(T/S).
 
   Returns:

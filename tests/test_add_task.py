@@ -82,7 +82,9 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch
 
   assert read_rows(tmp_path / 'cut' / f'{method}-seed3') == read_rows(tmp_path / 'whole' / f'{method}-seed3')
   assert {**resumed, 'seconds': 0} == {**whole, 'seconds': 0}
-  trainer = recipe.make_trainer(config, method, add_task.make_model(config), add_task.fptt_jax.losses.terminal_regression(), 0.1)
+  trainer = recipe.make_trainer(
+    config, method, add_task.make_model(config), add_task.fptt_jax.losses.terminal_regression(), 0.1, 12
+  )
   states = []
   for name in ('whole', 'cut'):
     run = runs.Run(tmp_path / name / f'{method}-seed3')
@@ -91,6 +93,24 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch
     assert step == 6
     states.append(state._replace(key=jax.random.key_data(state.key)))
   chex.assert_trees_all_equal(*states)
+
+
+def test_interrupted_before_the_first_checkpoint_no_line_is_doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Lines without a checkpoint behind them, a cut-off one too, go when the run starts again."""
+  config = add_task.Config(method=('bptt',), **TINY)
+
+  def interrupted_save(self: runs.Run, step: int, carry: Any, **record: Any) -> None:
+    self.close()
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(runs.Run, 'save', interrupted_save)
+  with pytest.raises(KeyboardInterrupt):
+    add_task.train(config, 'bptt', 0, tmp_path)
+  monkeypatch.undo()
+  metrics = tmp_path / 'bptt-seed0' / 'metrics.jsonl'
+  metrics.write_text(metrics.read_text() + '{"step": 4, "se')
+  add_task.train(config, 'bptt', 0, tmp_path)
+  assert [row['step'] for row in read_rows(tmp_path / 'bptt-seed0')] == [2, 4, 6]
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
@@ -120,7 +140,14 @@ def test_metrics_cut_off_by_a_kill_are_left_out(tmp_path: Path) -> None:
     (dict(method=('fptp',)), r"--method must be out of fptt, tbptt, .*, got \('fptp',\)"),
     (dict(seeds=(-1,)), '--seeds must be integers >= 0'),
     (dict(num_windows=0), '--num_windows must be at least 1, got 0'),
-    (dict(num_windows=101), 'num_windows must be between 1 and the sequence length T=100, got 101'),
+    (dict(num_windows=101), 'num_windows must be an integer between 1 and the sequence length T=100, got 101'),
+    (dict(method=('tbptt_final',), final_steps=101), '--final_steps must be at most T=100, got 101'),
+    (dict(method=('fptt', 'fptt')), '--method must be named once each'),
+    (dict(seeds=(1, 1)), '--seeds must be different from each other'),
+    (
+      dict(gradient_estimate='explicit', clip_regulariser=False),
+      '--clip_regulariser must be true with --gradient_estimate=explicit',
+    ),
     (dict(lr=0.0), '--lr must be a finite number > 0, got 0.0'),
     (dict(lr=float('nan')), '--lr must be a finite number > 0, got nan'),
     (dict(momentum=0.9), '--momentum must be 0 unless --optimizer=sgd, got 0.9'),

@@ -41,7 +41,8 @@ def test_load_reads_tokens_in_order_with_an_end_of_line_each(tmp_path: Path) -> 
     path.unlink()
   zipped = ptb.load(tmp_path, check_hashes=False)
   ptb.save(text, tmp_path / 'text.npz')
-  for other in (zipped, ptb.load(tmp_path / 'text.npz')):
+  for other in (zipped, ptb.load(tmp_path / 'text.npz', check_hashes=False)):
+    assert ptb.fingerprint(other) == ptb.fingerprint(text)
     for mine, theirs in zip(text, other, strict=True):
       np.testing.assert_array_equal(mine, theirs)
 
@@ -66,9 +67,30 @@ def test_bad_text_files_are_named(tmp_path: Path) -> None:
   (tmp_path / 'ptb.valid.txt.gz').write_bytes(gzip.compress(b'w0 w1\n' * 100)[:-12])
   with pytest.raises(UserError, match=r'ptb\.valid\.txt\.gz cannot be read as text'):
     ptb.load(tmp_path, check_hashes=False)
-  (tmp_path / 'bad.npz').write_bytes(b'no zip')
-  with pytest.raises(UserError, match=r'bad\.npz is not an array file'):
-    ptb.load(tmp_path / 'bad.npz')
+  damaged = bytearray(gzip.compress(b'w0 w1\n' * 100))
+  damaged[12:20] = bytes(8)
+  (tmp_path / 'ptb.valid.txt.gz').write_bytes(damaged)
+  with pytest.raises(UserError, match=r'ptb\.valid\.txt\.gz cannot be read as text'):
+    ptb.load(tmp_path, check_hashes=False)
+
+
+def test_bad_array_files_are_named(tmp_path: Path) -> None:
+  """Not an array file, empty, cut off, ids outside the vocabulary, another text where the original is asked for."""
+  text = ptb.load(write_text(tmp_path), check_hashes=False)
+  path = tmp_path / 'text.npz'
+  ptb.save(text, path)
+  with pytest.raises(UserError, match=r'train is not the original text: its sha256 is .*, expected sha256 fcea919f'):
+    ptb.load(path)
+  for content in (b'no zip', b'', path.read_bytes()[:300], b'PK' + path.read_bytes()[:100]):
+    (tmp_path / 'bad.npz').write_bytes(content)
+    with pytest.raises(UserError, match=r'bad\.npz is not an array file'):
+      ptb.load(tmp_path / 'bad.npz', check_hashes=False)
+  ptb.save(text._replace(valid=text.valid + 1), path)
+  with pytest.raises(UserError, match=r'valid holds ids 1\.\.6 for a vocabulary of 6'):
+    ptb.load(path, check_hashes=False)
+  ptb.save(text._replace(test=text.test[None]), path)
+  with pytest.raises(UserError, match=r'test must be int32 token ids \[N\], got int32\[1, 80\]'):
+    ptb.load(path, check_hashes=False)
 
 
 def test_real_penn_treebank() -> None:
@@ -127,6 +149,7 @@ def test_script_learns_a_text_and_writes_its_folder(tmp_path: Path) -> None:
     assert run['valid_ppl'] == min(row['valid_ppl'] for row in rows) < 3.5
     assert run['best_epoch'] == min(rows, key=lambda row: row['valid_ppl'])['step']
     assert run['test_ppl'] < 3.5
+    assert [row['updates'] for row in rows] == [36 * epoch for epoch in range(1, 7)]  # 11 sequences of 3, one with 9 of 10 steps
     assert run['parameters'] == 6 * 8 + (4 * 8 * 17) + 8 * 6 + 6
   assert (tmp_path / 'run' / 'perplexity.png').stat().st_size > 10_000
 
@@ -174,13 +197,27 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch
     (dict(dropout=1.0), r'--dropout must be in \[0, 1\), got 1.0'),
     (dict(epochs=0), '--epochs must be at least 1, got 0'),
     (dict(plateau_factor=0.5), '--plateau_factor must be at least 1, got 0.5'),
-    (dict(num_windows=301), 'num_windows must be between 1 and the sequence length T=300, got 301'),
+    (dict(num_windows=301), 'num_windows must be an integer between 1 and the sequence length T=300, got 301'),
   ],
 )
 def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
   """As for the adding problem."""
   with pytest.raises(ValueError, match=message):
     language_model.Config(**{'data_dir': 'folder', **settings})
+
+
+def test_divergence_is_said_and_nothing_of_it_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """At an absurd learning rate the run stops with a word; metrics are valid JSON; the same command again ends the same way."""
+  config = language_model.Config(
+    data_dir=str(write_text(tmp_path)), method=('tbptt',), workdir=str(tmp_path / 'run'), **{**TINY, 'lr': 1e30}
+  )
+  for _ in range(2):
+    language_model.main(config)
+    assert 'epoch   1  diverged' in capsys.readouterr().out
+    [row] = runs.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
+    assert row['train_ppl'] is None
+    [summary] = json.loads((tmp_path / 'run' / 'summary.json').read_text())['runs']
+    assert (summary['valid_ppl'], summary['test_ppl']) == (None, None)
 
 
 def test_defaults_are_the_release_s_setting() -> None:

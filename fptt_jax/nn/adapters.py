@@ -16,14 +16,14 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
 
   Args:
     build: makes the module from `nnx.Rngs`: `lambda rngs: nn.LSTM(1, 128, rngs=rngs)`. The module runs windows, as those of
-      `fptt_jax.nn` do, or is a per-step cell such as `nnx.GRUCell`.
+      `fptt_jax.nn` do, or is a per-step cell such as `nnx.GRUCell`, which must tell its `in_features` and own no random streams.
 
   Returns:
     The model; its params are a nested dict of the module's `nnx.Param` values. `init` may be traced (jit, vmap over seeds).
 
   Raises:
-    TypeError: the module has no recurrent interface, or keeps state that is neither a parameter nor a random stream (batch
-      statistics, caches): the carry of a train step holds parameters only.
+    TypeError: `build` is a module rather than a function, the module has no recurrent interface, or keeps state that is neither a
+      parameter nor a random stream (batch statistics, caches): the carry of a train step holds parameters only.
 
   Example:
     >>> import jax
@@ -35,6 +35,10 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     >>> logits.shape
     (28, 4, 10)
   """
+  if isinstance(build, nnx.Module) or not callable(build):
+    raise TypeError(
+      f'from_nnx takes a function (rngs) -> module, so that init can draw new parameters; got {type(build).__name__}.'
+    )
   make = lambda key: as_windowed(build(nnx.Rngs(key)))
   parts: Any = nnx.split(nnx.eval_shape(make, jax.random.key(0)), nnx.Param, nnx.RngState, ...)
   graph, abstract_params, streams, other = parts
@@ -51,7 +55,11 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   def apply(params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> tuple[Any, jax.Array]:
     weights = jax.tree.map(lambda leaf: leaf, abstract_params)  # A copy: the next line writes into it.
     nnx.replace_by_pure_dict(weights, params)
-    module = nnx.merge(graph, weights, jax.tree.map(lambda leaf: _stream_leaf(leaf, key), streams))
+    module = nnx.merge(graph, weights, _seeded(streams, key))
+    if key is None:
+      module.eval()
+    else:
+      module.train()
     return module(state, x, mask, key)
 
   return Model(init, initial_state, apply)
@@ -78,8 +86,8 @@ def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax
     >>> from fptt_jax import nn
     >>> model = nn.from_linen(linen.OptimizedLSTMCell(16), (1,))
   """
-  if not hasattr(module, 'initialize_carry'):
-    raise TypeError(f'from_linen expected a per-step cell with initialize_carry(key, input_shape), got {type(module).__name__}.')
+  if isinstance(module, type) or not hasattr(module, 'initialize_carry'):
+    raise TypeError(f'from_linen expected a per-step cell with initialize_carry(key, input_shape), got {module!r}.')
 
   def initial_state(batch_size: int) -> Any:
     return module.initialize_carry(jax.random.key(0), (batch_size, *features_shape))
@@ -101,8 +109,12 @@ def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax
   return Model(init, initial_state, apply)
 
 
-def _stream_leaf(leaf: jax.ShapeDtypeStruct, key: jax.Array | None) -> jax.Array:
-  """A random stream's key, or its count: streams a module keeps start anew from each window's key."""
-  if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    return jnp.zeros(leaf.shape, leaf.dtype)
-  return jax.random.key(0) if key is None else key
+def _seeded(streams: Any, key: jax.Array | None) -> Any:
+  """The random streams a module keeps, started anew from the window's key, each with a key of its own."""
+  key = jax.random.key(0) if key is None else key
+  leaves, structure = jax.tree.flatten(streams)
+  is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+  fresh = [
+    jax.random.fold_in(key, number) if is_key[number] else jnp.zeros(leaf.shape, leaf.dtype) for number, leaf in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(structure, fresh)

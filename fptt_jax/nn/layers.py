@@ -71,7 +71,7 @@ class Recurrent(nnx.Module):
     """Runs a window; see the module's docstring. `key` is not used: these layers have no noise of their own."""
     if x.ndim != 3 or x.shape[-1] != self.in_features:
       raise ValueError(f'{type(self).__name__} expected inputs [S, B, {self.in_features}], got shape {x.shape}.')
-    return scan_steps(self.step(), state, x, mask)
+    return scan_steps(self.step(), state, x.astype(self.param_dtype), mask)
 
 
 class LSTM(Recurrent):
@@ -274,6 +274,8 @@ class Lift(nnx.Module):
   def __init__(self, cell: Any):
     if not hasattr(cell, 'in_features'):
       raise TypeError(f'a per-step cell must tell its in_features, {type(cell).__name__} does not.')
+    if jax.tree.leaves(nnx.state(cell, nnx.RngState)):
+      raise TypeError(f'a per-step cell may not own random streams, {type(cell).__name__} does: put noise between layers instead.')
     self.cell = cell
 
   def initial_state(self, batch_size: int) -> Any:
