@@ -517,3 +517,54 @@ def test_core_does_not_import_flax():
   code = 'import sys, fptt_jax; a = "flax" in sys.modules; import fptt_jax.nn; print(a, "flax" in sys.modules)'
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert done.stdout.split() == ['False', 'True']
+
+
+class NoisyReadout(nnx.Module):
+  """Two dropouts with random streams of their own, one beside the other."""
+
+  def __init__(self, rngs):
+    self.first, self.second = nnx.Dropout(0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+  def __call__(self, x):
+    return jnp.stack([self.first(x), self.second(x)], -1)
+
+
+def test_random_streams_of_a_modules_own():
+  """Off in evaluation, on in training with the window's key, a mask of its own each."""
+  model = nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(2, 8, rngs=rngs), NoisyReadout(rngs)))
+  params, x = model.init(jax.random.key(0)), jnp.ones((3, 2, 2))
+  _, quiet = model.apply(params, model.initial_state(2), x, None, None)
+  np.testing.assert_array_equal(quiet[..., 0], quiet[..., 1])
+  _, noisy = model.apply(params, model.initial_state(2), x, None, jax.random.key(1))
+  masks = np.asarray(noisy) == 0
+  assert masks.any()
+  assert (masks[..., 0] != masks[..., 1]).any()
+  _, same = model.apply(params, model.initial_state(2), x, None, jax.random.key(1))
+  _, other = model.apply(params, model.initial_state(2), x, None, jax.random.key(2))
+  np.testing.assert_array_equal(noisy, same)
+  assert (noisy != other).any()
+
+
+def test_low_precision_layers_take_float32_inputs():
+  """The natural batch is float32: layers compute in their parameters' dtype."""
+  for layer in (nn.LSTM, nn.GRU, nn.RNN, nn.AntisymmetricRNN):
+    model = nn.from_nnx(lambda rngs: layer(2, 4, param_dtype=jnp.bfloat16, rngs=rngs))
+    state, y = model.apply(model.init(jax.random.key(0)), model.initial_state(3), jnp.ones((5, 3, 2)), None, None)
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_things_that_are_no_builder_or_cell_are_refused():
+  """A module instead of a function, a class instead of a module, a cell that owns random streams."""
+  with pytest.raises(TypeError, match=r'from_nnx takes a function \(rngs\) -> module, .* got LSTM\.'):
+    nn.from_nnx(nn.LSTM(1, 2, rngs=nnx.Rngs(0)))
+  with pytest.raises(TypeError, match=r'from_linen expected .*, got the class GRUCell\.'):
+    nn.from_linen(linen.GRUCell, (2,))
+
+  class NoisyCell(nnx.SimpleCell):
+    def __init__(self, in_features, hidden_features, *, rngs):
+      super().__init__(in_features, hidden_features, rngs=rngs)
+      self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+  with pytest.raises(TypeError, match=r'a per-step cell may not own random streams, NoisyCell does'):
+    nn.from_nnx(lambda rngs: NoisyCell(2, 3, rngs=rngs))

@@ -928,7 +928,7 @@ SAME_HIDDEN = r"the hidden state that model\.apply returns must have .* of the m
 def test_models_and_targets_that_do_not_fit_are_refused(model, loss, batch, error, message):
   """Found when the step is traced, before anything is computed."""
   trainer = fptt_jax.trainer(model, loss, optax.sgd(0.1), method='tbptt', num_windows=2)
-  state = trainer.init(jax.random.key(0), GOOD)
+  state = jax.eval_shape(trainer.init, jax.random.key(0), GOOD)  # Abstract: values are not looked at.
   with pytest.raises(error, match=message):
     jax.eval_shape(trainer.step, state, batch)
 
@@ -1015,3 +1015,103 @@ def test_check_batch_does_not_look_past_the_end(loss, make_batch, padding):
   batch = make_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
   batch.targets[3, 1] = padding
   fptt_jax.check_batch(batch, loss)
+
+
+def test_init_looks_at_a_concrete_batch():
+  """Values that mean nothing are found before anything is trained; a traced batch passes on its shapes alone."""
+  bad = with_value(GOOD, (4, 1), np.nan)
+  with pytest.raises(ValueError, match=r'NaN or infinity in 1 places, the first at .*\(4, 1\)'):
+    make().init(jax.random.key(0), bad)
+  jax.eval_shape(make().init, jax.random.key(0), bad)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ((lambda p, x: x, losses.terminal_regression(), optax.sgd(0.1)), r'model must be a fptt_jax\.Model, .* got function\.'),
+    ((problems.elman(), mean_absolute_error, optax.sgd(0.1)), r'loss must be a fptt_jax\.Loss, .*from_function'),
+    ((problems.elman(), losses.terminal_regression(), 0.1), r'optimizer must be an optax\.GradientTransformation, got 0\.1\.'),
+  ],
+)
+def test_parts_of_the_wrong_kind_are_refused(arguments, message):
+  """Each part says what it must be and where to get it; so does a batch that is a bare pair."""
+  with pytest.raises(TypeError, match=message):
+    fptt_jax.trainer(*arguments)
+  with pytest.raises(TypeError, match=r'batch must be a fptt_jax\.Batch\(inputs, targets, lengths=None\), got tuple\.'):
+    make().init(jax.random.key(0), (GOOD.inputs, GOOD.targets))
+
+
+@pytest.mark.parametrize(
+  ('function', 'got'),
+  [
+    (lambda outputs, targets, window: outputs[0, :, 0], r'float32\[2\]'),
+    (lambda outputs, targets, window: jnp.int32(1), r'int32\[\]'),
+  ],
+)
+def test_a_loss_that_is_no_number_is_refused(function, got):
+  """A loss of one's own must return one floating-point number."""
+  trainer = fptt_jax.trainer(problems.elman(), losses.from_function(function), optax.sgd(0.1), method='tbptt')
+  state = jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
+  with pytest.raises(ValueError, match=rf'a loss must return one floating-point number a window, got {got}\.'):
+    jax.eval_shape(trainer.step, state, GOOD)
+
+
+def test_own_measure_of_a_loss():
+  """`from_function` evaluates what its measure says, in windows of evaluation's own."""
+  measure = lambda outputs, targets, window: {'count': jnp.int32(1), 'steps': window.mask.sum()}
+  loss = losses.from_function(mean_absolute_error, measure)
+  batch = problems.series_batch(9, 2)
+  trainer = fptt_jax.trainer(problems.elman(), loss, optax.sgd(0.1), method='bptt')
+  totals, _ = trainer.evaluate(trainer.init(jax.random.key(0), batch).params, batch)
+  assert (int(totals['count']), int(totals['steps'])) == (3, 18)
+
+
+@pytest.mark.parametrize(('built', 'taken'), [(3, 1), (1, 2)])
+def test_inner_steps_of_trainer_and_optimiser_must_agree(built, taken):
+  """Otherwise λ and W̄ would move on other calls than those that end a window."""
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), fptt_jax.fptt(optax.sgd(0.1), inner_steps=built))
+  trainer = fptt_jax.trainer(problems.elman(), losses.terminal_regression(), optimizer, inner_steps=taken)
+  state = jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
+  with pytest.raises(ValueError, match=rf'fptt was built with inner_steps={built}, the caller takes inner_steps={taken} a window'):
+    jax.eval_shape(trainer.step, state, GOOD)
+
+
+def test_multi_steps_with_the_explicit_gradient():
+  """optax.MultiSteps, which is no transformation itself, gets `grad_fn` as well: λ moves every second window."""
+  optimizer = optax.MultiSteps(fptt_jax.fptt(optax.sgd(0.1), gradient_estimate='explicit'), 2)
+  trainer = quick_trainer(problems.elman(), losses.terminal_regression(), optimizer, num_windows=2)
+  state, _ = run(trainer, GOOD)
+  [fptt_state] = find_states(state.opt_state)
+  assert int(fptt_state.step_count) == 1
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(fptt_state.lam))
+
+
+def test_state_owns_its_buffers_and_types():
+  """Weights of one's own, weakly typed or used twice, can start two runs: the step donates copies, and is compiled once."""
+  zeros = jnp.zeros((2, 4))
+  own = jax.tree.map(lambda leaf: leaf + 0.0, problems.elman().init(jax.random.key(0))) | {'b': jnp.full((4,), 0.1)}
+  model = problems.elman()._replace(init=lambda key: own, initial_state=lambda batch_size: zeros)
+  trainer = quick_trainer(model, losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1)), num_windows=2)
+  for _ in range(2):
+    state = trainer.init(jax.random.key(0), GOOD)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves((state.params, state.hidden, state.loss_state)))
+    for _ in range(2):
+      state, _ = trainer.step(state, GOOD)
+  assert trainer.step._cache_size() == 1
+  assert not own['b'].is_deleted()
+
+
+def test_ftrl_reads_the_loss_state_of_the_sequences_start():
+  """A window gone through again is measured against the Q it had when first seen, not the one this sequence has moved: with a
+  learning rate of 0 the u-th objective is the mean of the first u window losses."""
+  batch = problems.label_batch(6, 3)
+  batch = batch._replace(targets=(batch.targets, np.arange(3, dtype=np.int32)))
+  loss = losses.terminal_classification(3, divergence='example', num_examples=3)
+  metrics = {}
+  for method in ('tbptt', 'ftrl'):
+    trainer = quick_trainer(problems.elman(out=3), loss, optax.sgd(0.0), method=method, num_windows=3)
+    state = trainer.init(jax.random.key(0), batch)
+    q = jax.random.dirichlet(jax.random.key(5), jnp.ones(3), (3, 3))
+    _, metrics[method] = trainer.step(state._replace(loss_state={'q': q}), batch)
+  running_mean = np.cumsum(metrics['tbptt'].loss) / np.arange(1, 4)
+  np.testing.assert_allclose(metrics['ftrl'].loss, running_mean, rtol=1e-5)

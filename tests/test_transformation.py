@@ -895,6 +895,17 @@ def test_explicit_gradient_of_another_structure_is_refused():
     tx.update(params, tx.init(params), params, grad_fn=lambda p: (0.0, p))
 
 
+def test_things_of_the_wrong_kind_are_refused():
+  """A learning rate or a factory instead of an optimiser, an integer state, a schedule that starts at α = 0."""
+  for base in (1e-3, optax.adam):
+    with pytest.raises(TypeError, match=r'base_optimizer must be an optax\.GradientTransformation, such as optax\.adam'):
+      fptt(base)
+  with pytest.raises(ValueError, match=r'state_dtype must be a floating-point dtype, got '):
+    fptt(BASE, state_dtype=jnp.int32)
+  with pytest.raises(ValueError, match=r'alpha at window 0 must be a finite number > 0 or a schedule, got '):
+    fptt(BASE, alpha=optax.linear_schedule(0.0, 0.5, 10))
+
+
 def test_parameters_may_be_python_numbers():
   """As optax's own optimisers take them."""
   tx = fptt(optax.sgd(0.5))

@@ -87,7 +87,8 @@ def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax
     >>> model = nn.from_linen(linen.OptimizedLSTMCell(16), (1,))
   """
   if isinstance(module, type) or not hasattr(module, 'initialize_carry'):
-    raise TypeError(f'from_linen expected a per-step cell with initialize_carry(key, input_shape), got {module!r}.')
+    kind = f'the class {module.__name__}' if isinstance(module, type) else type(module).__name__
+    raise TypeError(f'from_linen expected a per-step cell with initialize_carry(key, input_shape), got {kind}.')
 
   def initial_state(batch_size: int) -> Any:
     return module.initialize_carry(jax.random.key(0), (batch_size, *features_shape))
