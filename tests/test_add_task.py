@@ -140,8 +140,8 @@ def test_metrics_cut_off_by_a_kill_are_left_out(tmp_path: Path) -> None:
     (dict(method=('fptp',)), r"--method must be out of fptt, tbptt, .*, got \('fptp',\)"),
     (dict(seeds=(-1,)), '--seeds must be integers >= 0'),
     (dict(num_windows=0), '--num_windows must be at least 1, got 0'),
-    (dict(num_windows=151), 'num_windows must be an integer between 1 and the sequence length T=150, got 151'),
-    (dict(method=('tbptt_final',), final_steps=151), '--final_steps must be at most T=150, got 151'),
+    (dict(num_windows=121), 'num_windows must be an integer between 1 and the sequence length T=120, got 121'),
+    (dict(method=('tbptt_final',), final_steps=121), '--final_steps must be at most T=120, got 121'),
     (dict(method=('fptt', 'fptt')), '--method must be named once each'),
     (dict(seeds=(1, 1)), '--seeds must be different from each other'),
     (
