@@ -85,10 +85,12 @@ def train(config: Config, method: str, seed: int, folder: Path) -> dict[str, Any
 
   run = runs.Run(folder / f'{method}-seed{seed}')
   first, state, _ = run.restore(trainer.init(init_key, draw(data_key, config.seq_len, config.batch_size)))
+  metrics = None
   with tqdm(total=config.batches, initial=first, desc=f'{method} seed {seed}', unit='batch', disable=None) as bar:
     for step in range(first + 1, config.batches + 1):
       batch = draw(jax.random.fold_in(data_key, step), config.seq_len, config.batch_size)
-      state, metrics = trainer.step(state, batch)
+      before, (state, metrics) = metrics, trainer.step(state, batch)
+      jax.block_until_ready(before)  # One batch ahead, no more: the bar tells the truth.
       bar.update()
       if step % config.eval_every == 0 or step == config.batches:
         totals, _ = trainer.evaluate(recipe.evaluation_params(config, method, state), test_batch)

@@ -53,6 +53,7 @@ class Config(recipe.Recipe):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    check('tbptt_final' not in self.method, 'method', self.method, 'without tbptt_final, which takes no padded last sequence')
     check(bool(self.data_dir), 'data_dir', self.data_dir, f'a folder with the text files ({ptb.SOURCE})')
     for name in ('seq_len', 'batch_size', 'embedding', 'hidden', 'epochs'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
@@ -142,6 +143,7 @@ def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) 
         state, metrics = trainer.step(state, batch)
         totals.append(metrics.totals)
         norms.append(metrics.grad_norm)
+        jax.block_until_ready(norms[-2:-1])  # One batch ahead, no more: the bar tells the truth.
         bar.update()
       state = trainer.end_epoch(state)
       if config.restart and fptt_jax.METHODS[method].regularised:

@@ -194,6 +194,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch
   ('settings', 'message'),
   [
     (dict(data_dir=''), '--data_dir must be a folder with the text files .*simple-examples'),
+    (dict(method=('fptt', 'tbptt_final')), '--method must be without tbptt_final, which takes no padded'),
     (dict(dropout=1.0), r'--dropout must be in \[0, 1\), got 1.0'),
     (dict(epochs=0), '--epochs must be at least 1, got 0'),
     (dict(plateau_factor=0.5), '--plateau_factor must be at least 1, got 0.5'),
