@@ -1,6 +1,7 @@
 """Small problems that several tests share."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 from flax import nnx
@@ -12,9 +13,20 @@ import fptt_jax
 from fptt_jax import nn
 
 
+@functools.cache
+def quick_options() -> dict[str, Any]:
+  """Compiler options for little optimisation; releases of XLA differ in those they know."""
+  options = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
+  try:
+    jax.jit(lambda x: x, compiler_options=options)(0.0)
+  except jax.errors.JaxRuntimeError:
+    del options['xla_cpu_use_fusion_emitters']
+  return options
+
+
 def quick(function: Callable[..., Any]) -> Callable[..., Any]:
   """`jax.jit` that compiles about five times faster and runs slower: for comparisons of numbers, on the CPU."""
-  return jax.jit(function, compiler_options={'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False})
+  return jax.jit(function, compiler_options=quick_options())
 
 
 def quick_trainer(*args: Any, **kwargs: Any) -> fptt_jax.Trainer:
