@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import jax
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 import orbax.checkpoint as ocp
 
 from experiments.options import UserError
@@ -137,6 +138,7 @@ def plot_curves(
   for number, (name, value) in enumerate(lines.items()):
     axes.axhline(value, color='0.5', linestyle=('--', ':')[number % 2], linewidth=1, label=name)
   axes.set(xlabel=xlabel, ylabel=ylabel, yscale='log')
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.grid(alpha=0.3, which='both')
   axes.legend()
   figure.savefig(path, dpi=120)
