@@ -7,7 +7,6 @@ The defaults run on two CPU cores in a quarter of an hour: T=120, an LSTM of 128
 --seq_len=200|500|750|1000 --nodecay.
 """
 
-from collections.abc import Iterable
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tabulate import tabulate
 from tqdm import tqdm
 
 from experiments import options, recipe, runs
@@ -110,42 +108,34 @@ def train(config: Config, method: str, seed: int, folder: Path) -> dict[str, Any
           f'test MSE {row["test_mse"]:.4f}  {row["seconds"]:.0f} s'
         )
   run.close()
-  errors = [(row['test_mse'], row['step']) for row in run.rows if row['test_mse'] is not None]
+  return summarise(method, seed, num_windows, run.rows)
+
+
+def summarise(method: str, seed: int, num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """What a run came to, from its metrics."""
+  errors = [(row['test_mse'], row['step']) for row in rows if row['test_mse'] is not None]
   solved = [step for error, step in errors if error < 0.01]
   return {
     'method': method,
     'seed': seed,
     'K': num_windows,
-    'batches': run.rows[-1]['step'],
-    'updates': run.rows[-1]['updates'],
-    'test_mse': run.rows[-1]['test_mse'],
+    'batches': rows[-1]['step'],
+    'updates': rows[-1]['updates'],
+    'test_mse': rows[-1]['test_mse'],
     'best_mse': min(errors)[0] if errors else None,
     'below_0.01_at': solved[0] if solved else None,
-    'seconds': run.rows[-1]['seconds'],
+    'seconds': rows[-1]['seconds'],
   }
-
-
-def report(folder: Path, summaries: Iterable[dict[str, Any]]) -> None:
-  """Prints the table, draws the convergence plot, writes the summary."""
-  summaries = list(summaries)
-  runs.write_summary(folder, summaries)
-  curves: dict[str, list[tuple[list[float], list[float]]]] = {}
-  for summary in summaries:
-    rows = runs.read_jsonl(folder / f'{summary["method"]}-seed{summary["seed"]}' / 'metrics.jsonl')
-    curves.setdefault(summary['method'], []).append(([r['step'] for r in rows], [r['test_mse'] for r in rows]))
-  runs.plot_curves(folder / 'convergence.png', curves, 'batches', 'test MSE', {'chance': CHANCE, 'solved': 0.01})
-  columns = ('method', 'seed', 'K', 'batches', 'updates', 'test_mse', 'best_mse', 'below_0.01_at', 'seconds')
-  table = [[summary[column] for column in columns] for summary in summaries]
-  print(tabulate(table, [c.replace('_', ' ') for c in columns], floatfmt='.4f', missingval='-'))
-  print(f'chance {CHANCE:.3f} (answering 1); test MSE is the one after the last batch')
-  print(f'metrics, summary.json and convergence.png are in {folder}')
 
 
 def main(config: Config) -> None:
   """Trains by each method from each seed."""
   folder = runs.open_workdir(config.workdir, 'add_task', config)
   print(f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}; writing to {folder}')
-  report(folder, [train(config, method, seed, folder) for method in config.method for seed in config.seeds])
+  summaries = [train(config, method, seed, folder) for method in config.method for seed in config.seeds]
+  marks = {'chance': CHANCE, 'solved': 0.01}
+  runs.report(folder, summaries, 'test_mse', 'convergence.png', 'batches', 'test MSE', marks, digits=4)
+  print(f'chance {CHANCE:.3f} (answering 1); test MSE is the one after the last batch')
 
 
 if __name__ == '__main__':

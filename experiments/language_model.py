@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tabulate import tabulate
 from tqdm import tqdm
 
 from experiments import options, ptb, recipe, runs
@@ -117,6 +116,22 @@ def to_perplexity(nats: float) -> float:
   return math.exp(nats) if nats < 700 else math.inf
 
 
+def train_epoch(
+  trainer: fptt_jax.Trainer, state: fptt_jax.TrainState, batches: list[fptt_jax.Batch], updates: list[int], bar: tqdm
+) -> tuple[fptt_jax.TrainState, float, float]:
+  """One pass over the text: (state, training loss in nats a word, mean gradient norm over the updates made)."""
+  totals, norms = [], []
+  for batch in batches:
+    state, metrics = trainer.step(state, batch)
+    totals.append(metrics.totals)
+    norms.append(metrics.grad_norm)
+    jax.block_until_ready(norms[-2:-1])  # One batch ahead, no more: the bar tells the truth.
+    bar.update()
+  loss = sum(t['loss'].item() for t in totals) / sum(t['count'].item() for t in totals)
+  made = np.concatenate([norm[:count] for norm, count in zip(norms, updates, strict=True)])
+  return trainer.end_epoch(state), loss, float(np.mean(made))
+
+
 def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) -> dict[str, Any]:
   """Trains by one method from one seed and returns its summary."""
   num_windows, _ = recipe.updates_a_sequence(config, method, config.seq_len)
@@ -138,18 +153,10 @@ def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) 
       if lr < config.min_lr:
         break
       state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=jnp.asarray(lr, jnp.float32)))
-      totals, norms = [], []
-      for batch in batches:
-        state, metrics = trainer.step(state, batch)
-        totals.append(metrics.totals)
-        norms.append(metrics.grad_norm)
-        jax.block_until_ready(norms[-2:-1])  # One batch ahead, no more: the bar tells the truth.
-        bar.update()
-      state = trainer.end_epoch(state)
+      state, train_loss, grad_norm = train_epoch(trainer, state, batches, updates, bar)
       if config.restart and fptt_jax.METHODS[method].regularised:
         params, opt_state = fptt_jax.fptt_restart(state.opt_state, state.params)
         state = state._replace(params=params, opt_state=opt_state)
-      train_loss = sum(t['loss'].item() for t in totals) / sum(t['count'].item() for t in totals)
       params = recipe.evaluation_params(config, method, state)
       valid = perplexity(trainer, params, text.valid)
       row = run.log(
@@ -157,7 +164,7 @@ def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) 
         updates=epoch * sum(updates) * config.inner_steps,
         lr=lr,
         train_ppl=to_perplexity(train_loss),
-        grad_norm=float(np.mean(np.concatenate([norm[:count] for norm, count in zip(norms, updates, strict=True)]))),
+        grad_norm=grad_norm,
         valid_ppl=valid,
       )
       if None in row.values():
@@ -186,20 +193,6 @@ def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) 
   }
 
 
-def report(folder: Path, summaries: list[dict[str, Any]]) -> None:
-  """Prints the table, draws the validation curves, writes the summary."""
-  runs.write_summary(folder, summaries)
-  curves: dict[str, list[tuple[list[float], list[float]]]] = {}
-  for summary in summaries:
-    rows = runs.read_jsonl(folder / f'{summary["method"]}-seed{summary["seed"]}' / 'metrics.jsonl')
-    curves.setdefault(summary['method'], []).append(([r['step'] for r in rows], [r['valid_ppl'] for r in rows]))
-  runs.plot_curves(folder / 'perplexity.png', curves, 'epoch', 'validation perplexity', {})
-  columns = list(summaries[0])
-  table = [[summary[column] for column in columns] for summary in summaries]
-  print(tabulate(table, [c.replace('_', ' ') for c in columns], floatfmt='.2f', missingval='-'))
-  print(f'metrics, summary.json and perplexity.png are in {folder}')
-
-
 def main(config: Config) -> None:
   """Trains by each method from each seed."""
   text = ptb.load(Path(config.data_dir), check_hashes=config.task == 'ptb300')
@@ -208,7 +201,8 @@ def main(config: Config) -> None:
     f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} words, vocabulary {len(text.vocabulary):,}; '
     f'T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}; writing to {folder}'
   )
-  report(folder, [train(config, text, method, seed, folder) for method in config.method for seed in config.seeds])
+  summaries = [train(config, text, method, seed, folder) for method in config.method for seed in config.seeds]
+  runs.report(folder, summaries, 'valid_ppl', 'perplexity.png', 'epoch', 'validation perplexity', {}, digits=2)
 
 
 if __name__ == '__main__':

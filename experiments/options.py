@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 from absl import app, flags, logging
 
 # The flags belong to the script that defines them, so that its --help shows them.
 flags.disclaim_key_flags()
-
-C = TypeVar('C')
 
 
 class UserError(Exception):
@@ -21,19 +19,19 @@ def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> A
   return dataclasses.field(default=default, metadata={'help': text, 'choices': choices})
 
 
-def run(main: Callable[[C], None], config_class: type[C]) -> None:
+def run(main: Callable[[Any], None], config_class: Any) -> None:
   """Defines a flag for each field of `config_class`, parses the command line, and calls `main` with the configuration."""
-  for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+  fields = dataclasses.fields(config_class)
+  for field in fields:
     _define(field)
 
   def parsed(argv: list[str]) -> None:
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-    values = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
     try:
-      config = config_class(**{name: _read(config_class, name, value) for name, value in values.items()})
+      config = config_class(**{field.name: _read(field, flags.FLAGS[field.name].value) for field in fields})
     except ValueError as error:
       raise SystemExit(f'error: {error} See --help.') from error
     try:
@@ -60,20 +58,18 @@ def _define(field: Any) -> None:
     flags.DEFINE_string(field.name, default, text)
 
 
-def _read(config_class: type, name: str, value: Any) -> Any:
+def _read(field: Any, value: Any) -> Any:
   """A list flag's strings as a tuple of the default's type; '0:3' stands for 0, 1, 2."""
-  default = next(f.default for f in dataclasses.fields(config_class) if f.name == name)
-  if not isinstance(default, tuple):
+  if not isinstance(field.default, tuple):
     return value
-  items: list[Any] = []
+  if not isinstance(field.default[0], int):
+    return tuple(value)
+  items: list[int] = []
   for text in value:
-    if not isinstance(default[0], int):
-      items.append(text)
-    elif ':' in text:
-      first, last = (int(part) for part in text.split(':'))
-      items.extend(range(first, last))
-    else:
-      items.append(int(text))
+    parts = text.split(':')
+    check(all(part.strip().isdigit() for part in parts) and len(parts) <= 2, field.name, text, 'integers, or a range such as 0:3')
+    numbers = [int(part) for part in parts]
+    items.extend(range(*numbers) if len(numbers) == 2 else numbers)
   return tuple(items)
 
 

@@ -21,6 +21,7 @@ import jax
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 import orbax.checkpoint as ocp
+from tabulate import tabulate
 
 from experiments.options import UserError
 import fptt_jax
@@ -124,6 +125,21 @@ def write_summary(folder: Path, runs: list[dict[str, Any]]) -> None:
   }
   with replaced(folder / 'summary.json') as file:
     file.write(json.dumps(described, indent=2) + '\n')
+
+
+def report(
+  folder: Path, summaries: list[dict[str, Any]], y: str, plot: str, xlabel: str, ylabel: str, lines: dict[str, float], digits: int
+) -> None:
+  """Writes the summary, draws metric `y` of every run as FOLDER/`plot`, prints the table."""
+  write_summary(folder, summaries)
+  curves: dict[str, list[tuple[list[float], list[float]]]] = {}
+  for summary in summaries:
+    rows = read_jsonl(folder / f'{summary["method"]}-seed{summary["seed"]}' / 'metrics.jsonl')
+    curves.setdefault(summary['method'], []).append(([row['step'] for row in rows], [row[y] for row in rows]))
+  plot_curves(folder / plot, curves, xlabel, ylabel, lines)
+  headers = [name.replace('_', ' ') for name in summaries[0]]
+  print(tabulate([list(summary.values()) for summary in summaries], headers, floatfmt=f'.{digits}f', missingval='-'))
+  print(f'metrics, summary.json and {plot} are in {folder}')
 
 
 def plot_curves(

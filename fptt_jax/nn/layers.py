@@ -4,6 +4,7 @@ Each layer's call is (state, x [S, B, D], mask [S, B] or None, key or None) -> (
 take the place of the scan. A layer says what one step is; :func:`scan_steps` runs it.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,9 +62,9 @@ class Recurrent(nnx.Module):
     """The state before the first step: zeros."""
     return jnp.zeros((batch_size, self.hidden_features), self.param_dtype)
 
+  @abc.abstractmethod
   def step(self) -> Step:
     """One time step as a function of (state, x_t [B, D]); reads the weights, and prepares them, once a window."""
-    raise NotImplementedError
 
   def __call__(
     self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
@@ -105,7 +106,7 @@ class LSTM(Recurrent):
     rngs: nnx.Rngs,
   ):
     super().__init__(in_features, hidden_features, param_dtype)
-    w_x, w_h, biases = _gates(init, in_features, hidden_features, 4, 2, param_dtype, rngs)
+    w_x, w_h, biases = _gates(init, in_features, hidden_features, 4, param_dtype, rngs)
     bias = biases[0] + biases[1]
     if forget_bias is not None:
       bias = bias.at[hidden_features : 2 * hidden_features].set(forget_bias)
@@ -160,7 +161,7 @@ class GRU(Recurrent):
     rngs: nnx.Rngs,
   ):
     super().__init__(in_features, hidden_features, param_dtype)
-    w_x, w_h, biases = _gates(init, in_features, hidden_features, 3, 2, param_dtype, rngs)
+    w_x, w_h, biases = _gates(init, in_features, hidden_features, 3, param_dtype, rngs)
     self.w_x, self.w_h, self.bias = nnx.Param(w_x), nnx.Param(w_h), nnx.Param(biases[0])
     self.recurrent_bias = nnx.Param(biases[1]) if recurrent_bias else None
 
@@ -196,7 +197,7 @@ class RNN(Recurrent):
     rngs: nnx.Rngs,
   ):
     super().__init__(in_features, hidden_features, param_dtype)
-    w_x, w_h, biases = _gates(init, in_features, hidden_features, 1, 2, param_dtype, rngs)
+    w_x, w_h, biases = _gates(init, in_features, hidden_features, 1, param_dtype, rngs)
     self.w_x, self.w_h, self.bias = nnx.Param(w_x), nnx.Param(w_h), nnx.Param(biases[0] + biases[1])
 
   def step(self) -> Step:
@@ -354,18 +355,18 @@ def as_windowed(module: nnx.Module) -> Any:
 
 
 def _gates(
-  init: str, in_features: int, hidden_features: int, num_gates: int, num_biases: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+  init: str, in_features: int, hidden_features: int, num_gates: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-  """Initial (w_x [D, gates·H], w_h [H, gates·H], biases each [gates·H]) as torch or flax draw them."""
+  """Initial (w_x [D, gates·H], w_h [H, gates·H], two biases [gates·H]) as torch or flax draw them."""
   width = num_gates * hidden_features
   if init == 'torch':
     bound = hidden_features**-0.5
-    shapes = [(in_features, width), (hidden_features, width), *[(width,)] * num_biases]
+    shapes = [(in_features, width), (hidden_features, width), (width,), (width,)]
     w_x, w_h, *biases = (jax.random.uniform(rngs.params(), shape, dtype, -bound, bound) for shape in shapes)
     return w_x, w_h, biases
   if init == 'flax':
     normal, orthogonal = jax.nn.initializers.lecun_normal(), jax.nn.initializers.orthogonal()
     input_kernels = [normal(rngs.params(), (in_features, hidden_features), dtype) for _ in range(num_gates)]
     kernels = [orthogonal(rngs.params(), (hidden_features, hidden_features), dtype) for _ in range(num_gates)]
-    return jnp.concatenate(input_kernels, -1), jnp.concatenate(kernels, -1), [jnp.zeros(width, dtype) for _ in range(num_biases)]
+    return jnp.concatenate(input_kernels, -1), jnp.concatenate(kernels, -1), [jnp.zeros(width, dtype), jnp.zeros(width, dtype)]
   raise ValueError(f'init must be one of {list(INITS)}, got {init!r}.')
