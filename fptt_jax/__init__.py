@@ -8,7 +8,7 @@ from fptt_jax import losses
 from fptt_jax.losses import Loss, means
 from fptt_jax.methods import METHODS, Method
 from fptt_jax.stability import stability
-from fptt_jax.training import Batch, Model, StepMetrics, Trainer, TrainState, check_batch, trainer
+from fptt_jax.training import Batch, Model, Penalised, StepMetrics, Trainer, TrainState, check_batch, trainer
 from fptt_jax.transformation import ALGORITHM_2, RELEASE, FPTTState, fptt, fptt_eval_params, fptt_restart
 from fptt_jax.windows import Window, Windows, cut
 
@@ -23,6 +23,7 @@ __all__ = (
   'Loss',
   'Method',
   'Model',
+  'Penalised',
   'StepMetrics',
   'TrainState',
   'Trainer',

@@ -141,7 +141,7 @@ def terminal_classification(
     active, _, beta = _progress(window, log_p.dtype)
     cross_entropy = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
     if divergence == 'none':
-      return _mean_where(beta * cross_entropy, active), loss_state
+      return mean_where(beta * cross_entropy, active), loss_state
     p, k = jax.lax.stop_gradient(jnp.exp(log_p)), window.k
     q: jax.Array | float
     if divergence == 'uniform':
@@ -154,7 +154,7 @@ def terminal_classification(
       q = loss_state['q'][k, labels]
       loss_state = _remember(p, labels, active, k, loss_state)
     per_sequence = beta * cross_entropy - (1 - beta) * jnp.sum(jnp.asarray(q, log_p.dtype) * log_p, axis=-1)
-    return _mean_where(per_sequence, active), loss_state
+    return mean_where(per_sequence, active), loss_state
 
   def _remember(p: jax.Array, labels: jax.Array, active: jax.Array, k: jax.Array, loss_state: LossState) -> LossState:
     """Takes the predictions p [B, C] of window k into the per-class tables."""
@@ -209,7 +209,7 @@ def terminal_regression() -> Loss:
   def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
     squared = error(outputs, targets, window)
     active, _, beta = _progress(window, squared.dtype)
-    return _mean_where(beta * squared, active), loss_state
+    return mean_where(beta * squared, active), loss_state
 
   def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
     squared = error(outputs, targets, window)
@@ -249,7 +249,7 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), logits, labels
 
   def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
-    return _mean_where(cross_entropy(outputs, targets, window)[0], window.mask), loss_state
+    return mean_where(cross_entropy(outputs, targets, window)[0], window.mask), loss_state
 
   def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
     loss, logits, labels = cross_entropy(outputs, targets, window)
@@ -275,7 +275,7 @@ def sequence_regression() -> Loss:
     return jnp.square(outputs - expected).reshape(*window.mask.shape, -1).mean(-1)
 
   def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
-    return _mean_where(error(outputs, targets, window), window.mask), loss_state
+    return mean_where(error(outputs, targets, window), window.mask), loss_state
 
   def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
     return _totals(window.mask, loss=error(outputs, targets, window))
@@ -301,7 +301,7 @@ def _last_outputs(outputs: jax.Array, window: Window, features: int) -> jax.Arra
   return jnp.take_along_axis(outputs, last[None, :, None], axis=0)[0]
 
 
-def _mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
+def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
   """Mean over the chosen elements; 0 where there are none."""
   return jnp.sum(values, where=where) / jnp.maximum(jnp.sum(where), 1).astype(values.dtype)
 

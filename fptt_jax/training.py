@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from fptt_jax.checks import HUGE, check_integer
-from fptt_jax.losses import Loss, LossState, Totals
+from fptt_jax.losses import Loss, LossState, Totals, mean_where
 from fptt_jax.methods import METHODS, Method, Plan, plan
 from fptt_jax.transformation import find_states
 from fptt_jax.windows import Window, Windows, cut, window_at
@@ -36,6 +36,18 @@ class Batch(NamedTuple):
   lengths: jax.typing.ArrayLike | None = None
 
 
+class Penalised(NamedTuple):
+  """What a model's `apply` may return in place of plain outputs: outputs with a penalty of the model's own on them.
+
+  Attributes:
+    outputs: [S, B, ...], what the loss sees.
+    penalty: float [S, B], added to the window's objective as its mean over the valid steps. Evaluation leaves it out.
+  """
+
+  outputs: jax.Array
+  penalty: jax.Array
+
+
 class Model(NamedTuple):
   """A recurrent model as pure functions; `fptt_jax.nn` makes them from Flax modules.
 
@@ -44,12 +56,12 @@ class Model(NamedTuple):
     initial_state: (batch_size) -> hidden state before the first step, a tree of arrays [B, ...].
     apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state, outputs [S, B, ...]), a whole window. A step
       whose mask is False leaves the state as it is; mask None means that all steps are real. key None means evaluation: no
-      dropout.
+      dropout. In place of the outputs it may return :class:`Penalised` ones.
   """
 
   init: Callable[[jax.Array], Params]
   initial_state: Callable[[int], Hidden]
-  apply: Callable[[Params, Hidden, jax.Array, jax.Array | None, jax.Array | None], tuple[Hidden, jax.Array]]
+  apply: Callable[[Params, Hidden, jax.Array, jax.Array | None, jax.Array | None], tuple[Hidden, jax.Array | Penalised]]
 
 
 class TrainState(NamedTuple):
@@ -274,7 +286,7 @@ def trainer(
     windows = cut(num_steps)
 
     def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, Totals]:
-      hidden, outputs, window = _run_window(model, params, hidden, batch, windows, k, None)
+      hidden, (outputs, _), window = _run_window(model, params, hidden, batch, windows, k, None)
       return hidden, loss.measure(outputs, batch.targets, window)
 
     hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.num_windows))
@@ -307,7 +319,7 @@ def _objective(
     def body(carry: tuple[Hidden, LossState], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
       hidden, loss_state = carry
       k, coefficient, record = row
-      hidden, outputs, window = _run_window(model, params, hidden, batch, windows, k, key)
+      hidden, (outputs, penalty), window = _run_window(model, params, hidden, batch, windows, k, key)
       value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
       value = _scalar(value)
       totals = loss.measure(jax.lax.stop_gradient(outputs), batch.targets, window)
@@ -316,6 +328,8 @@ def _objective(
         value = _scalar(loss.apply(outputs, batch.targets, window, initial_loss_state)[0])
         new_loss_state = optax.tree.where(record, new_loss_state, loss_state)
         totals = jax.tree.map(lambda t: jnp.where(record, t, 0), totals)
+      if penalty is not None:
+        value += mean_where(penalty, window.mask).astype(value.dtype)
       return (hidden, new_loss_state), ((coefficient * factors[k]).astype(value.dtype) * value, totals)
 
     if rows[0].shape[0] == 1:  # The usual case: one window an update, no inner loop.
@@ -335,8 +349,8 @@ def _run_window(
   windows: Windows,
   k: jax.Array,
   key: jax.Array | None,
-) -> tuple[Hidden, jax.Array, Window]:
-  """Runs the model through the `k`-th window: (hidden state after it, outputs [S, B, ...], the window)."""
+) -> tuple[Hidden, tuple[jax.Array, jax.Array | None], Window]:
+  """Runs the model through the `k`-th window: (hidden state after it, (outputs [S, B, ...], penalty or None), the window)."""
   inputs = jnp.asarray(batch.inputs)
   num_steps, batch_size = inputs.shape[:2]
   ragged = batch.lengths is not None
@@ -344,10 +358,13 @@ def _run_window(
   window = window_at(windows, k, lengths, ragged)
   x, mask = window.slice(inputs), window.mask if window.masked else None
   new_hidden, outputs = model.apply(params, hidden, x, mask, None if key is None else jax.random.fold_in(key, k))
+  outputs, penalty = outputs if isinstance(outputs, Penalised) else (outputs, None)
   _check_hidden(new_hidden, hidden, 'the hidden state that model.apply returns')
   if outputs.shape[:2] != x.shape[:2]:
     raise ValueError(f'model.apply must return outputs [S, B, ...] = {x.shape[:2]} + features, got shape {outputs.shape}.')
-  return new_hidden, outputs, window
+  if penalty is not None and penalty.shape != x.shape[:2]:
+    raise ValueError(f'the penalty that model.apply returns must be [S, B] = {x.shape[:2]}, got shape {penalty.shape}.')
+  return new_hidden, (outputs, penalty), window
 
 
 def check_batch(batch: Batch, loss: Loss) -> None:

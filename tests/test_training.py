@@ -1116,3 +1116,45 @@ def test_ftrl_reads_the_loss_state_of_the_sequences_start():
     _, metrics[method] = trainer.step(state._replace(loss_state={'q': q}), batch)
   running_mean = np.cumsum(metrics['tbptt'].loss) / np.arange(1, 4)
   np.testing.assert_allclose(metrics['ftrl'].loss, running_mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize('ragged', [False, True])
+def test_a_penalty_of_the_model_is_added_as_its_mean_over_valid_steps(ragged: bool) -> None:
+  """Objective = loss + mean penalty over the window's valid steps, gradient included; what is measured leaves it out."""
+  plain = problems.elman()
+
+  def apply(params, h, x, mask, key):
+    h, y = plain.apply(params, h, x, mask, key)
+    return h, fptt_jax.Penalised(y, jnp.square(y[..., 0]))
+
+  batch = problems.regression_batch(8, 4)
+  lengths = np.array([8, 8, 7, 3], np.int32)
+  batch = batch._replace(lengths=lengths) if ragged else batch
+  loss = fptt_jax.losses.terminal_regression()
+  optimizer = optax.sgd(0.1)
+  penalised = quick_trainer(plain._replace(apply=apply), loss, optimizer, method='bptt')
+  state = penalised.init(jax.random.key(0), batch)
+  new_state, metrics = penalised.step(state, batch)
+
+  def objective(params):
+    valid = jnp.asarray(np.arange(8)[:, None] < (lengths if ragged else 8)) & jnp.ones((8, 4), bool)
+    _, y = plain.apply(params, plain.initial_state(4), jnp.asarray(batch.inputs), valid, None)
+    last = (lengths if ragged else np.full(4, 8)) - 1
+    error = jnp.mean(jnp.square(y[last, np.arange(4), 0] - batch.targets))
+    return error + jnp.mean(jnp.square(y[..., 0]), where=valid), error
+
+  (value, error), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+  np.testing.assert_allclose(metrics.loss, [value], rtol=1e-5)
+  np.testing.assert_allclose(fptt_jax.means(metrics.totals)['loss'], error, rtol=1e-5)
+  expected = jax.tree.map(lambda w, g: w - 0.1 * g, state.params, grads)
+  chex.assert_trees_all_close(new_state.params, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_penalty_of_another_shape_is_refused() -> None:
+  """The message names what was got and what was expected."""
+  plain = problems.elman()
+  wrong = lambda params, h, x, mask, key: (h, fptt_jax.Penalised(plain.apply(params, h, x, mask, key)[1], jnp.zeros(4)))
+  trainer = quick_trainer(plain._replace(apply=wrong), fptt_jax.losses.terminal_regression(), optax.sgd(0.1), method='bptt')
+  batch = problems.regression_batch(8, 4)
+  with pytest.raises(ValueError, match=r'penalty that model.apply returns must be \[S, B\] = \(8, 4\), got shape \(4,\)'):
+    trainer.step(trainer.init(jax.random.key(0), batch), batch)

@@ -12,6 +12,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from fptt_jax.training import Penalised
+
 Step = Callable[[Any, Any], tuple[Any, jax.Array]]
 INITS = ('torch', 'flax')
 
@@ -295,7 +297,7 @@ class Stack(nnx.Module):
   (`nnx.Embed`, `nnx.Linear`, an activation function).
 
   Its state is a tuple of the recurrent layers' states. Dropout layers draw a fresh mask for each step and unit and are off in
-  evaluation (key None).
+  evaluation (key None). Penalties that layers return with their outputs (:class:`fptt_jax.Penalised`) are summed.
 
   Example:
     >>> from flax import nnx
@@ -317,24 +319,27 @@ class Stack(nnx.Module):
 
   def __call__(
     self, state: tuple[Any, ...], x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
-  ) -> tuple[tuple[Any, ...], jax.Array]:
+  ) -> tuple[tuple[Any, ...], jax.Array | Penalised]:
     """Runs a window through all layers."""
-    states, new_states = iter(state), []
+    states, new_states, penalties = iter(state), [], []
     layer: Any
     for number, layer in enumerate(self.layers):
       layer_key = None if key is None else jax.random.fold_in(key, number)
       if is_recurrent(layer):
-        new_state, x = layer(next(states), x, mask, layer_key)
+        new_state, y = layer(next(states), x, mask, layer_key)
         new_states.append(new_state)
+        if isinstance(y, Penalised):
+          penalties.append(y.penalty)
+        x = y.outputs if isinstance(y, Penalised) else y
       elif isinstance(layer, nnx.Dropout):
         x = layer(x, deterministic=layer_key is None, rngs=layer_key)
       else:
         x = layer(x)
-    return tuple(new_states), x
+    return tuple(new_states), Penalised(x, sum(penalties[1:], penalties[0])) if penalties else x
 
 
 def is_recurrent(layer: Any) -> bool:
-  """Whether `layer` runs windows: (state, x, mask, key) -> (state, y), with `initial_state(batch_size)`."""
+  """Whether `layer` runs windows: (state, x, mask, key) -> (state, y), with `initial_state(batch_size)`; () is a state too."""
   return hasattr(layer, 'initial_state')
 
 
