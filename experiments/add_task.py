@@ -128,11 +128,17 @@ def summarise(method: str, seed: int, num_windows: int, rows: list[dict[str, Any
   }
 
 
+def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
+  """Trains by each method from each seed: (the folder, a summary each)."""
+  path = runs.open_workdir(folder, 'add_task', config)
+  print(f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}; writing to {path}')
+  jobs = [(method, seed) for method in config.method for seed in config.seeds]
+  return path, [runs.once(path, *job, lambda job=job: train(config, *job, path)) for job in jobs]
+
+
 def main(config: Config) -> None:
-  """Trains by each method from each seed."""
-  folder = runs.open_workdir(config.workdir, 'add_task', config)
-  print(f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}; writing to {folder}')
-  summaries = [train(config, method, seed, folder) for method in config.method for seed in config.seeds]
+  """Trains and reports."""
+  folder, summaries = run(config, config.workdir)
   marks = {'chance': CHANCE, 'solved': 0.01}
   runs.report(folder, summaries, 'test_mse', 'convergence.png', 'batches', 'test MSE', marks, digits=4)
   print(f'chance {CHANCE:.3f} (answering 1); test MSE is the one after the last batch')

@@ -1,209 +1,287 @@
-"""Language modelling: an LSTM on Penn Treebank words, trained forward through time (paper, Sec. 4.3 and Table 4).
+"""Language modelling on Penn Treebank, trained forward through time (paper, Sec. 4.3, Tables 4 and 5).
 
-The text is read as B streams side by side; each sequence of T words continues the one before, hidden state carried on. Perplexity
-is measured on the validation text after each epoch, and once, at the best epoch's weights, on the test text.
+The text is read as B streams side by side; each sequence of T tokens continues the one before, hidden state carried on. The score
+is measured on the validation text after each epoch, and once, at the best epoch's weights, on the test text: perplexity of words,
+bits per character. --task sets the other defaults:
 
---task=ptb300 is the setting of the authors' release for PTB-300: T=300 in K=6 windows, one LSTM of 256 units, SGD with momentum
-0.9, learning rate 2 divided by 4 whenever validation does not improve, alpha 0.5, kappa 2.
+  ptb300  the authors' release for PTB-300: words, T=300, K=6, one LSTM of 256, SGD 2.0 with momentum 0.9, divided by 4 on a
+          plateau, alpha 0.5, kappa 2
+  ptb_c   characters: AWD-LSTM 3 x 1000 (last 200, tied), T=150, K=3, Adam 2e-3, alpha 0.2, kappa 2
+  ptb_w   words: AWD-LSTM 3 x 960 with a mixture of 15 softmaxes, T=70, K=3, SGD 20 then averaged, alpha 0.2, kappa 2, beta 0.7
+  text, text_c   any three files of that naming, by words or by characters, with the settings of ptb300
 """
 
 from collections.abc import Iterator
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from tqdm import tqdm
 
-from experiments import options, ptb, recipe, runs
-from experiments.options import UserError, check, option
+from experiments import data, dynamic_evaluation, epochs, options, recipe, runs, streams
+from experiments.data import Text
+from experiments.options import check, option
 import fptt_jax
 from fptt_jax import nn
 
 EVALUATION_STEPS = 4096
+SPREAD = 15
+"""How many steps a sequence of random length may have beyond T: three standard deviations."""
+
+SOURCES = {'ptb300': 'ptb', 'ptb_w': 'ptb', 'ptb_c': 'ptb_chars', 'text': 'text', 'text_c': 'text_chars'}
+AWD: dict[str, Any] = dict(layers=3, tied=True, locked=True, activation_penalty=2.0, temporal_penalty=1.0, weight_decay=1.2e-6)
+TASKS: dict[str, dict[str, Any]] = {
+  'ptb_c': dict(
+    **AWD,
+    seq_len=150,
+    num_windows=3,
+    alpha=0.2,
+    optimizer='adam',
+    lr=2e-3,
+    momentum=0.0,
+    clip=0.25,
+    embedding=200,
+    hidden=1000,
+    last_hidden=200,
+    dropout=0.1,
+    hidden_dropout=0.25,
+    input_dropout=0.1,
+    weight_dropout=0.2,
+    epochs=500,
+    milestones=(300, 400),
+    plateau_factor=1.0,
+  ),
+  'ptb_w': dict(
+    **AWD,
+    seq_len=70,
+    random_lengths=True,
+    num_windows=3,
+    alpha=0.2,
+    beta=0.7,
+    lr=20.0,
+    momentum=0.0,
+    clip=0.2,
+    batch_size=6,
+    embedding=280,
+    hidden=960,
+    last_hidden=620,
+    experts=15,
+    dropout=0.4,
+    hidden_dropout=0.225,
+    input_dropout=0.4,
+    embedding_dropout=0.1,
+    latent_dropout=0.29,
+    weight_dropout=0.2,
+    epochs=1000,
+    average_after=5,
+    plateau_factor=1.0,
+    dynamic_evaluation=True,
+  ),
+}
+"""Defaults that a task changes, full size as the release runs them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(recipe.Recipe):
+class Config(epochs.EpochRecipe):
   """Settings of a language model."""
 
-  task: str = option('ptb300', "'ptb300': the original Penn Treebank; 'text': any three files named like it", ('ptb300', 'text'))
-  data_dir: str = option('', 'folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt (or .gz), or one .npz of experiments.ptb')
+  task: str = option('ptb300', 'text and defaults, see above', tuple(SOURCES))
+  data_dir: str = option(
+    '', 'folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt, or a .npz of experiments.data; default a download'
+  )
   num_windows: int | None = option(6, 'K, updates a sequence, for methods that do not fix it')
   kappa: float = option(2.0, 'scale of the quadratic term')
   optimizer: str = option('sgd', 'base optimiser', ('adam', 'sgd'))
   lr: float = option(2.0, 'learning rate')
   momentum: float = option(0.9, "heavy-ball momentum of 'sgd'")
-  plateau_factor: float = option(4.0, 'divides the learning rate after an epoch without a better validation perplexity')
-  restart: bool = option(False, 'restart the recursion at each epoch: W := its summary, lambda := 0 (fptt only)')
-  seq_len: int = option(300, 'T, words of a sequence')
-  batch_size: int = option(128, 'B, parallel streams of training text')
-  embedding: int = option(256, 'size of the word vectors')
-  hidden: int = option(256, 'H, LSTM units')
-  dropout: float = option(0.2, 'on word vectors and LSTM outputs')
-  epochs: int = option(25, 'passes over the training text')
+  plateau_factor: float = option(4.0, 'divides the learning rate after an epoch without a better validation score; 1 does not')
   min_lr: float = option(1e-3, 'stop when the learning rate has fallen below this')
+  seq_len: int = option(300, 'T, tokens of a sequence')
+  random_lengths: bool = option(False, 'draw lengths near T, sometimes T/2, the learning rate in proportion (AWD-LSTM)')
+  batch_size: int = option(128, 'B, parallel streams of training text')
+  embedding: int = option(256, 'size of the token vectors')
+  hidden: int = option(256, 'H, units of an LSTM')
+  layers: int = option(1, 'LSTMs')
+  last_hidden: int = option(0, 'units of the last LSTM; default H')
+  tied: bool = option(False, 'the readout shares the token vectors')
+  experts: int = option(0, 'softmaxes that the readout mixes; 0 for one plain softmax')
+  locked: bool = option(False, 'dropout masks last a window (variational) rather than one step')
+  dropout: float = option(0.2, 'on the outputs of the last LSTM')
+  hidden_dropout: float = option(0.0, 'on the outputs of the other LSTMs')
+  input_dropout: float = option(0.2, 'on the token vectors')
+  embedding_dropout: float = option(0.0, 'on whole tokens of the vocabulary, a window')
+  latent_dropout: float = option(0.0, "on the mixture's latent vectors")
+  weight_dropout: float = option(0.0, 'on recurrent matrices, a window')
+  activation_penalty: float = option(0.0, 'factor of the mean square of the last outputs, dropped out (AR)')
+  temporal_penalty: float = option(0.0, 'factor of the mean square of their changes from step to step (TAR)')
+  dynamic_evaluation: bool = option(False, 'test once more with dynamic evaluation, tuned on the validation text')
   workdir: str = option('', 'folder of the run; default runs/language_model-TIME. The same command and folder resume a run')
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    given = bool(self.data_dir) or not self.task.startswith('text')
+    check(given, 'data_dir', self.data_dir, f'given with --task={self.task!r}')
     check('tbptt_final' not in self.method, 'method', self.method, 'without tbptt_final, which takes no padded last sequence')
-    check(bool(self.data_dir), 'data_dir', self.data_dir, f'a folder with the text files ({ptb.SOURCE})')
-    for name in ('seq_len', 'batch_size', 'embedding', 'hidden', 'epochs'):
+    for name in ('seq_len', 'batch_size', 'embedding', 'hidden', 'layers'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
-    check(0 <= self.dropout < 1, 'dropout', self.dropout, 'in [0, 1)')
-    check(self.plateau_factor >= 1, 'plateau_factor', self.plateau_factor, 'at least 1')
-    self.check_length(self.seq_len)
+    for name in ('last_hidden', 'experts'):
+      check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
+    for name in ('dropout', 'hidden_dropout', 'input_dropout', 'embedding_dropout', 'latent_dropout', 'weight_dropout'):
+      check(0 <= getattr(self, name) < 1, name, getattr(self, name), 'in [0, 1)')
+    for name in ('activation_penalty', 'temporal_penalty'):
+      check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), 'a finite number >= 0')
+    last = self.last_hidden or self.hidden
+    fits = not self.tied or self.experts > 0 or last == self.embedding
+    check(fits, 'last_hidden', last, f'the embedding size {self.embedding} with --tied and without --experts')
+    check(self.tied or not self.experts, 'experts', self.experts, '0 without --tied')
+    self.check_length(self.padded_len)
+
+  @property
+  def padded_len(self) -> int:
+    """Steps a batch is laid out on."""
+    return self.seq_len + SPREAD * self.random_lengths
+
+  @property
+  def by_characters(self) -> bool:
+    """Whether a token is a character."""
+    return SOURCES[self.task].endswith('_chars')
 
 
 def make_model(config: Config, vocabulary_size: int) -> fptt_jax.Model:
-  """Embedding, one LSTM, a linear readout; dropout before and after the LSTM."""
-  return nn.from_nnx(
-    lambda rngs: nn.Stack(
-      nnx.Embed(vocabulary_size, config.embedding, rngs=rngs),
-      nnx.Dropout(config.dropout),
-      nn.LSTM(config.embedding, config.hidden, rngs=rngs),
-      nnx.Dropout(config.dropout),
-      nnx.Linear(config.hidden, vocabulary_size, rngs=rngs),
-    )
-  )
+  """Token vectors, LSTMs and a readout, with the dropouts and penalties of AWD-LSTM (Merity et al. 2018) where they are above 0."""
+  dropout = nn.LockedDropout if config.locked else nnx.Dropout
 
-
-def sequences(tokens: np.ndarray, seq_len: int, batch_size: int) -> Iterator[fptt_jax.Batch]:
-  """Cuts a text into B streams and these into batches of T steps, in order; the last batch is padded, its lengths say so."""
-  stream = len(tokens) // batch_size
-  if stream < 2:
-    raise UserError(f'a text of {len(tokens)} tokens is too short for {batch_size} parallel streams.')
-  streams = tokens[: stream * batch_size].reshape(batch_size, stream).T
-  for start in range(0, stream - 1, seq_len):
-    inputs, targets = streams[start : start + seq_len], streams[start + 1 : start + seq_len + 1]
-    steps = len(targets)
-    if steps == seq_len:
-      yield fptt_jax.Batch(inputs, targets)
+  def build(rngs: nnx.Rngs) -> nn.Stack:
+    embed = nnx.Embed(vocabulary_size, config.embedding, rngs=rngs)
+    layers: list[Any] = [nn.EmbeddingDropout(embed, config.embedding_dropout) if config.embedding_dropout else embed]
+    layers.append(dropout(config.input_dropout))
+    widths = [config.embedding, *[config.hidden] * (config.layers - 1), config.last_hidden or config.hidden]
+    for number, (features, hidden) in enumerate(itertools.pairwise(widths), start=1):
+      lstm = nn.LSTM(features, hidden, rngs=rngs)
+      layers.append(nn.WeightDrop(lstm, config.weight_dropout) if config.weight_dropout else lstm)
+      if number == config.layers and config.temporal_penalty:
+        layers.append(nn.TemporalActivationPenalty(config.temporal_penalty))
+      layers.append(dropout(config.dropout if number == config.layers else config.hidden_dropout))
+    if config.activation_penalty:
+      layers.append(nn.ActivationPenalty(config.activation_penalty))
+    if config.experts:
+      layers.append(nn.MixtureOfSoftmaxes(widths[-1], embed, config.experts, dropout=config.latent_dropout, rngs=rngs))
+    elif config.tied:
+      layers.append(nn.TiedReadout(embed))
     else:
-      padding = ((0, seq_len - steps), (0, 0))
-      lengths = np.full(batch_size, steps, np.int32)
-      yield fptt_jax.Batch(np.pad(inputs[:steps], padding), np.pad(targets, padding), lengths)
+      layers.append(nnx.Linear(widths[-1], vocabulary_size, rngs=rngs))
+    return nn.Stack(*layers)
+
+  return nn.from_nnx(build)
+
+
+def random_sequences(config: Config, tokens: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[fptt_jax.Batch, float]]:
+  """Cuts a text's streams into batches of random lengths (AWD-LSTM): normal around T with deviation 5, with probability 0.05
+  around T/2; with each the factor of the learning rate, its length over T.
+  """
+  side_by_side, start = streams.streams(tokens, config.batch_size), 0
+  while start < len(side_by_side) - 1:
+    mean = config.seq_len / (2 if rng.random() < 0.05 else 1)
+    drawn = int(np.clip(round(rng.normal(mean, 5)), min(5, config.seq_len), config.padded_len))
+    steps = min(drawn, len(side_by_side) - 1 - start)
+    yield streams.padded(side_by_side, start, steps, config.padded_len), steps / config.seq_len
+    start += steps
+
+
+def portions(config: Config, method: str, tokens: np.ndarray, seed: int, epoch: int) -> Iterator[epochs.Portion]:
+  """An epoch's batches, each with the updates it gives and the factor of the learning rate."""
+  if config.random_lengths:
+    pairs = random_sequences(config, tokens, np.random.default_rng((seed, epoch)))
+  else:
+    pairs = ((batch, 1.0) for batch in streams.sequences(tokens, config.seq_len, config.batch_size))
+  for batch, lr_factor in pairs:
+    yield epochs.Portion(batch, active_updates(config, method, batch), lr_factor)
 
 
 def active_updates(config: Config, method: str, batch: fptt_jax.Batch) -> int:
   """Updates the batch gives: K or one, fewer where a padded batch ends before the last windows."""
-  num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
+  num_windows, updates = recipe.updates_a_sequence(config, method, config.padded_len)
   if batch.lengths is None or updates == config.inner_steps:
     return updates // config.inner_steps
-  return int((fptt_jax.cut(config.seq_len, num_windows=num_windows).starts < batch.lengths.max()).sum())
+  return int((fptt_jax.cut(config.padded_len, num_windows=num_windows).starts < batch.lengths.max()).sum())
 
 
-def perplexity(trainer: fptt_jax.Trainer, params: Any, tokens: np.ndarray) -> float:
-  """Perplexity of a whole text read as one stream, hidden state carried from beginning to end."""
+def nats(trainer: fptt_jax.Trainer, params: Any, tokens: np.ndarray) -> float:
+  """Mean cross-entropy a token of a whole text read as one stream, hidden state carried from beginning to end."""
   hidden, sums = None, {'loss': 0.0, 'count': 0}
-  for batch in sequences(tokens, EVALUATION_STEPS, 1):
+  for batch in streams.sequences(tokens, EVALUATION_STEPS, 1):
     if hidden is None:
       totals, hidden = trainer.evaluate(params, batch)
     else:
       totals, hidden = trainer.evaluate(params, batch, hidden)
     sums = {name: sums[name] + totals[name].item() for name in sums}
-  return to_perplexity(sums['loss'] / sums['count'])
+  return sums['loss'] / sums['count']
 
 
-def to_perplexity(nats: float) -> float:
-  """exp of a mean cross-entropy; infinite where it overflows or is NaN."""
-  return math.exp(nats) if nats < 700 else math.inf
+def to_score(config: Config, mean_nats: float) -> float:
+  """Perplexity of words, infinite where it overflows or is NaN; bits per character."""
+  if config.by_characters:
+    return mean_nats / math.log(2)
+  return math.exp(mean_nats) if mean_nats < 700 else math.inf
 
 
-def train_epoch(
-  trainer: fptt_jax.Trainer, state: fptt_jax.TrainState, batches: list[fptt_jax.Batch], updates: list[int], bar: tqdm
-) -> tuple[fptt_jax.TrainState, float, float]:
-  """One pass over the text: (state, training loss in nats a word, mean gradient norm over the updates made)."""
-  totals, norms = [], []
-  for batch in batches:
-    state, metrics = trainer.step(state, batch)
-    totals.append(metrics.totals)
-    norms.append(metrics.grad_norm)
-    jax.block_until_ready(norms[-2:-1])  # One batch ahead, no more: the bar tells the truth.
-    bar.update()
-  loss = sum(t['loss'].item() for t in totals) / sum(t['count'].item() for t in totals)
-  made = np.concatenate([norm[:count] for norm, count in zip(norms, updates, strict=True)])
-  return trainer.end_epoch(state), loss, float(np.mean(made))
-
-
-def train(config: Config, text: ptb.Text, method: str, seed: int, folder: Path) -> dict[str, Any]:
-  """Trains by one method from one seed and returns its summary."""
-  num_windows, _ = recipe.updates_a_sequence(config, method, config.seq_len)
+def make_task(config: Config, text: Text, method: str, seed: int) -> epochs.Task:
+  """What the loop over epochs needs."""
   model = make_model(config, len(text.vocabulary))
   loss = fptt_jax.losses.sequence_classification(len(text.vocabulary))
-  trainer = recipe.make_trainer(config, method, model, loss, config.lr, config.seq_len, carry_hidden=True)
-  batches = list(sequences(text.train, config.seq_len, config.batch_size))
-  updates = [active_updates(config, method, batch) for batch in batches]
+  trainer = recipe.make_trainer(
+    config, method, model, loss, config.lr, config.padded_len, carry_hidden=True, wrap=epochs.averaging_wrapper(config)
+  )
+  score = 'bpc' if config.by_characters else 'ppl'
 
-  run = runs.Run(folder / f'{method}-seed{seed}')
-  state = trainer.init(jax.random.key(seed), batches[0])
-  best_params = jax.tree.map(jnp.copy, state.params)
-  first, (state, best_params), record = run.restore((state, best_params))
-  lr, best, best_epoch = record.get('lr', config.lr), record.get('best', math.inf), record.get('best_epoch', 0)
+  def test(params: Any) -> dict[str, float]:
+    scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
+    if config.dynamic_evaluation:
+      best = dynamic_evaluation.evaluate(model, loss, params, text, config.seq_len, config.batch_size)
+      scores |= {f'dynamic_valid_{score}': to_score(config, best.valid), f'dynamic_test_{score}': to_score(config, best.test)}
+    return scores
 
-  with tqdm(total=config.epochs * len(batches), initial=first * len(batches), unit='batch', disable=None) as bar:
-    bar.set_description(f'{method} seed {seed}')
-    for epoch in range(first + 1, config.epochs + 1):
-      if lr < config.min_lr:
-        break
-      state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=jnp.asarray(lr, jnp.float32)))
-      state, train_loss, grad_norm = train_epoch(trainer, state, batches, updates, bar)
-      if config.restart and fptt_jax.METHODS[method].regularised:
-        params, opt_state = fptt_jax.fptt_restart(state.opt_state, state.params)
-        state = state._replace(params=params, opt_state=opt_state)
-      params = recipe.evaluation_params(config, method, state)
-      valid = perplexity(trainer, params, text.valid)
-      row = run.log(
-        epoch,
-        updates=epoch * sum(updates) * config.inner_steps,
-        lr=lr,
-        train_ppl=to_perplexity(train_loss),
-        grad_norm=grad_norm,
-        valid_ppl=valid,
-      )
-      if None in row.values():
-        bar.write(f'{method:>11} seed {seed}  epoch {epoch:>3}  diverged: train or validation perplexity is not finite')
-        break
-      if valid < best:
-        best, best_epoch, best_params = valid, epoch, jax.tree.map(jnp.copy, params)
-      else:
-        lr /= config.plateau_factor
-      run.save(epoch, (state, best_params), lr=lr, best=best, best_epoch=best_epoch)
-      bar.write(
-        f'{method:>11} seed {seed}  epoch {epoch:>3}  lr {row["lr"]:<8.4g} train ppl {row["train_ppl"]:8.2f}  '
-        f'valid ppl {valid:8.2f}  {row["seconds"]:.0f} s'
-      )
-  run.close()
-  return {
-    'method': method,
-    'seed': seed,
-    'K': num_windows,
-    'epochs': run.rows[-1]['step'],
-    'best_epoch': best_epoch,
-    'valid_ppl': best if best_epoch else None,
-    'test_ppl': perplexity(trainer, best_params, text.test) if best_epoch else None,
-    'parameters': sum(leaf.size for leaf in jax.tree.leaves(best_params)),
-    'seconds': run.rows[-1]['seconds'],
-  }
+  return epochs.Task(
+    trainer,
+    portions=lambda epoch: portions(config, method, text.train, seed, epoch),
+    num_portions=-(-(len(text.train) // config.batch_size - 1) // config.seq_len),
+    validate=lambda params: to_score(config, nats(trainer, params, text.valid)),
+    test=test,
+    score=score,
+    train_score=lambda sums: to_score(config, sums['loss'] / sums['count']),
+    higher_is_better=False,
+  )
+
+
+def train(config: Config, text: Text, method: str, seed: int, folder: Path) -> dict[str, Any]:
+  """Trains by one method from one seed and returns its summary."""
+  num_windows, _ = recipe.updates_a_sequence(config, method, config.padded_len)
+  summary = epochs.train(config, make_task(config, text, method, seed), method, seed, folder)
+  return {'method': method, 'seed': seed, 'K': num_windows, **summary}
+
+
+def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
+  """Trains by each method from each seed: (the folder, a summary each)."""
+  text = data.load_text(SOURCES[config.task], config.data_dir)
+  path = runs.open_workdir(folder, 'language_model', config, text_sha256=data.fingerprint(text))
+  kind = 'characters' if config.by_characters else 'words'
+  print(
+    f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} {kind}, vocabulary {len(text.vocabulary):,}; '
+    f'T={config.seq_len}, {config.layers} x LSTM {config.hidden}, batch {config.batch_size}; writing to {path}'
+  )
+  jobs = [(method, seed) for method in config.method for seed in config.seeds]
+  return path, [runs.once(path, *job, lambda job=job: train(config, text, *job, path)) for job in jobs]
 
 
 def main(config: Config) -> None:
-  """Trains by each method from each seed."""
-  text = ptb.load(Path(config.data_dir), check_hashes=config.task == 'ptb300')
-  folder = runs.open_workdir(config.workdir, 'language_model', config, text_sha256=ptb.fingerprint(text))
-  print(
-    f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} words, vocabulary {len(text.vocabulary):,}; '
-    f'T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}; writing to {folder}'
-  )
-  summaries = [train(config, text, method, seed, folder) for method in config.method for seed in config.seeds]
-  runs.report(folder, summaries, 'valid_ppl', 'perplexity.png', 'epoch', 'validation perplexity', {}, digits=2)
+  """Trains and reports."""
+  folder, summaries = run(config, config.workdir)
+  score, label = ('valid_bpc', 'validation bits per character') if config.by_characters else ('valid_ppl', 'validation perplexity')
+  runs.report(folder, summaries, score, f'{score}.png', 'epoch', label, {}, digits=3 if config.by_characters else 2)
 
 
 if __name__ == '__main__':
-  options.run(main, Config)
+  options.run(main, Config, TASKS)

@@ -19,8 +19,14 @@ def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> A
   return dataclasses.field(default=default, metadata={'help': text, 'choices': choices})
 
 
-def run(main: Callable[[Any], None], config_class: Any) -> None:
-  """Defines a flag for each field of `config_class`, parses the command line, and calls `main` with the configuration."""
+def run(main: Callable[[Any], None], config_class: Any, presets: dict[str, dict[str, Any]] | None = None) -> None:
+  """Defines a flag for each field of `config_class`, parses the command line, and calls `main` with the configuration.
+
+  Args:
+    main: takes the configuration.
+    config_class: a dataclass of :func:`option` fields.
+    presets: by value of the flag 'task', other defaults of other flags; what the command line gives goes before them.
+  """
   fields = dataclasses.fields(config_class)
   for field in fields:
     _define(field)
@@ -31,7 +37,11 @@ def run(main: Callable[[Any], None], config_class: Any) -> None:
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
     try:
-      config = config_class(**{field.name: _read(field, flags.FLAGS[field.name].value) for field in fields})
+      settings = {field.name: _read(field, flags.FLAGS[field.name].value) for field in fields}
+      if presets:
+        preset = presets.get(settings['task'], {})
+        settings |= {name: value for name, value in preset.items() if not flags.FLAGS[name].present}
+      config = config_class(**settings)
     except ValueError as error:
       raise SystemExit(f'error: {error} See --help.') from error
     try:
@@ -62,7 +72,7 @@ def _read(field: Any, value: Any) -> Any:
   """A list flag's strings as a tuple of the default's type; '0:3' stands for 0, 1, 2."""
   if not isinstance(field.default, tuple):
     return value
-  if not isinstance(field.default[0], int):
+  if 'int' not in str(field.type):
     return tuple(value)
   items: list[int] = []
   for text in value:
@@ -77,3 +87,11 @@ def check(condition: bool, name: str, got: Any, expected: str) -> None:
   """Raises the ValueError that a flag with a value of no meaning deserves."""
   if not condition:
     raise ValueError(f'--{name} must be {expected}, got {got!r}.')
+
+
+def checked(function: Callable[..., Any], *args: Any) -> Any:
+  """`function(*args)`, its ValueError turned into one line for the user: for checks that need the data."""
+  try:
+    return function(*args)
+  except ValueError as error:
+    raise UserError(str(error)) from error

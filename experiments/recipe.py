@@ -1,5 +1,6 @@
 """The settings all experiments share: training method, FPTT's hyper-parameters, optimiser."""
 
+from collections.abc import Callable
 import dataclasses
 import math
 import warnings
@@ -22,6 +23,9 @@ class Recipe:
   num_windows: int | None = option(None, 'K, updates a sequence; default round(sqrt(T)), for methods that do not fix it')
   final_steps: int | None = option(None, "k of method 'tbptt_final': the last steps that are differentiated; default min(300, T)")
   alpha: float = option(0.5, 'strength of the tie of W to its summary')
+  alpha_warmup: int = option(
+    0, 'windows over which alpha grows linearly from a tenth ("starting small, gradually increased"); 0 for none'
+  )
   beta: float = option(0.5, 'mixing of the summary')
   kappa: float = option(1.0, 'scale of the quadratic term')
   rho: float = option(0.0, 'fades the linear term')
@@ -31,6 +35,7 @@ class Recipe:
   optimizer: str = option('adam', 'base optimiser', ('adam', 'sgd'))
   lr: float = option(1e-3, 'learning rate')
   momentum: float = option(0.0, "heavy-ball momentum of 'sgd'")
+  weight_decay: float = option(0.0, 'added to the gradient times the weights, after clipping')
   clip: float = option(0.0, 'largest global norm of the gradient; 0 does not clip')
   clip_regulariser: bool = option(True, 'clip loss plus regulariser, as the release does, rather than the loss gradient alone')
   evaluate_at: str = option('w', 'evaluate at the weights or at their summary (fptt only)', ('w', 'w_bar'))
@@ -45,10 +50,14 @@ class Recipe:
     check(0 < self.lr < math.inf, 'lr', self.lr, 'a finite number > 0')
     check(0 <= self.momentum < 1, 'momentum', self.momentum, 'in [0, 1)')
     check(self.momentum == 0 or self.optimizer == 'sgd', 'momentum', self.momentum, '0 unless --optimizer=sgd')
+    check(0 <= self.weight_decay < math.inf, 'weight_decay', self.weight_decay, 'a finite number >= 0')
+    check(self.alpha_warmup >= 0, 'alpha_warmup', self.alpha_warmup, 'an integer >= 0')
     check(0 <= self.clip < math.inf, 'clip', self.clip, 'a finite number >= 0')
     inside = self.clip_regulariser or not self.clip or self.gradient_estimate != 'explicit'
     check(inside, 'clip_regulariser', self.clip_regulariser, 'true with --gradient_estimate=explicit, whose lambda is not clipped')
-    regularise(self, optax.sgd(self.lr))  # Raises on FPTT options of no meaning.
+    with warnings.catch_warnings():  # Raises on FPTT options of no meaning; warnings come when it is used.
+      warnings.simplefilter('ignore')
+      regularise(self, optax.sgd(self.lr))
 
   def check_length(self, seq_len: int) -> None:
     """Raises if K or final_steps do not fit sequences of `seq_len` steps."""
@@ -58,9 +67,10 @@ class Recipe:
 
 def regularise(recipe: Recipe, base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """FPTT around `base` with the recipe's hyper-parameters."""
+  warmup = optax.linear_schedule(recipe.alpha / 10, recipe.alpha, recipe.alpha_warmup) if recipe.alpha_warmup else None
   return fptt_jax.fptt(
     base,
-    alpha=recipe.alpha,
+    alpha=warmup or recipe.alpha,
     beta=recipe.beta,
     kappa=recipe.kappa,
     rho=recipe.rho,
@@ -71,7 +81,9 @@ def regularise(recipe: Recipe, base: optax.GradientTransformation) -> optax.Grad
 
 
 def make_optimizer(recipe: Recipe, method: str, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-  """The chain of clipping, base optimiser and regulariser for one method; its state holds 'learning_rate', which may be set.
+  """The chain of clipping, weight decay, base optimiser and regulariser for one method.
+
+  Its state holds 'learning_rate', which may be set.
 
   Warns when FPTT's own recursion would grow: the advisor's radius at the initial learning rate is above 1.
   """
@@ -82,6 +94,8 @@ def make_optimizer(recipe: Recipe, method: str, learning_rate: optax.ScalarOrSch
       warn_if_unstable(recipe)
   else:
     base = optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
+  if recipe.weight_decay:
+    base = optax.chain(optax.add_decayed_weights(recipe.weight_decay), base)
   clip = optax.clip_by_global_norm(recipe.clip) if recipe.clip else optax.identity()
   if not regularised:
     return optax.chain(clip, base)
@@ -110,13 +124,14 @@ def make_trainer(
   learning_rate: optax.ScalarOrSchedule,
   seq_len: int,
   carry_hidden: bool = False,
+  wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda optimizer: optimizer,
 ) -> fptt_jax.Trainer:
-  """The trainer of one method."""
+  """The trainer of one method; `wrap` goes around its optimiser."""
   setting = fptt_jax.METHODS[method]
   return fptt_jax.trainer(
     model,
     loss,
-    make_optimizer(recipe, method, learning_rate),
+    wrap(make_optimizer(recipe, method, learning_rate)),
     method=method,
     num_windows=recipe.num_windows if setting.num_windows is None else None,
     carry_hidden=carry_hidden,

@@ -3,10 +3,11 @@
 WORKDIR/config.json        what was asked for
 WORKDIR/NAME/metrics.jsonl one line an interval (NAME is method and seed)
 WORKDIR/NAME/checkpoints/  the whole carry, so that the same command goes on where a killed run stopped
+WORKDIR/NAME/result.json   what this run came to; there when it has ended
 WORKDIR/summary.json       what came out, and on which machine
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import json
@@ -75,6 +76,10 @@ class Run:
     )
     self._checkpoints.save(step, args=arguments)
 
+  def column(self, name: str) -> list[float]:
+    """One metric of all rows so far."""
+    return [row[name] for row in self.rows]
+
   @property
   def seconds(self) -> float:
     """Wall-clock of the run so far, that of earlier processes included."""
@@ -114,17 +119,31 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   return folder
 
 
+def once(folder: Path, method: str, seed: int, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+  """The summary of a run that ended before, or what `train` returns, which is then kept."""
+  path = folder / f'{method}-seed{seed}' / 'result.json'
+  if path.exists():
+    return json.loads(path.read_text())
+  result = train()
+  with replaced(path) as file:
+    file.write(json.dumps(result) + '\n')
+  return result
+
+
 def write_summary(folder: Path, runs: list[dict[str, Any]]) -> None:
   """Writes what came out and what it ran on."""
+  described = {'config': json.loads((folder / 'config.json').read_text()), 'runs': runs, **machine()}
+  with replaced(folder / 'summary.json') as file:
+    file.write(json.dumps(described, indent=2) + '\n')
+
+
+def machine() -> dict[str, Any]:
+  """What this process runs on."""
   devices = sorted({device.device_kind for device in jax.devices()})
-  described = {
-    'config': json.loads((folder / 'config.json').read_text()),
-    'runs': runs,
+  return {
     'hardware': {'devices': devices, 'cpu_cores': os.cpu_count(), 'machine': platform.machine()},
     'versions': {'python': platform.python_version(), 'jax': jax.__version__, 'fptt_jax': fptt_jax.__version__},
   }
-  with replaced(folder / 'summary.json') as file:
-    file.write(json.dumps(described, indent=2) + '\n')
 
 
 def report(
@@ -143,18 +162,27 @@ def report(
 
 
 def plot_curves(
-  path: Path, curves: dict[str, Sequence[tuple[list[float], list[float]]]], xlabel: str, ylabel: str, lines: dict[str, float]
+  path: Path,
+  curves: dict[str, Sequence[tuple[list[float], list[float]]]],
+  xlabel: str,
+  ylabel: str,
+  lines: dict[str, float],
+  xscale: str = 'linear',
 ) -> None:
   """One colour a method, one thin line a seed; `lines` are horizontal marks."""
-  figure = Figure(figsize=(7, 4.5), layout='constrained')
+  figure = Figure(figsize=(7, max(4.5, 0.3 * len(curves))), layout='constrained')
   axes = figure.subplots()
   for number, (name, runs) in enumerate(curves.items()):
     for seed, (x, y) in enumerate(runs):
-      axes.plot(x, y, color=f'C{number}', label=name if seed == 0 else None, linewidth=1.5)
+      style = ('-', '--', ':')[number // 10 % 3]
+      axes.plot(
+        x, y, style, color=f'C{number % 10}', label=name if seed == 0 else None, linewidth=1.5, marker='.' if len(x) < 4 else None
+      )
   for number, (name, value) in enumerate(lines.items()):
     axes.axhline(value, color='0.5', linestyle=('--', ':')[number % 2], linewidth=1, label=name)
-  axes.set(xlabel=xlabel, ylabel=ylabel, yscale='log')
-  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  axes.set(xlabel=xlabel, ylabel=ylabel, yscale='log', xscale=xscale)
+  if xscale == 'linear':
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.grid(alpha=0.3, which='both')
   axes.legend()
   figure.savefig(path, dpi=120)

@@ -1,19 +1,18 @@
-"""Penn Treebank reading and the language-model script."""
+"""The language-model script."""
 
 import dataclasses
-import gzip
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from experiments import language_model, ptb, runs
+from experiments import data, language_model, runs, streams
 from experiments.options import UserError
 import fptt_jax
 
@@ -29,84 +28,11 @@ def write_text(folder: Path) -> Path:
   return folder
 
 
-def test_load_reads_tokens_in_order_with_an_end_of_line_each(tmp_path: Path) -> None:
-  """Words split at blanks, '<eos>' ends each line, ids count up by first appearance; .gz files read the same."""
-  text = ptb.load(write_text(tmp_path), check_hashes=False)
-  assert text.vocabulary == ['w0', 'w1', 'w2', 'w3', 'w4', '<eos>']
-  np.testing.assert_array_equal(text.train[:10], [0, 1, 2, 3, 4, 0, 1, 5, 2, 3])
-  assert (len(text.train), len(text.valid), len(text.test)) == (480, 120, 80)
-  for split in ptb.SPLITS:
-    path = tmp_path / f'ptb.{split}.txt'
-    (tmp_path / f'ptb.{split}.txt.gz').write_bytes(gzip.compress(path.read_bytes()))
-    path.unlink()
-  zipped = ptb.load(tmp_path, check_hashes=False)
-  ptb.save(text, tmp_path / 'text.npz')
-  for other in (zipped, ptb.load(tmp_path / 'text.npz', check_hashes=False)):
-    assert ptb.fingerprint(other) == ptb.fingerprint(text)
-    for mine, theirs in zip(text, other, strict=True):
-      np.testing.assert_array_equal(mine, theirs)
-
-
-def test_bad_text_files_are_named(tmp_path: Path) -> None:
-  """Missing, not the original, truncated, not text, empty, unknown words, not an array file: one clear line each."""
-  write_text(tmp_path)
-  with pytest.raises(UserError, match=r'ptb\.train\.txt is not the original text: its sha256 is .*expected sha256 fcea919f'):
-    ptb.load(tmp_path)
-  (tmp_path / 'ptb.valid.txt').write_text('w0 stranger w1\n')
-  with pytest.raises(UserError, match=r"1 words of the validation or test text are not in the training text: \['stranger'\]"):
-    ptb.load(tmp_path, check_hashes=False)
-  (tmp_path / 'ptb.valid.txt').write_bytes(b'w0 \xff w1')
-  with pytest.raises(UserError, match=r'ptb\.valid\.txt cannot be read as text'):
-    ptb.load(tmp_path, check_hashes=False)
-  (tmp_path / 'ptb.valid.txt').write_text(' \n \n')
-  with pytest.raises(UserError, match=r'ptb\.valid\.txt is empty'):
-    ptb.load(tmp_path, check_hashes=False)
-  (tmp_path / 'ptb.valid.txt').unlink()
-  with pytest.raises(UserError, match=r'there is no ptb\.valid\.txt \(or ptb\.valid\.txt\.gz\) in '):
-    ptb.load(tmp_path, check_hashes=False)
-  (tmp_path / 'ptb.valid.txt.gz').write_bytes(gzip.compress(b'w0 w1\n' * 100)[:-12])
-  with pytest.raises(UserError, match=r'ptb\.valid\.txt\.gz cannot be read as text'):
-    ptb.load(tmp_path, check_hashes=False)
-  damaged = bytearray(gzip.compress(b'w0 w1\n' * 100))
-  damaged[12:20] = bytes(8)
-  (tmp_path / 'ptb.valid.txt.gz').write_bytes(damaged)
-  with pytest.raises(UserError, match=r'ptb\.valid\.txt\.gz cannot be read as text'):
-    ptb.load(tmp_path, check_hashes=False)
-
-
-def test_bad_array_files_are_named(tmp_path: Path) -> None:
-  """Not an array file, empty, cut off, ids outside the vocabulary, another text where the original is asked for."""
-  text = ptb.load(write_text(tmp_path), check_hashes=False)
-  path = tmp_path / 'text.npz'
-  ptb.save(text, path)
-  with pytest.raises(UserError, match=r'train is not the original text: its sha256 is .*, expected sha256 fcea919f'):
-    ptb.load(path)
-  for content in (b'no zip', b'', path.read_bytes()[:300], b'PK' + path.read_bytes()[:100]):
-    (tmp_path / 'bad.npz').write_bytes(content)
-    with pytest.raises(UserError, match=r'bad\.npz is not an array file'):
-      ptb.load(tmp_path / 'bad.npz', check_hashes=False)
-  ptb.save(text._replace(valid=text.valid + 1), path)
-  with pytest.raises(UserError, match=r'valid holds ids 1\.\.6 for a vocabulary of 6'):
-    ptb.load(path, check_hashes=False)
-  ptb.save(text._replace(test=text.test[None]), path)
-  with pytest.raises(UserError, match=r'test must be int32 token ids \[N\], got int32\[1, 80\]'):
-    ptb.load(path, check_hashes=False)
-
-
-def test_real_penn_treebank() -> None:
-  """The original files give the counts every paper quotes."""
-  folder = Path(os.environ.get('FPTT_JAX_DATA', '')) / 'ptb'
-  if 'FPTT_JAX_DATA' not in os.environ or not folder.is_dir():
-    pytest.skip('real data: set FPTT_JAX_DATA to a folder with ptb/ptb.{train,valid,test}.txt(.gz)')
-  text = ptb.load(folder)
-  assert (len(text.train), len(text.valid), len(text.test), len(text.vocabulary)) == (929_589, 73_760, 82_430, 10_000)
-
-
 @pytest.mark.parametrize('length', [9, 61, 80, 83])
 def test_sequences_cover_each_stream_once(length: int) -> None:
   """Row b of the batches, put end to end without the padding, is stream b; targets are the inputs one word on."""
   tokens, batch_size, seq_len = np.arange(length, dtype=np.int32), 4, 10
-  batches = list(language_model.sequences(tokens, seq_len, batch_size))
+  batches = list(streams.sequences(tokens, seq_len, batch_size))
   stream = length // batch_size
   rows: list[list[int]] = [[] for _ in range(batch_size)]
   for batch in batches:
@@ -118,23 +44,23 @@ def test_sequences_cover_each_stream_once(length: int) -> None:
   for b in range(batch_size):
     assert rows[b] == list(range(b * stream, (b + 1) * stream - 1))
   with pytest.raises(UserError, match='too short for 4 parallel streams'):
-    list(language_model.sequences(tokens[:7], seq_len, batch_size))
+    list(streams.sequences(tokens[:7], seq_len, batch_size))
 
 
 def test_perplexity_is_that_of_the_whole_text_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
   """Cut into pieces with the hidden state carried on, or read at once: the same number; a constant model has perplexity V."""
   config = language_model.Config(data_dir='.', **TINY)
   model = language_model.make_model(config, 6)
-  trainer = fptt_jax.trainer(model, fptt_jax.losses.sequence_classification(6), language_model.optax.sgd(0.1))
+  trainer = fptt_jax.trainer(model, fptt_jax.losses.sequence_classification(6), optax.sgd(0.1))
   params = model.init(jax.random.key(0))
   tokens = np.random.default_rng(0).integers(0, 6, 101).astype(np.int32)
   monkeypatch.setattr(language_model, 'EVALUATION_STEPS', 16)
-  pieces = language_model.perplexity(trainer, params, tokens)
+  pieces = math.exp(language_model.nats(trainer, params, tokens))
   _, logits = model.apply(params, model.initial_state(1), jnp.asarray(tokens[:-1, None]), None, None)
   nll = -jax.nn.log_softmax(logits[:, 0])[jnp.arange(100), tokens[1:]]
   assert pieces == pytest.approx(math.exp(nll.mean()), rel=1e-5)
   zero = jax.tree.map(jnp.zeros_like, params)
-  assert language_model.perplexity(trainer, zero, tokens) == pytest.approx(6.0, rel=1e-5)
+  assert math.exp(language_model.nats(trainer, zero, tokens)) == pytest.approx(6.0, rel=1e-5)
 
 
 def test_script_learns_a_text_and_writes_its_folder(tmp_path: Path) -> None:
@@ -151,12 +77,12 @@ def test_script_learns_a_text_and_writes_its_folder(tmp_path: Path) -> None:
     assert run['test_ppl'] < 3.5
     assert [row['updates'] for row in rows] == [36 * epoch for epoch in range(1, 7)]  # 11 sequences of 3, one with 9 of 10 steps
     assert run['parameters'] == 6 * 8 + (4 * 8 * 17) + 8 * 6 + 6
-  assert (tmp_path / 'run' / 'perplexity.png').stat().st_size > 10_000
+  assert (tmp_path / 'run' / 'valid_ppl.png').stat().st_size > 10_000
 
 
 def test_learning_rate_falls_on_a_plateau_and_training_stops_below_the_least(tmp_path: Path) -> None:
   """At a learning rate that cannot improve, each epoch divides it, until it is below --min_lr."""
-  text = ptb.load(write_text(tmp_path), check_hashes=False)
+  text = data.load_text('text', write_text(tmp_path))
   settings = {**TINY, 'epochs': 9, 'lr': 1e-30, 'dropout': 0.0, 'min_lr': 1e-31, 'plateau_factor': 4.0}
   config = language_model.Config(data_dir=str(tmp_path), **settings)
   summary = language_model.train(config, text, 'tbptt', 0, tmp_path / 'run')
@@ -168,7 +94,7 @@ def test_learning_rate_falls_on_a_plateau_and_training_stops_below_the_least(tmp
 def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """Stopped after an epoch's metrics and before its checkpoint, a run goes on to the metrics of one never stopped; with dropout,
   restart of the recursion, evaluation at the summary."""
-  text = ptb.load(write_text(tmp_path), check_hashes=False)
+  text = data.load_text('text', write_text(tmp_path))
   config = language_model.Config(data_dir=str(tmp_path), restart=True, evaluate_at='w_bar', **TINY)
   whole = language_model.train(config, text, 'fptt', 1, tmp_path / 'whole')
   save = runs.Run.save
@@ -193,11 +119,14 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
-    (dict(data_dir=''), '--data_dir must be a folder with the text files .*simple-examples'),
+    (dict(data_dir='', task='text'), "--data_dir must be given with --task='text'"),
     (dict(method=('fptt', 'tbptt_final')), '--method must be without tbptt_final, which takes no padded'),
     (dict(dropout=1.0), r'--dropout must be in \[0, 1\), got 1.0'),
     (dict(epochs=0), '--epochs must be at least 1, got 0'),
-    (dict(plateau_factor=0.5), '--plateau_factor must be at least 1, got 0.5'),
+    (dict(plateau_factor=0.5), '--plateau_factor must be a finite number >= 1, got 0.5'),
+    (dict(tied=True, hidden=128), '--last_hidden must be the embedding size 256 with --tied and without --experts, got 128'),
+    (dict(experts=3), '--experts must be 0 without --tied, got 3'),
+    (dict(milestones=(0,)), r'--milestones must be epochs >= 1, got \(0,\)'),
     (dict(num_windows=301), 'num_windows must be an integer between 1 and the sequence length T=300, got 301'),
   ],
 )
@@ -212,13 +141,48 @@ def test_divergence_is_said_and_nothing_of_it_is_kept(tmp_path: Path, capsys: py
   config = language_model.Config(
     data_dir=str(write_text(tmp_path)), method=('tbptt',), workdir=str(tmp_path / 'run'), **{**TINY, 'lr': 1e30}
   )
-  for _ in range(2):
+  for said in (True, False):
     language_model.main(config)
-    assert 'epoch   1  diverged' in capsys.readouterr().out
+    assert ('epoch   1  diverged' in capsys.readouterr().out) == said
     [row] = runs.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
     assert row['train_ppl'] is None
     [summary] = json.loads((tmp_path / 'run' / 'summary.json').read_text())['runs']
     assert (summary['valid_ppl'], summary['test_ppl']) == (None, None)
+
+
+def test_random_lengths_cover_the_text_and_scale_the_learning_rate(tmp_path: Path) -> None:
+  """The pieces put end to end are the streams; lengths scatter around T with deviation 5, or T/2; the factor is length/T; an epoch
+  is drawn alike whatever ran before it, another epoch otherwise."""
+  config = language_model.Config(data_dir=str(tmp_path), **{**TINY, 'seq_len': 40, 'random_lengths': True, 'batch_size': 2})
+  tokens = np.arange(20_000, dtype=np.int32)
+  portions = list(language_model.portions(config, 'fptt', tokens, seed=0, epoch=1))
+  lengths = np.array([portion.batch.lengths[0] for portion in portions])
+  rows = [portion.batch.inputs[:length, 1] for portion, length in zip(portions, lengths, strict=True)]
+  np.testing.assert_array_equal(np.concatenate(rows), np.arange(10_000, 19_999))
+  assert {portion.batch.inputs.shape for portion in portions} == {(55, 2)}
+  np.testing.assert_allclose([portion.lr_factor for portion in portions], lengths / 40)
+  assert np.std(lengths[lengths > 30]) == pytest.approx(5, abs=1)
+  assert 0.01 < np.mean(lengths < 28) < 0.12
+  starts = fptt_jax.cut(55, num_windows=3).starts
+  assert [portion.updates for portion in portions] == [int(np.sum(starts < length)) for length in lengths]
+  again = language_model.portions(config, 'fptt', tokens, seed=0, epoch=1)
+  assert [portion.lr_factor for portion in again] == [portion.lr_factor for portion in portions]
+  other = language_model.portions(config, 'fptt', tokens, seed=0, epoch=2)
+  assert [portion.lr_factor for portion in other] != [portion.lr_factor for portion in portions]
+
+
+def test_the_whole_recipe_of_ptb_w_runs_small(tmp_path: Path) -> None:
+  """Mixture of softmaxes, all dropouts, penalties, random lengths, averaging, dynamic evaluation:
+  one run through all of it; the test text is measured both ways."""
+  small = dict(
+    seq_len=12, batch_size=4, embedding=8, hidden=8, last_hidden=8, experts=2, epochs=5, average_after=1, lr=1.0, alpha=0.01
+  )
+  settings = language_model.TASKS['ptb_w'] | small | dict(beta=0.5, dynamic_evaluation=True)
+  config = language_model.Config(task='text', data_dir=str(write_text(tmp_path)), **settings)
+  _, [summary] = language_model.run(config, str(tmp_path / 'run'))
+  assert summary['epochs'] == 5
+  assert 1 < summary['dynamic_test_ppl'] < 6
+  assert 1 < summary['test_ppl'] < 7
 
 
 def test_defaults_are_the_release_s_setting() -> None:

@@ -3,21 +3,38 @@
 from fptt_jax.nn.adapters import from_linen, from_nnx
 from fptt_jax.nn.cells import LRU, FastGRNN, IncrementalRNN, IndRNN, LRUState
 from fptt_jax.nn.layers import GRU, LSTM, RNN, AntisymmetricRNN, Lift, LSTMState, Stack
+from fptt_jax.nn.readouts import MixtureOfSoftmaxes, TiedReadout
+from fptt_jax.nn.reconstruction import Reconstruction
+from fptt_jax.nn.regularisation import (
+  ActivationPenalty,
+  EmbeddingDropout,
+  LockedDropout,
+  TemporalActivationPenalty,
+  WeightDrop,
+)
 from fptt_jax.nn.torch_weights import from_torch
 
 __all__ = (
-  'GRU',
-  'LRU',
-  'LSTM',
-  'RNN',
+  'ActivationPenalty',
   'AntisymmetricRNN',
+  'EmbeddingDropout',
   'FastGRNN',
+  'GRU',
   'IncrementalRNN',
   'IndRNN',
+  'LRU',
   'LRUState',
+  'LSTM',
   'LSTMState',
   'Lift',
+  'LockedDropout',
+  'MixtureOfSoftmaxes',
+  'RNN',
+  'Reconstruction',
   'Stack',
+  'TemporalActivationPenalty',
+  'TiedReadout',
+  'WeightDrop',
   'from_linen',
   'from_nnx',
   'from_torch',

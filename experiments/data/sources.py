@@ -1,0 +1,178 @@
+"""The official files: names, hashes and addresses; finding, downloading and checking them.
+
+The hashes of MNIST's files and of CIFAR-10's archive are those that tensorflow-datasets lists; those of Penn Treebank are of
+Mikolov's simple-examples; those of the files within CIFAR-10's archive are of the official content, in any packing.
+"""
+
+from collections.abc import Iterable
+import gzip
+import hashlib
+import lzma
+from pathlib import Path, PurePosixPath
+import shutil
+import tarfile
+import tempfile
+from typing import NamedTuple
+import urllib.request
+import zlib
+
+from experiments.options import UserError
+
+TIMEOUT = 5.0  # seconds without a byte
+TRIES = 2
+DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError)
+
+
+class Source(NamedTuple):
+  """The files a data set consists of.
+
+  Attributes:
+    name: the folder's name where several data sets lie side by side.
+    files: sha256 by file name; '' where any content will do.
+    urls: what to download: sha256 (or '') by address.
+    archive: name, less its ending, of a tar archive that holds the files; '' if there is none.
+    inside: the folder within the archive.
+  """
+
+  name: str
+  files: dict[str, str]
+  urls: dict[str, str]
+  archive: str = ''
+  inside: str = ''
+
+  def described(self, names: Iterable[str]) -> str:
+    """The files with their hashes, and where to get them."""
+    hashes = ', '.join(f'{name} with sha256 {self.files[name]}' for name in names if self.files[name])
+    return f'expected {hashes}; get it from {" ".join(self.urls)} and give its folder as --data_dir.' if hashes else ''
+
+
+def _mnist() -> Source:
+  files = {
+    'train-images-idx3-ubyte.gz': '440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609',
+    'train-labels-idx1-ubyte.gz': '3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c',
+    't10k-images-idx3-ubyte.gz': '8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6',
+    't10k-labels-idx1-ubyte.gz': 'f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6',
+  }
+  return Source('mnist', files, {f'https://storage.googleapis.com/cvdf-datasets/mnist/{name}': files[name] for name in files})
+
+
+def _cifar10() -> Source:
+  files = {
+    'data_batch_1.bin': 'cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5',
+    'data_batch_2.bin': 'a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed',
+    'data_batch_3.bin': 'bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67',
+    'data_batch_4.bin': '014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48',
+    'data_batch_5.bin': '755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add',
+    'test_batch.bin': '8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b',
+  }
+  url = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+  archive_hash = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
+  return Source('cifar10', files, {url: archive_hash}, 'cifar-10-binary', 'cifar-10-batches-bin')
+
+
+def _ptb() -> Source:
+  files = {
+    'ptb.train.txt': 'fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf',
+    'ptb.valid.txt': 'c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2',
+    'ptb.test.txt': 'dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0',
+  }
+  url = 'http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz'
+  return Source('ptb', files, {url: ''}, 'simple-examples', 'simple-examples/data')
+
+
+SOURCES = {source.name: source for source in (_mnist(), _cifar10(), _ptb())}
+ANY_TEXT = SOURCES['ptb']._replace(files=dict.fromkeys(SOURCES['ptb'].files, ''), urls={}, archive='', inside='')
+
+
+def find(source: Source, folder: Path) -> dict[str, bytes]:
+  """The checked files by name, from `folder` or the folder of the data set's name in it: loose, with .gz added, or in the archive.
+
+  Raises:
+    UserError: a file is missing, damaged or not the official one.
+  """
+  for place in (folder, folder / source.name):
+    for loose in (place, place / source.inside):
+      if any(_path(loose, name) for name in source.files):
+        return {name: _read(source, loose, name) for name in source.files}
+    if source.archive:
+      for archive in sorted(place.glob(f'{source.archive}.t*')):
+        return _unpack(source, archive)
+  if source.urls:
+    raise UserError(f'{folder} holds no file of {source.name}; {source.described(source.files)}')
+  raise UserError(f'{folder} holds none of {", ".join(source.files)} (nor those with .gz).')
+
+
+def download(source: Source) -> dict[str, bytes]:
+  """The checked files by name, fetched from their official addresses.
+
+  Raises:
+    UserError: an address does not answer, or answers with something else.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    for url, sha256 in source.urls.items():
+      path = Path(folder) / PurePosixPath(url).name
+      print(f'downloading {url}', flush=True)
+      _fetch(source, url, path)
+      if sha256 and (got := _sha256(path.read_bytes())) != sha256:
+        raise UserError(f'{url} is not the official file: its sha256 is {got}, expected {sha256}; {source.described(source.files)}')
+    return find(source, Path(folder))
+
+
+def _fetch(source: Source, url: str, path: Path) -> None:
+  for trial in range(TRIES):
+    try:
+      with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open('wb') as file:
+        shutil.copyfileobj(answer, file)
+      return
+    except (OSError, ValueError) as error:  # urllib's errors and time-outs are OSErrors.
+      if trial == TRIES - 1:
+        raise UserError(f'cannot download {url} ({error}); {source.described(source.files)}') from error
+
+
+def _path(folder: Path, name: str) -> Path | None:
+  return next((path for path in (folder / name, folder / f'{name}.gz') if path.is_file()), None)
+
+
+def _read(source: Source, folder: Path, name: str) -> bytes:
+  path = _path(folder, name)
+  if path is None:
+    zipped = '' if name.endswith('.gz') else f' (or {name}.gz)'
+    raise UserError(f'there is no {name}{zipped} in {folder}; {source.described([name])}')
+  content = b''
+  try:
+    content = path.read_bytes()
+    return _checked(source, name, content if path.name == name else gzip.decompress(content), path)
+  except DAMAGED as error:
+    raise UserError(
+      f'{path} cannot be read ({error}): its sha256 is {_sha256(content)}; {source.described([name])}'
+    ) from error
+
+
+def _unpack(source: Source, archive: Path) -> dict[str, bytes]:
+  members = {f'{source.inside}/{name}': name for name in source.files}
+  contents: dict[str, bytes] = {}
+  try:
+    with tarfile.open(archive) as file:
+      for member in file:
+        name = members.get(member.name.removeprefix('./'))
+        if name and (stream := file.extractfile(member)):
+          contents[name] = _checked(source, name, stream.read(), archive / member.name)
+  except DAMAGED as error:
+    hashes = '; '.join(f'{url} has {sha256}' for url, sha256 in source.urls.items() if sha256)
+    got = f'its sha256 is {_sha256(archive.read_bytes())}{hashes and ", " + hashes}'
+    raise UserError(f'{archive} cannot be read ({error}): {got}; {source.described(source.files)}') from error
+  missing = [name for name in source.files if name not in contents]
+  if missing:
+    raise UserError(f'there is no {source.inside}/{missing[0]} in {archive}; {source.described(missing)}')
+  return contents
+
+
+def _checked(source: Source, name: str, content: bytes, path: Path) -> bytes:
+  got = _sha256(content)
+  if source.files[name] and got != source.files[name]:
+    raise UserError(f'{path} is not the original: its sha256 is {got}, {source.described([name])}')
+  return content
+
+
+def _sha256(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()

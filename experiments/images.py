@@ -1,0 +1,229 @@
+"""Images as sequences: pixel MNIST, permuted MNIST, pixel CIFAR-10 (paper, Sec. 4.4, Tables 2, 3 and 6).
+
+An image is read pixel by pixel (T=784 or 1024), with --row row by row (T=28 or 32), and classified after its last step. The
+defaults are the authors' release's: LSTM 128, Adam 1e-3 divided by 10 after epochs 50, 75 and 90 of 200, clip 1, alpha 0.1, K=10.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+import numpy as np
+
+from experiments import data, epochs, options, recipe, runs
+from experiments.data import Examples, Splits
+from experiments.options import check, option
+import fptt_jax
+from fptt_jax import nn
+
+EVALUATION_BATCH = 1000
+SPLIT_SEED = 0
+
+CELLS: dict[str, Callable[[int, 'Config', nnx.Rngs], Any]] = {
+  'lstm': lambda features, config, rngs: nn.LSTM(features, config.hidden, forget_bias=config.forget_bias, rngs=rngs),
+  'gru': lambda features, config, rngs: nn.GRU(features, config.hidden, recurrent_bias=False, rngs=rngs),
+  'rnn': lambda features, config, rngs: nn.RNN(features, config.hidden, rngs=rngs),
+  'antisymmetric': lambda features, config, rngs: nn.AntisymmetricRNN(features, config.hidden, rngs=rngs),
+  'fastgrnn': lambda features, config, rngs: nn.FastGRNN(features, config.hidden, rngs=rngs),
+  'irnn': lambda features, config, rngs: nn.IncrementalRNN(features, config.hidden, rngs=rngs),
+  'indrnn': lambda features, config, rngs: nn.IndRNN(features, config.hidden, max_weight=1.0, rngs=rngs),
+  'lru': lambda features, config, rngs: nn.LRU(features, config.hidden, r_min=0.9, r_max=0.999, rngs=rngs),
+}
+"""Recurrent layers by name: (features in, configuration, rngs) -> layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(epochs.EpochRecipe):
+  """Settings of the image tasks."""
+
+  task: str = option(
+    'mnist',
+    "'mnist', 'permuted' (MNIST), 'cifar10', or 'arrays': the .npz given as data_dir",
+    ('mnist', 'permuted', 'cifar10', 'arrays'),
+  )
+  data_dir: str = option('', 'folder with the official files, or a .npz of experiments.data; default a prepared copy or a download')
+  row: bool = option(False, 'a row of the image a step instead of a pixel: quick, and another task than the paper has')
+  permutation_seed: int = option(0, "draws the fixed order of steps of 'permuted'")
+  train_size: int = option(0, 'use only so many training images; 0 for all')
+  valid_size: int = option(5000, 'training images held out to validate on')
+  cell: str = option('lstm', 'recurrent layer', tuple(CELLS))
+  hidden: int = option(128, 'H, units of a recurrent layer')
+  layers: int = option(1, 'recurrent layers')
+  forget_bias: float = option(1.0, "initial bias of the LSTM's forget gate")
+  readout_hidden: int = option(0, 'units of a hidden layer (relu) in the readout; 0 for a linear readout')
+  dropout: float = option(0.0, 'on the outputs of the last recurrent layer')
+  divergence: str = option(
+    'class_ema', 'what Q of the divergence term is', ('class_ema', 'last_epoch', 'example', 'uniform', 'none')
+  )
+  reconstruction: float = option(
+    0.0, "weight of r-LSTM's auxiliary loss, which reconstructs inputs before a random step; 0 is none"
+  )
+  reconstruction_segment: int = option(0, 'steps to reconstruct; default T/10')
+  num_windows: int | None = option(10, 'K, updates a sequence, for methods that do not fix it')
+  alpha: float = option(0.1, 'strength of the tie of W to its summary')
+  clip: float = option(1.0, 'largest global norm of the gradient; 0 does not clip')
+  batch_size: int = option(128, 'B')
+  epochs: int = option(200, 'passes over the training images')
+  milestones: tuple[int, ...] = option((50, 75, 90), 'epochs after which the learning rate is divided by milestone_factor')
+  workdir: str = option('', 'folder of the run; default runs/images-TIME. The same command and folder resume a run')
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for name in ('hidden', 'layers', 'batch_size', 'valid_size'):
+      check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
+    for name in ('permutation_seed', 'train_size', 'readout_hidden', 'reconstruction_segment'):
+      check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
+    check(self.reconstruction_segment != 1, 'reconstruction_segment', self.reconstruction_segment, '0 or at least 2')
+    check(0 <= self.dropout < 1, 'dropout', self.dropout, 'in [0, 1)')
+    check(self.reconstruction >= 0, 'reconstruction', self.reconstruction, 'a number >= 0')
+    check(self.task != 'arrays' or self.data_dir.endswith('.npz'), 'data_dir', self.data_dir, "a .npz with --task='arrays'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+  """A task's images and how they are read.
+
+  Attributes:
+    splits: images and labels.
+    moments: mean and standard deviation they are normalised by.
+    rows: whether a step is a row.
+    order: int [T], the fixed order of the steps, or None.
+    num_classes: C.
+  """
+
+  splits: Splits
+  moments: tuple[float, float]
+  rows: bool
+  order: np.ndarray | None
+  num_classes: int
+
+  def batch(self, examples: Examples, chosen: Any, with_ids: bool) -> fptt_jax.Batch:
+    """The chosen examples time-major; with their numbers where the loss wants them."""
+    inputs = data.to_sequences(examples.images[chosen], self.moments, self.rows, self.order)
+    labels = examples.labels[chosen]
+    return fptt_jax.Batch(inputs, (labels, np.asarray(chosen, np.int32)) if with_ids else labels)
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(T, D)."""
+    sequence = data.to_sequences(self.splits.train.images[:1], self.moments, self.rows, None)
+    return sequence.shape[0], sequence.shape[2]
+
+
+def load(config: Config) -> tuple[Sequences, str]:
+  """The task's sequences, and a hash of the images whatever files they came from."""
+  name = 'mnist' if config.task == 'permuted' else config.task
+  images = data.load_images(name, config.data_dir)
+  fingerprint = data.fingerprint(images)
+  splits = data.hold_out(images, config.valid_size, SPLIT_SEED)
+  if config.train_size:
+    splits = splits._replace(train=Examples(*(part[: config.train_size] for part in splits.train)))
+  num_classes = max(2, 1 + int(images.train_labels.max()))
+  sequences = Sequences(splits, data.MOMENTS[name], config.row, None, num_classes)
+  if config.task == 'permuted':
+    sequences = dataclasses.replace(sequences, order=data.permutation(sequences.shape[0], config.permutation_seed))
+  return sequences, fingerprint
+
+
+def make_model(config: Config, num_steps: int, features: int, num_classes: int) -> fptt_jax.Model:
+  """Recurrent layers and a readout."""
+
+  def build(rngs: nnx.Rngs) -> nn.Stack:
+    widths = [features, *[config.hidden] * config.layers]
+    layers = [CELLS[config.cell](width, config, rngs) for width in widths[:-1]]
+    if config.reconstruction:
+      segment = config.reconstruction_segment or max(2, num_steps // 10)
+      layers[0] = nn.Reconstruction(layers[0], features, segment=segment, weight=config.reconstruction, rngs=rngs)
+    if config.dropout:
+      layers.append(nnx.Dropout(config.dropout))
+    if config.readout_hidden:
+      layers += [nnx.Linear(config.hidden, config.readout_hidden, rngs=rngs), nnx.relu]
+    layers.append(nnx.Linear(config.readout_hidden or config.hidden, num_classes, rngs=rngs))
+    return nn.Stack(*layers)
+
+  return nn.from_nnx(build)
+
+
+def make_task(config: Config, sequences: Sequences, method: str, seed: int) -> epochs.Task:
+  """What the loop over epochs needs."""
+  num_steps, features = sequences.shape
+  train, valid, test = sequences.splits
+  size = len(train.labels)
+  by_example = config.divergence == 'example'
+  loss = fptt_jax.losses.terminal_classification(
+    sequences.num_classes, divergence=config.divergence, num_examples=size if by_example else None
+  )
+  model = make_model(config, num_steps, features, sequences.num_classes)
+  trainer = recipe.make_trainer(config, method, model, loss, config.lr, num_steps, wrap=epochs.averaging_wrapper(config))
+  updates = recipe.updates_a_sequence(config, method, num_steps)[1] // config.inner_steps
+  count = size // config.batch_size
+  if not count:
+    raise options.UserError(f'--batch_size must be at most the {size} training images, got {config.batch_size}.')
+
+  def portions(epoch: int) -> Iterator[epochs.Portion]:
+    order = np.random.default_rng((seed, epoch)).permutation(size)
+    for chosen in np.split(order[: count * config.batch_size], count):
+      yield epochs.Portion(sequences.batch(train, chosen, by_example), updates)
+
+  def accuracy(params: Any, examples: Examples) -> float:
+    sums = {'accuracy': 0.0, 'count': 0}
+    for start in range(0, len(examples.labels), EVALUATION_BATCH):
+      chosen = np.arange(start, min(start + EVALUATION_BATCH, len(examples.labels)))
+      totals, _ = trainer.evaluate(params, sequences.batch(examples, chosen, by_example))
+      sums = {name: sums[name] + totals[name].item() for name in sums}
+    return percent(sums)
+
+  return epochs.Task(
+    trainer,
+    portions,
+    count,
+    validate=lambda params: accuracy(params, valid),
+    test=lambda params: {'test_accuracy': accuracy(params, test)},
+    score='accuracy',
+    train_score=percent,
+    higher_is_better=True,
+  )
+
+
+def percent(totals: dict[str, float]) -> float:
+  """Accuracy in percent."""
+  return 100 * totals['accuracy'] / totals['count']
+
+
+def train(config: Config, sequences: Sequences, method: str, seed: int, folder: Path) -> dict[str, Any]:
+  """Trains by one method from one seed and returns its summary."""
+  num_steps, features = sequences.shape
+  task = make_task(config, sequences, method, seed)
+  summary = epochs.train(config, task, method, seed, folder)
+  shapes = nnx.eval_shape(lambda: CELLS[config.cell](features, config, nnx.Rngs(0)))
+  recurrent = epochs.count(nnx.state(shapes, nnx.Param)) if config.layers == 1 else None
+  num_windows, _ = recipe.updates_a_sequence(config, method, num_steps)
+  return {'method': method, 'seed': seed, 'K': num_windows, **summary, 'recurrent_parameters': recurrent}
+
+
+def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
+  """Trains by each method from each seed: (the folder, a summary each)."""
+  sequences, fingerprint = load(config)
+  options.checked(config.check_length, sequences.shape[0])
+  path = runs.open_workdir(folder, 'images', config, images_sha256=fingerprint)
+  if sequences.order is not None:
+    with runs.replaced(path / 'permutation.json') as file:
+      json.dump(sequences.order.tolist(), file)
+  num_steps, features = sequences.shape
+  sizes = ' / '.join(f'{len(part.labels):,}' for part in sequences.splits)
+  print(f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} {config.hidden}; writing to {path}')
+  jobs = [(method, seed) for method in config.method for seed in config.seeds]
+  return path, [runs.once(path, *job, lambda job=job: train(config, sequences, *job, path)) for job in jobs]
+
+
+def main(config: Config) -> None:
+  """Trains and reports."""
+  folder, summaries = run(config, config.workdir)
+  runs.report(folder, summaries, 'valid_accuracy', 'accuracy.png', 'epoch', 'validation accuracy, %', {}, digits=2)
+
+
+if __name__ == '__main__':
+  options.run(main, Config)

@@ -1,0 +1,199 @@
+"""One command for each figure and table of the paper.
+
+    python -m experiments.paper --item=table6 --scale=cpu
+
+An item is a list of runs, each in a folder of its own: stop it at any time, the same command goes on. --tune first tries the
+declared learning rates on each line, chosen by validation, and later runs of the item in the same folder use what was found.
+It ends with a table (mean and 95 % confidence interval over the seeds, beside the paper's and an independent replication's number
+where the setting is theirs) as text, JSON and plot.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from tabulate import tabulate
+
+from experiments import items, options, runs, smoke, studies
+from experiments.items import Entry
+from experiments.options import UserError, check, option
+import fptt_jax
+
+TUNE_SEED = 1000
+"""No reported run uses it: what is drawn for tuning is drawn for nothing else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Which item, and how much of it."""
+
+  item: str = option('fig2', 'figure, table or study', (*items.ITEMS, *studies.STUDIES))
+  scale: str = option(
+    'cpu', "'full': the paper's setting; 'cpu': reduced, for two cores; 'smoke': seconds, means nothing", items.SCALES
+  )
+  methods: tuple[str, ...] = option(('all',), f'only lines of these methods: {", ".join(fptt_jax.METHODS)}')
+  lines: tuple[str, ...] = option(('all',), 'only the lines of these names, as the table shows them')
+  seeds: tuple[int, ...] = option((0,), 'seeds, one run each: 0,1,2 or 0:3')
+  tune: bool = option(False, 'try the declared learning rates, choose by validation, and stop')
+  data_dir: str = option(
+    '', 'folder with the official data files (or mnist/, cifar10/, ptb/ in it); default a prepared copy or a download'
+  )
+  workdir: str = option('', 'folder; default runs/ITEM-SCALE, so that the same command resumes')
+
+  def __post_init__(self) -> None:
+    known = {'all', *fptt_jax.METHODS}
+    check(set(self.methods) <= known, 'methods', self.methods, f'out of {", ".join(sorted(known))}')
+    check(bool(self.seeds) and min(self.seeds, default=-1) >= 0, 'seeds', self.seeds, 'integers >= 0')
+    check(TUNE_SEED not in self.seeds, 'seeds', self.seeds, f'without {TUNE_SEED}, which tuning draws from')
+    check(self.item in items.ITEMS or not self.tune, 'tune', self.tune, f'false with --item={self.item}, which has nothing to tune')
+
+
+def chosen_entries(config: Config, folder: Path) -> list[Entry]:
+  """The item's lines that are asked for, with the data's place and the settings tuned before.
+
+  Raises:
+    UserError: a name that is no line, or nothing left.
+  """
+  entries = items.ITEMS[config.item](config.scale)
+  labels = [entry.label for entry in entries]
+  unknown = sorted(set(config.lines) - {'all', *labels})
+  if unknown:
+    raise UserError(f'--lines must be out of {", ".join(labels)}, got {", ".join(unknown)}.')
+  wanted = lambda entry: 'all' in config.methods or entry.config.method[0] in config.methods
+  entries = [entry for entry in entries if wanted(entry) and ('all' in config.lines or entry.label in config.lines)]
+  if not entries:
+    raise UserError(f'--methods={",".join(config.methods)} and --lines={",".join(config.lines)} leave no line of {config.item}.')
+  tuned = read_json(folder / 'tuned.json')
+  place = smoke.data_files(folder / 'data') if config.scale == 'smoke' else dict.fromkeys(('images', 'text'), config.data_dir)
+  kinds = {'experiments.images': 'images', 'experiments.language_model': 'text'}
+
+  def prepared(entry: Entry) -> Entry:
+    settings: dict[str, Any] = dict(lr=tuned[entry.label]['lr']) if entry.label in tuned else {}
+    if entry.script.__name__ in kinds:
+      settings['data_dir'] = place[kinds[entry.script.__name__]]
+    return entry._replace(config=dataclasses.replace(entry.config, **settings))
+
+  return [prepared(entry) for entry in entries]
+
+
+def run_entry(entry: Entry, config: Any, folder: Path) -> list[dict[str, Any]]:
+  """Runs a configuration in a folder of its own, every seed, and writes its summary."""
+  path, summaries = entry.script.run(config, str(folder))
+  runs.write_summary(path, summaries)
+  return summaries
+
+
+def tune(config: Config, entries: list[Entry], folder: Path) -> None:
+  """Tries each line's grid by short runs from a seed of their own; writes tuned.json, the curves and a table."""
+  tuned, rows, curves = read_json(folder / 'tuned.json'), [], {}
+  for entry in entries:
+    tried = {}
+    for name, candidate in items.grid(entry):
+      [summary] = run_entry(entry, dataclasses.replace(candidate, seeds=(TUNE_SEED,)), folder / 'tune' / name)
+      tried[candidate.lr] = summary[entry.score.choose]
+    finite = {lr: score for lr, score in tried.items() if score is not None}
+    rows += [[entry.label, lr, score] for lr, score in tried.items()]
+    if finite:
+      best = (max if entry.score.higher_is_better else min)(finite, key=lambda lr: finite[lr])
+      tuned[entry.label] = {
+        'lr': best,
+        entry.score.choose: finite[best],
+        'tried': {f'{lr:g}': score for lr, score in tried.items()},
+      }
+      curves[entry.label] = [(sorted(finite), [finite[lr] for lr in sorted(finite)])]
+  write_json(folder / 'tuned.json', tuned)
+  if curves:
+    label = f'{entries[0].score.label} after a short run'
+    runs.plot_curves(folder / 'tuning.png', curves, 'learning rate', label, {}, xscale='log')
+  print(tabulate(rows, ['line', 'learning rate', entries[0].score.choose.replace('_', ' ')], floatfmt='.4g', missingval='diverged'))
+  print(f'chosen learning rates are in {folder / "tuned.json"}; the same command without --tune uses them')
+
+
+def interval(values: list[float]) -> float | None:
+  """Half the width of the 95 % confidence interval of the mean (Student's t); None for fewer than two values."""
+  if len(values) < 2:
+    return None
+  return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def line(entry: Entry, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+  """A line of the table, of all its seeds."""
+  values = [summary[entry.score.test] for summary in summaries if summary[entry.score.test] is not None]
+  dynamic = [summary[f'dynamic_{entry.score.test}'] for summary in summaries if f'dynamic_{entry.score.test}' in summary]
+  return {
+    'line': entry.label,
+    'method': entry.config.method[0],
+    'K': summaries[0]['K'],
+    'lr': f'{entry.config.lr:g}',
+    'seeds': len(summaries),
+    'diverged': len(summaries) - len(values),
+    entry.score.test: float(np.mean(values)) if values else None,
+    '95 % CI': interval(values),
+    **({f'dynamic {entry.score.test}': float(np.mean(dynamic))} if dynamic else {}),
+    'paper': entry.paper,
+    'replication': entry.replication or None,
+    'seconds a run': float(np.mean([summary['seconds'] for summary in summaries])),
+  }
+
+
+def report(config: Config, entries: list[Entry], results: list[list[dict[str, Any]]], folder: Path) -> None:
+  """Table as text and JSON, and the curves."""
+  for score in dict.fromkeys(entry.score for entry in entries):
+    pairs = [(entry, summaries) for entry, summaries in zip(entries, results, strict=True) if entry.score == score]
+    table = [line(entry, summaries) for entry, summaries in pairs]
+    text = tabulate([list(row.values()) for row in table], list(table[0]), floatfmt=f'.{score.digits}f', missingval='-')
+    print(text)
+    name = f'{config.item}-{score.test}'
+    with runs.replaced(folder / f'{name}.txt') as file:
+      file.write(f'{config.item}, scale {config.scale}\n{text}\n')
+    write_json(folder / f'{name}.json', {'item': config.item, 'scale': config.scale, 'lines': table})
+    curves = {}
+    for entry, summaries in pairs:
+      files = [folder / entry.label / f'{entry.config.method[0]}-seed{summary["seed"]}' / 'metrics.jsonl' for summary in summaries]
+      rows = [runs.read_jsonl(file) for file in files]
+      curves[entry.label] = [([row['step'] for row in run], [row[score.curve] for row in run]) for run in rows]
+    step = 'batches' if score is items.ERROR else 'epoch'
+    runs.plot_curves(folder / f'{name}.png', curves, step, score.label, {'chance': 1 / 6} if score is items.ERROR else {})
+  if config.scale != 'full':
+    print(f"scale {config.scale}: reduced settings, not the paper's; its numbers stand beside --scale=full only")
+  print(f'tables, plots and the runs are in {folder}')
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A file's content; {} without the file."""
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_json(path: Path, content: Any) -> None:
+  """Writes it whole or not at all."""
+  with runs.replaced(path) as file:
+    file.write(json.dumps(content, indent=2) + '\n')
+
+
+def main(config: Config) -> None:
+  """Runs what is missing of an item and reports it."""
+  folder = Path(config.workdir or f'runs/{config.item}-{config.scale}').absolute()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'cannot write to --workdir={folder}: {error}') from error
+  if config.item in studies.STUDIES:
+    studies.STUDIES[config.item](config.scale, folder)
+    return
+  entries = chosen_entries(config, folder)
+  if config.tune:
+    tune(config, entries, folder)
+    return
+  results = []
+  for entry in entries:
+    print(f'--- {config.item}: {entry.label}', flush=True)
+    results.append(run_entry(entry, dataclasses.replace(entry.config, seeds=config.seeds), folder / entry.label))
+  report(config, entries, results, folder)
+
+
+if __name__ == '__main__':
+  options.run(main, Config)

@@ -1,0 +1,106 @@
+"""Measuring costs: what is timed is what it says, what is counted is right."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import problems
+import pytest
+
+from experiments import add_task, cost
+import fptt_jax
+
+
+def work(x: jax.Array) -> jax.Array:
+  """Some twenty milliseconds that end as a zero nobody can foresee."""
+  start = jnp.full((300, 300), 1e-3) + x * 1e-9
+  return 0 * jnp.tanh(jax.lax.fori_loop(0, 40, lambda _, m: jnp.tanh(m @ m), start)).sum()
+
+
+@jax.custom_vjp
+def slow_backward(x: jax.Array) -> jax.Array:
+  """The identity, whose backward pass takes long."""
+  return x
+
+
+slow_backward.defvjp(lambda x: (x, None), lambda _, g: (g + work(g.sum()),))
+
+
+def slow_update() -> optax.GradientTransformation:
+  """SGD that takes long."""
+  update = lambda grads, state, params=None: (jax.tree.map(lambda g: -0.1 * g + work(g.sum()), grads), state)
+  return optax.GradientTransformation(lambda params: (), update)
+
+
+def measure(slow: str) -> dict[str, Any]:
+  """Costs of BPTT on a tiny network where either the backward pass or the update is slow."""
+  model = problems.elman(hidden=2)
+  if slow == 'backward':
+    apply = model.apply
+    model = model._replace(apply=lambda p, h, x, mask, key: apply({**p, 'b': slow_backward(p['b'])}, h, x, mask, key))
+  make_optimizer = lambda method: slow_update() if slow == 'update' else optax.sgd(0.1)
+  loss, batch = fptt_jax.losses.terminal_regression(), problems.regression_batch(4, 2)
+  return cost.measure(model, loss, make_optimizer, 'bptt', batch, num_windows=None, repeats=3)
+
+
+def test_time_goes_to_what_took_it() -> None:
+  """A slow backward pass is in the gradient's time (so the gradient is not left out as unused), a slow update in the update's."""
+  backward, update = measure('backward'), measure('update')
+  assert backward['gradient_ms'] > 5 * abs(backward['update_ms'])
+  assert update['update_ms'] > 5 * update['gradient_ms']
+
+
+def test_memory_and_updates_are_the_trainers() -> None:
+  """Bytes are those of the method's own step, which updates K times a batch."""
+  model, loss, batch = problems.elman(hidden=2), fptt_jax.losses.terminal_regression(), problems.regression_batch(6, 2)
+  costs = cost.measure(model, loss, lambda method: optax.adam(0.1), 'ftrl', batch, num_windows=3, repeats=1)
+  trainer = fptt_jax.trainer(model, loss, optax.adam(0.1), method='ftrl', num_windows=3)
+  state = trainer.init(jax.random.key(0), batch)
+  assert costs['temp_bytes'] == trainer.step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+  assert costs['updates'] == 3
+  assert costs['compile_s'] > 0
+
+
+def test_growth() -> None:
+  """Exact on powers; refuses what has no logarithm and what has no slope."""
+  assert cost.growth([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+  assert cost.growth([10, 20, 40], [5, 5, 5]) == pytest.approx(0)
+  with pytest.raises(ValueError, match='positive numbers at two or more different x'):
+    cost.growth([1, 2], [1, 0])
+  with pytest.raises(ValueError, match='positive numbers at two or more different x'):
+    cost.growth([3, 3], [1, 2])
+
+
+def fake_measure(model: Any, loss: Any, make_optimizer: Any, method: str, batch: fptt_jax.Batch, **options: Any) -> dict[str, Any]:
+  """Costs as the theory has them: a step's gradient 2 ms, an update 6 ms."""
+  steps = batch.inputs.shape[0]
+  updates = options['num_windows'] or 1
+  passes = steps if method == 'ftrl' else 1
+  return {'gradient_ms': 2.0 * steps * passes, 'update_ms': 6.0 * updates, 'temp_bytes': 2**20, 'updates': updates}
+
+
+def test_table1_has_each_combination_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+  """K = T stands once, K above T nowhere, FTRL up to its limit only, C is update over gradient step; rows come as they are made,
+  and become a plot."""
+  monkeypatch.setattr(cost, 'measure', fake_measure)
+  monkeypatch.setattr(cost, 'FTRL_STEPS', 4)
+  seen: list[dict[str, Any]] = []
+  rows = cost.table1((4, 8), (2, 4, 6), hidden=2, batch_size=3, repeats=1, progress=seen.append)
+  assert rows == seen
+  four = [('bptt', 1), ('ftrl', 4), ('fptt', 4), ('fptt', 2)]
+  eight = [('bptt', 1), ('fptt', 8), ('fptt', 2), ('fptt', 4), ('fptt', 6)]
+  assert [(row['T'], row['method'], row['K']) for row in rows] == [(4, *r) for r in four] + [(8, *r) for r in eight]
+  assert {row['C'] for row in rows} == {None, 3.0}
+  cost.plot(tmp_path / 'table1.png', rows)
+  assert (tmp_path / 'table1.png').stat().st_size > 10_000
+
+
+def test_table1_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+  """The real thing, once: methods that fix K and methods that do not, as many updates as each makes."""
+  monkeypatch.setattr(add_task, 'make_model', lambda config: problems.elman(hidden=config.hidden))
+  monkeypatch.setattr(cost, 'FTRL_STEPS', 0)
+  rows = cost.table1((3,), (), hidden=2, batch_size=2, repeats=1, progress=lambda row: None)
+  assert {(row['method'], row['updates']) for row in rows} == {('bptt', 1), ('fptt', 3)}
+  assert all(row['temp_bytes'] > 0 and row['gradient_ms'] > 0 for row in rows)
