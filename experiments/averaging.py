@@ -6,10 +6,9 @@ The optimiser goes on as it does; once switched on, the mean of the weights afte
     ...                                        # between epochs:
     if triggered(valid_losses):
       opt_state = start_averaging(opt_state)
-    valid = perplexity(trainer, averaged_params(opt_state, params), text.valid)
+    valid = nats(trainer, averaged_params(opt_state, params), text.valid)
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,7 +94,7 @@ def averaged_params(opt_state: optax.OptState, params: optax.Params) -> optax.Pa
   return jax.tree.map(lambda m, p: jnp.where(count > 0, m.astype(p.dtype), p), mean, params)
 
 
-def triggered(valid_losses: Sequence[float], non_monotone_interval: int = 5) -> bool:
+def triggered(valid_losses: list[float], non_monotone_interval: int = 5) -> bool:
   """Whether the last validation loss is worse than the best of those more than `non_monotone_interval` epochs before it.
 
   Args:
@@ -107,8 +106,8 @@ def triggered(valid_losses: Sequence[float], non_monotone_interval: int = 5) -> 
   """
   if non_monotone_interval < 1:
     raise ValueError(f'non_monotone_interval must be at least 1, got {non_monotone_interval}.')
-  *before, last = valid_losses
-  return last > min(before[:-non_monotone_interval], default=float('inf'))
+  earlier = valid_losses[: -non_monotone_interval - 1]
+  return bool(earlier) and valid_losses[-1] > min(earlier)
 
 
 def _check_held(opt_state: optax.OptState) -> None:

@@ -9,10 +9,10 @@ by the gradients' size on the training text (MS_g) and pulled back towards the t
 It is the library's own train step, 'tbptt' with a window a segment and no dropout; the two optax transformations here say what
 becomes of a segment's gradient. From a model, its loss and trained params to a perplexity:
 
-    rms = gradient_statistics(model, loss, params, sequences(text.train, 1000, 100))
+    rms = gradient_statistics(model, loss, params, streams.sequences(text.train, 1000, 100))
     evaluate = evaluator(model, loss, params, rms)
-    best = tune(evaluate, list(sequences(text.valid, 4095, 1)))[0]
-    nats = evaluate(sequences(text.test, 4095, 1), best.learning_rate, best.decay)
+    best = tune(evaluate, list(streams.sequences(text.valid, 4095, 1)))[0]
+    nats = evaluate(streams.sequences(text.test, 4095, 1), best.learning_rate, best.decay)
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -94,13 +94,13 @@ def language(
 ) -> Entry:
   """A language entry."""
   characters = task == 'ptb_c'
-  small = dict(embedding=8, hidden=8, epochs=1, batch_size=4, seq_len=12)
+  small = dict(data_dir='.', embedding=8, hidden=8, epochs=1, batch_size=4, seq_len=12)
   reduced: dict[str, dict[str, Any]] = {
     'smoke': small | dict(task='text_c' if characters else 'text', num_windows=3),
     'cpu': {
       'ptb300': dict(embedding=64, hidden=64, epochs=8),
       'ptb_c': dict(embedding=64, hidden=128, epochs=1, batch_size=64, lr=5e-3, milestones=()),
-      'ptb_w': dict(embedding=64, hidden=128, last_hidden=64, experts=3, epochs=2, batch_size=32),
+      'ptb_w': dict(embedding=64, hidden=128, last_hidden=64, experts=3, epochs=2, batch_size=32, dynamic_tokens=5000),
     }[task],
     'full': {},
   }

@@ -118,6 +118,7 @@ class Config(epochs.EpochRecipe):
   activation_penalty: float = option(0.0, 'factor of the mean square of the last outputs, dropped out (AR)')
   temporal_penalty: float = option(0.0, 'factor of the mean square of their changes from step to step (TAR)')
   dynamic_evaluation: bool = option(False, 'test once more with dynamic evaluation, tuned on the validation text')
+  dynamic_tokens: int = option(0, 'tokens of the validation text to tune dynamic evaluation on; 0 for all')
   workdir: str = option('', 'folder of the run; default runs/language_model-TIME. The same command and folder resume a run')
 
   def __post_init__(self) -> None:
@@ -127,7 +128,7 @@ class Config(epochs.EpochRecipe):
     check('tbptt_final' not in self.method, 'method', self.method, 'without tbptt_final, which takes no padded last sequence')
     for name in ('seq_len', 'batch_size', 'embedding', 'hidden', 'layers'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
-    for name in ('last_hidden', 'experts'):
+    for name in ('last_hidden', 'experts', 'dynamic_tokens'):
       check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
     for name in ('dropout', 'hidden_dropout', 'input_dropout', 'embedding_dropout', 'latent_dropout', 'weight_dropout'):
       check(0 <= getattr(self, name) < 1, name, getattr(self, name), 'in [0, 1)')
@@ -228,6 +229,18 @@ def to_score(config: Config, mean_nats: float) -> float:
   return math.exp(mean_nats) if mean_nats < 700 else math.inf
 
 
+def adapted(config: Config, model: fptt_jax.Model, loss: fptt_jax.Loss, params: Any, text: Text) -> tuple[float, float]:
+  """(validation, test) cross-entropy by dynamic evaluation, its settings chosen on the validation text."""
+  segment = 20 if config.by_characters else dynamic_evaluation.SEGMENT
+  steps = -(-config.seq_len // segment) * segment
+  training = streams.sequences(text.train, steps, config.batch_size)
+  rms = dynamic_evaluation.gradient_statistics(model, loss, params, training, segment=segment)
+  evaluate = dynamic_evaluation.evaluator(model, loss, params, rms, segment=segment)
+  read = lambda tokens: list(streams.sequences(tokens, EVALUATION_STEPS // segment * segment, 1))
+  best = dynamic_evaluation.tune(evaluate, read(text.valid[: config.dynamic_tokens or None]))[0]
+  return best.nats, evaluate(read(text.test), best.learning_rate, best.decay)
+
+
 def make_task(config: Config, text: Text, method: str, seed: int) -> epochs.Task:
   """What the loop over epochs needs."""
   model = make_model(config, len(text.vocabulary))
@@ -240,8 +253,8 @@ def make_task(config: Config, text: Text, method: str, seed: int) -> epochs.Task
   def test(params: Any) -> dict[str, float]:
     scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
     if config.dynamic_evaluation:
-      best = dynamic_evaluation.evaluate(model, loss, params, text, config.seq_len, config.batch_size)
-      scores |= {f'dynamic_valid_{score}': to_score(config, best.valid), f'dynamic_test_{score}': to_score(config, best.test)}
+      best, found = adapted(config, model, loss, params, text)
+      scores |= {f'dynamic_valid_{score}': to_score(config, best), f'dynamic_test_{score}': to_score(config, found)}
     return scores
 
   return epochs.Task(

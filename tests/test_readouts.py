@@ -1,11 +1,14 @@
-"""Readouts that share the token vectors: one parameter, right distributions, the published sizes."""
+"""Readouts that share the embedding: one parameter, two uses; the mixture of softmaxes against its definition; full-size counts."""
+
+from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
+from problems import quick
 import pytest
 
 from experiments import language_model
@@ -13,86 +16,133 @@ import fptt_jax
 from fptt_jax import nn
 
 KEY = jax.random.key(0)
+S, B, H, E, V, M = 3, 2, 6, 4, 7, 3
 
 
-def build_tied(rngs: nnx.Rngs) -> nn.Stack:
-  embed = nnx.Embed(7, 4, rngs=rngs)
-  return nn.Stack(embed, nn.RNN(4, 4, rngs=rngs), nn.TiedReadout(embed))
+def tied(rngs: nnx.Rngs) -> nn.Stack:
+  embed = nnx.Embed(V, E, rngs=rngs)
+  return nn.Stack(nn.EmbeddingDropout(embed, 0.0), nnx.Linear(E, E, use_bias=False, rngs=rngs), nn.TiedReadout(embed))
 
 
-def test_the_shared_matrix_is_one_parameter_with_both_gradients() -> None:
-  """V·D numbers once; its gradient is the sum of those of two untied copies."""
-  tied = nn.from_nnx(build_tied)
-  params = tied.init(KEY)
-  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 7 * 4 + 4 * (4 + 4 + 1) + 7
-  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (5, 3)))
-  cell = nn.from_nnx(lambda rngs: nn.RNN(4, 4, rngs=rngs))
-  embedding, rnn, bias = params['layers'][0]['embedding'], params['layers'][1], params['layers'][2]['bias']
-
-  def untied(inward, outward):
-    _, h = cell.apply(rnn, cell.initial_state(3), inward[tokens], None, None)
-    return jnp.sum(jnp.sin(h @ outward.T + bias[None, None]))
-
-  together = lambda p: jnp.sum(jnp.sin(tied.apply(p, tied.initial_state(3), tokens, None, None)[1]))
-  np.testing.assert_allclose(together(params), untied(embedding, embedding), rtol=1e-5)
-  parts = jax.grad(untied, argnums=(0, 1))(embedding, embedding)
-  np.testing.assert_allclose(jax.grad(together)(params)['layers'][0]['embedding'], parts[0] + parts[1], rtol=1e-4, atol=1e-5)
+def words(seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).integers(0, V, (S, B)).astype(np.int32)
 
 
-def test_a_tied_model_trains_by_fptt() -> None:
-  """The recursion moves the shared matrix as one parameter."""
-  model = nn.from_nnx(build_tied)
-  tokens = np.random.default_rng(0).integers(0, 7, (9, 4)).astype(np.int32)
-  batch = fptt_jax.Batch(tokens[:-1], tokens[1:])
-  optimizer = fptt_jax.fptt(optax.sgd(0.1), alpha=0.5)
-  trainer = problems.quick_trainer(model, fptt_jax.losses.sequence_classification(7), optimizer, num_windows=2)
-  state = trainer.init(KEY, batch)
-  moved, _ = trainer.step(state, batch)
-  change = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, moved.params)
-  assert min(jax.tree.leaves(change)) > 0
+def test_tied_readout_shares_its_parameter() -> None:
+  """The matrix is once in the params; logits are E[w] A Eᵀ + b; its gradient is the sum of those of an untied model's two
+  matrices; an fptt update moves the one matrix, which both uses then see."""
+  model = nn.from_nnx(tied)
+  params = model.init(KEY)
+  assert sorted(leaf.shape for leaf in jax.tree.leaves(params)) == [(E, E), (V,), (V, E)]
+  x, y = words(0), words(1)
+  labels = jax.nn.one_hot(y, V)
+
+  def untied(e_in, a, e_out, bias):
+    return -(jax.nn.log_softmax(e_in[x] @ a @ e_out.T + bias[None, None]) * labels).sum(-1).mean()
+
+  def values(p):
+    layers = p['layers']
+    return layers[0]['embed']['embedding'], layers[1]['kernel'], layers[0]['embed']['embedding'], layers[2]['bias']
+
+  optimizer = fptt_jax.fptt(optax.sgd(0.5), alpha=0.2)
+  trainer = fptt_jax.trainer(
+    model._replace(init=lambda key: params), fptt_jax.losses.sequence_classification(V), optimizer, num_windows=1
+  )
+  state = trainer.init(KEY, fptt_jax.Batch(x, y))
+  after, metrics = quick(trainer.step)(state, fptt_jax.Batch(x, y))
+  value, grads = quick(jax.value_and_grad(untied, argnums=(0, 1, 2, 3)))(*values(params))
+  assert metrics.loss[0] == pytest.approx(value.item(), rel=1e-6)
+  old, new = values(params), values(after.params)
+  np.testing.assert_allclose(new[0], old[0] - 0.5 * (grads[0] + grads[2]), rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(new[3], old[3] - 0.5 * grads[3], rtol=1e-5, atol=1e-7)
+  logits = model.apply(after.params, model.initial_state(B), x, None, None)[1]
+  np.testing.assert_allclose(logits, new[0][x] @ new[1] @ new[0].T + new[3][None, None], rtol=1e-5, atol=1e-6)
 
 
-def test_mixture_of_softmaxes_is_the_mixture_in_numpy() -> None:
-  """log Σ π softmax(...), computed literally; rows sum to 1, so they are logits of themselves."""
-  embed = nnx.Embed(6, 3, rngs=nnx.Rngs(1))
-  layer = nn.MixtureOfSoftmaxes(5, embed, 4, rngs=nnx.Rngs(0))
-  layer.readout.bias[...] = jnp.arange(6.0)
-  x = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
-  _, log_p = layer((), jnp.asarray(x), None, None)
-  softmax = lambda a: np.exp(a - a.max(-1, keepdims=True)) / np.exp(a - a.max(-1, keepdims=True)).sum(-1, keepdims=True)
-  prior = softmax(x @ np.asarray(layer.prior.kernel[...]))
-  latent = np.tanh(x @ np.asarray(layer.latent.kernel[...]) + np.asarray(layer.latent.bias[...])).reshape(2, 3, 4, 3)
-  experts = softmax(latent @ np.asarray(embed.embedding[...]).T + np.arange(6.0))
-  np.testing.assert_allclose(np.exp(log_p), (prior[..., None] * experts).sum(-2), rtol=1e-4)
-  np.testing.assert_allclose(jax.nn.log_softmax(log_p), log_p, atol=1e-5)
+def build_mixture(rngs: nnx.Rngs, experts: int = M, features: int = E, dropout: float = 0.0) -> nn.MixtureOfSoftmaxes:
+  return nn.MixtureOfSoftmaxes(H, nnx.Embed(V, features, rngs=rngs), experts, dropout=dropout, rngs=rngs)
+
+
+def mixture(**options: Any) -> tuple[dict[str, Any], Callable[..., jax.Array]]:
+  """Parameters of a mixture, and its compiled run (params, x, key=None) -> log-probabilities."""
+  model = nn.from_nnx(lambda rngs: build_mixture(rngs, **options))
+  run = quick(lambda params, x, key: model.apply(params, (), x, None, key)[1])
+  return quick(model.init)(KEY), lambda params, x, key=None: run(params, x, key)
+
+
+def test_mixture_is_its_definition_and_serves_as_logits() -> None:
+  """exp of the outputs is Σ_m π_m softmax(E z_m + b), in NumPy float64; it sums to 1, so that cross-entropy with the outputs as
+  logits is -log p; far-off inputs, where the probabilities themselves underflow, give finite outputs and gradients."""
+  params, run = mixture()
+  params['bias'] = np.arange(V, dtype=np.float32) / 5
+  x = np.random.default_rng(2).normal(size=(S, B, H)).astype(np.float32)
+  log_p = run(params, x)
+  weights = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+  softmax = lambda a: np.exp(a) / np.exp(a).sum(-1, keepdims=True)
+  z = np.tanh(x @ weights['latent']['kernel'] + weights['latent']['bias']).reshape(S, B, M, E)
+  experts = softmax(z @ weights['embed']['embedding'].T + weights['bias'])
+  p = (softmax(x @ weights['prior']['kernel'])[..., None] * experts).sum(-2)
+  np.testing.assert_allclose(np.exp(log_p), p, rtol=1e-5)
+  y, loss = words(1), fptt_jax.losses.sequence_classification(V)
+  window = fptt_jax.windows.window_at(fptt_jax.cut(S, num_windows=1), jnp.int32(0), jnp.full(B, S))
+  nll = -np.log(np.take_along_axis(p, y[..., None], -1)).mean()
+  assert loss.apply(log_p, jnp.asarray(y), window, ())[0] == pytest.approx(nll, rel=1e-5)
+
+  params['bias'] = np.array([300.0, *[0.0] * (V - 1)], np.float32)
+  log_p, back = jax.vjp(lambda params: run(params, 100 * x), params)
+  assert log_p[..., 1:].max() < -200
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(back(log_p)))
+
+
+def test_mixture_drops_its_latents_for_the_window() -> None:
+  """In training with equal inputs at all steps the outputs are equal at all steps, differ between sequences of equal inputs, and
+  from evaluation."""
+  params, run = mixture(dropout=0.5)
+  x = jnp.ones((S, B, H))
+  y = np.asarray(run(params, x, KEY))
+  np.testing.assert_allclose(y, np.broadcast_to(y[:1], y.shape), rtol=1e-6)
+  assert np.any(y[0, 0] != y[0, 1])
+  assert np.any(y != run(params, x))
 
 
 def test_mixture_breaks_the_softmax_bottleneck() -> None:
-  """One softmax over D=1 vectors gives log-probabilities of rank 2 at most (D + 1); a mixture exceeds that."""
-  x = jax.random.normal(KEY, (1, 40, 5)) * 3
-  rank = {}
+  """Over words of one feature the log-probabilities of one softmax have rank 2 at most (E + 1), those of a mixture more."""
+  x, rank = np.random.default_rng(0).normal(size=(1, 40, H)) * 3, {}
   for experts in (1, 6):
-    layer = nn.MixtureOfSoftmaxes(5, nnx.Embed(12, 1, rngs=nnx.Rngs(1)), experts, rngs=nnx.Rngs(0))
-    layer.readout.embed.embedding[...] *= 5
-    singular = np.linalg.svd(np.asarray(layer((), x, None, None)[1][0]), compute_uv=False)
+    params, run = mixture(experts=experts, features=1)
+    params['embed']['embedding'] *= 5
+    singular = np.linalg.svd(np.asarray(run(params, x.astype(np.float32)))[0], compute_uv=False)
     rank[experts] = int(np.sum(singular > 1e-4 * singular[0]))
   assert rank[1] <= 2 < rank[6]
 
 
-@pytest.mark.parametrize(('task', 'millions'), [('ptb_c', '13.8'), ('ptb_w', '21.5')])
-def test_full_configurations_have_the_published_size(task: str, millions: str) -> None:
-  """Torch's second LSTM bias counted as there, PTB-c has its 13.8M parameters, PTB-w 21.5M of the 22M quoted."""
-  config = language_model.Config(data_dir='x', task=task, **language_model.TASKS[task])
-  vocabulary = 50 if config.by_characters else 10_000
+@pytest.mark.parametrize(
+  ('task', 'vocabulary', 'one_bias', 'two_biases', 'published'),
+  [('ptb_c', 50, 13_778_850, 13_787_650, 13.8e6), ('ptb_w', 10_000, 21_490_460, 21_500_620, 22e6)],
+)
+def test_full_size_models_have_the_published_number_of_parameters(
+  task: str, vocabulary: int, one_bias: int, two_biases: int, published: float
+) -> None:
+  """The script's PTB-c and PTB-w, counted without allocating; torch's LSTMs have a second bias of 4H numbers, which the published
+  figures count. The words' matrix is there once, beside the output bias."""
+  config = language_model.Config(data_dir='folder', task=task, **language_model.TASKS[task])
   shapes = jax.eval_shape(language_model.make_model(config, vocabulary).init, KEY)
-  ours = sum(leaf.size for leaf in jax.tree.leaves(shapes))
   hidden = [config.hidden] * (config.layers - 1) + [config.last_hidden]
-  assert f'{(ours + 4 * sum(hidden)) / 1e6:.1f}' == millions
+  count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  assert (count, count + 4 * sum(hidden)) == (one_bias, two_biases)
+  assert two_biases == pytest.approx(published, rel=0.025)
+  assert sum(leaf.shape[0] == vocabulary for leaf in jax.tree.leaves(shapes)) == 2
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-  """The message names both."""
-  with pytest.raises(ValueError, match=r'inputs of the embedding size D=4, got shape \(2, 3, 5\)'):
-    nn.TiedReadout(nnx.Embed(7, 4, rngs=nnx.Rngs(0)))(jnp.zeros((2, 3, 5)))
-  with pytest.raises(ValueError, match='experts must be an integer >= 1, got 0'):
-    nn.MixtureOfSoftmaxes(4, nnx.Embed(7, 4, rngs=nnx.Rngs(0)), 0, rngs=nnx.Rngs(0))
+  """With what was got and what was expected."""
+  rngs = nnx.Rngs(0)
+  layer = build_mixture(rngs)
+  with pytest.raises(ValueError, match=r'TiedReadout expected inputs \[S, B, 4\], got shape \(3, 2, 5\)'):
+    nn.TiedReadout(layer.embed)(jnp.ones((S, B, E + 1)))
+  with pytest.raises(ValueError, match=r'MixtureOfSoftmaxes expected inputs \[S, B, 6\], got shape \(3, 6\)'):
+    layer((), jnp.ones((S, H)))
+  with pytest.raises(ValueError, match='must be at least 1, got in_features=6, experts=0'):
+    build_mixture(rngs, experts=0)
+  with pytest.raises(ValueError, match=r'rate must be in \[0, 1\), got 1.0'):
+    build_mixture(rngs, dropout=1.0)

@@ -1,117 +1,204 @@
-"""AWD-LSTM's layers: what is dropped, how long, and what is added to the objective."""
+"""Dropout that lasts a window, dropped weights, penalties on activations: what they do in training, and nothing of it outside."""
 
 from typing import Any
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
+from problems import quick
 import pytest
 
 import fptt_jax
 from fptt_jax import nn
 
 KEY = jax.random.key(3)
+S, B, D, H, V = 4, 3, 5, 6, 8
 
 
-def test_locked_dropout_drops_the_same_units_at_every_step_of_a_window() -> None:
-  """One mask [B, D], entries 0 or 1/(1 - rate), a share of `rate` zeros; another key, another mask; nothing in evaluation."""
-  layer, x = nn.LockedDropout(0.25), jnp.ones((7, 40, 50))
-  _, y = layer((), x, None, KEY)
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def awd(rngs: nnx.Rngs) -> nn.Stack:
+  """Every layer of this file in the release's order."""
+  return nn.Stack(
+    nn.EmbeddingDropout(nnx.Embed(V, D, rngs=rngs), 0.3),
+    nn.LockedDropout(0.3),
+    nn.WeightDrop(nn.LSTM(D, H, rngs=rngs), 0.4),
+    nn.TemporalActivationPenalty(1.0),
+    nn.LockedDropout(0.5),
+    nn.ActivationPenalty(2.0),
+    nnx.Linear(H, V, rngs=rngs),
+  )
+
+
+def test_locked_dropout_holds_one_mask_for_all_steps() -> None:
+  """On ones the outputs are 0 or 1/(1-rate), the same in each step, different between units and sequences and from key to key;
+  their mean is near 1; without a key nothing happens."""
+  layer, x = nn.LockedDropout(0.25), jnp.ones((S, 40, 50))
+  state, y = layer((), x, None, KEY)
+  assert (state, layer.initial_state(B)) == ((), ())
+  np.testing.assert_allclose(np.unique(y), [0, 1 / 0.75], rtol=1e-6)
   np.testing.assert_array_equal(y, np.broadcast_to(y[:1], y.shape))
-  assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
-  assert np.mean(np.asarray(y[0]) == 0) == pytest.approx(0.25, abs=0.03)
-  assert not np.array_equal(y, layer((), x, None, jax.random.key(4))[1])
-  np.testing.assert_array_equal(layer((), x, None, None)[1], x)
+  assert y[0].mean() == pytest.approx(1, abs=0.05)  # 2000 units: three standard deviations
+  assert np.any(y[0, 0] != y[0, 1])
+  assert np.any(y != layer((), x, None, jax.random.key(4))[1])
+  np.testing.assert_array_equal(layer((), x)[1], x)
 
 
-def test_embedding_dropout_drops_a_token_everywhere_or_nowhere() -> None:
-  """Each token's vector is 0 or the row times 1/(1 - rate) at all its places."""
-  embed = nnx.Embed(30, 4, rngs=nnx.Rngs(0))
-  layer = nn.EmbeddingDropout(embed, 0.4)
-  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (20, 5)))
-  _, y = layer((), tokens, None, KEY)
-  kept = {}
-  for token in range(30):
-    vectors = np.asarray(y)[np.asarray(tokens) == token]
-    kept[token] = bool(vectors.any())
-    np.testing.assert_allclose(vectors, kept[token] * np.broadcast_to(embed.embedding[token] / 0.6, vectors.shape), rtol=1e-6)
-  assert 5 < sum(kept.values()) < 29
-  np.testing.assert_array_equal(layer((), tokens, None, None)[1], embed(tokens))
+def test_embedding_dropout_drops_words_everywhere() -> None:
+  """A dropped word is 0 at each of its places, a kept one its row over 1 - rate: the rows of one matrix with whole rows dropped,
+  in value and gradient. Without a key it is the embedding."""
+  embed = nnx.Embed(V, D, rngs=nnx.Rngs(0))
+  layer, words = nn.EmbeddingDropout(embed, 0.5), jnp.asarray(np.random.default_rng(0).integers(0, V, (20, B)))
+  _, y = layer((), words, None, KEY)
+  rows = {word: np.unique(np.asarray(y)[np.asarray(words) == word], axis=0) for word in range(V)}
+  kept = np.array([[bool(np.any(rows[word]))] for word in range(V)])
+  assert 0 < kept.sum() < V
+  matrix = np.where(kept, np.asarray(embed.embedding[...]) / 0.5, 0)
+  for word in range(V):
+    np.testing.assert_allclose(rows[word], matrix[word : word + 1], rtol=1e-6)
+  gradient = nnx.grad(lambda layer: layer((), words, None, KEY)[1].sum())(layer)['embed']['embedding'][...]
+  counts = np.bincount(np.asarray(words).ravel(), minlength=V)[:, None]
+  np.testing.assert_allclose(gradient, np.broadcast_to(np.where(kept, 2 * counts, 0), (V, D)), rtol=1e-6)
+  np.testing.assert_array_equal(layer((), words)[1], embed(words))
 
 
-@pytest.mark.parametrize('cell', [nn.LSTM, nn.GRU, nn.RNN])
-def test_weight_drop_is_the_layer_with_a_thinned_matrix(cell: Any) -> None:
-  """In training the output is that of the layer with some entries of w_h 0 and the others scaled; the parameter stays whole."""
-  layer = cell(3, 6, rngs=nnx.Rngs(0))
-  wrapped = nn.WeightDrop(layer, 0.5)
-  x, before = jax.random.normal(KEY, (5, 2, 3)), np.asarray(layer.w_h[...])
-  _, y = wrapped(wrapped.initial_state(2), x, None, KEY)
-  keep = jax.random.bernoulli(jax.random.split(KEY)[0], 0.5, before.shape)
-  thinned = cell(3, 6, rngs=nnx.Rngs(0))
-  thinned.w_h[...] = jnp.where(keep, before / 0.5, 0)
-  np.testing.assert_allclose(y, thinned(thinned.initial_state(2), x)[1], rtol=1e-6)
-  np.testing.assert_array_equal(layer.w_h[...], before)
-  np.testing.assert_array_equal(wrapped(wrapped.initial_state(2), x, None, None)[1], layer(layer.initial_state(2), x)[1])
+@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
+def test_weight_drop_runs_the_layer_with_dropped_weights(kind: type) -> None:
+  """Its window is that of a layer of the same weights whose w_h is 0 or 1/(1-rate) times its own, in all its steps; its parameters'
+  names and its evaluation are the layer's; gradients of dropped weights are exactly 0, the others are not."""
+  plain = nn.from_nnx(lambda rngs: kind(D, H, rngs=rngs))
+  model = nn.from_nnx(lambda rngs: nn.WeightDrop(kind(D, H, rngs=rngs), 0.4))
+  params = quick(model.init)(KEY)
+  weights = {name: np.asarray(leaf) for name, leaf in params['layer'].items()}
+  assert weights.keys() == jax.eval_shape(plain.init, KEY).keys()
+  x, start = random(S, B, D), jax.tree.map(lambda s: jnp.full(s.shape, 0.3), plain.initial_state(B))
+
+  @quick
+  def run(params: Any) -> Any:
+    loss = lambda p: jnp.square(model.apply(p, start, x, None, KEY)[1]).sum()
+    return jax.grad(loss)(params), model.apply(params, start, x, None, KEY), model.apply(params, start, x, None, None)
+
+  grads, got, evaluated = run(params)
+  grad = np.asarray(grads['layer']['w_h'])
+  assert 0.25 < np.mean(grad == 0) < 0.6
+  run_plain = quick(lambda p: plain.apply(p, start, x, None, None))
+  dropped = {**weights, 'w_h': np.where(grad == 0, 0, weights['w_h'] / np.float32(0.6))}
+  chex.assert_trees_all_close(got, run_plain(dropped), rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(evaluated, run_plain(weights), rtol=1e-6)
 
 
-def test_weight_drop_gives_dropped_entries_no_gradient() -> None:
-  """Exactly those entries of w_h that the mask leaves have a gradient."""
-  model = nn.from_nnx(lambda rngs: nn.Stack(nn.WeightDrop(nn.LSTM(2, 4, rngs=rngs), 0.5)))
+def test_weight_drop_leaves_its_layer_alone() -> None:
+  """Run in training outside any adapter, the layer it holds keeps its weights and its structure."""
+  module = nn.WeightDrop(nn.RNN(D, H, rngs=nnx.Rngs(0)), 0.4)
+  before, graph = np.array(module.layer.w_h[...]), nnx.graphdef(module)
+  module(module.initial_state(B), jnp.asarray(random(S, B, D)), None, KEY)
+  np.testing.assert_array_equal(module.layer.w_h[...], before)
+  assert nnx.graphdef(module) == graph
+
+
+def test_penalties_by_hand() -> None:
+  """h = (1, 2), (3, 2), (3, 5) of one sequence. AR at α = 2: 2 · (5, 13, 34)/2. TAR at β = 1: differences² (4 + 0)/2 and
+  (0 + 9)/2, weighed by 3 steps / 2 differences, so that the mean over the steps is the release's mean over differences."""
+  h = jnp.array([[[1.0, 2.0]], [[3.0, 2.0]], [[3.0, 5.0]]])
+  state, (outputs, penalty) = nn.ActivationPenalty(2.0)((), h, None, KEY)
+  assert state == ()
+  np.testing.assert_array_equal(outputs, h)
+  np.testing.assert_allclose(penalty, [[5], [13], [34]])
+  _, (outputs, penalty) = nn.TemporalActivationPenalty(1.0)((), h, None, KEY)
+  np.testing.assert_array_equal(outputs, h)
+  np.testing.assert_allclose(penalty, np.array([[0], [2], [4.5]]) * 3 / 2)
+  assert penalty.mean() == pytest.approx(np.square(h[1:] - h[:-1]).mean())
+  for layer in (nn.ActivationPenalty(2.0), nn.TemporalActivationPenalty(1.0)):
+    np.testing.assert_array_equal(layer((), h)[1], h)
+  _, single = nn.TemporalActivationPenalty(1.0)((), h[:1], None, KEY)
+  np.testing.assert_array_equal(single.penalty, [[0]])
+
+
+def test_temporal_penalty_of_a_ragged_window_is_the_mean_over_its_differences() -> None:
+  """Sequences of 4, 2 and 1 steps: the trainer's mean over the 7 valid steps is the plain mean over the 3 + 1 valid differences,
+  whatever follows the ends."""
+  h, lengths = random(4, 3, H), [4, 2, 1]
+  mask = np.arange(4)[:, None] < lengths
+  _, (_, penalty) = nn.TemporalActivationPenalty(0.5)((), jnp.asarray(h), jnp.asarray(mask), KEY)
+  differences = [np.square(np.diff(h[:length, row], axis=0)).mean(-1) for row, length in enumerate(lengths)]
+  assert np.asarray(penalty)[mask].mean() == pytest.approx(0.5 * np.concatenate(differences).mean(), rel=1e-5)
+
+
+def test_stack_trains_on_loss_plus_penalties_and_evaluates_without() -> None:
+  """In the trainer the window's objective is cross-entropy + AR of the dropped + TAR of the raw outputs, computed by hand from the
+  same pass; evaluation is that of the bare LSTM model with the same weights, and masks change from window to window."""
+  model = nn.from_nnx(awd)
   params = model.init(KEY)
-  x = jax.random.normal(KEY, (6, 3, 2))
-  loss = lambda p: jnp.sum(model.apply(p, model.initial_state(3), x, None, KEY)[1] ** 2)
-  gradient = jax.grad(loss)(params)['layers'][0]['layer']['w_h']
-  weight_key, _ = jax.random.split(jax.random.fold_in(KEY, 0))
-  keep = np.asarray(jax.random.bernoulli(weight_key, 0.5, gradient.shape))
-  np.testing.assert_array_equal(np.asarray(gradient) != 0, keep)
-
-
-def test_penalties_are_the_mean_squares_of_outputs_and_of_their_changes() -> None:
-  """AR and TAR in NumPy; both leave what passes as it is, and say nothing in evaluation."""
-  x = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
-  _, ar = nn.ActivationPenalty(2.0)((), jnp.asarray(x), None, KEY)
-  np.testing.assert_allclose(ar.penalty, 2 * np.mean(x**2, axis=-1), rtol=1e-6)
-  _, tar = nn.TemporalActivationPenalty(3.0)((), jnp.asarray(x), None, KEY)
-  np.testing.assert_allclose(tar.penalty[1:], 3 * np.mean(np.diff(x, axis=0) ** 2, axis=-1), rtol=1e-5)
-  np.testing.assert_array_equal(tar.penalty[0], 0)
-  for layer, result in ((nn.ActivationPenalty(2.0), ar), (nn.TemporalActivationPenalty(3.0), tar)):
-    np.testing.assert_array_equal(result.outputs, x)
-    np.testing.assert_array_equal(layer((), jnp.asarray(x), None, None)[1], x)
-
-
-def test_a_stack_sums_its_layers_penalties_and_the_trainer_adds_them() -> None:
-  """Objective of an AWD stack without dropout = loss + mean AR + mean TAR of the LSTM's outputs."""
-  plain = lambda rngs: [nn.LSTM(2, 5, rngs=rngs)]
-  head = lambda rngs: nnx.Linear(5, 3, rngs=rngs)
-  penalties = [nn.TemporalActivationPenalty(0.5), nn.ActivationPenalty(0.25)]
-  model = nn.from_nnx(lambda rngs: nn.Stack(*plain(rngs), *penalties, head(rngs)))
-  inner = nn.from_nnx(lambda rngs: nn.Stack(*plain(rngs)))
-  batch = problems.tagging_batch(6, 4)
-  loss = fptt_jax.losses.sequence_classification(3)
-  trainer = problems.quick_trainer(model, loss, optax.sgd(0.1), method='bptt')
+  words = np.random.default_rng(1).integers(0, V, (2 * S + 1, B)).astype(np.int32)
+  batch = fptt_jax.Batch(words[:-1], words[1:])
+  loss = fptt_jax.losses.sequence_classification(V)
+  trainer = fptt_jax.trainer(model._replace(init=lambda key: params), loss, fptt_jax.fptt(optax.sgd(0.0), alpha=0.1), num_windows=2)
   state = trainer.init(KEY, batch)
-  params = {'layers': {0: state.params['layers'][0]}}
-  _, h = inner.apply(params, inner.initial_state(4), jnp.asarray(batch.inputs), None, None)
-  _, metrics = trainer.step(state, batch)
-  expected = 0.25 * np.mean(np.square(h)) + 0.5 * np.sum(np.diff(h, axis=0) ** 2) / np.size(h)
-  np.testing.assert_allclose(metrics.loss[0] - fptt_jax.means(metrics.totals)['loss'], expected, rtol=1e-4)
+  _, metrics = quick(trainer.step)(state, batch)
+
+  window_key = jax.random.fold_in(jax.random.fold_in(state.key, 0), 0)
+  module = awd(nnx.Rngs(0))
+  nnx.update(module, params)
+  x, keys = jnp.asarray(words[:S]), [jax.random.fold_in(window_key, number) for number in range(7)]
+  layers = list(module.layers)
+  for number in (0, 1):
+    _, x = layers[number]((), x, None, keys[number])
+  _, raw = layers[2](layers[2].initial_state(B), x, None, keys[2])
+  _, dropped = layers[4]((), raw, None, keys[4])
+  log_p = jax.nn.log_softmax(layers[6](dropped))
+  nll = -np.take_along_axis(np.asarray(log_p), words[1 : S + 1, :, None], -1).mean()
+  penalties = 2 * np.square(dropped).mean() + np.square(np.diff(raw, axis=0)).mean()
+  assert metrics.loss[0] == pytest.approx(nll + penalties, rel=1e-5)
+  assert np.any(dropped == 0)
+
+  bare = nn.from_nnx(lambda rngs: nn.Stack(nnx.Embed(V, D, rngs=rngs), nn.LSTM(D, H, rngs=rngs), nnx.Linear(H, V, rngs=rngs)))
+  layers = params['layers']
+  weights = {'layers': {0: layers[0]['embed'], 1: layers[2]['layer'], 2: layers[6]}}
+  expected = bare.apply(weights, bare.initial_state(B), words, None, None)[1]
+  state, got = model.apply(params, model.initial_state(B), words, None, None)
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+  assert len(state) == 6
 
 
 @pytest.mark.parametrize(
   ('build', 'error', 'message'),
   [
     (lambda: nn.LockedDropout(1.0), ValueError, r'rate must be in \[0, 1\), got 1.0'),
-    (lambda: nn.EmbeddingDropout(nnx.Embed(3, 2, rngs=nnx.Rngs(0)), -0.1), ValueError, r'rate must be in \[0, 1\), got -0.1'),
-    (lambda: nn.WeightDrop(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 0.1), TypeError, r'matrix w_h \(LSTM, GRU, RNN\), got Linear'),
-    (lambda: nn.WeightDrop(nn.FastGRNN(2, 2, rngs=nnx.Rngs(0)), 0.1), TypeError, r'matrix w_h .*, got FastGRNN'),
-    (lambda: nn.ActivationPenalty(-1.0), ValueError, 'factor must be a finite number >= 0, got -1.0'),
-    (lambda: nn.TemporalActivationPenalty(float('inf')), ValueError, 'factor must be a finite number >= 0, got inf'),
+    (lambda: nn.WeightDrop(nn.RNN(2, 2, rngs=nnx.Rngs(0)), -0.1), ValueError, r'rate must be in \[0, 1\), got -0.1'),
+    (
+      lambda: nn.WeightDrop(nn.AntisymmetricRNN(2, 2, rngs=nnx.Rngs(0)), 0.1),
+      TypeError,
+      'one recurrent matrix w_h, got AntisymmetricRNN',
+    ),
+    (lambda: nn.EmbeddingDropout(nnx.Embed(2, 2, rngs=nnx.Rngs(0)), float('nan')), ValueError, 'rate must be in .*, got nan'),
+    (lambda: nn.ActivationPenalty(-1.0), ValueError, 'alpha must be a number >= 0, got -1.0'),
+    (lambda: nn.TemporalActivationPenalty(-1.0), ValueError, 'beta must be a number >= 0, got -1.0'),
   ],
 )
-def test_arguments_of_no_meaning_are_refused(build: Any, error: type[Exception], message: str) -> None:
-  """Each message says what was got and what was expected."""
+def test_arguments_of_no_meaning_are_refused(build, error, message) -> None:
+  """With what was got and what was expected."""
   with pytest.raises(error, match=message):
     build()
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.usefixtures('strict_dtypes')
+def test_activations_keep_their_dtype(dtype) -> None:
+  """Outputs are of the parameters' dtype in training too, penalties at least float32, under strict promotion."""
+  model = nn.from_nnx(
+    lambda rngs: nn.Stack(
+      nn.EmbeddingDropout(nnx.Embed(V, D, dtype=dtype, param_dtype=dtype, rngs=rngs), 0.1),
+      nn.WeightDrop(nn.LSTM(D, H, param_dtype=dtype, rngs=rngs), 0.1),
+      nn.TemporalActivationPenalty(1.0),
+      nn.LockedDropout(0.1),
+      nn.ActivationPenalty(1.0),
+    )
+  )
+  run = lambda key, x: model.apply(model.init(key), model.initial_state(B), x, None, key)[1]
+  y = jax.eval_shape(run, KEY, jax.ShapeDtypeStruct((S, B), jnp.int32))
+  assert (y.outputs.dtype, y.penalty.dtype) == (dtype, jnp.float32)

@@ -51,7 +51,9 @@ def permutation(num_steps: int, seed: int) -> np.ndarray:
   return np.random.default_rng(seed).permutation(num_steps)
 
 
-def to_sequences(images: np.ndarray, moments: tuple[float, float], rows: bool = False, order: np.ndarray | None = None) -> np.ndarray:
+def to_sequences(
+  images: np.ndarray, moments: tuple[float, float], rows: bool = False, order: np.ndarray | None = None
+) -> np.ndarray:
   """Images as time-major sequences, normalised.
 
   Args:

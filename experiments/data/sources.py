@@ -143,9 +143,7 @@ def _read(source: Source, folder: Path, name: str) -> bytes:
     content = path.read_bytes()
     return _checked(source, name, content if path.name == name else gzip.decompress(content), path)
   except DAMAGED as error:
-    raise UserError(
-      f'{path} cannot be read ({error}): its sha256 is {_sha256(content)}; {source.described([name])}'
-    ) from error
+    raise UserError(f'{path} cannot be read ({error}): its sha256 is {_sha256(content)}; {source.described([name])}') from error
 
 
 def _unpack(source: Source, archive: Path) -> dict[str, bytes]:

@@ -23,10 +23,9 @@ class TiedReadout(nnx.Module):
   Example:
     >>> from flax import nnx
     >>> from fptt_jax import nn
-    >>> from fptt_jax.nn.readouts import TiedReadout
     >>> def build(rngs):
     ...   embed = nnx.Embed(50, 200, rngs=rngs)
-    ...   return nn.Stack(embed, nn.LSTM(200, 200, rngs=rngs), TiedReadout(embed))
+    ...   return nn.Stack(embed, nn.LSTM(200, 200, rngs=rngs), nn.TiedReadout(embed))
     >>> model = nn.from_nnx(build)
   """
 

@@ -1,0 +1,160 @@
+"""One command a table: the declared items, tuning, resuming, the table itself."""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from experiments import items, paper, studies
+from experiments.options import UserError
+import fptt_jax
+
+
+def run(item: str, folder: Path, **settings: Any) -> None:
+  paper.main(paper.Config(item=item, scale='smoke', workdir=str(folder), **settings))
+
+
+@pytest.mark.parametrize('scale', items.SCALES)
+@pytest.mark.parametrize('item', list(items.ITEMS))
+def test_every_item_declares_lines_that_mean_something(item: str, scale: str) -> None:
+  """Configurations are valid, names are unique and fit for folders; each has the windows without the regulariser."""
+  entries = items.ITEMS[item](scale)
+  labels = [entry.label for entry in entries]
+  assert len(set(labels)) == len(labels)
+  assert not any(set(label) & set('/ ') for label in labels)
+  methods = {entry.config.method[0] for entry in entries}
+  assert {'fptt', 'tbptt'} <= methods <= set(fptt_jax.METHODS)
+  assert all(len(entry.config.method) == 1 for entry in entries)
+  if scale != 'full':
+    assert all(entry.paper is None and not entry.replication for entry in entries)
+
+
+def test_full_scale_is_the_paper_s() -> None:
+  """Two-sided check of what the numbers stand beside: T, H, K, and Tables 2, 4, 5, 6."""
+  lines = {(item, entry.label): entry for item in items.ITEMS for entry in items.ITEMS[item]('full')}
+  assert {line.config.seq_len for (item, _), line in lines.items() if item == 'fig3'} == {750, 1000}
+  assert {line.config.num_windows for (item, _), line in lines.items() if item == 'fig2'} == {1, 3, 5, 10, 100, 200}
+  assert {line.config.alpha for (item, label), line in lines.items() if item == 'alpha' and 'fptt' in label} == set(items.ALPHAS)
+  quoted = {
+    ('table2', 'gru-fptt'): 71.37,
+    ('table3', 'bptt-aux'): 65.65,
+    ('table4', 'fptt-kappa2'): 106.27,
+    ('table5', 'ptb_w-fptt'): 50.96,
+    ('table6', 'permuted-fptt'): 94.75,
+  }
+  assert {key: lines[key].paper for key in quoted} == quoted
+  image = lines['table6', 'mnist-fptt'].config
+  assert (image.hidden, image.num_windows, image.alpha, image.lr, image.clip, image.epochs) == (128, 10, 0.1, 1e-3, 1.0, 200)
+  assert lines['table2', 'antisymmetric-fptt'].config.hidden == 256
+  word = lines['table5', 'ptb_w-fptt'].config
+  assert (word.hidden, word.embedding, word.last_hidden, word.experts, word.lr, word.beta) == (960, 280, 620, 15, 20.0, 0.7)
+
+
+@pytest.mark.parametrize(
+  ('item', 'lines'), [('fig2', ('tbptt-K3', 'fptt-K3-alpha0.5')), ('table6', ('mnist-tbptt_final', 'mnist-fptt'))]
+)
+def test_an_item_runs_and_goes_on_where_it_was_stopped(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str], item: str, lines: tuple[str, ...]
+) -> None:
+  """Table as text and JSON with a line each, a plot; again with one more seed, only that seed is run, and the interval appears."""
+  run(item, tmp_path, lines=lines[:1])
+  run(item, tmp_path, lines=lines)
+  [table] = tmp_path.glob(f'{item}-test_*.json')
+  assert [line['line'] for line in json.loads(table.read_text())['lines']] == list(lines)
+  assert table.with_suffix('.png').stat().st_size > 10_000
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*/*-seed0/metrics.jsonl')}
+  capsys.readouterr()
+  run(item, tmp_path, lines=lines)
+  assert {path: path.stat().st_mtime_ns for path in before} == before
+  printed = capsys.readouterr().out
+  assert "not the paper's" in printed
+  assert table.with_suffix('.txt').read_text().splitlines()[1] in printed
+
+
+def test_the_interval_is_student_s() -> None:
+  """Mean ± t(0.975, n - 1) s/√n, as scipy has it; none for one value."""
+  values = [3.0, 4.0, 8.0]
+  low, high = stats.t.interval(0.95, 2, loc=5.0, scale=stats.sem(values))
+  assert paper.interval(values) == pytest.approx((high - low) / 2)
+  assert paper.interval([1.0]) is None
+
+
+def test_tuning_chooses_by_validation_and_later_runs_use_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """Each declared rate is tried from a seed nothing else has; the best score's rate is kept and then run with."""
+  run('table4', tmp_path, lines=('tbptt',), tune=True)
+  tuned = json.loads((tmp_path / 'tuned.json').read_text())['tbptt']
+  assert {float(rate) for rate in tuned['tried']} == {2.0, 1.0, 0.5, 0.25}
+  assert tuned['valid_ppl'] == min(tuned['tried'].values()) == tuned['tried'][f'{tuned["lr"]:g}']
+  assert len(list(tmp_path.glob(f'tune/*/tbptt-seed{paper.TUNE_SEED}'))) == 4
+  run('table4', tmp_path, lines=('tbptt',))
+  assert json.loads((tmp_path / 'tbptt' / 'config.json').read_text())['lr'] == tuned['lr']
+  assert f'{tuned["lr"]:g}' in capsys.readouterr().out
+
+
+def test_several_seeds_are_averaged(tmp_path: Path) -> None:
+  """The line's mean and interval are those of the runs' results."""
+  run('fig1', tmp_path, lines=('T12-tbptt',), seeds=(0, 1, 2))
+  results = [json.loads(path.read_text())['test_mse'] for path in sorted(tmp_path.glob('T12-tbptt/*/result.json'))]
+  [line] = json.loads((tmp_path / 'fig1-test_mse.json').read_text())['lines']
+  assert (line['seeds'], line['diverged']) == (3, 0)
+  assert line['test_mse'] == pytest.approx(sum(results) / 3)
+  assert line['95 % CI'] == pytest.approx(paper.interval(results))
+
+
+def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
+  """One of two seeds without a result."""
+  entry = items.fig1('smoke')[0]
+  summaries = [dict(test_mse=0.5, K=3, seconds=1.0, seed=0), dict(test_mse=None, K=3, seconds=1.0, seed=1)]
+  line = paper.line(entry, summaries)
+  assert (line['test_mse'], line['seeds'], line['diverged'], line['95 % CI']) == (0.5, 2, 1, None)
+
+
+@pytest.mark.parametrize('study', list(studies.STUDIES))
+def test_studies_run(tmp_path: Path, study: str) -> None:
+  """Numbers as text and JSON, with the machine they were measured on."""
+  run(study, tmp_path)
+  content = json.loads((tmp_path / f'{study}.json').read_text())
+  assert len(content['lines']) >= 3
+  assert content['hardware']['cpu_cores']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('item', list(items.ITEMS))
+def test_every_item_runs_whole_at_smoke_scale(tmp_path: Path, item: str) -> None:
+  """All lines of all items."""
+  run(item, tmp_path)
+  assert list(tmp_path.glob(f'{item}-test_*.png'))
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (dict(methods=('fptp',)), r"--methods must be out of .*, got \('fptp',\)"),
+    (dict(seeds=(1000,)), r'--seeds must be without 1000, which tuning draws from, got \(1000,\)'),
+    (dict(seeds=()), '--seeds must be integers >= 0'),
+    (dict(item='table1', tune=True), '--tune must be false with --item=table1'),
+  ],
+)
+def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
+  """Before anything runs."""
+  with pytest.raises(ValueError, match=message):
+    paper.Config(**settings)
+
+
+def test_lines_that_are_not_there_are_refused(tmp_path: Path) -> None:
+  """The message lists those that are."""
+  with pytest.raises(UserError, match='--lines must be out of bptt, tbptt, fptt-kappa2, fptt-kappa1, got nosuch'):
+    run('table4', tmp_path, lines=('nosuch',))
+  with pytest.raises(UserError, match='--methods=ogd and --lines=all leave no line of table4'):
+    run('table4', tmp_path, methods=('ogd',))
+
+
+def test_command_line_help() -> None:
+  """Items and scales are told."""
+  shown = subprocess.run([sys.executable, '-m', 'experiments.paper', '--help'], capture_output=True, text=True, check=False).stdout
+  for word in ('fig1', 'table5', 'convergence', 'smoke', '--tune'):
+    assert word in shown, word
