@@ -61,7 +61,9 @@ def test_embedding_dropout_drops_words_everywhere() -> None:
   matrix = np.where(kept, np.asarray(embed.embedding[...]) / 0.5, 0)
   for word in range(V):
     np.testing.assert_allclose(rows[word], matrix[word : word + 1], rtol=1e-6)
-  gradient = nnx.grad(lambda layer: layer((), words, None, KEY)[1].sum())(layer)['embed']['embedding'][...]
+  model = nn.from_nnx(lambda rngs: nn.EmbeddingDropout(embed, 0.5))
+  run = lambda p: model.apply(p, (), words, None, KEY)[1].sum()
+  gradient = quick(jax.grad(run))({'embed': {'embedding': embed.embedding[...]}})['embed']['embedding']
   counts = np.bincount(np.asarray(words).ravel(), minlength=V)[:, None]
   np.testing.assert_allclose(gradient, np.broadcast_to(np.where(kept, 2 * counts, 0), (V, D)), rtol=1e-6)
   np.testing.assert_array_equal(layer((), words)[1], embed(words))
@@ -96,7 +98,7 @@ def test_weight_drop_leaves_its_layer_alone() -> None:
   """Run in training outside any adapter, the layer it holds keeps its weights and its structure."""
   module = nn.WeightDrop(nn.RNN(D, H, rngs=nnx.Rngs(0)), 0.4)
   before, graph = np.array(module.layer.w_h[...]), nnx.graphdef(module)
-  module(module.initial_state(B), jnp.asarray(random(S, B, D)), None, KEY)
+  jax.eval_shape(lambda x: module(module.initial_state(B), x, None, KEY), random(S, B, D))
   np.testing.assert_array_equal(module.layer.w_h[...], before)
   assert nnx.graphdef(module) == graph
 
@@ -130,39 +132,44 @@ def test_temporal_penalty_of_a_ragged_window_is_the_mean_over_its_differences() 
 
 
 def test_stack_trains_on_loss_plus_penalties_and_evaluates_without() -> None:
-  """In the trainer the window's objective is cross-entropy + AR of the dropped + TAR of the raw outputs, computed by hand from the
-  same pass; evaluation is that of the bare LSTM model with the same weights, and masks change from window to window."""
+  """In the trainer each window's objective is cross-entropy + AR of the dropped + TAR of the raw outputs, computed layer by layer with
+  the window's own masks; evaluation is that of the bare model of the same weights."""
   model = nn.from_nnx(awd)
-  params = model.init(KEY)
+  params = quick(model.init)(KEY)
   words = np.random.default_rng(1).integers(0, V, (2 * S + 1, B)).astype(np.int32)
   batch = fptt_jax.Batch(words[:-1], words[1:])
   loss = fptt_jax.losses.sequence_classification(V)
-  trainer = fptt_jax.trainer(model._replace(init=lambda key: params), loss, fptt_jax.fptt(optax.sgd(0.0), alpha=0.1), num_windows=2)
+  optimizer = fptt_jax.fptt(optax.sgd(0.0), alpha=0.1)
+  trainer = fptt_jax.trainer(model._replace(init=lambda key: params), loss, optimizer, num_windows=2)
   state = trainer.init(KEY, batch)
   _, metrics = quick(trainer.step)(state, batch)
+  graph = nnx.graphdef(nnx.eval_shape(lambda: awd(nnx.Rngs(0))))
 
-  window_key = jax.random.fold_in(jax.random.fold_in(state.key, 0), 0)
-  module = awd(nnx.Rngs(0))
-  nnx.update(module, params)
-  x, keys = jnp.asarray(words[:S]), [jax.random.fold_in(window_key, number) for number in range(7)]
-  layers = list(module.layers)
-  for number in (0, 1):
-    _, x = layers[number]((), x, None, keys[number])
-  _, raw = layers[2](layers[2].initial_state(B), x, None, keys[2])
-  _, dropped = layers[4]((), raw, None, keys[4])
-  log_p = jax.nn.log_softmax(layers[6](dropped))
-  nll = -np.take_along_axis(np.asarray(log_p), words[1 : S + 1, :, None], -1).mean()
-  penalties = 2 * np.square(dropped).mean() + np.square(np.diff(raw, axis=0)).mean()
-  assert metrics.loss[0] == pytest.approx(nll + penalties, rel=1e-5)
-  assert np.any(dropped == 0)
+  @quick
+  def by_hand(params: Any, hidden: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> Any:
+    layers = nnx.merge(graph, nnx.State(params)).layers
+    keys = [jax.random.fold_in(key, number) for number in range(7)]
+    for number in (0, 1):
+      _, x = layers[number]((), x, None, keys[number])
+    hidden, raw = layers[2](hidden, x, None, keys[2])
+    _, dropped = layers[4]((), raw, None, keys[4])
+    nll = -(jax.nn.log_softmax(layers[6](dropped)) * jax.nn.one_hot(y, V)).sum(-1).mean()
+    return nll + 2 * jnp.square(dropped).mean() + jnp.square(raw[1:] - raw[:-1]).mean(), hidden, dropped
+
+  hidden, masks = model.initial_state(B)[2], []
+  for k in range(2):
+    window_key = jax.random.fold_in(jax.random.fold_in(state.key, 0), k)
+    rows = slice(k * S, (k + 1) * S)
+    objective, hidden, dropped = by_hand(params, hidden, batch.inputs[rows], batch.targets[rows], window_key)
+    assert metrics.loss[k] == pytest.approx(objective.item(), rel=1e-5)
+    masks.append(np.asarray(dropped) == 0)
+  assert np.any(masks[0] != masks[1])
 
   bare = nn.from_nnx(lambda rngs: nn.Stack(nnx.Embed(V, D, rngs=rngs), nn.LSTM(D, H, rngs=rngs), nnx.Linear(H, V, rngs=rngs)))
   layers = params['layers']
   weights = {'layers': {0: layers[0]['embed'], 1: layers[2]['layer'], 2: layers[6]}}
-  expected = bare.apply(weights, bare.initial_state(B), words, None, None)[1]
-  state, got = model.apply(params, model.initial_state(B), words, None, None)
-  np.testing.assert_allclose(got, expected, rtol=1e-6)
-  assert len(state) == 6
+  run = lambda model, params: quick(lambda p: model.apply(p, model.initial_state(B), words, None, None)[1])(params)
+  np.testing.assert_allclose(run(model, params), run(bare, weights), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
