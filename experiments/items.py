@@ -257,3 +257,38 @@ def grid(entry: Entry) -> list[tuple[str, Any]]:
     dict(epochs=min(3, entry.config.epochs)) if hasattr(entry.config, 'epochs') else dict(batches=-(-entry.config.batches // 3))
   )
   return [(f'{entry.label}-lr{rate:g}', dataclasses.replace(entry.config, lr=rate, **shorter)) for rate in rates]
+
+
+QUOTED: dict[str, dict[str, dict[str, float]]] = {
+  'table4': {
+    'test ppl': {
+      'FastGRNN (Kusupati et al. 2018)': 116.11,
+      'IncrementalRNN (Kag et al. 2020)': 115.71,
+      'SpectralRNN (Zhang et al. 2018)': 130.20,
+      'LSTM (Zhang et al. 2018)': 130.21,
+      'LSTM (Kusupati et al. 2018)': 117.41,
+    }
+  },
+  'table5': {
+    'PTB-c bits per character': {'TrellisNet': 1.158, 'AWD-LSTM': 1.175, 'Dense IndRNN': 1.18},
+    'PTB-w perplexity, dynamic evaluation': {'TrellisNet': 54.19, 'AWD-LSTM': 51.1, 'Dense IndRNN': 50.97},
+  },
+  'table6': {
+    'pixel MNIST, %': {
+      'AntisymmetricRNN': 98.8,
+      'IncrementalRNN': 98.13,
+      'IndRNN (6 layers)': 99.0,
+      'TrellisNet (16 layers)': 99.20,
+      'r-LSTM': 98.4,
+    },
+    'permuted MNIST, %': {
+      'AntisymmetricRNN': 93.1,
+      'IncrementalRNN': 95.62,
+      'IndRNN (6 layers)': 96.0,
+      'TrellisNet (16 layers)': 98.13,
+      'r-LSTM': 95.2,
+    },
+    'pixel CIFAR-10, %': {'AntisymmetricRNN': 62.20, 'TrellisNet (16 layers)': 73.42, 'r-LSTM': 72.20},
+  },
+}
+"""What the paper quotes from others, by item and measure: not run here, shown below tables of the full scale."""

@@ -158,7 +158,10 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
       curves[entry.label] = [([row['step'] for row in run], [row[score.curve] for row in run]) for run in rows]
     step = 'batches' if score is items.ERROR else 'epoch'
     runs.plot_curves(folder / f'{name}.png', curves, step, score.label, {'chance': 1 / 6} if score is items.ERROR else {})
-  if config.scale != 'full':
+  if config.scale == 'full':
+    for measure, systems in items.QUOTED.get(config.item, {}).items():
+      print(f'the paper quotes, {measure}: ' + ', '.join(f'{name} {number:g}' for name, number in systems.items()))
+  else:
     print(f"scale {config.scale}: reduced settings, not the paper's; its numbers stand beside --scale=full only")
   print(f'tables, plots and the runs are in {folder}')
 

@@ -156,8 +156,9 @@ def report(
     rows = read_jsonl(folder / f'{summary["method"]}-seed{summary["seed"]}' / 'metrics.jsonl')
     curves.setdefault(summary['method'], []).append(([row['step'] for row in rows], [row[y] for row in rows]))
   plot_curves(folder / plot, curves, xlabel, ylabel, lines)
-  headers = [name.replace('_', ' ') for name in summaries[0]]
-  print(tabulate([list(summary.values()) for summary in summaries], headers, floatfmt=f'.{digits}f', missingval='-'))
+  names = dict.fromkeys(name for summary in summaries for name in summary)  # A run that diverged has fewer.
+  rows = [[summary.get(name) for name in names] for summary in summaries]
+  print(tabulate(rows, [name.replace('_', ' ') for name in names], floatfmt=f'.{digits}f', missingval='-'))
   print(f'metrics, summary.json and {plot} are in {folder}')
 
 

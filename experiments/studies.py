@@ -21,7 +21,7 @@ def table1(scale: str, folder: Path) -> None:
     'cpu': ((32, 64, 128, 256, 512), (4, 16), 128, 128, 5),
     'full': ((32, 64, 128, 256, 512, 1024, 2048), (4, 16, 64), 128, 128, 11),
   }[scale]
-  rows = cost.table1(lengths, windows, hidden, batch_size, repeats, lambda row: print({**row}, flush=True))
+  rows = cost.table1(lengths, windows, hidden, batch_size, repeats, say)
   cost.plot(folder / 'table1.png', rows)
   keep('table1', scale, rows, folder)
 
@@ -42,7 +42,7 @@ def walltime(scale: str, folder: Path) -> None:
       costs = cost.measure(model, loss, make_optimizer, method, batch, num_windows=num_windows, repeats=repeats)
       seconds = (costs['gradient_ms'] + costs['update_ms']) / 1e3 * (examples // batch_size)
       rows.append({'task': name, 'T': num_steps, 'method': method, 'K': num_windows or 1, 'epoch_s': seconds, **costs})
-      print(rows[-1], flush=True)
+      say(rows[-1])
   keep('walltime', scale, rows, folder)
 
 
@@ -67,6 +67,15 @@ def convergence_study(scale: str, folder: Path) -> None:
       studies[name] = json.loads(path.read_text())
   convergence.plot(folder / 'convergence.png', studies)
   keep('convergence', scale, [{'run': name, **rows[-1]} for name, rows in studies.items()], folder)
+
+
+def say(row: dict[str, Any]) -> None:
+  """One line of what was just measured."""
+  print(
+    f'T {row["T"]:>5}  {row["method"]:>5}  K {row["K"]:>5}  gradient {row["gradient_ms"]:9.2f} ms  update {row["update_ms"]:8.2f} ms  '
+    f'memory {row["temp_bytes"] / 2**20:8.2f} MiB',
+    flush=True,
+  )
 
 
 def keep(name: str, scale: str, rows: list[dict[str, Any]], folder: Path) -> None:

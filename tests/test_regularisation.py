@@ -132,8 +132,8 @@ def test_temporal_penalty_of_a_ragged_window_is_the_mean_over_its_differences() 
 
 
 def test_stack_trains_on_loss_plus_penalties_and_evaluates_without() -> None:
-  """In the trainer each window's objective is cross-entropy + AR of the dropped + TAR of the raw outputs, computed layer by layer with
-  the window's own masks; evaluation is that of the bare model of the same weights."""
+  """In the trainer each window's objective is cross-entropy + AR of the dropped + TAR of the raw outputs, computed layer by layer
+  with the window's own masks; evaluation is that of the bare model of the same weights."""
   model = nn.from_nnx(awd)
   params = quick(model.init)(KEY)
   words = np.random.default_rng(1).integers(0, V, (2 * S + 1, B)).astype(np.int32)
