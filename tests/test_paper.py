@@ -118,7 +118,7 @@ def test_studies_run(tmp_path: Path, study: str) -> None:
   """Numbers as text and JSON, with the machine they were measured on."""
   run(study, tmp_path)
   content = json.loads((tmp_path / f'{study}.json').read_text())
-  assert len(content['lines']) >= 3
+  assert len(content['lines']) >= 2
   assert content['hardware']['cpu_cores']
 
 
