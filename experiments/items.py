@@ -139,7 +139,10 @@ def fig2(scale: str) -> list[Entry]:
   entries = []
   for num_windows in windows:
     settings = dict(seq_len=seq_len, num_windows=num_windows)
-    entries.append(add(f'tbptt-K{num_windows}', scale, 'tbptt', **settings))
+    if num_windows == 1:  # One window of the whole sequence, without the regulariser.
+      entries.append(add('bptt', scale, 'bptt', seq_len=seq_len))
+    else:
+      entries.append(add(f'tbptt-K{num_windows}', scale, 'tbptt', **settings))
     entries += [add(f'fptt-K{num_windows}-alpha{alpha}', scale, 'fptt', alpha=alpha, **settings) for alpha in (0.5, 0.1)]
   return entries
 

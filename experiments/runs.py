@@ -93,7 +93,8 @@ class Run:
 def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Path:
   """Makes the folder and writes config.json, or checks that the folder was made with the same configuration.
 
-  `identity` says what else makes it the same run, such as a hash of the data.
+  Other methods and seeds may join those that are there: each run has its own folder. `identity` says what else makes it the same
+  run, such as a hash of the data.
 
   Raises:
     UserError: the folder holds runs of another configuration, or cannot be written.
@@ -106,14 +107,13 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   try:
     if path.exists():
       found = json.loads(path.read_text())
-      keys = sorted({*found, *described})
+      keys = sorted({*found, *described} - {'method', 'seeds'})
       differ = [f'{k}: was {found.get(k)!r}, now {described.get(k)!r}' for k in keys if found.get(k) != described.get(k)]
       if differ:
         raise UserError(f'{folder} holds runs of another configuration; {"; ".join(differ)}. Choose another --workdir.')
-    else:
-      folder.mkdir(parents=True, exist_ok=True)
-      with replaced(path) as file:
-        file.write(json.dumps(described, indent=2) + '\n')
+    folder.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as file:
+      file.write(json.dumps(described, indent=2) + '\n')
   except OSError as error:
     raise UserError(f'cannot write to --workdir={folder}: {error}') from error
   return folder

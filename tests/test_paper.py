@@ -37,7 +37,7 @@ def test_full_scale_is_the_paper_s() -> None:
   """Two-sided check of what the numbers stand beside: T, H, K, and Tables 2, 4, 5, 6."""
   lines = {(item, entry.label): entry for item in items.ITEMS for entry in items.ITEMS[item]('full')}
   assert {line.config.seq_len for (item, _), line in lines.items() if item == 'fig3'} == {750, 1000}
-  assert {line.config.num_windows for (item, _), line in lines.items() if item == 'fig2'} == {1, 3, 5, 10, 100, 200}
+  assert {line.config.num_windows for (item, _), line in lines.items() if item == 'fig2'} == {None, 1, 3, 5, 10, 100, 200}
   assert {line.config.alpha for (item, label), line in lines.items() if item == 'alpha' and 'fptt' in label} == set(items.ALPHAS)
   quoted = {
     ('table2', 'gru-fptt'): 71.37,
@@ -60,7 +60,7 @@ def test_full_scale_is_the_paper_s() -> None:
 def test_an_item_runs_and_goes_on_where_it_was_stopped(
   tmp_path: Path, capsys: pytest.CaptureFixture[str], item: str, lines: tuple[str, ...]
 ) -> None:
-  """Table as text and JSON with a line each, a plot; again with one more seed, only that seed is run, and the interval appears."""
+  """Table as text and JSON with a line each, a plot; again with one more seed, only that seed is run, and both are in the table."""
   run(item, tmp_path, lines=lines[:1])
   run(item, tmp_path, lines=lines)
   [table] = tmp_path.glob(f'{item}-test_*.json')
@@ -68,8 +68,9 @@ def test_an_item_runs_and_goes_on_where_it_was_stopped(
   assert table.with_suffix('.png').stat().st_size > 10_000
   before = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*/*-seed0/metrics.jsonl')}
   capsys.readouterr()
-  run(item, tmp_path, lines=lines)
+  run(item, tmp_path, lines=lines, seeds=(0, 1))
   assert {path: path.stat().st_mtime_ns for path in before} == before
+  assert [line['seeds'] for line in json.loads(table.read_text())['lines']] == [2, 2]
   printed = capsys.readouterr().out
   assert "not the paper's" in printed
   assert table.with_suffix('.txt').read_text().splitlines()[1] in printed
