@@ -158,8 +158,8 @@ def test_each_segment_is_measured_before_it_is_learned_from(plain: bool) -> None
 
 
 def test_it_adapts_to_a_text_of_another_rule() -> None:
-  """On words two apart, where training had one apart, perplexity falls from far above chance to less than half of it; settings chosen
-  on one text hold on another of the rule."""
+  """On words two apart, where training had one apart, perplexity falls from far above chance to less than half of it; settings
+  chosen on one text hold on another of the rule."""
   valid, test = (list(sequences(markov(401, 2, seed), 40, 1)) for seed in (4, 5))
   best, *others = tune(evaluate(), valid, (1e-3, 2e-2), (0.0, 1e-2))
   assert len(others) == 3

@@ -10,12 +10,14 @@ import io
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.data import images, text
 
 BLOCK = 1000  # images a record
+DAMAGED = (OSError, ValueError, KeyError, IndexError, RuntimeError)  # What reading a damaged copy raises.
 
 
 class FpttJax(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -44,6 +46,16 @@ class FpttJax(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     yield from enumerate(self._splits[split])
 
 
+def _builder(name: str, folder: Path, **settings: Any) -> FpttJax:
+  """The builder, without its warning that there is nothing prepared yet."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    return FpttJax(config=name, data_dir=folder, **settings)
+  finally:
+    logging.set_verbosity(verbosity)
+
+
 def write_images(name: str, arrays: images.Images, folder: Path) -> None:
   """Prepares 'mnist' or 'cifar10'."""
   splits = {}
@@ -60,7 +72,7 @@ def write_text(files: dict[str, bytes], folder: Path) -> None:
 
 def _write(name: str, splits: dict[str, list[dict[str, Any]]], folder: Path) -> None:
   """Writes into a temporary folder, renamed when it is whole; two at once do no harm."""
-  builder = FpttJax(splits=splits, config=name, data_dir=folder)
+  builder = _builder(name, folder, splits=splits)
   config = tfds.download.DownloadConfig(try_download_gcs=False)
   tfds.disable_progress_bar()
   try:
@@ -73,7 +85,7 @@ def _write(name: str, splits: dict[str, list[dict[str, Any]]], folder: Path) -> 
 
 def read_images(name: str, folder: Path) -> tuple[images.Images, Path] | None:
   """The prepared 'mnist' or 'cifar10' and where it lies, if it is there; else tensorflow-datasets' own, shuffled as it is."""
-  builder = FpttJax(config=name, data_dir=folder)
+  builder = _builder(name, folder)
   if builder.is_prepared():
     parts = {split: list(builder.as_data_source(split)) for split in ('train', 'test')}
     arrays = [np.concatenate([block[key] for block in parts[split]]) for split in parts for key in ('image', 'label')]
@@ -89,7 +101,7 @@ def read_images(name: str, folder: Path) -> tuple[images.Images, Path] | None:
 
 def read_text(folder: Path) -> tuple[dict[str, bytes], Path] | None:
   """The prepared files of 'ptb' by name and where they lie, if they are there."""
-  builder = FpttJax(config='ptb', data_dir=folder)
+  builder = _builder('ptb', folder)
   if not builder.is_prepared():
     return None
   files = {f'ptb.{split}.txt': builder.as_data_source(split)[0]['text'] for split in text.SPLITS}
