@@ -182,6 +182,77 @@ def test_a_prepared_copy_that_is_damaged_is_named(official: tuple[Path, data.Ima
       data.load_images('mnist')
 
 
+@pytest.mark.parametrize('content', [None, b'', b'{}'], ids=['missing', 'empty', 'blank'])
+def test_a_prepared_copy_without_its_description_is_named(
+  official: tuple[Path, data.Images], prepared: Path, content: bytes | None
+) -> None:
+  """dataset_info.json lost or emptied: neither read as data nor taken for nothing; the message says which folder to delete."""
+  folder, _ = official
+  data.load_images('mnist', folder)
+  [path] = prepared.rglob('dataset_info.json')
+  path.unlink()
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(
+    UserError, match=r'cannot prepare or read mnist .*fptt_jax/mnist is damaged, delete that folder and run again'
+  ):
+    data.load_images('mnist', folder)
+
+
+def test_a_copy_that_tensorflow_datasets_prepared_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Laid out like its own 'mnist' (an image a record, shuffled): the same examples in another order, under the same hash."""
+  from PIL import Image
+  import tensorflow_datasets as tfds
+
+  rng = np.random.default_rng(0)
+  pixels, labels = rng.integers(0, 256, (9, 28, 28, 1)).astype(np.uint8), np.arange(9, dtype=np.int32)
+
+  class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version('3.0.1')
+
+    def _info(self) -> Any:
+      features = {'image': tfds.features.Image(shape=(28, 28, 1)), 'label': tfds.features.ClassLabel(num_classes=10)}
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager: Any) -> Any:
+      return {'train': self._generate_examples(range(6)), 'test': self._generate_examples(range(6, 9))}
+
+    def _generate_examples(self, numbers: range) -> Any:
+      yield from ((n, {'image': Image.fromarray(pixels[n, ..., 0]), 'label': n}) for n in numbers)
+
+  tfds.disable_progress_bar()
+  config = tfds.download.DownloadConfig(try_download_gcs=False)
+  Mnist(data_dir=prepared).download_and_prepare(download_config=config, file_format='array_record')
+  expected = images.Images(pixels[:6], labels[:6], pixels[6:], labels[6:])
+  monkeypatch.setitem(images.CONTENT, 'mnist', images.content(expected))
+  found = data.load_images('mnist')
+  np.testing.assert_array_equal(found.train_images, pixels[found.train_labels])
+  assert sorted(found.train_labels) == list(range(6))
+  assert found.train_labels.dtype == np.int32
+  assert not (prepared / 'fptt_jax').exists()
+
+
+def test_two_preparations_at_once_do_no_harm(
+  official: tuple[Path, data.Images], prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """A second one begins and ends while the first is writing: the first gives way, and both read one whole copy."""
+  from experiments.data import builders
+
+  folder, arrays = official
+  generate, others = builders.FpttJax._generate_examples, []
+
+  def interrupted(self: Any, split: str) -> Any:
+    yield from generate(self, split)
+    if not others:
+      others.append(None)
+      others.append(data.load_images('mnist', folder))
+
+  monkeypatch.setattr(builders.FpttJax, '_generate_examples', interrupted)
+  for found in (data.load_images('mnist', folder), others[1]):
+    assert data.fingerprint(found) == data.fingerprint(arrays)
+  assert [path.name for path in (prepared / 'fptt_jax' / 'mnist').iterdir()] == ['1.0.0']
+
+
 def test_preparing_that_is_killed_leaves_nothing_half_made(official: tuple[Path, data.Images], prepared: Path) -> None:
   """A process that is ended hard between two records: the next run finds no prepared copy and makes a whole one."""
   folder, arrays = official

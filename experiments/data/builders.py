@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from google.protobuf import json_format
 import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.data import images, text
 
 BLOCK = 1000  # images a record
-DAMAGED = (OSError, ValueError, KeyError, IndexError, RuntimeError)  # What reading a damaged copy raises.
+DAMAGED = (OSError, ValueError, LookupError, RuntimeError, AssertionError, json_format.Error)  # What reading a damaged copy raises.
 
 
 class FpttJax(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -79,14 +80,18 @@ def _write(name: str, splits: dict[str, list[dict[str, Any]]], folder: Path) -> 
     with contextlib.redirect_stdout(io.StringIO()):  # It says 'downloading', which it does not.
       builder.download_and_prepare(download_config=config, file_format='array_record')
   except OSError:
-    if not builder.is_prepared():  # Otherwise another process was first.
+    if not _is_prepared(builder):  # Otherwise another process was first.
       raise
+
+
+def _is_prepared(builder: FpttJax) -> bool:
+  return (Path(builder.data_dir) / 'dataset_info.json').exists()  # The builder's own is_prepared() warns where nothing is.
 
 
 def read_images(name: str, folder: Path) -> tuple[images.Images, Path] | None:
   """The prepared 'mnist' or 'cifar10' and where it lies, if it is there; else tensorflow-datasets' own, shuffled as it is."""
   builder = _builder(name, folder)
-  if builder.is_prepared():
+  if _is_prepared(builder):
     parts = {split: list(builder.as_data_source(split)) for split in ('train', 'test')}
     arrays = [np.concatenate([block[key] for block in parts[split]]) for split in parts for key in ('image', 'label')]
     return images.Images(*arrays), Path(builder.data_dir)
@@ -102,7 +107,7 @@ def read_images(name: str, folder: Path) -> tuple[images.Images, Path] | None:
 def read_text(folder: Path) -> tuple[dict[str, bytes], Path] | None:
   """The prepared files of 'ptb' by name and where they lie, if they are there."""
   builder = _builder('ptb', folder)
-  if not builder.is_prepared():
+  if not _is_prepared(builder):
     return None
   files = {f'ptb.{split}.txt': builder.as_data_source(split)[0]['text'] for split in text.SPLITS}
   return files, Path(builder.data_dir)

@@ -120,8 +120,11 @@ def _prepared(
       print(f'preparing {source.name} in {folder}', flush=True)
       write(builders, files, folder)
       found = read(builders, folder)
+    if found is None:
+      raise FileExistsError('there is a copy without its dataset_info.json')
   except builders.DAMAGED as error:
-    raise UserError(f'cannot prepare or read {source.name} in {folder} (TFDS_DATA_DIR): {error}.') from error
+    advice = f'If the copy in {folder / "fptt_jax" / source.name} is damaged, delete that folder and run again.'
+    raise UserError(f'cannot prepare or read {source.name} in {folder} (TFDS_DATA_DIR): {error}. {advice}') from error
   return found
 
 
