@@ -185,7 +185,11 @@ def plot_curves(
   if xscale == 'linear':
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.grid(alpha=0.3, which='both')
-  axes.legend()
+  if len(curves) > 6:  # Beside the curves, not over them.
+    figure.set_figwidth(10)
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5))
+  else:
+    axes.legend()
   figure.savefig(path, dpi=120)
 
 

@@ -32,8 +32,8 @@ class Reconstruction(nnx.Module):
   beyond it.
 
   The paper uses one anchor, sub-sequences of 600 pixels and w = 1, pre-trains on the penalty alone, reads the decoder out through
-  two hidden layers, and cuts this gradient after 300 steps; here it ends where the window does. (These settings of theirs were taken
-  from a figure's caption and a summary, not checked against the paper's text.)
+  two hidden layers, and cuts this gradient after 300 steps; here it ends where the window does. (These
+  settings of theirs were taken from a figure's caption and a summary, not checked against the paper's text.)
 
   Args:
     layer: what runs the window: a layer of `fptt_jax.nn`, a per-step cell of flax, or a `Stack` of them, without penalties of
