@@ -7,6 +7,7 @@ defaults are the authors' release's: LSTM 128, Adam 1e-3 divided by 10 after epo
 from collections.abc import Callable, Iterator
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Config(epochs.EpochRecipe):
       check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
     check(self.reconstruction_segment != 1, 'reconstruction_segment', self.reconstruction_segment, '0 or at least 2')
     check(0 <= self.dropout < 1, 'dropout', self.dropout, 'in [0, 1)')
-    check(self.reconstruction >= 0, 'reconstruction', self.reconstruction, 'a number >= 0')
+    check(0 <= self.reconstruction < math.inf, 'reconstruction', self.reconstruction, 'a finite number >= 0')
     check(self.task != 'arrays' or self.data_dir.endswith('.npz'), 'data_dir', self.data_dir, "a .npz with --task='arrays'")
 
 
@@ -128,6 +129,21 @@ def load(config: Config) -> tuple[Sequences, str]:
   return sequences, fingerprint
 
 
+def segment(config: Config, num_steps: int) -> int:
+  """L, the steps that r-LSTM reconstructs."""
+  return config.reconstruction_segment or max(2, num_steps // 10)
+
+
+def check_fit(config: Config, num_steps: int) -> None:
+  """Raises if K, final_steps or the reconstruction do not fit sequences of `num_steps` steps."""
+  config.check_length(num_steps)
+  for method in config.method if config.reconstruction else ():
+    size = num_steps // recipe.updates_a_sequence(config, method, num_steps)[0]
+    expected = f"at most {size}, the shortest window's steps by method {method!r}"
+    check(segment(config, num_steps) <= size, 'reconstruction_segment', segment(config, num_steps), expected)
+    check(method != 'tbptt_final', 'reconstruction', config.reconstruction, "0 with the method 'tbptt_final'")
+
+
 def make_model(config: Config, num_steps: int, features: int, num_classes: int) -> fptt_jax.Model:
   """Recurrent layers and a readout."""
 
@@ -135,8 +151,9 @@ def make_model(config: Config, num_steps: int, features: int, num_classes: int) 
     widths = [features, *[config.hidden] * config.layers]
     layers = [CELLS[config.cell](width, config, rngs) for width in widths[:-1]]
     if config.reconstruction:
-      segment = config.reconstruction_segment or max(2, num_steps // 10)
-      layers[0] = nn.Reconstruction(layers[0], features, segment=segment, weight=config.reconstruction, rngs=rngs)
+      layers[0] = nn.Reconstruction(
+        layers[0], features, segment=segment(config, num_steps), weight=config.reconstruction, rngs=rngs
+      )
     if config.dropout:
       layers.append(nnx.Dropout(config.dropout))
     if config.readout_hidden:
@@ -207,7 +224,7 @@ def train(config: Config, sequences: Sequences, method: str, seed: int, folder: 
 def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   """Trains by each method from each seed: (the folder, a summary each)."""
   sequences, fingerprint = load(config)
-  options.checked(config.check_length, sequences.shape[0])
+  options.checked(check_fit, config, sequences.shape[0])
   path = runs.open_workdir(folder, 'images', config, images_sha256=fingerprint)
   if sequences.order is not None:
     with runs.replaced(path / 'permutation.json') as file:

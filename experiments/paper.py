@@ -49,6 +49,10 @@ class Config:
     check(set(self.methods) <= known, 'methods', self.methods, f'out of {", ".join(sorted(known))}')
     check(bool(self.seeds) and min(self.seeds, default=-1) >= 0, 'seeds', self.seeds, 'integers >= 0')
     check(TUNE_SEED not in self.seeds, 'seeds', self.seeds, f'without {TUNE_SEED}, which tuning draws from')
+    check(len(set(self.seeds)) == len(self.seeds), 'seeds', self.seeds, 'different from each other')
+    if self.item in studies.STUDIES:
+      for name, only in (('methods', ('all',)), ('lines', ('all',)), ('seeds', (0,))):
+        check(getattr(self, name) == only, name, getattr(self, name), f'left out with --item={self.item}, which is one study')
     check(self.item in items.ITEMS or not self.tune, 'tune', self.tune, f'false with --item={self.item}, which has nothing to tune')
 
 
@@ -67,7 +71,7 @@ def chosen_entries(config: Config, folder: Path) -> list[Entry]:
   entries = [entry for entry in entries if wanted(entry) and ('all' in config.lines or entry.label in config.lines)]
   if not entries:
     raise UserError(f'--methods={",".join(config.methods)} and --lines={",".join(config.lines)} leave no line of {config.item}.')
-  tuned = read_json(folder / 'tuned.json')
+  tuned = {} if config.tune else read_json(folder / 'tuned.json')  # The grid is that of the declared setting, every time.
   place = smoke.data_files(folder / 'data') if config.scale == 'smoke' else dict.fromkeys(('images', 'text'), config.data_dir)
   kinds = {'experiments.images': 'images', 'experiments.language_model': 'text'}
 
@@ -128,7 +132,7 @@ def line(entry: Entry, summaries: list[dict[str, Any]]) -> dict[str, Any]:
     'line': entry.label,
     'method': entry.config.method[0],
     'K': summaries[0]['K'],
-    'lr': f'{entry.config.lr:g}',
+    'lr': entry.config.lr,
     'seeds': len(summaries),
     'diverged': len(summaries) - len(values),
     entry.score.test: float(np.mean(values)) if values else None,
@@ -145,7 +149,8 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
   for score in dict.fromkeys(entry.score for entry in entries):
     pairs = [(entry, summaries) for entry, summaries in zip(entries, results, strict=True) if entry.score == score]
     table = [line(entry, summaries) for entry, summaries in pairs]
-    text = tabulate([list(row.values()) for row in table], list(table[0]), floatfmt=f'.{score.digits}f', missingval='-')
+    formats = ['g' if name == 'lr' else f'.{score.digits}f' for name in table[0]]
+    text = tabulate([list(row.values()) for row in table], list(table[0]), floatfmt=formats, missingval='-')
     print(text)
     name = f'{config.item}-{score.test}'
     with runs.replaced(folder / f'{name}.txt') as file:

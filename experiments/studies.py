@@ -59,7 +59,7 @@ def convergence_study(scale: str, folder: Path) -> None:
     for optimizer, lr in (('adam', 1e-3), ('sgd', 0.1)):
       chosen = dataclasses.replace(config, alpha=alpha, optimizer=optimizer, lr=lr)
       name = f'{optimizer}-alpha{alpha}'
-      path = folder / f'{name}.json'
+      path = folder / f'{name}-{scale}.json'
       if not path.exists():  # Each is run once.
         rows = convergence.study(chosen, recipe.make_optimizer(chosen, 'fptt', lr), seed=0)
         with runs.replaced(path) as file:

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import chex
+from interruption import interrupted_at
 import jax
 import numpy as np
 import pytest
@@ -59,24 +60,13 @@ def test_every_method_runs_and_writes_its_folder(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize('method', ['fptt', 'bptt'])
-def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, method: str) -> None:
   """A run stopped between two checkpoints, started again, ends with the very metrics and weights of a run never stopped."""
   config = add_task.Config(method=(method,), seeds=(3,), optimizer='sgd', momentum=0.9, lr=0.1, decay=False, **TINY)
   whole = add_task.train(config, method, 3, tmp_path / 'whole')
 
-  save, saves = runs.Run.save, []
-
-  def interrupted_save(self: runs.Run, step: int, carry: Any, **record: Any) -> None:
-    if len(saves) == 1:  # The second interval's metrics are written, its checkpoint is not.
-      self.close()
-      raise KeyboardInterrupt
-    saves.append(step)
-    save(self, step, carry, **record)
-
-  monkeypatch.setattr(runs.Run, 'save', interrupted_save)
-  with pytest.raises(KeyboardInterrupt):
+  with interrupted_at(4):
     add_task.train(config, method, 3, tmp_path / 'cut')
-  monkeypatch.undo()
   assert [row['step'] for row in read_rows(tmp_path / 'cut' / f'{method}-seed3')] == [2, 4]
   resumed = add_task.train(config, method, 3, tmp_path / 'cut')
 
@@ -95,18 +85,12 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch
   chex.assert_trees_all_equal(*states)
 
 
-def test_interrupted_before_the_first_checkpoint_no_line_is_doubled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_before_the_first_checkpoint_no_line_is_doubled(tmp_path: Path) -> None:
   """Lines without a checkpoint behind them, a cut-off one too, go when the run starts again."""
   config = add_task.Config(method=('bptt',), **TINY)
 
-  def interrupted_save(self: runs.Run, step: int, carry: Any, **record: Any) -> None:
-    self.close()
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(runs.Run, 'save', interrupted_save)
-  with pytest.raises(KeyboardInterrupt):
+  with interrupted_at(2):
     add_task.train(config, 'bptt', 0, tmp_path)
-  monkeypatch.undo()
   metrics = tmp_path / 'bptt-seed0' / 'metrics.jsonl'
   metrics.write_text(metrics.read_text() + '{"step": 4, "se')
   add_task.train(config, 'bptt', 0, tmp_path)

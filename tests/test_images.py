@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from interruption import interrupted_at
 import jax
 import numpy as np
 import pytest
@@ -40,25 +41,13 @@ def test_script_learns_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize('settings', [{}, dict(divergence='example', dropout=0.3), dict(average_after=1, restart=True)])
-def test_interrupted_run_resumes_to_the_same_numbers(
-  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
-) -> None:
+def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, settings: dict[str, Any]) -> None:
   """Stopped after an epoch's metrics and before its checkpoint, a run goes on to the metrics and the result of one never stopped:
   order of the images, Q tables of every example, learning rate, averages and dropout included."""
   config = make_config(tmp_path, method=('fptt',), epochs=4, **settings)
   whole = images.run(config, str(tmp_path / 'whole'))[1]
-  save = runs.Run.save
-
-  def interrupted_save(self: runs.Run, step: int, carry: Any, **record: Any) -> None:
-    if step == 3:
-      self.close()
-      raise KeyboardInterrupt
-    save(self, step, carry, **record)
-
-  monkeypatch.setattr(runs.Run, 'save', interrupted_save)
-  with pytest.raises(KeyboardInterrupt):
+  with interrupted_at(3):
     images.run(config, str(tmp_path / 'cut'))
-  monkeypatch.undo()
   resumed = images.run(config, str(tmp_path / 'cut'))[1]
   assert [{**summary, 'seconds': 0} for summary in resumed] == [{**summary, 'seconds': 0} for summary in whole]
   files = [tmp_path / name / 'fptt-seed0' / 'metrics.jsonl' for name in ('whole', 'cut')]
@@ -148,6 +137,7 @@ def test_parameter_counts_are_the_paper_s(settings: dict[str, Any], recurrent: i
     (dict(task='arrays', data_dir=''), "--data_dir must be a .npz with --task='arrays', got ''"),
     (dict(dropout=1.0), r'--dropout must be in \[0, 1\), got 1.0'),
     (dict(valid_size=0), '--valid_size must be at least 1, got 0'),
+    (dict(reconstruction=float('inf')), '--reconstruction must be a finite number >= 0, got inf'),
     (dict(reconstruction_segment=1), '--reconstruction_segment must be 0 or at least 2, got 1'),
     (dict(milestone_factor=0.1), '--milestone_factor must be a finite number >= 1, got 0.1'),
     (dict(average_after=-1), '--average_after must be an integer >= 0, got -1'),
@@ -167,6 +157,12 @@ def test_settings_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
     images.run(make_config(tmp_path, num_windows=7), str(tmp_path / 'a'))
   with pytest.raises(options.UserError, match='--batch_size must be at most the 48 training images, got 49'):
     images.run(make_config(tmp_path, batch_size=49), str(tmp_path / 'b'))
+  with pytest.raises(
+    options.UserError, match=r"--reconstruction_segment must be at most 3, the shortest window's .* 'fptt', got 4"
+  ):
+    images.run(make_config(tmp_path, reconstruction=1.0, reconstruction_segment=4), str(tmp_path / 'd'))
+  with pytest.raises(options.UserError, match=r"--reconstruction must be 0 with the method 'tbptt_final', got 1\.0"):
+    images.run(make_config(tmp_path, reconstruction=1.0, method=('tbptt_final',)), str(tmp_path / 'e'))
   with pytest.raises(options.UserError, match='validation split must have 1 to 63 of the 64 training images, got 64'):
     images.run(make_config(tmp_path, valid_size=64), str(tmp_path / 'c'))
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from interruption import interrupted_at
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,24 +92,14 @@ def test_learning_rate_falls_on_a_plateau_and_training_stops_below_the_least(tmp
   assert (summary['epochs'], summary['best_epoch']) == (3, 1)
 
 
-def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
   """Stopped after an epoch's metrics and before its checkpoint, a run goes on to the metrics of one never stopped; with dropout,
   restart of the recursion, evaluation at the summary."""
   text = data.load_text('text', write_text(tmp_path))
   config = language_model.Config(data_dir=str(tmp_path), restart=True, evaluate_at='w_bar', **TINY)
   whole = language_model.train(config, text, 'fptt', 1, tmp_path / 'whole')
-  save = runs.Run.save
-
-  def interrupted_save(self: runs.Run, step: int, carry: Any, **record: Any) -> None:
-    if step == 2:
-      self.close()
-      raise KeyboardInterrupt
-    save(self, step, carry, **record)
-
-  monkeypatch.setattr(runs.Run, 'save', interrupted_save)
-  with pytest.raises(KeyboardInterrupt):
+  with interrupted_at(2):
     language_model.train(config, text, 'fptt', 1, tmp_path / 'cut')
-  monkeypatch.undo()
   resumed = language_model.train(config, text, 'fptt', 1, tmp_path / 'cut')
   assert {**resumed, 'seconds': 0} == {**whole, 'seconds': 0}
   files = [tmp_path / name / 'fptt-seed1' / 'metrics.jsonl' for name in ('whole', 'cut')]

@@ -184,6 +184,8 @@ def test_stack_trains_on_loss_plus_penalties_and_evaluates_without() -> None:
     ),
     (lambda: nn.EmbeddingDropout(nnx.Embed(2, 2, rngs=nnx.Rngs(0)), float('nan')), ValueError, 'rate must be in .*, got nan'),
     (lambda: nn.ActivationPenalty(-1.0), ValueError, 'alpha must be a number >= 0, got -1.0'),
+    (lambda: nn.ActivationPenalty(float('inf')), ValueError, 'alpha must be a number >= 0, got inf'),
+    (lambda: nn.LockedDropout('half'), ValueError, r"rate must be in \[0, 1\), got 'half'"),
     (lambda: nn.TemporalActivationPenalty(-1.0), ValueError, 'beta must be a number >= 0, got -1.0'),
   ],
 )

@@ -237,11 +237,10 @@ class LRU(Recurrent):
     >>> import jax
     >>> from flax import nnx
     >>> from fptt_jax import nn
-    >>> from fptt_jax.nn.cells import LRU
     >>> model = nn.from_nnx(lambda rngs: nn.Stack(
     ...   nnx.Linear(1, 16, rngs=rngs),
-    ...   LRU(16, 16, r_min=0.9, r_max=0.999, max_phase=0.3, rngs=rngs), jax.nn.gelu, nnx.Linear(16, 32, rngs=rngs), jax.nn.glu,
-    ...   LRU(16, 16, r_min=0.9, r_max=0.999, max_phase=0.3, rngs=rngs), jax.nn.gelu, nnx.Linear(16, 32, rngs=rngs), jax.nn.glu,
+    ...   nn.LRU(16, 16, r_min=0.9, r_max=0.999, max_phase=0.3, rngs=rngs), jax.nn.gelu, nnx.Linear(16, 32, rngs=rngs), jax.nn.glu,
+    ...   nn.LRU(16, 16, r_min=0.9, r_max=0.999, max_phase=0.3, rngs=rngs), jax.nn.gelu, nnx.Linear(16, 32, rngs=rngs), jax.nn.glu,
     ...   nnx.Linear(16, 10, rngs=rngs)))
     >>> state, logits = model.apply(model.init(jax.random.key(0)), model.initial_state(4), jax.numpy.ones((28, 4, 1)), None, None)
     >>> logits.shape

@@ -5,12 +5,14 @@ training only: with key None a layer gives back what it would without noise and 
 release draws one for each forward pass, and it is scaled by 1/(1 - rate), so that expectations are those of evaluation.
 """
 
+import math
 from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from fptt_jax.checks import HUGE, check_number
 from fptt_jax.training import Penalised
 from fptt_jax.transformation import at_least_float32
 
@@ -118,11 +120,11 @@ class ActivationPenalty(Stateless):
     alpha: α >= 0.
 
   Raises:
-    ValueError: a negative α.
+    ValueError: a negative or infinite α.
   """
 
   def __init__(self, alpha: float):
-    self.alpha = _check_strength('alpha', alpha)
+    self.alpha = check_number('alpha', alpha, 0, HUGE, 'a number >= 0')
 
   def __call__(
     self, state: tuple[()], x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
@@ -142,11 +144,11 @@ class TemporalActivationPenalty(Stateless):
     beta: β >= 0.
 
   Raises:
-    ValueError: a negative β.
+    ValueError: a negative or infinite β.
   """
 
   def __init__(self, beta: float):
-    self.beta = _check_strength('beta', beta)
+    self.beta = check_number('beta', beta, 0, HUGE, 'a number >= 0')
 
   def __call__(
     self, state: tuple[()], x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
@@ -171,12 +173,4 @@ def _noise(key: jax.Array, rate: float, shape: tuple[int, ...], dtype: jnp.dtype
 
 
 def _check_rate(rate: float) -> float:
-  if not 0 <= rate < 1:
-    raise ValueError(f'rate must be in [0, 1), got {rate!r}.')
-  return rate
-
-
-def _check_strength(name: str, value: float) -> float:
-  if not value >= 0:
-    raise ValueError(f'{name} must be a number >= 0, got {value!r}.')
-  return value
+  return check_number('rate', rate, 0, math.nextafter(1, 0), 'in [0, 1)')
