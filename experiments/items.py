@@ -100,9 +100,9 @@ def language(
   reduced: dict[str, dict[str, Any]] = {
     'smoke': small | dict(task='text_c' if characters else 'text', num_windows=3),
     'cpu': {
-      'ptb300': dict(embedding=64, hidden=64, epochs=8),
-      'ptb_c': dict(embedding=64, hidden=128, epochs=1, batch_size=64, lr=5e-3, milestones=()),
-      'ptb_w': dict(embedding=64, hidden=128, last_hidden=64, experts=3, epochs=2, batch_size=32, dynamic_tokens=5000),
+      'ptb300': dict(embedding=64, hidden=64, epochs=6, batch_size=16, train_tokens=100_000),
+      'ptb_c': dict(embedding=64, hidden=128, epochs=2, batch_size=32, lr=5e-3, milestones=(), train_tokens=500_000),
+      'ptb_w': dict(embedding=64, hidden=128, experts=2, epochs=3, batch_size=16, train_tokens=100_000, dynamic_tokens=2000),
     }[task],
     'full': {},
   }

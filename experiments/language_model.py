@@ -92,6 +92,7 @@ class Config(epochs.EpochRecipe):
   data_dir: str = option(
     '', 'folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt, or a .npz of experiments.data; default a download'
   )
+  train_tokens: int = option(0, 'use only so many tokens of the training text; 0 for all')
   num_windows: int | None = option(6, 'K, updates a sequence, for methods that do not fix it')
   kappa: float = option(2.0, 'scale of the quadratic term')
   optimizer: str = option('sgd', 'base optimiser', ('adam', 'sgd'))
@@ -128,7 +129,7 @@ class Config(epochs.EpochRecipe):
     check('tbptt_final' not in self.method, 'method', self.method, 'without tbptt_final, which takes no padded last sequence')
     for name in ('seq_len', 'batch_size', 'embedding', 'hidden', 'layers'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
-    for name in ('last_hidden', 'experts', 'dynamic_tokens'):
+    for name in ('train_tokens', 'last_hidden', 'experts', 'dynamic_tokens'):
       check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
     for name in ('dropout', 'hidden_dropout', 'input_dropout', 'embedding_dropout', 'latent_dropout', 'weight_dropout'):
       check(0 <= getattr(self, name) < 1, name, getattr(self, name), 'in [0, 1)')
@@ -280,6 +281,7 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   """Trains by each method from each seed: (the folder, a summary each)."""
   text = data.load_text(SOURCES[config.task], config.data_dir)
   path = runs.open_workdir(folder, 'language_model', config, text_sha256=data.fingerprint(text))
+  text = text._replace(train=text.train[: config.train_tokens or None])
   kind = 'characters' if config.by_characters else 'words'
   print(
     f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} {kind}, vocabulary {len(text.vocabulary):,}; '

@@ -141,6 +141,15 @@ def test_divergence_is_said_and_nothing_of_it_is_kept(tmp_path: Path, capsys: py
     assert (summary['valid_ppl'], summary['test_ppl']) == (None, None)
 
 
+def test_training_may_be_cut_to_the_first_tokens(tmp_path: Path) -> None:
+  """Fewer updates an epoch; vocabulary and the texts it is validated and tested on stay whole."""
+  config = language_model.Config(data_dir=str(write_text(tmp_path)), method=('tbptt',), **{**TINY, 'epochs': 1, 'train_tokens': 84})
+  path, [summary] = language_model.run(config, str(tmp_path / 'run'))
+  [row] = runs.read_jsonl(path / 'tbptt-seed0' / 'metrics.jsonl')
+  assert row['updates'] == 6  # Streams of 21 tokens: two sequences in 3 windows.
+  assert summary['parameters'] == 6 * 8 + (4 * 8 * 17) + 8 * 6 + 6
+
+
 def test_random_lengths_cover_the_text_and_scale_the_learning_rate(tmp_path: Path) -> None:
   """The pieces put end to end are the streams; lengths scatter around T with deviation 5, or T/2; the factor is length/T; an epoch
   is drawn alike whatever ran before it, another epoch otherwise."""
