@@ -170,7 +170,7 @@ def plot_curves(
   lines: dict[str, float],
   xscale: str = 'linear',
 ) -> None:
-  """One colour a method, one thin line a seed; `lines` are horizontal marks."""
+  """One colour a method, one thin line a seed; `lines` are horizontal marks. Percentages get a linear axis, errors a logarithmic."""
   figure = Figure(figsize=(7, max(4.5, 0.3 * len(curves))), layout='constrained')
   axes = figure.subplots()
   for number, (name, runs) in enumerate(curves.items()):
@@ -181,7 +181,7 @@ def plot_curves(
       )
   for number, (name, value) in enumerate(lines.items()):
     axes.axhline(value, color='0.5', linestyle=('--', ':')[number % 2], linewidth=1, label=name)
-  axes.set(xlabel=xlabel, ylabel=ylabel, yscale='log', xscale=xscale)
+  axes.set(xlabel=xlabel, ylabel=ylabel, yscale='linear' if ylabel.endswith('%') else 'log', xscale=xscale)
   if xscale == 'linear':
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.grid(alpha=0.3, which='both')

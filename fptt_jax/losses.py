@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from fptt_jax.transformation import at_least_float32
-from fptt_jax.windows import Window
+from fptt_jax.windows import Window, take_steps
 
 LossState = Any
 Totals = dict[str, jax.Array]
@@ -34,6 +34,8 @@ class Loss(NamedTuple):
     measure: (outputs, targets, window) -> :data:`Totals` of what evaluation reports; summed over windows, batches, devices.
     end_epoch: (loss_state) -> loss state of the next epoch.
     check: (targets, valid bool [T, B]) -> None; raises on concrete targets that mean nothing. `valid` says which steps are real.
+    last_only: whether `apply` and `measure` look at each sequence's last valid step in the window alone (`window.last`) and take
+      outputs [1, B, ...] of just that as well.
   """
 
   init: Callable[[int], LossState]
@@ -41,6 +43,7 @@ class Loss(NamedTuple):
   measure: Callable[[jax.Array, Any, Window], Totals]
   end_epoch: Callable[[LossState], LossState] = lambda loss_state: loss_state
   check: Callable[[Any, np.ndarray], None] = lambda targets, valid: None
+  last_only: bool = False
 
 
 def from_function(
@@ -187,7 +190,7 @@ def terminal_classification(
     if num_examples is not None:
       _check_integers('example ids', ids, valid[0], num_examples)
 
-  return Loss(init, apply, measure, end_epoch, check)
+  return Loss(init, apply, measure, end_epoch, check, last_only=True)
 
 
 def terminal_regression() -> Loss:
@@ -218,7 +221,7 @@ def terminal_regression() -> Loss:
   def check(targets: Any, valid: np.ndarray) -> None:
     _check_floats('targets', targets, valid[0])
 
-  return Loss(lambda num_windows: (), apply, measure, check=check)
+  return Loss(lambda num_windows: (), apply, measure, check=check, last_only=True)
 
 
 # Sequence-to-sequence tasks: a target each step.
@@ -297,8 +300,7 @@ def _progress(window: Window, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, j
 def _last_outputs(outputs: jax.Array, window: Window, features: int) -> jax.Array:
   """Outputs [B, features] at each sequence's last valid step in the window."""
   _require_features(outputs, features)
-  last = jnp.clip(jnp.minimum(window.lengths, window.end) - window.start - 1, 0, window.size - 1)
-  return jnp.take_along_axis(outputs, last[None, :, None], axis=0)[0]
+  return (outputs if outputs.shape[0] == 1 else take_steps(outputs, window.last))[0]
 
 
 def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:

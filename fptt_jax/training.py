@@ -57,11 +57,15 @@ class Model(NamedTuple):
     apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state, outputs [S, B, ...]), a whole window. A step
       whose mask is False leaves the state as it is; mask None means that all steps are real. key None means evaluation: no
       dropout. In place of the outputs it may return :class:`Penalised` ones.
+    apply_last: as `apply`, with one more argument: the one step of each sequence, an int or int [B], whose outputs are wanted;
+      (params, state, x, mask, key, step) -> (state, outputs [1, B, ...]). What follows the last recurrent layer is then computed
+      there alone. Used with losses that are `last_only`; None where a model cannot.
   """
 
   init: Callable[[jax.Array], Params]
   initial_state: Callable[[int], Hidden]
   apply: Callable[[Params, Hidden, jax.Array, jax.Array | None, jax.Array | None], tuple[Hidden, jax.Array | Penalised]]
+  apply_last: Callable[..., tuple[Hidden, jax.Array | Penalised]] | None = None
 
 
 class TrainState(NamedTuple):
@@ -286,7 +290,7 @@ def trainer(
     windows = cut(num_steps)
 
     def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, Totals]:
-      hidden, (outputs, _), window = _run_window(model, params, hidden, batch, windows, k, None)
+      hidden, (outputs, _), window = _run_window(model, loss, params, hidden, batch, windows, k, None)
       return hidden, loss.measure(outputs, batch.targets, window)
 
     hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.num_windows))
@@ -319,7 +323,7 @@ def _objective(
     def body(carry: tuple[Hidden, LossState], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
       hidden, loss_state = carry
       k, coefficient, record = row
-      hidden, (outputs, penalty), window = _run_window(model, params, hidden, batch, windows, k, key)
+      hidden, (outputs, penalty), window = _run_window(model, loss, params, hidden, batch, windows, k, key)
       value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
       value = _scalar(value)
       totals = loss.measure(jax.lax.stop_gradient(outputs), batch.targets, window)
@@ -343,6 +347,7 @@ def _objective(
 
 def _run_window(
   model: Model,
+  loss: Loss,
   params: Params,
   hidden: Hidden,
   batch: Batch,
@@ -350,18 +355,27 @@ def _run_window(
   k: jax.Array,
   key: jax.Array | None,
 ) -> tuple[Hidden, tuple[jax.Array, jax.Array | None], Window]:
-  """Runs the model through the `k`-th window: (hidden state after it, (outputs [S, B, ...], penalty or None), the window)."""
+  """Runs the model through the `k`-th window: (hidden state after it, (outputs, penalty or None), the window).
+
+  The outputs are [S, B, ...], or [1, B, ...], those of each sequence's last valid step, where loss and model are content with them.
+  """
   inputs = jnp.asarray(batch.inputs)
   num_steps, batch_size = inputs.shape[:2]
   ragged = batch.lengths is not None
   lengths = jnp.asarray(batch.lengths, jnp.int32) if ragged else jnp.full(batch_size, num_steps, jnp.int32)
   window = window_at(windows, k, lengths, ragged)
   x, mask = window.slice(inputs), window.mask if window.masked else None
-  new_hidden, outputs = model.apply(params, hidden, x, mask, None if key is None else jax.random.fold_in(key, k))
+  key = None if key is None else jax.random.fold_in(key, k)
+  if loss.last_only and model.apply_last is not None:
+    steps = 1
+    new_hidden, outputs = model.apply_last(params, hidden, x, mask, key, window.last)
+  else:
+    steps = windows.size
+    new_hidden, outputs = model.apply(params, hidden, x, mask, key)
   outputs, penalty = outputs if isinstance(outputs, Penalised) else (outputs, None)
   _check_hidden(new_hidden, hidden, 'the hidden state that model.apply returns')
-  if outputs.shape[:2] != x.shape[:2]:
-    raise ValueError(f'model.apply must return outputs [S, B, ...] = {x.shape[:2]} + features, got shape {outputs.shape}.')
+  if outputs.shape[:2] != (steps, batch_size):
+    raise ValueError(f'the model must return outputs [S, B, ...] = {(steps, batch_size)} + features, got shape {outputs.shape}.')
   if penalty is not None and penalty.shape != x.shape[:2]:
     raise ValueError(f'the penalty that model.apply returns must be [S, B] = {x.shape[:2]}, got shape {penalty.shape}.')
   return new_hidden, (outputs, penalty), window

@@ -96,6 +96,13 @@ class Window(NamedTuple):
   lengths: jax.Array
   mask: jax.Array
 
+  @property
+  def last(self) -> jax.Array | int:
+    """Each sequence's last valid step in the window, int32 [B]; the number S - 1 where nothing is masked."""
+    if not self.masked:
+      return self.size - 1
+    return jnp.clip(jnp.minimum(self.lengths, self.end) - self.start - 1, 0, self.size - 1)
+
   def slice(self, x: jax.Array) -> jax.Array:
     """The window's S steps of a time-major array [T, B, ...]; zero where `mask` is False.
 
@@ -110,6 +117,13 @@ class Window(NamedTuple):
     if not self.masked:
       return x
     return jnp.where(self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)), x, jnp.zeros([], x.dtype))
+
+
+def take_steps(x: jax.Array, step: jax.Array | int) -> jax.Array:
+  """One step of each sequence: x [S, B, ...] -> [1, B, ...], at `step`, an int or int [B]."""
+  if isinstance(step, int):
+    return x[step : step + 1]
+  return jnp.take_along_axis(x, step.reshape(1, -1, *[1] * (x.ndim - 2)), axis=0)
 
 
 def window_at(windows: Windows, k: jax.Array, lengths: jax.Array, ragged: bool = True) -> Window:

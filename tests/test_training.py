@@ -88,7 +88,9 @@ def by_hand(
     )
 
     def objective(params):
-      new_hidden, outputs = model.apply(params, hidden, x, mask, jax.random.fold_in(key, k))
+      # As the trainer asks for them: what dropout draws depends on the outputs' shape.
+      only = (window.last,) if loss.last_only and model.apply_last else ()
+      new_hidden, outputs = (model.apply_last if only else model.apply)(params, hidden, x, mask, jax.random.fold_in(key, k), *only)
       value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
       return value, (new_hidden, new_loss_state, loss.measure(outputs, batch.targets, window))
 
@@ -886,7 +888,7 @@ SAME_HIDDEN = r"the hidden state that model\.apply returns must have .* of the m
       losses.terminal_regression(),
       GOOD,
       ValueError,
-      r'model\.apply must return outputs \[S, B, \.\.\.\] = \(3, 2\) \+ features, got shape \(2, 1\)\.',
+      r'the model must return outputs \[S, B, \.\.\.\] = \(3, 2\) \+ features, got shape \(2, 1\)\.',
     ),
     (
       problems.elman(out=2),

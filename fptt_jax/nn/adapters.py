@@ -7,7 +7,7 @@ from flax import linen, nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax.nn.layers import as_windowed, scan_steps
+from fptt_jax.nn.layers import Stack, as_windowed, scan_steps
 from fptt_jax.training import Model
 
 
@@ -52,7 +52,9 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   def initial_state(batch_size: int) -> Any:
     return nnx.merge(graph, abstract_params, streams).initial_state(batch_size)
 
-  def apply(params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> tuple[Any, jax.Array]:
+  def apply(
+    params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None, *step: jax.Array | int
+  ) -> tuple[Any, jax.Array]:
     weights = jax.tree.map(lambda leaf: leaf, abstract_params)  # A copy: the next line writes into it.
     nnx.replace_by_pure_dict(weights, params)
     module = nnx.merge(graph, weights, _seeded(streams, key))
@@ -60,9 +62,10 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
       module.eval()
     else:
       module.train()
-    return module(state, x, mask, key)
+    return module(state, x, mask, key, *step)
 
-  return Model(init, initial_state, apply)
+  can_skip = isinstance(nnx.merge(graph, abstract_params, streams), Stack)
+  return Model(init, initial_state, apply, apply if can_skip else None)
 
 
 def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> Model:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax.checks import HUGE, TINY, check_integer, check_number
+from fptt_jax.nn.fused import DIAGONAL_CELL, INDRNN_CELL, FusedCell, fused_window
 from fptt_jax.nn.layers import Recurrent, Step
 
 
@@ -166,6 +167,7 @@ class IndRNN(Recurrent):
     hidden_features: H.
     max_weight: limit of |u| in use, > 0; `2 ** (1 / num_steps)` is the paper's. None: no limit.
     initial_range: (low, high), u starts uniform between them; within ±`max_weight`.
+    fused: see :class:`fptt_jax.nn.layers.Recurrent`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters: `w_x` uniform in ±√(6/(65 D)), as in the authors' code (He's with slope 8), bias 0. It
       is small because the state of a unit with u near 1 is a sum over the sequence.
@@ -178,10 +180,11 @@ class IndRNN(Recurrent):
     *,
     max_weight: float | None = None,
     initial_range: tuple[float, float] = (0.0, 1.0),
+    fused: bool = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype)
+    super().__init__(in_features, hidden_features, param_dtype, fused)
     self.max_weight = None if max_weight is None else check_number('max_weight', max_weight, TINY, HUGE, 'a number > 0 or None')
     limit = HUGE if self.max_weight is None else self.max_weight
     low, high = initial_range
@@ -195,16 +198,25 @@ class IndRNN(Recurrent):
 
   def step(self) -> Step:
     """See the class."""
-    w_x, u, bias = self.w_x[...], self.u[None], self.bias[None]
-    if self.max_weight is not None:
-      # In this order the value is the clipped one exactly, u + (clip(u) - u) would round.
-      u = jnp.clip(jax.lax.stop_gradient(u), -self.max_weight, self.max_weight) + (u - jax.lax.stop_gradient(u))
+    w_x, u, bias = self.w_x[...], self._clipped()[None], self.bias[None]
 
     def step(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
       h = jax.nn.relu(x_t @ w_x + u * h + bias)
       return h, h
 
     return step
+
+  def taken_apart(self) -> tuple[FusedCell, Any]:
+    """See :class:`fptt_jax.nn.layers.Recurrent`."""
+    return INDRNN_CELL, (self.w_x[...], self._clipped(), self.bias[...])
+
+  def _clipped(self) -> jax.Array:
+    """The u [H] that is used."""
+    u = self.u[...]
+    if self.max_weight is None:
+      return u
+    # In this order the value is the clipped one exactly, u + (clip(u) - u) would round.
+    return jnp.clip(jax.lax.stop_gradient(u), -self.max_weight, self.max_weight) + (u - jax.lax.stop_gradient(u))
 
 
 class LRU(Recurrent):
@@ -229,6 +241,7 @@ class LRU(Recurrent):
     r_min: least |λ| at the start; and
     r_max: its greatest: λ is uniform on the ring 0 <= r_min < r_max <= 1. Long memories need a ring near 1.
     max_phase: the phase of λ starts uniform in (0, max_phase), at most 2π; a thin slice for long sequences.
+    fused: see :class:`fptt_jax.nn.layers.Recurrent`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters: B's parts normal with variance 1/(2D), C's with 1/N, `d` with 1 (the matrix with 1/D),
       γ = log √(1 - |λ|²), with which white noise of variance 1 gives E|s|² = 1 whatever λ is.
@@ -256,10 +269,11 @@ class LRU(Recurrent):
     r_min: float = 0.0,
     r_max: float = 1.0,
     max_phase: float = 2 * math.pi,
+    fused: bool = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype)
+    super().__init__(in_features, hidden_features, param_dtype, fused)
     size = hidden_features if state_features is None else check_integer('state_features', state_features, 1, HUGE, 'at least 1')
     if not 0 <= r_min < r_max <= 1:
       raise ValueError(f'expected 0 <= r_min < r_max <= 1, got {r_min=}, {r_max=}.')
@@ -280,10 +294,7 @@ class LRU(Recurrent):
 
   def step(self) -> Step:
     """See the class."""
-    modulus, phase = jnp.exp(-jnp.exp(self.nu_log[None])), jnp.exp(self.theta_log[None])
-    lambda_re, lambda_im = modulus * jnp.cos(phase), modulus * jnp.sin(phase)
-    b = jnp.concatenate([self.b_re[...], self.b_im[...]], -1) * jnp.tile(jnp.exp(self.gamma_log[None]), 2)
-    c = jnp.concatenate([self.c_re[...], -self.c_im[...]], 0)
+    lambda_re, lambda_im, b, c = self._prepared()
     d = self.d[...]
 
     def step(state: LRUState, x_t: jax.Array) -> tuple[LRUState, jax.Array]:
@@ -294,6 +305,25 @@ class LRU(Recurrent):
       return LRUState(re, im), y + (x_t * d[None] if d.ndim == 1 else x_t @ d)
 
     return step
+
+  def __call__(
+    self, state: LRUState, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
+  ) -> tuple[LRUState, jax.Array]:
+    """Runs a window; fused, only the recurrence itself is run step by step."""
+    if not self.fused:
+      return super().__call__(state, x, mask, key)
+    x = self.checked(x)
+    lambda_re, lambda_im, b, c = self._prepared()
+    state, (re, im) = fused_window(DIAGONAL_CELL, (lambda_re[0], lambda_im[0]), state, x @ b, mask)
+    d = self.d[...]
+    return state, jnp.concatenate([re, im], -1) @ c + (x * d[None, None] if d.ndim == 1 else x @ d)
+
+  def _prepared(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """λ's parts [1, N], the inputs' matrix [D, 2N] and the outputs' [2N, H]."""
+    modulus, phase = jnp.exp(-jnp.exp(self.nu_log[None])), jnp.exp(self.theta_log[None])
+    b = jnp.concatenate([self.b_re[...], self.b_im[...]], -1) * jnp.tile(jnp.exp(self.gamma_log[None]), 2)
+    c = jnp.concatenate([self.c_re[...], -self.c_im[...]], 0)
+    return modulus * jnp.cos(phase), modulus * jnp.sin(phase), b, c
 
 
 def _ring(rngs: nnx.Rngs, size: int, r_min: float, r_max: float, max_phase: float) -> tuple[jax.Array, ...]:

@@ -1,7 +1,8 @@
 """Recurrent layers that run a whole window at a time.
 
-Each layer's call is (state, x [S, B, D], mask [S, B] or None, key or None) -> (state, y [S, B, H]), so that a fused window can
-take the place of the scan. A layer says what one step is; :func:`scan_steps` runs it.
+Each layer's call is (state, x [S, B, D], mask [S, B] or None, key or None) -> (state, y [S, B, H]). A layer says what one step is,
+and :func:`scan_steps` runs it: plain, and differentiable in every way. Layers that can also say how a step is taken apart
+(:mod:`fptt_jax.nn.fused`) run faster, and are differentiable once, in reverse.
 """
 
 import abc
@@ -12,7 +13,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from fptt_jax.nn.fused import GRU_CELL, LSTM_CELL, RNN_CELL, FusedCell, antisymmetric_cell, fused_window
 from fptt_jax.training import Penalised
+from fptt_jax.windows import take_steps
 
 Step = Callable[[Any, Any], tuple[Any, jax.Array]]
 INITS = ('torch', 'flax')
@@ -50,31 +53,47 @@ def scan_steps(step: Step, state: Any, x: Any, mask: jax.Array | None) -> tuple[
 
 
 class Recurrent(nnx.Module):
-  """A layer of H hidden units that carries one array h [B, H]; subclasses give `step` (and another `initial_state`)."""
+  """A layer of H hidden units that carries one array h [B, H]; subclasses give `step` (and another `initial_state`).
 
-  def __init__(self, in_features: int, hidden_features: int, param_dtype: jax.typing.DTypeLike):
+  Attributes:
+    fused: whether windows run taken apart, where the layer knows how (`taken_apart`): quicker and smaller, but differentiable only
+      once, in reverse. False: always the plain scan of `step`, which `jax.jvp` and second derivatives need.
+  """
+
+  def __init__(self, in_features: int, hidden_features: int, param_dtype: jax.typing.DTypeLike, fused: bool = True):
     for name, value in (('in_features', in_features), ('hidden_features', hidden_features)):
       if value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}.')
     self.in_features = in_features
     self.hidden_features = hidden_features
     self.param_dtype = param_dtype
+    self.fused = fused
 
   def initial_state(self, batch_size: int) -> Any:
     """The state before the first step: zeros."""
     return jnp.zeros((batch_size, self.hidden_features), self.param_dtype)
 
+  def checked(self, x: jax.Array) -> jax.Array:
+    """Inputs [S, B, D] in the layer's dtype."""
+    if x.ndim != 3 or x.shape[-1] != self.in_features:
+      raise ValueError(f'{type(self).__name__} expected inputs [S, B, {self.in_features}], got shape {x.shape}.')
+    return x.astype(self.param_dtype)
+
   @abc.abstractmethod
   def step(self) -> Step:
     """One time step as a function of (state, x_t [B, D]); reads the weights, and prepares them, once a window."""
+
+  def taken_apart(self) -> tuple[FusedCell, Any] | None:
+    """The same step for :func:`fptt_jax.nn.fused.fused_window`, and its weights; None where there is only `step`."""
+    return None
 
   def __call__(
     self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
   ) -> tuple[Any, jax.Array]:
     """Runs a window; see the module's docstring. `key` is not used: these layers have no noise of their own."""
-    if x.ndim != 3 or x.shape[-1] != self.in_features:
-      raise ValueError(f'{type(self).__name__} expected inputs [S, B, {self.in_features}], got shape {x.shape}.')
-    return scan_steps(self.step(), state, x.astype(self.param_dtype), mask)
+    x = self.checked(x)
+    apart = self.taken_apart() if self.fused else None
+    return scan_steps(self.step(), state, x, mask) if apart is None else fused_window(*apart, state, x, mask)
 
 
 class LSTM(Recurrent):
@@ -93,6 +112,7 @@ class LSTM(Recurrent):
     init: 'torch': all uniform in ±1/√H (the bias a sum of two such); 'flax': `w_x` LeCun normal, `w_h` orthogonal for each gate,
       bias 0.
     forget_bias: the initial value of the forget gate's bias, in place of what `init` says. 1 keeps long memories from the start.
+    fused: see :class:`Recurrent`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
   """
@@ -104,10 +124,11 @@ class LSTM(Recurrent):
     *,
     init: str = 'torch',
     forget_bias: float | None = None,
+    fused: bool = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype)
+    super().__init__(in_features, hidden_features, param_dtype, fused)
     w_x, w_h, biases = _gates(init, in_features, hidden_features, 4, param_dtype, rngs)
     bias = biases[0] + biases[1]
     if forget_bias is not None:
@@ -131,6 +152,10 @@ class LSTM(Recurrent):
 
     return step
 
+  def taken_apart(self) -> tuple[FusedCell, Any]:
+    """See :class:`Recurrent`."""
+    return LSTM_CELL, (self.w_x[...], self.w_h[...], self.bias[...])
+
 
 class GRU(Recurrent):
   r"""Gated recurrent unit (Cho et al. 2014), as `torch.nn.GRU` computes it.
@@ -148,6 +173,7 @@ class GRU(Recurrent):
     hidden_features: H.
     init: 'torch' or 'flax', as for :class:`LSTM`.
     recurrent_bias: whether there is a second bias; without it b_hn = 0.
+    fused: see :class:`Recurrent`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
   """
@@ -159,10 +185,11 @@ class GRU(Recurrent):
     *,
     init: str = 'torch',
     recurrent_bias: bool = True,
+    fused: bool = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype)
+    super().__init__(in_features, hidden_features, param_dtype, fused)
     w_x, w_h, biases = _gates(init, in_features, hidden_features, 3, param_dtype, rngs)
     self.w_x, self.w_h, self.bias = nnx.Param(w_x), nnx.Param(w_h), nnx.Param(biases[0])
     self.recurrent_bias = nnx.Param(biases[1]) if recurrent_bias else None
@@ -182,6 +209,11 @@ class GRU(Recurrent):
 
     return step
 
+  def taken_apart(self) -> tuple[FusedCell, Any]:
+    """See :class:`Recurrent`."""
+    recurrent_bias = jnp.zeros_like(self.bias[...]) if self.recurrent_bias is None else self.recurrent_bias[...]
+    return GRU_CELL, (self.w_x[...], self.w_h[...], self.bias[...], recurrent_bias)
+
 
 class RNN(Recurrent):
   """Elman's network with tanh: h' = tanh(x W_x + h W_h + b), as `torch.nn.RNN` computes it.
@@ -195,10 +227,11 @@ class RNN(Recurrent):
     hidden_features: int,
     *,
     init: str = 'torch',
+    fused: bool = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype)
+    super().__init__(in_features, hidden_features, param_dtype, fused)
     w_x, w_h, biases = _gates(init, in_features, hidden_features, 1, param_dtype, rngs)
     self.w_x, self.w_h, self.bias = nnx.Param(w_x), nnx.Param(w_h), nnx.Param(biases[0] + biases[1])
 
@@ -211,6 +244,10 @@ class RNN(Recurrent):
       return h, h
 
     return step
+
+  def taken_apart(self) -> tuple[FusedCell, Any]:
+    """See :class:`Recurrent`."""
+    return RNN_CELL, (self.w_x[...], self.w_h[...], self.bias[...])
 
 
 class AntisymmetricRNN(Recurrent):
@@ -229,6 +266,7 @@ class AntisymmetricRNN(Recurrent):
     epsilon: ε > 0, step size.
     gamma: γ >= 0, diffusion.
     w_scale: σ_w; W's entries start normal with variance σ_w²/H, V's with variance 1/D, biases 0.
+    fused: see :class:`Recurrent`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
   """
@@ -241,10 +279,11 @@ class AntisymmetricRNN(Recurrent):
     epsilon: float = 0.01,
     gamma: float = 0.01,
     w_scale: float = 1.0,
+    fused: bool = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype)
+    super().__init__(in_features, hidden_features, param_dtype, fused)
     if not epsilon > 0 or not gamma >= 0 or not w_scale >= 0:
       raise ValueError(f'expected epsilon > 0, gamma >= 0, w_scale >= 0; got {epsilon=}, {gamma=}, {w_scale=}.')
     self.epsilon, self.gamma = epsilon, gamma
@@ -256,11 +295,7 @@ class AntisymmetricRNN(Recurrent):
 
   def step(self) -> Step:
     """See the class."""
-    size = self.hidden_features
-    upper = jnp.zeros((size, size), self.w[...].dtype).at[jnp.triu_indices(size, 1)].set(self.w[...])
-    # h is a row: (A h)ᵀ = hᵀ Aᵀ.
-    a_transposed = (upper - upper.T).T - self.gamma * jnp.eye(size, dtype=upper.dtype)
-    v, bias, epsilon = self.v[...], self.bias[None], self.epsilon
+    a_transposed, v, bias, epsilon = self._a_transposed(), self.v[...], self.bias[None], self.epsilon
 
     def step(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
       recurrent = h @ a_transposed
@@ -269,6 +304,16 @@ class AntisymmetricRNN(Recurrent):
       return h, h
 
     return step
+
+  def taken_apart(self) -> tuple[FusedCell, Any]:
+    """See :class:`Recurrent`."""
+    return antisymmetric_cell(self.epsilon), (self.v[...], self._a_transposed(), self.bias[...])
+
+  def _a_transposed(self) -> jax.Array:
+    """Aᵀ [H, H]: h is a row, (A h)ᵀ = hᵀ Aᵀ."""
+    size = self.hidden_features
+    upper = jnp.zeros((size, size), self.w[...].dtype).at[jnp.triu_indices(size, 1)].set(self.w[...])
+    return (upper - upper.T).T - self.gamma * jnp.eye(size, dtype=upper.dtype)
 
 
 class Lift(nnx.Module):
@@ -318,12 +363,20 @@ class Stack(nnx.Module):
     return tuple(layer.initial_state(batch_size) for layer in self.layers if is_recurrent(layer))
 
   def __call__(
-    self, state: tuple[Any, ...], x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
+    self,
+    state: tuple[Any, ...],
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    key: jax.Array | None = None,
+    step: jax.Array | int | None = None,
   ) -> tuple[tuple[Any, ...], jax.Array | Penalised]:
-    """Runs a window through all layers."""
+    """Runs a window through all layers; those after the last recurrent one at `step` (int or int [B]) alone, if given."""
     states, new_states, penalties = iter(state), [], []
+    last_recurrent = max((number for number, layer in enumerate(self.layers) if is_recurrent(layer)), default=-1)
     layer: Any
     for number, layer in enumerate(self.layers):
+      if step is not None and number == last_recurrent + 1:
+        x = take_steps(x, step)
       layer_key = None if key is None else jax.random.fold_in(key, number)
       if is_recurrent(layer):
         new_state, y = layer(next(states), x, mask, layer_key)
@@ -335,6 +388,8 @@ class Stack(nnx.Module):
         x = layer(x, deterministic=layer_key is None, rngs=layer_key)
       else:
         x = layer(x)
+    if step is not None and last_recurrent + 1 == len(self.layers):
+      x = take_steps(x, step)
     return tuple(new_states), Penalised(x, sum(penalties[1:], penalties[0])) if penalties else x
 
 
