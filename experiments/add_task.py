@@ -76,7 +76,8 @@ def train(config: Config, method: str, seed: int, folder: Path) -> dict[str, Any
   num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
   schedule = optax.cosine_decay_schedule(config.lr, config.batches * updates) if config.decay else config.lr
   loss = fptt_jax.losses.terminal_regression()
-  trainer = recipe.make_trainer(config, method, make_model(config), loss, schedule, config.seq_len)
+  mesh = recipe.choose_mesh(config, config.batch_size, config.hidden)
+  trainer = recipe.make_trainer(config, method, make_model(config), loss, schedule, config.seq_len, mesh=mesh)
   draw = jax.jit(draw_batch, static_argnums=(1, 2))
   init_key, data_key, test_key = jax.random.split(jax.random.key(seed), 3)
   test_batch = draw(test_key, config.seq_len, config.test_size)

@@ -174,7 +174,9 @@ def make_task(config: Config, sequences: Sequences, method: str, seed: int) -> e
     sequences.num_classes, divergence=config.divergence, num_examples=size if by_example else None
   )
   model = make_model(config, num_steps, features, sequences.num_classes)
-  trainer = recipe.make_trainer(config, method, model, loss, config.lr, num_steps, wrap=epochs.averaging_wrapper(config))
+  mesh = recipe.choose_mesh(config, config.batch_size, config.hidden)
+  wrap = epochs.averaging_wrapper(config)
+  trainer = recipe.make_trainer(config, method, model, loss, config.lr, num_steps, mesh=mesh, wrap=wrap)
   updates = recipe.updates_a_sequence(config, method, num_steps)[1] // config.inner_steps
   count = size // config.batch_size
   if not count:

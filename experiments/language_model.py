@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+import jax
 import numpy as np
 
 from experiments import data, dynamic_evaluation, epochs, options, recipe, runs, streams
@@ -246,15 +247,15 @@ def make_task(config: Config, text: Text, method: str, seed: int) -> epochs.Task
   """What the loop over epochs needs."""
   model = make_model(config, len(text.vocabulary))
   loss = fptt_jax.losses.sequence_classification(len(text.vocabulary))
-  trainer = recipe.make_trainer(
-    config, method, model, loss, config.lr, config.padded_len, carry_hidden=True, wrap=epochs.averaging_wrapper(config)
-  )
+  mesh = recipe.choose_mesh(config, config.batch_size, config.hidden)
+  wrap = epochs.averaging_wrapper(config)
+  trainer = recipe.make_trainer(config, method, model, loss, config.lr, config.padded_len, mesh=mesh, carry_hidden=True, wrap=wrap)
   score = 'bpc' if config.by_characters else 'ppl'
 
   def test(params: Any) -> dict[str, float]:
     scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
     if config.dynamic_evaluation:
-      best, found = adapted(config, model, loss, params, text)
+      best, found = adapted(config, model, loss, jax.device_put(params, jax.devices()[0]), text)
       scores |= {f'dynamic_valid_{score}': to_score(config, best), f'dynamic_test_{score}': to_score(config, found)}
     return scores
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
+import fptt_jax
+
 # The flags belong to the script that defines them, so that its --help shows them.
 flags.disclaim_key_flags()
 
@@ -32,6 +34,7 @@ def run(main: Callable[[Any], None], config_class: Any, presets: dict[str, dict[
     _define(field)
 
   def parsed(argv: list[str]) -> None:
+    fptt_jax.cpu_setup()
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments: {argv[1:]}')
     if not flags.FLAGS['verbosity'].present:

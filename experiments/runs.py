@@ -101,7 +101,7 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   """
   folder = Path(workdir or f'runs/{script}-{time.strftime("%Y%m%d-%H%M%S")}').absolute()
   described = {'script': script, **json.loads(json.dumps(dataclasses.asdict(config))), **identity}
-  for place in ('workdir', 'data_dir'):  # Where things lie is no setting: a run may go on elsewhere.
+  for place in ('workdir', 'data_dir', 'devices'):  # Where things lie is no setting: a run may go on elsewhere.
     described.pop(place, None)
   path = folder / 'config.json'
   try:
@@ -170,7 +170,7 @@ def plot_curves(
   lines: dict[str, float],
   xscale: str = 'linear',
 ) -> None:
-  """One colour a method, one thin line a seed; `lines` are horizontal marks. Percentages get a linear axis, errors a logarithmic."""
+  """One colour a method, one thin line a seed; `lines` are horizontal marks. What is in % has a linear axis, all else a log one."""
   figure = Figure(figsize=(7, max(4.5, 0.3 * len(curves))), layout='constrained')
   axes = figure.subplots()
   for number, (name, runs) in enumerate(curves.items()):

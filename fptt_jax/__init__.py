@@ -5,6 +5,7 @@ time-major. `fptt_jax.nn` holds models and the adapters for Flax; nothing else h
 """
 
 from fptt_jax import losses
+from fptt_jax.devices import cpu_setup
 from fptt_jax.losses import Loss, means
 from fptt_jax.methods import METHODS, Method
 from fptt_jax.stability import stability
@@ -30,6 +31,7 @@ __all__ = (
   'Window',
   'Windows',
   'check_batch',
+  'cpu_setup',
   'cut',
   'fptt',
   'fptt_eval_params',

@@ -144,7 +144,7 @@ def terminal_classification(
     active, _, beta = _progress(window, log_p.dtype)
     cross_entropy = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
     if divergence == 'none':
-      return mean_where(beta * cross_entropy, active), loss_state
+      return window.mean(beta * cross_entropy, active), loss_state
     p, k = jax.lax.stop_gradient(jnp.exp(log_p)), window.k
     q: jax.Array | float
     if divergence == 'uniform':
@@ -152,18 +152,22 @@ def terminal_classification(
     elif by_example:
       table = loss_state['q']
       q = table[ids, k]
-      loss_state = {'q': table.at[ids, k].set(jnp.where(active[:, None], p.astype(table.dtype), q))}
+      seen = jnp.where(active[:, None], p.astype(table.dtype), q)
+      all_ids, all_seen = window.gather((ids, seen))
+      loss_state = {'q': table.at[all_ids, k].set(all_seen)}
     else:
       q = loss_state['q'][k, labels]
-      loss_state = _remember(p, labels, active, k, loss_state)
+      loss_state = _remember(p, labels, active, window, loss_state)
     per_sequence = beta * cross_entropy - (1 - beta) * jnp.sum(jnp.asarray(q, log_p.dtype) * log_p, axis=-1)
-    return mean_where(per_sequence, active), loss_state
+    return window.mean(per_sequence, active), loss_state
 
-  def _remember(p: jax.Array, labels: jax.Array, active: jax.Array, k: jax.Array, loss_state: LossState) -> LossState:
-    """Takes the predictions p [B, C] of window k into the per-class tables."""
-    dtype = loss_state['q'].dtype
+  def _remember(p: jax.Array, labels: jax.Array, active: jax.Array, window: Window, loss_state: LossState) -> LossState:
+    """Takes the predictions p [B, C] of a window into the per-class tables."""
+    k, dtype = window.k, loss_state['q'].dtype
     members = jax.nn.one_hot(labels, num_classes, dtype=dtype) * active[:, None].astype(dtype)
-    sums, counts = members.T @ p.astype(dtype), members.sum(0)
+    ones = jnp.ones((*labels.shape, 1), dtype)
+    both = window.total(members.T @ jnp.concatenate([p.astype(dtype), ones], -1))  # One sum over the devices, not two.
+    sums, counts = both[:, :-1], both[:, -1]
     if divergence == 'last_epoch':
       return loss_state | {'sum': loss_state['sum'].at[k].add(sums), 'count': loss_state['count'].at[k].add(counts)}
     q = loss_state['q'][k]
@@ -212,7 +216,7 @@ def terminal_regression() -> Loss:
   def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
     squared = error(outputs, targets, window)
     active, _, beta = _progress(window, squared.dtype)
-    return mean_where(beta * squared, active), loss_state
+    return window.mean(beta * squared, active), loss_state
 
   def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
     squared = error(outputs, targets, window)
@@ -252,7 +256,7 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), logits, labels
 
   def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
-    return mean_where(cross_entropy(outputs, targets, window)[0], window.mask), loss_state
+    return window.mean(cross_entropy(outputs, targets, window)[0], window.mask), loss_state
 
   def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
     loss, logits, labels = cross_entropy(outputs, targets, window)
@@ -278,7 +282,7 @@ def sequence_regression() -> Loss:
     return jnp.square(outputs - expected).reshape(*window.mask.shape, -1).mean(-1)
 
   def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
-    return mean_where(error(outputs, targets, window), window.mask), loss_state
+    return window.mean(error(outputs, targets, window), window.mask), loss_state
 
   def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
     return _totals(window.mask, loss=error(outputs, targets, window))
@@ -301,11 +305,6 @@ def _last_outputs(outputs: jax.Array, window: Window, features: int) -> jax.Arra
   """Outputs [B, features] at each sequence's last valid step in the window."""
   _require_features(outputs, features)
   return (outputs if outputs.shape[0] == 1 else take_steps(outputs, window.last))[0]
-
-
-def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
-  """Mean over the chosen elements; 0 where there are none."""
-  return jnp.sum(values, where=where) / jnp.maximum(jnp.sum(where), 1).astype(values.dtype)
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

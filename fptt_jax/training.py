@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
 from fptt_jax.checks import HUGE, check_integer
-from fptt_jax.losses import Loss, LossState, Totals, mean_where
+from fptt_jax.losses import Loss, LossState, Totals
 from fptt_jax.methods import METHODS, Method, Plan, plan
 from fptt_jax.transformation import find_states
 from fptt_jax.windows import Window, Windows, cut, window_at
@@ -132,6 +134,7 @@ def trainer(
   loss_weights: Sequence[float] | np.ndarray | None = None,
   inner_steps: int = 1,
   final_steps: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Trainer:
   """Builds the train step of a recurrent model, forward through time.
 
@@ -150,6 +153,10 @@ def trainer(
     inner_steps: gradient steps a window, each from the window's own initial hidden state; `fptt` must have the same number. The
       hidden state carried on is the one of the last inner step's pass.
     final_steps: k of 'tbptt_final': how many of the last steps are differentiated.
+    mesh: devices, along one axis, to split the batch over: each runs its share of the sequences, and after each window there is one
+      mean over the devices, of the gradient and the objective together. Parameters and optimiser state are the same on all. The
+      batch size must be a multiple of their number. Dropout draws other noise than on one device. A loss of your own is given a
+      share of the batch and its mean over the devices is taken; `window.mean` makes that right for ragged batches too.
 
   Returns:
     A :class:`Trainer`. Steps that a mask leaves out change neither state, loss nor gradient; a window in which no sequence of a
@@ -186,6 +193,11 @@ def trainer(
   if weights is not None and (weights.ndim != 1 or not np.isfinite(weights).all()):
     raise ValueError(f'loss_weights must be K finite numbers, got {loss_weights!r}.')
 
+  axis = None
+  if mesh is not None:
+    axis = _axis(mesh)
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)  # Its axis becomes automatic, whatever it was.
+
   def cut_windows(num_steps: int) -> Windows:
     """Where the windows lie in a sequence of `num_steps`; tbptt_final's single one starts `final_steps` before the end."""
     if method.final_steps_only:
@@ -215,7 +227,7 @@ def trainer(
       if method.regularised:
         raise ValueError(f"method {name!r} needs fptt(...) around the optimiser, got one without; without it this is 'tbptt'.")
       raise ValueError(f'method {name!r} has no regulariser, got an optimiser with fptt(...) in it.')
-    return TrainState(
+    state = TrainState(
       params=params,
       opt_state=opt_state,
       hidden=_own(model.initial_state(batch_size)),
@@ -223,12 +235,29 @@ def trainer(
       key=run_key,
       step_count=jnp.zeros([], jnp.int32),
     )
+    if mesh is None:
+      return state
+    _check_divisible(batch_size, mesh)
+    places = (NamedSharding(mesh, spec) for spec in _state_specs(mesh))
+    return TrainState(*(jax.device_put(part, place) for part, place in zip(state, places, strict=True)))
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    num_steps, batch_size = _check_shapes(batch)
+    if mesh is None:
+      return share_step(state, batch)
+    _check_divisible(batch_size, mesh)
+    specs = (_state_specs(mesh), _batch_specs(mesh, batch, num_steps, batch_size, loss.last_only))
+    out_specs = (specs[0], PartitionSpec())
+    return jax.shard_map(share_step, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(state, batch)
+
+  def share_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    """A step on one device's share of the batch."""
     num_steps, batch_size = _check_shapes(batch)
     windows = cut_windows(num_steps)
     updates = plan(method, windows.num_windows)
     key = jax.random.fold_in(state.key, state.step_count)
+    if axis is not None:
+      key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     if carry_hidden:
       hidden = state.hidden
       _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the carried hidden state')
@@ -240,9 +269,13 @@ def trainer(
       prefix = jnp.asarray(batch.inputs)[: windows.starts[0]]
       hidden, _ = model.apply(state.params, hidden, prefix, None, jax.random.fold_in(key, windows.num_windows))
 
-    objective = _objective(model, loss, batch, windows, updates, weights, state.loss_state, key)
+    objective = _objective(model, loss, batch, windows, updates, weights, state.loss_state, key, axis)
     first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
     start = hidden
+    longest = None
+    if batch.lengths is not None:
+      longest = jnp.max(jnp.asarray(batch.lengths))
+      longest = longest if axis is None else jax.lax.pmax(longest, axis)
 
     def body(carry: tuple[Any, ...], per_update: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
       params, opt_state, hidden, loss_state = carry
@@ -253,12 +286,13 @@ def trainer(
         """One optimiser step on this update's objective, always from the same hidden state."""
         run = lambda p: objective(p, hidden, loss_state, step_rows)
         (value, aux), grads = jax.value_and_grad(run, has_aux=True)(params)
+        value, grads = _mean_over_devices((value, grads), axis)
         changes, opt_state = optimizer.update(
           grads,
           opt_state,
           params,
           value=value,
-          grad_fn=lambda p: jax.grad(run, has_aux=True)(p)[0],
+          grad_fn=lambda p: _mean_over_devices(jax.grad(run, has_aux=True)(p)[0], axis),
           inner_steps=inner_steps,
         )
         return optax.apply_updates(params, changes), opt_state, value, aux, optax.tree.norm(grads)
@@ -269,8 +303,8 @@ def trainer(
           lambda c, _: (inner_step(*c)[:2], None), (params, opt_state), length=inner_steps - 1
         )
       new_params, new_opt_state, value, (hidden, loss_state, totals), norm = inner_step(new_params, new_opt_state)
-      if batch.lengths is not None:  # No sequence left: no update. By where: a cond would copy the carry.
-        active = jnp.max(jnp.asarray(batch.lengths)) > first
+      if longest is not None:  # No sequence left: no update. By where: a cond would copy the carry.
+        active = longest > first
         new_params, new_opt_state = optax.tree.where(active, (new_params, new_opt_state), (params, opt_state))
       return (new_params, new_opt_state, hidden, loss_state), (value, norm, totals)
 
@@ -280,21 +314,30 @@ def trainer(
     next_state = TrainState(
       params, opt_state, jax.lax.stop_gradient(hidden), loss_state, state.key, optax.safe_increment(state.step_count)
     )
-    return next_state, StepMetrics(values, norms, jax.tree.map(lambda t: t.sum(0), totals))
+    return next_state, StepMetrics(values, norms, _sum_over_devices(jax.tree.map(lambda t: t.sum(0), totals), axis))
 
   def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> tuple[Totals, Hidden]:
     num_steps, batch_size = _check_shapes(batch)
     if hidden is None:
       hidden = model.initial_state(batch_size)
     _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
-    windows = cut(num_steps)
+    if mesh is None or batch_size % mesh.size:
+      return share_evaluate(params, batch, hidden, None)
+    rows = PartitionSpec(mesh.axis_names[0])
+    specs = (PartitionSpec(), _batch_specs(mesh, batch, num_steps, batch_size, loss.last_only), rows)
+    run = lambda params, batch, hidden: share_evaluate(params, batch, hidden, axis)
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), rows), check_vma=False)(params, batch, hidden)
+
+  def share_evaluate(params: Params, batch: Batch, hidden: Hidden, axis: str | None) -> tuple[Totals, Hidden]:
+    """Evaluation on one device's share of the batch, or all of it."""
+    windows = cut(_check_shapes(batch)[0])
 
     def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, Totals]:
-      hidden, (outputs, _), window = _run_window(model, loss, params, hidden, batch, windows, k, None)
+      hidden, (outputs, _), window = _run_window(model, loss, params, hidden, batch, windows, k, None, axis)
       return hidden, loss.measure(outputs, batch.targets, window)
 
     hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.num_windows))
-    return jax.tree.map(lambda t: t.sum(0), totals), hidden
+    return _sum_over_devices(jax.tree.map(lambda t: t.sum(0), totals), axis), hidden
 
   def end_epoch(state: TrainState) -> TrainState:
     leaves = jax.tree.leaves(state.hidden)
@@ -302,6 +345,45 @@ def trainer(
     return state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden)
 
   return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), end_epoch)
+
+
+def _axis(mesh: jax.sharding.Mesh) -> str:
+  """The name of a mesh's one axis."""
+  if len(mesh.axis_names) != 1:
+    raise ValueError(f'mesh must have one axis, over which the batch is split, got {mesh.axis_names}.')
+  return str(mesh.axis_names[0])
+
+
+def _state_specs(mesh: jax.sharding.Mesh) -> Any:
+  """How a state lies on the devices: the hidden state's rows with their sequences, all else on each."""
+  specs: Any = [PartitionSpec()] * 6
+  return TrainState(*specs)._replace(hidden=PartitionSpec(_axis(mesh)))
+
+
+def _batch_specs(mesh: jax.sharding.Mesh, batch: Batch, num_steps: int, batch_size: int, terminal: bool) -> Any:
+  """How a batch is split; targets are [B, ...] for terminal tasks, else [T, B, ...] where their shape allows it."""
+  rows: Any = PartitionSpec(_axis(mesh))
+  columns: Any = PartitionSpec(None, _axis(mesh))
+  time_major = lambda x: not terminal and jnp.shape(x)[:2] == (num_steps, batch_size)
+  targets = jax.tree.map(lambda x: columns if time_major(x) else rows, batch.targets)
+  return Batch(columns, targets, None if batch.lengths is None else rows)
+
+
+def _check_divisible(batch_size: int, mesh: jax.sharding.Mesh) -> None:
+  if batch_size % mesh.size:
+    raise ValueError(f'the batch size must be a multiple of the {mesh.size} devices it is split over, got B={batch_size}.')
+
+
+def _mean_over_devices(tree: Any, axis: str | None) -> Any:
+  """The mean of all devices' trees, by one collective operation."""
+  if axis is None:
+    return tree
+  flat, unravel = ravel_pytree(tree)
+  return unravel(jax.lax.pmean(flat, axis))
+
+
+def _sum_over_devices(tree: Any, axis: str | None) -> Any:
+  return tree if axis is None else jax.lax.psum(tree, axis)
 
 
 def _objective(
@@ -313,6 +395,7 @@ def _objective(
   weights: np.ndarray | None,
   initial_loss_state: LossState,
   key: jax.Array,
+  axis: str | None,
 ) -> Callable[..., tuple[jax.Array, tuple[Hidden, LossState, Totals]]]:
   """The scalar one update descends: the weighted losses of the windows it runs through, from a given hidden state."""
   factors = jnp.asarray(np.ones(windows.num_windows) if weights is None else weights)
@@ -323,7 +406,7 @@ def _objective(
     def body(carry: tuple[Hidden, LossState], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
       hidden, loss_state = carry
       k, coefficient, record = row
-      hidden, (outputs, penalty), window = _run_window(model, loss, params, hidden, batch, windows, k, key)
+      hidden, (outputs, penalty), window = _run_window(model, loss, params, hidden, batch, windows, k, key, axis)
       value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
       value = _scalar(value)
       totals = loss.measure(jax.lax.stop_gradient(outputs), batch.targets, window)
@@ -333,7 +416,7 @@ def _objective(
         new_loss_state = optax.tree.where(record, new_loss_state, loss_state)
         totals = jax.tree.map(lambda t: jnp.where(record, t, 0), totals)
       if penalty is not None:
-        value += mean_where(penalty, window.mask).astype(value.dtype)
+        value += window.mean(penalty, window.mask).astype(value.dtype)
       return (hidden, new_loss_state), ((coefficient * factors[k]).astype(value.dtype) * value, totals)
 
     if rows[0].shape[0] == 1:  # The usual case: one window an update, no inner loop.
@@ -354,6 +437,7 @@ def _run_window(
   windows: Windows,
   k: jax.Array,
   key: jax.Array | None,
+  axis: str | None,
 ) -> tuple[Hidden, tuple[jax.Array, jax.Array | None], Window]:
   """Runs the model through the `k`-th window: (hidden state after it, (outputs, penalty or None), the window).
 
@@ -363,7 +447,7 @@ def _run_window(
   num_steps, batch_size = inputs.shape[:2]
   ragged = batch.lengths is not None
   lengths = jnp.asarray(batch.lengths, jnp.int32) if ragged else jnp.full(batch_size, num_steps, jnp.int32)
-  window = window_at(windows, k, lengths, ragged)
+  window = window_at(windows, k, lengths, ragged, axis)
   x, mask = window.slice(inputs), window.mask if window.masked else None
   key = None if key is None else jax.random.fold_in(key, k)
   if loss.last_only and model.apply_last is not None:

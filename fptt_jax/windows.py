@@ -4,7 +4,7 @@ Every window is laid out on S = ceil(T/K) steps. The windows that are one step s
 masked out. The last window is always a full one, so no slice ever passes the end and no array is padded or copied.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,22 +79,48 @@ class Window(NamedTuple):
     num_windows: K.
     num_steps: T.
     size: S.
+    ragged: whether sequences may end before T.
     masked: whether any step of any window may be masked; False where all windows are even and the batch is not ragged.
     start: int32 [], the window's first step, counted from 0.
     end: int32 [], one past the window's last step.
     lengths: int32 [B], valid steps of each whole sequence (T where the batch is not ragged).
     mask: bool [S, B], which steps of the window are real.
+    axis: name of the mesh axis over which the batch is split, B being this device's share; None where it is whole.
   """
 
   k: jax.Array
   num_windows: int
   num_steps: int
   size: int
+  ragged: bool
   masked: bool
   start: jax.Array
   end: jax.Array
   lengths: jax.Array
   mask: jax.Array
+  axis: str | None = None
+
+  def mean(self, values: jax.Array, where: jax.Array) -> jax.Array:
+    """Mean of the values where they count, 0 where none does: over the whole batch, if the mean over the devices is taken of it.
+
+    A device of a split batch divides by the devices' mean count, not by its own.
+
+    Args:
+      values: float [B] or [S, B].
+      where: bool of the same shape; may vary from row to row only where sequences end (`active`, `mask`).
+    """
+    count = jnp.sum(where).astype(values.dtype)
+    if self.axis is not None and self.ragged:
+      count = jax.lax.pmean(count, self.axis)
+    return jnp.sum(values, where=where) / jnp.where(count > 0, count, 1)
+
+  def gather(self, rows: Any) -> Any:
+    """A tree of arrays [B, ...] of the whole batch, given this device's share of it."""
+    return rows if self.axis is None else jax.lax.all_gather(rows, self.axis, tiled=True)
+
+  def total(self, sums: jax.Array) -> jax.Array:
+    """Sums over the whole batch, given those over this device's share of it."""
+    return sums if self.axis is None else jax.lax.psum(sums, self.axis)
 
   @property
   def last(self) -> jax.Array | int:
@@ -126,10 +152,11 @@ def take_steps(x: jax.Array, step: jax.Array | int) -> jax.Array:
   return jnp.take_along_axis(x, step.reshape(1, -1, *[1] * (x.ndim - 2)), axis=0)
 
 
-def window_at(windows: Windows, k: jax.Array, lengths: jax.Array, ragged: bool = True) -> Window:
+def window_at(windows: Windows, k: jax.Array, lengths: jax.Array, ragged: bool = True, axis: str | None = None) -> Window:
   """The `k`-th window of a batch with the given sequence `lengths` (int32 [B]); not `ragged` means that they are all T."""
   start, end = jnp.asarray(windows.starts)[k], jnp.asarray(windows.ends)[k]
   steps = start + jnp.arange(windows.size, dtype=jnp.int32)
   mask = (steps < end)[:, None] & (steps[:, None] < lengths[None, :])
   masked = ragged or not windows.even
-  return Window(k, windows.num_windows, int(windows.ends[-1]), windows.size, masked, start, end, lengths, mask)
+  num_steps = int(windows.ends[-1])
+  return Window(k, windows.num_windows, num_steps, windows.size, ragged, masked, start, end, lengths, mask, axis)

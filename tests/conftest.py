@@ -7,6 +7,8 @@ import pytest
 
 # Silent broadcasting between ranks is an error in every test. Strict promotion of dtypes is a fixture: optax's Adam needs it off.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Simulated devices, for the tests that split a batch.
+jax.config.update('jax_num_cpu_devices', 8)
 
 
 @pytest.fixture

@@ -61,8 +61,12 @@ def test_every_method_runs_and_writes_its_folder(tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize('method', ['fptt', 'bptt'])
 def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, method: str) -> None:
-  """A run stopped between two checkpoints, started again, ends with the very metrics and weights of a run never stopped."""
-  config = add_task.Config(method=(method,), seeds=(3,), optimizer='sgd', momentum=0.9, lr=0.1, decay=False, **TINY)
+  """A run stopped between two checkpoints, started again, ends with the very metrics and weights of a run never stopped; on two
+  devices and on one."""
+  devices = {'fptt': 2, 'bptt': 1}[method]
+  config = add_task.Config(
+    method=(method,), seeds=(3,), optimizer='sgd', momentum=0.9, lr=0.1, decay=False, devices=devices, **TINY
+  )
   whole = add_task.train(config, method, 3, tmp_path / 'whole')
 
   with interrupted_at(4):

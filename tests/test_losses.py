@@ -28,6 +28,7 @@ def window(k: int, cuts: list[int], lengths: list[int]) -> fptt_jax.Window:
     num_windows=len(cuts) - 1,
     num_steps=cuts[-1],
     size=int(size),
+    ragged=True,
     masked=True,
     start=number(cuts[k]),
     end=number(cuts[k + 1]),

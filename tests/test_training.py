@@ -80,6 +80,7 @@ def by_hand(
       num_windows=len(cuts) - 1,
       num_steps=num_steps,
       size=len(x),
+      ragged=batch.lengths is not None,
       masked=batch.lengths is not None,
       start=start,
       end=end,

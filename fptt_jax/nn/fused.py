@@ -2,7 +2,7 @@
 
 A step is taken apart into its matrix products and the rest. Forward, each step leaves behind the factors by which the gradient of
 its state is to be multiplied, so that a step backward is a few multiplications and nothing is computed twice. The products that
-give the weights' gradient are put off until there are rows enough for one that is worth it: :func:`rows_at_once`.
+give the weights' gradient are put off until there are rows enough for one that is worth it: :func:`steps_at_once`.
 """
 
 from collections.abc import Callable
@@ -113,21 +113,22 @@ def _forward(
     x, mask = inputs
     return jax.lax.scan(step, state, (x if few else cell.drive(prepared, x), mask))
 
-  return _by_chunks(chunk, state, (x, mask), rows_at_once(*x.shape[:2]))
+  return chunk(state, (x, mask)) if few else _by_chunks(chunk, state, (x, mask), steps_at_once(*x.shape[:2]))
 
 
 def _fused_forward(cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: jax.Array | None) -> tuple[Any, Any]:
   end, (y, factors) = _forward(cell, weights, state, x, mask)
-  return (end, y), (weights, cell.output(state), x, mask, y, factors)
+  # Made here, so that y itself need not be kept.
+  previous = jax.tree.map(lambda first, y: jnp.concatenate([first[None], y[:-1]]), cell.output(state), y)
+  return (end, y), (weights, x, mask, previous, factors)
 
 
 def _fused_backward(cell: FusedCell, residual: Any, gradient: tuple[State, Any]) -> tuple[Any, ...]:
-  weights, first, x, mask, y, factors = residual
+  weights, x, mask, previous, factors = residual
   wide_weights, (d_state, dy) = _wide_vectors(weights), gradient
   dtypes = jax.tree.map(lambda d: d.dtype, d_state)
   d_state = jax.tree.map(widen, d_state)
   add_output = jax.linear_transpose(cell.output, d_state)
-  previous = jax.tree.map(lambda first, y: jnp.concatenate([first[None], y[:-1]]), first, y)
 
   def step(d_state: State, inputs: tuple[Any, ...]) -> tuple[State, Any]:
     (factors, dy_t), mask_t = jax.tree.map(widen, inputs[:2]), inputs[2]
@@ -147,7 +148,7 @@ def _fused_backward(cell: FusedCell, residual: Any, gradient: tuple[State, Any])
 
   zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, at_least_float32(w.dtype)), weights)
   (d_state, d_weights), dx = _by_chunks(
-    chunk, (d_state, zeros), (factors, dy, mask, previous, x), rows_at_once(*x.shape[:2]), reverse=True
+    chunk, (d_state, zeros), (factors, dy, mask, previous, x), steps_at_once(*x.shape[:2]), reverse=True
   )
   d_weights = jax.tree.map(lambda gradient, w: gradient.astype(w.dtype), d_weights, weights)
   d_state = jax.tree.map(lambda d, dtype: d.astype(dtype), d_state, dtypes)
@@ -157,15 +158,15 @@ def _fused_backward(cell: FusedCell, residual: Any, gradient: tuple[State, Any])
 fused_window.defvjp(_fused_forward, _fused_backward)
 
 
-def rows_at_once(num_steps: int, batch_size: int) -> int:
-  """How many steps' rows go into one product of inputs or of the weights' gradient: a divisor of S.
+def steps_at_once(num_steps: int, batch_size: int) -> int:
+  """How many steps go into one product of inputs or of the weights' gradient: a divisor of S.
 
-  A CPU's products are at their best from some 128 rows on, and what is put off has to be kept: the fewest steps that make so many.
-  An accelerator is best served with all S at once.
+  What is put off has to be kept, and 64 rows were seen to be enough for a CPU: the fewest steps that make so many. An accelerator
+  is best served with all S at once.
   """
   if jax.default_backend() != 'cpu':
     return num_steps
-  return next(steps for steps in range(1, num_steps + 1) if num_steps % steps == 0 and steps >= min(num_steps, 128 / batch_size))
+  return next(steps for steps in range(1, num_steps + 1) if num_steps % steps == 0 and steps >= min(num_steps, 64 / batch_size))
 
 
 def _by_chunks(chunk: Callable[..., Any], carry: Any, inputs: Any, steps: int, reverse: bool = False) -> tuple[Any, Any]:
@@ -173,6 +174,10 @@ def _by_chunks(chunk: Callable[..., Any], carry: Any, inputs: Any, steps: int, r
   size = jax.tree.leaves(inputs)[0].shape[0]
   if steps == size:
     return chunk(carry, inputs)
+  if steps == 1:  # Reshaping to [S, 1, ...] would cost copies.
+    one = lambda carry, inputs: chunk(carry, jax.tree.map(lambda array: array[None], inputs))
+    carry, outputs = jax.lax.scan(one, carry, inputs, reverse=reverse)
+    return carry, jax.tree.map(lambda array: array[:, 0], outputs)
   cut = jax.tree.map(lambda array: array.reshape(size // steps, steps, *array.shape[1:]), inputs)
   carry, outputs = jax.lax.scan(chunk, carry, cut, reverse=reverse)
   return carry, jax.tree.map(lambda array: array.reshape(size, *array.shape[2:]), outputs)

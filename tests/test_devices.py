@@ -1,0 +1,215 @@
+"""A batch split over devices against the same batch on one."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+from experiments import recipe
+from experiments.options import UserError
+import fptt_jax
+from fptt_jax import losses
+
+T, B, C, N = 10, 16, 3, 24
+LENGTHS = np.array([10, 3, 7, 1, 2, 9, 4, 4, 1, 1, 1, 1, 2, 2, 2, 2], np.int32)
+RNG = np.random.default_rng(0)
+INPUTS = RNG.normal(size=(T, B, 2))
+LABELS, IDS = RNG.integers(0, C, B).astype(np.int32), RNG.permutation(N)[:B].astype(np.int32)
+TASKS = {
+  'class_ema': (losses.terminal_classification(C, ema_decay=0.5), LABELS, C),
+  'last_epoch': (losses.terminal_classification(C, divergence='last_epoch'), LABELS, C),
+  'example': (losses.terminal_classification(C, divergence='example', num_examples=N), (LABELS, IDS), C),
+  'regression': (losses.terminal_regression(), RNG.normal(size=B), 1),
+  'language': (losses.sequence_classification(C, accuracy=True), RNG.integers(0, C, (T, B)).astype(np.int32), C),
+  'series': (losses.sequence_regression(), RNG.normal(size=(T, B, 1)), 1),
+}
+
+
+def mesh_of(number):
+  return jax.sharding.Mesh(jax.devices('cpu')[:number], ('batch',))
+
+
+def make(task, method, mesh, optimizer, **options):
+  loss, targets, out = TASKS[task]
+  tx = optimizer()
+  if fptt_jax.METHODS[method].regularised:
+    tx = fptt_jax.fptt(tx, alpha=0.5)
+  if fptt_jax.METHODS[method].num_windows is None:
+    options = {'num_windows': 4} | options
+  if method == 'tbptt_final':
+    options = {'final_steps': 4}
+  model = problems.lstm(out=out, dtype=jnp.float64)
+  return problems.quick_trainer(model, loss, tx, method=method, mesh=mesh, **options), targets
+
+
+def train(task, method, mesh, lengths, steps, optimizer=lambda: optax.sgd(0.1, momentum=0.9), **options):
+  """Everything that came of some steps, and of an evaluation."""
+  trainer, targets = make(task, method, mesh, optimizer, **options)
+  batch = fptt_jax.Batch(INPUTS, targets, lengths)
+  state = trainer.init(jax.random.key(0), batch)
+  metrics = []
+  for _ in range(steps):
+    state, seen = trainer.step(state, batch)
+    metrics.append(seen)
+  return state._replace(key=None), metrics, trainer.evaluate(state.params, batch)
+
+
+def assert_same(got, expected, tolerance=1e-10):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    # Totals are sums in float32.
+    np.testing.assert_allclose(a, b, rtol=1e-5 if a.dtype == np.float32 else tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('method', [method for method in fptt_jax.METHODS if method != 'fptt'])
+def test_methods_on_eight_devices(method):
+  """20 updates at least."""
+  steps = 20 if not fptt_jax.METHODS[method].update_each_window else 5
+  run = lambda mesh: train('regression', method, mesh, None, steps)
+  assert_same(run(mesh_of(8)), run(None))
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('lengths', [None, LENGTHS], ids=['full', 'ragged'])
+@pytest.mark.parametrize('task', TASKS)
+def test_losses_on_eight_devices(task, lengths):
+  """FPTT, 20 updates, uneven windows; in the ragged batch some devices are left with no sequence long before others."""
+  run = lambda mesh: train(task, 'fptt', mesh, lengths, 5)
+  assert_same(run(mesh_of(8)), run(None))
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize(
+  'options', [{'carry_hidden': True}, {'inner_steps': 2, 'optimizer': lambda: fptt_jax.fptt(optax.adam(0.01), inner_steps=2)}]
+)
+def test_options_on_two_devices(options):
+  """The hidden state is carried with its rows; inner steps take a mean each; Adam."""
+  method = 'fptt' if 'carry_hidden' in options else 'tbptt'
+  if method == 'tbptt':
+    options = options | {'optimizer': lambda: optax.adam(0.01)}
+  run = lambda mesh: train('language', method, mesh, LENGTHS, 3, **options)
+  assert_same(run(mesh_of(2)), run(None))
+
+
+@pytest.mark.usefixtures('x64')
+def test_explicit_gradients_on_two_devices():
+  """What `grad_fn` gives is a mean over the devices too."""
+  loss, targets, out = TASKS['series']
+
+  def run(mesh):
+    tx = fptt_jax.fptt(optax.sgd(0.1), gradient_estimate='explicit')
+    trainer = problems.quick_trainer(problems.lstm(out=out, dtype=jnp.float64), loss, tx, num_windows=4, mesh=mesh)
+    batch = fptt_jax.Batch(INPUTS, targets)
+    state, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
+    return state._replace(key=None)
+
+  assert_same(run(mesh_of(2)), run(None))
+
+
+def test_float32_on_eight_devices():
+  """20 updates of SGD agree to 1e-5."""
+  loss, targets, out = TASKS['regression']
+
+  def run(mesh):
+    trainer = problems.quick_trainer(problems.lstm(out=out), loss, fptt_jax.fptt(optax.sgd(0.1)), num_windows=4, mesh=mesh)
+    batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32), LENGTHS)
+    state = trainer.init(jax.random.key(0), batch)
+    for _ in range(5):
+      state, _ = trainer.step(state, batch)
+    return state._replace(key=None)
+
+  assert_same(run(mesh_of(8)), run(None), 1e-5)
+
+
+def test_one_mean_a_window():
+  """The compiled loop over windows has one collective operation, over gradient and objective together; the loop inside it none."""
+  loss, targets, out = TASKS['regression']
+  tx = fptt_jax.fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))
+  trainer = fptt_jax.trainer(problems.lstm(out=out), loss, tx, num_windows=4, mesh=mesh_of(2))
+  batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32))
+  text = trainer.step.lower(trainer.init(jax.random.key(0), batch), batch).compile().as_text()
+  bodies = {match.split(' ', 1)[0]: match for match in re.findall(r'^%?[\w.-]+ \(.*?^}', text, re.M | re.S)}
+  loops = set(re.findall(r'body=(%?[\w.-]+)', text))
+  counts = [len(re.findall(r' all-\w+\(', bodies[name])) for name in loops]
+  assert sorted(counts)[-1] == 1
+  assert sum(counts) == 1
+
+
+def test_noise_differs_between_devices():
+  """Each device draws its own dropout: equal sequences get different masks."""
+  model = problems.lstm(dropout=0.5)
+  trainer = fptt_jax.trainer(
+    model, losses.sequence_regression(), optax.sgd(0.0), method='tbptt', num_windows=1, carry_hidden=True, mesh=mesh_of(2)
+  )
+  same_rows = np.broadcast_to(INPUTS[:, :1], INPUTS.shape).astype(np.float32)
+  batch = fptt_jax.Batch(same_rows, np.zeros((T, B, 1), np.float32))
+  one = fptt_jax.trainer(model, losses.sequence_regression(), optax.sgd(0.0), method='tbptt', num_windows=1)
+  both = [trained.step(trained.init(jax.random.key(0), batch), batch)[1].loss for trained in (trainer, one)]
+  assert not np.allclose(*both)
+
+
+def test_what_does_not_fit_is_refused():
+  loss, targets, _ = TASKS['regression']
+  build = lambda mesh: fptt_jax.trainer(problems.lstm(), loss, optax.sgd(0.1), method='tbptt', num_windows=2, mesh=mesh)
+  batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32))
+  with pytest.raises(ValueError, match=r'batch size must be a multiple of the 3 devices it is split over, got B=16\.'):
+    build(mesh_of(3)).init(jax.random.key(0), batch)
+  square = jax.sharding.Mesh(np.array(jax.devices('cpu')[:4]).reshape(2, 2), ('a', 'b'))
+  with pytest.raises(ValueError, match=r"mesh must have one axis, over which the batch is split, got \('a', 'b'\)\."):
+    build(square)
+
+
+def test_evaluation_of_any_batch_size():
+  """What cannot be split is evaluated whole."""
+  loss, targets, _ = TASKS['regression']
+  trainer = fptt_jax.trainer(problems.lstm(), loss, optax.sgd(0.1), method='tbptt', num_windows=2, mesh=mesh_of(2))
+  params = problems.lstm().init(jax.random.key(0))
+  inputs, targets = INPUTS.astype(np.float32), targets.astype(np.float32)
+  whole, _ = trainer.evaluate(params, fptt_jax.Batch(inputs, targets))
+  parts = [trainer.evaluate(params, fptt_jax.Batch(inputs[:, rows], targets[rows]))[0] for rows in (slice(5), slice(5, None))]
+  assert fptt_jax.means(whole)['loss'] == pytest.approx(float(parts[0]['loss'] + parts[1]['loss']) / B, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('options', 'batch_size', 'hidden', 'expected'),
+  [
+    ({}, 128, 128, 8),  # Of 8 simulated cores.
+    ({}, 8, 16, 1),
+    ({}, 64, 1024, 1),
+    ({}, 100, 128, 1),
+    ({'devices': 1}, 128, 128, 1),
+    ({'devices': 2}, 8, 16, 2),
+  ],
+)
+def test_scripts_choose_devices(options, batch_size, hidden, expected):
+  mesh = recipe.choose_mesh(recipe.Recipe(**options), batch_size, hidden)
+  assert (1 if mesh is None else mesh.size) == expected
+
+
+@pytest.mark.parametrize(
+  ('devices', 'message'),
+  [(9, r'--devices must be at most the 8 there are, got 9\.'), (3, r'--devices must be a divisor of the batch size, 16, got 3\.')],
+)
+def test_devices_that_do_not_fit_are_refused(devices, message):
+  with pytest.raises(UserError, match=message):
+    recipe.choose_mesh(recipe.Recipe(devices=devices), 16, 128)
+
+
+def test_cpu_setup(monkeypatch):
+  """In a new process it gives the devices asked for, by default the cores the process may use; here, too late, it is silent."""
+  fptt_jax.cpu_setup(3)
+  assert len(jax.devices('cpu')) == 8
+  code = 'import fptt_jax, jax; fptt_jax.cpu_setup({}); print(jax.device_count())'
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  counts = [subprocess.check_output([sys.executable, '-c', code.format(number)], text=True).strip() for number in (3, '')]
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  assert counts == ['3', str(cores)]
+  with pytest.raises(ValueError, match=r'num_devices must be at least 1, got 0\.'):
+    fptt_jax.cpu_setup(0)

@@ -1,0 +1,168 @@
+"""Windows taken apart against the plain scan of the same layer."""
+
+import functools
+import re
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+import fptt_jax
+from fptt_jax import nn
+from fptt_jax.nn.fused import steps_at_once
+
+H = 6
+LAYERS = {
+  'LSTM': nn.LSTM,
+  'GRU': nn.GRU,
+  'GRU one bias': functools.partial(nn.GRU, recurrent_bias=False),
+  'RNN': nn.RNN,
+  'AntisymmetricRNN': functools.partial(nn.AntisymmetricRNN, epsilon=0.3),
+  'IndRNN': nn.IndRNN,
+  'IndRNN limited': functools.partial(nn.IndRNN, max_weight=0.5, initial_range=(-0.5, 0.5)),
+  'LRU': nn.LRU,
+  'LRU wide': functools.partial(nn.LRU, state_features=9),
+}
+
+
+def model(layer, features, fused, dtype=jnp.float64):
+  return nn.from_nnx(lambda rngs: LAYERS[layer](features, H, fused=fused, param_dtype=dtype, rngs=rngs))
+
+
+def value_and_gradients(layer, fused, shape, masked, dtype=jnp.float64):
+  """Of a function of all that a window gives out, by weights, initial state and inputs; masked outputs mean nothing, they are left
+  out."""
+  run, (size, batch_size, features) = model(layer, features=shape[2], fused=fused, dtype=dtype), shape
+  draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+  params = run.init(jax.random.key(0))
+  state = jax.tree.map(lambda leaf: draw(1, *leaf.shape) / 2, run.initial_state(batch_size))
+  mask = jax.random.bernoulli(jax.random.key(2), 0.6, (size, batch_size)) if masked else None
+  weights = draw(3, size, batch_size, H)
+
+  @problems.quick
+  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+  def total(params, state, x):
+    end, y = run.apply(params, state, x, mask, None)
+    kept = y if mask is None else jnp.where(mask[..., None], y, 0)
+    return jnp.sum(weights * kept) + sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(end))
+
+  return total(params, state, draw(4, size, batch_size, features))
+
+
+def assert_close(got, expected, tolerance):
+  """Each leaf to `tolerance` of its largest number."""
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize(
+  ('shape', 'masked'),
+  [((12, 3, 2), False), ((12, 16, 7), True), ((3, 70, 2), True)],
+  ids=['all at once', 'chunks, masked', 'single steps, masked'],
+)
+@pytest.mark.parametrize('layer', LAYERS)
+def test_fused_equals_the_scan(layer, shape, masked):
+  """Values and all gradients in float64; few and many features; 12, 4 or 1 steps at once; masks with holes."""
+  expected = value_and_gradients(layer, False, shape, masked)
+  assert_close(value_and_gradients(layer, True, shape, masked), expected, 1e-12)
+
+
+@pytest.mark.parametrize('layer', LAYERS)
+def test_fused_in_float32_is_as_good_as_the_scan(layer):
+  """float32 differs from the scan in float32 by rounding alone: 12 steps of sums of some 20 products, each to 6e-8."""
+  expected = value_and_gradients(layer, False, (12, 16, 7), False, jnp.float32)
+  assert_close(value_and_gradients(layer, True, (12, 16, 7), False, jnp.float32), expected, 2e-5)
+
+
+@pytest.mark.parametrize('layer', [layer for layer in LAYERS if 'LRU' not in layer])
+def test_fused_in_bfloat16_sums_in_float32(layer):
+  """bfloat16 weights, inputs and states, summed in float32: no further from the float32 result of the same numbers than the scan in
+  bfloat16 is, but for a factor 1.5 of luck."""
+  shape = (12, 16, 7)
+  weights = jax.tree.map(lambda x: x.astype(jnp.float32), model(layer, 7, True, jnp.bfloat16).init(jax.random.key(0)))
+  x = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
+
+  def gradients(dtype, fused):
+    run = model(layer, 7, fused, dtype)
+    total = lambda params: jnp.sum(
+      run.apply(params, run.initial_state(16), x.astype(dtype), None, None)[1].astype(jnp.float32) ** 2
+    )
+    return problems.quick(jax.grad(total))(jax.tree.map(lambda w: w.astype(dtype), weights))
+
+  exact = gradients(jnp.float32, False)
+  distance = lambda tree: np.sqrt(
+    sum(np.sum((np.asarray(a, np.float64) - b) ** 2) for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True))
+  )
+  scan, fused = distance(gradients(jnp.bfloat16, False)), distance(gradients(jnp.bfloat16, True))
+  assert fused <= 1.5 * scan
+  assert fused <= 0.02 * np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(exact)))
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('layer', ['LSTM', 'GRU', 'LRU'])
+def test_fused_under_vmap(layer):
+  """Over models and data, as populations are trained."""
+  runs = [model(layer, 2, fused) for fused in (True, False)]
+  params = jax.vmap(runs[0].init)(jax.random.split(jax.random.key(0), 3))
+  x = jax.random.normal(jax.random.key(1), (3, 5, 4, 2))
+
+  def gradients(run):
+    total = lambda params, x: jnp.sum(jnp.sin(run.apply(params, run.initial_state(4), x, None, None)[1]))
+    return problems.quick(jax.vmap(jax.grad(total)))(params, x)
+
+  assert_close(gradients(runs[0]), gradients(runs[1]), 1e-12)
+
+
+def test_plain_scan_can_be_differentiated_forward():
+  """`fused=False` is the way to jvp and second derivatives."""
+  x = jnp.ones((3, 2, 2))
+
+  def outputs(fused):
+    run = model('LSTM', 2, fused, jnp.float32)
+    params = run.init(jax.random.key(0))
+    return jax.jvp(lambda p: run.apply(p, run.initial_state(2), x, None, None)[1], (params,), (params,))[1]
+
+  assert np.isfinite(outputs(False)).all()
+  with pytest.raises(TypeError, match='forward-mode'):
+    outputs(True)
+
+
+@pytest.mark.parametrize(
+  ('num_steps', 'batch_size', 'expected'), [(28, 128, 1), (28, 64, 1), (28, 32, 2), (28, 8, 14), (28, 1, 28), (7, 16, 7), (1, 1, 1)]
+)
+def test_steps_at_once(num_steps, batch_size, expected):
+  """The least divisor of S that makes 64 rows, all of S at most."""
+  assert steps_at_once(num_steps, batch_size) == expected
+
+
+def compiled_step(num_steps, num_windows):
+  """A train step of an LSTM of 128 at B = 64."""
+  run = nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(1, 128, rngs=rngs), nnx.Linear(128, 10, rngs=rngs)))
+  loss, tx = fptt_jax.losses.terminal_classification(10), fptt_jax.fptt(optax.adam(1e-3))
+  trainer = fptt_jax.trainer(run, loss, tx, num_windows=num_windows)
+  batch = fptt_jax.Batch(jax.ShapeDtypeStruct((num_steps, 64, 1), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32))
+  return trainer.step.lower(jax.eval_shape(trainer.init, jax.random.key(0), batch), batch).compile()
+
+
+def test_lstm_keeps_eight_numbers_a_unit_and_step():
+  """A window's memory grows by 8·B·H floats a step: five factors, f, the output before, and one of output and its gradient."""
+  small, large = (compiled_step(128, windows).memory_analysis().temp_size_in_bytes for windows in (4, 2))
+  assert (large - small) / (32 * 64 * 128 * 4) <= 8.05
+
+
+def test_backward_steps_have_two_products():
+  """The compiled loops over steps multiply matrices once, forward, and twice, backward: for dh and for the weights."""
+  text = compiled_step(56, 2).as_text()
+  bodies = re.findall(r'^%?[\w.-]+ \(.*?^}', text, re.M | re.S)
+  products = {body.split(' ', 1)[0]: len(re.findall(r'= \S+ dot\(', body)) for body in bodies}
+  calls = {body.split(' ', 1)[0]: re.findall(r'calls=(%?[\w.-]+)', body) for body in bodies}
+  loops = re.findall(r'body=(%?[\w.-]+)', text)
+  counts = sorted(products[name] + sum(products.get(called, 0) for called in calls[name]) for name in loops)
+  assert counts[:2] == [1, 2]  # The third is the loop over windows, with the readout's.
+  assert len(counts) == 3
