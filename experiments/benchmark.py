@@ -1,0 +1,280 @@
+"""How fast FPTT runs here, beside flax and PyTorch (where it is installed), and how time and memory grow.
+
+    python -m experiments.benchmark
+    python -m experiments.benchmark --part=rivals --cases=M28,tiny --rounds=20
+
+'rivals' times one training batch of each case by each system: all in this process, taking turns, after two calls to warm up;
+minimum and median over the rounds. PyTorch runs with one thread and with as many as there are cores, and the better of the two
+counts. A matrix product timed in each round tells whether the machine was quiet. 'growth' measures time against T, K, H and B, the
+time of an update in steps (C), compile times and the memory a step needs beside its arguments. All in float32.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+import time
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+import numpy as np
+from tabulate import tabulate
+
+from experiments import cost, options, recipe, rivals, runs
+from experiments.options import check, option
+from experiments.rivals import Case
+import fptt_jax
+from fptt_jax import nn
+
+CASES = {
+  case.name: case
+  for case in (
+    Case('M28', 784, 28, 128, 1, 128),  # Pixel MNIST.
+    Case('M7', 784, 7, 128, 1, 128),
+    Case('M112', 784, 112, 128, 1, 128),
+    Case('M784', 784, 784, 128, 1, 128),
+    Case('M-bptt', 784, 1, 128, 1, 128),
+    Case('add', 200, 10, 128, 2, 128, 1),
+    Case('ptb300-core', 300, 6, 128, 256, 256),
+    Case('ptb300', 300, 6, 128, 256, 256, 10_000, words=True),
+    Case('wide', 64, 4, 16, 256, 1024),
+    Case('tiny', 784, 28, 8, 1, 16),
+    Case('smoke', 12, 3, 4, 1, 4),
+  )
+}
+DEFAULT_CASES = tuple(name for name in CASES if name != 'smoke')
+PAUSE = 0.3
+"""Seconds before each call: OpenMP's threads, which PyTorch uses, go on spinning for a while after their work, on cores that the
+next system would need."""
+QUIET = 1.2
+"""A round whose matrix product took longer than this times the quickest was disturbed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to measure."""
+
+  part: str = option('all', "'rivals', 'growth' or both", ('all', 'rivals', 'growth'))
+  cases: tuple[str, ...] = option(DEFAULT_CASES, 'cases of rivals')
+  rounds: int = option(9, 'timed calls of each program')
+  workdir: str = option('', 'folder; default runs/benchmark-TIME')
+
+  def __post_init__(self) -> None:
+    check(bool(self.cases) and set(self.cases) <= set(CASES), 'cases', self.cases, f'out of {", ".join(CASES)}')
+    check(self.rounds >= 1, 'rounds', self.rounds, 'at least 1')
+
+
+def make_trainer(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None) -> fptt_jax.Trainer:
+  """`fptt_jax`'s trainer of a case."""
+  model = rivals.make_model(case, cell)
+  return fptt_jax.trainer(model, rivals.make_loss(case), rivals.make_optimizer(), num_windows=case.num_windows, mesh=mesh)
+
+
+def lstm_cell(case: Case) -> Any:
+  """The LSTM of `fptt_jax`."""
+  return lambda rngs: nn.LSTM(case.features, case.hidden, rngs=rngs)
+
+
+def trained(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None) -> Callable[..., Any]:
+  """A step of the trainer as a function of inputs and targets."""
+  trainer = make_trainer(case, cell, mesh)
+  state = [trainer.init(jax.random.key(0), fptt_jax.Batch(*rivals.draw(case)))]
+
+  def step(inputs: np.ndarray, targets: np.ndarray) -> Any:
+    state[0], metrics = trainer.step(state[0], fptt_jax.Batch(inputs, targets))
+    return jax.block_until_ready(metrics.loss)
+
+  return step
+
+
+def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
+  """What is timed, by name; each is a function that makes the step."""
+  mesh = recipe.choose_mesh(recipe.Recipe(), case.batch_size, case.hidden)
+  found: dict[str, Callable[[], Callable[..., Any]]] = {'ours': lambda: trained(case, lstm_cell(case), mesh)}
+  if mesh is not None:
+    found['ours, one device'] = lambda: trained(case, lstm_cell(case))
+  found['flax, one jit'] = lambda: trained(case, rivals.flax_cell(case))
+  found['flax, a loop'] = lambda: rivals.flax_loop(case)
+  if importlib.util.find_spec('torch'):
+    for threads in sorted({1, os.cpu_count() or 1}):
+      for name, optimised in (('plain', False), ('optimised', True)):
+        found[f'PyTorch {name}, threads {threads}'] = lambda o=optimised, n=threads: with_threads(rivals.torch_loop(case, o), n)
+  return found
+
+
+def with_threads(step: Callable[..., Any], threads: int) -> Callable[..., Any]:
+  """Sets PyTorch's threads before each call."""
+  import torch
+
+  def run(*data: np.ndarray) -> Any:
+    torch.set_num_threads(threads)
+    return step(*data)
+
+  return run
+
+
+def measure_rivals(config: Config, progress: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+  """A row for each case and system; `progress` is given those of a case when they are there."""
+  matrix, rows = np.ones((512, 512), np.float32), []
+  for case in (CASES[name] for name in config.cases):
+    data = rivals.draw(case)
+    steps = {name: make() for name, make in systems(case).items()}
+    for step in steps.values():
+      step(*data)
+      step(*data)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    product = []
+    for _ in range(config.rounds):
+      product.append(timed(np.matmul, matrix, matrix))
+      for name, step in steps.items():
+        time.sleep(PAUSE)
+        seconds[name].append(timed(step, *data))
+      time.sleep(PAUSE)
+    disturbed = sum(value > QUIET * min(product) for value in product)
+    found = [{'case': case.name, 'system': name, **milliseconds(times)} for name, times in best_threads(seconds).items()]
+    for row in found:
+      row['times_ours'] = row['median_ms'] / found[0]['median_ms']
+      row['gflops'] = 1e-9 * flops(case) / (1e-3 * row['min_ms'])
+      row['disturbed'] = disturbed
+    rows += found
+    progress(found)
+  return rows
+
+
+def milliseconds(times: list[float]) -> dict[str, float]:
+  """Minimum and median of seconds."""
+  return {'min_ms': 1e3 * min(times), 'median_ms': 1e3 * float(np.median(times))}
+
+
+def best_threads(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+  """Of a system timed with several numbers of threads only the one of the least median."""
+  best: dict[str, tuple[str, list[float]]] = {}
+  for name, times in seconds.items():
+    base = name.partition(', threads')[0]
+    if base not in best or np.median(times) < np.median(best[base][1]):
+      best[base] = (name, times)
+  return dict(best.values())
+
+
+def flops(case: Case) -> float:
+  """Floating-point operations of the matrix products of a batch: LSTM and readout, forward and twice backward."""
+  lstm = 8 * case.hidden * (case.hidden + case.features)
+  readout = 2 * case.hidden * case.outputs * (case.num_steps if case.words else case.num_windows)
+  return 3.0 * case.batch_size * (case.num_steps * lstm + readout)
+
+
+def timed(function: Callable[..., Any], *args: Any) -> float:
+  """Seconds of a call."""
+  start = time.perf_counter()
+  function(*args)
+  return time.perf_counter() - start
+
+
+def varied_cases(small: bool) -> dict[str, list[tuple[int, Case]]]:
+  """By what is varied its values and their cases: T, H and B at S = 16, K at the T of pixel MNIST."""
+  base, mnist = Case('', 256, 16, 64, 1, 128), CASES['M28']
+  lengths, windows, factors = (256, 1024, 4096, 16_384), (1, 28, 112, 392), (1, 2, 4)
+  if small:
+    base, mnist = Case('', 32, 2, 4, 1, 4), Case('', 12, 3, 4, 1, 4)
+    lengths, windows, factors = (32, 64), (1, 3, 12), (1, 2)
+  return {
+    'T': [(n, base._replace(num_steps=n, num_windows=n // 16)) for n in lengths],
+    'K': [(n, mnist._replace(num_windows=n)) for n in windows],
+    'H': [(n * base.hidden, base._replace(hidden=n * base.hidden)) for n in factors],
+    'B': [(n * base.batch_size, base._replace(batch_size=n * base.batch_size)) for n in factors],
+  }
+
+
+def measure_programs(cases: list[tuple[int, Case]], rounds: int) -> list[dict[str, Any]]:
+  """A row for each case, timed by turns, on one device."""
+  programs = []
+  for value, case in cases:
+    trainer, batch = make_trainer(case, lstm_cell(case)), fptt_jax.Batch(*rivals.draw(case))
+    state = trainer.init(jax.random.key(0), batch)
+    lowered = trainer.step.lower(state, batch)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    row = {'value': value, 'compile_s': time.perf_counter() - start, 'temp_mib': memory}
+    programs.append([compiled, state, batch, row, []])
+  for _ in range(rounds + 1):
+    for program in programs:
+      compiled, state, batch, _, times = program
+      start = time.perf_counter()
+      program[1], _ = jax.block_until_ready(compiled(state, batch))
+      times.append(time.perf_counter() - start)
+  return [row | milliseconds(times[1:]) for *_, row, times in programs]
+
+
+def update_steps(rows: list[dict[str, Any]], num_steps: int) -> float:
+  """C, the time of one update in steps: the slope of the time over K > 1 by the time of a step. (K = 1 uses the caches less.)"""
+  windows, times = np.array([(row['value'], row['median_ms']) for row in rows if row['value'] > 1]).T
+  slope, intercept = np.polyfit(windows, times, 1)
+  return float(slope / (intercept / num_steps))
+
+
+def plot_rivals(path: Path, rows: list[dict[str, Any]]) -> None:
+  """Time of each system over ours, a group of bars a case."""
+  cases = list(dict.fromkeys(row['case'] for row in rows))
+  names = list(dict.fromkeys(row['system'].partition(', threads')[0] for row in rows))
+  figure = Figure(figsize=(max(7, 1.4 * len(cases)), 4.5), layout='constrained')
+  axes = figure.subplots()
+  for number, name in enumerate(names):
+    chosen = [row for row in rows if row['system'].partition(', threads')[0] == name]
+    places = [cases.index(row['case']) + 0.8 * (number / len(names)) for row in chosen]
+    axes.bar(places, [row['times_ours'] for row in chosen], 0.8 / len(names), align='edge', label=name)
+  axes.axhline(1, color='0.5', linewidth=1)
+  axes.set(ylabel='time / ours (medians)', yscale='log')
+  axes.set_xticks(np.arange(len(cases)) + 0.4, cases)
+  axes.grid(alpha=0.3, axis='y', which='both')
+  axes.legend()
+  figure.savefig(path, dpi=120)
+
+
+def plot_growth(path: Path, growth: dict[str, list[dict[str, Any]]]) -> None:
+  """Time and memory against what is varied, each with its exponent."""
+  figure = Figure(figsize=(3.5 * len(growth), 4), layout='constrained')
+  for axes, (name, rows) in zip(figure.subplots(1, len(growth)), growth.items(), strict=True):
+    values = [row['value'] for row in rows]
+    for measure, label in (('median_ms', 'ms a batch'), ('temp_mib', 'temporary MiB')):
+      numbers = [row[measure] for row in rows]
+      axes.plot(values, numbers, marker='o', label=f'{label}: {name}^{cost.growth(values, numbers):.2f}')
+    axes.set(xlabel=name, xscale='log', yscale='log')
+    axes.grid(alpha=0.3, which='both')
+    axes.legend()
+  figure.savefig(path, dpi=120)
+
+
+def main(config: Config) -> None:
+  """Measures, prints tables, writes JSON and plots."""
+  folder = Path(config.workdir or f'runs/benchmark-{time.strftime("%Y%m%d-%H%M%S")}').absolute()
+  folder.mkdir(parents=True, exist_ok=True)
+  about = {**runs.machine(), 'threads': os.cpu_count(), 'precision': 'float32', 'rounds': config.rounds}
+  if config.part != 'growth':
+    rows = measure_rivals(config, lambda rows: print(tabulate(rows, 'keys', floatfmt='.3g'), flush=True))
+    write(folder / 'rivals.json', about | {'lines': rows})
+    (folder / 'rivals.txt').write_text(tabulate(rows, 'keys', floatfmt='.3g') + '\n')
+    plot_rivals(folder / 'rivals.png', rows)
+  if config.part != 'rivals':
+    cases = varied_cases(small='smoke' in config.cases)
+    growth = {name: measure_programs(chosen, config.rounds) for name, chosen in cases.items()}
+    constant = update_steps(growth['K'], cases['K'][0][1].num_steps)
+    for name, rows in growth.items():
+      print(tabulate([{name: row.pop('value'), **row} for row in map(dict, rows)], 'keys', floatfmt='.4g'))
+    print(f'C, the time of an update: {constant:.2f} steps')
+    write(folder / 'growth.json', about | {'growth': growth, 'C': constant})
+    plot_growth(folder / 'growth.png', growth)
+  print(f'numbers, tables and plots are in {folder}')
+
+
+def write(path: Path, content: Any) -> None:
+  """Writes it whole or not at all."""
+  with runs.replaced(path) as file:
+    file.write(json.dumps(content, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  options.run(main, Config)
