@@ -91,10 +91,10 @@ def make_optimizer() -> optax.GradientTransformation:
   return fptt_jax.fptt(optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(LR)), alpha=ALPHA, beta=BETA)
 
 
-def flax_loop(case: Case) -> Callable[..., Any]:
-  """Flax's cell in a scan over the steps of a window, compiled; the windows in a Python loop."""
+def flax_loop(case: Case, params: Any = None) -> Callable[..., Any]:
+  """Flax's cell in a scan over the steps of a window, compiled; the windows in a Python loop. `params` are what it starts from."""
   model, optimizer = make_model(case, flax_cell(case)), make_optimizer()
-  params = model.init(jax.random.key(0))
+  params = model.init(jax.random.key(0)) if params is None else params
   carry = [params, optimizer.init(params)]
 
   def loss(params: Any, hidden: Any, x: jax.Array, targets: jax.Array, beta: jax.Array) -> tuple[jax.Array, Any]:

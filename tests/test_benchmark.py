@@ -1,0 +1,78 @@
+"""The benchmark, and that its rivals train what it trains."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import benchmark, rivals
+import fptt_jax
+
+CASES = [
+  rivals.Case('classes', 12, 3, 4, 2, 5, 3),
+  rivals.Case('regression', 12, 4, 4, 2, 5, 1),
+  rivals.Case('words', 12, 3, 4, 6, 5, 7, words=True),
+]
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+def test_loop_over_windows_equals_the_trainer(case):
+  """The same cell: losses of two batches agree to float32's rounding."""
+  trained, data = benchmark.trained(case, rivals.flax_cell(case)), rivals.draw(case)
+  params = rivals.make_model(case, rivals.flax_cell(case)).init(jax.random.split(jax.random.key(0))[0])
+  loop = rivals.flax_loop(case, params)
+  for _ in range(2):
+    np.testing.assert_allclose(loop(*data), trained(*data), rtol=2e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec('torch') is None, reason='needs PyTorch, which is not a dependency')
+@pytest.mark.parametrize('optimised', [False, True])
+@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+def test_pytorch_equals_the_trainer(case, optimised):
+  """From the same weights: losses of three batches agree to float32's rounding."""
+  data, trainer = rivals.draw(case), benchmark.make_trainer(case, benchmark.lstm_cell(case))
+  state = trainer.init(jax.random.key(0), fptt_jax.Batch(*data))
+  step = rivals.torch_loop(case, optimised, jax.tree.map(np.array, state.params))
+  for _ in range(3):
+    state, metrics = trainer.step(state, fptt_jax.Batch(*data))
+    np.testing.assert_allclose(step(*data), metrics.loss, rtol=1e-5)
+
+
+def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
+  """Both parts at a toy's size: every system of the case has its row, and tables, JSON and plots are there."""
+  monkeypatch.setattr(benchmark, 'PAUSE', 0)
+  benchmark.main(benchmark.Config(cases=('smoke',), rounds=2, workdir=str(tmp_path)))
+  lines = json.loads((tmp_path / 'rivals.json').read_text())['lines']
+  names = {line['system'].partition(', threads')[0] for line in lines}
+  assert {'ours', 'flax, one jit', 'flax, a loop'} <= names
+  assert all(0 < line['min_ms'] <= line['median_ms'] for line in lines)
+  assert lines[0]['times_ours'] == 1
+  growth = json.loads((tmp_path / 'growth.json').read_text())['growth']
+  assert {name: [row['value'] for row in rows] for name, rows in growth.items()} == {
+    'T': [32, 64],
+    'K': [1, 3, 12],
+    'H': [4, 8],
+    'B': [4, 8],
+  }
+  assert all((tmp_path / name).stat().st_size > 5000 for name in ('rivals.png', 'growth.png'))
+
+
+def test_best_threads():
+  """The number of threads with the least median stays."""
+  seconds = {'ours': [1.0], 'x, threads 1': [2.0, 9.0, 3.0], 'x, threads 2': [1.0, 4.0, 5.0]}
+  assert benchmark.best_threads(seconds) == {'ours': [1.0], 'x, threads 1': [2.0, 9.0, 3.0]}
+
+
+def test_update_steps():
+  """Time 10 + 0.5 K at T = 100: a step takes 0.1, an update 5 of them; K = 1 is left out."""
+  rows = [{'value': k, 'median_ms': 10 + 0.5 * k} for k in (2, 10, 50)] + [{'value': 1, 'median_ms': 99.0}]
+  assert benchmark.update_steps(rows, 100) == pytest.approx(5)
+
+
+def test_flops():
+  """LSTM 8 H (H + D) a step and row, readout 2 H C a window, three times."""
+  case = rivals.Case('', 10, 2, 3, 4, 5, 6)
+  assert benchmark.flops(case) == 3 * 3 * (10 * 8 * 5 * 9 + 2 * 2 * 5 * 6)
