@@ -9,7 +9,7 @@ counts. A matrix product timed in each round tells whether the machine was quiet
 time of an update in steps (C), compile times and the memory a step needs beside its arguments. All in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import importlib.util
 import json
@@ -116,9 +116,10 @@ def with_threads(step: Callable[..., Any], threads: int) -> Callable[..., Any]:
   return run
 
 
-def measure_rivals(config: Config, progress: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-  """A row for each case and system; `progress` is given those of a case when they are there."""
-  matrix, rows = np.ones((512, 512), np.float32), []
+def measure_rivals(config: Config) -> Iterator[list[dict[str, Any]]]:
+  """Rows of each case and system: all that are there, after each case."""
+  matrix = np.ones((512, 512), np.float32)
+  rows: list[dict[str, Any]] = []
   for case in (CASES[name] for name in config.cases):
     data = rivals.draw(case)
     steps = {name: make() for name, make in systems(case).items()}
@@ -140,8 +141,7 @@ def measure_rivals(config: Config, progress: Callable[[list[dict[str, Any]]], No
       row['gflops'] = 1e-9 * flops(case) / (1e-3 * row['min_ms'])
       row['disturbed'] = disturbed
     rows += found
-    progress(found)
-  return rows
+    yield rows
 
 
 def milliseconds(times: list[float]) -> dict[str, float]:
@@ -254,10 +254,11 @@ def main(config: Config) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   about = {**runs.machine(), 'threads': os.cpu_count(), 'precision': 'float32', 'rounds': config.rounds}
   if config.part != 'growth':
-    rows = measure_rivals(config, lambda rows: print(tabulate(rows, 'keys', floatfmt='.3g'), flush=True))
-    write(folder / 'rivals.json', about | {'lines': rows})
-    (folder / 'rivals.txt').write_text(tabulate(rows, 'keys', floatfmt='.3g') + '\n')
-    plot_rivals(folder / 'rivals.png', rows)
+    for rows in measure_rivals(config):  # After each case: what was measured is not lost.
+      write(folder / 'rivals.json', about | {'lines': rows})
+      (folder / 'rivals.txt').write_text(tabulate(rows, 'keys', floatfmt='.3g') + '\n')
+      plot_rivals(folder / 'rivals.png', rows)
+    print((folder / 'rivals.txt').read_text())
   if config.part != 'rivals':
     cases = varied_cases(small='smoke' in config.cases)
     growth = {name: measure_programs(chosen, config.rounds) for name, chosen in cases.items()}
