@@ -12,7 +12,6 @@ time of an update in steps (C), compile times and the memory a step needs beside
 from collections.abc import Callable, Iterator
 import dataclasses
 import importlib.util
-import json
 import os
 from pathlib import Path
 import time
@@ -193,19 +192,14 @@ def measure_programs(cases: list[tuple[int, Case]], rounds: int) -> list[dict[st
   programs = []
   for value, case in cases:
     trainer, batch = make_trainer(case, lstm_cell(case)), fptt_jax.Batch(*rivals.draw(case))
-    state = trainer.init(jax.random.key(0), batch)
-    lowered = trainer.step.lower(state, batch)
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    row = {'value': value, 'compile_s': time.perf_counter() - start, 'temp_mib': memory}
+    compiled, state, compile_s = cost.compile_step(trainer, batch)
+    row = {'value': value, 'compile_s': compile_s, 'temp_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20}
     programs.append([compiled, state, batch, row, []])
   for _ in range(rounds + 1):
     for program in programs:
       compiled, state, batch, _, times = program
-      start = time.perf_counter()
-      program[1], _ = jax.block_until_ready(compiled(state, batch))
-      times.append(time.perf_counter() - start)
+      seconds, program[1], _ = cost.timed_step(compiled, state, batch)
+      times.append(seconds)
   return [row | milliseconds(times[1:]) for *_, row, times in programs]
 
 
@@ -250,12 +244,11 @@ def plot_growth(path: Path, growth: dict[str, list[dict[str, Any]]]) -> None:
 
 def main(config: Config) -> None:
   """Measures, prints tables, writes JSON and plots."""
-  folder = Path(config.workdir or f'runs/benchmark-{time.strftime("%Y%m%d-%H%M%S")}').absolute()
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = runs.make_folder(config.workdir or f'runs/benchmark-{time.strftime("%Y%m%d-%H%M%S")}')
   about = {**runs.machine(), 'threads': os.cpu_count(), 'precision': 'float32', 'rounds': config.rounds}
   if config.part != 'growth':
     for rows in measure_rivals(config):  # After each case: what was measured is not lost.
-      write(folder / 'rivals.json', about | {'lines': rows})
+      runs.write_json(folder / 'rivals.json', about | {'lines': rows})
       (folder / 'rivals.txt').write_text(tabulate(rows, 'keys', floatfmt='.3g') + '\n')
       plot_rivals(folder / 'rivals.png', rows)
     print((folder / 'rivals.txt').read_text())
@@ -266,15 +259,9 @@ def main(config: Config) -> None:
     for name, rows in growth.items():
       print(tabulate([{name: row.pop('value'), **row} for row in map(dict, rows)], 'keys', floatfmt='.4g'))
     print(f'C, the time of an update: {constant:.2f} steps')
-    write(folder / 'growth.json', about | {'growth': growth, 'C': constant})
+    runs.write_json(folder / 'growth.json', about | {'growth': growth, 'C': constant})
     plot_growth(folder / 'growth.png', growth)
   print(f'numbers, tables and plots are in {folder}')
-
-
-def write(path: Path, content: Any) -> None:
-  """Writes it whole or not at all."""
-  with runs.replaced(path) as file:
-    file.write(json.dumps(content, indent=2) + '\n')
 
 
 if __name__ == '__main__':

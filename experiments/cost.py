@@ -48,17 +48,17 @@ def measure(
   """
   # The norm of the gradient, a metric, keeps it from being left out as unused.
   setting = fptt_jax.METHODS[method]._replace(regularised=False)
-  gradient, gradient_state, _ = _compile(
+  gradient, gradient_state, _ = compile_step(
     fptt_jax.trainer(model, loss, optax.set_to_zero(), method=setting, num_windows=num_windows), batch
   )
-  full, full_state, compile_s = _compile(
+  full, full_state, compile_s = compile_step(
     fptt_jax.trainer(model, loss, make_optimizer(method), method=method, num_windows=num_windows), batch
   )
   batch = jax.device_put(batch)
   seconds = []
   for _ in range(repeats + 1):
-    gradient_s, gradient_state, _ = _timed(gradient, gradient_state, batch)
-    full_s, full_state, metrics = _timed(full, full_state, batch)
+    gradient_s, gradient_state, _ = timed_step(gradient, gradient_state, batch)
+    full_s, full_state, metrics = timed_step(full, full_state, batch)
     seconds.append((gradient_s, full_s))
   gradient_ms, full_ms = 1e3 * np.median(seconds[1:], axis=0)  # The first calls warm up.
   return {
@@ -70,7 +70,7 @@ def measure(
   }
 
 
-def _compile(trainer: fptt_jax.Trainer, batch: fptt_jax.Batch) -> tuple[Any, fptt_jax.TrainState, float]:
+def compile_step(trainer: fptt_jax.Trainer, batch: fptt_jax.Batch) -> tuple[Any, fptt_jax.TrainState, float]:
   """(compiled step, a state of its own, seconds it took to compile)."""
   state = trainer.init(jax.random.key(0), batch)
   start = time.perf_counter()
@@ -78,7 +78,7 @@ def _compile(trainer: fptt_jax.Trainer, batch: fptt_jax.Batch) -> tuple[Any, fpt
   return compiled, state, time.perf_counter() - start
 
 
-def _timed(step: Any, state: fptt_jax.TrainState, batch: fptt_jax.Batch) -> tuple[float, fptt_jax.TrainState, Any]:
+def timed_step(step: Any, state: fptt_jax.TrainState, batch: fptt_jax.Batch) -> tuple[float, fptt_jax.TrainState, Any]:
   start = time.perf_counter()
   state, metrics = jax.block_until_ready(step(state, batch))
   return time.perf_counter() - start, state, metrics

@@ -109,7 +109,7 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
         'tried': {f'{lr:g}': score for lr, score in tried.items()},
       }
       curves[entry.label] = [(sorted(finite), [finite[lr] for lr in sorted(finite)])]
-  write_json(folder / 'tuned.json', tuned)
+  runs.write_json(folder / 'tuned.json', tuned)
   if curves:
     label = f'{entries[0].score.label} after a short run'
     runs.plot_curves(folder / 'tuning.png', curves, 'learning rate', label, {}, xscale='log')
@@ -155,7 +155,7 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
     name = f'{config.item}-{score.test}'
     with runs.replaced(folder / f'{name}.txt') as file:
       file.write(f'{config.item}, scale {config.scale}\n{text}\n')
-    write_json(folder / f'{name}.json', {'item': config.item, 'scale': config.scale, 'lines': table})
+    runs.write_json(folder / f'{name}.json', {'item': config.item, 'scale': config.scale, 'lines': table})
     curves = {}
     for entry, summaries in pairs:
       files = [folder / entry.label / f'{entry.config.method[0]}-seed{summary["seed"]}' / 'metrics.jsonl' for summary in summaries]
@@ -176,19 +176,9 @@ def read_json(path: Path) -> dict[str, Any]:
   return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_json(path: Path, content: Any) -> None:
-  """Writes it whole or not at all."""
-  with runs.replaced(path) as file:
-    file.write(json.dumps(content, indent=2) + '\n')
-
-
 def main(config: Config) -> None:
   """Runs what is missing of an item and reports it."""
-  folder = Path(config.workdir or f'runs/{config.item}-{config.scale}').absolute()
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f'cannot write to --workdir={folder}: {error}') from error
+  folder = runs.make_folder(config.workdir or f'runs/{config.item}-{config.scale}')
   if config.item in studies.STUDIES:
     studies.STUDIES[config.item](config.scale, folder)
     return

@@ -200,6 +200,26 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
 
 
+def make_folder(path: str) -> Path:
+  """The folder, made if need be.
+
+  Raises:
+    UserError: it cannot be.
+  """
+  folder = Path(path).absolute()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'cannot write to --workdir={folder}: {error}') from error
+  return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+  """Writes it whole or not at all."""
+  with replaced(path) as file:
+    file.write(json.dumps(content, indent=2) + '\n')
+
+
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[TextIO]:
   """A file that takes the place of `path` when it is complete."""

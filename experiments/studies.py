@@ -82,8 +82,7 @@ def keep(name: str, scale: str, rows: list[dict[str, Any]], folder: Path) -> Non
   print(text)
   with runs.replaced(folder / f'{name}.txt') as file:
     file.write(f'{name}, scale {scale}\n{text}\n')
-  with runs.replaced(folder / f'{name}.json') as file:
-    file.write(json.dumps({'item': name, 'scale': scale, **runs.machine(), 'lines': rows}, indent=2) + '\n')
+  runs.write_json(folder / f'{name}.json', {'item': name, 'scale': scale, **runs.machine(), 'lines': rows})
   print(f'table, numbers and plots are in {folder}')
 
 

@@ -349,6 +349,8 @@ def trainer(
 
 def _axis(mesh: jax.sharding.Mesh) -> str:
   """The name of a mesh's one axis."""
+  if not isinstance(mesh, jax.sharding.Mesh):
+    raise TypeError(f'mesh must be a jax.sharding.Mesh or None, got {mesh!r}.')
   if len(mesh.axis_names) != 1:
     raise ValueError(f'mesh must have one axis, over which the batch is split, got {mesh.axis_names}.')
   return str(mesh.axis_names[0])

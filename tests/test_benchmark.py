@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark, rivals
+from experiments.options import UserError
 import fptt_jax
 
 CASES = [
@@ -76,3 +77,14 @@ def test_flops():
   """LSTM 8 H (H + D) a step and row, readout 2 H C a window, three times."""
   case = rivals.Case('', 10, 2, 3, 4, 5, 6)
   assert benchmark.flops(case) == 3 * 3 * (10 * 8 * 5 * 9 + 2 * 2 * 5 * 6)
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='cannot write to --workdir=.*file/run'):
+    benchmark.main(benchmark.Config(cases=('smoke',), workdir=str(tmp_path / 'file' / 'run')))
+
+
+def test_unknown_cases_are_refused():
+  with pytest.raises(ValueError, match=r"--cases must be out of M28, .*, got \('M29',\)"):
+    benchmark.Config(cases=('M29',))

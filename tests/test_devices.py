@@ -143,16 +143,15 @@ def test_one_mean_a_window():
 
 
 def test_noise_differs_between_devices():
-  """Each device draws its own dropout: equal sequences get different masks."""
-  model = problems.lstm(dropout=0.5)
-  trainer = fptt_jax.trainer(
-    model, losses.sequence_regression(), optax.sgd(0.0), method='tbptt', num_windows=1, carry_hidden=True, mesh=mesh_of(2)
-  )
-  same_rows = np.broadcast_to(INPUTS[:, :1], INPUTS.shape).astype(np.float32)
-  batch = fptt_jax.Batch(same_rows, np.zeros((T, B, 1), np.float32))
-  one = fptt_jax.trainer(model, losses.sequence_regression(), optax.sgd(0.0), method='tbptt', num_windows=1)
-  both = [trained.step(trained.init(jax.random.key(0), batch), batch)[1].loss for trained in (trainer, one)]
-  assert not np.allclose(*both)
+  """A model whose hidden state is what its key draws: each device's share of the rows is another draw."""
+  draw = lambda params, state, x, mask, key: (jax.random.normal(key, state.shape), x[..., :1] * params)
+  model = fptt_jax.Model(lambda key: jnp.ones(1), lambda batch_size: jnp.zeros((batch_size, 3)), draw)
+  options = dict(method='tbptt', num_windows=1, carry_hidden=True, mesh=mesh_of(2))
+  trainer = fptt_jax.trainer(model, losses.sequence_regression(), optax.sgd(0.1), **options)
+  batch = fptt_jax.Batch(INPUTS.astype(np.float32), np.zeros((T, B, 1), np.float32))
+  state, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
+  first, second = np.split(np.asarray(state.hidden), 2)
+  assert not np.any(first == second)
 
 
 def test_what_does_not_fit_is_refused():
@@ -164,6 +163,8 @@ def test_what_does_not_fit_is_refused():
   square = jax.sharding.Mesh(np.array(jax.devices('cpu')[:4]).reshape(2, 2), ('a', 'b'))
   with pytest.raises(ValueError, match=r"mesh must have one axis, over which the batch is split, got \('a', 'b'\)\."):
     build(square)
+  with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh or None, got 'cpu'\."):
+    build('cpu')
 
 
 def test_evaluation_of_any_batch_size():

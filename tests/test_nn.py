@@ -568,3 +568,32 @@ def test_things_that_are_no_builder_or_cell_are_refused():
 
   with pytest.raises(TypeError, match=r'a per-step cell may not own random streams, NoisyCell does'):
     nn.from_nnx(lambda rngs: NoisyCell(2, 3, rngs=rngs))
+
+
+@pytest.mark.parametrize('step', [4, np.array([0, 4, 2])], ids=['one', 'each its own'])
+@pytest.mark.parametrize('layers', ['readout', 'recurrent last', 'no recurrent layer'])
+def test_outputs_of_one_step_are_those_of_the_whole_window(layers, step):
+  """`apply_last` gives the state and penalties of `apply`, and of its outputs the step asked for, whatever stands last."""
+
+  def build(rngs):
+    recurrent = (
+      [nn.GRU(2, 4, rngs=rngs), nn.ActivationPenalty(0.5)] if layers != 'no recurrent layer' else [nnx.Linear(2, 4, rngs=rngs)]
+    )
+    return nn.Stack(*recurrent, *([] if layers == 'recurrent last' else [jnp.tanh, nnx.Linear(4, 3, rngs=rngs)]))
+
+  model = nn.from_nnx(build)
+  params, state = model.init(KEY), model.initial_state(3)
+  x = jax.random.normal(KEY, (5, 3, 2))
+  step = step if isinstance(step, int) else jnp.asarray(step)
+  end, whole = model.apply(params, state, x, None, KEY)
+  last_end, last = model.apply_last(params, state, x, None, KEY, step)
+  chex.assert_trees_all_equal(last_end, end)
+  if isinstance(whole, fptt_jax.Penalised):
+    chex.assert_trees_all_equal(last.penalty, whole.penalty)
+    whole, last = whole.outputs, last.outputs
+  np.testing.assert_allclose(last[0], whole[step, jnp.arange(3)], rtol=1e-6)
+
+
+def test_only_stacks_skip_steps():
+  """A model that is one recurrent layer has nothing to skip."""
+  assert nn.from_nnx(lambda rngs: nn.LSTM(2, 4, rngs=rngs)).apply_last is None

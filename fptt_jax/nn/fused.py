@@ -21,28 +21,6 @@ FEW_FEATURES = 4
 """Inputs of so few features are multiplied within each step: what comes of it, written out, is much larger than they are."""
 
 
-class FusedCell(NamedTuple):
-  """One step of a recurrent layer, taken apart. Functions of arrays alone, all else is in `weights`.
-
-  Attributes:
-    prepare: (weights) -> what the steps forward use, made once a window.
-    drive: (prepared, x [..., B, D]) -> the inputs' part of the step [..., B, G].
-    forward: (prepared, state, drive_t) -> (state, factors). The factors, a tuple of [B, ...], are all that is kept of the step.
-    backward: (weights, factors, d_state) -> (d_state before the step, dz): dz is the gradient of what the weights' products give.
-    weight_gradient: (previous [N, ...], x [N, D], dz [N, ...]) -> gradient of the weights over N rows, float32 or more.
-    input_gradient: (weights, dz [..., G]) -> gradient of x.
-    output: (state) -> y, a part of it: what the layer gives out, and the `previous` that `weight_gradient` is given.
-  """
-
-  prepare: Callable[[Weights], Any]
-  drive: Callable[[Any, jax.Array], jax.Array]
-  forward: Callable[[Any, State, jax.Array], tuple[State, tuple[jax.Array, ...]]]
-  backward: Callable[[Weights, tuple[jax.Array, ...], State], tuple[State, Any]]
-  weight_gradient: Callable[[Any, jax.Array, Any], Weights]
-  input_gradient: Callable[[Weights, Any], jax.Array]
-  output: Callable[[State], Any]
-
-
 def widen(x: jax.Array) -> jax.Array:
   """The same in float32, if it has fewer bits."""
   return x.astype(at_least_float32(x.dtype))
@@ -74,6 +52,33 @@ def affine_drive(prepared: Weights, x: jax.Array) -> jax.Array:
 def product_gradient(a: jax.Array, dz: jax.Array) -> jax.Array:
   """The gradient [K, G] of w in z = a @ w, from a [N, K] and dz [N, G]."""
   return matmul(a.T, dz)
+
+
+def x_gradient(weights: Weights, dz: jax.Array) -> jax.Array:
+  """The gradient of x where the first of the weights is w_x and dz that of its product."""
+  return matmul(dz, weights[0].T)
+
+
+class FusedCell(NamedTuple):
+  """One step of a recurrent layer, taken apart. Functions of arrays alone, all else is in `weights`.
+
+  Attributes:
+    forward: (prepared, state, drive_t) -> (state, factors). The factors, a tuple of [B, ...], are all that is kept of the step.
+    backward: (weights, factors, d_state) -> (d_state before the step, dz): dz is the gradient of what the weights' products give.
+    weight_gradient: (previous [N, ...], x [N, D], dz [N, ...]) -> gradient of the weights over N rows, float32 or more.
+    prepare: (weights) -> what the steps forward use, made once a window.
+    drive: (prepared, x [..., B, D]) -> the inputs' part of the step [..., B, G].
+    input_gradient: (weights, dz [..., G]) -> gradient of x.
+    output: (state) -> y, a part of it: what the layer gives out, and the `previous` that `weight_gradient` is given.
+  """
+
+  forward: Callable[[Any, State, jax.Array], tuple[State, tuple[jax.Array, ...]]]
+  backward: Callable[[Weights, tuple[jax.Array, ...], State], tuple[State, Any]]
+  weight_gradient: Callable[[Any, jax.Array, Any], Weights]
+  prepare: Callable[[Weights], Any] = lambda weights: weights
+  drive: Callable[[Any, jax.Array], jax.Array] = affine_drive
+  input_gradient: Callable[[Weights, Any], jax.Array] = x_gradient
+  output: Callable[[State], Any] = lambda state: state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -204,11 +209,6 @@ def _join(*parts: jax.Array) -> jax.Array:
   return jnp.concatenate(parts, -1)
 
 
-def _x_gradient(weights: Weights, dz: jax.Array) -> jax.Array:
-  """The gradient of x where the first of the weights is w_x and dz that of its product."""
-  return matmul(dz, weights[0].T)
-
-
 # One tanh over all gates at once, σ(z) = (1 + tanh(z/2))/2, the halves being put into the weights: on a CPU, functions of parts of
 # an array were seen to be several times slower than those of a whole one.
 
@@ -254,11 +254,9 @@ def _affine_gradient(previous: jax.Array, x: jax.Array, dz: jax.Array) -> Weight
 
 LSTM_CELL = FusedCell(
   prepare=_lstm_prepare,
-  drive=affine_drive,
   forward=_lstm_forward,
   backward=_lstm_backward,
   weight_gradient=_affine_gradient,
-  input_gradient=_x_gradient,
   output=lambda state: state[0],
 )
 """Weights (w_x [D, 4H], w_h [H, 4H], bias [4H]), gates i, f, g, o; state (h, c)."""
@@ -294,12 +292,10 @@ def _gru_gradient(previous: jax.Array, x: jax.Array, dz: tuple[jax.Array, jax.Ar
 
 GRU_CELL = FusedCell(
   prepare=_gru_prepare,
-  drive=affine_drive,
   forward=_gru_forward,
   backward=_gru_backward,
   weight_gradient=_gru_gradient,
-  input_gradient=lambda weights, dz: _x_gradient(weights, dz[0]),
-  output=lambda h: h,
+  input_gradient=lambda weights, dz: x_gradient(weights, dz[0]),
 )
 """Weights (w_x [D, 3H], w_h [H, 3H], bias [3H], recurrent_bias [3H]), gates r, z, n; state h."""
 
@@ -315,13 +311,9 @@ def _rnn_backward(weights: Weights, factors: tuple[jax.Array, ...], dh: jax.Arra
 
 
 RNN_CELL = FusedCell(
-  prepare=lambda weights: weights,
-  drive=affine_drive,
   forward=_rnn_forward,
   backward=_rnn_backward,
   weight_gradient=_affine_gradient,
-  input_gradient=_x_gradient,
-  output=lambda h: h,
 )
 """Weights (w_x [D, H], w_h [H, H], bias [H]); state h."""
 
@@ -346,13 +338,9 @@ def antisymmetric_cell(epsilon: float) -> FusedCell:
     return product_gradient(x, dz), product_gradient(previous, to_tanh + to_gate), _summed(dz)
 
   return FusedCell(
-    prepare=lambda weights: weights,
-    drive=affine_drive,
     forward=forward,
     backward=backward,
     weight_gradient=gradient,
-    input_gradient=_x_gradient,
-    output=lambda h: h,
   )
 
 
@@ -367,13 +355,9 @@ def _indrnn_backward(weights: Weights, factors: tuple[jax.Array, ...], dh: jax.A
 
 
 INDRNN_CELL = FusedCell(
-  prepare=lambda weights: weights,
-  drive=affine_drive,
   forward=_indrnn_forward,
   backward=_indrnn_backward,
   weight_gradient=lambda previous, x, dz: (product_gradient(x, dz), _summed(widen(previous) * widen(dz)), _summed(dz)),
-  input_gradient=_x_gradient,
-  output=lambda h: h,
 )
 """Weights (w_x [D, H], u [H], bias [H]); state h."""
 
@@ -395,12 +379,10 @@ def _diagonal_gradient(previous: State, x: jax.Array, dz: jax.Array) -> Weights:
 
 
 DIAGONAL_CELL = FusedCell(
-  prepare=lambda weights: weights,
   drive=lambda prepared, x: x,
   forward=_diagonal_forward,
   backward=_diagonal_backward,
   weight_gradient=_diagonal_gradient,
   input_gradient=lambda weights, dz: dz,
-  output=lambda state: state,
 )
 """s' = λ s + x, complex: weights the parts of λ, each [N]; state and x [..., 2N] real and imaginary parts."""
