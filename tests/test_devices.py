@@ -144,7 +144,7 @@ def test_one_mean_a_window():
 
 def test_noise_differs_between_devices():
   """A model whose hidden state is what its key draws: each device's share of the rows is another draw."""
-  draw = lambda params, state, x, mask, key: (jax.random.normal(key, state.shape), x[..., :1] * params)
+  draw = lambda params, state, x, mask, key: (jax.random.normal(key, state.shape), x[..., :1] * params[None, None])
   model = fptt_jax.Model(lambda key: jnp.ones(1), lambda batch_size: jnp.zeros((batch_size, 3)), draw)
   options = dict(method='tbptt', num_windows=1, carry_hidden=True, mesh=mesh_of(2))
   trainer = fptt_jax.trainer(model, losses.sequence_regression(), optax.sgd(0.1), **options)
