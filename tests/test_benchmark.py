@@ -81,7 +81,7 @@ def test_flops():
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='cannot write to --workdir=.*file/run'):
+  with pytest.raises(UserError, match=r'cannot write to --workdir=.*file/run'):
     benchmark.main(benchmark.Config(cases=('smoke',), workdir=str(tmp_path / 'file' / 'run')))
 
 
