@@ -8,6 +8,7 @@ from fptt_jax import losses
 from fptt_jax.devices import cpu_setup
 from fptt_jax.losses import Loss, means
 from fptt_jax.methods import METHODS, Method
+from fptt_jax.programs import population, scan_steps
 from fptt_jax.stability import stability
 from fptt_jax.training import Batch, Model, Penalised, StepMetrics, Trainer, TrainState, check_batch, trainer
 from fptt_jax.transformation import ALGORITHM_2, RELEASE, FPTTState, fptt, fptt_eval_params, fptt_restart
@@ -38,6 +39,8 @@ __all__ = (
   'fptt_restart',
   'losses',
   'means',
+  'population',
+  'scan_steps',
   'stability',
   'trainer',
 )

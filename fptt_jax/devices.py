@@ -1,4 +1,4 @@
-"""Several devices on a machine that has a CPU only."""
+"""Several devices: how a CPU comes to be many, and what a mesh has to be like."""
 
 import os
 
@@ -26,3 +26,23 @@ def cpu_setup(num_devices: int | None = None) -> None:
     jax.config.update('jax_num_cpu_devices', num_devices)
   except RuntimeError:  # Too late: JAX knows its devices.
     return
+
+
+def one_axis(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, str]:
+  """The mesh with its axis automatic, whatever it was, and the axis's name.
+
+  Raises:
+    TypeError: it is no mesh.
+    ValueError: it has more than one axis.
+  """
+  if not isinstance(mesh, jax.sharding.Mesh):
+    raise TypeError(f'mesh must be a jax.sharding.Mesh or None, got {mesh!r}.')
+  if len(mesh.axis_names) != 1:
+    raise ValueError(f'mesh must have one axis, over which the work is split, got {mesh.axis_names}.')
+  return jax.sharding.Mesh(mesh.devices, mesh.axis_names), str(mesh.axis_names[0])
+
+
+def check_divisible(which: str, number: int, mesh: jax.sharding.Mesh) -> None:
+  """Raises a ValueError unless each device of the mesh gets as many."""
+  if number % mesh.size:
+    raise ValueError(f'{which} must be a multiple of the {mesh.size} devices it is split over, got {number}.')

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from fptt_jax.checks import HUGE, check_integer
+from fptt_jax.devices import check_divisible, one_axis
 from fptt_jax.losses import Loss, LossState, Totals
 from fptt_jax.methods import METHODS, Method, Plan, plan
 from fptt_jax.transformation import find_states
@@ -195,8 +196,7 @@ def trainer(
 
   axis = None
   if mesh is not None:
-    axis = _axis(mesh)
-    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)  # Its axis becomes automatic, whatever it was.
+    mesh, axis = one_axis(mesh)
 
   def cut_windows(num_steps: int) -> Windows:
     """Where the windows lie in a sequence of `num_steps`; tbptt_final's single one starts `final_steps` before the end."""
@@ -237,7 +237,7 @@ def trainer(
     )
     if mesh is None:
       return state
-    _check_divisible(batch_size, mesh)
+    check_divisible('the batch size B', batch_size, mesh)
     places = (NamedSharding(mesh, spec) for spec in _state_specs(mesh))
     return TrainState(*(jax.device_put(part, place) for part, place in zip(state, places, strict=True)))
 
@@ -245,7 +245,7 @@ def trainer(
     num_steps, batch_size = _check_shapes(batch)
     if mesh is None:
       return share_step(state, batch)
-    _check_divisible(batch_size, mesh)
+    check_divisible('the batch size B', batch_size, mesh)
     specs = (_state_specs(mesh), _batch_specs(mesh, batch, num_steps, batch_size, loss.last_only))
     out_specs = (specs[0], PartitionSpec())
     return jax.shard_map(share_step, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(state, batch)
@@ -347,33 +347,19 @@ def trainer(
   return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), end_epoch)
 
 
-def _axis(mesh: jax.sharding.Mesh) -> str:
-  """The name of a mesh's one axis."""
-  if not isinstance(mesh, jax.sharding.Mesh):
-    raise TypeError(f'mesh must be a jax.sharding.Mesh or None, got {mesh!r}.')
-  if len(mesh.axis_names) != 1:
-    raise ValueError(f'mesh must have one axis, over which the batch is split, got {mesh.axis_names}.')
-  return str(mesh.axis_names[0])
-
-
 def _state_specs(mesh: jax.sharding.Mesh) -> Any:
   """How a state lies on the devices: the hidden state's rows with their sequences, all else on each."""
   specs: Any = [PartitionSpec()] * 6
-  return TrainState(*specs)._replace(hidden=PartitionSpec(_axis(mesh)))
+  return TrainState(*specs)._replace(hidden=PartitionSpec(mesh.axis_names[0]))
 
 
 def _batch_specs(mesh: jax.sharding.Mesh, batch: Batch, num_steps: int, batch_size: int, terminal: bool) -> Any:
   """How a batch is split; targets are [B, ...] for terminal tasks, else [T, B, ...] where their shape allows it."""
-  rows: Any = PartitionSpec(_axis(mesh))
-  columns: Any = PartitionSpec(None, _axis(mesh))
+  rows: Any = PartitionSpec(mesh.axis_names[0])
+  columns: Any = PartitionSpec(None, mesh.axis_names[0])
   time_major = lambda x: not terminal and jnp.shape(x)[:2] == (num_steps, batch_size)
   targets = jax.tree.map(lambda x: columns if time_major(x) else rows, batch.targets)
   return Batch(columns, targets, None if batch.lengths is None else rows)
-
-
-def _check_divisible(batch_size: int, mesh: jax.sharding.Mesh) -> None:
-  if batch_size % mesh.size:
-    raise ValueError(f'the batch size must be a multiple of the {mesh.size} devices it is split over, got B={batch_size}.')
 
 
 def _mean_over_devices(tree: Any, axis: str | None) -> Any:

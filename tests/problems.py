@@ -31,7 +31,11 @@ def quick(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def quick_trainer(*args: Any, **kwargs: Any) -> fptt_jax.Trainer:
   """`fptt_jax.trainer` compiled by `quick`; its step keeps the old state alive."""
-  trainer = fptt_jax.trainer(*args, **kwargs)
+  return quickened(fptt_jax.trainer(*args, **kwargs))
+
+
+def quickened(trainer: fptt_jax.Trainer) -> fptt_jax.Trainer:
+  """A trainer compiled by `quick`; nothing may be made of it, such as a population."""
   return trainer._replace(step=quick(trainer.step), evaluate=quick(trainer.evaluate))
 
 

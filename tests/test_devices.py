@@ -158,10 +158,10 @@ def test_what_does_not_fit_is_refused():
   loss, targets, _ = TASKS['regression']
   build = lambda mesh: fptt_jax.trainer(problems.lstm(), loss, optax.sgd(0.1), method='tbptt', num_windows=2, mesh=mesh)
   batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32))
-  with pytest.raises(ValueError, match=r'batch size must be a multiple of the 3 devices it is split over, got B=16\.'):
+  with pytest.raises(ValueError, match=r'batch size B must be a multiple of the 3 devices it is split over, got 16\.'):
     build(mesh_of(3)).init(jax.random.key(0), batch)
   square = jax.sharding.Mesh(np.array(jax.devices('cpu')[:4]).reshape(2, 2), ('a', 'b'))
-  with pytest.raises(ValueError, match=r"mesh must have one axis, over which the batch is split, got \('a', 'b'\)\."):
+  with pytest.raises(ValueError, match=r"mesh must have one axis, over which the work is split, got \('a', 'b'\)\."):
     build(square)
   with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh or None, got 'cpu'\."):
     build('cpu')

@@ -30,4 +30,6 @@ def test_there_are_examples() -> None:
     'fptt_jax.stability.stability',
     'fptt_jax.losses.from_function',
     'fptt_jax.nn.adapters.from_nnx',
+    'fptt_jax.programs.scan_steps',
+    'fptt_jax.programs.population',
   } <= found

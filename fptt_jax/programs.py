@@ -1,0 +1,121 @@
+"""More in one compiled program: many steps one after the other, many members of a population side by side."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fptt_jax.devices import check_divisible, one_axis
+from fptt_jax.training import Batch, Hidden, Params, StepMetrics, Trainer, TrainState
+
+
+def scan_steps(
+  trainer: Trainer, read: Callable[[Any, Any], Batch] = lambda source, item: item
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]:
+  """Compiles N train steps into one program: an epoch, say, without a word to the host in between.
+
+  Args:
+    trainer: what :func:`fptt_jax.trainer` or :func:`population` made.
+    read: (source, item) -> Batch, traced: what it does (gathering rows, scaling bytes to floats, drawing noise) is part of the
+      program. Default: the items are batches.
+
+  Returns:
+    (state, source, items) -> (state, StepMetrics [N, ...]). `source` is a tree of arrays that all steps read, such as a data set
+    that stays on the device; `items` is a tree of arrays with one leading axis of length N, such as the rows of each batch. The old
+    state is donated. Compiled once for each N; equal to N calls of `trainer.step`.
+
+    Calls return before they are done: hand over the next items while the device is at work, for data larger than memory a chunk
+    of batches after the other.
+
+  Example:
+    >>> import jax, numpy as np, optax, fptt_jax
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> model = nn.from_nnx(lambda rngs: nn.Stack(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 3, rngs=rngs)))
+    >>> loss = fptt_jax.losses.terminal_classification(3)
+    >>> trainer = fptt_jax.trainer(model, loss, fptt_jax.fptt(optax.adam(1e-3)), num_windows=4)
+    >>> images, labels = np.ones((40, 20), np.uint8), np.ones(40, np.int32)  # N examples of T=20 pixels
+    >>> def read(source, rows):
+    ...   images, labels = source
+    ...   return fptt_jax.Batch(images[rows].T[..., None] / 255.0, labels[rows])
+    >>> epoch = fptt_jax.scan_steps(trainer, read)
+    >>> source, rows = jax.device_put((images, labels)), np.random.default_rng(0).permutation(40).reshape(5, 8)
+    >>> state = trainer.init(jax.random.key(0), read(source, rows[0]))
+    >>> state, metrics = epoch(state, source, rows)
+    >>> metrics.loss.shape  # N batches, K windows
+    (5, 4)
+  """
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def run(state: TrainState, source: Any, items: Any) -> tuple[TrainState, StepMetrics]:
+    return jax.lax.scan(lambda state, item: trainer.step(state, read(source, item)), state, items)
+
+  return run
+
+
+def population(trainer: Trainer, *, own_batches: bool = False, mesh: jax.sharding.Mesh | None = None) -> Trainer:
+  """A trainer of R members at once, which differ in seed, in hyper-parameters, or in what they are shown.
+
+  A small network leaves most of an accelerator idle: 32 of them take hardly longer than one. Members know nothing of each other;
+  one that diverges stays so by itself.
+
+  Args:
+    trainer: the trainer of one member, made without a mesh.
+    own_batches: whether `init` and `step` take a batch for each member, all leaves with a leading axis of length R, rather than
+      one that all are shown.
+    mesh: devices, along one axis, to share the members out to: R must be a multiple of their number.
+
+  Returns:
+    A :class:`fptt_jax.Trainer`. `init` takes R keys, [R]; every leaf of the state, of the metrics, and of `evaluate`'s parameters,
+    totals and hidden state has a leading axis of length R. `evaluate` takes one batch for all. Values of batches are not looked at
+    where each member has its own: see `fptt_jax.check_batch`.
+
+    Members differ in a hyper-parameter that is in the optimiser's state: wrap what makes the optimiser in
+    `optax.inject_hyperparams` and set it, an array [R], by `optax.tree.set`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax, fptt_jax
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> model = nn.from_nnx(lambda rngs: nn.Stack(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)))
+    >>> @optax.inject_hyperparams
+    ... def optimizer(learning_rate, alpha):
+    ...   return fptt_jax.fptt(optax.adam(learning_rate), alpha=alpha)
+    >>> one = fptt_jax.trainer(model, fptt_jax.losses.terminal_regression(), optimizer(1e-3, 0.1), num_windows=4)
+    >>> many = fptt_jax.population(one)
+    >>> batch = fptt_jax.Batch(jnp.ones((20, 8, 1)), jnp.ones(8))
+    >>> state = many.init(jax.random.split(jax.random.key(0), 3), batch)
+    >>> state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=jnp.array([1e-2, 1e-3, 1e-4])))
+    >>> state, metrics = many.step(state, batch)
+    >>> metrics.loss.shape  # R members, K windows
+    (3, 4)
+  """
+  batch_axis = 0 if own_batches else None
+  axis = None
+  if mesh is not None:
+    mesh, axis = one_axis(mesh)
+  members: Any = PartitionSpec(axis)
+  batches: Any = members if own_batches else PartitionSpec()
+
+  def shared_out(function: Callable[..., Any], in_specs: tuple[Any, ...]) -> Callable[..., Any]:
+    if mesh is None:
+      return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=members, check_vma=False)
+
+  def init(keys: jax.Array, batch: Batch) -> TrainState:
+    if jax.numpy.ndim(keys) != 1:
+      raise ValueError(f'init of a population takes one key for each member, [R]; got shape {jax.numpy.shape(keys)}.')
+    if mesh is not None:
+      check_divisible('the number of members R', len(keys), mesh)
+    state: TrainState = jax.vmap(trainer.init, in_axes=(0, batch_axis))(keys, batch)
+    return state if mesh is None else jax.device_put(state, NamedSharding(mesh, members))
+
+  step = shared_out(jax.vmap(trainer.step, in_axes=(0, batch_axis)), (members, batches))
+
+  def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> Any:
+    return shared_out(jax.vmap(trainer.evaluate, in_axes=(0, None, 0)), (members, PartitionSpec(), members))(params, batch, hidden)
+
+  end_epoch = shared_out(jax.vmap(trainer.end_epoch), (members,))
+  return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), jax.jit(end_epoch))
