@@ -19,11 +19,13 @@ import optax
 from tqdm import tqdm
 
 from experiments import options, recipe, runs
+from experiments.members import Member, Population, chunks, end, train_all
 from experiments.options import check, option
 import fptt_jax
 from fptt_jax import nn
 
 CHANCE = 1 / 6
+fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,54 +73,63 @@ def make_model(config: Config) -> fptt_jax.Model:
   )
 
 
-def train(config: Config, method: str, seed: int, folder: Path) -> dict[str, Any]:
-  """Trains by one method from one seed and returns its summary."""
+def train(config: Config, chosen: list[Member], folder: Path) -> None:
+  """Trains runs of one method side by side, and keeps what came of each."""
+  method = chosen[0].method
   num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
-  schedule = optax.cosine_decay_schedule(config.lr, config.batches * updates) if config.decay else config.lr
-  loss = fptt_jax.losses.terminal_regression()
-  mesh = recipe.choose_mesh(config, config.batch_size, config.hidden)
-  trainer = recipe.make_trainer(config, method, make_model(config), loss, schedule, config.seq_len, mesh=mesh)
-  draw = jax.jit(draw_batch, static_argnums=(1, 2))
-  init_key, data_key, test_key = jax.random.split(jax.random.key(seed), 3)
-  test_batch = draw(test_key, config.seq_len, config.test_size)
+  decay = optax.cosine_decay_schedule(1.0, config.batches * updates) if config.decay else None
+  loss, meshes = fptt_jax.losses.terminal_regression(), recipe.choose_meshes(config, config.batch_size, config.hidden, len(chosen))
+  trainer = recipe.make_trainer(chosen[0].config, method, make_model(config), loss, config.seq_len, decay=decay, mesh=meshes.batch)
+  keys = [jax.random.split(jax.random.key(member.seed), 3) for member in chosen]
+  tests = [jax.jit(draw_batch, static_argnums=(1, 2))(test_key, config.seq_len, config.test_size) for _, _, test_key in keys]
+  read = lambda _, key: draw_batch(key, config.seq_len, config.batch_size)
 
-  run = runs.Run(folder / f'{method}-seed{seed}')
-  first, state, _ = run.restore(trainer.init(init_key, draw(data_key, config.seq_len, config.batch_size)))
-  metrics = None
-  with tqdm(total=config.batches, initial=first, desc=f'{method} seed {seed}', unit='batch', disable=None) as bar:
-    for step in range(first + 1, config.batches + 1):
-      batch = draw(jax.random.fold_in(data_key, step), config.seq_len, config.batch_size)
-      before, (state, metrics) = metrics, trainer.step(state, batch)
-      jax.block_until_ready(before)  # One batch ahead, no more: the bar tells the truth.
-      bar.update()
-      if step % config.eval_every == 0 or step == config.batches:
-        totals, _ = trainer.evaluate(recipe.evaluation_params(config, method, state), test_batch)
-        row = run.log(
+  group = Population(trainer, read, (), chosen, folder, meshes)
+  first, state, _ = group.start([init_key for init_key, _, _ in keys], [data_key for _, data_key, _ in keys])
+  going = list(range(len(chosen)))
+  with tqdm(total=config.batches, initial=first, desc=method, unit='batch', disable=None) as bar:
+    for start in range(first, config.batches, config.eval_every):
+      metrics, numbers = None, np.arange(start, min(start + config.eval_every, config.batches)) + 1
+      for part in chunks(len(numbers), config.chunk):
+        before, (state, metrics) = metrics, group.steps(state, [fold_in(data_key, numbers[part]) for _, data_key, _ in keys])
+        jax.block_until_ready(before)  # One chunk ahead, no more: the bar tells the truth.
+        bar.update(len(part))
+      step, params = int(numbers[-1]), group.unstack(recipe.evaluation_params(config, method, state))
+      for number in going:
+        totals, _ = trainer.evaluate(params[number], tests[number])
+        row = group.runs[number].log(
           step,
           updates=step * updates,
-          train_loss=float(np.mean(metrics.loss)),
-          grad_norm=float(np.mean(metrics.grad_norm)),
+          train_loss=float(np.mean(metrics.loss[-1, number])),
+          grad_norm=float(np.mean(metrics.grad_norm[-1, number])),
           test_mse=fptt_jax.means(totals)['loss'],
         )
-        if None in row.values():
-          bar.write(f'{method:>11} seed {seed}  batch {step:>6}  diverged: train loss or test MSE is not finite')
-          break
-        run.save(step, state)
-        bar.write(
-          f'{method:>11} seed {seed}  batch {step:>6}  updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  '
-          f'test MSE {row["test_mse"]:.4f}  {row["seconds"]:.0f} s'
-        )
-  run.close()
-  return summarise(method, seed, num_windows, run.rows)
+        bar.write(line(chosen[number], row))
+      going = [number for number in going if None not in group.runs[number].rows[-1].values()]
+      if not going:
+        break
+      group.save(step, state, {number: {} for number in going})
+  group.close()
+  for member, run in zip(chosen, group.runs, strict=True):
+    end(folder, member, summarise(num_windows, run.rows))
 
 
-def summarise(method: str, seed: int, num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def line(member: Member, row: dict[str, Any]) -> str:
+  """What is shown of a run at an evaluation."""
+  start = f'{member.label}  batch {row["step"]:>6}  '
+  if None in row.values():
+    return start + 'diverged: train loss or test MSE is not finite'
+  return (
+    f'{start}updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  test MSE {row["test_mse"]:.4f}  '
+    f'{row["seconds"]:.0f} s'
+  )
+
+
+def summarise(num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
   """What a run came to, from its metrics."""
   errors = [(row['test_mse'], row['step']) for row in rows if row['test_mse'] is not None]
   solved = [step for error, step in errors if error < 0.01]
   return {
-    'method': method,
-    'seed': seed,
     'K': num_windows,
     'batches': rows[-1]['step'],
     'updates': rows[-1]['updates'],
@@ -133,8 +144,8 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   """Trains by each method from each seed: (the folder, a summary each)."""
   path = runs.open_workdir(folder, 'add_task', config)
   print(f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}; writing to {path}')
-  jobs = [(method, seed) for method in config.method for seed in config.seeds]
-  return path, [runs.once(path, *job, lambda job=job: train(config, *job, path)) for job in jobs]
+  size = recipe.population_size(config, config.batch_size, config.hidden)
+  return path, train_all(config, path, size, lambda chosen: train(config, chosen, path))
 
 
 def main(config: Config) -> None:

@@ -91,7 +91,7 @@ def trained(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None) -> Cal
 
 def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
   """What is timed, by name; each is a function that makes the step."""
-  mesh = recipe.choose_mesh(recipe.Recipe(), case.batch_size, case.hidden)
+  mesh = recipe.choose_meshes(recipe.Recipe(), case.batch_size, case.hidden, 1).batch
   found: dict[str, Callable[[], Callable[..., Any]]] = {'ours': lambda: trained(case, lstm_cell(case), mesh)}
   if mesh is not None:
     found['ours, one device'] = lambda: trained(case, lstm_cell(case))

@@ -136,7 +136,7 @@ def _measure_add_task(config: add_task.Config, method: str, num_windows: int, re
   costs = measure(
     add_task.make_model(config),
     fptt_jax.losses.terminal_regression(),
-    lambda name: recipe.make_optimizer(config, name, config.lr),
+    lambda name: recipe.make_optimizer(config, name),
     method,
     add_task.draw_batch(jax.random.key(0), config.seq_len, config.batch_size),
     num_windows=None if fixed else num_windows,

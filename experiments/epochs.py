@@ -13,6 +13,7 @@ import optax
 from tqdm import tqdm
 
 from experiments import averaging, recipe, runs
+from experiments.members import Member, Population, chunks, end
 from experiments.options import check, option
 import fptt_jax
 
@@ -40,26 +41,35 @@ class EpochRecipe(recipe.Recipe):
 
 
 class Portion(NamedTuple):
-  """What one train step takes.
+  """N batches that are alike in shape.
 
   Attributes:
-    batch: the sequences.
-    updates: windows (or the sequence, 1) that are really updated on, fewer than K where all sequences end early.
-    lr_factor: multiplies the learning rate for this batch.
+    items: what the batches are read by, a tree of arrays with a leading axis of length N.
+    updates: int [N], windows (or the sequence, 1) that are really updated on, fewer than K where all sequences end early.
+    lr_factor: multiplies the learning rate for these batches.
   """
 
-  batch: fptt_jax.Batch
-  updates: int
+  items: Any
+  updates: np.ndarray
   lr_factor: float = 1.0
+
+  def cut(self, size: int) -> Iterator['Portion']:
+    """Portions of at most `size` batches, 0 for all."""
+    for part in chunks(len(self.updates), size):
+      yield Portion(jax.tree.map(lambda leaf, part=part: leaf[part], self.items), self.updates[part], self.lr_factor)
 
 
 class Task(NamedTuple):
   """What a script gives to :func:`train`.
 
   Attributes:
-    trainer: the train step.
-    portions: (epoch, from 1) -> the epoch's portions in order; the same for the same epoch, whatever ran before.
-    num_portions: portions of an epoch, for the progress bar (a guess where epochs differ).
+    trainer: the train step of one run.
+    source: what all batches are read from.
+    read: (source, item) -> batch, traced.
+    meshes: devices to split the work over.
+    portions: (epoch, from 1, and seed) -> the epoch's portions in order; the same for the same two, whatever ran before. Those of
+      other seeds have the same shapes.
+    num_batches: batches of an epoch, for the progress bar (a guess where epochs differ).
     validate: (params) -> validation score.
     test: (params) -> what is reported of the test split.
     score: name of the score, such as 'ppl'.
@@ -68,8 +78,11 @@ class Task(NamedTuple):
   """
 
   trainer: fptt_jax.Trainer
-  portions: Callable[[int], Iterator[Portion]]
-  num_portions: int
+  source: Any
+  read: Callable[[Any, Any], fptt_jax.Batch]
+  meshes: recipe.Meshes
+  portions: Callable[[int, int], Iterator[Portion]]
+  num_batches: int
   validate: Callable[[Any], float]
   test: Callable[[Any], dict[str, float]]
   score: str
@@ -86,41 +99,79 @@ class Record(NamedTuple):
   updates: int = 0
 
 
-def train(config: EpochRecipe, task: Task, method: str, seed: int, folder: Path) -> dict[str, Any]:
-  """Trains by one method from one seed, a checkpoint an epoch, and returns what came of it.
+def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, extra: dict[str, Any]) -> None:
+  """Trains runs of one method side by side, a checkpoint an epoch, and keeps what came of each, `extra` beside it.
 
-  The weights that are tested are those of the epoch with the best validation score.
+  The weights that are tested are those of the epoch with the best validation score. A run that diverges, or whose learning rate has
+  fallen below the least, ends; the others go on.
   """
-  run = runs.Run(folder / f'{method}-seed{seed}')
-  state = task.trainer.init(jax.random.key(seed), next(iter(task.portions(1))).batch)
-  first, (state, best_params), saved = run.restore((state, jax.tree.map(jnp.copy, state.params)))
-  record = Record(**{name: saved.get(name, default) for name, default in Record(config.lr)._asdict().items()})
-  with tqdm(total=config.epochs * task.num_portions, initial=first * task.num_portions, unit='batch', disable=None) as bar:
-    bar.set_description(f'{method} seed {seed}')
+  group = Population(task.trainer, task.read, task.source, chosen, folder, task.meshes)
+  keys = [jax.random.key(member.seed) for member in chosen]
+  items = [jax.tree.map(lambda leaf: leaf[0], next(task.portions(1, member.seed)).items) for member in chosen]
+  first, (state, best_params), saved = group.start(keys, items, lambda state: (state, jax.tree.map(jnp.copy, state.params)))
+  known = lambda record: {name: record[name] for name in Record._fields if name in record}
+  records = [Record(member.config.lr)._replace(**known(record)) for member, record in zip(chosen, saved, strict=True)]
+  ended: set[int] = set()
+
+  def finish(numbers: set[int]) -> None:
+    best = group.unstack(best_params)
+    for number in numbers - ended:
+      end(folder, chosen[number], extra | _summary(task, group.runs[number], records[number], best[number]))
+    ended.update(numbers)
+
+  seeds = ','.join(dict.fromkeys(str(member.seed) for member in chosen))
+  with tqdm(total=config.epochs * task.num_batches, initial=first * task.num_batches, unit='batch', disable=None) as bar:
+    bar.set_description(f'{chosen[0].method} seed {seeds}')
     for epoch in range(first + 1, config.epochs + 1):
-      if record.lr < config.min_lr:
+      finish({number for number, record in enumerate(records) if record.lr < config.min_lr})
+      if len(ended) == len(chosen):
         break
-      state, row, updates = _train_epoch(task, state, epoch, record.lr, bar)
-      state, params = _end_epoch(config, method, state)
-      valid = task.validate(params)
-      record = record._replace(updates=record.updates + updates * config.inner_steps)
-      row = run.log(epoch, updates=record.updates, lr=record.lr, **row, **{f'valid_{task.score}': valid})
-      if None in row.values():
-        bar.write(f'{method:>11} seed {seed}  epoch {epoch:>3}  diverged: train or validation {task.score} is not finite')
-        break
-      improved = record.best is None or (valid > record.best if task.higher_is_better else valid < record.best)
-      if improved:
-        best_params = jax.tree.map(jnp.copy, params)
-      record = record._replace(best=valid, best_epoch=epoch) if improved else record
-      record = record._replace(lr=_next_lr(config, record.lr, epoch, improved))
-      if config.average_after and averaging.triggered(run.column(f'valid_{task.score}'), config.average_after):
-        state = state._replace(opt_state=averaging.start_averaging(state.opt_state))
-      run.save(epoch, (state, best_params), **record._asdict())
-      bar.write(
-        f'{method:>11} seed {seed}  epoch {epoch:>3}  lr {row["lr"]:<8.4g} train {task.score} {row[f"train_{task.score}"]:8.4g}  '
-        f'valid {task.score} {valid:8.4g}  {row["seconds"]:.0f} s'
-      )
-  run.close()
+      state, rows, updates = _train_epoch(config, task, group, state, epoch, [record.lr for record in records], bar)
+      state, params = _end_epoch(config, group, state)
+      improved = [False] * len(chosen)
+      diverged = set()
+      for number, member_params in enumerate(group.unstack(params)):
+        if number in ended:
+          continue
+        record = records[number]._replace(updates=records[number].updates + updates * config.inner_steps)
+        scores = {**rows[number], f'valid_{task.score}': task.validate(member_params)}
+        row = group.runs[number].log(epoch, updates=record.updates, lr=record.lr, **scores)
+        bar.write(_line(chosen[number], task.score, row))
+        if None in row.values():
+          diverged.add(number)
+        else:
+          records[number], improved[number] = _judged(config, task, record, epoch, row)
+      best_params = group.each(optax.tree.where)(group.pack(improved, bool), params, best_params)
+      finish(diverged)
+      if config.average_after:
+        on = [averaging.triggered(run.column(f'valid_{task.score}'), config.average_after) for run in group.runs]
+        state = state._replace(opt_state=group.each(_averaging_if)(group.pack(on, bool), state.opt_state))
+      group.save(epoch, (state, best_params), {n: record._asdict() for n, record in enumerate(records) if n not in ended})
+    finish(set(range(len(chosen))))
+  group.close()
+
+
+def _judged(config: EpochRecipe, task: Task, record: Record, epoch: int, row: dict[str, Any]) -> tuple[Record, bool]:
+  """(what to remember after the epoch, whether it was the best so far)."""
+  valid = row[f'valid_{task.score}']
+  improved = record.best is None or (valid > record.best if task.higher_is_better else valid < record.best)
+  record = record._replace(best=valid, best_epoch=epoch) if improved else record
+  return record._replace(lr=_next_lr(config, record.lr, epoch, improved)), improved
+
+
+def _line(member: Member, score: str, row: dict[str, Any]) -> str:
+  """What is shown of a run's epoch."""
+  start = f'{member.label}  epoch {row["step"]:>3}  '
+  if None in row.values():
+    return start + f'diverged: train or validation {score} is not finite'
+  return (
+    f'{start}lr {row["lr"]:<8.4g} train {score} {row[f"train_{score}"]:8.4g}  valid {score} {row[f"valid_{score}"]:8.4g}  '
+    f'{row["seconds"]:.0f} s'
+  )
+
+
+def _summary(task: Task, run: runs.Run, record: Record, best_params: Any) -> dict[str, Any]:
+  """What a run came to."""
   return {
     'epochs': run.rows[-1]['step'],
     'best_epoch': record.best_epoch,
@@ -129,6 +180,10 @@ def train(config: EpochRecipe, task: Task, method: str, seed: int, folder: Path)
     'parameters': count(best_params),
     'seconds': run.rows[-1]['seconds'],
   }
+
+
+def _averaging_if(on: jax.Array, opt_state: optax.OptState) -> optax.OptState:
+  return optax.tree.where(on, averaging.start_averaging(opt_state), opt_state)
 
 
 def averaging_wrapper(config: EpochRecipe) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
@@ -142,33 +197,39 @@ def count(params: Any) -> int:
 
 
 def _train_epoch(
-  task: Task, state: fptt_jax.TrainState, epoch: int, lr: float, bar: tqdm
-) -> tuple[fptt_jax.TrainState, dict[str, float], int]:
-  """One pass over the training split: (state, training score and mean gradient norm, updates made)."""
-  totals, norms, updates, factor = [], [], [], None
-  for portion in task.portions(epoch):
-    if portion.lr_factor != factor:
-      factor = portion.lr_factor
-      state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=jnp.asarray(lr * factor, jnp.float32)))
-    state, metrics = task.trainer.step(state, portion.batch)
-    totals.append(metrics.totals)
-    norms.append(metrics.grad_norm)
-    updates.append(portion.updates)
-    jax.block_until_ready(norms[-2:-1])  # One batch ahead, no more: the bar tells the truth.
-    bar.update()
-  sums = {name: sum(total[name].item() for total in totals) for name in totals[0]}
-  made = np.concatenate([norm[:number] for norm, number in zip(norms, updates, strict=True)])
-  row = {f'train_{task.score}': task.train_score(sums), 'grad_norm': float(np.mean(made))}
-  return task.trainer.end_epoch(state), row, sum(updates)
+  config: EpochRecipe, task: Task, group: Population, state: fptt_jax.TrainState, epoch: int, rates: list[float], bar: tqdm
+) -> tuple[fptt_jax.TrainState, list[dict[str, float]], int]:
+  """One pass over the training split: (state, each run's training score and mean gradient norm, updates made by each)."""
+  metrics, updates, factor = [], [], None
+  for portions in zip(*(task.portions(epoch, member.seed) for member in group.members), strict=True):
+    if portions[0].lr_factor != factor:
+      factor = portions[0].lr_factor
+      learning_rate = group.pack([rate * factor for rate in rates], jnp.float32)
+      state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=learning_rate))
+    for parts in zip(*(portion.cut(config.chunk) for portion in portions), strict=True):
+      state, seen = group.steps(state, [part.items for part in parts])
+      metrics.append(seen)
+      updates.extend(parts[0].updates)
+      jax.block_until_ready([before.loss for before in metrics[-2:-1]])  # One chunk ahead, no more: the bar tells the truth.
+      bar.update(len(parts[0].updates))
+  rows = []
+  for number in range(len(group.members)):
+    column = lambda total, number=number: np.asarray(total[:, number], np.float64).sum().item()
+    sums = {name: sum(column(seen.totals[name]) for seen in metrics) for name in metrics[0].totals}
+    norms = np.concatenate([seen.grad_norm[:, number] for seen in metrics])
+    made = np.arange(norms.shape[1])[None, :] < np.asarray(updates)[:, None]
+    rows.append({f'train_{task.score}': task.train_score(sums), 'grad_norm': float(np.mean(norms[made]))})
+  return group.end_epoch(state), rows, int(sum(updates))
 
 
-def _end_epoch(config: EpochRecipe, method: str, state: fptt_jax.TrainState) -> tuple[fptt_jax.TrainState, Any]:
+def _end_epoch(config: EpochRecipe, group: Population, state: fptt_jax.TrainState) -> tuple[fptt_jax.TrainState, Any]:
   """The state to go on from, and the parameters to evaluate."""
+  method = group.members[0].method
   if config.restart and fptt_jax.METHODS[method].regularised:
-    params, opt_state = fptt_jax.fptt_restart(state.opt_state, state.params)
+    params, opt_state = group.each(fptt_jax.fptt_restart)(state.opt_state, state.params)
     state = state._replace(params=params, opt_state=opt_state)
   params = recipe.evaluation_params(config, method, state)
-  return state, averaging.averaged_params(state.opt_state, params) if config.average_after else params
+  return state, group.each(averaging.averaged_params)(state.opt_state, params) if config.average_after else params
 
 
 def _next_lr(config: EpochRecipe, lr: float, epoch: int, improved: bool) -> float:

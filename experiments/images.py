@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+import jax
 import numpy as np
 
 from experiments import data, epochs, options, recipe, runs
 from experiments.data import Examples, Splits
+from experiments.members import Member, train_all
 from experiments.options import check, option
 import fptt_jax
 from fptt_jax import nn
@@ -101,11 +103,11 @@ class Sequences:
   order: np.ndarray | None
   num_classes: int
 
-  def batch(self, examples: Examples, chosen: Any, with_ids: bool) -> fptt_jax.Batch:
-    """The chosen examples time-major; with their numbers where the loss wants them."""
-    inputs = data.to_sequences(examples.images[chosen], self.moments, self.rows, self.order)
-    labels = examples.labels[chosen]
-    return fptt_jax.Batch(inputs, (labels, np.asarray(chosen, np.int32)) if with_ids else labels)
+  def read(self, source: tuple[Any, Any], chosen: Any, with_ids: bool) -> fptt_jax.Batch:
+    """The chosen examples of (images, labels) time-major; with their numbers where the loss wants them. Traced."""
+    images, labels = source
+    inputs = data.to_sequences(images[chosen], self.moments, self.rows, self.order)
+    return fptt_jax.Batch(inputs, (labels[chosen], chosen) if with_ids else labels[chosen])
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -164,43 +166,47 @@ def make_model(config: Config, num_steps: int, features: int, num_classes: int) 
   return nn.from_nnx(build)
 
 
-def make_task(config: Config, sequences: Sequences, method: str, seed: int) -> epochs.Task:
-  """What the loop over epochs needs."""
+def make_task(config: Config, sequences: Sequences, method: str, members: int) -> epochs.Task:
+  """What the loop over epochs needs, for so many runs side by side."""
   num_steps, features = sequences.shape
-  train, valid, test = sequences.splits
-  size = len(train.labels)
+  size = len(sequences.splits.train.labels)
   by_example = config.divergence == 'example'
   loss = fptt_jax.losses.terminal_classification(
     sequences.num_classes, divergence=config.divergence, num_examples=size if by_example else None
   )
   model = make_model(config, num_steps, features, sequences.num_classes)
-  mesh = recipe.choose_mesh(config, config.batch_size, config.hidden)
+  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, members)
   wrap = epochs.averaging_wrapper(config)
-  trainer = recipe.make_trainer(config, method, model, loss, config.lr, num_steps, mesh=mesh, wrap=wrap)
+  trainer = recipe.make_trainer(config, method, model, loss, num_steps, mesh=meshes.batch, wrap=wrap)
   updates = recipe.updates_a_sequence(config, method, num_steps)[1] // config.inner_steps
   count = size // config.batch_size
   if not count:
     raise options.UserError(f'--batch_size must be at most the {size} training images, got {config.batch_size}.')
+  source = jax.device_put(tuple(sequences.splits.train))  # Bytes, on the device for all epochs.
+  read = lambda source, chosen: sequences.read(source, chosen, by_example)
+  read_now = jax.jit(read)
 
-  def portions(epoch: int) -> Iterator[epochs.Portion]:
-    order = np.random.default_rng((seed, epoch)).permutation(size)
-    for chosen in np.split(order[: count * config.batch_size], count):
-      yield epochs.Portion(sequences.batch(train, chosen, by_example), updates)
+  def portions(epoch: int, seed: int) -> Iterator[epochs.Portion]:
+    order = np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
+    yield epochs.Portion(order[: count * config.batch_size].reshape(count, -1), np.full(count, updates))
 
   def accuracy(params: Any, examples: Examples) -> float:
     sums = {'accuracy': 0.0, 'count': 0}
     for start in range(0, len(examples.labels), EVALUATION_BATCH):
-      chosen = np.arange(start, min(start + EVALUATION_BATCH, len(examples.labels)))
-      totals, _ = trainer.evaluate(params, sequences.batch(examples, chosen, by_example))
+      part = Examples(*(array[start : start + EVALUATION_BATCH] for array in examples))
+      totals, _ = trainer.evaluate(params, read_now(tuple(part), np.arange(len(part.labels), dtype=np.int32)))
       sums = {name: sums[name] + totals[name].item() for name in sums}
     return percent(sums)
 
   return epochs.Task(
     trainer,
+    source,
+    read,
+    meshes,
     portions,
     count,
-    validate=lambda params: accuracy(params, valid),
-    test=lambda params: {'test_accuracy': accuracy(params, test)},
+    validate=lambda params: accuracy(params, sequences.splits.valid),
+    test=lambda params: {'test_accuracy': accuracy(params, sequences.splits.test)},
     score='accuracy',
     train_score=percent,
     higher_is_better=True,
@@ -212,15 +218,14 @@ def percent(totals: dict[str, float]) -> float:
   return 100 * totals['accuracy'] / totals['count']
 
 
-def train(config: Config, sequences: Sequences, method: str, seed: int, folder: Path) -> dict[str, Any]:
-  """Trains by one method from one seed and returns its summary."""
+def train(config: Config, sequences: Sequences, chosen: list[Member], folder: Path) -> None:
+  """Trains runs of one method side by side, and keeps what came of each."""
   num_steps, features = sequences.shape
-  task = make_task(config, sequences, method, seed)
-  summary = epochs.train(config, task, method, seed, folder)
+  config, method = chosen[0].config, chosen[0].method
   shapes = nnx.eval_shape(lambda: CELLS[config.cell](features, config, nnx.Rngs(0)))
   recurrent = epochs.count(nnx.state(shapes, nnx.Param)) if config.layers == 1 else None
-  num_windows, _ = recipe.updates_a_sequence(config, method, num_steps)
-  return {'method': method, 'seed': seed, 'K': num_windows, **summary, 'recurrent_parameters': recurrent}
+  extra = {'K': recipe.updates_a_sequence(config, method, num_steps)[0], 'recurrent_parameters': recurrent}
+  epochs.train(config, make_task(config, sequences, method, len(chosen)), chosen, folder, extra)
 
 
 def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
@@ -234,8 +239,8 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   num_steps, features = sequences.shape
   sizes = ' / '.join(f'{len(part.labels):,}' for part in sequences.splits)
   print(f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} {config.hidden}; writing to {path}')
-  jobs = [(method, seed) for method in config.method for seed in config.seeds]
-  return path, [runs.once(path, *job, lambda job=job: train(config, sequences, *job, path)) for job in jobs]
+  size = recipe.population_size(config, config.batch_size, config.hidden)
+  return path, train_all(config, path, size, lambda chosen: train(config, sequences, chosen, path))
 
 
 def main(config: Config) -> None:

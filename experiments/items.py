@@ -253,15 +253,15 @@ ITEMS: dict[str, Callable[[str], list[Entry]]] = {
 """What is compared by training."""
 
 
-def grid(entry: Entry) -> list[tuple[str, Any]]:
-  """The (name, configuration)s that tuning tries for an entry: a learning rate each."""
+def grid(entry: Entry) -> Any:
+  """The configuration that tuning runs for an entry: shorter, at each of the declared learning rates."""
   rates = LEARNING_RATES[entry.config.optimizer]
   if entry.config.lr not in rates:
     rates = tuple(entry.config.lr * factor for factor in (1.0, 0.5, 0.25))
   shorter = (
     dict(epochs=min(3, entry.config.epochs)) if hasattr(entry.config, 'epochs') else dict(batches=-(-entry.config.batches // 3))
   )
-  return [(f'{entry.label}-lr{rate:g}', dataclasses.replace(entry.config, lr=rate, **shorter)) for rate in rates]
+  return dataclasses.replace(entry.config, grid=('lr=' + ':'.join(f'{rate:g}' for rate in rates),), **shorter)
 
 
 QUOTED: dict[str, dict[str, dict[str, float]]] = {

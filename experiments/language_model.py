@@ -24,7 +24,9 @@ import numpy as np
 
 from experiments import data, dynamic_evaluation, epochs, options, recipe, runs, streams
 from experiments.data import Text
+from experiments.members import Member, train_all
 from experiments.options import check, option
+from experiments.streams import Place
 import fptt_jax
 from fptt_jax import nn
 
@@ -140,6 +142,8 @@ class Config(epochs.EpochRecipe):
     fits = not self.tied or self.experts > 0 or last == self.embedding
     check(fits, 'last_hidden', last, f'the embedding size {self.embedding} with --tied and without --experts')
     check(self.tied or not self.experts, 'experts', self.experts, '0 without --tied')
+    together = self.population > 1 and self.random_lengths
+    check(not together, 'population', self.population, '0 or 1 with --random_lengths, whose batches differ from run to run')
     self.check_length(self.padded_len)
 
   @property
@@ -181,35 +185,35 @@ def make_model(config: Config, vocabulary_size: int) -> fptt_jax.Model:
   return nn.from_nnx(build)
 
 
-def random_sequences(config: Config, tokens: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[fptt_jax.Batch, float]]:
-  """Cuts a text's streams into batches of random lengths (AWD-LSTM): normal around T with deviation 5, with probability 0.05
-  around T/2; with each the factor of the learning rate, its length over T.
+def random_places(config: Config, length: int, rng: np.random.Generator) -> Iterator[tuple[Place, float]]:
+  """Cuts streams into batches of random lengths (AWD-LSTM): normal around T with deviation 5, with probability 0.05 around T/2;
+  with each the factor of the learning rate, its length over T.
   """
-  side_by_side, start = streams.streams(tokens, config.batch_size), 0
-  while start < len(side_by_side) - 1:
+  start = 0
+  while start < length - 1:
     mean = config.seq_len / (2 if rng.random() < 0.05 else 1)
     drawn = int(np.clip(round(rng.normal(mean, 5)), min(5, config.seq_len), config.padded_len))
-    steps = min(drawn, len(side_by_side) - 1 - start)
-    yield streams.padded(side_by_side, start, steps, config.padded_len), steps / config.seq_len
+    steps = min(drawn, length - 1 - start)
+    yield Place(np.array([start], np.int32), np.array([steps], np.int32)), steps / config.seq_len
     start += steps
 
 
-def portions(config: Config, method: str, tokens: np.ndarray, seed: int, epoch: int) -> Iterator[epochs.Portion]:
-  """An epoch's batches, each with the updates it gives and the factor of the learning rate."""
+def portions(config: Config, method: str, length: int, seed: int, epoch: int) -> Iterator[epochs.Portion]:
+  """An epoch's batches, with the updates they give and the factor of the learning rate."""
   if config.random_lengths:
-    pairs = random_sequences(config, tokens, np.random.default_rng((seed, epoch)))
+    pairs = random_places(config, length, np.random.default_rng((seed, epoch)))
   else:
-    pairs = ((batch, 1.0) for batch in streams.sequences(tokens, config.seq_len, config.batch_size))
-  for batch, lr_factor in pairs:
-    yield epochs.Portion(batch, active_updates(config, method, batch), lr_factor)
+    pairs = ((place, 1.0) for place in streams.places(length, config.seq_len))
+  for place, lr_factor in pairs:
+    yield epochs.Portion(place, active_updates(config, method, place), lr_factor)
 
 
-def active_updates(config: Config, method: str, batch: fptt_jax.Batch) -> int:
-  """Updates the batch gives: K or one, fewer where a padded batch ends before the last windows."""
+def active_updates(config: Config, method: str, place: Place) -> np.ndarray:
+  """Updates that each batch gives: K or one, fewer where a padded batch ends before the last windows."""
   num_windows, updates = recipe.updates_a_sequence(config, method, config.padded_len)
-  if batch.lengths is None or updates == config.inner_steps:
-    return updates // config.inner_steps
-  return int((fptt_jax.cut(config.padded_len, num_windows=num_windows).starts < batch.lengths.max()).sum())
+  if place.steps is None or updates == config.inner_steps:
+    return np.full(len(place.start), updates // config.inner_steps)
+  return (fptt_jax.cut(config.padded_len, num_windows=num_windows).starts[None, :] < place.steps[:, None]).sum(1)
 
 
 def nats(trainer: fptt_jax.Trainer, params: Any, tokens: np.ndarray) -> float:
@@ -243,14 +247,15 @@ def adapted(config: Config, model: fptt_jax.Model, loss: fptt_jax.Loss, params: 
   return best.nats, evaluate(read(text.test), best.learning_rate, best.decay)
 
 
-def make_task(config: Config, text: Text, method: str, seed: int) -> epochs.Task:
-  """What the loop over epochs needs."""
+def make_task(config: Config, text: Text, method: str, members: int) -> epochs.Task:
+  """What the loop over epochs needs, for so many runs side by side."""
   model = make_model(config, len(text.vocabulary))
   loss = fptt_jax.losses.sequence_classification(len(text.vocabulary))
-  mesh = recipe.choose_mesh(config, config.batch_size, config.hidden)
+  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, members)
   wrap = epochs.averaging_wrapper(config)
-  trainer = recipe.make_trainer(config, method, model, loss, config.lr, config.padded_len, mesh=mesh, carry_hidden=True, wrap=wrap)
+  trainer = recipe.make_trainer(config, method, model, loss, config.padded_len, mesh=meshes.batch, carry_hidden=True, wrap=wrap)
   score = 'bpc' if config.by_characters else 'ppl'
+  side_by_side = streams.streams(text.train, config.batch_size)
 
   def test(params: Any) -> dict[str, float]:
     scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
@@ -261,8 +266,11 @@ def make_task(config: Config, text: Text, method: str, seed: int) -> epochs.Task
 
   return epochs.Task(
     trainer,
-    portions=lambda epoch: portions(config, method, text.train, seed, epoch),
-    num_portions=-(-(len(text.train) // config.batch_size - 1) // config.seq_len),
+    source=jax.device_put(np.pad(side_by_side, ((0, config.padded_len), (0, 0))).astype(np.int32)),
+    read=lambda source, place: streams.read(source, place, config.padded_len),
+    meshes=meshes,
+    portions=lambda epoch, seed: portions(config, method, len(side_by_side), seed, epoch),
+    num_batches=-(-(len(side_by_side) - 1) // config.seq_len),
     validate=lambda params: to_score(config, nats(trainer, params, text.valid)),
     test=test,
     score=score,
@@ -271,11 +279,11 @@ def make_task(config: Config, text: Text, method: str, seed: int) -> epochs.Task
   )
 
 
-def train(config: Config, text: Text, method: str, seed: int, folder: Path) -> dict[str, Any]:
-  """Trains by one method from one seed and returns its summary."""
-  num_windows, _ = recipe.updates_a_sequence(config, method, config.padded_len)
-  summary = epochs.train(config, make_task(config, text, method, seed), method, seed, folder)
-  return {'method': method, 'seed': seed, 'K': num_windows, **summary}
+def train(config: Config, text: Text, chosen: list[Member], folder: Path) -> None:
+  """Trains runs of one method side by side, and keeps what came of each."""
+  config, method = chosen[0].config, chosen[0].method
+  extra = {'K': recipe.updates_a_sequence(config, method, config.padded_len)[0]}
+  epochs.train(config, make_task(config, text, method, len(chosen)), chosen, folder, extra)
 
 
 def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
@@ -288,8 +296,8 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
     f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} {kind}, vocabulary {len(text.vocabulary):,}; '
     f'T={config.seq_len}, {config.layers} x LSTM {config.hidden}, batch {config.batch_size}; writing to {path}'
   )
-  jobs = [(method, seed) for method in config.method for seed in config.seeds]
-  return path, [runs.once(path, *job, lambda job=job: train(config, text, *job, path)) for job in jobs]
+  size = 1 if config.random_lengths else recipe.population_size(config, config.batch_size, config.hidden)
+  return path, train_all(config, path, size, lambda chosen: train(config, text, chosen, path))
 
 
 def main(config: Config) -> None:

@@ -95,10 +95,8 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
   """Tries each line's grid by short runs from a seed of their own; writes tuned.json, the curves and a table."""
   tuned, rows, curves = read_json(folder / 'tuned.json'), [], {}
   for entry in entries:
-    tried = {}
-    for name, candidate in items.grid(entry):
-      [summary] = run_entry(entry, dataclasses.replace(candidate, seeds=(TUNE_SEED,)), folder / 'tune' / name)
-      tried[candidate.lr] = summary[entry.score.choose]
+    summaries = run_entry(entry, dataclasses.replace(items.grid(entry), seeds=(TUNE_SEED,)), folder / 'tune' / entry.label)
+    tried = {summary['lr']: summary[entry.score.choose] for summary in summaries}
     finite = {lr: score for lr, score in tried.items() if score is not None}
     rows += [[entry.label, lr, score] for lr, score in tried.items()]
     if finite:
@@ -158,7 +156,7 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
     runs.write_json(folder / f'{name}.json', {'item': config.item, 'scale': config.scale, 'lines': table})
     curves = {}
     for entry, summaries in pairs:
-      files = [folder / entry.label / f'{entry.config.method[0]}-seed{summary["seed"]}' / 'metrics.jsonl' for summary in summaries]
+      files = [folder / entry.label / summary['run'] / 'metrics.jsonl' for summary in summaries]
       rows = [runs.read_jsonl(file) for file in files]
       curves[entry.label] = [([row['step'] for row in run], [row[score.curve] for row in run]) for run in rows]
     step = 'batches' if score is items.ERROR else 'epoch'

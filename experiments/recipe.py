@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 import dataclasses
+import itertools
 import math
+from typing import NamedTuple
 import warnings
 
 import jax
@@ -12,6 +14,12 @@ from experiments.options import check, checked, option
 import fptt_jax
 
 METHODS = tuple(fptt_jax.METHODS)
+HYPERPARAMETERS = {'lr': 'learning_rate', 'alpha': 'alpha', 'beta': 'beta', 'kappa': 'kappa', 'clip': 'clip'}
+"""Settings that runs of one program may differ in, and what the optimiser's state calls them."""
+REGULARISER = ('alpha', 'beta', 'kappa')
+"""Those of them that only methods with the regulariser have."""
+BUSY = 4096
+"""B times H from which on one run keeps a CPU's core busy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +46,17 @@ class Recipe:
   weight_decay: float = option(0.0, 'added to the gradient times the weights, after clipping')
   clip: float = option(0.0, 'largest global norm of the gradient; 0 does not clip')
   clip_regulariser: bool = option(True, 'clip loss plus regulariser, as the release does, rather than the loss gradient alone')
-  devices: int = option(
-    0, "devices to split a batch over; 0 chooses: all of an accelerator's, a CPU's cores where that was seen to pay, or 1"
+  grid: tuple[str, ...] = option(
+    (), f'values to compare, every combination: lr=1e-3:3e-4,alpha=0.1:0.5, out of {", ".join(HYPERPARAMETERS)}'
   )
+  population: int = option(
+    0, 'runs (seeds, grid) trained side by side in one program; 0 chooses: all, on a CPU one where a batch is better split'
+  )
+  devices: int = option(
+    0,
+    "devices to split a batch or a population over; 0 chooses: all of an accelerator's, a CPU's cores where that pays, or 1",
+  )
+  chunk: int = option(25, 'batches that run as one compiled program, after which progress shows; 0: all up to an evaluation')
   evaluate_at: str = option('w', 'evaluate at the weights or at their summary (fptt only)', ('w', 'w_bar'))
 
   def __post_init__(self) -> None:
@@ -55,13 +71,39 @@ class Recipe:
     check(self.momentum == 0 or self.optimizer == 'sgd', 'momentum', self.momentum, '0 unless --optimizer=sgd')
     check(0 <= self.weight_decay < math.inf, 'weight_decay', self.weight_decay, 'a finite number >= 0')
     check(self.alpha_warmup >= 0, 'alpha_warmup', self.alpha_warmup, 'an integer >= 0')
-    check(self.devices >= 0, 'devices', self.devices, 'an integer >= 0')
+    for name in ('chunk', 'devices', 'population'):
+      check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
     check(0 <= self.clip < math.inf, 'clip', self.clip, 'a finite number >= 0')
     inside = self.clip_regulariser or not self.clip or self.gradient_estimate != 'explicit'
     check(inside, 'clip_regulariser', self.clip_regulariser, 'true with --gradient_estimate=explicit, whose lambda is not clipped')
     with warnings.catch_warnings():  # Raises on FPTT options of no meaning; warnings come when it is used.
       warnings.simplefilter('ignore')
-      regularise(self, optax.sgd(self.lr))
+      regularise(self, optax.sgd(self.lr), self.alpha, self.beta, self.kappa)
+    self.variants()
+
+  def variants(self) -> list[tuple[dict[str, float], 'Recipe']]:
+    """The combinations of the grid, each with its configuration; without a grid ({}, this one).
+
+    Raises:
+      ValueError: a grid of no meaning.
+    """
+    names, values = [], []
+    for text in self.grid:
+      name, _, numbers = text.partition('=')
+      try:
+        values.append([float(number) for number in numbers.split(':')])
+      except ValueError:
+        values.append([])
+      expected = f'NAME=VALUE:VALUE with names out of {", ".join(HYPERPARAMETERS)}'
+      check(name in HYPERPARAMETERS and len(values[-1]) > 0, 'grid', text, expected)
+      check(len(set(values[-1])) == len(values[-1]), 'grid', text, 'of values different from each other')
+      check(name != 'clip' or min(values[-1]) > 0, 'grid', text, 'of values > 0: whether to clip is not for a grid')
+      without = [method for method in self.method if not fptt_jax.METHODS[method].regularised]
+      check(name not in REGULARISER or not without, 'grid', text, f'without {name}, which {", ".join(without)} does not have')
+      names.append(name)
+    check(len(set(names)) == len(names), 'grid', self.grid, 'of names given once each')
+    combinations = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
+    return [(chosen, dataclasses.replace(self, grid=(), **chosen) if chosen else self) for chosen in combinations]
 
   def check_length(self, seq_len: int) -> None:
     """Raises if K or final_steps do not fit sequences of `seq_len` steps."""
@@ -69,43 +111,64 @@ class Recipe:
     check((self.final_steps or 1) <= seq_len, 'final_steps', self.final_steps, f'at most T={seq_len}')
 
 
-def regularise(recipe: Recipe, base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """FPTT around `base` with the recipe's hyper-parameters."""
-  warmup = optax.linear_schedule(recipe.alpha / 10, recipe.alpha, recipe.alpha_warmup) if recipe.alpha_warmup else None
+def make_optimizer(recipe: Recipe, method: str, decay: optax.Schedule | None = None) -> optax.GradientTransformation:
+  """The chain of clipping, weight decay, base optimiser and regulariser for one method.
+
+  Its state holds what `HYPERPARAMETERS` names (those the method has), which may be set. `decay`: (updates so far) -> factor of the
+  learning rate.
+
+  Warns when FPTT's own recursion would grow: the advisor's radius at the initial learning rate is above 1.
+  """
+  regularised = fptt_jax.METHODS[method].regularised
+  if regularised and recipe.optimizer == 'sgd' and recipe.gradient_estimate == 'running':
+    warn_if_unstable(recipe)
+
+  def base(learning_rate: jax.typing.ArrayLike, clip: jax.typing.ArrayLike) -> tuple[optax.GradientTransformation, ...]:
+    """(what clips, all else)."""
+    rate = learning_rate if decay is None else lambda count: learning_rate * decay(count)
+    chain = [optax.add_decayed_weights(recipe.weight_decay)] if recipe.weight_decay else []
+    chain.append(optax.sgd(rate, momentum=recipe.momentum or None) if recipe.optimizer == 'sgd' else optax.adam(rate))
+    return optax.clip_by_global_norm(clip) if recipe.clip else optax.identity(), optax.chain(*chain)
+
+  def plain(learning_rate: jax.typing.ArrayLike, clip: jax.typing.ArrayLike) -> optax.GradientTransformation:
+    return optax.chain(*base(learning_rate, clip))
+
+  def fptt(
+    learning_rate: jax.typing.ArrayLike,
+    clip: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike,
+    beta: jax.typing.ArrayLike,
+    kappa: jax.typing.ArrayLike,
+  ) -> optax.GradientTransformation:
+    clipping, rest = base(learning_rate, clip)
+    if recipe.clip_regulariser:
+      return regularise(recipe, optax.chain(clipping, rest), alpha, beta, kappa)
+    return optax.chain(clipping, regularise(recipe, rest, alpha, beta, kappa))
+
+  names = [name for name in HYPERPARAMETERS if regularised or name not in REGULARISER]
+  settings = {HYPERPARAMETERS[name]: getattr(recipe, name) for name in names}
+  return optax.inject_hyperparams(fptt if regularised else plain)(**settings)
+
+
+def regularise(
+  recipe: Recipe,
+  base: optax.GradientTransformation,
+  alpha: jax.typing.ArrayLike,
+  beta: jax.typing.ArrayLike,
+  kappa: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+  """FPTT around `base`; the recipe says what is not given."""
+  warmup = optax.linear_schedule(0.1, 1.0, recipe.alpha_warmup)
   return fptt_jax.fptt(
     base,
-    alpha=warmup or recipe.alpha,
-    beta=recipe.beta,
-    kappa=recipe.kappa,
+    alpha=(lambda count: alpha * warmup(count)) if recipe.alpha_warmup else alpha,
+    beta=beta,
+    kappa=kappa,
     rho=recipe.rho,
     correction=recipe.correction,
     gradient_estimate=recipe.gradient_estimate,
     inner_steps=recipe.inner_steps,
   )
-
-
-def make_optimizer(recipe: Recipe, method: str, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-  """The chain of clipping, weight decay, base optimiser and regulariser for one method.
-
-  Its state holds 'learning_rate', which may be set.
-
-  Warns when FPTT's own recursion would grow: the advisor's radius at the initial learning rate is above 1.
-  """
-  regularised = fptt_jax.METHODS[method].regularised
-  if recipe.optimizer == 'sgd':
-    base = optax.inject_hyperparams(optax.sgd)(learning_rate=learning_rate, momentum=recipe.momentum)
-    if regularised and recipe.gradient_estimate == 'running':
-      warn_if_unstable(recipe)
-  else:
-    base = optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
-  if recipe.weight_decay:
-    base = optax.chain(optax.add_decayed_weights(recipe.weight_decay), base)
-  clip = optax.clip_by_global_norm(recipe.clip) if recipe.clip else optax.identity()
-  if not regularised:
-    return optax.chain(clip, base)
-  if recipe.clip_regulariser:
-    return regularise(recipe, optax.chain(clip, base))
-  return optax.chain(clip, regularise(recipe, base))
 
 
 def warn_if_unstable(recipe: Recipe) -> None:
@@ -125,19 +188,19 @@ def make_trainer(
   method: str,
   model: fptt_jax.Model,
   loss: fptt_jax.Loss,
-  learning_rate: optax.ScalarOrSchedule,
   seq_len: int,
   *,
+  decay: optax.Schedule | None = None,
   mesh: jax.sharding.Mesh | None = None,
   carry_hidden: bool = False,
   wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda optimizer: optimizer,
 ) -> fptt_jax.Trainer:
-  """The trainer of one method; `wrap` goes around its optimiser. `mesh` as :func:`choose_mesh` gives it."""
+  """The trainer of one method; `wrap` goes around its optimiser, `decay` as for :func:`make_optimizer`."""
   setting = fptt_jax.METHODS[method]
   return fptt_jax.trainer(
     model,
     loss,
-    wrap(make_optimizer(recipe, method, learning_rate)),
+    wrap(make_optimizer(recipe, method, decay)),
     method=method,
     num_windows=recipe.num_windows if setting.num_windows is None else None,
     carry_hidden=carry_hidden,
@@ -147,20 +210,46 @@ def make_trainer(
   )
 
 
-def choose_mesh(recipe: Recipe, batch_size: int, hidden: int) -> jax.sharding.Mesh | None:
-  """The devices to split batches over, None for one.
+class Meshes(NamedTuple):
+  """Devices to split work over, None for one.
+
+  Attributes:
+    batch: where each takes its share of a batch.
+    members: where each takes its share of a population.
+  """
+
+  batch: jax.sharding.Mesh | None
+  members: jax.sharding.Mesh | None
+
+
+def choose_meshes(recipe: Recipe, batch_size: int, hidden: int, members: int) -> Meshes:
+  """What to split: a batch where there is one member, else the members.
 
   Raises:
-    UserError: more devices than there are, or a batch size that is no multiple of them.
+    UserError: more devices than there are, or a batch size or population that is no multiple of them.
   """
   devices = jax.local_devices()
+  which, number = ('batch size', batch_size) if members == 1 else ('population', members)
   if recipe.devices:
     checked(check, recipe.devices <= len(devices), 'devices', recipe.devices, f'at most the {len(devices)} there are')
-    checked(check, batch_size % recipe.devices == 0, 'devices', recipe.devices, f'a divisor of the batch size, {batch_size}')
+    checked(check, number % recipe.devices == 0, 'devices', recipe.devices, f'a divisor of the {which}, {number}')
     devices = devices[: recipe.devices]
-  elif batch_size % len(devices) or (devices[0].platform == 'cpu' and not pays_on_cpu(batch_size, hidden)):
+  elif number % len(devices) or (members == 1 and is_cpu() and not pays_on_cpu(batch_size, hidden)):
     devices = devices[:1]
-  return jax.sharding.Mesh(devices, ('batch',)) if len(devices) > 1 else None
+  mesh = jax.sharding.Mesh(devices, ('devices',)) if len(devices) > 1 else None
+  return Meshes(mesh, None) if members == 1 else Meshes(None, mesh)
+
+
+def population_size(recipe: Recipe, batch_size: int, hidden: int) -> int | None:
+  """How many runs to train side by side, None for all."""
+  if recipe.population == 0 and is_cpu() and batch_size * hidden >= BUSY:
+    return 1
+  return recipe.population or None
+
+
+def is_cpu() -> bool:
+  """Whether this process computes on a CPU."""
+  return jax.default_backend() == 'cpu'
 
 
 def pays_on_cpu(batch_size: int, hidden: int) -> bool:
@@ -169,7 +258,7 @@ def pays_on_cpu(batch_size: int, hidden: int) -> bool:
   Seen for LSTMs of H = 128 and 256, B = 20 to 128; not at H = 1024, where each core would read all weights, nor at B = 8, H = 16,
   where the devices mostly wait for each other.
   """
-  return hidden <= 512 and batch_size * hidden >= 4096
+  return hidden <= 512 and batch_size * hidden >= BUSY
 
 
 def updates_a_sequence(recipe: Recipe, method: str, seq_len: int) -> tuple[int, int]:

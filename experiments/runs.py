@@ -1,13 +1,13 @@
 """A run's folder: its configuration, metrics, checkpoints, summary and plot.
 
 WORKDIR/config.json        what was asked for
-WORKDIR/NAME/metrics.jsonl one line an interval (NAME is method and seed)
+WORKDIR/NAME/metrics.jsonl one line an interval (NAME is method, seed and values out of a grid)
 WORKDIR/NAME/checkpoints/  the whole carry, so that the same command goes on where a killed run stopped
 WORKDIR/NAME/result.json   what this run came to; there when it has ended
 WORKDIR/summary.json       what came out, and on which machine
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import json
@@ -44,21 +44,22 @@ class Run:
     self._seconds_before = 0.0
     self._started = time.perf_counter()
 
-  def restore(self, carry: Any) -> tuple[int, Any, dict[str, Any]]:
-    """(last saved step, carry, record) of an earlier process, or (0, `carry`, {}) for a fresh run.
+  def restore(self, step: int, carry: Any) -> tuple[Any, dict[str, Any]]:
+    """(carry, record) as they were saved after `step`, or (`carry`, {}) for step 0.
 
-    Metrics lines written after the last checkpoint are dropped: their steps are about to be run again.
+    What was written later is dropped: those steps are about to be run again.
     """
-    step = self._checkpoints.latest_step()
-    self.rows = [row for row in read_jsonl(self.folder / 'metrics.jsonl') if row['step'] <= (step or 0)]
+    self.rows = [row for row in read_jsonl(self.folder / 'metrics.jsonl') if row['step'] <= step]
     with replaced(self.folder / 'metrics.jsonl') as file:
       file.writelines(json.dumps(row) + '\n' for row in self.rows)
-    if step is None:
-      return 0, carry, {}
+    for later in [saved for saved in self._checkpoints.all_steps() if saved > step]:
+      self._checkpoints.delete(later)
+    if not step:
+      return carry, {}
     arguments = ocp.args.Composite(carry=ocp.args.StandardRestore(carry), record=ocp.args.JsonRestore())
     saved = self._checkpoints.restore(step, args=arguments)
     self._seconds_before = saved.record['seconds']
-    return step, saved.carry, saved.record
+    return saved.carry, saved.record
 
   def log(self, step: int, **metrics: Any) -> dict[str, Any]:
     """Appends a line to metrics.jsonl; `seconds` is the wall-clock, restarts included; numbers that are not finite become null."""
@@ -76,6 +77,10 @@ class Run:
     )
     self._checkpoints.save(step, args=arguments)
 
+  def wait(self) -> None:
+    """Waits for the last checkpoint."""
+    self._checkpoints.wait_until_finished()
+
   def column(self, name: str) -> list[float]:
     """One metric of all rows so far."""
     return [row[name] for row in self.rows]
@@ -86,28 +91,34 @@ class Run:
     return self._seconds_before + time.perf_counter() - self._started
 
   def close(self) -> None:
-    """Waits for the last checkpoint."""
+    """Waits for the last checkpoint; nothing more is saved."""
     self._checkpoints.close()
 
 
 def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Path:
   """Makes the folder and writes config.json, or checks that the folder was made with the same configuration.
 
-  Other methods and seeds may join those that are there: each run has its own folder. `identity` says what else makes it the same
-  run, such as a hash of the data.
+  Other methods, seeds and values of a grid may join those that are there: each run has its own folder. `identity` says what else
+  makes it the same run, such as a hash of the data.
 
   Raises:
     UserError: the folder holds runs of another configuration, or cannot be written.
   """
   folder = Path(workdir or f'runs/{script}-{time.strftime("%Y%m%d-%H%M%S")}').absolute()
   described = {'script': script, **json.loads(json.dumps(dataclasses.asdict(config))), **identity}
-  for place in ('workdir', 'data_dir', 'devices'):  # Where things lie is no setting: a run may go on elsewhere.
+  for place in (
+    'workdir',
+    'data_dir',
+    'devices',
+    'population',
+    'chunk',
+  ):  # Where and how it runs is no setting: it may go on otherwise.
     described.pop(place, None)
   path = folder / 'config.json'
   try:
     if path.exists():
       found = json.loads(path.read_text())
-      keys = sorted({*found, *described} - {'method', 'seeds'})
+      keys = sorted({*found, *described} - {'method', 'seeds', 'grid'})
       differ = [f'{k}: was {found.get(k)!r}, now {described.get(k)!r}' for k in keys if found.get(k) != described.get(k)]
       if differ:
         raise UserError(f'{folder} holds runs of another configuration; {"; ".join(differ)}. Choose another --workdir.')
@@ -119,15 +130,10 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   return folder
 
 
-def once(folder: Path, method: str, seed: int, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-  """The summary of a run that ended before, or what `train` returns, which is then kept."""
-  path = folder / f'{method}-seed{seed}' / 'result.json'
-  if path.exists():
-    return json.loads(path.read_text())
-  result = train()
-  with replaced(path) as file:
-    file.write(json.dumps(result) + '\n')
-  return result
+def saved_steps(folder: Path) -> list[int]:
+  """Steps after which a run was saved, in order; what a killed process left half-made is not among them."""
+  steps = (entry.name for entry in (folder / 'checkpoints').glob('*'))
+  return sorted(int(name) for name in steps if name.isdigit())
 
 
 def write_summary(folder: Path, runs: list[dict[str, Any]]) -> None:
@@ -153,10 +159,11 @@ def report(
   write_summary(folder, summaries)
   curves: dict[str, list[tuple[list[float], list[float]]]] = {}
   for summary in summaries:
-    rows = read_jsonl(folder / f'{summary["method"]}-seed{summary["seed"]}' / 'metrics.jsonl')
-    curves.setdefault(summary['method'], []).append(([row['step'] for row in rows], [row[y] for row in rows]))
+    rows = read_jsonl(folder / summary['run'] / 'metrics.jsonl')
+    line = summary['run'].replace(f'-seed{summary["seed"]}', '')
+    curves.setdefault(line, []).append(([row['step'] for row in rows], [row[y] for row in rows]))
   plot_curves(folder / plot, curves, xlabel, ylabel, lines)
-  names = dict.fromkeys(name for summary in summaries for name in summary)  # A run that diverged has fewer.
+  names = dict.fromkeys(name for summary in summaries for name in summary if name != 'run')  # A run that diverged has fewer.
   rows = [[summary.get(name) for name in names] for summary in summaries]
   print(tabulate(rows, [name.replace('_', ' ') for name in names], floatfmt=f'.{digits}f', missingval='-'))
   print(f'metrics, summary.json and {plot} are in {folder}')

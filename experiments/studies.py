@@ -37,7 +37,7 @@ def walltime(scale: str, folder: Path) -> None:
     key = jax.random.key(0)
     batch = fptt_jax.Batch(jax.random.uniform(key, (num_steps, batch_size, features)), jnp.arange(batch_size, dtype=jnp.int32) % 10)
     model = images.make_model(config, num_steps, features, num_classes=10)
-    make_optimizer = lambda method, config=config: recipe.make_optimizer(config, method, config.lr)
+    make_optimizer = lambda method, config=config: recipe.make_optimizer(config, method)
     for method, num_windows in (('bptt', None), ('fptt', round(num_steps**0.5)), ('fptt', config.num_windows)):
       costs = cost.measure(model, loss, make_optimizer, method, batch, num_windows=num_windows, repeats=repeats)
       seconds = (costs['gradient_ms'] + costs['update_ms']) / 1e3 * (examples // batch_size)
@@ -61,7 +61,7 @@ def convergence_study(scale: str, folder: Path) -> None:
       name = f'{optimizer}-alpha{alpha}'
       path = folder / f'{name}-{scale}.json'
       if not path.exists():  # Each is run once.
-        rows = convergence.study(chosen, recipe.make_optimizer(chosen, 'fptt', lr), seed=0)
+        rows = convergence.study(chosen, recipe.make_optimizer(chosen, 'fptt'), seed=0)
         with runs.replaced(path) as file:
           json.dump(rows, file)
       studies[name] = json.loads(path.read_text())

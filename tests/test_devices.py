@@ -179,28 +179,38 @@ def test_evaluation_of_any_batch_size():
 
 
 @pytest.mark.parametrize(
-  ('options', 'batch_size', 'hidden', 'expected'),
+  ('options', 'batch_size', 'hidden', 'members', 'expected'),
   [
-    ({}, 128, 128, 8),  # Of 8 simulated cores.
-    ({}, 8, 16, 1),
-    ({}, 64, 1024, 1),
-    ({}, 100, 128, 1),
-    ({'devices': 1}, 128, 128, 1),
-    ({'devices': 2}, 8, 16, 2),
+    ({}, 128, 128, 1, 8),  # Of 8 simulated cores.
+    ({}, 8, 16, 1, 1),
+    ({}, 64, 1024, 1, 1),
+    ({}, 100, 128, 1, 1),
+    ({'devices': 1}, 128, 128, 1, 1),
+    ({'devices': 2}, 8, 16, 1, 2),
+    ({}, 8, 16, 16, 8),
+    ({}, 128, 128, 3, 1),
+    ({'devices': 3}, 128, 128, 3, 3),
   ],
 )
-def test_scripts_choose_devices(options, batch_size, hidden, expected):
-  mesh = recipe.choose_mesh(recipe.Recipe(**options), batch_size, hidden)
+def test_scripts_choose_devices(options, batch_size, hidden, members, expected):
+  """A batch is split where there is one run, else the runs are shared out."""
+  meshes = recipe.choose_meshes(recipe.Recipe(**options), batch_size, hidden, members)
+  mesh, other = meshes if members == 1 else meshes[::-1]
   assert (1 if mesh is None else mesh.size) == expected
+  assert other is None
 
 
 @pytest.mark.parametrize(
-  ('devices', 'message'),
-  [(9, r'--devices must be at most the 8 there are, got 9\.'), (3, r'--devices must be a divisor of the batch size, 16, got 3\.')],
+  ('devices', 'members', 'message'),
+  [
+    (9, 1, r'--devices must be at most the 8 there are, got 9\.'),
+    (3, 1, r'--devices must be a divisor of the batch size, 16, got 3\.'),
+    (2, 3, r'--devices must be a divisor of the population, 3, got 2\.'),
+  ],
 )
-def test_devices_that_do_not_fit_are_refused(devices, message):
+def test_devices_that_do_not_fit_are_refused(devices, members, message):
   with pytest.raises(UserError, match=message):
-    recipe.choose_mesh(recipe.Recipe(devices=devices), 16, 128)
+    recipe.choose_meshes(recipe.Recipe(devices=devices), 16, 128, members)
 
 
 def test_cpu_setup(monkeypatch):

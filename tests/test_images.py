@@ -70,14 +70,21 @@ def test_each_epoch_takes_each_training_image_once(tmp_path: Path) -> None:
   """Shuffled by seed and epoch alone; the targets are the images' labels, the ids their places."""
   config = make_config(tmp_path, divergence='example')
   sequences, _ = images.load(config)
-  task = images.make_task(config, sequences, 'fptt', seed=5)
-  epoch = list(task.portions(2))
-  ids = np.concatenate([portion.batch.targets[1] for portion in epoch])
+  task = images.make_task(config, sequences, 'fptt', 1)
+  labels, ids = (np.concatenate(part) for part in zip(*(batch.targets for batch in read_epoch(task, 2, 5)), strict=True))
   assert sorted(ids.tolist()) == list(range(48))
-  np.testing.assert_array_equal(np.concatenate([portion.batch.targets[0] for portion in epoch]), sequences.splits.train.labels[ids])
-  again, other = (np.concatenate([p.batch.targets[1] for p in task.portions(number)]) for number in (2, 3))
+  np.testing.assert_array_equal(labels, sequences.splits.train.labels[ids])
+  again, other, another = (
+    np.concatenate([batch.targets[1] for batch in read_epoch(task, epoch, seed)]) for epoch, seed in ((2, 5), (3, 5), (2, 6))
+  )
   np.testing.assert_array_equal(again, ids)
   assert not np.array_equal(other, ids)
+  assert not np.array_equal(another, ids)
+
+
+def read_epoch(task: epochs.Task, epoch: int, seed: int) -> list[fptt_jax.Batch]:
+  """All batches of an epoch."""
+  return [task.read(task.source, item) for portion in task.portions(epoch, seed) for item in portion.items]
 
 
 def test_the_permutation_is_fixed_and_kept_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +99,7 @@ def test_the_permutation_is_fixed_and_kept_with_the_run(tmp_path: Path, monkeypa
   assert order != list(range(25))
   sequences, _ = images.load(config)
   for examples in sequences.splits:
-    batch = sequences.batch(examples, np.arange(2), with_ids=False)
+    batch = sequences.read(tuple(examples), np.arange(2), with_ids=False)
     flat = examples.images[:2].reshape(2, 25)[:, order]
     np.testing.assert_allclose(batch.inputs[..., 0].T, (flat / 255 - 0.1307) / 0.3081, rtol=1e-5)
 
@@ -105,7 +112,7 @@ def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
   loss = fptt_jax.losses.terminal_classification(num_classes=3)
   rng = np.random.default_rng(0)
   batch = fptt_jax.Batch(rng.normal(size=(6, 4, 2)).astype(np.float32), rng.integers(0, 3, 4).astype(np.int32))
-  trainer = images.recipe.make_trainer(config, 'fptt', model, loss, config.lr, 6)
+  trainer = images.recipe.make_trainer(config, 'fptt', model, loss, 6)
   state = trainer.init(jax.random.key(0), batch)
   before = jax.tree.map(np.array, state.params)
   state, _ = trainer.step(state, batch)
@@ -170,7 +177,7 @@ def test_settings_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
 def test_alpha_grows_to_its_value() -> None:
   """--alpha_warmup=4: alpha/10 at the first window, alpha from the fifth on; it is what λ moves by."""
   config = dataclasses.replace(images.Config(), alpha=0.5, alpha_warmup=4, optimizer='sgd', lr=1.0)
-  optimizer = images.recipe.regularise(config, images.recipe.optax.sgd(1.0))
+  optimizer = images.recipe.regularise(config, images.recipe.optax.sgd(1.0), config.alpha, config.beta, config.kappa)
   params = {'w': np.zeros(1, np.float32)}
   state, seen = optimizer.init(params), []
   for _ in range(6):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data, language_model, runs, streams
+from experiments import language_model, runs, streams
 from experiments.options import UserError
 import fptt_jax
 
@@ -44,6 +44,18 @@ def test_sequences_cover_each_stream_once(length: int) -> None:
       rows[b] += batch.inputs[: lengths[b], b].tolist()
   for b in range(batch_size):
     assert rows[b] == list(range(b * stream, (b + 1) * stream - 1))
+  side_by_side = jnp.asarray(np.pad(streams.streams(tokens, batch_size), ((0, seq_len), (0, 0))))
+  places = [
+    jax.tree.map(lambda leaf, number=number: leaf[number], place)
+    for place in streams.places(stream, seq_len)
+    for number in range(len(place.start))
+  ]
+  for batch, place in zip(batches, places, strict=True):  # On the device, in a program, the same batches.
+    read = streams.read(side_by_side, place, seq_len)
+    np.testing.assert_array_equal(read.inputs[: place.steps], batch.inputs[: place.steps])
+    np.testing.assert_array_equal(read.targets[: place.steps], batch.targets[: place.steps])
+    assert (read.lengths is None) == (batch.lengths is None)
+    np.testing.assert_array_equal(read.lengths if read.lengths is not None else 0, batch.lengths if read.lengths is not None else 0)
   with pytest.raises(UserError, match='too short for 4 parallel streams'):
     list(streams.sequences(tokens[:7], seq_len, batch_size))
 
@@ -83,10 +95,9 @@ def test_script_learns_a_text_and_writes_its_folder(tmp_path: Path) -> None:
 
 def test_learning_rate_falls_on_a_plateau_and_training_stops_below_the_least(tmp_path: Path) -> None:
   """At a learning rate that cannot improve, each epoch divides it, until it is below --min_lr."""
-  text = data.load_text('text', write_text(tmp_path))
   settings = {**TINY, 'epochs': 9, 'lr': 1e-30, 'dropout': 0.0, 'min_lr': 1e-31, 'plateau_factor': 4.0}
-  config = language_model.Config(data_dir=str(tmp_path), **settings)
-  summary = language_model.train(config, text, 'tbptt', 0, tmp_path / 'run')
+  config = language_model.Config(data_dir=str(write_text(tmp_path)), method=('tbptt',), **settings)
+  _, [summary] = language_model.run(config, str(tmp_path / 'run'))
   rows = runs.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
   np.testing.assert_allclose([row['lr'] for row in rows], [1e-30, 1e-30, 2.5e-31], rtol=1e-6)
   assert (summary['epochs'], summary['best_epoch']) == (3, 1)
@@ -95,12 +106,11 @@ def test_learning_rate_falls_on_a_plateau_and_training_stops_below_the_least(tmp
 def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
   """Stopped after an epoch's metrics and before its checkpoint, a run goes on to the metrics of one never stopped; with dropout,
   restart of the recursion, evaluation at the summary."""
-  text = data.load_text('text', write_text(tmp_path))
-  config = language_model.Config(data_dir=str(tmp_path), restart=True, evaluate_at='w_bar', **TINY)
-  whole = language_model.train(config, text, 'fptt', 1, tmp_path / 'whole')
+  config = language_model.Config(data_dir=str(write_text(tmp_path)), seeds=(1,), restart=True, evaluate_at='w_bar', **TINY)
+  _, [whole] = language_model.run(config, str(tmp_path / 'whole'))
   with interrupted_at(2):
-    language_model.train(config, text, 'fptt', 1, tmp_path / 'cut')
-  resumed = language_model.train(config, text, 'fptt', 1, tmp_path / 'cut')
+    language_model.run(config, str(tmp_path / 'cut'))
+  _, [resumed] = language_model.run(config, str(tmp_path / 'cut'))
   assert {**resumed, 'seconds': 0} == {**whole, 'seconds': 0}
   files = [tmp_path / name / 'fptt-seed1' / 'metrics.jsonl' for name in ('whole', 'cut')]
   curves = [[{**row, 'seconds': 0} for row in runs.read_jsonl(file)] for file in files]
@@ -154,21 +164,24 @@ def test_random_lengths_cover_the_text_and_scale_the_learning_rate(tmp_path: Pat
   """The pieces put end to end are the streams; lengths scatter around T with deviation 5, or T/2; the factor is length/T; an epoch
   is drawn alike whatever ran before it, another epoch otherwise."""
   config = language_model.Config(data_dir=str(tmp_path), **{**TINY, 'seq_len': 40, 'random_lengths': True, 'batch_size': 2})
-  tokens = np.arange(20_000, dtype=np.int32)
-  portions = list(language_model.portions(config, 'fptt', tokens, seed=0, epoch=1))
-  lengths = np.array([portion.batch.lengths[0] for portion in portions])
-  rows = [portion.batch.inputs[:length, 1] for portion, length in zip(portions, lengths, strict=True)]
+  side_by_side = np.arange(10_000, dtype=np.int32)[:, None] + 10_000 * np.arange(2, dtype=np.int32)[None, :]
+  draw = lambda epoch, seed=0: list(language_model.portions(config, 'fptt', 10_000, seed, epoch))
+  portions = draw(1)
+  padded = jnp.asarray(np.pad(side_by_side, ((0, 55), (0, 0))))
+  batches = [streams.read(padded, jax.tree.map(lambda leaf: leaf[0], portion.items), 55) for portion in portions]
+  lengths = np.array([batch.lengths[0] for batch in batches])
+  rows = [batch.inputs[:length, 1] for batch, length in zip(batches, lengths, strict=True)]
   np.testing.assert_array_equal(np.concatenate(rows), np.arange(10_000, 19_999))
-  assert {portion.batch.inputs.shape for portion in portions} == {(55, 2)}
+  assert {batch.inputs.shape for batch in batches} == {(55, 2)}
   np.testing.assert_allclose([portion.lr_factor for portion in portions], lengths / 40)
   assert np.std(lengths[lengths > 30]) == pytest.approx(5, abs=1)
   assert 0.01 < np.mean(lengths < 28) < 0.12
   starts = fptt_jax.cut(55, num_windows=3).starts
-  assert [portion.updates for portion in portions] == [int(np.sum(starts < length)) for length in lengths]
-  again = language_model.portions(config, 'fptt', tokens, seed=0, epoch=1)
-  assert [portion.lr_factor for portion in again] == [portion.lr_factor for portion in portions]
-  other = language_model.portions(config, 'fptt', tokens, seed=0, epoch=2)
-  assert [portion.lr_factor for portion in other] != [portion.lr_factor for portion in portions]
+  assert [portion.updates.tolist() for portion in portions] == [[int(np.sum(starts < length))] for length in lengths]
+  factors = lambda portions: [portion.lr_factor for portion in portions]
+  assert factors(draw(1)) == factors(portions)
+  assert factors(draw(2)) != factors(portions)
+  assert factors(draw(1, seed=1)) != factors(portions)
 
 
 def test_the_whole_recipe_of_ptb_w_runs_small(tmp_path: Path) -> None:

@@ -94,9 +94,12 @@ def test_tuning_chooses_by_validation_and_later_runs_use_it(tmp_path: Path, caps
   tuned = json.loads((tmp_path / 'tuned.json').read_text())['tbptt']
   assert {float(rate) for rate in tuned['tried']} == {2.0, 1.0, 0.5, 0.25}
   assert tuned['valid_ppl'] == min(tuned['tried'].values()) == tuned['tried'][f'{tuned["lr"]:g}']
-  assert len(list(tmp_path.glob(f'tune/*/tbptt-seed{paper.TUNE_SEED}'))) == 4
+  tried = {f'tbptt-seed{paper.TUNE_SEED}-lr{rate}' for rate in ('2', '1', '0.5', '0.25')}
+  assert {path.parent.name for path in tmp_path.glob('tune/tbptt/*/result.json')} == tried
   run('table4', tmp_path, lines=('tbptt',), tune=True)
-  assert len(list(tmp_path.glob('tune/*'))) == 4  # Again, from the setting chosen, it is the same grid.
+  assert {
+    path.parent.name for path in tmp_path.glob('tune/tbptt/*/result.json')
+  } == tried  # From the setting chosen, the same grid.
   run('table4', tmp_path, lines=('tbptt',))
   assert json.loads((tmp_path / 'tbptt' / 'config.json').read_text())['lr'] == tuned['lr']
   printed = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -106,13 +109,14 @@ def test_tuning_chooses_by_validation_and_later_runs_use_it(tmp_path: Path, caps
 
 def test_tuning_again_tries_the_same_rates_where_the_declared_one_is_off_the_common_grid(tmp_path: Path) -> None:
   """PTB-c's 2e-3 and its halves, whatever was chosen before."""
-  declared = {candidate.lr for _, candidate in items.grid(items.table5('smoke')[0])}
+  rates = lambda entry: {candidate.lr for _, candidate in items.grid(entry).variants()}
+  declared = rates(items.table5('smoke')[0])
   assert declared == {2e-3, 1e-3, 5e-4}
   (tmp_path / 'tuned.json').write_text(json.dumps({'ptb_c-bptt': {'lr': 1e-3}}))
   for tune, expected in ((True, declared), (False, {3e-3, 1e-3, 3e-4})):
     config = paper.Config(item='table5', scale='smoke', lines=('ptb_c-bptt',), tune=tune)
     [entry] = paper.chosen_entries(config, tmp_path)
-    assert {candidate.lr for _, candidate in items.grid(entry)} == expected
+    assert rates(entry) == expected
 
 
 def test_several_seeds_are_averaged(tmp_path: Path) -> None:

@@ -1,0 +1,195 @@
+"""Runs that are trained side by side, by one program: seeds, and values out of a grid.
+
+Each has its folder, its metrics and its checkpoints as if it were alone, so a run may go on with others than it began with.
+"""
+
+from collections.abc import Callable
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import optax
+
+from experiments import recipe, runs
+import fptt_jax
+
+
+class Member(NamedTuple):
+  """One run.
+
+  Attributes:
+    config: its settings, those out of the grid among them.
+    method: its method.
+    seed: its seed.
+    varied: which settings are out of the grid.
+  """
+
+  config: Any
+  method: str
+  seed: int
+  varied: dict[str, float]
+
+  @property
+  def name(self) -> str:
+    """Name of its folder."""
+    return '-'.join([self.method, f'seed{self.seed}', *(f'{name}{value:g}' for name, value in self.varied.items())])
+
+  @property
+  def label(self) -> str:
+    """What is shown of it."""
+    return ' '.join([f'{self.method:>11} seed {self.seed}', *(f'{name} {value:g}' for name, value in self.varied.items())])
+
+
+def members(config: recipe.Recipe) -> list[Member]:
+  """All runs that a configuration asks for."""
+  variants = config.variants()
+  return [Member(chosen, method, seed, varied) for method in config.method for varied, chosen in variants for seed in config.seeds]
+
+
+def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Callable[[list[Member]], None]) -> list[dict[str, Any]]:
+  """Trains what has not ended before and returns the summary of each run; 'run' in it is the name of its folder.
+
+  Args:
+    config: what is asked for.
+    folder: where the runs' folders are.
+    size: how many runs of a method to train at once; None for all.
+    train: trains runs of one method; each is ended by :func:`end`.
+  """
+  everyone = members(config)
+  for method in config.method:
+    waiting = [member for member in everyone if member.method == method and not _result(folder, member).exists()]
+    for group in groups([runs.saved_steps(folder / member.name) for member in waiting], size):
+      train([waiting[number] for number in group])
+  return [{'run': member.name, **json.loads(_result(folder, member).read_text())} for member in everyone]
+
+
+def end(folder: Path, member: Member, summary: dict[str, Any]) -> None:
+  """Keeps what a run came to; it will not be trained again."""
+  runs.write_json(_result(folder, member), {'method': member.method, 'seed': member.seed, **member.varied, **summary})
+
+
+def _result(folder: Path, member: Member) -> Path:
+  return folder / member.name / 'result.json'
+
+
+def groups(saved: list[list[int]], size: int | None) -> list[list[int]]:
+  """Which runs to train together, by number: at most `size`, all of which can go on from the same step.
+
+  A process may have been killed while it saved its runs: some are one interval ahead, and go back to where the others are.
+
+  Args:
+    saved: the steps after which each run was saved.
+  """
+  last = [steps[-1] if steps else 0 for steps in saved]
+  left, chosen = sorted(range(len(saved)), key=lambda number: (last[number], number)), []
+  while left:
+    common = last[left[0]]
+    fits = [n for n in left if last[n] == common or common in saved[n] or (common == 0 and len(saved[n]) == 1)]
+    fits = sorted(fits)[:size]
+    chosen.append(fits)
+    left = [number for number in left if number not in fits]
+  return chosen
+
+
+def chunks(number: int, size: int) -> list[np.ndarray]:
+  """0..N-1 cut into parts of at most `size`, 0 for all, of as few lengths as can be: each length is a program to compile."""
+  return np.array_split(np.arange(number), -(-number // size) if size else 1)
+
+
+class Population:
+  """Runs of one method and the program that trains them. What is a list here has an entry for each.
+
+  A run by itself is not stacked: its program is the plain one.
+
+  Attributes:
+    members: the runs.
+    runs: their folders.
+    source: what all batches are read from, on the device or on each of them.
+    end_epoch: as the trainer's, of what is stacked.
+  """
+
+  def __init__(
+    self,
+    trainer: fptt_jax.Trainer,
+    read: Callable[[Any, Any], fptt_jax.Batch],
+    source: Any,
+    members: list[Member],
+    folder: Path,
+    meshes: recipe.Meshes,
+  ):
+    self.members = members
+    self.runs = [runs.Run(folder / member.name) for member in members]
+    self._alone = len(members) == 1
+    self._trainer, self._read, self._mesh = trainer, read, meshes.members
+    many = trainer if self._alone else fptt_jax.population(trainer, own_batches=True, mesh=meshes.members)
+    self._steps = fptt_jax.scan_steps(many, read if self._alone else jax.vmap(read, in_axes=(None, 0)))
+    self.end_epoch = many.end_epoch
+    mesh = meshes.batch or meshes.members
+    self.source = source if mesh is None else jax.device_put(source, NamedSharding(mesh, PartitionSpec()))
+
+  def start(
+    self, keys: list[jax.Array], items: list[Any], extend: Callable[[fptt_jax.TrainState], Any] = lambda state: state
+  ) -> tuple[int, Any, list[dict[str, Any]]]:
+    """(step, carry, records) that all go on from.
+
+    Args:
+      keys: each run's PRNG key.
+      items: an item of each run, for the shapes.
+      extend: (state) -> what is carried and saved.
+    """
+    saved = [runs.saved_steps(run.folder) for run in self.runs]
+    step = min(steps[-1] if steps else 0 for steps in saved)
+    carries, records = [], []
+    for member, run, key, item in zip(self.members, self.runs, keys, items, strict=True):
+      state = self._trainer.init(key, self._read(self.source, item))
+      settings = {recipe.HYPERPARAMETERS[name]: jax.numpy.asarray(value, np.float32) for name, value in member.varied.items()}
+      if settings:
+        state = state._replace(opt_state=optax.tree.set(state.opt_state, **settings))
+      carry, record = run.restore(step, extend(state))
+      carries.append(carry)
+      records.append(record)
+    return step, self.stack(carries), records
+
+  def steps(self, state: fptt_jax.TrainState, items: list[Any]) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
+    """N steps of each run, one program: items with a leading axis of length N; metrics have leading axes [N, R]."""
+    together = items[0] if self._alone else jax.tree.map(lambda *leaves: jax.numpy.stack(leaves, 1), *items)
+    state, metrics = self._steps(state, self.source, together)
+    return state, jax.tree.map(lambda leaf: leaf[:, None], metrics) if self._alone else metrics
+
+  def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of one run's arrays as one of what is stacked."""
+    return function if self._alone else jax.vmap(function)
+
+  def pack(self, values: list[Any], dtype: Any) -> jax.Array:
+    """One number for each run as an array [R], or a scalar of a run by itself."""
+    return jax.numpy.asarray(values[0] if self._alone else values, dtype)
+
+  def stack(self, trees: list[Any]) -> Any:
+    """What the program takes of what each run has."""
+    if self._alone:
+      return trees[0]
+    stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *trees)
+    return stacked if self._mesh is None else jax.device_put(stacked, NamedSharding(self._mesh, PartitionSpec('devices')))
+
+  def unstack(self, tree: Any) -> list[Any]:
+    """What each run has of what the program gives."""
+    if self._alone:
+      return [tree]
+    tree = jax.device_put(tree, jax.local_devices()[0])
+    return [jax.tree.map(lambda leaf, number=number: leaf[number], tree) for number in range(len(self.members))]
+
+  def save(self, step: int, carry: Any, records: dict[int, dict[str, Any]]) -> None:
+    """Saves the runs that have a record, by number, in the background: none before all have been saved the last time."""
+    for run in self.runs:
+      run.wait()
+    for number, member_carry in enumerate(self.unstack(carry)):
+      if number in records:
+        self.runs[number].save(step, member_carry, **records[number])
+
+  def close(self) -> None:
+    """Waits for the last checkpoints; nothing more is saved."""
+    for run in self.runs:
+      run.close()

@@ -1,0 +1,188 @@
+"""Runs side by side: the same numbers and files as one by one, whatever becomes of one of them."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from interruption import interrupted_at
+import jax
+import numpy as np
+import pytest
+from test_images import make_config
+
+from experiments import add_task, images, language_model, members, recipe, runs
+
+TINY = dict(seq_len=12, hidden=4, batch_size=8, batches=6, eval_every=2, test_size=16, num_windows=3)
+
+
+def read(folder: Path, name: str) -> list[dict[str, Any]]:
+  """A run's metrics without the clock's."""
+  return [{**row, 'seconds': 0} for row in runs.read_jsonl(folder / name / 'metrics.jsonl')]
+
+
+def assert_same_runs(a: Path, b: Path, names: list[str], tolerance: float) -> None:
+  """Metrics and results agree."""
+  for name in names:
+    rows = [read(folder, name) for folder in (a, b)]
+    assert [row['step'] for row in rows[0]] == [row['step'] for row in rows[1]]
+    results = [json.loads((folder / name / 'result.json').read_text()) | {'seconds': 0} for folder in (a, b)]
+    for got, expected in [*zip(*rows, strict=True), results]:
+      assert got.keys() == expected.keys()
+      numbers = [key for key, value in expected.items() if isinstance(value, int | float)]
+      np.testing.assert_allclose([got[key] for key in numbers], [expected[key] for key in numbers], rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_seeds_and_grid_side_by_side(tmp_path: Path, devices: int) -> None:
+  """Four runs of two seeds and two rates are what they are one by one; each has its folder; 'run' in the summaries names it."""
+  settings = dict(method=('fptt',), seeds=(3, 5), grid=('lr=0.1:0.01', 'alpha=0.5'), optimizer='sgd', decay=True)
+  one = add_task.Config(population=1, devices=1, **settings, **TINY)
+  many = add_task.Config(population=4, devices=devices, **settings, **TINY)
+  _, expected = add_task.run(one, str(tmp_path / 'one'))
+  _, summaries = add_task.run(many, str(tmp_path / 'many'))
+  names = [f'fptt-seed{seed}-lr{lr}-alpha0.5' for lr in ('0.1', '0.01') for seed in (3, 5)]
+  assert [summary['run'] for summary in summaries] == [summary['run'] for summary in expected] == names
+  assert [(summary['lr'], summary['seed']) for summary in summaries] == [(0.1, 3), (0.1, 5), (0.01, 3), (0.01, 5)]
+  assert_same_runs(tmp_path / 'many', tmp_path / 'one', names, 1e-4)
+  assert len({summary['test_mse'] for summary in summaries}) == 4
+
+
+def test_epochs_side_by_side(tmp_path: Path) -> None:
+  """Each run has its own order of the images, its own plateaus of the learning rate, its own best epoch; the last chunk of an epoch
+  is shorter."""
+  settings = dict(method=('fptt',), seeds=(0, 1, 2), epochs=4, plateau_factor=3.0, lr=0.1, optimizer='sgd', chunk=2, devices=1)
+  one, many = (make_config(tmp_path, population=size, **settings) for size in (1, 3))
+  images.run(one, str(tmp_path / 'one'))
+  images.run(many, str(tmp_path / 'many'))
+  assert_same_runs(tmp_path / 'many', tmp_path / 'one', [f'fptt-seed{seed}' for seed in range(3)], 1e-3)
+
+
+def test_averaging_starts_for_each_by_itself(tmp_path: Path) -> None:
+  """Averaged weights, which some of the runs begin to take while others do not yet."""
+  settings = dict(method=('tbptt',), seeds=(0, 1, 2), epochs=5, lr=1.0, optimizer='sgd', average_after=1, devices=1)
+  one, many = (make_config(tmp_path, population=size, **settings) for size in (1, 3))
+  images.run(one, str(tmp_path / 'one'))
+  images.run(many, str(tmp_path / 'many'))
+  assert_same_runs(tmp_path / 'many', tmp_path / 'one', [f'tbptt-seed{seed}' for seed in range(3)], 1e-3)
+
+
+def test_one_diverges_and_one_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """The others go on to the end; what became of each is said and kept, the best weights of the one that stopped included."""
+  settings = dict(method=('tbptt',), optimizer='sgd', momentum=0.9, epochs=3, devices=1, milestones=(1,), min_lr=0.005)
+  config = make_config(tmp_path, grid=('lr=0.1:3e38:0.01',), population=3, **settings)
+  _, summaries = images.run(config, str(tmp_path / 'run'))
+  assert [summary['epochs'] for summary in summaries] == [3, 1, 1]
+  assert [summary['test_accuracy'] is None for summary in summaries] == [False, True, False]
+  assert 'lr 3e+38  epoch   1  diverged' in capsys.readouterr().out
+  assert [len(read(tmp_path / 'run', summary['run'])) for summary in summaries] == [3, 1, 1]
+
+
+@pytest.mark.parametrize('chunk', [1, 0])
+def test_chunks_change_nothing(tmp_path: Path, chunk: int) -> None:
+  """Batches one by one, or all of an interval in one program: the same run, which may even go on the other way."""
+  config = add_task.Config(method=('bptt',), optimizer='sgd', chunk=chunk, **TINY)
+  add_task.run(dataclasses.replace(config, chunk=2), str(tmp_path / 'whole'))
+  with interrupted_at(4):
+    add_task.run(dataclasses.replace(config, chunk=2), str(tmp_path / 'cut'))
+  add_task.run(config, str(tmp_path / 'cut'))
+  assert_same_runs(tmp_path / 'cut', tmp_path / 'whole', ['bptt-seed0'], 1e-6)
+
+
+def test_interrupted_while_the_runs_are_saved(tmp_path: Path) -> None:
+  """Stopped when one of three has been saved and the others have not: it goes back to them, and all end as if never stopped."""
+  config = add_task.Config(method=('fptt',), seeds=(0, 1, 2), population=3, devices=1, optimizer='sgd', **TINY)
+  add_task.run(config, str(tmp_path / 'whole'))
+  with interrupted_at(4, times=2):
+    add_task.run(config, str(tmp_path / 'cut'))
+  assert [runs.saved_steps(tmp_path / 'cut' / f'fptt-seed{seed}') for seed in range(3)] == [[2, 4], [2], [2]]
+  add_task.run(config, str(tmp_path / 'cut'))
+  for seed in range(3):
+    assert read(tmp_path / 'cut', f'fptt-seed{seed}') == read(tmp_path / 'whole', f'fptt-seed{seed}')
+    final = [jax.tree.leaves(restored(tmp_path / name, config, seed)) for name in ('whole', 'cut')]
+    for a, b in zip(*final, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def restored(folder: Path, config: add_task.Config, seed: int) -> Any:
+  """The weights of a run's last checkpoint."""
+  run = runs.Run(folder / f'fptt-seed{seed}')
+  loss = add_task.fptt_jax.losses.terminal_regression()
+  trainer = recipe.make_trainer(config, 'fptt', add_task.make_model(config), loss, 12, decay=lambda count: 1.0)
+  state = trainer.init(jax.random.key(0), add_task.draw_batch(jax.random.key(0), 12, 8))
+  state, _ = run.restore(runs.saved_steps(run.folder)[-1], state)
+  run.close()
+  return state.params
+
+
+def test_more_seeds_join(tmp_path: Path) -> None:
+  """What has ended is not trained again; new seeds and values are."""
+  config = add_task.Config(method=('bptt',), seeds=(0, 1), population=2, devices=1, **TINY)
+  add_task.run(config, str(tmp_path))
+  before = (tmp_path / 'bptt-seed0' / 'metrics.jsonl').read_text()
+  _, summaries = add_task.run(dataclasses.replace(config, seeds=(0, 1, 2, 7)), str(tmp_path))
+  assert [summary['seed'] for summary in summaries] == [0, 1, 2, 7]
+  assert (tmp_path / 'bptt-seed0' / 'metrics.jsonl').read_text() == before
+
+
+@pytest.mark.parametrize(
+  ('saved', 'size', 'expected'),
+  [
+    ([[], [], []], None, [[0, 1, 2]]),
+    ([[], [], []], 2, [[0, 1], [2]]),
+    ([[2, 4], [2], [2]], None, [[0, 1, 2]]),
+    ([[2], [], []], None, [[0, 1, 2]]),
+    ([[6, 8], [], []], None, [[1, 2], [0]]),  # Too far ahead to go back.
+    ([[2, 4], [2, 4], [4, 6], [8, 10]], None, [[0, 1, 2], [3]]),
+    ([[2], []], 1, [[0], [1]]),
+  ],
+)
+def test_groups(saved: list[list[int]], size: int | None, expected: list[list[int]]) -> None:
+  """All of a group can go on from the same step; none goes back further than what is saved."""
+  assert members.groups(saved, size) == expected
+
+
+@pytest.mark.parametrize(
+  ('number', 'size', 'lengths'), [(10, 4, {3, 4}), (10, 5, {5}), (3, 25, {3}), (7, 0, {7}), (429, 25, {23, 24})]
+)
+def test_chunks(number: int, size: int, lengths: set[int]) -> None:
+  """In order, all, none too long, of two lengths at most."""
+  parts = members.chunks(number, size)
+  np.testing.assert_array_equal(np.concatenate(parts), np.arange(number))
+  assert {len(part) for part in parts} == lengths
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (dict(grid=('lr',)), r"--grid must be NAME=VALUE:VALUE with names out of lr, alpha, beta, kappa, clip, got 'lr'\."),
+    (dict(grid=('lr=a:b',)), r"--grid must be NAME=VALUE:VALUE with names out of .*, got 'lr=a:b'\."),
+    (dict(grid=('hidden=1:2',)), r"--grid must be NAME=VALUE:VALUE with names out of .*, got 'hidden=1:2'\."),
+    (dict(grid=('lr=1:1',)), r"--grid must be of values different from each other, got 'lr=1:1'\."),
+    (dict(grid=('lr=1', 'lr=2')), r'--grid must be of names given once each'),
+    (dict(grid=('lr=-1:1',)), r'--lr must be a finite number > 0, got -1\.0\.'),
+    (dict(grid=('clip=0:1',)), r'--grid must be of values > 0: whether to clip is not for a grid'),
+    (dict(grid=('alpha=1:2',), method=('tbptt',)), r'--grid must be without alpha, which tbptt does not have'),
+    (dict(population=-1), r'--population must be an integer >= 0, got -1\.'),
+    (dict(chunk=-1), r'--chunk must be an integer >= 0, got -1\.'),
+  ],
+)
+def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
+  """What was got and what was expected."""
+  with pytest.raises(ValueError, match=message):
+    recipe.Recipe(**settings)
+
+
+def test_how_many_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+  """On a CPU small networks only, on an accelerator all, or as told."""
+  sizes = lambda **settings: [recipe.population_size(recipe.Recipe(**settings), *shape) for shape in ((8, 16), (128, 128))]
+  assert sizes() == [None, 1]
+  assert sizes(population=3) == [3, 3]
+  monkeypatch.setattr(recipe, 'is_cpu', lambda: False)
+  assert sizes() == [None, None]
+
+
+def test_populations_that_cannot_be() -> None:
+  """Batches of random lengths differ from seed to seed."""
+  with pytest.raises(ValueError, match='--population must be 0 or 1 with --random_lengths'):
+    language_model.Config(**{'task': 'ptb_w', 'population': 2, **language_model.TASKS['ptb_w']})
