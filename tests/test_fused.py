@@ -134,10 +134,11 @@ def test_plain_scan_can_be_differentiated_forward():
 
 
 @pytest.mark.parametrize(
-  ('num_steps', 'batch_size', 'expected'), [(28, 128, 1), (28, 64, 1), (28, 32, 2), (28, 8, 14), (28, 1, 28), (7, 16, 7), (1, 1, 1)]
+  ('num_steps', 'batch_size', 'expected'),
+  [(28, 128, 1), (28, 64, 2), (28, 32, 4), (28, 8, 28), (28, 1, 28), (7, 64, 7), (7, 16, 7), (1, 1, 1), (53, 64, 1), (997, 8, 997)],
 )
 def test_steps_at_once(num_steps, batch_size, expected):
-  """The least divisor of S that makes 64 rows, all of S at most."""
+  """The least divisor of S that makes 128 rows and no more than 1024, else the least that makes 64, all of S at most."""
   assert steps_at_once(num_steps, batch_size) == expected
 
 
@@ -156,13 +157,13 @@ def test_lstm_keeps_eight_numbers_a_unit_and_step():
   assert (large - small) / (32 * 64 * 128 * 4) <= 8.05
 
 
-def test_backward_steps_have_two_products():
-  """The compiled loops over steps multiply matrices once, forward, and twice, backward: for dh and for the weights."""
+def test_products_in_the_compiled_loops():
+  """Matrices are multiplied once a step forward, once a step backward, for dh, and once each two steps for the weights."""
   text = compiled_step(56, 2).as_text()
   bodies = re.findall(r'^%?[\w.-]+ \(.*?^}', text, re.M | re.S)
   products = {body.split(' ', 1)[0]: len(re.findall(r'= \S+ dot\(', body)) for body in bodies}
   calls = {body.split(' ', 1)[0]: re.findall(r'calls=(%?[\w.-]+)', body) for body in bodies}
   loops = re.findall(r'body=(%?[\w.-]+)', text)
   counts = sorted(products[name] + sum(products.get(called, 0) for called in calls[name]) for name in loops)
-  assert counts[:2] == [1, 2]  # The third is the loop over windows, with the readout's.
+  assert counts[:3] == [1, 1, 1]  # The fourth is the loop over windows, with the readout's.
   assert len(counts) == 3
