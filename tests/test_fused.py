@@ -166,4 +166,4 @@ def test_products_in_the_compiled_loops():
   loops = re.findall(r'body=(%?[\w.-]+)', text)
   counts = sorted(products[name] + sum(products.get(called, 0) for called in calls[name]) for name in loops)
   assert counts[:3] == [1, 1, 1]  # The fourth is the loop over windows, with the readout's.
-  assert len(counts) == 3
+  assert len(counts) == 4
