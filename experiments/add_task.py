@@ -78,7 +78,8 @@ def train(config: Config, chosen: list[Member], folder: Path) -> None:
   method = chosen[0].method
   num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
   decay = optax.cosine_decay_schedule(1.0, config.batches * updates) if config.decay else None
-  loss, meshes = fptt_jax.losses.terminal_regression(), recipe.choose_meshes(config, config.batch_size, config.hidden, len(chosen))
+  loss, steps = fptt_jax.losses.terminal_regression(), recipe.window_steps(config, method, config.seq_len)
+  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, len(chosen))
   trainer = recipe.make_trainer(chosen[0].config, method, make_model(config), loss, config.seq_len, decay=decay, mesh=meshes.batch)
   keys = [jax.random.split(jax.random.key(member.seed), 3) for member in chosen]
   tests = [jax.jit(draw_batch, static_argnums=(1, 2))(test_key, config.seq_len, config.test_size) for _, _, test_key in keys]

@@ -3,10 +3,12 @@
     python -m experiments.benchmark
     python -m experiments.benchmark --part=rivals --cases=M28,tiny --rounds=20
 
-'rivals' times one training batch of each case by each system: all in this process, taking turns, after two calls to warm up;
-minimum and median over the rounds. PyTorch runs with one thread and with as many as there are cores, and the better of the two
-counts. A matrix product timed in each round tells whether the machine was quiet. 'growth' measures time against T, K, H and B, the
-time of an update in steps (C), compile times and the memory a step needs beside its arguments. All in float32.
+It runs on whatever JAX finds; on a GPU PyTorch runs there too, also as a CUDA graph. 'rivals' times one training batch of each case
+by each system: all in this process, taking turns, after two calls to warm up; minimum and median over the rounds. On a CPU PyTorch
+runs with one thread and with as many as there are cores, and the better of the two counts. A matrix product timed in each round
+tells whether the machine was quiet. 'growth' measures time against T, K, H and B, the time of an update in steps (C), compile
+times and the memory a step needs beside its arguments. 'population' times R members side by side. All in float32, products on a GPU
+too unless --precision says otherwise.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +46,12 @@ CASES = {
     Case('smoke', 12, 3, 4, 1, 4),
   )
 }
+POPULATION_CASES = ('M28', 'add', 'tiny', 'smoke')
+POPULATION_SIZES = (1, 2, 4, 8, 16, 32)
 DEFAULT_CASES = tuple(name for name in CASES if name != 'smoke')
+MANY = 4
+MANY_NAME = f'ours, {MANY} batches a program'
+"""Where more than one batch is timed by a call; the times are of one."""
 PAUSE = 0.3
 """Seconds before each call: OpenMP's threads, which PyTorch uses, go on spinning for a while after their work, on cores that the
 next system would need."""
@@ -56,9 +63,10 @@ QUIET = 1.2
 class Config:
   """What to measure."""
 
-  part: str = option('all', "'rivals', 'growth' or both", ('all', 'rivals', 'growth'))
+  part: str = option('all', 'what to measure', ('all', 'rivals', 'growth', 'population'))
   cases: tuple[str, ...] = option(DEFAULT_CASES, 'cases of rivals')
   rounds: int = option(9, 'timed calls of each program')
+  precision: str = option('float32', "of matrix products on a GPU, ours and the others'", ('float32', 'tensorfloat32'))
   workdir: str = option('', 'folder; default runs/benchmark-TIME')
 
   def __post_init__(self) -> None:
@@ -89,24 +97,44 @@ def trained(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None) -> Cal
   return step
 
 
+def many_trained(case: Case, mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
+  """Steps of the trainer, `MANY` a program, all on one batch."""
+  trainer = make_trainer(case, lstm_cell(case), mesh)
+  run = fptt_jax.scan_steps(trainer, lambda batch, _: batch)
+  state = [trainer.init(jax.random.key(0), fptt_jax.Batch(*rivals.draw(case)))]
+
+  def step(inputs: np.ndarray, targets: np.ndarray) -> Any:
+    state[0], metrics = run(state[0], fptt_jax.Batch(inputs, targets), np.arange(MANY))
+    return jax.block_until_ready(metrics.loss)
+
+  return step
+
+
 def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
   """What is timed, by name; each is a function that makes the step."""
-  mesh = recipe.choose_meshes(recipe.Recipe(), case.batch_size, case.hidden, 1).batch
+  mesh = recipe.choose_meshes(recipe.Recipe(), case.batch_size, case.hidden, case.size).batch
   found: dict[str, Callable[[], Callable[..., Any]]] = {'ours': lambda: trained(case, lstm_cell(case), mesh)}
   if mesh is not None:
     found['ours, one device'] = lambda: trained(case, lstm_cell(case))
+  found[MANY_NAME] = lambda: many_trained(case, mesh)
   found['flax, one jit'] = lambda: trained(case, rivals.flax_cell(case))
   found['flax, a loop'] = lambda: rivals.flax_loop(case)
   if importlib.util.find_spec('torch'):
-    for threads in sorted({1, os.cpu_count() or 1}):
-      for name, optimised in (('plain', False), ('optimised', True)):
-        found[f'PyTorch {name}, threads {threads}'] = lambda o=optimised, n=threads: with_threads(rivals.torch_loop(case, o), n)
+    on_cpu = recipe.is_cpu()
+    for kind in ('plain', 'optimised') if on_cpu else ('plain', 'optimised', 'graph'):
+      for threads in sorted({1, os.cpu_count() or 1}) if on_cpu else (os.cpu_count() or 1,):
+        make = lambda kind=kind: rivals.torch_loop(case, kind, device='cpu' if on_cpu else 'cuda')
+        found[f'PyTorch {kind}, threads {threads}'] = lambda make=make, threads=threads: with_threads(make(), threads)
   return found
 
 
 def with_threads(step: Callable[..., Any], threads: int) -> Callable[..., Any]:
-  """Sets PyTorch's threads before each call."""
+  """Sets PyTorch's threads before each call, and its precision on a GPU to JAX's."""
   import torch
+
+  if not recipe.is_cpu():
+    exact = jax.config.jax_default_matmul_precision == 'float32'
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
 
   def run(*data: np.ndarray) -> Any:
     torch.set_num_threads(threads)
@@ -131,7 +159,7 @@ def measure_rivals(config: Config) -> Iterator[list[dict[str, Any]]]:
       product.append(timed(np.matmul, matrix, matrix))
       for name, step in steps.items():
         time.sleep(PAUSE)
-        seconds[name].append(timed(step, *data))
+        seconds[name].append(timed(step, *data) / (MANY if name == MANY_NAME else 1))
       time.sleep(PAUSE)
     disturbed = sum(value > QUIET * min(product) for value in product)
     found = [{'case': case.name, 'system': name, **milliseconds(times)} for name, times in best_threads(seconds).items()]
@@ -203,6 +231,40 @@ def measure_programs(cases: list[tuple[int, Case]], rounds: int) -> list[dict[st
   return [row | milliseconds(times[1:]) for *_, row, times in programs]
 
 
+def measure_population(config: Config) -> list[dict[str, Any]]:
+  """Time of a step of R members of a case, each with a batch of its own, and how many times the throughput of one that is."""
+  rows = []
+  for case in (CASES[name] for name in config.cases if name in POPULATION_CASES):
+    one = make_trainer(case, lstm_cell(case))
+    programs = []
+    for size in POPULATION_SIZES if case.name != 'smoke' else (1, 2):
+      meshes = recipe.choose_meshes(recipe.Recipe(), case.batch_size, case.hidden, case.size, size)
+      trainer = fptt_jax.population(one, own_batches=True, mesh=meshes.members)
+      batch = jax.tree.map(lambda leaf, size=size: np.stack([leaf] * size), fptt_jax.Batch(*rivals.draw(case)))
+      compiled, state, _ = cost.compile_step(trainer, batch, jax.random.split(jax.random.key(0), size))
+      programs.append([size, compiled, state, batch, []])
+    for _ in range(config.rounds + 1):
+      for program in programs:
+        seconds, program[2], _ = cost.timed_step(program[1], *program[2:4])
+        program[4].append(seconds)
+    found = [{'case': case.name, 'R': size, **milliseconds(times[1:])} for size, *_, times in programs]
+    rows += [row | {'throughput': row['R'] * found[0]['median_ms'] / row['median_ms']} for row in found]
+  return rows
+
+
+def plot_population(path: Path, rows: list[dict[str, Any]]) -> None:
+  """Throughput against R."""
+  figure = Figure(figsize=(6, 4.5), layout='constrained')
+  axes = figure.subplots()
+  for case in dict.fromkeys(row['case'] for row in rows):
+    chosen = [row for row in rows if row['case'] == case]
+    axes.plot([row['R'] for row in chosen], [row['throughput'] for row in chosen], marker='o', label=case)
+  axes.set(xlabel='R, members side by side', ylabel='throughput / that of one alone', xscale='log', yscale='log')
+  axes.grid(alpha=0.3, which='both')
+  axes.legend()
+  figure.savefig(path, dpi=120)
+
+
 def update_steps(rows: list[dict[str, Any]], num_steps: int) -> float:
   """C, the time of one update in steps: the slope of the time over K > 1 by the time of a step. (K = 1 uses the caches less.)"""
   windows, times = np.array([(row['value'], row['median_ms']) for row in rows if row['value'] > 1]).T
@@ -245,23 +307,35 @@ def plot_growth(path: Path, growth: dict[str, list[dict[str, Any]]]) -> None:
 def main(config: Config) -> None:
   """Measures, prints tables, writes JSON and plots."""
   folder = runs.make_folder(config.workdir or f'runs/benchmark-{time.strftime("%Y%m%d-%H%M%S")}')
-  about = {**runs.machine(), 'threads': os.cpu_count(), 'precision': 'float32', 'rounds': config.rounds}
-  if config.part != 'growth':
-    for rows in measure_rivals(config):  # After each case: what was measured is not lost.
-      runs.write_json(folder / 'rivals.json', about | {'lines': rows})
-      (folder / 'rivals.txt').write_text(tabulate(rows, 'keys', floatfmt='.3g') + '\n')
-      plot_rivals(folder / 'rivals.png', rows)
-    print((folder / 'rivals.txt').read_text())
-  if config.part != 'rivals':
-    cases = varied_cases(small='smoke' in config.cases)
-    growth = {name: measure_programs(chosen, config.rounds) for name, chosen in cases.items()}
-    constant = update_steps(growth['K'], cases['K'][0][1].num_steps)
-    for name, rows in growth.items():
-      print(tabulate([{name: row.pop('value'), **row} for row in map(dict, rows)], 'keys', floatfmt='.4g'))
-    print(f'C, the time of an update: {constant:.2f} steps')
-    runs.write_json(folder / 'growth.json', about | {'growth': growth, 'C': constant})
-    plot_growth(folder / 'growth.png', growth)
+  about = {**runs.machine(), 'threads': os.cpu_count(), 'precision': config.precision, 'rounds': config.rounds}
+  with jax.default_matmul_precision(config.precision):
+    if config.part in ('all', 'rivals'):
+      for rows in measure_rivals(config):  # After each case: what was measured is not lost.
+        keep(folder, 'rivals', about, rows)
+        plot_rivals(folder / 'rivals.png', rows)
+      print((folder / 'rivals.txt').read_text())
+    if config.part in ('all', 'population'):
+      rows = measure_population(config)
+      keep(folder, 'population', about, rows)
+      if rows:
+        plot_population(folder / 'population.png', rows)
+      print((folder / 'population.txt').read_text())
+    if config.part in ('all', 'growth'):
+      cases = varied_cases(small='smoke' in config.cases)
+      growth = {name: measure_programs(chosen, config.rounds) for name, chosen in cases.items()}
+      constant = update_steps(growth['K'], cases['K'][0][1].num_steps)
+      for name, rows in growth.items():
+        print(tabulate([{name: row.pop('value'), **row} for row in map(dict, rows)], 'keys', floatfmt='.4g'))
+      print(f'C, the time of an update: {constant:.2f} steps')
+      runs.write_json(folder / 'growth.json', about | {'growth': growth, 'C': constant})
+      plot_growth(folder / 'growth.png', growth)
   print(f'numbers, tables and plots are in {folder}')
+
+
+def keep(folder: Path, name: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+  """Writes rows as JSON and as a table."""
+  runs.write_json(folder / f'{name}.json', about | {'lines': rows})
+  (folder / f'{name}.txt').write_text(tabulate(rows, 'keys', floatfmt='.3g') + '\n')
 
 
 if __name__ == '__main__':

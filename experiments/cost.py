@@ -70,9 +70,11 @@ def measure(
   }
 
 
-def compile_step(trainer: fptt_jax.Trainer, batch: fptt_jax.Batch) -> tuple[Any, fptt_jax.TrainState, float]:
-  """(compiled step, a state of its own, seconds it took to compile)."""
-  state = trainer.init(jax.random.key(0), batch)
+def compile_step(
+  trainer: fptt_jax.Trainer, batch: fptt_jax.Batch, key: jax.Array | None = None
+) -> tuple[Any, fptt_jax.TrainState, float]:
+  """(compiled step, a state of its own, seconds it took to compile); `key` is what the state is drawn from."""
+  state = trainer.init(jax.random.key(0) if key is None else key, batch)
   start = time.perf_counter()
   compiled = trainer.step.lower(state, batch).compile()
   return compiled, state, time.perf_counter() - start

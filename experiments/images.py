@@ -175,7 +175,8 @@ def make_task(config: Config, sequences: Sequences, method: str, members: int) -
     sequences.num_classes, divergence=config.divergence, num_examples=size if by_example else None
   )
   model = make_model(config, num_steps, features, sequences.num_classes)
-  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, members)
+  steps = recipe.window_steps(config, method, num_steps)
+  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, members)
   wrap = epochs.averaging_wrapper(config)
   trainer = recipe.make_trainer(config, method, model, loss, num_steps, mesh=meshes.batch, wrap=wrap)
   updates = recipe.updates_a_sequence(config, method, num_steps)[1] // config.inner_steps

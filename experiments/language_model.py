@@ -251,7 +251,8 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
   """What the loop over epochs needs, for so many runs side by side."""
   model = make_model(config, len(text.vocabulary))
   loss = fptt_jax.losses.sequence_classification(len(text.vocabulary))
-  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, members)
+  steps = recipe.window_steps(config, method, config.padded_len)
+  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, members)
   wrap = epochs.averaging_wrapper(config)
   trainer = recipe.make_trainer(config, method, model, loss, config.padded_len, mesh=meshes.batch, carry_hidden=True, wrap=wrap)
   score = 'bpc' if config.by_characters else 'ppl'

@@ -222,8 +222,8 @@ class Meshes(NamedTuple):
   members: jax.sharding.Mesh | None
 
 
-def choose_meshes(recipe: Recipe, batch_size: int, hidden: int, members: int) -> Meshes:
-  """What to split: a batch where there is one member, else the members.
+def choose_meshes(recipe: Recipe, batch_size: int, hidden: int, steps: int, members: int = 1) -> Meshes:
+  """What to split: a batch where there is one member, else the members. `steps` are those of a window.
 
   Raises:
     UserError: more devices than there are, or a batch size or population that is no multiple of them.
@@ -234,7 +234,7 @@ def choose_meshes(recipe: Recipe, batch_size: int, hidden: int, members: int) ->
     checked(check, recipe.devices <= len(devices), 'devices', recipe.devices, f'at most the {len(devices)} there are')
     checked(check, number % recipe.devices == 0, 'devices', recipe.devices, f'a divisor of the {which}, {number}')
     devices = devices[: recipe.devices]
-  elif number % len(devices) or (members == 1 and is_cpu() and not pays_on_cpu(batch_size, hidden)):
+  elif number % len(devices) or (members == 1 and is_cpu() and not pays_on_cpu(batch_size, hidden, steps)):
     devices = devices[:1]
   mesh = jax.sharding.Mesh(devices, ('devices',)) if len(devices) > 1 else None
   return Meshes(mesh, None) if members == 1 else Meshes(None, mesh)
@@ -252,13 +252,19 @@ def is_cpu() -> bool:
   return jax.default_backend() == 'cpu'
 
 
-def pays_on_cpu(batch_size: int, hidden: int) -> bool:
+def pays_on_cpu(batch_size: int, hidden: int, steps: int) -> bool:
   """Whether half a batch on each of two cores is quicker than XLA's own use of both.
 
-  Seen for LSTMs of H = 128 and 256, B = 20 to 128; not at H = 1024, where each core would read all weights, nor at B = 8, H = 16,
-  where the devices mostly wait for each other.
+  Seen for LSTMs of H = 128 and 256, B = 20 to 128, windows of 7 steps and more; not at H = 1024, where each core would read all
+  weights, nor where the devices mostly wait for each other: B = 8, H = 16, or windows of one step.
   """
-  return hidden <= 512 and batch_size * hidden >= BUSY
+  return hidden <= 512 and batch_size * hidden >= BUSY and batch_size * hidden * steps >= 16 * BUSY
+
+
+def window_steps(recipe: Recipe, method: str, seq_len: int) -> int:
+  """S, the steps that an update looks at."""
+  _, updates = updates_a_sequence(recipe, method, seq_len)
+  return seq_len // (updates // recipe.inner_steps)
 
 
 def updates_a_sequence(recipe: Recipe, method: str, seq_len: int) -> tuple[int, int]:

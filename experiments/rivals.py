@@ -123,19 +123,22 @@ def flax_loop(case: Case, params: Any = None) -> Callable[..., Any]:
   return step
 
 
-def torch_loop(case: Case, optimised: bool, weights: Any = None) -> Callable[..., Any]:
-  """PyTorch: as people write it, or without a host's look at each loss, updates of all parameters at once and a fused Adam.
+def torch_loop(case: Case, kind: str, weights: Any = None, device: str = 'cpu') -> Callable[..., Any]:
+  """PyTorch.
 
   Args:
     case: what is trained.
-    optimised: see above.
+    kind: 'plain': as people write it; 'optimised': without a host's look at each loss, updates of all parameters at once and a
+      fused Adam; 'graph': as optimised, the whole batch captured as one CUDA graph and replayed.
     weights: parameters of `fptt_jax`'s model of the case to start from.
+    device: 'cpu' or 'cuda'; 'graph' needs the latter.
 
   Raises:
     ImportError: PyTorch is not installed.
   """
   import torch
 
+  optimised = kind != 'plain'
   embedding = torch.nn.Embedding(case.outputs, case.features) if case.words else torch.nn.Identity()
   lstm, readout = torch.nn.LSTM(case.features, case.hidden), torch.nn.Linear(case.hidden, case.outputs)
   parameters = [*embedding.parameters(), *lstm.parameters(), *readout.parameters()]
@@ -143,8 +146,10 @@ def torch_loop(case: Case, optimised: bool, weights: Any = None) -> Callable[...
     _load_torch(torch, weights, embedding, lstm, readout)
   lstm.bias_hh_l0.data.zero_()  # One bias, as there.
   lstm.bias_hh_l0.requires_grad_(False)
+  for module in (embedding, lstm, readout):
+    module.to(device)
   parameters = [parameter for parameter in parameters if parameter.requires_grad]
-  adam = torch.optim.Adam(parameters, LR, fused=True) if optimised else torch.optim.Adam(parameters, LR)
+  adam = torch.optim.Adam(parameters, LR, fused=True, capturable=kind == 'graph') if optimised else torch.optim.Adam(parameters, LR)
   summary = [parameter.detach().clone() for parameter in parameters]
   lam = [torch.zeros_like(parameter) for parameter in parameters]
 
@@ -179,10 +184,7 @@ def torch_loop(case: Case, optimised: bool, weights: Any = None) -> Callable[...
 
   update = update_all if optimised else update_each
 
-  def step(inputs: np.ndarray, targets: np.ndarray) -> list[float]:
-    x, labels = torch.from_numpy(inputs), torch.from_numpy(targets)
-    if labels.dtype == torch.int32:
-      labels = labels.long()
+  def windows(x: Any, labels: Any) -> list[Any]:
     hidden, values = None, []
     for start in range(0, case.num_steps, case.size):
       end = min(start + case.size, case.num_steps)
@@ -195,9 +197,41 @@ def torch_loop(case: Case, optimised: bool, weights: Any = None) -> Callable[...
       update()
       hidden = tuple(part.detach() for part in hidden)
       values.append(value.detach() if optimised else value.item())
-    return [float(value) for value in values]
+    return values
+
+  def tensors(inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
+    x, labels = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+    return x, labels.long() if labels.dtype == torch.int32 else labels
+
+  run = _captured(torch, windows, tensors(*draw(case))) if kind == 'graph' else windows
+
+  def step(inputs: np.ndarray, targets: np.ndarray) -> list[float]:
+    values = run(*tensors(inputs, targets))
+    return torch.stack(values).tolist() if optimised else values
 
   return step
+
+
+def _captured(torch: Any, function: Callable[..., list[Any]], example: tuple[Any, ...]) -> Callable[..., list[Any]]:
+  """A function of tensors as one CUDA graph. It is run a few times first, as capturing asks: what it trains has moved by then."""
+  places = [tensor.clone() for tensor in example]
+  stream = torch.cuda.Stream()
+  stream.wait_stream(torch.cuda.current_stream())
+  with torch.cuda.stream(stream):
+    for _ in range(3):
+      function(*places)
+  torch.cuda.current_stream().wait_stream(stream)
+  graph = torch.cuda.CUDAGraph()
+  with torch.cuda.graph(graph):
+    values = function(*places)
+
+  def run(*tensors: Any) -> list[Any]:
+    for place, tensor in zip(places, tensors, strict=True):
+      place.copy_(tensor)
+    graph.replay()
+    return values
+
+  return run
 
 
 def _load_torch(torch: Any, weights: Any, embedding: Any, lstm: Any, readout: Any) -> None:

@@ -30,25 +30,25 @@ def test_loop_over_windows_equals_the_trainer(case):
 
 
 @pytest.mark.skipif(importlib.util.find_spec('torch') is None, reason='needs PyTorch, which is not a dependency')
-@pytest.mark.parametrize('optimised', [False, True])
+@pytest.mark.parametrize('kind', ['plain', 'optimised'])
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
-def test_pytorch_equals_the_trainer(case, optimised):
+def test_pytorch_equals_the_trainer(case, kind):
   """From the same weights: losses of three batches agree to float32's rounding."""
   data, trainer = rivals.draw(case), benchmark.make_trainer(case, benchmark.lstm_cell(case))
   state = trainer.init(jax.random.key(0), fptt_jax.Batch(*data))
-  step = rivals.torch_loop(case, optimised, jax.tree.map(np.array, state.params))
+  step = rivals.torch_loop(case, kind, jax.tree.map(np.array, state.params))
   for _ in range(3):
     state, metrics = trainer.step(state, fptt_jax.Batch(*data))
     np.testing.assert_allclose(step(*data), metrics.loss, rtol=1e-5)
 
 
 def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
-  """Both parts at a toy's size: every system of the case has its row, and tables, JSON and plots are there."""
+  """All parts at a toy's size: every system of the case has its row, and tables, JSON and plots are there."""
   monkeypatch.setattr(benchmark, 'PAUSE', 0)
   benchmark.main(benchmark.Config(cases=('smoke',), rounds=2, workdir=str(tmp_path)))
   lines = json.loads((tmp_path / 'rivals.json').read_text())['lines']
   names = {line['system'].partition(', threads')[0] for line in lines}
-  assert {'ours', 'flax, one jit', 'flax, a loop'} <= names
+  assert {'ours', 'ours, 4 batches a program', 'flax, one jit', 'flax, a loop'} <= names
   assert all(0 < line['min_ms'] <= line['median_ms'] for line in lines)
   assert lines[0]['times_ours'] == 1
   growth = json.loads((tmp_path / 'growth.json').read_text())['growth']
@@ -58,7 +58,11 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
     'H': [4, 8],
     'B': [4, 8],
   }
-  assert all((tmp_path / name).stat().st_size > 5000 for name in ('rivals.png', 'growth.png'))
+  assert all((tmp_path / name).stat().st_size > 5000 for name in ('rivals.png', 'growth.png', 'population.png'))
+  members = json.loads((tmp_path / 'population.json').read_text())['lines']
+  assert [(row['case'], row['R']) for row in members] == [('smoke', 1), ('smoke', 2)]
+  assert members[0]['throughput'] == 1
+  assert all(row['throughput'] > 0 for row in members)
 
 
 def test_best_threads():

@@ -179,22 +179,23 @@ def test_evaluation_of_any_batch_size():
 
 
 @pytest.mark.parametrize(
-  ('options', 'batch_size', 'hidden', 'members', 'expected'),
+  ('options', 'batch_size', 'hidden', 'steps', 'members', 'expected'),
   [
-    ({}, 128, 128, 1, 8),  # Of 8 simulated cores.
-    ({}, 8, 16, 1, 1),
-    ({}, 64, 1024, 1, 1),
-    ({}, 100, 128, 1, 1),
-    ({'devices': 1}, 128, 128, 1, 1),
-    ({'devices': 2}, 8, 16, 1, 2),
-    ({}, 8, 16, 16, 8),
-    ({}, 128, 128, 3, 1),
-    ({'devices': 3}, 128, 128, 3, 3),
+    ({}, 128, 128, 7, 1, 8),  # Of 8 simulated cores.
+    ({}, 8, 16, 99, 1, 1),
+    ({}, 64, 1024, 9, 1, 1),
+    ({}, 100, 128, 7, 1, 1),
+    ({'devices': 1}, 128, 128, 7, 1, 1),
+    ({}, 128, 128, 1, 1, 1),
+    ({'devices': 2}, 8, 16, 1, 1, 2),
+    ({}, 8, 16, 1, 16, 8),
+    ({}, 128, 128, 7, 3, 1),
+    ({'devices': 3}, 128, 128, 7, 3, 3),
   ],
 )
-def test_scripts_choose_devices(options, batch_size, hidden, members, expected):
+def test_scripts_choose_devices(options, batch_size, hidden, steps, members, expected):
   """A batch is split where there is one run, else the runs are shared out."""
-  meshes = recipe.choose_meshes(recipe.Recipe(**options), batch_size, hidden, members)
+  meshes = recipe.choose_meshes(recipe.Recipe(**options), batch_size, hidden, steps, members)
   mesh, other = meshes if members == 1 else meshes[::-1]
   assert (1 if mesh is None else mesh.size) == expected
   assert other is None
@@ -210,7 +211,7 @@ def test_scripts_choose_devices(options, batch_size, hidden, members, expected):
 )
 def test_devices_that_do_not_fit_are_refused(devices, members, message):
   with pytest.raises(UserError, match=message):
-    recipe.choose_meshes(recipe.Recipe(devices=devices), 16, 128, members)
+    recipe.choose_meshes(recipe.Recipe(devices=devices), 16, 128, 7, members)
 
 
 def test_cpu_setup(monkeypatch):
