@@ -167,3 +167,13 @@ def test_products_in_the_compiled_loops():
   counts = sorted(products[name] + sum(products.get(called, 0) for called in calls[name]) for name in loops)
   assert counts[:3] == [1, 1, 1]  # The fourth is the loop over windows, with the readout's.
   assert len(counts) == 4
+
+
+def test_update_in_the_compiled_windows():
+  """The loop over windows copies none of the layer's parameters, and updates each in seven passes: the regularised gradient, clipped; Adam's two
+  moments; W, λ, W̄. (On a CPU a fusion writes one array. Two more prepare the window's weights and zero their gradient.)"""
+  text = compiled_step(56, 2).as_text()
+  bodies = {body.split(' ', 1)[0]: body for body in re.findall(r'^%?[\w.-]+ \(.*?^}', text, re.M | re.S)}
+  windows = max((bodies[name] for name in re.findall(r'body=(%?[\w.-]+)', text)), key=len)
+  assert not re.findall(r'= f32\[(?:128,512|1,512|512)\]\S* copy\(', windows)
+  assert len(re.findall(r'= f32\[128,512\]\S* fusion\(', windows)) <= 9
