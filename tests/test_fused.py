@@ -171,7 +171,8 @@ def test_products_in_the_compiled_loops():
 
 def test_update_in_the_compiled_windows():
   """The loop over windows copies none of the layer's parameters, and updates each in seven passes: the regularised gradient,
-  clipped; Adam's two moments; W, λ, W̄. (On a CPU a fusion writes one array. Two more prepare the window's weights and zero their gradient.)
+  clipped; Adam's two moments; W, λ, W̄. (On a CPU a fusion writes one array. Two more prepare the
+  window's weights and zero their gradient.)
   """
   text = compiled_step(56, 2).as_text()
   bodies = {body.split(' ', 1)[0]: body for body in re.findall(r'^%?[\w.-]+ \(.*?^}', text, re.M | re.S)}
