@@ -180,7 +180,7 @@ class IndRNN(Recurrent):
     *,
     max_weight: float | None = None,
     initial_range: tuple[float, float] = (0.0, 1.0),
-    fused: bool = True,
+    fused: bool | str = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -269,7 +269,7 @@ class LRU(Recurrent):
     r_min: float = 0.0,
     r_max: float = 1.0,
     max_phase: float = 2 * math.pi,
-    fused: bool = True,
+    fused: bool | str = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):

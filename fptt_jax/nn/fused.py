@@ -59,6 +59,18 @@ def x_gradient(weights: Weights, dz: jax.Array) -> jax.Array:
   return matmul(dz, weights[0].T)
 
 
+class Window(NamedTuple):
+  """All steps of a window at once, in place of scans of a cell's `forward` and `backward`. Masked steps leave the state as it is.
+
+  Attributes:
+    forward: (prepared, state, drive [S, B, G], mask [S, B] or None) -> (state, (y [S, B, ...], factors [S, B, ...])).
+    backward: (weights, factors, dy, mask, d_state) -> (d_state before the window, dz [S, B, ...], 0 at masked steps).
+  """
+
+  forward: Callable[[Any, State, jax.Array, jax.Array | None], tuple[State, tuple[Any, Any]]]
+  backward: Callable[[Weights, Any, Any, jax.Array | None, State], tuple[State, Any]]
+
+
 class FusedCell(NamedTuple):
   """One step of a recurrent layer, taken apart. Functions of arrays alone, all else is in `weights`.
 
@@ -70,6 +82,7 @@ class FusedCell(NamedTuple):
     drive: (prepared, x [..., B, D]) -> the inputs' part of the step [..., B, G].
     input_gradient: (weights, dz [..., G]) -> gradient of x.
     output: (state) -> y, a part of it: what the layer gives out, and the `previous` that `weight_gradient` is given.
+    window: what runs all steps, if not scans of `forward` and `backward`.
   """
 
   forward: Callable[[Any, State, jax.Array], tuple[State, tuple[jax.Array, ...]]]
@@ -79,6 +92,7 @@ class FusedCell(NamedTuple):
   drive: Callable[[Any, jax.Array], jax.Array] = affine_drive
   input_gradient: Callable[[Weights, Any], jax.Array] = x_gradient
   output: Callable[[State], Any] = lambda state: state
+  window: Window | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -116,6 +130,8 @@ def _forward(
 
   def chunk(state: State, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[State, tuple[Any, Any]]:
     x, mask = inputs
+    if cell.window is not None:
+      return cell.window.forward(prepared, state, cell.drive(prepared, x), mask)
     return jax.lax.scan(step, state, (x if few else cell.drive(prepared, x), mask))
 
   return chunk(state, (x, mask)) if few else _by_chunks(chunk, state, (x, mask), steps_at_once(*x.shape[:2]))
@@ -146,7 +162,10 @@ def _fused_backward(cell: FusedCell, residual: Any, gradient: tuple[State, Any])
   def chunk(carry: tuple[State, Weights], inputs: tuple[Any, ...]) -> tuple[Any, jax.Array]:
     d_state, d_weights = carry
     factors, dy, mask, previous, x = inputs
-    d_state, dz = jax.lax.scan(step, d_state, (factors, dy, mask), reverse=True)
+    if cell.window is not None:
+      d_state, dz = cell.window.backward(wide_weights, factors, dy, mask, d_state)
+    else:
+      d_state, dz = jax.lax.scan(step, d_state, (factors, dy, mask), reverse=True)
     rows = lambda array: array.reshape(-1, *array.shape[2:])
     gradient = cell.weight_gradient(jax.tree.map(rows, previous), rows(x), jax.tree.map(rows, dz))
     return (d_state, jax.tree.map(jnp.add, d_weights, gradient)), cell.input_gradient(weights, dz).astype(x.dtype)

@@ -7,13 +7,14 @@ and :func:`scan_steps` runs it: plain, and differentiable in every way. Layers t
 
 import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax.nn.fused import GRU_CELL, LSTM_CELL, RNN_CELL, FusedCell, antisymmetric_cell, fused_window
+from fptt_jax.nn.fused import GRU_CELL, LSTM_CELL, RNN_CELL, FusedCell, Window, antisymmetric_cell, fused_window
+from fptt_jax.nn.kernels import LSTM_WINDOW, check_lstm
 from fptt_jax.training import Penalised
 from fptt_jax.windows import take_steps
 
@@ -57,10 +58,19 @@ class Recurrent(nnx.Module):
 
   Attributes:
     fused: whether windows run taken apart, where the layer knows how (`taken_apart`): quicker and smaller, but differentiable only
-      once, in reverse. False: always the plain scan of `step`, which `jax.jvp` and second derivatives need.
+      once, in reverse. False: always the plain scan of `step`, which `jax.jvp` and second derivatives need. 'kernel': taken apart
+      too, all steps of a window in one CUDA kernel (:mod:`fptt_jax.nn.kernels`), where the layer has one: :class:`LSTM`, float32,
+      H 32, 64 or 128. It is never chosen unasked, because it has not run on a GPU yet, only in emulation.
+    window: the kernel, if the layer has one.
   """
 
-  def __init__(self, in_features: int, hidden_features: int, param_dtype: jax.typing.DTypeLike, fused: bool = True):
+  window: ClassVar[Window | None] = None
+
+  def __init__(self, in_features: int, hidden_features: int, param_dtype: jax.typing.DTypeLike, fused: bool | str = True):
+    if fused not in (True, False, 'kernel'):
+      raise ValueError(f"fused must be True, False or 'kernel', got {fused!r}.")
+    if fused == 'kernel' and self.window is None:
+      raise ValueError(f"fused='kernel' expected a layer that has a kernel, LSTM, got {type(self).__name__}.")
     for name, value in (('in_features', in_features), ('hidden_features', hidden_features)):
       if value < 1:
         raise ValueError(f'{name} must be at least 1, got {value}.')
@@ -93,7 +103,10 @@ class Recurrent(nnx.Module):
     """Runs a window; see the module's docstring. `key` is not used: these layers have no noise of their own."""
     x = self.checked(x)
     apart = self.taken_apart() if self.fused else None
-    return scan_steps(self.step(), state, x, mask) if apart is None else fused_window(*apart, state, x, mask)
+    if apart is None:
+      return scan_steps(self.step(), state, x, mask)
+    cell, weights = apart
+    return fused_window(cell._replace(window=self.window) if self.fused == 'kernel' else cell, weights, state, x, mask)
 
 
 class LSTM(Recurrent):
@@ -117,6 +130,8 @@ class LSTM(Recurrent):
     rngs: source of the initial parameters.
   """
 
+  window = LSTM_WINDOW
+
   def __init__(
     self,
     in_features: int,
@@ -124,11 +139,13 @@ class LSTM(Recurrent):
     *,
     init: str = 'torch',
     forget_bias: float | None = None,
-    fused: bool = True,
+    fused: bool | str = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     super().__init__(in_features, hidden_features, param_dtype, fused)
+    if fused == 'kernel':
+      check_lstm(hidden_features, param_dtype)
     w_x, w_h, biases = _gates(init, in_features, hidden_features, 4, param_dtype, rngs)
     bias = biases[0] + biases[1]
     if forget_bias is not None:
@@ -185,7 +202,7 @@ class GRU(Recurrent):
     *,
     init: str = 'torch',
     recurrent_bias: bool = True,
-    fused: bool = True,
+    fused: bool | str = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -227,7 +244,7 @@ class RNN(Recurrent):
     hidden_features: int,
     *,
     init: str = 'torch',
-    fused: bool = True,
+    fused: bool | str = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -279,7 +296,7 @@ class AntisymmetricRNN(Recurrent):
     epsilon: float = 0.01,
     gamma: float = 0.01,
     w_scale: float = 1.0,
-    fused: bool = True,
+    fused: bool | str = True,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
