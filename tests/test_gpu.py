@@ -2,12 +2,15 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import problems
 import pytest
 
 import fptt_jax
+from fptt_jax import nn
+from fptt_jax.nn import kernels
 
 
 def cuda_device() -> jax.Device:
@@ -38,3 +41,31 @@ def test_train_step_on_gpu_equals_cpu(method: str) -> None:
       assert next(iter(metrics.loss.devices())) == place
       results.append(jax.device_get((state.params, state.opt_state, metrics)))
   chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('members', [1, 3])
+@pytest.mark.parametrize('batch_size', [5, 128])
+@pytest.mark.parametrize('hidden', kernels.LSTM_SIZES)
+def test_kernel_on_gpu_equals_the_fused_scan(hidden: int, batch_size: int, members: int) -> None:
+  """Outputs, final state and all gradients of a ragged window of 28 steps, which rounding of float32 sums alone tells apart."""
+  device = cuda_device()
+  if not kernels.available():
+    pytest.skip('needs nvcc')
+  results = []
+  with jax.default_device(device), jax.default_matmul_precision('float32'):
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), (members, *shape))
+    mask = jax.random.bernoulli(jax.random.key(0), 0.7, (28, batch_size)).at[:, 0].set(False)
+    for fused in ('kernel', True):
+      run = nn.from_nnx(lambda rngs, fused=fused: nn.LSTM(3, hidden, fused=fused, rngs=rngs))
+
+      def total(params, state, x, weights, run=run):
+        end, y = run.apply(params, state, x, mask, None)
+        return jnp.sum(weights * jnp.where(mask[..., None], y, 0)) + sum(jnp.sum(jnp.sin(leaf)) for leaf in end), (end, y)
+
+      step = jax.jit(jax.vmap(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)))
+      params = jax.vmap(run.init)(jax.random.split(jax.random.key(1), members))
+      state = nn.LSTMState(draw(2, batch_size, hidden), draw(3, batch_size, hidden))
+      results.append(jax.device_get(step(params, state, draw(4, 28, batch_size, 3), draw(5, 28, batch_size, hidden))))
+  for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5 * max(1, np.abs(expected).max()))

@@ -91,30 +91,38 @@ def check_lstm(hidden_features: int, dtype: jax.typing.DTypeLike) -> None:
     raise TypeError(f"the LSTM's kernel expected float32, got {jnp.dtype(dtype).name}.")
 
 
-def _call(target: str, shapes: list[tuple[int, ...]], operands: list[jax.Array], mask: jax.Array | None) -> list[jax.Array]:
-  """Calls a kernel whose first result is of all steps, [S, B, ...], and which takes the mask last."""
-  for operand in operands:
-    check_lstm(shapes[-1][-1], operand.dtype)
+def _call(target: str, shapes: list[tuple[int, ...]], *operands: jax.Array) -> list[jax.Array]:
   backend = jax.default_backend()
   if backend == 'gpu':
     build('CUDA')
   elif backend not in _built:
     raise RuntimeError(f"fused='kernel' runs on NVIDIA GPUs, got the default backend {backend!r}; fused=True runs everywhere.")
-  mask = jnp.ones(shapes[0][:2], bool) if mask is None else mask
   results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  return list(jax.ffi.ffi_call(f'fptt_jax_{target}', results, vmap_method='broadcast_all')(*operands, mask))
+  return list(jax.ffi.ffi_call(f'fptt_jax_{target}', results, vmap_method='broadcast_all')(*operands))
+
+
+def _mask(mask: jax.Array | None, like: jax.Array) -> jax.Array:
+  return jnp.ones(like.shape[:2], bool) if mask is None else mask
 
 
 def _lstm_forward(weights: Any, state: Any, drive: jax.Array, mask: jax.Array | None) -> tuple[Any, tuple[Any, Any]]:
-  of_steps, of_state = (*drive.shape[:2], state.h.shape[-1]), state.h.shape
-  shapes = [of_steps, of_state, of_state] + NUM_FACTORS * [of_steps]
-  y, h, c, *factors = _call('lstm_forward', shapes, [drive, weights[1], *state], mask)
+  operands = {'drive': drive, 'w_h': weights[1], 'h': state.h, 'c': state.c, 'mask': _mask(mask, drive)}
+  (steps, batch, width), size = drive.shape, drive.shape[-1] // 4
+  shapes = {'drive': (steps, batch, width), 'w_h': (size, width), 'h': (batch, size), 'c': (batch, size), 'mask': (steps, batch)}
+  for name, operand in operands.items():  # A kernel reads what it believes to be there.
+    if operand.shape != shapes[name] or 0 in operand.shape:
+      raise ValueError(f"the LSTM's kernel expected {name} of shape {shapes[name]} and not empty, got {operand.shape}.")
+    if name != 'mask':
+      check_lstm(size, operand.dtype)
+  of_steps, of_state = (steps, batch, size), (batch, size)
+  y, h, c, *factors = _call('lstm_forward', [of_steps, of_state, of_state, *NUM_FACTORS * [of_steps]], *operands.values())
   return type(state)(h, c), (y, tuple(factors))
 
 
 def _lstm_backward(weights: Any, factors: Any, dy: jax.Array, mask: jax.Array | None, d_state: Any) -> tuple[Any, jax.Array]:
-  shapes = [(*dy.shape[:2], 4 * dy.shape[-1]), d_state.h.shape, d_state.h.shape]
-  dz, dh, dc = _call('lstm_backward', shapes, [*factors, dy, *d_state, weights[1]], mask)
+  steps, batch, size = dy.shape
+  shapes = [(steps, batch, 4 * size), (batch, size), (batch, size)]
+  dz, dh, dc = _call('lstm_backward', shapes, *factors, dy, *d_state, weights[1], _mask(mask, dy))
   return type(d_state)(dh, dc), dz
 
 

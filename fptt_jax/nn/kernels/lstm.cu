@@ -3,7 +3,8 @@
 // Legend: S steps, B batch, H hidden, R members of a population; gates in the order i, f, g, o. All arrays are row-major float32, the
 // mask bool.
 //
-// A block of 4H threads owns kRows rows of the batch of one member for the whole window, so blocks need not wait for each other. The
+// A block of 4H threads owns kRows rows of the batch of one member, 1 or 2, for the whole window, so blocks need not wait for each
+// other. One row is the quickest as long as every block has a multiprocessor for itself, two give more for the weights read. The
 // recurrent weights stay on the chip, each thread its H of them: what its registers do not hold is in shared memory, laid out such
 // that a warp's threads read one after the other. Threads that share a sum are neighbours in a warp and add up by shuffles. What is
 // handed to the next step goes through one of two buffers in shared memory in turn, so one barrier a step is enough: who writes to a
@@ -19,13 +20,14 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kRows = 2;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kNumFactors = 6;  // In the order i, f, g, o, c, step before: see _lstm_forward.
 
-// Of each thread's H weights those in registers: all that 128 registers a thread, the most there are for 512 threads, leave room for.
-template <int H>
-constexpr int kHeld = H < 128 ? H : 80;
+// Of each thread's H weights those in registers: what 128 registers a thread, the most there are for 512 threads, leave room for.
+template <int H, int kRows>
+constexpr int kHeldForward = H < 128 ? H : kRows == 1 ? 96 : 80;
+template <int H, int kRows>
+constexpr int kHeldBackward = H < 128 ? H : kRows == 1 ? 80 : 64;
 
 struct Shape {
   int num_steps, batch;
@@ -64,11 +66,11 @@ __device__ __forceinline__ float dot(const float4& a, const float4& b, float sum
   return sum + a.w * b.w;
 }
 
-// Four threads a unit: each sums a quarter of h w_h for all four gates, float4 (i, f, g, o), then has one of the gates, then both
-// rows' units are finished by one thread each.
-template <int H>
+// Four threads a unit: each sums a quarter of h w_h for all four gates, float4 (i, f, g, o), then has one of the gates. Then each row
+// is finished by 4 / kRows of them, of which one writes.
+template <int H, int kRows>
 __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
-  constexpr int kThreads = 4 * H, kChunks = H / 16, kHeldChunks = kHeld<H> / 16;
+  constexpr int kThreads = 4 * H, kChunks = H / 16, kHeldChunks = kHeldForward<H, kRows> / 16;
   SHARED_MEMORY(float4, shared);
   float4* const stored = shared;                                             // [kChunks - kHeldChunks, 4, kThreads]
   float4* const hidden = stored + (kChunks - kHeldChunks) * 4 * kThreads;    // [2, kRows, H / 4]
@@ -183,17 +185,17 @@ __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
   }
 }
 
-// Eight threads a pair of units: each sums an eighth of dz w_hᵀ for both units and both rows; two neighbours have the sum of one row
-// and unit, both go on with it, and each hands on two of its four gates' dz.
-template <int H>
+// Eight threads a pair of units: each sums an eighth of dz w_hᵀ for both units and all rows. Then kTwins of them have the sum of one
+// unit and row and go on with it, and each hands on kRows of its four gates' dz.
+template <int H, int kRows>
 __global__ void __launch_bounds__(4 * H) backward_window(const Backward window) {
-  constexpr int kThreads = 4 * H, kChunks = H / 8, kHeldChunks = kHeld<H> / 8;
-  static_assert(kRows == 2, "two rows and two units for the three bits of a thread's place among its eight, one left over");
+  constexpr int kThreads = 4 * H, kChunks = H / 8, kHeldChunks = kHeldBackward<H, kRows> / 8;
+  constexpr int kTwins = 4 / kRows;
   SHARED_MEMORY(float4, shared);
   float4* const stored = shared;                                             // [kChunks - kHeldChunks, 2, kThreads]
   float4* const handed = stored + (kChunks - kHeldChunks) * 2 * kThreads;    // [2, kRows, H]
   const int thread = threadIdx.x, part = thread % 8, pair = 2 * (thread / 8);
-  const int unit = pair + part / 4, row = part / 2 % 2, twin = part % 2;
+  const int unit = pair + part / 4, row = part / kTwins % kRows, twin = part % kTwins;
   const int num_steps = window.shape.num_steps, first = blockIdx.x * kRows;
   const int batch = window.shape.batch;
   const size_t member = blockIdx.y, step_rows = batch;
@@ -240,12 +242,14 @@ __global__ void __launch_bounds__(4 * H) backward_window(const Backward window) 
     if (real) dc = dc_inside * next_factors[5];
 
     float4* const now = handed + (step % 2) * kRows * H;
-    const float two[2] = {twin ? dz[2] : dz[0], twin ? dz[3] : dz[1]};
 #pragma unroll
-    for (int g = 0; g < 2; g++) {
-      const int at = (2 * twin + g) * H + unit;
-      reinterpret_cast<float*>(now)[row * 4 * H + at] = two[g];
-      if (there) window.dz[(first_row + step * step_rows) * 4 * H + at] = two[g];
+    for (int g = 0; g < kRows; g++) {
+      float own = dz[g];
+#pragma unroll
+      for (int other = 1; other < kTwins; other++) own = twin == other ? dz[other * kRows + g] : own;
+      const int at = (twin * kRows + g) * H + unit;
+      reinterpret_cast<float*>(now)[row * 4 * H + at] = own;
+      if (there) window.dz[(first_row + step * step_rows) * 4 * H + at] = own;
     }
     __syncthreads();
     fetch(step - 1);
@@ -265,11 +269,17 @@ __global__ void __launch_bounds__(4 * H) backward_window(const Backward window) 
       }
     }
 
-    // One unit, then one row, is kept, the others handed over.
-    const bool second = part & 4, odd = part & 2;
-    const float row_0 = (second ? sum[1][0] : sum[0][0]) + __shfl_xor_sync(kAll, second ? sum[0][0] : sum[1][0], 4);
-    const float row_1 = (second ? sum[1][1] : sum[0][1]) + __shfl_xor_sync(kAll, second ? sum[0][1] : sum[1][1], 4);
-    float before = (odd ? row_1 : row_0) + __shfl_xor_sync(kAll, odd ? row_0 : row_1, 2);
+    float of_unit[kRows], before;
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {  // One unit, then one row if there are two, is kept, the other handed over.
+      const bool second = part & 4;
+      of_unit[r] = (second ? sum[1][r] : sum[0][r]) + __shfl_xor_sync(kAll, second ? sum[0][r] : sum[1][r], 4);
+    }
+    if constexpr (kRows == 2) {
+      before = (row ? of_unit[1] : of_unit[0]) + __shfl_xor_sync(kAll, row ? of_unit[0] : of_unit[1], 2);
+    } else {
+      before = of_unit[0] + __shfl_xor_sync(kAll, of_unit[0], 2);
+    }
     before += __shfl_xor_sync(kAll, before, 1);
     if (real) dh = before;
   }
@@ -280,32 +290,38 @@ __global__ void __launch_bounds__(4 * H) backward_window(const Backward window) 
   }
 }
 
-template <int H>
+template <int H, int kRows>
 ffi::Error run(const Forward& window, dim3 grid, Stream stream) {
-  constexpr size_t kShared = sizeof(float) * ((H - kHeld<H>) * 4 * H + 2 * kRows * H);
-  return launch<Forward>(forward_window<H>, grid, 4 * H, kShared, stream, window);
+  constexpr size_t kShared = sizeof(float) * ((H - kHeldForward<H, kRows>) * 4 * H + 2 * kRows * H);
+  return launch<Forward>(forward_window<H, kRows>, grid, 4 * H, kShared, stream, window);
 }
 
-template <int H>
+template <int H, int kRows>
 ffi::Error run(const Backward& window, dim3 grid, Stream stream) {
-  constexpr size_t kShared = sizeof(float) * ((H - kHeld<H>) * 4 * H + 2 * kRows * 4 * H);
-  return launch<Backward>(backward_window<H>, grid, 4 * H, kShared, stream, window);
+  constexpr size_t kShared = sizeof(float) * ((H - kHeldBackward<H, kRows>) * 4 * H + 2 * kRows * 4 * H);
+  return launch<Backward>(backward_window<H, kRows>, grid, 4 * H, kShared, stream, window);
 }
 
-// A window [..., S, B, H] in which all leading axes are members.
+template <int H, typename Window>
+ffi::Error run_of_size(const Window& window, unsigned members, Stream stream) {
+  const unsigned batch = window.shape.batch;
+  if (size_t{members} * batch <= num_multiprocessors()) return run<H, 1>(window, dim3(batch, members), stream);
+  return run<H, 2>(window, dim3((batch + 1) / 2, members), stream);
+}
+
+// A window of steps [..., S, B, H] in which all leading axes are members.
 template <typename Window>
-ffi::Error run_of_size(Window window, const ffi::AnyBuffer::Dimensions& dimensions, Stream stream) {
-  const size_t rank = dimensions.size();
-  int64_t members = 1;
-  for (size_t axis = 0; axis + 3 < rank; axis++) members *= dimensions[axis];
-  window.shape = {static_cast<int>(dimensions[rank - 3]), static_cast<int>(dimensions[rank - 2])};
-  const dim3 grid((window.shape.batch + kRows - 1) / kRows, members);
-  switch (dimensions[rank - 1]) {
-    case 32: return run<32>(window, grid, stream);
-    case 64: return run<64>(window, grid, stream);
-    case 128: return run<128>(window, grid, stream);
+ffi::Error run(Window window, const ffi::AnyBuffer::Dimensions& steps, Stream stream) {
+  const size_t rank = steps.size();
+  unsigned members = 1;
+  for (size_t axis = 0; axis + 3 < rank; axis++) members *= static_cast<unsigned>(steps[axis]);
+  window.shape = {static_cast<int>(steps[rank - 3]), static_cast<int>(steps[rank - 2])};
+  switch (steps[rank - 1]) {
+    case 32: return run_of_size<32>(window, members, stream);
+    case 64: return run_of_size<64>(window, members, stream);
+    case 128: return run_of_size<128>(window, members, stream);
   }
-  return ffi::Error::InvalidArgument("no kernel for H = " + std::to_string(dimensions[rank - 1]));
+  return ffi::Error::InvalidArgument("no kernel for H = " + std::to_string(steps[rank - 1]));
 }
 
 using Array = ffi::Buffer<ffi::F32>;
@@ -326,7 +342,7 @@ ffi::Error forward(Stream stream, Array drive, Array w_h, Array h_0, Array c_0, 
       c_end->typed_data(),
       {to_i->typed_data(), to_f->typed_data(), to_g->typed_data(), to_o->typed_data(), to_c->typed_data(), f->typed_data()},
   };
-  return run_of_size(window, y->dimensions(), stream);
+  return run(window, y->dimensions(), stream);
 }
 
 ffi::Error backward(Stream stream, Array to_i, Array to_f, Array to_g, Array to_o, Array to_c, Array f, Array dy,
@@ -343,7 +359,7 @@ ffi::Error backward(Stream stream, Array to_i, Array to_f, Array to_g, Array to_
       dh_0->typed_data(),
       dc_0->typed_data(),
   };
-  return run_of_size(window, dy.dimensions(), stream);
+  return run(window, dy.dimensions(), stream);
 }
 
 }  // namespace

@@ -18,6 +18,12 @@ using StreamContext = xla::ffi::PlatformStream<cudaStream_t>;
 
 #define SHARED_MEMORY(type, name) extern __shared__ type name[]
 
+inline unsigned num_multiprocessors() {
+  int device = 0, number = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device);
+  return static_cast<unsigned>(number);
+}
+
 template <typename Arguments>
 xla::ffi::Error launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared_bytes, Stream stream, Arguments arguments) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -58,8 +64,9 @@ using StreamContext = xla::ffi::DeviceOrdinal;  // Something that every handler 
 
 namespace emulation {
 
-// A block's threads are fibers, run in turn from one barrier to the next: quick, and the same each time. All threads of a block have
-// to meet the same barriers, shuffles included, as these kernels' do.
+// A block's threads are fibers, run in turn from one barrier to the next: quick, and the same each time. A shuffle is a barrier of a
+// warp; so each warp runs from one __syncthreads to the next while those after it wait, and one too few shows. All threads have to
+// meet the same barriers and shuffles, as these kernels' do.
 struct Block {
   std::vector<ucontext_t> fibers;
   std::unique_ptr<float4[]> shared;
@@ -74,10 +81,12 @@ struct Block {
 
 inline thread_local Block* block = nullptr;
 
-inline void barrier() {
-  const unsigned from = block->current;
-  block->current = (from + 1) % block->fibers.size();
-  if (block->current != from) swapcontext(&block->fibers[from], &block->fibers[block->current]);
+constexpr unsigned kWarp = 32;
+
+inline void barrier(unsigned first, unsigned threads) {
+  const unsigned self = block->current;
+  block->current = first + (self - first + 1) % threads;
+  swapcontext(&block->fibers[self], &block->fibers[block->current]);
 }
 
 inline void fiber() {
@@ -91,7 +100,7 @@ inline float shuffle(float value, unsigned source) {
   const unsigned self = block->current;
   std::vector<float>& exchanged = block->exchanged[block->shuffles[self]++ % 2];
   exchanged[self] = value;
-  barrier();
+  barrier(self / kWarp * kWarp, kWarp);
   return exchanged[source];
 }
 
@@ -101,7 +110,7 @@ inline float shuffle(float value, unsigned source) {
 #define blockIdx (emulation::block->index)
 #define SHARED_MEMORY(type, name) type* const name = emulation::block->shared.get()
 
-inline void __syncthreads() { emulation::barrier(); }
+inline void __syncthreads() { emulation::barrier(0, emulation::block->fibers.size()); }
 inline float __shfl_xor_sync(unsigned, float value, int lanes) {
   return emulation::shuffle(value, emulation::block->current ^ static_cast<unsigned>(lanes));
 }
@@ -109,6 +118,8 @@ inline float __shfl_sync(unsigned, float value, int lane, int width) {
   const unsigned first = emulation::block->current / static_cast<unsigned>(width) * static_cast<unsigned>(width);
   return emulation::shuffle(value, first + static_cast<unsigned>(lane));
 }
+
+inline unsigned num_multiprocessors() { return 4; }  // So few that small tests have more rows, too.
 
 template <typename Arguments>
 xla::ffi::Error launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared_bytes, Stream, Arguments arguments) {
