@@ -1,15 +1,15 @@
 // A window of an LSTM in one kernel, forward and backward.
 //
-// Legend: S steps, B batch, H hidden, R members of a population; gates in the order i, f, g, o. All arrays are row-major float32, the
-// mask bool.
+// Legend: S steps, B batch, H hidden, R members of a population; gates in the order i, f, g, o. All arrays are row-major float32,
+// the mask bool.
 //
 // A block of 4H threads owns kRows rows of the batch of one member, 1 or 2, for the whole window, so blocks need not wait for each
 // other. One row is the quickest as long as every block has a multiprocessor for itself, two give more for the weights read. The
 // recurrent weights stay on the chip, each thread its H of them: what its registers do not hold is in shared memory, laid out such
 // that a warp's threads read one after the other. Threads that share a sum are neighbours in a warp and add up by shuffles. What is
-// handed to the next step goes through one of two buffers in shared memory in turn, so one barrier a step is enough: who writes to a
-// buffer has passed the barrier after which the other was read, hence all have read this one. What the next step needs from memory is
-// fetched before this step's sums.
+// handed to the next step goes through one of two buffers in shared memory in turn, so one barrier a step is enough: a thread that
+// writes to a buffer has passed a barrier since the last step that read it. What the next step needs from memory is fetched before
+// this step's sums.
 
 #include <cstdint>
 #include <string>
@@ -66,19 +66,18 @@ __device__ __forceinline__ float dot(const float4& a, const float4& b, float sum
   return sum + a.w * b.w;
 }
 
-// Four threads a unit: each sums a quarter of h w_h for all four gates, float4 (i, f, g, o), then has one of the gates. Then each row
-// is finished by 4 / kRows of them, of which one writes.
+// Four threads a unit: each sums a quarter of h w_h for all four gates, float4 (i, f, g, o), then has one of the gates. Then each
+// row is finished by 4 / kRows of them, of which one writes.
 template <int H, int kRows>
 __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
   constexpr int kThreads = 4 * H, kChunks = H / 16, kHeldChunks = kHeldForward<H, kRows> / 16;
   SHARED_MEMORY(float4, shared);
-  float4* const stored = shared;                                             // [kChunks - kHeldChunks, 4, kThreads]
-  float4* const hidden = stored + (kChunks - kHeldChunks) * 4 * kThreads;    // [2, kRows, H / 4]
+  float4* const stored = shared;  // [kChunks - kHeldChunks, 4, kThreads]
+  float4* const hidden = stored + (kChunks - kHeldChunks) * 4 * kThreads;  // [2, kRows, H / 4]
   const int thread = threadIdx.x, part = thread % 4, unit = thread / 4, row = part % kRows;
-  const int num_steps = window.shape.num_steps, first = blockIdx.x * kRows;
-  const int batch = window.shape.batch;
+  const int num_steps = window.shape.num_steps, batch = window.shape.batch, first = blockIdx.x * kRows;
   const size_t member = blockIdx.y, step_rows = batch;
-  const bool writes = part < kRows && first + row < batch;
+  const bool there = first + row < batch, writes = there && part < kRows;
 
   float4 held[kHeldChunks][4];
   const float* w_h = window.w_h + member * H * 4 * H + unit;
@@ -98,7 +97,6 @@ __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
 
   const size_t first_row = member * num_steps * step_rows + first;  // Of [R, S, B].
   const size_t state_at = (member * step_rows + first + row) * H + unit;
-  const bool there = first + row < batch;
   float h = read(window.h_0, state_at, there), c = read(window.c_0, state_at, there);
   if (part < kRows) reinterpret_cast<float*>(hidden)[row * H + unit] = h;
 
@@ -185,19 +183,18 @@ __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
   }
 }
 
-// Eight threads a pair of units: each sums an eighth of dz w_hᵀ for both units and all rows. Then kTwins of them have the sum of one
-// unit and row and go on with it, and each hands on kRows of its four gates' dz.
+// Eight threads a pair of units: each sums an eighth of dz w_hᵀ for both units and all rows. Then kTwins of them have the sum of
+// one unit and row and go on with it, and each hands on kRows of its four gates' dz.
 template <int H, int kRows>
 __global__ void __launch_bounds__(4 * H) backward_window(const Backward window) {
   constexpr int kThreads = 4 * H, kChunks = H / 8, kHeldChunks = kHeldBackward<H, kRows> / 8;
   constexpr int kTwins = 4 / kRows;
   SHARED_MEMORY(float4, shared);
-  float4* const stored = shared;                                             // [kChunks - kHeldChunks, 2, kThreads]
-  float4* const handed = stored + (kChunks - kHeldChunks) * 2 * kThreads;    // [2, kRows, H]
+  float4* const stored = shared;  // [kChunks - kHeldChunks, 2, kThreads]
+  float4* const handed = stored + (kChunks - kHeldChunks) * 2 * kThreads;  // [2, kRows, H]
   const int thread = threadIdx.x, part = thread % 8, pair = 2 * (thread / 8);
   const int unit = pair + part / 4, row = part / kTwins % kRows, twin = part % kTwins;
-  const int num_steps = window.shape.num_steps, first = blockIdx.x * kRows;
-  const int batch = window.shape.batch;
+  const int num_steps = window.shape.num_steps, batch = window.shape.batch, first = blockIdx.x * kRows;
   const size_t member = blockIdx.y, step_rows = batch;
   const bool there = first + row < batch;
 
@@ -367,15 +364,15 @@ ffi::Error backward(Stream stream, Array to_i, Array to_f, Array to_g, Array to_
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lstm_forward, forward,
                               ffi::Ffi::Bind()
                                   .Ctx<StreamContext>()
-                                  .Arg<Array>()   // drive [..., S, B, 4H]
-                                  .Arg<Array>()   // w_h [..., H, 4H]
-                                  .Arg<Array>()   // h_0 [..., B, H]
-                                  .Arg<Array>()   // c_0
-                                  .Arg<Mask>()    // [..., S, B]
-                                  .Ret<Array>()   // y [..., S, B, H]
-                                  .Ret<Array>()   // h_end [..., B, H]
-                                  .Ret<Array>()   // c_end
-                                  .Ret<Array>()   // factors [..., S, B, H]
+                                  .Arg<Array>()  // drive [..., S, B, 4H]
+                                  .Arg<Array>()  // w_h [..., H, 4H]
+                                  .Arg<Array>()  // h_0 [..., B, H]
+                                  .Arg<Array>()  // c_0
+                                  .Arg<Mask>()  // [..., S, B]
+                                  .Ret<Array>()  // y [..., S, B, H]
+                                  .Ret<Array>()  // h_end [..., B, H]
+                                  .Ret<Array>()  // c_end
+                                  .Ret<Array>()  // factors [..., S, B, H]
                                   .Ret<Array>()
                                   .Ret<Array>()
                                   .Ret<Array>()
@@ -386,18 +383,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(lstm_forward, forward,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(lstm_backward, backward,
                               ffi::Ffi::Bind()
                                   .Ctx<StreamContext>()
-                                  .Arg<Array>()   // factors [..., S, B, H]
+                                  .Arg<Array>()  // factors [..., S, B, H]
                                   .Arg<Array>()
                                   .Arg<Array>()
                                   .Arg<Array>()
                                   .Arg<Array>()
                                   .Arg<Array>()
-                                  .Arg<Array>()   // dy [..., S, B, H]
-                                  .Arg<Array>()   // dh_end [..., B, H]
-                                  .Arg<Array>()   // dc_end
-                                  .Arg<Array>()   // w_h [..., H, 4H]
-                                  .Arg<Mask>()    // [..., S, B]
-                                  .Ret<Array>()   // dz [..., S, B, 4H]
-                                  .Ret<Array>()   // dh_0 [..., B, H]
+                                  .Arg<Array>()  // dy [..., S, B, H]
+                                  .Arg<Array>()  // dh_end [..., B, H]
+                                  .Arg<Array>()  // dc_end
+                                  .Arg<Array>()  // w_h [..., H, 4H]
+                                  .Arg<Mask>()  // [..., S, B]
+                                  .Ret<Array>()  // dz [..., S, B, 4H]
+                                  .Ret<Array>()  // dh_0 [..., B, H]
                                   .Ret<Array>(),  // dc_0
                               {ffi::Traits::kCmdBufferCompatible});
