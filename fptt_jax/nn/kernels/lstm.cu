@@ -4,10 +4,12 @@
 // the mask bool.
 //
 // A block of 4H threads owns kRows rows of the batch of one member, 1 or 2, for the whole window, so blocks need not wait for each
-// other. One row is the quickest as long as every block has a multiprocessor for itself, two give more for the weights read. The
-// recurrent weights stay on the chip, each thread its H of them: what its registers do not hold is in shared memory, laid out such
-// that a warp's threads read one after the other. Threads that share a sum are neighbours in a warp and add up by shuffles. What is
-// handed to the next step goes through one of two buffers in shared memory in turn, so one barrier a step is enough: a thread that
+// other. One row is the least work a step, and taken as long as every block can have a multiprocessor for itself; two make more of
+// each weight that is read. (Reasoned, not measured.)
+//
+// The recurrent weights stay on the chip, each thread its H of them: what its registers do not hold is in shared memory, laid out
+// such that a warp's threads read one after the other. Threads that share a sum are neighbours in a warp and add up by shuffles. What
+// is handed to the next step goes through one of two buffers in shared memory in turn, so one barrier a step is enough: a thread that
 // writes to a buffer has passed a barrier since the last step that read it. What the next step needs from memory is fetched before
 // this step's sums.
 

@@ -65,8 +65,8 @@ using StreamContext = xla::ffi::DeviceOrdinal;  // Something that every handler 
 namespace emulation {
 
 // A block's threads are fibers, run in turn from one barrier to the next: quick, and the same each time. A shuffle is a barrier of
-// a warp; so each warp runs from one __syncthreads to the next while those after it wait, and one too few shows. All threads have to
-// meet the same barriers and shuffles, as these kernels' do.
+// a warp; so each warp runs from one __syncthreads to the next while those after it wait, and one too few shows. All threads have
+// to meet the same barriers and shuffles, as these kernels' do.
 struct Block {
   std::vector<ucontext_t> fibers;
   std::unique_ptr<float4[]> shared;
