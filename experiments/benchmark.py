@@ -29,6 +29,7 @@ from experiments.options import check, option
 from experiments.rivals import Case
 import fptt_jax
 from fptt_jax import nn
+from fptt_jax.nn import kernels
 
 CASES = {
   case.name: case
@@ -80,9 +81,9 @@ def make_trainer(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None) -
   return fptt_jax.trainer(model, rivals.make_loss(case), rivals.make_optimizer(), num_windows=case.num_windows, mesh=mesh)
 
 
-def lstm_cell(case: Case) -> Any:
+def lstm_cell(case: Case, fused: bool | str = True) -> Any:
   """The LSTM of `fptt_jax`."""
-  return lambda rngs: nn.LSTM(case.features, case.hidden, rngs=rngs)
+  return lambda rngs: nn.LSTM(case.features, case.hidden, fused=fused, rngs=rngs)
 
 
 def trained(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None) -> Callable[..., Any]:
@@ -116,6 +117,8 @@ def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
   found: dict[str, Callable[[], Callable[..., Any]]] = {'ours': lambda: trained(case, lstm_cell(case), mesh)}
   if mesh is not None:
     found['ours, one device'] = lambda: trained(case, lstm_cell(case))
+  if kernels.available() and case.hidden in kernels.LSTM_SIZES:
+    found['ours, kernel'] = lambda: trained(case, lstm_cell(case, fused='kernel'), mesh)
   found[MANY_NAME] = lambda: many_trained(case, mesh)
   found['flax, one jit'] = lambda: trained(case, rivals.flax_cell(case))
   found['flax, a loop'] = lambda: rivals.flax_loop(case)
