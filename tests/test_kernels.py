@@ -38,7 +38,7 @@ def layer(hidden, fused):
 
 
 def draw(seed, *shape):
-  return jax.random.normal(jax.random.key(seed), shape)
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def results(hidden, fused, num_steps, batch_size, mask, members=None):
@@ -52,8 +52,8 @@ def results(hidden, fused, num_steps, batch_size, mask, members=None):
     y = y if mask is None else jnp.where(mask[..., None], y, 0)
     return jnp.sum(draw(3, *y.shape) * y) + sum(jnp.sum(jnp.sin(leaf)) for leaf in end), (end, y)
 
-  init = run.init if members is None else jax.vmap(run.init)
-  params = init(jax.random.key(0) if members is None else jax.random.split(jax.random.key(0), members))
+  weights = jax.eval_shape(run.init, jax.random.key(0))
+  params = jax.tree.map(lambda leaf: draw(0, *shape, *leaf.shape) / hidden**0.5, weights)
   state = nn.LSTMState(*(draw(seed, *shape, batch_size, hidden) / 2 for seed in (1, 2)))
   x = draw(4, *shape, num_steps, batch_size, D)
   return problems.quick(total if members is None else jax.vmap(total))(params, state, x)
@@ -68,8 +68,9 @@ def assert_close(got, expected, tolerance=2e-5):
 
 def ragged(num_steps, batch_size):
   """Holes, a row without a single step, and a last row that is whole."""
-  mask = jax.random.bernoulli(jax.random.key(5), 0.6, (num_steps, batch_size))
-  return mask.at[:, 0].set(False).at[:, -1].set(True)
+  mask = draw(5, num_steps, batch_size) > -0.3
+  mask[:, 0], mask[:, -1] = False, True
+  return mask
 
 
 @pytest.mark.parametrize('hidden', kernels.LSTM_SIZES)
@@ -87,13 +88,13 @@ def test_kernel_equals_both_scans(hidden, num_steps, batch_size, masked):
 
 
 def test_a_row_without_steps_keeps_its_state():
-  """Bit by bit, and its gradient passes it unchanged: cos of the state for a sum of sines, and 0 for its inputs."""
+  """Bit by bit, and its gradient passes unchanged: cos of the state for a sum of sines, and 0 for its inputs."""
   mask = jnp.array([[False, True, False]] * 4)
   ((_, (end, _)), (_, d_state, dx)) = results(32, 'kernel', 4, 3, mask)
   for leaf, d_leaf, seed in zip(end, d_state, (1, 2), strict=True):
     first = draw(seed, 3, 32) / 2
     np.testing.assert_array_equal(leaf[::2], first[::2])
-    np.testing.assert_array_equal(d_leaf[::2], jnp.cos(first[::2]))
+    np.testing.assert_allclose(d_leaf[::2], np.cos(first[::2]), rtol=1e-6)
   np.testing.assert_array_equal(dx[:, ::2], 0)
 
 

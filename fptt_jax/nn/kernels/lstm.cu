@@ -8,10 +8,10 @@
 // each weight that is read. (Reasoned, not measured.)
 //
 // The recurrent weights stay on the chip, each thread its H of them: what its registers do not hold is in shared memory, laid out
-// such that a warp's threads read one after the other. Threads that share a sum are neighbours in a warp and add up by shuffles. What
-// is handed to the next step goes through one of two buffers in shared memory in turn, so one barrier a step is enough: a thread that
-// writes to a buffer has passed a barrier since the last step that read it. What the next step needs from memory is fetched before
-// this step's sums.
+// such that a warp's threads read one after the other. Threads that share a sum are neighbours in a warp and add up by shuffles.
+// What is handed to the next step goes through one of two buffers in shared memory in turn, so one barrier a step is enough: a
+// thread that writes to a buffer has passed a barrier since the last step that read it. What the next step needs from memory is
+// fetched before this step's sums.
 
 #include <cstdint>
 #include <string>
