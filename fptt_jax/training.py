@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
@@ -22,6 +23,8 @@ from fptt_jax.windows import Window, Windows, cut, window_at
 
 Params = Any
 Hidden = Any
+JOINED = 4096
+"""Gradients of so many numbers are joined for the mean over devices."""
 
 
 class Batch(NamedTuple):
@@ -362,8 +365,19 @@ def _batch_specs(mesh: jax.sharding.Mesh, batch: Batch, num_steps: int, batch_si
 
 
 def _mean_over_devices(tree: Any, axis: str | None) -> Any:
-  """The mean of all devices' trees, by one collective operation (of many operands: to join them first costs a CPU more)."""
-  return tree if axis is None else jax.lax.pmean(tree, axis)
+  """The mean of all devices' trees, by one collective operation.
+
+  For each of its operands the devices meet, so small arrays are joined; to join large ones costs a CPU more than that.
+  """
+  if axis is None:
+    return tree
+  leaves, structure = jax.tree.flatten(tree)
+  small = [leaf.size <= JOINED for leaf in leaves]
+  joined, unravel = ravel_pytree([leaf for leaf, is_small in zip(leaves, small, strict=True) if is_small])
+  large = [leaf for leaf, is_small in zip(leaves, small, strict=True) if not is_small]
+  joined, large = jax.lax.pmean((joined, large), axis)
+  parts = {True: iter(unravel(joined)), False: iter(large)}
+  return jax.tree.unflatten(structure, [next(parts[is_small]) for is_small in small])
 
 
 def _sum_over_devices(tree: Any, axis: str | None) -> Any:
