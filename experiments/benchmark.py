@@ -3,12 +3,12 @@
     python -m experiments.benchmark
     python -m experiments.benchmark --part=rivals --cases=M28,tiny --rounds=20
 
-It runs on whatever JAX finds; on a GPU PyTorch runs there too, also as a CUDA graph. 'rivals' times one training batch of each case
-by each system: all in this process, taking turns, after two calls to warm up; minimum and median over the rounds. On a CPU PyTorch
-runs with one thread and with as many as there are cores, and the better of the two counts. A matrix product timed in each round
-tells whether the machine was quiet. 'growth' measures time against T, K, H and B, the time of an update in steps (C), compile
-times and the memory a step needs beside its arguments. 'population' times R members side by side. All in float32, products on a GPU
-too unless --precision says otherwise.
+It runs on whatever JAX finds; on a GPU PyTorch runs there too, also as a CUDA graph. 'rivals' times one training batch of each
+case by each system: all in this process, taking turns, after two calls to warm up; minimum and median over the rounds. On a CPU
+PyTorch runs with one thread and with as many as there are cores, and the better of the two counts. A matrix product timed in each
+round tells whether the machine was quiet. 'growth' measures time against T, K, H and B, the time of an update in steps (C),
+compile times and the memory a step needs beside its arguments. 'population' times R members side by side against a run by itself.
+All in float32, products on a GPU too unless --precision says otherwise.
 """
 
 from collections.abc import Callable, Iterator
@@ -235,16 +235,18 @@ def measure_programs(cases: list[tuple[int, Case]], rounds: int) -> list[dict[st
 
 
 def measure_population(config: Config) -> list[dict[str, Any]]:
-  """Time of a step of R members of a case, each with a batch of its own, and how many times the throughput of one that is."""
+  """Time of a step of R members of a case, each with a batch of its own, and the throughput in terms of one run's by itself, which
+  has the devices to itself."""
   rows = []
   for case in (CASES[name] for name in config.cases if name in POPULATION_CASES):
-    one = make_trainer(case, lstm_cell(case))
     programs = []
     for size in POPULATION_SIZES if case.name != 'smoke' else (1, 2):
       meshes = recipe.choose_meshes(recipe.Recipe(), case.batch_size, case.hidden, case.size, size)
-      trainer = fptt_jax.population(one, own_batches=True, mesh=meshes.members)
-      batch = jax.tree.map(lambda leaf, size=size: np.stack([leaf] * size), fptt_jax.Batch(*rivals.draw(case)))
-      compiled, state, _ = cost.compile_step(trainer, batch, jax.random.split(jax.random.key(0), size))
+      trainer, batch, key = make_trainer(case, lstm_cell(case), meshes.batch), fptt_jax.Batch(*rivals.draw(case)), jax.random.key(0)
+      if size > 1:
+        trainer, key = fptt_jax.population(trainer, own_batches=True, mesh=meshes.members), jax.random.split(key, size)
+        batch = jax.tree.map(lambda leaf, size=size: np.stack([leaf] * size), batch)
+      compiled, state, _ = cost.compile_step(trainer, batch, key)
       programs.append([size, compiled, state, batch, []])
     for _ in range(config.rounds + 1):
       for program in programs:
