@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
@@ -35,12 +36,18 @@ class Member(NamedTuple):
   @property
   def name(self) -> str:
     """Name of its folder."""
-    return '-'.join([self.method, f'seed{self.seed}', *(f'{name}{value:g}' for name, value in self.varied.items())])
+    return '-'.join([self.method, f'seed{self.seed}', *(f'{name}{short(value)}' for name, value in self.varied.items())])
 
   @property
   def label(self) -> str:
     """What is shown of it."""
-    return ' '.join([f'{self.method:>11} seed {self.seed}', *(f'{name} {value:g}' for name, value in self.varied.items())])
+    return ' '.join([f'{self.method:>11} seed {self.seed}', *(f'{name} {short(value)}' for name, value in self.varied.items())])
+
+
+def short(value: float) -> str:
+  """A number as a text of no other number."""
+  text = f'{value:g}'
+  return text if float(text) == value else repr(value)
 
 
 def members(config: recipe.Recipe) -> list[Member]:
@@ -120,6 +127,8 @@ class Population:
     folder: Path,
     meshes: recipe.Meshes,
   ):
+    for member in members[1:]:  # Of the first the trainer's optimiser is made, and warned about.
+      recipe.warn_if_unstable(member.config, member.method)
     self.members = members
     self.runs = [runs.Run(folder / member.name) for member in members]
     self._alone = len(members) == 1
@@ -145,7 +154,7 @@ class Population:
     carries, records = [], []
     for member, run, key, item in zip(self.members, self.runs, keys, items, strict=True):
       state = self._trainer.init(key, self._read(self.source, item))
-      settings = {recipe.HYPERPARAMETERS[name]: jax.numpy.asarray(value, np.float32) for name, value in member.varied.items()}
+      settings = {recipe.HYPERPARAMETERS[name]: jnp.asarray(value, np.float32) for name, value in member.varied.items()}
       if settings:
         state = state._replace(opt_state=optax.tree.set(state.opt_state, **settings))
       carry, record = run.restore(step, extend(state))
@@ -155,7 +164,7 @@ class Population:
 
   def steps(self, state: fptt_jax.TrainState, items: list[Any]) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
     """N steps of each run, one program: items with a leading axis of length N; metrics have leading axes [N, R]."""
-    together = items[0] if self._alone else jax.tree.map(lambda *leaves: jax.numpy.stack(leaves, 1), *items)
+    together = items[0] if self._alone else jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *items)
     state, metrics = self._steps(state, self.source, together)
     return state, jax.tree.map(lambda leaf: leaf[:, None], metrics) if self._alone else metrics
 
@@ -165,13 +174,13 @@ class Population:
 
   def pack(self, values: list[Any], dtype: Any) -> jax.Array:
     """One number for each run as an array [R], or a scalar of a run by itself."""
-    return jax.numpy.asarray(values[0] if self._alone else values, dtype)
+    return jnp.asarray(values[0] if self._alone else values, dtype)
 
   def stack(self, trees: list[Any]) -> Any:
     """What the program takes of what each run has."""
     if self._alone:
       return trees[0]
-    stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *trees)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     return stacked if self._mesh is None else jax.device_put(stacked, NamedSharding(self._mesh, PartitionSpec('devices')))
 
   def unstack(self, tree: Any) -> list[Any]:

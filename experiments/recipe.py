@@ -120,8 +120,7 @@ def make_optimizer(recipe: Recipe, method: str, decay: optax.Schedule | None = N
   Warns when FPTT's own recursion would grow: the advisor's radius at the initial learning rate is above 1.
   """
   regularised = fptt_jax.METHODS[method].regularised
-  if regularised and recipe.optimizer == 'sgd' and recipe.gradient_estimate == 'running':
-    warn_if_unstable(recipe)
+  warn_if_unstable(recipe, method)
 
   def base(learning_rate: jax.typing.ArrayLike, clip: jax.typing.ArrayLike) -> tuple[optax.GradientTransformation, ...]:
     """(what clips, all else)."""
@@ -171,8 +170,10 @@ def regularise(
   )
 
 
-def warn_if_unstable(recipe: Recipe) -> None:
-  """Warns when FPTT with SGD at these settings is unstable even where the loss is flat."""
+def warn_if_unstable(recipe: Recipe, method: str) -> None:
+  """Warns when FPTT with SGD at these settings is unstable even where the loss is flat; of other optimisers nothing is known."""
+  if not fptt_jax.METHODS[method].regularised or recipe.optimizer != 'sgd' or recipe.gradient_estimate != 'running':
+    return
   settings = dict(kappa=recipe.kappa, beta=recipe.beta, rho=recipe.rho, correction=recipe.correction, momentum=recipe.momentum)
   radius = fptt_jax.stability(recipe.lr, recipe.alpha, **settings)
   if radius > 1:

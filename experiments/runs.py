@@ -27,6 +27,9 @@ from tabulate import tabulate
 from experiments.options import UserError
 import fptt_jax
 
+NO_SETTINGS = ('workdir', 'data_dir', 'devices', 'population', 'chunk')
+"""Where and how a run runs, which is not what it is: it may go on otherwise."""
+
 
 class Run:
   """One training run (a method and a seed) in its own folder.
@@ -106,14 +109,8 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   """
   folder = Path(workdir or f'runs/{script}-{time.strftime("%Y%m%d-%H%M%S")}').absolute()
   described = {'script': script, **json.loads(json.dumps(dataclasses.asdict(config))), **identity}
-  for place in (
-    'workdir',
-    'data_dir',
-    'devices',
-    'population',
-    'chunk',
-  ):  # Where and how it runs is no setting: it may go on otherwise.
-    described.pop(place, None)
+  for name in NO_SETTINGS:
+    described.pop(name, None)
   path = folder / 'config.json'
   try:
     if path.exists():

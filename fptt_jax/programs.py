@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fptt_jax.devices import check_divisible, one_axis
@@ -105,8 +106,8 @@ def population(trainer: Trainer, *, own_batches: bool = False, mesh: jax.shardin
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=members, check_vma=False)
 
   def init(keys: jax.Array, batch: Batch) -> TrainState:
-    if jax.numpy.ndim(keys) != 1:
-      raise ValueError(f'init of a population takes one key for each member, [R]; got shape {jax.numpy.shape(keys)}.')
+    if jnp.ndim(keys) != 1:
+      raise ValueError(f'init of a population takes one key for each member, [R]; got shape {jnp.shape(keys)}.')
     if mesh is not None:
       check_divisible('the number of members R', len(keys), mesh)
     state: TrainState = jax.vmap(trainer.init, in_axes=(0, batch_axis))(keys, batch)

@@ -125,6 +125,21 @@ def test_more_seeds_join(tmp_path: Path) -> None:
   assert (tmp_path / 'bptt-seed0' / 'metrics.jsonl').read_text() == before
 
 
+def test_names_tell_all_values_apart() -> None:
+  """Values that print alike at six digits have folders of their own."""
+  config = recipe.Recipe(grid=('lr=0.1:0.10000001:1:1e-05',))
+  assert [member.name for member in members.members(config)] == [
+    f'fptt-seed0-lr{value}' for value in ('0.1', '0.10000001', '1', '1e-05')
+  ]
+
+
+def test_each_member_is_warned_about(tmp_path: Path) -> None:
+  """Not the first alone."""
+  config = add_task.Config(method=('fptt',), optimizer='sgd', grid=('lr=0.1:30',), population=2, devices=1, **TINY)
+  with pytest.warns(UserWarning, match=r'FPTT with SGD at lr=30, alpha=0\.1, .* is unstable'):
+    add_task.run(config, str(tmp_path))
+
+
 @pytest.mark.parametrize(
   ('saved', 'size', 'expected'),
   [
