@@ -73,14 +73,14 @@ def make_model(config: Config) -> fptt_jax.Model:
   )
 
 
-def train(config: Config, chosen: list[Member], folder: Path) -> None:
+def train(chosen: list[Member], folder: Path) -> None:
   """Trains runs of one method side by side, and keeps what came of each."""
-  method = chosen[0].method
+  config, method = chosen[0].config, chosen[0].method
   num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
   decay = optax.cosine_decay_schedule(1.0, config.batches * updates) if config.decay else None
   loss, steps = fptt_jax.losses.terminal_regression(), recipe.window_steps(config, method, config.seq_len)
   meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, len(chosen))
-  trainer = recipe.make_trainer(chosen[0].config, method, make_model(config), loss, config.seq_len, decay=decay, mesh=meshes.batch)
+  trainer = recipe.make_trainer(config, method, make_model(config), loss, config.seq_len, decay=decay, mesh=meshes.batch)
   keys = [jax.random.split(jax.random.key(member.seed), 3) for member in chosen]
   tests = [jax.jit(draw_batch, static_argnums=(1, 2))(test_key, config.seq_len, config.test_size) for _, _, test_key in keys]
   read = lambda _, key: draw_batch(key, config.seq_len, config.batch_size)
@@ -146,7 +146,7 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   path = runs.open_workdir(folder, 'add_task', config)
   print(f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}; writing to {path}')
   size = recipe.population_size(config, config.batch_size, config.hidden)
-  return path, train_all(config, path, size, lambda chosen: train(config, chosen, path))
+  return path, train_all(config, path, size, lambda chosen: train(chosen, path))
 
 
 def main(config: Config) -> None:

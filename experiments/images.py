@@ -219,7 +219,7 @@ def percent(totals: dict[str, float]) -> float:
   return 100 * totals['accuracy'] / totals['count']
 
 
-def train(config: Config, sequences: Sequences, chosen: list[Member], folder: Path) -> None:
+def train(sequences: Sequences, chosen: list[Member], folder: Path) -> None:
   """Trains runs of one method side by side, and keeps what came of each."""
   num_steps, features = sequences.shape
   config, method = chosen[0].config, chosen[0].method
@@ -241,7 +241,7 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   sizes = ' / '.join(f'{len(part.labels):,}' for part in sequences.splits)
   print(f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} {config.hidden}; writing to {path}')
   size = recipe.population_size(config, config.batch_size, config.hidden)
-  return path, train_all(config, path, size, lambda chosen: train(config, sequences, chosen, path))
+  return path, train_all(config, path, size, lambda chosen: train(sequences, chosen, path))
 
 
 def main(config: Config) -> None:

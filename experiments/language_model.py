@@ -280,7 +280,7 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
   )
 
 
-def train(config: Config, text: Text, chosen: list[Member], folder: Path) -> None:
+def train(text: Text, chosen: list[Member], folder: Path) -> None:
   """Trains runs of one method side by side, and keeps what came of each."""
   config, method = chosen[0].config, chosen[0].method
   extra = {'K': recipe.updates_a_sequence(config, method, config.padded_len)[0]}
@@ -298,7 +298,7 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
     f'T={config.seq_len}, {config.layers} x LSTM {config.hidden}, batch {config.batch_size}; writing to {path}'
   )
   size = 1 if config.random_lengths else recipe.population_size(config, config.batch_size, config.hidden)
-  return path, train_all(config, path, size, lambda chosen: train(config, text, chosen, path))
+  return path, train_all(config, path, size, lambda chosen: train(text, chosen, path))
 
 
 def main(config: Config) -> None:

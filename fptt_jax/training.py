@@ -24,7 +24,7 @@ from fptt_jax.windows import Window, Windows, cut, window_at
 Params = Any
 Hidden = Any
 JOINED = 4096
-"""Gradients of so many numbers are joined for the mean over devices."""
+"""Gradients of at most so many numbers are joined for the mean over devices."""
 
 
 class Batch(NamedTuple):
