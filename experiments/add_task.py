@@ -19,7 +19,7 @@ import optax
 from tqdm import tqdm
 
 from experiments import options, recipe, runs
-from experiments.members import Member, Population, chunks, end, train_all
+from experiments.members import Member, Population, chunks, end, remaining, train_all
 from experiments.options import check, option
 import fptt_jax
 from fptt_jax import nn
@@ -86,12 +86,16 @@ def train(chosen: list[Member], folder: Path) -> None:
   read = lambda _, key: draw_batch(key, config.seq_len, config.batch_size)
 
   group = Population(trainer, read, (), chosen, folder, meshes)
-  first, state, _ = group.start([init_key for init_key, _, _ in keys], [data_key for _, data_key, _ in keys])
+  first, (state, _), _ = group.start([init_key for init_key, _, _ in keys], [data_key for _, data_key, _ in keys])
   going = list(range(len(chosen)))
   with tqdm(total=config.batches, initial=first, desc=method, unit='batch', disable=None) as bar:
-    for start in range(first, config.batches, config.eval_every):
+    for start in range(0, config.batches, config.eval_every):
       metrics, numbers = None, np.arange(start, min(start + config.eval_every, config.batches)) + 1
-      for part in chunks(len(numbers), config.chunk):
+      if numbers[-1] <= first:
+        continue
+      for part in remaining(chunks(len(numbers), config.chunk), first - start):
+        if metrics is not None and group.due():
+          group.save(start + int(part[0]), (state, ()), {number: {} for number in going})
         before, (state, metrics) = metrics, group.steps(state, [fold_in(data_key, numbers[part]) for _, data_key, _ in keys])
         jax.block_until_ready(before)  # One chunk ahead, no more: the bar tells the truth.
         bar.update(len(part))
@@ -109,7 +113,7 @@ def train(chosen: list[Member], folder: Path) -> None:
       going = [number for number in going if None not in group.runs[number].rows[-1].values()]
       if not going:
         break
-      group.save(step, state, {number: {} for number in going})
+      group.save(step, (state, ()), {number: {} for number in going})
   group.close()
   for member, run in zip(chosen, group.runs, strict=True):
     end(folder, member, summarise(num_windows, run.rows))

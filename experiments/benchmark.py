@@ -311,7 +311,7 @@ def plot_growth(path: Path, growth: dict[str, list[dict[str, Any]]]) -> None:
 
 def main(config: Config) -> None:
   """Measures, prints tables, writes JSON and plots."""
-  folder = runs.make_folder(config.workdir or f'runs/benchmark-{time.strftime("%Y%m%d-%H%M%S")}')
+  folder = runs.make_folder(config.workdir)
   about = {**runs.machine(), 'threads': os.cpu_count(), 'precision': config.precision, 'rounds': config.rounds}
   with jax.default_matmul_precision(config.precision):
     if config.part in ('all', 'rivals'):

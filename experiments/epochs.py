@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import math
+import operator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import optax
 from tqdm import tqdm
 
 from experiments import averaging, recipe, runs
-from experiments.members import Member, Population, chunks, end
+from experiments.members import Member, Population, chunks, end, remaining
 from experiments.options import check, option
 import fptt_jax
 
@@ -53,9 +55,9 @@ class Portion(NamedTuple):
   updates: np.ndarray
   lr_factor: float = 1.0
 
-  def cut(self, size: int) -> Iterator['Portion']:
-    """Portions of at most `size` batches, 0 for all."""
-    for part in chunks(len(self.updates), size):
+  def cut(self, size: int, done: int) -> Iterator['Portion']:
+    """Portions of at most `size` batches, 0 for all, but for the first `done` batches."""
+    for part in remaining(chunks(len(self.updates), size), done):
       yield Portion(jax.tree.map(lambda leaf, part=part: leaf[part], self.items), self.updates[part], self.lr_factor)
 
 
@@ -91,16 +93,42 @@ class Task(NamedTuple):
 
 
 class Record(NamedTuple):
-  """What a run remembers between epochs beside its carry; kept as JSON with each checkpoint."""
+  """What a run remembers beside its carry; kept as JSON with each checkpoint.
 
-  lr: float
+  Attributes:
+    sums: what was measured over the batches of an epoch that has not ended.
+    done: number of these batches.
+    lr_factor: what the rules for epochs have made of the learning rate.
+    best: best validation score.
+    best_epoch: the epoch of it.
+    updates: optimiser updates so far.
+    epoch: epochs so far, whole ones.
+    batches: batches so far.
+  """
+
+  sums: dict[str, float]
+  done: int = 0
+  lr_factor: float = 1.0
   best: float | None = None
   best_epoch: int = 0
   updates: int = 0
+  epoch: int = 0
+  batches: int = 0
+
+  def seen(self, totals: dict[str, np.ndarray], grad_norm: np.ndarray, updates: np.ndarray, inner_steps: int) -> 'Record':
+    """After N more batches: totals [N] of what they measured, norms [N, U] of the gradients, updates really made [N]."""
+    made = np.arange(grad_norm.shape[1])[None, :] < updates[:, None]
+    measured = {**totals, 'grad_norm': np.where(made, grad_norm, 0).sum(1), 'made': updates}
+    # One by one: the same sum wherever the batches were cut into chunks.
+    sums = {name: functools.reduce(operator.add, values.tolist(), self.sums.get(name, 0)) for name, values in measured.items()}
+    number = len(updates)
+    return self._replace(
+      updates=self.updates + int(updates.sum()) * inner_steps, batches=self.batches + number, done=self.done + number, sums=sums
+    )
 
 
 def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, extra: dict[str, Any]) -> None:
-  """Trains runs of one method side by side, a checkpoint an epoch, and keeps what came of each, `extra` beside it.
+  """Trains runs of one method side by side, a checkpoint an epoch or more, and keeps what came of each, `extra` beside it.
 
   The weights that are tested are those of the epoch with the best validation score. A run that diverges, or whose learning rate has
   fallen below the least, ends; the others go on.
@@ -108,9 +136,9 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
   group = Population(task.trainer, task.read, task.source, chosen, folder, task.meshes)
   keys = [jax.random.key(member.seed) for member in chosen]
   items = [jax.tree.map(lambda leaf: leaf[0], next(task.portions(1, member.seed)).items) for member in chosen]
-  first, (state, best_params), saved = group.start(keys, items, lambda state: (state, jax.tree.map(jnp.copy, state.params)))
+  batches, (state, best_params), saved = group.start(keys, items, lambda state: jax.tree.map(jnp.copy, state.params))
   known = lambda record: {name: record[name] for name in Record._fields if name in record}
-  records = [Record(member.config.lr)._replace(**known(record)) for member, record in zip(chosen, saved, strict=True)]
+  records = [Record(**{'sums': {}, **known(record)}) for record in saved]
   ended: set[int] = set()
 
   def finish(numbers: set[int]) -> None:
@@ -119,44 +147,55 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
       end(folder, chosen[number], extra | _summary(task, group.runs[number], records[number], best[number]))
     ended.update(numbers)
 
+  def save(state: fptt_jax.TrainState) -> None:
+    left = {number: record._asdict() for number, record in enumerate(records) if number not in ended}
+    group.save(records[0].batches, (state, best_params), left)
+
   seeds = ','.join(dict.fromkeys(str(member.seed) for member in chosen))
-  with tqdm(total=config.epochs * task.num_batches, initial=first * task.num_batches, unit='batch', disable=None) as bar:
+  with tqdm(total=config.epochs * task.num_batches, initial=batches, unit='batch', disable=None) as bar:
     bar.set_description(f'{chosen[0].method} seed {seeds}')
-    for epoch in range(first + 1, config.epochs + 1):
-      finish({number for number, record in enumerate(records) if record.lr < config.min_lr})
+    for epoch in range(records[0].epoch + 1, config.epochs + 1):
+      finish({number for number, member in enumerate(chosen) if member.config.lr * records[number].lr_factor < config.min_lr})
       if len(ended) == len(chosen):
         break
-      state, rows, updates = _train_epoch(config, task, group, state, epoch, [record.lr for record in records], bar)
+      state = _train_epoch(config, task, group, state, epoch, records, save, bar)
       state, params = _end_epoch(config, group, state)
       improved = [False] * len(chosen)
       diverged = set()
       for number, member_params in enumerate(group.unstack(params)):
+        record = records[number]
+        records[number] = record._replace(epoch=epoch, done=0, sums={})
         if number in ended:
           continue
-        record = records[number]._replace(updates=records[number].updates + updates * config.inner_steps)
-        scores = {**rows[number], f'valid_{task.score}': task.validate(member_params)}
-        row = group.runs[number].log(epoch, updates=record.updates, lr=record.lr, **scores)
+        scores = {
+          f'train_{task.score}': task.train_score(record.sums),
+          'grad_norm': record.sums['grad_norm'] / record.sums['made'],
+          f'valid_{task.score}': task.validate(member_params),
+        }
+        lr = chosen[number].config.lr * record.lr_factor
+        row = group.runs[number].log(epoch, updates=record.updates, lr=lr, **scores)
         bar.write(_line(chosen[number], task.score, row))
         if None in row.values():
           diverged.add(number)
         else:
-          records[number], improved[number] = _judged(config, task, record, epoch, row)
+          records[number], improved[number] = _judged(config, task, records[number], row)
       best_params = group.each(optax.tree.where)(group.pack(improved, bool), params, best_params)
       finish(diverged)
       if config.average_after:
         on = [averaging.triggered(run.column(f'valid_{task.score}'), config.average_after) for run in group.runs]
         state = state._replace(opt_state=group.each(_averaging_if)(group.pack(on, bool), state.opt_state))
-      group.save(epoch, (state, best_params), {n: record._asdict() for n, record in enumerate(records) if n not in ended})
+      save(state)
     finish(set(range(len(chosen))))
   group.close()
 
 
-def _judged(config: EpochRecipe, task: Task, record: Record, epoch: int, row: dict[str, Any]) -> tuple[Record, bool]:
+def _judged(config: EpochRecipe, task: Task, record: Record, row: dict[str, Any]) -> tuple[Record, bool]:
   """(what to remember after the epoch, whether it was the best so far)."""
   valid = row[f'valid_{task.score}']
   improved = record.best is None or (valid > record.best if task.higher_is_better else valid < record.best)
-  record = record._replace(best=valid, best_epoch=epoch) if improved else record
-  return record._replace(lr=_next_lr(config, record.lr, epoch, improved)), improved
+  record = record._replace(best=valid, best_epoch=record.epoch) if improved else record
+  factor = record.lr_factor / (1.0 if improved else config.plateau_factor)
+  return record._replace(lr_factor=factor / (config.milestone_factor if record.epoch in config.milestones else 1.0)), improved
 
 
 def _line(member: Member, score: str, row: dict[str, Any]) -> str:
@@ -197,29 +236,44 @@ def count(params: Any) -> int:
 
 
 def _train_epoch(
-  config: EpochRecipe, task: Task, group: Population, state: fptt_jax.TrainState, epoch: int, rates: list[float], bar: tqdm
-) -> tuple[fptt_jax.TrainState, list[dict[str, float]], int]:
-  """One pass over the training split: (state, each run's training score and mean gradient norm, updates made by each)."""
-  metrics, updates, factor = [], [], None
+  config: EpochRecipe,
+  task: Task,
+  group: Population,
+  state: fptt_jax.TrainState,
+  epoch: int,
+  records: list[Record],
+  save: Callable[[fptt_jax.TrainState], None],
+  bar: tqdm,
+) -> fptt_jax.TrainState:
+  """What is left of one pass over the training split; what it measures goes into the records."""
+  factor, seen, start, done = None, [], 0, records[0].done
+
+  def settle() -> None:
+    """Takes what was seen into the records."""
+    for metrics, updates in seen:
+      for number, record in enumerate(records):
+        totals = {name: np.asarray(total[:, number], np.float64) for name, total in metrics.totals.items()}
+        norms = np.asarray(metrics.grad_norm[:, number], np.float64)
+        records[number] = record.seen(totals, norms, updates, config.inner_steps)
+    seen.clear()
+
   for portions in zip(*(task.portions(epoch, member.seed) for member in group.members), strict=True):
-    if portions[0].lr_factor != factor:
-      factor = portions[0].lr_factor
-      learning_rate = group.pack([rate * factor for rate in rates], jnp.float32)
-      state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=learning_rate))
-    for parts in zip(*(portion.cut(config.chunk) for portion in portions), strict=True):
-      state, seen = group.steps(state, [part.items for part in parts])
-      metrics.append(seen)
-      updates.extend(parts[0].updates)
-      jax.block_until_ready([before.loss for before in metrics[-2:-1]])  # One chunk ahead, no more: the bar tells the truth.
+    for parts in zip(*(portion.cut(config.chunk, done - start) for portion in portions), strict=True):
+      if seen and group.due():
+        settle()
+        save(state)
+      if parts[0].lr_factor != factor:
+        factor = parts[0].lr_factor
+        rates = [member.config.lr * record.lr_factor for member, record in zip(group.members, records, strict=True)]
+        learning_rate = group.pack([rate * factor for rate in rates], jnp.float32)
+        state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=learning_rate))
+      state, metrics = group.steps(state, [part.items for part in parts])
+      jax.block_until_ready([before.loss for before, _ in seen[-1:]])  # One chunk ahead, no more: the bar tells the truth.
+      seen.append((metrics, parts[0].updates))
       bar.update(len(parts[0].updates))
-  rows = []
-  for number in range(len(group.members)):
-    column = lambda total, number=number: np.asarray(total[:, number], np.float64).sum().item()
-    sums = {name: sum(column(seen.totals[name]) for seen in metrics) for name in metrics[0].totals}
-    norms = np.concatenate([seen.grad_norm[:, number] for seen in metrics])
-    made = np.arange(norms.shape[1])[None, :] < np.asarray(updates)[:, None]
-    rows.append({f'train_{task.score}': task.train_score(sums), 'grad_norm': float(np.mean(norms[made]))})
-  return group.end_epoch(state), rows, int(sum(updates))
+    start += len(portions[0].updates)
+  settle()
+  return group.end_epoch(state)
 
 
 def _end_epoch(config: EpochRecipe, group: Population, state: fptt_jax.TrainState) -> tuple[fptt_jax.TrainState, Any]:
@@ -230,9 +284,3 @@ def _end_epoch(config: EpochRecipe, group: Population, state: fptt_jax.TrainStat
     state = state._replace(params=params, opt_state=opt_state)
   params = recipe.evaluation_params(config, method, state)
   return state, group.each(averaging.averaged_params)(state.opt_state, params) if config.average_after else params
-
-
-def _next_lr(config: EpochRecipe, lr: float, epoch: int, improved: bool) -> float:
-  if not improved:
-    lr /= config.plateau_factor
-  return lr / config.milestone_factor if epoch in config.milestones else lr

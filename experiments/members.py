@@ -3,9 +3,10 @@
 Each has its folder, its metrics and its checkpoints as if it were alone, so a run may go on with others than it began with.
 """
 
-from collections.abc import Callable
-import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+import sys
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from experiments import recipe, runs
+from experiments import recipe, runs, stopping
 import fptt_jax
 
 
@@ -64,18 +65,33 @@ def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Call
     folder: where the runs' folders are.
     size: how many runs of a method to train at once; None for all.
     train: trains runs of one method; each is ended by :func:`end`.
+
+  Raises:
+    Stopped: a signal asked for it; all is saved.
   """
   everyone = members(config)
-  for method in config.method:
-    waiting = [member for member in everyone if member.method == method and not _result(folder, member).exists()]
-    for group in groups([runs.saved_steps(folder / member.name) for member in waiting], size):
-      train([waiting[number] for number in group])
-  return [{'run': member.name, **json.loads(_result(folder, member).read_text())} for member in everyone]
+  with stopping.heeded():
+    for method in config.method:
+      while waiting := [member for member in everyone if member.method == method and not has_ended(folder, member)]:
+        group = groups([runs.saved_steps(folder / member.name) for member in waiting], size)[0]
+        try:
+          train([waiting[number] for number in group])
+        except runs.Broken as broken:  # Set aside: what is left is looked at anew.
+          print(f'warning: {broken}', file=sys.stderr, flush=True)
+  results = [{'run': member.name, **runs.read_json(_result(folder, member))} for member in everyone]
+  return [{name: value for name, value in result.items() if name != 'config_sha256'} for result in results]
 
 
 def end(folder: Path, member: Member, summary: dict[str, Any]) -> None:
-  """Keeps what a run came to; it will not be trained again."""
-  runs.write_json(_result(folder, member), {'method': member.method, 'seed': member.seed, **member.varied, **summary})
+  """Keeps what a run came to; under the same configuration it will not be trained again."""
+  config = {'config_sha256': runs.config_sha256(folder)}
+  runs.write_json(_result(folder, member), {'method': member.method, 'seed': member.seed, **member.varied, **summary, **config})
+
+
+def has_ended(folder: Path, member: Member) -> bool:
+  """Whether a run has come to its end under the folder's configuration."""
+  result = _result(folder, member)
+  return result.exists() and runs.read_json(result)['config_sha256'] == runs.config_sha256(folder)
 
 
 def _result(folder: Path, member: Member) -> Path:
@@ -106,6 +122,13 @@ def chunks(number: int, size: int) -> list[np.ndarray]:
   return np.array_split(np.arange(number), -(-number // size) if size else 1)
 
 
+def remaining(parts: list[np.ndarray], done: int) -> Iterator[np.ndarray]:
+  """What is left of the parts of 0..N-1 when the first `done` numbers are: the same parts, whenever it was that they were left."""
+  for part in parts:
+    if part[-1] >= done:
+      yield part[part >= done]
+
+
 class Population:
   """Runs of one method and the program that trains them. What is a list here has an entry for each.
 
@@ -130,7 +153,8 @@ class Population:
     for member in members[1:]:  # Of the first the trainer's optimiser is made, and warned about.
       recipe.warn_if_unstable(member.config, member.method)
     self.members = members
-    self.runs = [runs.Run(folder / member.name) for member in members]
+    self.runs = [runs.Run(folder / member.name, members[0].config.keep) for member in members]
+    self._saved, self._interval = time.monotonic(), 60 * members[0].config.checkpoint_minutes
     self._alone = len(members) == 1
     self._trainer, self._read, self._mesh = trainer, read, meshes.members
     many = trainer if self._alone else fptt_jax.population(trainer, own_batches=True, mesh=meshes.members)
@@ -140,25 +164,24 @@ class Population:
     self.source = source if mesh is None else jax.device_put(source, NamedSharding(mesh, PartitionSpec()))
 
   def start(
-    self, keys: list[jax.Array], items: list[Any], extend: Callable[[fptt_jax.TrainState], Any] = lambda state: state
-  ) -> tuple[int, Any, list[dict[str, Any]]]:
-    """(step, carry, records) that all go on from.
+    self, keys: list[jax.Array], items: list[Any], beside: Callable[[fptt_jax.TrainState], Any] = lambda state: ()
+  ) -> tuple[int, tuple[fptt_jax.TrainState, Any], list[dict[str, Any]]]:
+    """(step, (state, what is saved beside it), records) that all go on from, with the hyper-parameters of each configuration.
 
     Args:
       keys: each run's PRNG key.
       items: an item of each run, for the shapes.
-      extend: (state) -> what is carried and saved.
+      beside: (first state) -> what else is saved.
     """
     saved = [runs.saved_steps(run.folder) for run in self.runs]
     step = min(steps[-1] if steps else 0 for steps in saved)
     carries, records = [], []
     for member, run, key, item in zip(self.members, self.runs, keys, items, strict=True):
       state = self._trainer.init(key, self._read(self.source, item))
-      settings = {recipe.HYPERPARAMETERS[name]: jnp.asarray(value, np.float32) for name, value in member.varied.items()}
-      if settings:
-        state = state._replace(opt_state=optax.tree.set(state.opt_state, **settings))
-      carry, record = run.restore(step, extend(state))
-      carries.append(carry)
+      (state, other), record = run.restore(step, (state, beside(state)))
+      named = recipe.hyperparameters(member.config, member.method)
+      settings = {name: jnp.asarray(value, jnp.float32) for name, value in named.items()}
+      carries.append((state._replace(opt_state=optax.tree.set(state.opt_state, **settings)), other))
       records.append(record)
     return step, self.stack(carries), records
 
@@ -191,12 +214,24 @@ class Population:
     return [jax.tree.map(lambda leaf, number=number: leaf[number], tree) for number in range(len(self.members))]
 
   def save(self, step: int, carry: Any, records: dict[int, dict[str, Any]]) -> None:
-    """Saves the runs that have a record, by number, in the background: none before all have been saved the last time."""
+    """Saves the runs that have a record, by number, in the background: none before all have been saved the last time.
+
+    Raises:
+      Stopped: a signal asked for it; all is saved.
+    """
     for run in self.runs:
       run.wait()
     for number, member_carry in enumerate(self.unstack(carry)):
       if number in records:
         self.runs[number].save(step, member_carry, **records[number])
+    self._saved = time.monotonic()
+    if stopping.requested():
+      self.close()
+      raise stopping.Stopped(f'stopped by {stopping.requested()}, saved after batch {step:,}')
+
+  def due(self) -> bool:
+    """Whether to save before the interval has ended: a signal or the clock asks for it."""
+    return stopping.requested() is not None or time.monotonic() - self._saved > self._interval
 
   def close(self) -> None:
     """Waits for the last checkpoints; nothing more is saved."""

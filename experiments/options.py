@@ -2,10 +2,15 @@
 
 from collections.abc import Callable
 import dataclasses
+from pathlib import Path
+import shlex
+import sys
+import time
 from typing import Any
 
 from absl import app, flags, logging
 
+from experiments import stopping
 import fptt_jax
 
 # The flags belong to the script that defines them, so that its --help shows them.
@@ -21,13 +26,27 @@ def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> A
   return dataclasses.field(default=default, metadata={'help': text, 'choices': choices})
 
 
-def run(main: Callable[[Any], None], config_class: Any, presets: dict[str, dict[str, Any]] | None = None) -> None:
+def dated_folder(config: Any) -> str:
+  """A new folder for each start of a script."""
+  return f'runs/{_script()}-{time.strftime("%Y%m%d-%H%M%S")}'
+
+
+def run(
+  main: Callable[[Any], None],
+  config_class: Any,
+  presets: dict[str, dict[str, Any]] | None = None,
+  workdir: Callable[[Any], str] = dated_folder,
+) -> None:
   """Defines a flag for each field of `config_class`, parses the command line, and calls `main` with the configuration.
+
+  A run that a signal has stopped ends with the exit code of `experiments.stopping`, one that Ctrl-C has cut off with 130, one that
+  cannot go on with 1; each says how to go on.
 
   Args:
     main: takes the configuration.
     config_class: a dataclass of :func:`option` fields.
     presets: by value of the flag 'task', other defaults of other flags; what the command line gives goes before them.
+    workdir: (configuration) -> the folder where none is given.
   """
   fields = dataclasses.fields(config_class)
   for field in fields:
@@ -47,12 +66,30 @@ def run(main: Callable[[Any], None], config_class: Any, presets: dict[str, dict[
       config = config_class(**settings)
     except ValueError as error:
       raise SystemExit(f'error: {error} See --help.') from error
+    again = [sys.executable, '-m', f'experiments.{_script()}', *sys.argv[1:]]
+    if 'workdir' in settings and not config.workdir:
+      config = dataclasses.replace(config, workdir=workdir(config))
+      again.append(f'--workdir={config.workdir}')
     try:
       main(config)
     except UserError as error:
       raise SystemExit(f'error: {error}') from error
+    except stopping.Stopped as stopped:
+      _tell(f'{stopped}; go on by\n  {shlex.join(again)}')
+      raise SystemExit(stopping.EXIT_CODE) from stopped
+    except KeyboardInterrupt as interrupt:
+      _tell(f'cut off by Ctrl-C; go on from the last checkpoint by\n  {shlex.join(again)}')
+      raise SystemExit(130) from interrupt
 
   app.run(parsed)
+
+
+def _script() -> str:
+  return Path(sys.argv[0]).stem
+
+
+def _tell(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
 
 
 def _define(field: Any) -> None:

@@ -9,7 +9,6 @@ where the setting is theirs) as text, JSON and plot.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def chosen_entries(config: Config, folder: Path) -> list[Entry]:
   entries = [entry for entry in entries if wanted(entry) and ('all' in config.lines or entry.label in config.lines)]
   if not entries:
     raise UserError(f'--methods={",".join(config.methods)} and --lines={",".join(config.lines)} leave no line of {config.item}.')
-  tuned = {} if config.tune else read_json(folder / 'tuned.json')  # The grid is that of the declared setting, every time.
+  tuned = {} if config.tune else read_tuned(folder)  # The grid is that of the declared setting, every time.
   place = smoke.data_files(folder / 'data') if config.scale == 'smoke' else dict.fromkeys(('images', 'text'), config.data_dir)
   kinds = {'experiments.images': 'images', 'experiments.language_model': 'text'}
 
@@ -93,7 +92,7 @@ def run_entry(entry: Entry, config: Any, folder: Path) -> list[dict[str, Any]]:
 
 def tune(config: Config, entries: list[Entry], folder: Path) -> None:
   """Tries each line's grid by short runs from a seed of their own; writes tuned.json, the curves and a table."""
-  tuned, rows, curves = read_json(folder / 'tuned.json'), [], {}
+  tuned, rows, curves = read_tuned(folder), [], {}
   for entry in entries:
     summaries = run_entry(entry, dataclasses.replace(items.grid(entry), seeds=(TUNE_SEED,)), folder / 'tune' / entry.label)
     tried = {summary['lr']: summary[entry.score.choose] for summary in summaries}
@@ -169,14 +168,15 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
   print(f'tables, plots and the runs are in {folder}')
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A file's content; {} without the file."""
-  return json.loads(path.read_text()) if path.exists() else {}
+def read_tuned(folder: Path) -> dict[str, Any]:
+  """What --tune chose for each line; {} before that."""
+  path = folder / 'tuned.json'
+  return runs.read_json(path) if path.exists() else {}
 
 
 def main(config: Config) -> None:
   """Runs what is missing of an item and reports it."""
-  folder = runs.make_folder(config.workdir or f'runs/{config.item}-{config.scale}')
+  folder = runs.make_folder(config.workdir)
   if config.item in studies.STUDIES:
     studies.STUDIES[config.item](config.scale, folder)
     return
@@ -192,4 +192,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  options.run(main, Config)
+  options.run(main, Config, workdir=lambda config: f'runs/{config.item}-{config.scale}')

@@ -57,6 +57,9 @@ class Recipe:
     "devices to split a batch or a population over; 0 chooses: all of an accelerator's, a CPU's cores where that pays, or 1",
   )
   chunk: int = option(25, 'batches that run as one compiled program, after which progress shows; 0: all up to an evaluation')
+  keep: int = option(2, 'checkpoints to keep of each run, the last ones; the best weights so far are in each')
+  checkpoint_minutes: float = option(10.0, 'minutes after which a run is saved also before its epoch or interval has ended')
+  override_resume: bool = option(False, 'go on with the runs in --workdir under other settings than they began with')
   evaluate_at: str = option('w', 'evaluate at the weights or at their summary (fptt only)', ('w', 'w_bar'))
 
   def __post_init__(self) -> None:
@@ -71,6 +74,8 @@ class Recipe:
     check(self.momentum == 0 or self.optimizer == 'sgd', 'momentum', self.momentum, '0 unless --optimizer=sgd')
     check(0 <= self.weight_decay < math.inf, 'weight_decay', self.weight_decay, 'a finite number >= 0')
     check(self.alpha_warmup >= 0, 'alpha_warmup', self.alpha_warmup, 'an integer >= 0')
+    check(self.keep >= 2, 'keep', self.keep, 'at least 2: runs side by side may have to go back by one')
+    check(self.checkpoint_minutes > 0, 'checkpoint_minutes', self.checkpoint_minutes, 'a number > 0')
     for name in ('chunk', 'devices', 'population'):
       check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
     check(0 <= self.clip < math.inf, 'clip', self.clip, 'a finite number >= 0')
@@ -144,9 +149,13 @@ def make_optimizer(recipe: Recipe, method: str, decay: optax.Schedule | None = N
       return regularise(recipe, optax.chain(clipping, rest), alpha, beta, kappa)
     return optax.chain(clipping, regularise(recipe, rest, alpha, beta, kappa))
 
-  names = [name for name in HYPERPARAMETERS if regularised or name not in REGULARISER]
-  settings = {HYPERPARAMETERS[name]: getattr(recipe, name) for name in names}
-  return optax.inject_hyperparams(fptt if regularised else plain)(**settings)
+  return optax.inject_hyperparams(fptt if regularised else plain)(**hyperparameters(recipe, method))
+
+
+def hyperparameters(recipe: Recipe, method: str) -> dict[str, float]:
+  """What a method's optimiser holds in its state, by the names it has there."""
+  names = [name for name in HYPERPARAMETERS if fptt_jax.METHODS[method].regularised or name not in REGULARISER]
+  return {HYPERPARAMETERS[name]: getattr(recipe, name) for name in names}
 
 
 def regularise(

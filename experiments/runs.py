@@ -3,6 +3,7 @@
 WORKDIR/config.json        what was asked for
 WORKDIR/NAME/metrics.jsonl one line an interval (NAME is method, seed and values out of a grid)
 WORKDIR/NAME/checkpoints/  the whole carry, so that the same command goes on where a killed run stopped
+WORKDIR/NAME/broken/       checkpoints that could not be read again
 WORKDIR/NAME/result.json   what this run came to; there when it has ended
 WORKDIR/summary.json       what came out, and on which machine
 """
@@ -10,40 +11,49 @@ WORKDIR/summary.json       what came out, and on which machine
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 from pathlib import Path
 import platform
 import time
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import jax
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+import numpy as np
 import orbax.checkpoint as ocp
 from tabulate import tabulate
 
 from experiments.options import UserError
 import fptt_jax
 
-NO_SETTINGS = ('workdir', 'data_dir', 'devices', 'population', 'chunk')
+NO_SETTINGS = ('workdir', 'data_dir', 'devices', 'population', 'chunk', 'keep', 'checkpoint_minutes', 'override_resume')
 """Where and how a run runs, which is not what it is: it may go on otherwise."""
+JOINING = ('method', 'seeds', 'grid')
+"""What may differ from command to command in one folder: each run has a folder of its own there."""
+
+
+class Broken(Exception):
+  """A checkpoint cannot be read, or does not hold what was saved; it has been set aside, and the text says so."""
 
 
 class Run:
-  """One training run (a method and a seed) in its own folder.
+  """One training run (a method and a seed) in its own folder, below that of :func:`open_workdir`.
 
   Attributes:
     folder: where it writes.
     rows: the metrics lines so far, restored ones included.
   """
 
-  def __init__(self, folder: Path):
+  def __init__(self, folder: Path, keep: int = 2):
     self.folder = folder
     self.rows: list[dict[str, Any]] = []
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    self._checkpoints = ocp.CheckpointManager((folder / 'checkpoints').absolute(), options=options)
+    with self._writing():
+      options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+      self._checkpoints = ocp.CheckpointManager((folder / 'checkpoints').absolute(), options=options)
     self._seconds_before = 0.0
     self._started = time.perf_counter()
 
@@ -51,38 +61,88 @@ class Run:
     """(carry, record) as they were saved after `step`, or (`carry`, {}) for step 0.
 
     What was written later is dropped: those steps are about to be run again.
+
+    Raises:
+      Broken: the checkpoint does not hold what was saved.
+      UserError: it is of another configuration or shape than `carry`, or its metrics are gone.
     """
-    self.rows = [row for row in read_jsonl(self.folder / 'metrics.jsonl') if row['step'] <= step]
-    with replaced(self.folder / 'metrics.jsonl') as file:
-      file.writelines(json.dumps(row) + '\n' for row in self.rows)
-    for later in [saved for saved in self._checkpoints.all_steps() if saved > step]:
-      self._checkpoints.delete(later)
-    if not step:
-      return carry, {}
-    arguments = ocp.args.Composite(carry=ocp.args.StandardRestore(carry), record=ocp.args.JsonRestore())
-    saved = self._checkpoints.restore(step, args=arguments)
-    self._seconds_before = saved.record['seconds']
-    return saved.carry, saved.record
+    record = self._read(step, record=ocp.args.JsonRestore()).record if step else {}
+    if step:
+      self._check_fits(step, record, carry)
+      carry = self._read(step, carry=ocp.args.StandardRestore(carry)).carry
+      if fingerprint(carry) != record['sha256']:
+        self._set_aside(step, 'it does not hold what was saved')
+      self._seconds_before = record['seconds']
+    with self._writing():
+      metrics = self.folder / 'metrics.jsonl'
+      rows, lines = read_jsonl(metrics), record.get('lines', 0)
+      if len(rows) < lines:
+        raise UserError(f'{metrics} has {len(rows)} lines, the checkpoint after step {step} was saved after {lines}: put it back.')
+      self.rows = rows[:lines]
+      with replaced(metrics) as file:
+        file.writelines(json.dumps(row) + '\n' for row in self.rows)
+      for later in [saved for saved in self._checkpoints.all_steps() if saved > step]:
+        self._checkpoints.delete(later)
+    return carry, record
+
+  def _read(self, step: int, **arguments: Any) -> Any:
+    try:
+      return self._checkpoints.restore(step, args=ocp.args.Composite(**arguments))
+    except Exception as error:  # Of many types, one for each way to be broken.
+      self._set_aside(step, _reason(error))
+
+  def _set_aside(self, step: int, reason: str) -> NoReturn:
+    self._checkpoints.close()
+    target = self.folder / 'broken' / f'{step}-{time.strftime("%Y%m%d-%H%M%S")}'
+    with self._writing():
+      target.parent.mkdir(exist_ok=True)
+      (self.folder / 'checkpoints' / str(step)).rename(target)
+    last = max(saved_steps(self.folder), default=0)
+    raise Broken(
+      f'{self.folder}: the checkpoint after step {step} is broken ({reason}); set aside as {target.relative_to(self.folder)}, '
+      + (f'going on from the one after step {last}' if last else 'starting anew')
+    )
+
+  def _check_fits(self, step: int, record: dict[str, Any], carry: Any) -> None:
+    """Whether the checkpoint was saved under the folder's configuration, and holds arrays of the same shapes."""
+    config = read_json(self.folder.parent / 'config.json')
+    known = [config['sha256'], *(override['sha256'] for override in config['overrides'])]
+    which = f'{self.folder}: the checkpoint after step {step}'
+    if record['config_sha256'] not in known:
+      raise UserError(f'{which} was saved under a configuration that config.json does not name.')
+    differ = differences(record['arrays'], describe(carry))
+    if differ:
+      more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
+      raise UserError(f'{which} does not fit this model and optimiser; {"; ".join(differ[:3])}{more}.')
 
   def log(self, step: int, **metrics: Any) -> dict[str, Any]:
     """Appends a line to metrics.jsonl; `seconds` is the wall-clock, restarts included; numbers that are not finite become null."""
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     row = {'step': step, 'seconds': round(self.seconds, 2), **finite}
     self.rows.append(row)
-    with (self.folder / 'metrics.jsonl').open('a') as file:
+    with self._writing(), (self.folder / 'metrics.jsonl').open('a') as file:
       file.write(json.dumps(row) + '\n')
+      file.flush()
+      os.fsync(file.fileno())  # A checkpoint saved after it, which counts on it, outlives a power cut.
     return row
 
   def save(self, step: int, carry: Any, **record: Any) -> None:
     """Saves the carry after `step`, in the background."""
-    arguments = ocp.args.Composite(
-      carry=ocp.args.StandardSave(carry), record=ocp.args.JsonSave({'seconds': self.seconds, **record})
-    )
-    self._checkpoints.save(step, args=arguments)
+    described = {
+      'seconds': self.seconds,
+      'lines': len(self.rows),
+      'config_sha256': config_sha256(self.folder.parent),
+      'arrays': describe(carry),
+      'sha256': fingerprint(carry),
+    }
+    arguments = ocp.args.Composite(carry=ocp.args.StandardSave(carry), record=ocp.args.JsonSave({**described, **record}))
+    with self._writing():
+      self._checkpoints.save(step, args=arguments)
 
   def wait(self) -> None:
     """Waits for the last checkpoint."""
-    self._checkpoints.wait_until_finished()
+    with self._writing():
+      self._checkpoints.wait_until_finished()
 
   def column(self, name: str) -> list[float]:
     """One metric of all rows so far."""
@@ -95,36 +155,91 @@ class Run:
 
   def close(self) -> None:
     """Waits for the last checkpoint; nothing more is saved."""
-    self._checkpoints.close()
+    with self._writing():
+      self._checkpoints.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Turns what a full or read-only disk raises into one line."""
+    try:
+      yield
+    except (OSError, ValueError) as error:  # tensorstore's, too, are ValueErrors.
+      last = max(saved_steps(self.folder), default=0)
+      state = f'The checkpoint after step {last} is whole: the same command goes on from it.' if last else 'There is no checkpoint.'
+      raise UserError(f'cannot write to {self.folder}: {_reason(error)}. {state}') from error
+
+
+def _reason(error: Exception) -> str:
+  """The first line of what an exception says, or what it is."""
+  return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def describe(carry: Any) -> dict[str, str]:
+  """Shape and dtype of each array, by where it is in the tree."""
+  leaves = jax.tree.leaves_with_path(carry)
+  return {jax.tree_util.keystr(path): f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in leaves}
+
+
+def fingerprint(carry: Any) -> str:
+  """SHA-256 of all numbers in a tree of arrays, which file formats do not all check."""
+  found = hashlib.sha256()
+  for leaf in jax.tree.leaves(carry):
+    numbers = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    found.update(np.ascontiguousarray(numbers).view(np.uint8))
+  return found.hexdigest()
 
 
 def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Path:
   """Makes the folder and writes config.json, or checks that the folder was made with the same configuration.
 
   Other methods, seeds and values of a grid may join those that are there: each run has its own folder. `identity` says what else
-  makes it the same run, such as a hash of the data.
+  makes it the same run, such as a hash of the data. With `config.override_resume` other settings are taken, and config.json says
+  which were there before.
 
   Raises:
     UserError: the folder holds runs of another configuration, or cannot be written.
   """
-  folder = Path(workdir or f'runs/{script}-{time.strftime("%Y%m%d-%H%M%S")}').absolute()
+  folder = Path(workdir).absolute()
   described = {'script': script, **json.loads(json.dumps(dataclasses.asdict(config))), **identity}
   for name in NO_SETTINGS:
     described.pop(name, None)
-  path = folder / 'config.json'
+  described['sha256'] = hashlib.sha256(json.dumps(_settings(described), sort_keys=True).encode()).hexdigest()
+  path, overrides = folder / 'config.json', []
   try:
     if path.exists():
-      found = json.loads(path.read_text())
-      keys = sorted({*found, *described} - {'method', 'seeds', 'grid'})
-      differ = [f'{k}: was {found.get(k)!r}, now {described.get(k)!r}' for k in keys if found.get(k) != described.get(k)]
+      found = read_json(path)
+      overrides = found.get('overrides', [])
+      differ = differences(_settings(found), _settings(described))
+      if differ and not config.override_resume:
+        raise UserError(
+          f'{folder} holds runs of another configuration; {"; ".join(differ)}. Choose another --workdir, or go on with '
+          'these runs by --override_resume.'
+        )
       if differ:
-        raise UserError(f'{folder} holds runs of another configuration; {"; ".join(differ)}. Choose another --workdir.')
+        print(f'{folder} goes on with other settings than before; {"; ".join(differ)}')
+        overrides = [*overrides, {'sha256': found.get('sha256'), 'differences': differ}]
     folder.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as file:
-      file.write(json.dumps(described, indent=2) + '\n')
+    write_json(path, {**described, 'overrides': overrides})
   except OSError as error:
     raise UserError(f'cannot write to --workdir={folder}: {error}') from error
   return folder
+
+
+def _settings(described: dict[str, Any]) -> dict[str, Any]:
+  """What makes the runs of a folder what they are."""
+  return {name: value for name, value in described.items() if name not in (*JOINING, 'sha256', 'overrides')}
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+  """What two descriptions do not agree in."""
+  names = sorted({*was, *now})
+  return [f'{name}: was {was.get(name)!r}, now {now.get(name)!r}' for name in names if was.get(name) != now.get(name)]
+
+
+def config_sha256(folder: Path) -> str:
+  """Hash of the configuration that a folder's runs have."""
+  found: str = read_json(folder / 'config.json')['sha256']
+  return found
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -135,9 +250,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 def write_summary(folder: Path, runs: list[dict[str, Any]]) -> None:
   """Writes what came out and what it ran on."""
-  described = {'config': json.loads((folder / 'config.json').read_text()), 'runs': runs, **machine()}
-  with replaced(folder / 'summary.json') as file:
-    file.write(json.dumps(described, indent=2) + '\n')
+  write_json(folder / 'summary.json', {'config': read_json(folder / 'config.json'), 'runs': runs, **machine()})
 
 
 def machine() -> dict[str, Any]:
@@ -198,10 +311,35 @@ def plot_curves(
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-  """The whole lines of a JSONL file; a last line cut off by a kill is left out."""
+  """The whole lines of a JSONL file; a last line cut off by a kill is left out.
+
+  Raises:
+    UserError: a line is no JSON.
+  """
   if not path.exists():
     return []
-  return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+  rows = []
+  for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    if line.endswith(b'\n'):
+      rows.append(_parsed(line, f'line {number} of {path}'))
+  return rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A file's content.
+
+  Raises:
+    UserError: it is no JSON.
+  """
+  return _parsed(path.read_bytes(), str(path))
+
+
+def _parsed(text: bytes, which: str) -> dict[str, Any]:
+  try:
+    content: dict[str, Any] = json.loads(text)
+  except ValueError as error:
+    raise UserError(f'{which} is damaged: {error}. Put it back, or choose another --workdir.') from error
+  return content
 
 
 def make_folder(path: str) -> Path:

@@ -10,20 +10,17 @@ from experiments import runs
 
 
 @contextlib.contextmanager
-def interrupted_at(step: int, times: int = 1) -> Iterator[None]:
-  """Lets a training script run until its metrics of `step` are written and its checkpoint is not: that of the first run, or of the
-  one that is saved `times`-th."""
-  save, left = runs.Run.save, [times]
+def interrupted_at(number: int) -> Iterator[None]:
+  """Lets a training script run until its `number`-th checkpoint, of whichever run, is to be saved: its metrics are written."""
+  save, calls = runs.Run.save, []
 
-  def interrupted_save(self: runs.Run, at: int, carry: Any, **record: Any) -> None:
-    if at == step:
-      left[0] -= 1
-      if not left[0]:
-        self.close()
-        raise KeyboardInterrupt
-    save(self, at, carry, **record)
-    if at == step:
-      self.wait()
+  def interrupted_save(self: runs.Run, step: int, carry: Any, **record: Any) -> None:
+    calls.append(step)
+    if len(calls) == number:
+      self.close()
+      raise KeyboardInterrupt
+    save(self, step, carry, **record)
+    self.wait()
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(runs.Run, 'save', interrupted_save)
@@ -31,4 +28,4 @@ def interrupted_at(step: int, times: int = 1) -> Iterator[None]:
       yield
     except KeyboardInterrupt:
       return
-  pytest.fail(f'the run ended before a checkpoint of step {step}')
+  pytest.fail(f'the run ended with {len(calls)} checkpoints, before number {number}')

@@ -69,7 +69,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, method: str
   )
   _, [whole] = add_task.run(config, str(tmp_path / 'whole'))
 
-  with interrupted_at(4):
+  with interrupted_at(2):
     add_task.run(config, str(tmp_path / 'cut'))
   assert [row['step'] for row in read_rows(tmp_path / 'cut' / f'{method}-seed3')] == [2, 4]
   _, [resumed] = add_task.run(config, str(tmp_path / 'cut'))
@@ -81,7 +81,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, method: str
   for name in ('whole', 'cut'):
     run = runs.Run(tmp_path / name / f'{method}-seed3')
     assert runs.saved_steps(run.folder)[-1] == 6
-    state, _ = run.restore(6, trainer.init(jax.random.key(0), add_task.draw_batch(jax.random.key(0), 12, 8)))
+    (state, _), _ = run.restore(6, (trainer.init(jax.random.key(0), add_task.draw_batch(jax.random.key(0), 12, 8)), ()))
     run.close()
     states.append(state._replace(key=jax.random.key_data(state.key)))
   chex.assert_trees_all_equal(*states)
@@ -91,7 +91,7 @@ def test_interrupted_before_the_first_checkpoint_no_line_is_doubled(tmp_path: Pa
   """Lines without a checkpoint behind them, a cut-off one too, go when the run starts again."""
   config = add_task.Config(method=('bptt',), **TINY)
 
-  with interrupted_at(2):
+  with interrupted_at(1):
     add_task.run(config, str(tmp_path))
   metrics = tmp_path / 'bptt-seed0' / 'metrics.jsonl'
   metrics.write_text(metrics.read_text() + '{"step": 4, "se')

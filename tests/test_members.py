@@ -83,7 +83,7 @@ def test_chunks_change_nothing(tmp_path: Path, chunk: int) -> None:
   """Batches one by one, or all of an interval in one program: the same run, which may even go on the other way."""
   config = add_task.Config(method=('bptt',), optimizer='sgd', chunk=chunk, **TINY)
   add_task.run(dataclasses.replace(config, chunk=2), str(tmp_path / 'whole'))
-  with interrupted_at(4):
+  with interrupted_at(2):
     add_task.run(dataclasses.replace(config, chunk=2), str(tmp_path / 'cut'))
   add_task.run(config, str(tmp_path / 'cut'))
   assert_same_runs(tmp_path / 'cut', tmp_path / 'whole', ['bptt-seed0'], 1e-6)
@@ -93,7 +93,7 @@ def test_interrupted_while_the_runs_are_saved(tmp_path: Path) -> None:
   """Stopped when one of three has been saved and the others have not: it goes back to them, and all end as if never stopped."""
   config = add_task.Config(method=('fptt',), seeds=(0, 1, 2), population=3, devices=1, optimizer='sgd', **TINY)
   add_task.run(config, str(tmp_path / 'whole'))
-  with interrupted_at(4, times=2):
+  with interrupted_at(5):
     add_task.run(config, str(tmp_path / 'cut'))
   assert [runs.saved_steps(tmp_path / 'cut' / f'fptt-seed{seed}') for seed in range(3)] == [[2, 4], [2], [2]]
   add_task.run(config, str(tmp_path / 'cut'))
@@ -110,7 +110,7 @@ def restored(folder: Path, config: add_task.Config, seed: int) -> Any:
   loss = add_task.fptt_jax.losses.terminal_regression()
   trainer = recipe.make_trainer(config, 'fptt', add_task.make_model(config), loss, 12, decay=lambda count: 1.0)
   state = trainer.init(jax.random.key(0), add_task.draw_batch(jax.random.key(0), 12, 8))
-  state, _ = run.restore(runs.saved_steps(run.folder)[-1], state)
+  (state, _), _ = run.restore(runs.saved_steps(run.folder)[-1], (state, ()))
   run.close()
   return state.params
 

@@ -1,0 +1,106 @@
+"""Scripts killed for real, at any moment, and started again: they end with the very numbers of a script never killed."""
+
+import os
+from pathlib import Path
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_stopping import last_saved
+
+from experiments import runs, smoke, stopping
+
+FAMILIES = {
+  'add_task': dict(method='fptt', seq_len=12, hidden=4, batch_size=8, num_windows=3, batches=90, eval_every=3),
+  'images': dict(task='arrays', row='true', hidden=8, batch_size=8, valid_size=16, epochs=30, num_windows=2, dropout=0.2),
+  'language_model': dict(task='text', seq_len=10, num_windows=3, batch_size=4, embedding=8, hidden=8, epochs=30),
+}
+SIDE_BY_SIDE = ['--seeds=0:3', '--population=3', '--devices=1', '--checkpoint_minutes=0.0005', '--chunk=2']
+
+
+def start(family: str, folder: Path, name: str, *flags: str) -> subprocess.Popen[str]:
+  """A script under way; what it compiles is kept for the next one."""
+  places = smoke.data_files(folder / 'data')
+  data = {'images': [f'--data_dir={places["images"]}'], 'language_model': [f'--data_dir={places["text"]}']}.get(family, [])
+  settings = [f'--{name}={value}' for name, value in FAMILIES[family].items()]
+  command = [sys.executable, '-m', f'experiments.{family}', *settings, *data, f'--workdir={folder / name}', *flags]
+  cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  return subprocess.Popen(command, env={**os.environ, **cache}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(family: str, folder: Path, name: str, *flags: str) -> None:
+  """A script to its end."""
+  process = start(family, folder, name, *flags)
+  _, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors
+
+
+def wait_for_lines(process: subprocess.Popen[str], path: Path, number: int) -> None:
+  """Until a run has written so many lines of metrics."""
+  deadline = time.monotonic() + 200
+  while len(runs.read_jsonl(path)) < number:
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline
+    time.sleep(0.005)
+
+
+def assert_same_runs(folder: Path) -> None:
+  """Metrics, results and weights of all runs, but for the clock."""
+  names = sorted(path.name for path in (folder / 'whole').glob('fptt-*'))
+  assert names
+  for name in names:
+    whole, cut = (folder / which / name for which in ('whole', 'cut'))
+    for file in ('metrics.jsonl', 'result.json'):
+      rows = [runs.read_jsonl(run / file) if file.endswith('l') else [runs.read_json(run / file)] for run in (whole, cut)]
+      assert [{**row, 'seconds': 0} for row in rows[0]] == [{**row, 'seconds': 0} for row in rows[1]]
+    assert last_saved(whole) == last_saved(cut)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_killed_once(tmp_path: Path, family: str) -> None:
+  """SIGKILL, or SIGTERM for the first family, some time after metrics were written."""
+  finish(family, tmp_path, 'whole')
+  process = start(family, tmp_path, 'cut')
+  wait_for_lines(process, tmp_path / 'cut' / 'fptt-seed0' / 'metrics.jsonl', 4)
+  if family == 'add_task':
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == stopping.EXIT_CODE
+    assert 'stopped by SIGTERM, saved after batch' in said
+    assert said.rstrip().endswith(f'--workdir={tmp_path / "cut"}')
+  else:
+    time.sleep(random.Random(family).uniform(0, 0.1))
+    process.kill()
+    process.communicate()
+  assert not (tmp_path / 'cut' / 'fptt-seed0' / 'result.json').exists()
+  finish(family, tmp_path, 'cut')
+  assert_same_runs(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flags', [[], SIDE_BY_SIDE])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_killed_again_and_again(tmp_path: Path, family: str, flags: list[str]) -> None:
+  """At least eight times each: while it starts, trains, writes metrics, saves, ends; alone, and as a population that saves by the
+  clock as well."""
+  finish(family, tmp_path, 'whole', *flags)
+  draw, kills = random.Random(f'{family}{flags}'), 0
+  began = time.monotonic()
+  finish(family, tmp_path, 'timed', *flags)
+  duration = time.monotonic() - began
+  while True:
+    process = start(family, tmp_path, 'cut', *flags)
+    try:
+      _, errors = process.communicate(timeout=draw.uniform(0.2, 1.0) * duration if kills < 8 else 300)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.communicate()
+      kills += 1
+      continue
+    assert process.returncode == 0, errors
+    break
+  assert kills >= 8
+  assert_same_runs(tmp_path)

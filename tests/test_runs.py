@@ -1,0 +1,212 @@
+"""A run's folder: what is saved can be read again or is refused, and nothing passes for what it is not."""
+
+from collections.abc import Callable
+import dataclasses
+import json
+from pathlib import Path
+import resource
+from typing import Any
+
+from interruption import interrupted_at
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import add_task, runs
+from experiments.options import UserError
+
+TINY = dict(method=('fptt',), seq_len=12, hidden=4, batch_size=8, batches=6, eval_every=2, test_size=16, num_windows=3)
+WEIGHTS = {'w': jax.random.normal(jax.random.key(0), (50, 50)), 'n': jnp.int32(3), 'm': jnp.ones(3, jnp.bfloat16)}
+CARRY = (WEIGHTS, jax.random.key(7))
+
+
+def saved_run(folder: Path, *steps: int) -> Path:
+  """A run saved after some steps, a line of metrics before each."""
+  runs.open_workdir(str(folder), 'add_task', add_task.Config())
+  run = runs.Run(folder / 'run')
+  for step in steps:
+    run.log(step, loss=1.0)
+    run.save(step, CARRY, note=step)
+  run.close()
+  return folder / 'run'
+
+
+def largest(folder: Path) -> Path:
+  return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path: Path) -> None:
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 0x10
+  path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+  """Arrays of several dtypes, keys, the record; what was written later is dropped."""
+  folder = saved_run(tmp_path, 1, 2, 3)
+  run = runs.Run(folder)
+  carry, record = run.restore(2, CARRY)
+  run.close()
+  assert runs.fingerprint(carry) == runs.fingerprint(CARRY)
+  assert record['note'] == 2
+  assert [row['step'] for row in run.rows] == [row['step'] for row in runs.read_jsonl(folder / 'metrics.jsonl')] == [1, 2]
+  assert runs.saved_steps(folder) == [2]
+
+
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda folder: flip(largest(folder)),  # Read without complaint: its content tells.
+    lambda folder: truncate(largest(folder)),
+    lambda folder: largest(folder).unlink(),
+    lambda folder: truncate(folder / 'carry' / '_METADATA'),
+    lambda folder: (folder / 'carry' / 'manifest.ocdbt').unlink(),
+    lambda folder: flip(folder / 'record' / 'metadata'),
+    lambda folder: truncate(folder / 'record' / 'metadata'),
+    lambda folder: (folder / 'record' / 'metadata').unlink(),
+  ],
+)
+def test_a_broken_checkpoint_is_set_aside(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+  """However it is broken: it is said, kept, and the one before it can be gone on from."""
+  folder = saved_run(tmp_path, 1, 2)
+  damage(folder / 'checkpoints' / '2')
+  said = r'the checkpoint after step 2 is broken \(.+\); set aside as broken/2-\d+-\d+, going on from the one after step 1'
+  with pytest.raises(runs.Broken, match=said):
+    runs.Run(folder).restore(2, CARRY)
+  assert runs.saved_steps(folder) == [1]
+  assert len(list((folder / 'broken').iterdir())) == 1
+  run = runs.Run(folder)
+  carry, _ = run.restore(1, CARRY)
+  run.close()
+  assert runs.fingerprint(carry) == runs.fingerprint(CARRY)
+
+
+def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """A whole script: one broken checkpoint, then all; it says so and ends with the numbers of a run that nothing befell."""
+  config = add_task.Config(**TINY)
+  add_task.run(config, str(tmp_path / 'whole'))
+  expected = json.loads((tmp_path / 'whole' / 'fptt-seed0' / 'result.json').read_text()) | {'seconds': 0}
+  for broken in ([4], [4, 2]):
+    folder = tmp_path / f'cut{len(broken)}'
+    with interrupted_at(3):
+      add_task.run(config, str(folder))
+    for step in broken:
+      flip(largest(folder / 'fptt-seed0' / 'checkpoints' / str(step)))
+    capsys.readouterr()
+    add_task.run(config, str(folder))
+    said = capsys.readouterr().err
+    assert ('going on from the one after step 2' in said, 'starting anew' in said) == (True, 2 in broken)
+    assert json.loads((folder / 'fptt-seed0' / 'result.json').read_text()) | {'seconds': 0} == expected
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
+  """Nothing is set aside: it is whole, and for another model."""
+  folder = saved_run(tmp_path, 1)
+  other = (CARRY[0] | {'w': jnp.zeros((50, 60))}, CARRY[1])
+  with pytest.raises(
+    UserError, match=r"after step 1 does not fit this model and optimiser; \[0\]\['w'\]: was 'float32\[50, 50\]', now"
+  ):
+    runs.Run(folder).restore(1, other)
+  assert runs.saved_steps(folder) == [1]
+
+
+def test_a_checkpoint_of_a_configuration_nobody_knows_is_refused(tmp_path: Path) -> None:
+  """config.json was changed by hand, or the folder was put together from two."""
+  folder = saved_run(tmp_path, 1)
+  config = json.loads((tmp_path / 'config.json').read_text())
+  (tmp_path / 'config.json').write_text(json.dumps(config | {'sha256': '0'}))
+  with pytest.raises(UserError, match=r'saved under a configuration that config\.json does not name'):
+    runs.Run(folder).restore(1, CARRY)
+
+
+def test_metrics_that_are_gone_or_damaged_are_not_made_up_for(tmp_path: Path) -> None:
+  """Fewer lines than the checkpoint knows of, and a line that is no JSON."""
+  folder = saved_run(tmp_path, 1, 2)
+  metrics = folder / 'metrics.jsonl'
+  lines = metrics.read_text().splitlines(keepends=True)
+  metrics.write_text(lines[0])
+  with pytest.raises(UserError, match=r'metrics\.jsonl has 1 lines, the checkpoint after step 2 was saved after 2: put it back'):
+    runs.Run(folder).restore(2, CARRY)
+  metrics.write_text('{"step": 1, }\n' + lines[1])
+  with pytest.raises(UserError, match=r'line 1 of .*metrics\.jsonl is damaged: .*Put it back, or choose another --workdir'):
+    runs.Run(folder).restore(2, CARRY)
+  (tmp_path / 'config.json').write_text('{')
+  with pytest.raises(UserError, match=r'config\.json is damaged'):
+    runs.open_workdir(str(tmp_path), 'add_task', add_task.Config())
+
+
+def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+  """Here: files may not grow beyond 4 kB. What was saved before is whole, and it is said."""
+  folder = saved_run(tmp_path, 1)
+  run = runs.Run(folder)
+  carry, _ = run.restore(1, CARRY)
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    with pytest.raises(UserError, match=r'cannot write to .*/run: .*\. The checkpoint after step 1 is whole: the same command'):
+      _ = run.save(2, carry), run.wait()  # In the background: either may be the first to know.
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  again = runs.Run(folder)
+  assert runs.fingerprint(again.restore(1, CARRY)[0]) == runs.fingerprint(CARRY)
+  again.close()
+
+
+def test_a_full_disk_while_metrics_are_written(tmp_path: Path) -> None:
+  """The device that is always full."""
+  folder = saved_run(tmp_path)
+  run = runs.Run(folder)
+  (folder / 'metrics.jsonl').symlink_to('/dev/full')
+  with pytest.raises(UserError, match=r'cannot write to .*No space left on device\. There is no checkpoint\.'):
+    run.log(1, loss=1.0)
+  run.close()
+
+
+def test_other_settings_by_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """Refused, with what differs; or taken, said and kept: the learning rate is the new one, a run that had ended goes on."""
+  config = add_task.Config(optimizer='sgd', decay=False, **TINY)
+  add_task.run(config, str(tmp_path))
+  before = runs.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
+  other = dataclasses.replace(config, batches=8, lr=1e-30)
+  with pytest.raises(
+    UserError, match=r'batches: was 6, now 8; lr: was 0.001, now 1e-30\. Choose another --workdir, or .*--override_resume'
+  ):
+    add_task.run(other, str(tmp_path))
+  _, [summary] = add_task.run(dataclasses.replace(other, override_resume=True), str(tmp_path))
+  assert 'goes on with other settings than before; batches: was 6, now 8; lr: was 0.001, now 1e-30' in capsys.readouterr().out
+  rows = runs.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
+  assert rows[:-1] == before
+  assert (summary['batches'], rows[-1]['test_mse']) == (8, pytest.approx(before[-1]['test_mse'], rel=1e-6))
+  [override] = json.loads((tmp_path / 'config.json').read_text())['overrides']
+  assert override['differences'] == ['batches: was 6, now 8', 'lr: was 0.001, now 1e-30']
+  add_task.run(other, str(tmp_path))  # From now on they are the folder's.
+
+
+def test_a_model_of_other_size_is_refused_even_so(tmp_path: Path) -> None:
+  """Before anything is trained."""
+  config = add_task.Config(**TINY)
+  with interrupted_at(2):
+    add_task.run(config, str(tmp_path))
+  said = r"does not fit this model and optimiser; .*hidden\[0\]\.c: was 'float32\[8, 4\]', now 'float32\[8, 5\]'; .* and 19 more"
+  with pytest.raises(UserError, match=said):
+    add_task.run(dataclasses.replace(config, hidden=5, override_resume=True), str(tmp_path))
+
+
+def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+  """As many as asked for."""
+  add_task.run(add_task.Config(keep=3, checkpoint_minutes=1e-9, chunk=1, **TINY), str(tmp_path))
+  assert runs.saved_steps(tmp_path / 'fptt-seed0') == [4, 5, 6]
+
+
+def test_fingerprints_tell_arrays_apart() -> None:
+  """One bit of one number does."""
+  one = np.zeros(3, np.float32)
+  other = one.copy()
+  other.view(np.uint8)[0] = 1
+  carries: list[Any] = [{'a': jnp.asarray(x)} for x in (one, other)]
+  assert runs.fingerprint(carries[0]) != runs.fingerprint(carries[1])

@@ -1,0 +1,108 @@
+"""Signals: what was trained is saved, wherever the run is, and it goes on as if never stopped."""
+
+from collections.abc import Callable
+import os
+from pathlib import Path
+import signal
+from typing import Any
+
+import pytest
+from test_images import make_config
+from test_language_model import write_text
+
+from experiments import add_task, images, language_model, members, runs, stopping
+
+ADDING = dict(method=('fptt',), seq_len=12, hidden=4, batch_size=8, batches=12, eval_every=6, test_size=16, num_windows=3, chunk=2)
+
+
+def test_a_first_signal_is_noted_and_a_second_acts() -> None:
+  """Ctrl-C twice is Ctrl-C; afterwards all is as it was before."""
+  before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+  with stopping.heeded():
+    assert stopping.requested() is None
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stopping.requested() == 'SIGTERM'
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+  assert stopping.requested() is None
+  assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def adding(folder: Path, **settings: Any) -> Callable[[str], list[dict[str, Any]]]:
+  return lambda name: add_task.run(add_task.Config(**{**ADDING, **settings}), str(folder / name))[1]
+
+
+def epochs_of_images(folder: Path, **settings: Any) -> Callable[[str], list[dict[str, Any]]]:
+  config = make_config(folder, method=('fptt',), epochs=2, plateau_factor=2.0, dropout=0.3, chunk=1, **settings)
+  return lambda name: images.run(config, str(folder / name))[1]
+
+
+def epochs_of_text(folder: Path, **settings: Any) -> Callable[[str], list[dict[str, Any]]]:
+  shape = dict(task='text', seq_len=10, num_windows=3, batch_size=4, embedding=8, hidden=8, epochs=2, lr=1.0, chunk=1)
+  config = language_model.Config(data_dir=str(write_text(folder)), **shape, **settings)
+  return lambda name: language_model.run(config, str(folder / name))[1]
+
+
+CASES = [
+  (adding, {}),
+  (adding, dict(seeds=(0, 1), population=2, devices=1)),
+  (epochs_of_images, {}),
+  (epochs_of_text, dict(random_lengths=True)),
+]
+
+
+@pytest.mark.parametrize(('family', 'settings'), CASES)
+def test_a_stopped_run_goes_on_to_the_same_numbers(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: Callable[..., Any], settings: dict[str, Any]
+) -> None:
+  """SIGTERM in the middle of the second interval: saved there, between two evaluations; weights and metrics end the very same."""
+  run = family(tmp_path, **settings)
+  calls: list[int] = []
+  steps = members.Population.steps
+
+  def counted(self: members.Population, *args: Any) -> Any:
+    calls.append(0)
+    return steps(self, *args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(members.Population, 'steps', counted)
+    whole = run('whole')
+  at = len(calls) // 2 + 1
+  calls.clear()
+
+  def interrupted(self: members.Population, *args: Any) -> Any:
+    calls.append(0)
+    if len(calls) == at:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return steps(self, *args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(members.Population, 'steps', interrupted)
+    with pytest.raises(stopping.Stopped, match=r'stopped by SIGTERM, saved after batch \d+'):
+      run('cut')
+  assert len(calls) == at  # Not a chunk more than was under way.
+  assert_same(tmp_path, whole, run('cut'))
+
+
+@pytest.mark.parametrize(('family', 'settings'), [CASES[1], CASES[2]])
+def test_saving_by_the_clock_changes_nothing(tmp_path: Path, family: Callable[..., Any], settings: dict[str, Any]) -> None:
+  """A checkpoint after each chunk."""
+  whole = family(tmp_path, **settings)('whole')
+  assert_same(tmp_path, whole, family(tmp_path, checkpoint_minutes=1e-9, **settings)('cut'))
+
+
+def assert_same(folder: Path, whole: list[dict[str, Any]], cut: list[dict[str, Any]]) -> None:
+  """Results, metrics and the weights last saved are the very same, but for the clock."""
+  assert [{**summary, 'seconds': 0} for summary in cut] == [{**summary, 'seconds': 0} for summary in whole]
+  for summary in whole:
+    a, b = (folder / name / summary['run'] for name in ('whole', 'cut'))
+    assert [{**row, 'seconds': 0} for row in runs.read_jsonl(a / 'metrics.jsonl')] == [
+      {**row, 'seconds': 0} for row in runs.read_jsonl(b / 'metrics.jsonl')
+    ]
+    assert last_saved(a) == last_saved(b)
+
+
+def last_saved(folder: Path) -> tuple[int, str]:
+  """(step, hash of all that was saved) of a run's last checkpoint."""
+  step = runs.saved_steps(folder)[-1]
+  return step, runs.read_json(folder / 'checkpoints' / str(step) / 'record' / 'metadata')['sha256']
