@@ -18,14 +18,13 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import options, recipe, runs
+from experiments import options, processes, recipe, runs
 from experiments.members import Member, Population, chunks, end, remaining, train_all
 from experiments.options import check, option
 import fptt_jax
 from fptt_jax import nn
 
 CHANCE = 1 / 6
-fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +63,16 @@ def draw_batch(key: jax.Array, seq_len: int, batch_size: int) -> fptt_jax.Batch:
   return fptt_jax.Batch(jnp.stack([values, markers], axis=-1), jnp.sum(values * markers, axis=0))
 
 
+@jax.jit
+def _batch_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+  return jax.random.key_data(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers))
+
+
+def batch_keys(key: jax.Array, numbers: np.ndarray) -> np.ndarray:
+  """Data of each batch's own key, uint32 [N, 2]."""
+  return np.asarray(_batch_keys(key, numbers))
+
+
 def make_model(config: Config) -> fptt_jax.Model:
   """One LSTM and a linear readout."""
   return nn.from_nnx(
@@ -82,11 +91,12 @@ def train(chosen: list[Member], folder: Path) -> None:
   meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, len(chosen))
   trainer = recipe.make_trainer(config, method, make_model(config), loss, config.seq_len, decay=decay, mesh=meshes.batch)
   keys = [jax.random.split(jax.random.key(member.seed), 3) for member in chosen]
-  tests = [jax.jit(draw_batch, static_argnums=(1, 2))(test_key, config.seq_len, config.test_size) for _, _, test_key in keys]
-  read = lambda _, key: draw_batch(key, config.seq_len, config.batch_size)
+  draw = jax.jit(draw_batch, static_argnums=(1, 2))
+  tests = [processes.alike(draw(test_key, config.seq_len, config.test_size)) for _, _, test_key in keys]
+  read = lambda _, data: draw_batch(jax.random.wrap_key_data(data), config.seq_len, config.batch_size)
 
   group = Population(trainer, read, (), chosen, folder, meshes)
-  first, (state, _), _ = group.start([init_key for init_key, _, _ in keys], [data_key for _, data_key, _ in keys])
+  first, (state, _), _ = group.start([init for init, _, _ in keys], [batch_keys(key, np.zeros(1, int))[0] for _, key, _ in keys])
   going = list(range(len(chosen)))
   with tqdm(total=config.batches, initial=first, desc=method, unit='batch', disable=None) as bar:
     for start in range(0, config.batches, config.eval_every):
@@ -96,7 +106,7 @@ def train(chosen: list[Member], folder: Path) -> None:
       for part in remaining(chunks(len(numbers), config.chunk), first - start):
         if metrics is not None and group.due():
           group.save(start + int(part[0]), (state, ()), {number: {} for number in going})
-        before, (state, metrics) = metrics, group.steps(state, [fold_in(data_key, numbers[part]) for _, data_key, _ in keys])
+        before, (state, metrics) = metrics, group.steps(state, [batch_keys(data_key, numbers[part]) for _, data_key, _ in keys])
         jax.block_until_ready(before)  # One chunk ahead, no more: the bar tells the truth.
         bar.update(len(part))
       step, params = int(numbers[-1]), group.unstack(recipe.evaluation_params(config, method, state))
@@ -155,6 +165,7 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
 
 def main(config: Config) -> None:
   """Trains and reports."""
+  processes.join(config.coordinator, config.num_processes, config.process_id)
   folder, summaries = run(config, config.workdir)
   marks = {'chance': CHANCE, 'solved': 0.01}
   runs.report(folder, summaries, 'test_mse', 'convergence.png', 'batches', 'test MSE', marks, digits=4)

@@ -66,8 +66,10 @@ class Task(NamedTuple):
 
   Attributes:
     trainer: the train step of one run.
-    source: what all batches are read from.
+    source: what all batches are read from, NumPy arrays.
     read: (source, item) -> batch, traced.
+    split: whether the second axis of the source is that of the rows of a batch: then each device has its own.
+    fetch: (items [N, B]) -> arrays [N, B, ...] that `read` takes in their place, out of data that stay on the host; or None.
     meshes: devices to split the work over.
     portions: (epoch, from 1, and seed) -> the epoch's portions in order; the same for the same two, whatever ran before. Those of
       other seeds have the same shapes.
@@ -82,6 +84,8 @@ class Task(NamedTuple):
   trainer: fptt_jax.Trainer
   source: Any
   read: Callable[[Any, Any], fptt_jax.Batch]
+  split: bool
+  fetch: Callable[[Any], Any] | None
   meshes: recipe.Meshes
   portions: Callable[[int, int], Iterator[Portion]]
   num_batches: int
@@ -133,7 +137,7 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
   The weights that are tested are those of the epoch with the best validation score. A run that diverges, or whose learning rate has
   fallen below the least, ends; the others go on.
   """
-  group = Population(task.trainer, task.read, task.source, chosen, folder, task.meshes)
+  group = Population(task.trainer, task.read, task.source, chosen, folder, task.meshes, task.split, task.fetch)
   keys = [jax.random.key(member.seed) for member in chosen]
   items = [jax.tree.map(lambda leaf: leaf[0], next(task.portions(1, member.seed)).items) for member in chosen]
   batches, (state, best_params), saved = group.start(keys, items, lambda state: jax.tree.map(jnp.copy, state.params))

@@ -6,7 +6,6 @@ defaults are the authors' release's: LSTM 128, Adam 1e-3 divided by 10 after epo
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from experiments import data, epochs, options, recipe, runs
+from experiments import data, epochs, options, processes, recipe, runs
 from experiments.data import Examples, Splits
 from experiments.members import Member, train_all
 from experiments.options import check, option
@@ -48,6 +47,9 @@ class Config(epochs.EpochRecipe):
     ('mnist', 'permuted', 'cifar10', 'arrays'),
   )
   data_dir: str = option('', 'folder with the official files, or a .npz of experiments.data; default a prepared copy or a download')
+  host_data: bool = option(
+    False, "keep the images in the host's memory, hand them over chunk by chunk: for more than a device holds"
+  )
   row: bool = option(False, 'a row of the image a step instead of a pixel: quick, and another task than the paper has')
   permutation_seed: int = option(0, "draws the fixed order of steps of 'permuted'")
   train_size: int = option(0, 'use only so many training images; 0 for all')
@@ -103,11 +105,9 @@ class Sequences:
   order: np.ndarray | None
   num_classes: int
 
-  def read(self, source: tuple[Any, Any], chosen: Any, with_ids: bool) -> fptt_jax.Batch:
-    """The chosen examples of (images, labels) time-major; with their numbers where the loss wants them. Traced."""
-    images, labels = source
-    inputs = data.to_sequences(images[chosen], self.moments, self.rows, self.order)
-    return fptt_jax.Batch(inputs, (labels[chosen], chosen) if with_ids else labels[chosen])
+  def read(self, images: Any, labels: Any, ids: Any) -> fptt_jax.Batch:
+    """Examples [B, ...] time-major; with their numbers where the loss wants them, else None. Traced."""
+    return fptt_jax.Batch(data.to_sequences(images, self.moments, self.rows, self.order), labels if ids is None else (labels, ids))
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -183,9 +183,11 @@ def make_task(config: Config, sequences: Sequences, method: str, members: int) -
   count = size // config.batch_size
   if not count:
     raise options.UserError(f'--batch_size must be at most the {size} training images, got {config.batch_size}.')
-  source = jax.device_put(tuple(sequences.splits.train))  # Bytes, on the device for all epochs.
-  read = lambda source, chosen: sequences.read(source, chosen, by_example)
-  read_now = jax.jit(read)
+  images, labels = sequences.splits.train
+  pick = lambda images, labels, chosen: (images[chosen], labels[chosen], chosen if by_example else None)
+  on_host = config.host_data or jax.process_count() > 1
+  read = (lambda _, rows: sequences.read(*rows)) if on_host else (lambda source, chosen: sequences.read(*pick(*source, chosen)))
+  read_now = jax.jit(sequences.read)
 
   def portions(epoch: int, seed: int) -> Iterator[epochs.Portion]:
     order = np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
@@ -195,17 +197,20 @@ def make_task(config: Config, sequences: Sequences, method: str, members: int) -
     sums = {'accuracy': 0.0, 'count': 0}
     for start in range(0, len(examples.labels), EVALUATION_BATCH):
       part = Examples(*(array[start : start + EVALUATION_BATCH] for array in examples))
-      totals, _ = trainer.evaluate(params, read_now(tuple(part), np.arange(len(part.labels), dtype=np.int32)))
+      ids = np.arange(len(part.labels), dtype=np.int32) if by_example else None
+      totals, _ = trainer.evaluate(params, processes.alike(read_now(*part, ids)))
       sums = {name: sums[name] + totals[name].item() for name in sums}
     return percent(sums)
 
   return epochs.Task(
     trainer,
-    source,
-    read,
-    meshes,
-    portions,
-    count,
+    source=() if on_host else (images, labels),  # Bytes, on the device for all epochs.
+    read=read,
+    split=False,
+    fetch=(lambda chosen: pick(images, labels, chosen)) if on_host else None,
+    meshes=meshes,
+    portions=portions,
+    num_batches=count,
     validate=lambda params: accuracy(params, sequences.splits.valid),
     test=lambda params: {'test_accuracy': accuracy(params, sequences.splits.test)},
     score='accuracy',
@@ -235,8 +240,7 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   options.checked(check_fit, config, sequences.shape[0])
   path = runs.open_workdir(folder, 'images', config, images_sha256=fingerprint)
   if sequences.order is not None:
-    with runs.replaced(path / 'permutation.json') as file:
-      json.dump(sequences.order.tolist(), file)
+    processes.told(runs.write_json, path / 'permutation.json', sequences.order.tolist())
   num_steps, features = sequences.shape
   sizes = ' / '.join(f'{len(part.labels):,}' for part in sequences.splits)
   print(f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} {config.hidden}; writing to {path}')
@@ -246,6 +250,7 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
 
 def main(config: Config) -> None:
   """Trains and reports."""
+  processes.join(config.coordinator, config.num_processes, config.process_id)
   folder, summaries = run(config, config.workdir)
   runs.report(folder, summaries, 'valid_accuracy', 'accuracy.png', 'epoch', 'validation accuracy, %', {}, digits=2)
 

@@ -22,7 +22,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from experiments import data, dynamic_evaluation, epochs, options, recipe, runs, streams
+from experiments import data, dynamic_evaluation, epochs, options, processes, recipe, runs, streams
 from experiments.data import Text
 from experiments.members import Member, train_all
 from experiments.options import check, option
@@ -261,14 +261,16 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
   def test(params: Any) -> dict[str, float]:
     scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
     if config.dynamic_evaluation:
-      best, found = adapted(config, model, loss, jax.device_put(params, jax.devices()[0]), text)
+      best, found = adapted(config, model, loss, jax.device_put(params, jax.local_devices()[0]), text)
       scores |= {f'dynamic_valid_{score}': to_score(config, best), f'dynamic_test_{score}': to_score(config, found)}
     return scores
 
   return epochs.Task(
     trainer,
-    source=jax.device_put(np.pad(side_by_side, ((0, config.padded_len), (0, 0))).astype(np.int32)),
+    source=np.pad(side_by_side, ((0, config.padded_len), (0, 0))).astype(np.int32),
     read=lambda source, place: streams.read(source, place, config.padded_len),
+    split=True,
+    fetch=None,
     meshes=meshes,
     portions=lambda epoch, seed: portions(config, method, len(side_by_side), seed, epoch),
     num_batches=-(-(len(side_by_side) - 1) // config.seq_len),
@@ -303,6 +305,7 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
 
 def main(config: Config) -> None:
   """Trains and reports."""
+  processes.join(config.coordinator, config.num_processes, config.process_id)
   folder, summaries = run(config, config.workdir)
   score, label = ('valid_bpc', 'validation bits per character') if config.by_characters else ('valid_ppl', 'validation perplexity')
   runs.report(folder, summaries, score, f'{score}.png', 'epoch', label, {}, digits=3 if config.by_characters else 2)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from experiments import recipe, runs, stopping
+from experiments import processes, recipe, runs, stopping
 import fptt_jax
 
 
@@ -70,22 +70,28 @@ def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Call
     Stopped: a signal asked for it; all is saved.
   """
   everyone = members(config)
+
+  def next_group(method: str) -> list[int]:
+    """Who is trained next, by number; nobody when all have ended."""
+    waiting = [n for n, member in enumerate(everyone) if member.method == method and not has_ended(folder, member)]
+    saved = [runs.saved_steps(folder / everyone[number].name) for number in waiting]
+    return [waiting[number] for number in groups(saved, size)[0]] if waiting else []
+
   with stopping.heeded():
     for method in config.method:
-      while waiting := [member for member in everyone if member.method == method and not has_ended(folder, member)]:
-        group = groups([runs.saved_steps(folder / member.name) for member in waiting], size)[0]
+      while group := processes.told(next_group, method):
         try:
-          train([waiting[number] for number in group])
+          train([everyone[number] for number in group])
         except runs.Broken as broken:  # Set aside: what is left is looked at anew.
           print(f'warning: {broken}', file=sys.stderr, flush=True)
-  results = [{'run': member.name, **runs.read_json(_result(folder, member))} for member in everyone]
+  results = processes.told(lambda: [{'run': member.name, **runs.read_json(_result(folder, member))} for member in everyone])
   return [{name: value for name, value in result.items() if name != 'config_sha256'} for result in results]
 
 
 def end(folder: Path, member: Member, summary: dict[str, Any]) -> None:
   """Keeps what a run came to; under the same configuration it will not be trained again."""
-  config = {'config_sha256': runs.config_sha256(folder)}
-  runs.write_json(_result(folder, member), {'method': member.method, 'seed': member.seed, **member.varied, **summary, **config})
+  described = {'method': member.method, 'seed': member.seed, **member.varied, **summary}
+  processes.told(lambda: runs.write_json(_result(folder, member), {**described, 'config_sha256': runs.config_sha256(folder)}))
 
 
 def has_ended(folder: Path, member: Member) -> bool:
@@ -137,7 +143,7 @@ class Population:
   Attributes:
     members: the runs.
     runs: their folders.
-    source: what all batches are read from, on the device or on each of them.
+    source: what all batches are read from, on the device or on each of them, or split over them.
     end_epoch: as the trainer's, of what is stacked.
   """
 
@@ -149,19 +155,28 @@ class Population:
     members: list[Member],
     folder: Path,
     meshes: recipe.Meshes,
+    split: bool = False,
+    fetch: Callable[[Any], Any] | None = None,
   ):
+    """Args beside those of :class:`experiments.epochs.Task`: members: the runs; folder: where their folders are."""
     for member in members[1:]:  # Of the first the trainer's optimiser is made, and warned about.
       recipe.warn_if_unstable(member.config, member.method)
     self.members = members
     self.runs = [runs.Run(folder / member.name, members[0].config.keep) for member in members]
     self._saved, self._interval = time.monotonic(), 60 * members[0].config.checkpoint_minutes
     self._alone = len(members) == 1
-    self._trainer, self._read, self._mesh = trainer, read, meshes.members
+    self._trainer, self._read, self._fetch, self._meshes = trainer, read, fetch, meshes
     many = trainer if self._alone else fptt_jax.population(trainer, own_batches=True, mesh=meshes.members)
     self._steps = fptt_jax.scan_steps(many, read if self._alone else jax.vmap(read, in_axes=(None, 0)))
     self.end_epoch = many.end_epoch
-    mesh = meshes.batch or meshes.members
-    self.source = source if mesh is None else jax.device_put(source, NamedSharding(mesh, PartitionSpec()))
+    self.source = self._placed(source, split)
+
+  def _placed(self, source: Any, split: bool) -> Any:
+    mesh = self._meshes.batch or self._meshes.members
+    if mesh is None:
+      return jax.device_put(source)
+    place = NamedSharding(mesh, PartitionSpec(None, 'devices') if split and self._meshes.batch else PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index]), source)
 
   def start(
     self, keys: list[jax.Array], items: list[Any], beside: Callable[[fptt_jax.TrainState], Any] = lambda state: ()
@@ -173,20 +188,25 @@ class Population:
       items: an item of each run, for the shapes.
       beside: (first state) -> what else is saved.
     """
-    saved = [runs.saved_steps(run.folder) for run in self.runs]
+    saved = processes.told(lambda: [runs.saved_steps(run.folder) for run in self.runs])
     step = min(steps[-1] if steps else 0 for steps in saved)
     carries, records = [], []
     for member, run, key, item in zip(self.members, self.runs, keys, items, strict=True):
-      state = self._trainer.init(key, self._read(self.source, item))
+      batch = lambda source, item=item: self._read(source, item if self._fetch is None else self._fetch(item))
+      shapes = jax.process_count() > 1
+      state = self._trainer.init(key, jax.eval_shape(batch, self.source) if shapes else batch(self.source))
       (state, other), record = run.restore(step, (state, beside(state)))
       named = recipe.hyperparameters(member.config, member.method)
-      settings = {name: jnp.asarray(value, jnp.float32) for name, value in named.items()}
+      settings = processes.alike({name: jnp.asarray(value, jnp.float32) for name, value in named.items()})
       carries.append((state._replace(opt_state=optax.tree.set(state.opt_state, **settings)), other))
       records.append(record)
     return step, self.stack(carries), records
 
   def steps(self, state: fptt_jax.TrainState, items: list[Any]) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
     """N steps of each run, one program: items with a leading axis of length N; metrics have leading axes [N, R]."""
+    if self._fetch is not None:
+      several = jax.process_count() > 1
+      items = [processes.rows(self._fetch, item, self._meshes.batch) if several else self._fetch(item) for item in items]
     together = items[0] if self._alone else jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *items)
     state, metrics = self._steps(state, self.source, together)
     return state, jax.tree.map(lambda leaf: leaf[:, None], metrics) if self._alone else metrics
@@ -197,14 +217,14 @@ class Population:
 
   def pack(self, values: list[Any], dtype: Any) -> jax.Array:
     """One number for each run as an array [R], or a scalar of a run by itself."""
-    return jnp.asarray(values[0] if self._alone else values, dtype)
+    return processes.alike(jnp.asarray(values[0] if self._alone else values, dtype))
 
   def stack(self, trees: list[Any]) -> Any:
     """What the program takes of what each run has."""
     if self._alone:
       return trees[0]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    return stacked if self._mesh is None else jax.device_put(stacked, NamedSharding(self._mesh, PartitionSpec('devices')))
+    stacked, mesh = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), self._meshes.members
+    return stacked if mesh is None else jax.device_put(stacked, NamedSharding(mesh, PartitionSpec('devices')))
 
   def unstack(self, tree: Any) -> list[Any]:
     """What each run has of what the program gives."""
@@ -225,13 +245,13 @@ class Population:
       if number in records:
         self.runs[number].save(step, member_carry, **records[number])
     self._saved = time.monotonic()
-    if stopping.requested():
+    if processes.agreed(stopping.requested() is not None):
       self.close()
-      raise stopping.Stopped(f'stopped by {stopping.requested()}, saved after batch {step:,}')
+      raise stopping.Stopped(f'stopped by {stopping.requested() or "another process"}, saved after batch {step:,}')
 
   def due(self) -> bool:
     """Whether to save before the interval has ended: a signal or the clock asks for it."""
-    return stopping.requested() is not None or time.monotonic() - self._saved > self._interval
+    return processes.agreed(stopping.requested() is not None or time.monotonic() - self._saved > self._interval)
 
   def close(self) -> None:
     """Waits for the last checkpoints; nothing more is saved."""

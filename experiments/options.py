@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import os
 from pathlib import Path
 import shlex
 import sys
@@ -9,6 +10,7 @@ import time
 from typing import Any
 
 from absl import app, flags, logging
+import jax
 
 from experiments import stopping
 import fptt_jax
@@ -77,6 +79,11 @@ def run(
     except stopping.Stopped as stopped:
       _tell(f'{stopped}; go on by\n  {shlex.join(again)}')
       raise SystemExit(stopping.EXIT_CODE) from stopped
+    except jax.errors.JaxRuntimeError as error:
+      if jax.process_count() == 1:
+        raise
+      _tell(f'error: {error}\nIf another process has ended, start all of them again; they go on by\n  {shlex.join(again)}')
+      os._exit(1)  # An orderly end would wait for the others.
     except KeyboardInterrupt as interrupt:
       _tell(f'cut off by Ctrl-C; go on from the last checkpoint by\n  {shlex.join(again)}')
       raise SystemExit(130) from interrupt

@@ -57,6 +57,11 @@ class Recipe:
     "devices to split a batch or a population over; 0 chooses: all of an accelerator's, a CPU's cores where that pays, or 1",
   )
   chunk: int = option(25, 'batches that run as one compiled program, after which progress shows; 0: all up to an evaluation')
+  data_parallel: bool = option(False, 'split every batch over all devices, those of other processes included')
+  shard_params: bool = option(False, 'split weights and optimiser state over these devices, too, for networks of many parameters')
+  coordinator: str = option('', 'HOST:PORT of the first of several processes; SLURM and TPU hosts tell by themselves')
+  num_processes: int | None = option(None, 'how many processes there are; 1: this one alone, whatever started it')
+  process_id: int | None = option(None, 'the number of this process, from 0')
   keep: int = option(2, 'checkpoints to keep of each run, the last ones; the best weights so far are in each')
   checkpoint_minutes: float = option(10.0, 'minutes after which a run is saved also before its epoch or interval has ended')
   override_resume: bool = option(False, 'go on with the runs in --workdir under other settings than they began with')
@@ -74,6 +79,14 @@ class Recipe:
     check(self.momentum == 0 or self.optimizer == 'sgd', 'momentum', self.momentum, '0 unless --optimizer=sgd')
     check(0 <= self.weight_decay < math.inf, 'weight_decay', self.weight_decay, 'a finite number >= 0')
     check(self.alpha_warmup >= 0, 'alpha_warmup', self.alpha_warmup, 'an integer >= 0')
+    check(not self.shard_params or self.data_parallel, 'shard_params', self.shard_params, 'false without --data_parallel')
+    together = self.data_parallel and (self.population > 1 or self.devices > 0)
+    check(not together, 'data_parallel', self.data_parallel, 'without --population and --devices')
+    given = [self.num_processes is not None, self.process_id is not None]
+    check(not self.coordinator or all(given), 'coordinator', self.coordinator, 'given with --num_processes and --process_id')
+    check(self.num_processes is None or self.num_processes >= 1, 'num_processes', self.num_processes, 'at least 1')
+    inside = 0 <= (self.process_id or 0) < (self.num_processes or 1) or not any(given)
+    check(inside, 'process_id', self.process_id, f'from 0 to {(self.num_processes or 1) - 1}, one less than --num_processes')
     check(self.keep >= 2, 'keep', self.keep, 'at least 2: runs side by side may have to go back by one')
     check(self.checkpoint_minutes > 0, 'checkpoint_minutes', self.checkpoint_minutes, 'a number > 0')
     for name in ('chunk', 'devices', 'population'):
@@ -217,6 +230,7 @@ def make_trainer(
     inner_steps=recipe.inner_steps,
     final_steps=(recipe.final_steps or min(300, seq_len)) if setting.final_steps_only else None,
     mesh=mesh,
+    shard_params=recipe.shard_params and mesh is not None,
   )
 
 
@@ -238,9 +252,11 @@ def choose_meshes(recipe: Recipe, batch_size: int, hidden: int, steps: int, memb
   Raises:
     UserError: more devices than there are, or a batch size or population that is no multiple of them.
   """
-  devices = jax.local_devices()
+  devices = jax.devices()
   which, number = ('batch size', batch_size) if members == 1 else ('population', members)
-  if recipe.devices:
+  if over_all_devices(recipe):
+    checked(check, number % len(devices) == 0, 'batch_size', number, f'a multiple of the {len(devices)} devices there are')
+  elif recipe.devices:
     checked(check, recipe.devices <= len(devices), 'devices', recipe.devices, f'at most the {len(devices)} there are')
     checked(check, number % recipe.devices == 0, 'devices', recipe.devices, f'a divisor of the {which}, {number}')
     devices = devices[: recipe.devices]
@@ -252,9 +268,16 @@ def choose_meshes(recipe: Recipe, batch_size: int, hidden: int, steps: int, memb
 
 def population_size(recipe: Recipe, batch_size: int, hidden: int) -> int | None:
   """How many runs to train side by side, None for all."""
+  if over_all_devices(recipe):
+    return 1
   if recipe.population == 0 and is_cpu() and batch_size * hidden >= BUSY:
     return 1
   return recipe.population or None
+
+
+def over_all_devices(recipe: Recipe) -> bool:
+  """Whether every batch is split over all devices of all processes."""
+  return recipe.data_parallel or jax.process_count() > 1
 
 
 def is_cpu() -> bool:

@@ -27,10 +27,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tabulate import tabulate
 
+from experiments import processes
 from experiments.options import UserError
 import fptt_jax
 
-NO_SETTINGS = ('workdir', 'data_dir', 'devices', 'population', 'chunk', 'keep', 'checkpoint_minutes', 'override_resume')
+NO_SETTINGS = (
+  *('workdir', 'data_dir', 'devices', 'population', 'chunk', 'host_data', 'keep', 'checkpoint_minutes', 'override_resume'),
+  *('data_parallel', 'shard_params', 'coordinator', 'num_processes', 'process_id'),
+)
 """Where and how a run runs, which is not what it is: it may go on otherwise."""
 JOINING = ('method', 'seeds', 'grid')
 """What may differ from command to command in one folder: each run has a folder of its own there."""
@@ -73,35 +77,47 @@ class Run:
       if fingerprint(carry) != record['sha256']:
         self._set_aside(step, 'it does not hold what was saved')
       self._seconds_before = record['seconds']
+    self.rows = processes.told(self._rewind, step, record.get('lines', 0))
     with self._writing():
-      metrics = self.folder / 'metrics.jsonl'
-      rows, lines = read_jsonl(metrics), record.get('lines', 0)
-      if len(rows) < lines:
-        raise UserError(f'{metrics} has {len(rows)} lines, the checkpoint after step {step} was saved after {lines}: put it back.')
-      self.rows = rows[:lines]
-      with replaced(metrics) as file:
-        file.writelines(json.dumps(row) + '\n' for row in self.rows)
       for later in [saved for saved in self._checkpoints.all_steps() if saved > step]:
         self._checkpoints.delete(later)
     return carry, record
 
+  def _rewind(self, step: int, lines: int) -> list[dict[str, Any]]:
+    """The lines of metrics that a checkpoint counts on; those after them go."""
+    metrics = self.folder / 'metrics.jsonl'
+    rows = read_jsonl(metrics)
+    if len(rows) < lines:
+      raise UserError(f'{metrics} has {len(rows)} lines, the checkpoint after step {step} was saved after {lines}: put it back.')
+    with self._writing(), replaced(metrics) as file:
+      file.writelines(json.dumps(row) + '\n' for row in rows[:lines])
+    return rows[:lines]
+
   def _read(self, step: int, **arguments: Any) -> Any:
+    found, reason = None, ''
     try:
-      return self._checkpoints.restore(step, args=ocp.args.Composite(**arguments))
+      found = self._checkpoints.restore(step, args=ocp.args.Composite(**arguments))
     except Exception as error:  # Of many types, one for each way to be broken.
-      self._set_aside(step, _reason(error))
+      reason = _reason(error)
+    if processes.agreed(bool(reason)):
+      self._set_aside(step, reason or 'another process cannot read it')
+    return found
 
   def _set_aside(self, step: int, reason: str) -> NoReturn:
     self._checkpoints.close()
-    target = self.folder / 'broken' / f'{step}-{time.strftime("%Y%m%d-%H%M%S")}'
-    with self._writing():
-      target.parent.mkdir(exist_ok=True)
-      (self.folder / 'checkpoints' / str(step)).rename(target)
+    target = Path(processes.told(self._move, step))
     last = max(saved_steps(self.folder), default=0)
     raise Broken(
       f'{self.folder}: the checkpoint after step {step} is broken ({reason}); set aside as {target.relative_to(self.folder)}, '
       + (f'going on from the one after step {last}' if last else 'starting anew')
     )
+
+  def _move(self, step: int) -> str:
+    target = self.folder / 'broken' / f'{step}-{time.strftime("%Y%m%d-%H%M%S")}'
+    with self._writing():
+      target.parent.mkdir(exist_ok=True)
+      (self.folder / 'checkpoints' / str(step)).rename(target)
+    return str(target)
 
   def _check_fits(self, step: int, record: dict[str, Any], carry: Any) -> None:
     """Whether the checkpoint was saved under the folder's configuration, and holds arrays of the same shapes."""
@@ -120,11 +136,14 @@ class Run:
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     row = {'step': step, 'seconds': round(self.seconds, 2), **finite}
     self.rows.append(row)
+    processes.told(self._append, row)
+    return row
+
+  def _append(self, row: dict[str, Any]) -> None:
     with self._writing(), (self.folder / 'metrics.jsonl').open('a') as file:
       file.write(json.dumps(row) + '\n')
       file.flush()
       os.fsync(file.fileno())  # A checkpoint saved after it, which counts on it, outlives a power cut.
-    return row
 
   def save(self, step: int, carry: Any, **record: Any) -> None:
     """Saves the carry after `step`, in the background."""
@@ -185,7 +204,7 @@ def fingerprint(carry: Any) -> str:
   found = hashlib.sha256()
   for leaf in jax.tree.leaves(carry):
     numbers = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    found.update(np.ascontiguousarray(numbers).view(np.uint8))
+    found.update(np.ascontiguousarray(processes.whole(numbers)).view(np.uint8))
   return found.hexdigest()
 
 
@@ -204,13 +223,19 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   for name in NO_SETTINGS:
     described.pop(name, None)
   described['sha256'] = hashlib.sha256(json.dumps(_settings(described), sort_keys=True).encode()).hexdigest()
+  processes.told(_claim, folder, described, config.override_resume)
+  return folder
+
+
+def _claim(folder: Path, described: dict[str, Any], override: bool) -> None:
+  """Writes config.json, or checks what is there."""
   path, overrides = folder / 'config.json', []
   try:
     if path.exists():
       found = read_json(path)
       overrides = found.get('overrides', [])
       differ = differences(_settings(found), _settings(described))
-      if differ and not config.override_resume:
+      if differ and not override:
         raise UserError(
           f'{folder} holds runs of another configuration; {"; ".join(differ)}. Choose another --workdir, or go on with '
           'these runs by --override_resume.'
@@ -222,7 +247,6 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
     write_json(path, {**described, 'overrides': overrides})
   except OSError as error:
     raise UserError(f'cannot write to --workdir={folder}: {error}') from error
-  return folder
 
 
 def _settings(described: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +289,9 @@ def machine() -> dict[str, Any]:
 def report(
   folder: Path, summaries: list[dict[str, Any]], y: str, plot: str, xlabel: str, ylabel: str, lines: dict[str, float], digits: int
 ) -> None:
-  """Writes the summary, draws metric `y` of every run as FOLDER/`plot`, prints the table."""
+  """Writes the summary, draws metric `y` of every run as FOLDER/`plot`, prints the table: the first process does."""
+  if not processes.is_first():
+    return
   write_summary(folder, summaries)
   curves: dict[str, list[tuple[list[float], list[float]]]] = {}
   for summary in summaries:

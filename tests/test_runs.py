@@ -1,6 +1,7 @@
 """A run's folder: what is saved can be read again or is refused, and nothing passes for what it is not."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -150,6 +151,8 @@ def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
   try:
     with pytest.raises(UserError, match=r'cannot write to .*/run: .*\. The checkpoint after step 1 is whole: the same command'):
       _ = run.save(2, carry), run.wait()  # In the background: either may be the first to know.
+    with contextlib.suppress(UserError):
+      run.close()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   again = runs.Run(folder)

@@ -1,0 +1,138 @@
+"""Several processes on one machine train as one does; when one dies the others say so, and all of them go on together."""
+
+import os
+from pathlib import Path
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from test_kills import FAMILIES
+from test_stopping import last_saved
+
+from experiments import add_task, images, language_model, options, processes, recipe, runs, smoke
+
+SCRIPTS: dict[str, Any] = {'add_task': add_task, 'images': images, 'language_model': language_model}
+
+
+def pair(family: str, folder: Path, *flags: str) -> list[subprocess.Popen[str]]:
+  """Two processes of a script, each with one core, so one device; what they compile is kept."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  core = {min(os.sched_getaffinity(0))}
+  cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  settings = [f'--{name}={value}' for name, value in FAMILIES[family].items()]
+  command = [sys.executable, '-m', f'experiments.{family}', *settings, f'--workdir={folder / "pair"}', *flags]
+  command += [f'--coordinator=localhost:{port}', '--num_processes=2']
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache})
+  started = [subprocess.Popen([*command, f'--process_id={number}'], **pipes) for number in range(2)]
+  for process in started:
+    os.sched_setaffinity(process.pid, core)
+  return started
+
+
+def finish(started: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+  """(exit code, output, errors) of both."""
+  try:
+    ended = [process.communicate(timeout=300) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  return [(process.returncode, *texts) for process, texts in zip(started, ended, strict=True)]
+
+
+@pytest.mark.parametrize(
+  'family', ['add_task', *[pytest.param(name, marks=pytest.mark.slow) for name in ('images', 'language_model')]]
+)
+def test_one_of_two_processes_is_killed_and_both_go_on(tmp_path: Path, family: str) -> None:
+  """The survivor ends with a message, not silently and not never; started again, the two end with the numbers of one process that
+  has two devices; one of them speaks."""
+  places = smoke.data_files(tmp_path / 'data')
+  data = {'images': {'data_dir': places['images']}, 'language_model': {'data_dir': places['text']}}.get(family, {})
+  flags = [f'--{name}={value}' for name, value in data.items()]
+  started = pair(family, tmp_path, *flags)
+  metrics = tmp_path / 'pair' / 'fptt-seed0' / 'metrics.jsonl'
+  deadline = time.monotonic() + 200
+  while len(runs.read_jsonl(metrics)) < 4 and time.monotonic() < deadline:
+    time.sleep(0.02)
+  started[1].kill()
+  code, _, errors = finish(started)[0]
+  # By ours where a collective operation failed, by JAX's own where it waited for the other.
+  assert code in (1, -signal.SIGABRT), errors
+  said = ('If another process has ended, start all of them again; they go on by', 'another task died')
+  assert said[code < 0] in errors
+  (code, output, errors), (other_code, other_output, _) = finish(pair(family, tmp_path, *flags))
+  assert (code, other_code) == (0, 0), errors
+  assert 'fptt seed 0' in output
+  assert other_output == ''
+
+  settings = {**FAMILIES[family], 'method': ('fptt',), **({'row': True} if family == 'images' else {})}
+  config = SCRIPTS[family].Config(**settings, **data, devices=2)
+  _, [expected] = SCRIPTS[family].run(config, str(tmp_path / 'one'))
+  rows = [runs.read_jsonl(tmp_path / name / 'fptt-seed0' / 'metrics.jsonl') for name in ('pair', 'one')]
+  assert len(rows[0]) == len(rows[1])
+  for got, wanted in zip(*rows, strict=True):
+    names = [name for name in wanted if name != 'seconds']
+    np.testing.assert_allclose([got[name] for name in names], [wanted[name] for name in names], rtol=2e-4)
+  assert runs.read_json(tmp_path / 'pair' / 'fptt-seed0' / 'result.json').keys() == {*expected, 'config_sha256'} - {'run'}
+  assert last_saved(tmp_path / 'pair' / 'fptt-seed0')[0] == last_saved(tmp_path / 'one' / 'fptt-seed0')[0]
+
+
+def test_alone_all_is_as_if_there_were_no_others() -> None:
+  """No collective operation, no detour."""
+  processes.join('', None, None)
+  processes.join('', 1, None)
+  assert processes.is_first()
+  assert processes.told(lambda x: x, 3) == 3
+  assert [processes.agreed(asked) for asked in (True, False)] == [True, False]
+  tree = {'a': np.ones(3)}
+  assert processes.alike(tree) is tree
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (dict(coordinator='localhost:1'), '--coordinator must be given with --num_processes and --process_id'),
+    (
+      dict(coordinator='localhost:1', num_processes=2, process_id=2),
+      '--process_id must be from 0 to 1, one less than --num_processes',
+    ),
+    (dict(num_processes=0), '--num_processes must be at least 1, got 0'),
+    (dict(shard_params=True), '--shard_params must be false without --data_parallel'),
+    (dict(data_parallel=True, population=2), '--data_parallel must be without --population and --devices'),
+  ],
+)
+def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
+  """What was got and what was expected."""
+  with pytest.raises(ValueError, match=message):
+    recipe.Recipe(**settings)
+
+
+@pytest.mark.parametrize('shard_params', [False, True])
+def test_data_parallel_is_one_device(tmp_path: Path, shard_params: bool) -> None:
+  """On all eight simulated devices, weights split or not: the metrics of one; a batch they do not divide is refused."""
+  settings = {**FAMILIES['add_task'], 'method': ('fptt',), 'batches': 6, 'optimizer': 'sgd', 'lr': 0.1}
+  add_task.run(add_task.Config(**settings, devices=1), str(tmp_path / 'one'))
+  add_task.run(add_task.Config(**settings, data_parallel=True, shard_params=shard_params), str(tmp_path / 'all'))
+  rows = [runs.read_jsonl(tmp_path / name / 'fptt-seed0' / 'metrics.jsonl') for name in ('one', 'all')]
+  for got, wanted in zip(*rows, strict=True):
+    names = [name for name in wanted if name != 'seconds']
+    np.testing.assert_allclose([got[name] for name in names], [wanted[name] for name in names], rtol=1e-5)
+  with pytest.raises(options.UserError, match=r'--batch_size must be a multiple of the 8 devices there are, got 9\.'):
+    add_task.run(add_task.Config(**{**settings, 'batch_size': 9}, data_parallel=True), str(tmp_path / 'other'))
+
+
+def test_data_on_the_host(tmp_path: Path) -> None:
+  """Images handed over chunk by chunk are the images read on the device."""
+  settings = {**FAMILIES['images'], 'data_dir': smoke.data_files(tmp_path / 'data')['images'], 'method': ('fptt',), 'row': True}
+  results = []
+  for host_data in (False, True):
+    config = images.Config(**{**settings, 'epochs': 2, 'divergence': 'example', 'chunk': 2, 'host_data': host_data})
+    images.run(config, str(tmp_path / str(host_data)))
+    results.append([{**row, 'seconds': 0} for row in runs.read_jsonl(tmp_path / str(host_data) / 'fptt-seed0' / 'metrics.jsonl')])
+  assert results[0] == results[1]
