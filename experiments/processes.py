@@ -17,7 +17,6 @@ import numpy as np
 
 from experiments.options import UserError
 
-
 HEARTBEAT = 30
 """Seconds after which a process that gives no sign of life is taken for dead, and the others end."""
 
