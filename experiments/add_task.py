@@ -96,47 +96,72 @@ def train(chosen: list[Member], folder: Path) -> None:
   read = lambda _, data: draw_batch(jax.random.wrap_key_data(data), config.seq_len, config.batch_size)
 
   group = Population(trainer, read, (), chosen, folder, meshes)
-  first, (state, _), _ = group.start([init for init, _, _ in keys], [batch_keys(key, np.zeros(1, int))[0] for _, key, _ in keys])
-  going = list(range(len(chosen)))
+  first, (state, _), saved = group.start(
+    [init_key for init_key, _, _ in keys], [batch_keys(data_key, np.zeros(1, int))[0] for _, data_key, _ in keys]
+  )
+  going, skipped = list(range(len(chosen))), [record.get('skipped', 0) for record in saved]
+  seen: list[tuple[fptt_jax.StepMetrics, int]] = []
+
+  def settle() -> None:
+    """Looks at what has run."""
+    for metrics, batches in seen:
+      group.look(metrics, batches)
+      for number in going:
+        skipped[number] += int(np.sum(metrics.skipped[:, number])) * config.inner_steps
+    seen.clear()
+
+  def save(step: int) -> None:
+    group.save(step, (state, ()), {number: {'skipped': skipped[number]} for number in going})
+
   with tqdm(total=config.batches, initial=first, desc=method, unit='batch', disable=None) as bar:
     for start in range(0, config.batches, config.eval_every):
-      metrics, numbers = None, np.arange(start, min(start + config.eval_every, config.batches)) + 1
+      numbers = np.arange(start, min(start + config.eval_every, config.batches)) + 1
       if numbers[-1] <= first:
         continue
       for part in remaining(chunks(len(numbers), config.chunk), first - start):
-        if metrics is not None and group.due():
-          group.save(start + int(part[0]), (state, ()), {number: {} for number in going})
-        before, (state, metrics) = metrics, group.steps(state, [batch_keys(data_key, numbers[part]) for _, data_key, _ in keys])
-        jax.block_until_ready(before)  # One chunk ahead, no more: the bar tells the truth.
+        if seen and group.due():
+          settle()
+          save(start + int(part[0]))
+        state, metrics = group.steps(state, [batch_keys(data_key, numbers[part]) for _, data_key, _ in keys])
+        settle()  # One chunk ahead, no more: the bar tells the truth.
+        seen.append((metrics, start + int(part[0])))
         bar.update(len(part))
-      step, params = int(numbers[-1]), group.unstack(recipe.evaluation_params(config, method, state))
+        if group.all_lost(going):
+          break
+      settle()
+      step, params = start + int(part[-1]) + 1, group.unstack(recipe.evaluation_params(config, method, state))
       for number in going:
         totals, _ = trainer.evaluate(params[number], tests[number])
+        made = ~np.asarray(metrics.skipped[-1, number])
+        mean = lambda values, number=number, made=made: float(np.where(made, values[-1, number], 0).sum() / max(1, made.sum()))
         row = group.runs[number].log(
           step,
-          updates=step * updates,
-          train_loss=float(np.mean(metrics.loss[-1, number])),
-          grad_norm=float(np.mean(metrics.grad_norm[-1, number])),
+          updates=step * updates - skipped[number],
+          train_loss=mean(metrics.loss),
+          grad_norm=mean(metrics.grad_norm),
+          **({'skipped': skipped[number]} if config.nonfinite == 'skip' else {}),
           test_mse=fptt_jax.means(totals)['loss'],
         )
-        bar.write(line(chosen[number], row))
-      going = [number for number in going if None not in group.runs[number].rows[-1].values()]
+        bar.write(line(chosen[number], row, group.lost.get(number)))
+      going = [number for number in going if number not in group.lost and None not in group.runs[number].rows[-1].values()]
       if not going:
         break
-      group.save(step, (state, ()), {number: {} for number in going})
+      save(step)
   group.close()
-  for member, run in zip(chosen, group.runs, strict=True):
-    end(folder, member, summarise(num_windows, run.rows))
+  for number, (member, run) in enumerate(zip(chosen, group.runs, strict=True)):
+    lost = {'lost': group.lost[number]} if number in group.lost else {}
+    end(folder, member, summarise(num_windows, run.rows) | lost)
 
 
-def line(member: Member, row: dict[str, Any]) -> str:
+def line(member: Member, row: dict[str, Any], lost: str | None) -> str:
   """What is shown of a run at an evaluation."""
   start = f'{member.label}  batch {row["step"]:>6}  '
-  if None in row.values():
-    return start + 'diverged: train loss or test MSE is not finite'
+  if lost is not None or None in row.values():
+    return start + f'diverged: {lost or "the test MSE is not finite"}'
+  skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
   return (
     f'{start}updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  test MSE {row["test_mse"]:.4f}  '
-    f'{row["seconds"]:.0f} s'
+    f'{skipped}{row["seconds"]:.0f} s'
   )
 
 

@@ -106,6 +106,7 @@ class Record(NamedTuple):
     best: best validation score.
     best_epoch: the epoch of it.
     updates: optimiser updates so far.
+    skipped: those that were due and not made, their numbers not being finite.
     epoch: epochs so far, whole ones.
     batches: batches so far.
   """
@@ -116,18 +117,27 @@ class Record(NamedTuple):
   best: float | None = None
   best_epoch: int = 0
   updates: int = 0
+  skipped: int = 0
   epoch: int = 0
   batches: int = 0
 
-  def seen(self, totals: dict[str, np.ndarray], grad_norm: np.ndarray, updates: np.ndarray, inner_steps: int) -> 'Record':
-    """After N more batches: totals [N] of what they measured, norms [N, U] of the gradients, updates really made [N]."""
-    made = np.arange(grad_norm.shape[1])[None, :] < updates[:, None]
-    measured = {**totals, 'grad_norm': np.where(made, grad_norm, 0).sum(1), 'made': updates}
+  def seen(self, metrics: fptt_jax.StepMetrics, updates: np.ndarray, inner_steps: int) -> 'Record':
+    """After N more batches: their metrics, [N] and [N, U], and how many windows of each have sequences in them, [N]."""
+    due = np.arange(metrics.grad_norm.shape[1])[None, :] < updates[:, None]
+    skipped = due & metrics.skipped
+    made = due & ~skipped
+    totals = {name: total.astype(np.float64) for name, total in metrics.totals.items()}
+    norms = np.where(made, metrics.grad_norm, 0).astype(np.float64)
+    measured = {**totals, 'grad_norm': norms.sum(1), 'made': made.sum(1)}
     # One by one: the same sum wherever the batches were cut into chunks.
     sums = {name: functools.reduce(operator.add, values.tolist(), self.sums.get(name, 0)) for name, values in measured.items()}
     number = len(updates)
     return self._replace(
-      updates=self.updates + int(updates.sum()) * inner_steps, batches=self.batches + number, done=self.done + number, sums=sums
+      updates=self.updates + int(made.sum()) * inner_steps,
+      skipped=self.skipped + int(skipped.sum()) * inner_steps,
+      batches=self.batches + number,
+      done=self.done + number,
+      sums=sums,
     )
 
 
@@ -148,7 +158,8 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
   def finish(numbers: set[int]) -> None:
     best = group.unstack(best_params)
     for number in numbers - ended:
-      end(folder, chosen[number], extra | _summary(task, group.runs[number], records[number], best[number]))
+      lost = {'lost': group.lost[number]} if number in group.lost else {}
+      end(folder, chosen[number], extra | _summary(task, group.runs[number], records[number], best[number]) | lost)
     ended.update(numbers)
 
   def save(state: fptt_jax.TrainState) -> None:
@@ -162,7 +173,8 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
       finish({number for number, member in enumerate(chosen) if member.config.lr * records[number].lr_factor < config.min_lr})
       if len(ended) == len(chosen):
         break
-      state = _train_epoch(config, task, group, state, epoch, records, save, bar)
+      going = [number for number in range(len(chosen)) if number not in ended]
+      state = _train_epoch(config, task, group, state, epoch, records, going, save, bar)
       state, params = _end_epoch(config, group, state)
       improved = [False] * len(chosen)
       diverged = set()
@@ -173,13 +185,14 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
           continue
         scores = {
           f'train_{task.score}': task.train_score(record.sums),
-          'grad_norm': record.sums['grad_norm'] / record.sums['made'],
+          'grad_norm': record.sums['grad_norm'] / max(1, record.sums['made']),
+          **({'skipped': record.skipped} if config.nonfinite == 'skip' else {}),
           f'valid_{task.score}': task.validate(member_params),
         }
         lr = chosen[number].config.lr * record.lr_factor
         row = group.runs[number].log(epoch, updates=record.updates, lr=lr, **scores)
-        bar.write(_line(chosen[number], task.score, row))
-        if None in row.values():
+        bar.write(_line(chosen[number], task.score, row, group.lost.get(number)))
+        if None in row.values() or number in group.lost:
           diverged.add(number)
         else:
           records[number], improved[number] = _judged(config, task, records[number], row)
@@ -202,14 +215,15 @@ def _judged(config: EpochRecipe, task: Task, record: Record, row: dict[str, Any]
   return record._replace(lr_factor=factor / (config.milestone_factor if record.epoch in config.milestones else 1.0)), improved
 
 
-def _line(member: Member, score: str, row: dict[str, Any]) -> str:
+def _line(member: Member, score: str, row: dict[str, Any], lost: str | None) -> str:
   """What is shown of a run's epoch."""
   start = f'{member.label}  epoch {row["step"]:>3}  '
-  if None in row.values():
-    return start + f'diverged: train or validation {score} is not finite'
+  if lost is not None or None in row.values():
+    return start + f'diverged: {lost or f"train or validation {score} is not finite"}'
+  skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
   return (
     f'{start}lr {row["lr"]:<8.4g} train {score} {row[f"train_{score}"]:8.4g}  valid {score} {row[f"valid_{score}"]:8.4g}  '
-    f'{row["seconds"]:.0f} s'
+    f'{skipped}{row["seconds"]:.0f} s'
   )
 
 
@@ -246,36 +260,45 @@ def _train_epoch(
   state: fptt_jax.TrainState,
   epoch: int,
   records: list[Record],
+  going: list[int],
   save: Callable[[fptt_jax.TrainState], None],
   bar: tqdm,
 ) -> fptt_jax.TrainState:
   """What is left of one pass over the training split; what it measures goes into the records."""
-  factor, seen, start, done = None, [], 0, records[0].done
+  factor, seen, done = None, [], records[0].done
 
   def settle() -> None:
     """Takes what was seen into the records."""
     for metrics, updates in seen:
+      group.look(metrics, records[0].batches)
+      metrics = jax.tree.map(np.asarray, metrics)
       for number, record in enumerate(records):
-        totals = {name: np.asarray(total[:, number], np.float64) for name, total in metrics.totals.items()}
-        norms = np.asarray(metrics.grad_norm[:, number], np.float64)
-        records[number] = record.seen(totals, norms, updates, config.inner_steps)
+        own = jax.tree.map(lambda leaf, number=number: leaf[:, number], metrics)
+        records[number] = record.seen(own, updates, config.inner_steps)
     seen.clear()
 
-  for portions in zip(*(task.portions(epoch, member.seed) for member in group.members), strict=True):
-    for parts in zip(*(portion.cut(config.chunk, done - start) for portion in portions), strict=True):
-      if seen and group.due():
-        settle()
-        save(state)
-      if parts[0].lr_factor != factor:
-        factor = parts[0].lr_factor
-        rates = [member.config.lr * record.lr_factor for member, record in zip(group.members, records, strict=True)]
-        learning_rate = group.pack([rate * factor for rate in rates], jnp.float32)
-        state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=learning_rate))
-      state, metrics = group.steps(state, [part.items for part in parts])
-      jax.block_until_ready([before.loss for before, _ in seen[-1:]])  # One chunk ahead, no more: the bar tells the truth.
-      seen.append((metrics, parts[0].updates))
-      bar.update(len(parts[0].updates))
-    start += len(portions[0].updates)
+  def chunked() -> Iterator[tuple[Portion, ...]]:
+    """What is left of the epoch: portions of a chunk's size, one for each run."""
+    start = 0
+    for portions in zip(*(task.portions(epoch, member.seed) for member in group.members), strict=True):
+      yield from zip(*(portion.cut(config.chunk, done - start) for portion in portions), strict=True)
+      start += len(portions[0].updates)
+
+  for parts in chunked():
+    if seen and group.due():
+      settle()
+      save(state)
+    if parts[0].lr_factor != factor:
+      factor = parts[0].lr_factor
+      rates = [member.config.lr * record.lr_factor for member, record in zip(group.members, records, strict=True)]
+      learning_rate = group.pack([rate * factor for rate in rates], jnp.float32)
+      state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=learning_rate))
+    state, metrics = group.steps(state, [part.items for part in parts])
+    settle()  # One chunk ahead, no more: the bar tells the truth.
+    seen.append((metrics, parts[0].updates))
+    bar.update(len(parts[0].updates))
+    if group.all_lost(going):
+      break
   settle()
   return group.end_epoch(state)
 

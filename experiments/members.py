@@ -3,7 +3,7 @@
 Each has its folder, its metrics and its checkpoints as if it were alone, so a run may go on with others than it began with.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 import sys
 import time
@@ -145,6 +145,7 @@ class Population:
     runs: their folders.
     source: what all batches are read from, on the device or on each of them, or split over them.
     end_epoch: as the trainer's, of what is stacked.
+    lost: of the runs, by number, whose loss or gradient is no longer finite: where that began.
   """
 
   def __init__(
@@ -161,7 +162,9 @@ class Population:
     """Args beside those of :class:`experiments.epochs.Task`: members: the runs; folder: where their folders are."""
     for member in members[1:]:  # Of the first the trainer's optimiser is made, and warned about.
       recipe.warn_if_unstable(member.config, member.method)
-    self.members = members
+    self.members, self.lost = members, dict[int, str]()
+    self._norms: list[list[tuple[float, float]]] = [[] for _ in members]
+    self._warned: set[int] = set()
     self.runs = [runs.Run(folder / member.name, members[0].config.keep) for member in members]
     self._saved, self._interval = time.monotonic(), 60 * members[0].config.checkpoint_minutes
     self._alone = len(members) == 1
@@ -210,6 +213,29 @@ class Population:
     together = items[0] if self._alone else jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *items)
     state, metrics = self._steps(state, self.source, together)
     return state, jax.tree.map(lambda leaf: leaf[:, None], metrics) if self._alone else metrics
+
+  def look(self, metrics: fptt_jax.StepMetrics, batches: int) -> None:
+    """Notes which runs are lost after these N batches, `batches` having gone before, and warns of a lambda that runs away."""
+    metrics = jax.tree.map(np.asarray, metrics)
+    for number, member in enumerate(self.members):
+      if number in self.lost:
+        continue
+      own, radius = jax.tree.map(lambda leaf, number=number: leaf[:, number], metrics), recipe.radius(member.config, member.method)
+      found = fptt_jax.find_nonfinite(own, first_update=batches * own.loss.shape[1], radius=radius)
+      if found is not None:
+        self.lost[number] = found
+      norms = self._norms[number]
+      norms.extend(zip(own.lambda_norm.tolist(), own.grad_norm.max(1).tolist(), strict=True))
+      lambdas, gradients = np.array(norms).T
+      if number not in self._warned and fptt_jax.lambda_diverges(lambdas, gradients[:, None]):
+        self._warned.add(number)
+        known = '' if radius is None else f", the recursion's spectral radius {radius:.3g}"
+        text = f'lambda runs away: its norm is {lambdas[-1]:.3g} after batch {batches + len(own.loss):,}{known}; lower lr * alpha'
+        print(f'warning: {member.label}: {text}', file=sys.stderr, flush=True)
+
+  def all_lost(self, going: Iterable[int]) -> bool:
+    """Whether none of these runs, by number, is worth going on with."""
+    return all(number in self.lost for number in going)
 
   def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of one run's arrays as one of what is stacked."""

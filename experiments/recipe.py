@@ -46,6 +46,9 @@ class Recipe:
   weight_decay: float = option(0.0, 'added to the gradient times the weights, after clipping')
   clip: float = option(0.0, 'largest global norm of the gradient; 0 does not clip')
   clip_regulariser: bool = option(True, 'clip loss plus regulariser, as the release does, rather than the loss gradient alone')
+  nonfinite: str = option(
+    'stop', 'what a loss or gradient that is not finite does: end the run, or have its update skipped', ('stop', 'skip')
+  )
   grid: tuple[str, ...] = option(
     (), f'values to compare, every combination: lr=1e-3:3e-4,alpha=0.1:0.5, out of {", ".join(HYPERPARAMETERS)}'
   )
@@ -192,16 +195,22 @@ def regularise(
   )
 
 
-def warn_if_unstable(recipe: Recipe, method: str) -> None:
-  """Warns when FPTT with SGD at these settings is unstable even where the loss is flat; of other optimisers nothing is known."""
+def radius(recipe: Recipe, method: str) -> float | None:
+  """The advisor's spectral radius of FPTT with SGD where the loss is flat; None for what it knows nothing of."""
   if not fptt_jax.METHODS[method].regularised or recipe.optimizer != 'sgd' or recipe.gradient_estimate != 'running':
-    return
+    return None
   settings = dict(kappa=recipe.kappa, beta=recipe.beta, rho=recipe.rho, correction=recipe.correction, momentum=recipe.momentum)
-  radius = fptt_jax.stability(recipe.lr, recipe.alpha, **settings)
-  if radius > 1:
+  return fptt_jax.stability(recipe.lr, recipe.alpha, **settings)
+
+
+def warn_if_unstable(recipe: Recipe, method: str) -> None:
+  """Warns when FPTT with SGD at these settings is unstable even where the loss is flat."""
+  found = radius(recipe, method)
+  if found is not None and found > 1:
+    others = ', '.join(f'{name}={getattr(recipe, name):g}' for name in ('kappa', 'beta', 'rho', 'momentum'))
     warnings.warn(
-      f'FPTT with SGD at lr={recipe.lr:g}, alpha={recipe.alpha:g}, {settings} is unstable even on a flat loss: its linearised '
-      f'recursion has spectral radius {radius:.2f} > 1. Lower lr * alpha.',
+      f'FPTT with SGD at lr={recipe.lr:g}, alpha={recipe.alpha:g}, {others}, {recipe.correction} is unstable even on a '
+      f'flat loss: its linearised recursion has spectral radius {found:.2f} > 1. Lower lr * alpha.',
       stacklevel=2,
     )
 
@@ -231,6 +240,7 @@ def make_trainer(
     final_steps=(recipe.final_steps or min(300, seq_len)) if setting.final_steps_only else None,
     mesh=mesh,
     shard_params=recipe.shard_params and mesh is not None,
+    skip_nonfinite=recipe.nonfinite == 'skip',
   )
 
 

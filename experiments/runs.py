@@ -299,9 +299,12 @@ def report(
     line = summary['run'].replace(f'-seed{summary["seed"]}', '')
     curves.setdefault(line, []).append(([row['step'] for row in rows], [row[y] for row in rows]))
   plot_curves(folder / plot, curves, xlabel, ylabel, lines)
-  names = dict.fromkeys(name for summary in summaries for name in summary if name != 'run')  # A run that diverged has fewer.
+  names = dict.fromkeys(name for summary in summaries for name in summary if name not in ('run', 'lost'))
   rows = [[summary.get(name) for name in names] for summary in summaries]
   print(tabulate(rows, [name.replace('_', ' ') for name in names], floatfmt=f'.{digits}f', missingval='-'))
+  for summary in summaries:
+    if 'lost' in summary:
+      print(f'{summary["run"]} diverged: {summary["lost"]}')
   print(f'metrics, summary.json and {plot} are in {folder}')
 
 
