@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
@@ -18,13 +17,12 @@ from fptt_jax.checks import HUGE, check_integer
 from fptt_jax.devices import check_divisible, one_axis
 from fptt_jax.losses import Loss, LossState, Totals
 from fptt_jax.methods import METHODS, Method, Plan, plan
+from fptt_jax.sharding import batch_specs, gather_shards, mean_over_devices, named, place, shard_specs, sum_over_devices
 from fptt_jax.transformation import find_states
 from fptt_jax.windows import Window, Windows, cut, window_at
 
 Params = Any
 Hidden = Any
-JOINED = 4096
-"""Gradients of at most so many numbers are joined for the mean over devices."""
 
 
 class Batch(NamedTuple):
@@ -138,6 +136,7 @@ def trainer(
   inner_steps: int = 1,
   final_steps: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
+  shard_params: bool = False,
 ) -> Trainer:
   """Builds the train step of a recurrent model, forward through time.
 
@@ -159,7 +158,11 @@ def trainer(
     mesh: devices, along one axis, to split the batch over: each runs its share of the sequences, and after each window there is one
       mean over the devices, of the gradient and the objective together. Parameters and optimiser state are the same on all. The
       batch size must be a multiple of their number. Dropout draws other noise than on one device. A loss of your own is given a
-      share of the batch and its mean over the devices is taken; `window.mean` makes that right for ragged batches too.
+      share of the batch and its mean over the devices is taken; `window.mean` makes that right for ragged batches too. The devices
+      may belong to several processes: see `fptt_jax.global_batch`.
+    shard_params: split parameters and optimiser state (W, W̄, λ and the base optimiser's) over the mesh, too: of each array a
+      device keeps its share along the first axis that their number divides, the whole where there is none. In each window the
+      parameters are gathered once and each device gets the mean gradient of its share, which any optimiser moves.
 
   Returns:
     A :class:`Trainer`. Steps that a mask leaves out change neither state, loss nor gradient; a window in which no sequence of a
@@ -199,6 +202,8 @@ def trainer(
   axis = None
   if mesh is not None:
     mesh, axis = one_axis(mesh)
+  elif shard_params:
+    raise ValueError('shard_params=True needs a mesh, over whose devices the parameters are split: got mesh=None.')
 
   def cut_windows(num_steps: int) -> Windows:
     """Where the windows lie in a sequence of `num_steps`; tbptt_final's single one starts `final_steps` before the end."""
@@ -221,7 +226,7 @@ def trainer(
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
       raise TypeError(f'key must be a typed PRNG key, jax.random.key(seed); got {dtype or type(key).__name__}.')
     init_key, run_key = jax.random.split(key)
-    if all(isinstance(leaf, jax.Array | np.ndarray) and not _is_traced(leaf) for leaf in jax.tree.leaves(batch)):
+    if all(_at_hand(leaf) for leaf in jax.tree.leaves(batch)):
       check_batch(batch, loss)
     params = _own(model.init(init_key))
     opt_state = optimizer.init(params)
@@ -237,29 +242,41 @@ def trainer(
       key=run_key,
       step_count=jnp.zeros([], jnp.int32),
     )
-    if mesh is None:
-      return state
-    check_divisible('the batch size B', batch_size, mesh)
-    places = (NamedSharding(mesh, spec) for spec in _state_specs(mesh))
-    return TrainState(*(jax.device_put(part, place) for part, place in zip(state, places, strict=True)))
+    if mesh is not None:
+      check_divisible('the batch size B', batch_size, mesh)
+    return placed(state)
+
+  def state_specs(state: TrainState) -> Any:
+    """How a state lies on the devices: the hidden state's rows with their sequences, all else on each, or in shards."""
+    specs: Any = [PartitionSpec()] * 6
+    specs = TrainState(*specs)._replace(hidden=PartitionSpec(axis))
+    if mesh is not None and shard_params:
+      specs = specs._replace(params=shard_specs(state.params, mesh), opt_state=shard_specs(state.opt_state, mesh))
+    return specs
+
+  def placed(state: TrainState) -> TrainState:
+    return state if mesh is None else place(state, state_specs(state), mesh)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    num_steps, batch_size = _check_shapes(batch)
+    _, batch_size = _check_shapes(batch)
     if mesh is None:
-      return share_step(state, batch)
+      return run_windows(state, batch)
     check_divisible('the batch size B', batch_size, mesh)
-    specs = (_state_specs(mesh), _batch_specs(mesh, batch, num_steps, batch_size, loss.last_only))
-    out_specs = (specs[0], PartitionSpec())
-    return jax.shard_map(share_step, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(state, batch)
+    specs = (state_specs(state), PartitionSpec())
+    if shard_params:
+      return jax.lax.with_sharding_constraint(run_windows(state, batch), named(specs, mesh))
+    in_specs = (specs[0], batch_specs(batch, axis, loss.last_only))
+    return jax.shard_map(run_windows, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False)(state, batch)
 
-  def share_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    """A step on one device's share of the batch."""
+  def run_windows(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    """A step on one device's share of the batch; with `shard_params` on all of it, and only what runs the model is on shares."""
     num_steps, batch_size = _check_shapes(batch)
     windows = cut_windows(num_steps)
     updates = plan(method, windows.num_windows)
+    outer = None if shard_params else axis
     key = jax.random.fold_in(state.key, state.step_count)
-    if axis is not None:
-      key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    if outer is not None:
+      key = jax.random.fold_in(key, jax.lax.axis_index(outer))
     if carry_hidden:
       hidden = state.hidden
       _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the carried hidden state')
@@ -267,17 +284,46 @@ def trainer(
       hidden = _own(model.initial_state(batch_size))
     if method.final_steps_only and batch.lengths is not None:
       raise ValueError("method 'tbptt_final' differentiates the last steps before T and takes no ragged batch: got lengths.")
-    if windows.starts[0] > 0:
-      prefix = jnp.asarray(batch.inputs)[: windows.starts[0]]
-      hidden, _ = model.apply(state.params, hidden, prefix, None, jax.random.fold_in(key, windows.num_windows))
+    specs = state_specs(state)
 
-    objective = _objective(model, loss, batch, windows, updates, weights, state.loss_state, key, axis)
+    def on_shares(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+      """A function of whole parameters and of one device's share of the rest as one of what lies on the devices."""
+      if axis is None or not shard_params:
+        return function
+
+      def run(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, others: Any) -> Any:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        return function(gather_shards(params, specs.params, axis), hidden, batch, key, others)
+
+      in_specs = (specs.params, specs.hidden, batch_specs(batch, axis, loss.last_only), PartitionSpec(), PartitionSpec())
+      return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def share_prefix(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, _: Any) -> Hidden:
+      """The hidden state before the first window."""
+      prefix = jnp.asarray(batch.inputs)[: windows.starts[0]]
+      return model.apply(params, hidden, prefix, None, jax.random.fold_in(key, windows.num_windows))[0]
+
+    def share_gradient(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, others: Any) -> tuple[Any, ...]:
+      """(objective, gradient, what came of the windows) of one update; the means over the devices, the totals to be summed."""
+      loss_state, rows, first_loss_state = others
+      objective = _objective(model, loss, batch, windows, updates, weights, first_loss_state, key, axis)
+      run = lambda p: objective(p, hidden, loss_state, rows)
+      (value, (hidden_next, loss_state, totals)), grads = jax.value_and_grad(run, has_aux=True)(params)
+      value, grads = mean_over_devices((value, grads), (PartitionSpec(), specs.params), axis)
+      if shard_params:
+        totals = jax.tree.map(lambda t: t[None], totals)
+      return value, grads, (hidden_next, loss_state, totals)
+
+    gradient = on_shares(share_gradient, (PartitionSpec(), specs.params, (specs.hidden, PartitionSpec(), PartitionSpec(axis))))
+    if windows.starts[0] > 0:
+      hidden = on_shares(share_prefix, specs.hidden)(state.params, hidden, batch, key, ())
+
     first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
     start = hidden
     longest = None
     if batch.lengths is not None:
       longest = jnp.max(jnp.asarray(batch.lengths))
-      longest = longest if axis is None else jax.lax.pmax(longest, axis)
+      longest = longest if outer is None else jax.lax.pmax(longest, outer)
 
     def body(carry: tuple[Any, ...], per_update: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
       params, opt_state, hidden, loss_state = carry
@@ -286,16 +332,10 @@ def trainer(
 
       def inner_step(params: Params, opt_state: optax.OptState) -> tuple[Any, ...]:
         """One optimiser step on this update's objective, always from the same hidden state."""
-        run = lambda p: objective(p, hidden, loss_state, step_rows)
-        (value, aux), grads = jax.value_and_grad(run, has_aux=True)(params)
-        value, grads = _mean_over_devices((value, grads), axis)
+        run = lambda p: gradient(p, hidden, batch, key, (loss_state, step_rows, state.loss_state))
+        value, grads, aux = run(params)
         changes, opt_state = optimizer.update(
-          grads,
-          opt_state,
-          params,
-          value=value,
-          grad_fn=lambda p: _mean_over_devices(jax.grad(run, has_aux=True)(p)[0], axis),
-          inner_steps=inner_steps,
+          grads, opt_state, params, value=value, grad_fn=lambda p: run(p)[1], inner_steps=inner_steps
         )
         return optax.apply_updates(params, changes), opt_state, value, aux, optax.tree.norm(grads)
 
@@ -316,19 +356,23 @@ def trainer(
     next_state = TrainState(
       params, opt_state, jax.lax.stop_gradient(hidden), loss_state, state.key, optax.safe_increment(state.step_count)
     )
-    return next_state, StepMetrics(values, norms, _sum_over_devices(jax.tree.map(lambda t: t.sum(0), totals), axis))
+    totals = jax.tree.map(lambda t: t.sum((0, 1) if shard_params else 0), totals)
+    return next_state, StepMetrics(values, norms, sum_over_devices(totals, outer))
 
   def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> tuple[Totals, Hidden]:
-    num_steps, batch_size = _check_shapes(batch)
+    _, batch_size = _check_shapes(batch)
     if hidden is None:
       hidden = model.initial_state(batch_size)
     _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
-    if mesh is None or batch_size % mesh.size:
+    if mesh is None:
       return share_evaluate(params, batch, hidden, None)
-    rows = PartitionSpec(mesh.axis_names[0])
-    specs = (PartitionSpec(), _batch_specs(mesh, batch, num_steps, batch_size, loss.last_only), rows)
-    run = lambda params, batch, hidden: share_evaluate(params, batch, hidden, axis)
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), rows), check_vma=False)(params, batch, hidden)
+    split = axis if batch_size % mesh.size == 0 else None  # Else each device does the whole.
+    rows: Any = PartitionSpec(split)
+    in_specs = (PartitionSpec(), batch_specs(batch, split, loss.last_only), rows)
+    run = lambda params, batch, hidden: share_evaluate(params, batch, hidden, split)
+    return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=(PartitionSpec(), rows), check_vma=False)(
+      params, batch, hidden
+    )
 
   def share_evaluate(params: Params, batch: Batch, hidden: Hidden, axis: str | None) -> tuple[Totals, Hidden]:
     """Evaluation on one device's share of the batch, or all of it."""
@@ -339,49 +383,14 @@ def trainer(
       return hidden, loss.measure(outputs, batch.targets, window)
 
     hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.num_windows))
-    return _sum_over_devices(jax.tree.map(lambda t: t.sum(0), totals), axis), hidden
+    return sum_over_devices(jax.tree.map(lambda t: t.sum(0), totals), axis), hidden
 
   def end_epoch(state: TrainState) -> TrainState:
     leaves = jax.tree.leaves(state.hidden)
     hidden = _own(model.initial_state(leaves[0].shape[0])) if leaves else state.hidden
-    return state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden)
+    return placed(state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden))
 
   return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), end_epoch)
-
-
-def _state_specs(mesh: jax.sharding.Mesh) -> Any:
-  """How a state lies on the devices: the hidden state's rows with their sequences, all else on each."""
-  specs: Any = [PartitionSpec()] * 6
-  return TrainState(*specs)._replace(hidden=PartitionSpec(mesh.axis_names[0]))
-
-
-def _batch_specs(mesh: jax.sharding.Mesh, batch: Batch, num_steps: int, batch_size: int, terminal: bool) -> Any:
-  """How a batch is split; targets are [B, ...] for terminal tasks, else [T, B, ...] where their shape allows it."""
-  rows: Any = PartitionSpec(mesh.axis_names[0])
-  columns: Any = PartitionSpec(None, mesh.axis_names[0])
-  time_major = lambda x: not terminal and jnp.shape(x)[:2] == (num_steps, batch_size)
-  targets = jax.tree.map(lambda x: columns if time_major(x) else rows, batch.targets)
-  return Batch(columns, targets, None if batch.lengths is None else rows)
-
-
-def _mean_over_devices(tree: Any, axis: str | None) -> Any:
-  """The mean of all devices' trees, by one collective operation.
-
-  For each of its operands the devices meet, so small arrays are joined; to join large ones costs a CPU more than that.
-  """
-  if axis is None:
-    return tree
-  leaves, structure = jax.tree.flatten(tree)
-  small = [leaf.size <= JOINED for leaf in leaves]
-  joined, unravel = ravel_pytree([leaf for leaf, is_small in zip(leaves, small, strict=True) if is_small])
-  large = [leaf for leaf, is_small in zip(leaves, small, strict=True) if not is_small]
-  joined, large = jax.lax.pmean((joined, large), axis)
-  parts = {True: iter(unravel(joined)), False: iter(large)}
-  return jax.tree.unflatten(structure, [next(parts[is_small]) for is_small in small])
-
-
-def _sum_over_devices(tree: Any, axis: str | None) -> Any:
-  return tree if axis is None else jax.lax.psum(tree, axis)
 
 
 def _objective(
@@ -489,6 +498,48 @@ def check_batch(batch: Batch, loss: Loss) -> None:
   loss.check(batch.targets, valid)
 
 
+def global_batch(batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: bool = False) -> Batch:
+  """One batch of the rows that every process has, split over the devices of all of them.
+
+  With `jax.distributed` each process calls the same functions in the same order: `trainer(mesh=...)` with a mesh over
+  `jax.devices()`, `init` with the same key, `step` with what this returns. Metrics and totals are whole on every process:
+  `np.asarray` reads them. The hidden state and what `shard_params` splits are not: all processes together write a checkpoint of
+  them, by orbax say. What all have alike, such as the source that `scan_steps` reads from, may be handed over as NumPy arrays.
+
+  Args:
+    batch: this process's rows, B / (number of processes) of them, in NumPy arrays. The processes' rows follow one another as their
+      devices do in the mesh.
+    loss: the loss whose targets the batch holds.
+    mesh: the trainer's.
+    stacked: whether all leaves have a leading axis of length N, as `scan_steps` takes batches.
+
+  Returns:
+    The batch of B rows. On a single process that is the same batch, put on the mesh.
+
+  Raises:
+    ValueError: the rows are no multiple of this process's devices, or shapes do not fit.
+    TypeError: as for the step.
+
+  Example:
+    >>> import jax, numpy as np, fptt_jax
+    >>> mesh = jax.sharding.Mesh(jax.devices(), ('batch',))  # After jax.distributed.initialize(...), all processes'.
+    >>> mine = fptt_jax.Batch(np.ones((20, 8, 1), np.float32), np.ones(8, np.float32))
+    >>> batch = fptt_jax.global_batch(mine, fptt_jax.losses.terminal_regression(), mesh)
+    >>> batch.inputs.shape[1] == 8 * jax.process_count()
+    True
+  """
+  mesh, axis = one_axis(mesh)
+  one = jax.tree.map(lambda x: x[0], batch) if stacked else batch
+  _, rows = _check_shapes(one)
+  devices = len(mesh.local_devices)
+  if rows % devices:
+    raise ValueError(f"a process's rows must be a multiple of its {devices} devices in the mesh, got {rows}.")
+  specs = batch_specs(one, axis, loss.last_only)
+  if stacked:
+    specs = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs)
+  return jax.make_array_from_process_local_data(named(specs, mesh), batch)
+
+
 def _resolve(
   method: str | Method, num_windows: int | None, window_size: int | None, final_steps: int | None, inner_steps: int
 ) -> tuple[str, Method]:
@@ -523,8 +574,9 @@ def _check_types(model: Model, loss: Loss, optimizer: optax.GradientTransformati
     raise TypeError(f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.')
 
 
-def _is_traced(x: Any) -> bool:
-  return isinstance(x, jax.core.Tracer)
+def _at_hand(x: Any) -> bool:
+  """Whether it is an array whose values can be looked at here: neither traced nor in part another process's."""
+  return isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_fully_addressable)
 
 
 def _own(tree: Any) -> Any:

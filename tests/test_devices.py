@@ -1,5 +1,6 @@
 """A batch split over devices against the same batch on one."""
 
+import math
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from experiments import recipe
 from experiments.options import UserError
 import fptt_jax
-from fptt_jax import losses
+from fptt_jax import losses, sharding
 
 T, B, C, N = 10, 16, 3, 24
 LENGTHS = np.array([10, 3, 7, 1, 2, 9, 4, 4, 1, 1, 1, 1, 2, 2, 2, 2], np.int32)
@@ -45,8 +46,13 @@ def make(task, method, mesh, optimizer, **options):
     options = {'num_windows': 4} | options
   if method == 'tbptt_final':
     options = {'final_steps': 4}
-  model = problems.lstm(out=out, dtype=jnp.float64)
+  model = problems.lstm(hidden=8, out=out, dtype=jnp.float64)
   return problems.quick_trainer(model, loss, tx, method=method, mesh=mesh, **options), targets
+
+
+def on_devices(number):
+  """Options of a trainer: one device, several with all parameters on each, several with their shards."""
+  return [{'mesh': None}, {'mesh': mesh_of(number)}, {'mesh': mesh_of(number), 'shard_params': True}]
 
 
 def train(task, method, mesh, lengths, steps, optimizer=lambda: optax.sgd(0.1, momentum=0.9), **options):
@@ -58,7 +64,10 @@ def train(task, method, mesh, lengths, steps, optimizer=lambda: optax.sgd(0.1, m
   for _ in range(steps):
     state, seen = trainer.step(state, batch)
     metrics.append(seen)
-  return state._replace(key=None), metrics, trainer.evaluate(state.params, batch)
+  evaluations = [trainer.evaluate(state.params, batch)]
+  if fptt_jax.METHODS[method].regularised:
+    evaluations.append(trainer.evaluate(fptt_jax.fptt_eval_params(state.opt_state, state.params), batch))
+  return state._replace(key=None), metrics, evaluations, trainer.end_epoch(state)._replace(key=None)
 
 
 def assert_same(got, expected, tolerance=1e-10):
@@ -70,10 +79,11 @@ def assert_same(got, expected, tolerance=1e-10):
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('method', [method for method in fptt_jax.METHODS if method != 'fptt'])
 def test_methods_on_eight_devices(method):
-  """20 updates at least."""
+  """20 updates at least, parameters on each device or split."""
   steps = 20 if not fptt_jax.METHODS[method].update_each_window else 5
-  run = lambda mesh: train('regression', method, mesh, None, steps)
-  assert_same(run(mesh_of(8)), run(None))
+  one, *several = (train('regression', method, lengths=None, steps=steps, **where) for where in on_devices(8))
+  for split in several:
+    assert_same(split, one)
 
 
 @pytest.mark.usefixtures('x64')
@@ -81,21 +91,34 @@ def test_methods_on_eight_devices(method):
 @pytest.mark.parametrize('task', TASKS)
 def test_losses_on_eight_devices(task, lengths):
   """FPTT, 20 updates, uneven windows; in the ragged batch some devices are left with no sequence long before others."""
-  run = lambda mesh: train(task, 'fptt', mesh, lengths, 5)
-  assert_same(run(mesh_of(8)), run(None))
+  layouts = on_devices(8) if task == 'regression' or lengths is not None else on_devices(8)[:2]
+  one, *several = (train(task, 'fptt', lengths=lengths, steps=5, **where) for where in layouts)
+  for split in several:
+    assert_same(split, one)
+
+
+def clipped_adam():
+  """Looks at the whole gradient, and clips most of these."""
+  return optax.chain(optax.clip_by_global_norm(0.3), optax.adam(0.01))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('method', fptt_jax.METHODS)
+def test_adam_on_eight_devices(method):
+  one, *several = (train('regression', method, lengths=None, steps=20, optimizer=clipped_adam, **where) for where in on_devices(8))
+  for split in several:
+    assert_same(split, one)
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize(
-  'options', [{'carry_hidden': True}, {'inner_steps': 2, 'optimizer': lambda: fptt_jax.fptt(optax.adam(0.01), inner_steps=2)}]
-)
-def test_options_on_two_devices(options):
+@pytest.mark.parametrize(('method', 'options'), [('fptt', {'carry_hidden': True}), ('tbptt', {'inner_steps': 2})])
+def test_options_on_two_devices(method, options):
   """The hidden state is carried with its rows; inner steps take a mean each; Adam."""
-  method = 'fptt' if 'carry_hidden' in options else 'tbptt'
-  if method == 'tbptt':
-    options = options | {'optimizer': lambda: optax.adam(0.01)}
-  run = lambda mesh: train('language', method, mesh, LENGTHS, 3, **options)
-  assert_same(run(mesh_of(2)), run(None))
+  options['optimizer'] = clipped_adam
+  one, *several = (train('language', method, lengths=LENGTHS, steps=3, **where, **options) for where in on_devices(2))
+  for split in several:
+    assert_same(split, one)
 
 
 @pytest.mark.usefixtures('x64')
@@ -103,50 +126,97 @@ def test_explicit_gradients_on_two_devices():
   """What `grad_fn` gives is a mean over the devices too."""
   loss, targets, out = TASKS['series']
 
-  def run(mesh):
-    tx = fptt_jax.fptt(optax.sgd(0.1), gradient_estimate='explicit')
-    trainer = problems.quick_trainer(problems.lstm(out=out, dtype=jnp.float64), loss, tx, num_windows=4, mesh=mesh)
+  def run(where):
+    tx = fptt_jax.fptt(clipped_adam(), gradient_estimate='explicit', inner_steps=2)
+    model = problems.elman(hidden=8, out=out, dtype=jnp.float64)
+    trainer = problems.quick_trainer(model, loss, tx, num_windows=4, inner_steps=2, **where)
     batch = fptt_jax.Batch(INPUTS, targets)
     state, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
     return state._replace(key=None)
 
-  assert_same(run(mesh_of(2)), run(None))
+  one, *several = map(run, on_devices(2))
+  for split in several:
+    assert_same(split, one)
 
 
 def test_float32_on_eight_devices():
   """20 updates of SGD agree to 1e-5."""
   loss, targets, out = TASKS['regression']
 
-  def run(mesh):
-    trainer = problems.quick_trainer(problems.lstm(out=out), loss, fptt_jax.fptt(optax.sgd(0.1)), num_windows=4, mesh=mesh)
+  def run(where):
+    tx = fptt_jax.fptt(optax.sgd(0.1))
+    trainer = problems.quick_trainer(problems.lstm(hidden=8, out=out), loss, tx, num_windows=4, **where)
     batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32), LENGTHS)
     state = trainer.init(jax.random.key(0), batch)
     for _ in range(5):
       state, _ = trainer.step(state, batch)
     return state._replace(key=None)
 
-  assert_same(run(mesh_of(8)), run(None), 1e-5)
+  one, *several = map(run, on_devices(8))
+  for split in several:
+    assert_same(split, one, 1e-5)
+
+
+def collectives(text):
+  """(name, numbers in its result) of a compiled module's collective operations: of each loop that has some, and of the rest."""
+  bodies = {match.split(' ', 1)[0]: match for match in re.findall(r'^(?:ENTRY )?%?[\w.-]+ \(.*?^}', text, re.M | re.S)}
+  loops = set(re.findall(r'body=(%?[\w.-]+)', text))
+  found = {}
+  for name, body in bodies.items():
+    operations = re.findall(r' = (\([^)]*\)|\S+) (all-\w+|reduce-scatter|collective-\w+)\(', body)
+    sizes = lambda shapes: sum(math.prod(map(int, filter(None, dims.split(',')))) for dims in re.findall(r'\w\[([\d,]*)\]', shapes))
+    found.setdefault(name in loops, []).append(sorted((operation, sizes(shapes)) for shapes, operation in operations))
+  return sorted(filter(None, found[True])), [operation for body in found[False] for operation in body]
+
+
+def clipped_trainer(**where):
+  """(trainer, its state, a batch): FPTT whose optimiser looks at the whole gradient."""
+  loss, targets, out = TASKS['regression']
+  tx = fptt_jax.fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))
+  trainer = problems.quick_trainer(problems.lstm(hidden=32, out=out), loss, tx, num_windows=4, **where)
+  batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32))
+  return trainer, trainer.init(jax.random.key(0), batch), batch
 
 
 def test_one_mean_a_window():
   """The compiled loop over windows has one collective operation, over gradient and objective together; the loop inside it none."""
-  loss, targets, out = TASKS['regression']
-  tx = fptt_jax.fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))
-  trainer = fptt_jax.trainer(problems.lstm(out=out), loss, tx, num_windows=4, mesh=mesh_of(2))
-  batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32))
-  text = trainer.step.lower(trainer.init(jax.random.key(0), batch), batch).compile().as_text()
-  bodies = {match.split(' ', 1)[0]: match for match in re.findall(r'^%?[\w.-]+ \(.*?^}', text, re.M | re.S)}
-  loops = set(re.findall(r'body=(%?[\w.-]+)', text))
-  counts = [len(re.findall(r' all-\w+\(', bodies[name])) for name in loops]
-  assert sorted(counts)[-1] == 1
-  assert sum(counts) == 1
+  trainer, state, batch = clipped_trainer(mesh=mesh_of(2))
+  loops, _ = collectives(trainer.step.lower(state, batch).compile().as_text())
+  assert loops == [[('all-reduce', sum(leaf.size for leaf in jax.tree.leaves(state.params)) + 1)]]
 
 
-def test_noise_differs_between_devices():
+def test_shards(monkeypatch):
+  """Each device keeps an eighth of parameters and optimiser state. A window gathers the parameters once and scatters the gradient
+  once; what else is summed are a few numbers, and nothing is in the loop over steps. Evaluation gathers before its loop. The large
+  array, of 32 x 128 numbers, goes by itself."""
+  monkeypatch.setattr(sharding, 'JOINED', 256)
+  trainer, state, batch = clipped_trainer(mesh=mesh_of(8), shard_params=True)
+  [window], _ = collectives(trainer.step.lower(state, batch).compile().as_text())
+  sizes = {name: [size for operation, size in window if operation == name] for name, _ in window}
+  rest = sum(leaf.size for leaf in jax.tree.leaves(state.params)) - 32 * 128 - 1  # The bias of the readout is whole.
+  assert sizes['all-gather'] == [rest, 32 * 128]
+  assert sizes['reduce-scatter'] == [rest / 8, 32 * 128 / 8]
+  assert sizes.keys() == {'all-gather', 'reduce-scatter', 'all-reduce'}
+  assert sum(sizes['all-reduce']) < 20
+  loops, before = collectives(trainer.evaluate.lower(state.params, batch).compile().as_text())
+  assert not loops
+  assert 'all-gather' in dict(before)
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  state, metrics = trainer.step(state, batch)
+  assert jax.tree.map(lambda leaf: leaf.sharding, state) == places
+  assert jax.tree.map(lambda leaf: leaf.sharding, trainer.end_epoch(state)) == places
+  leaves = jax.tree.leaves((state.params, state.opt_state))
+  whole, mine = sum(leaf.nbytes for leaf in leaves), sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+  assert mine < 1.01 * whole / 8
+  assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(metrics))
+
+
+@pytest.mark.parametrize('shard_params', [False, True])
+def test_noise_differs_between_devices(shard_params):
   """A model whose hidden state is what its key draws: each device's share of the rows is another draw."""
   draw = lambda params, state, x, mask, key: (jax.random.normal(key, state.shape), x[..., :1] * params[None, None])
   model = fptt_jax.Model(lambda key: jnp.ones(1), lambda batch_size: jnp.zeros((batch_size, 3)), draw)
-  options = dict(method='tbptt', num_windows=1, carry_hidden=True, mesh=mesh_of(2))
+  options = dict(method='tbptt', num_windows=1, carry_hidden=True, mesh=mesh_of(2), shard_params=shard_params)
   trainer = fptt_jax.trainer(model, losses.sequence_regression(), optax.sgd(0.1), **options)
   batch = fptt_jax.Batch(INPUTS.astype(np.float32), np.zeros((T, B, 1), np.float32))
   state, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
@@ -160,6 +230,8 @@ def test_what_does_not_fit_is_refused():
   batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32))
   with pytest.raises(ValueError, match=r'batch size B must be a multiple of the 3 devices it is split over, got 16\.'):
     build(mesh_of(3)).init(jax.random.key(0), batch)
+  with pytest.raises(ValueError, match=r'shard_params=True needs a mesh, .* got mesh=None\.'):
+    fptt_jax.trainer(problems.lstm(), loss, optax.sgd(0.1), method='tbptt', shard_params=True)
   square = jax.sharding.Mesh(np.array(jax.devices('cpu')[:4]).reshape(2, 2), ('a', 'b'))
   with pytest.raises(ValueError, match=r"mesh must have one axis, over which the work is split, got \('a', 'b'\)\."):
     build(square)
