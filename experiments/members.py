@@ -224,6 +224,7 @@ class Population:
       found = fptt_jax.find_nonfinite(own, first_update=batches * own.loss.shape[1], radius=radius)
       if found is not None:
         self.lost[number] = found
+        continue
       norms = self._norms[number]
       norms.extend(zip(own.lambda_norm.tolist(), own.grad_norm.max(1).tolist(), strict=True))
       lambdas, gradients = np.array(norms).T

@@ -6,6 +6,7 @@ time-major. `fptt_jax.nn` holds models and the adapters for Flax; nothing else h
 
 from fptt_jax import losses
 from fptt_jax.devices import cpu_setup
+from fptt_jax.health import check_finite, find_nonfinite, lambda_diverges
 from fptt_jax.losses import Loss, means
 from fptt_jax.methods import METHODS, Method
 from fptt_jax.programs import population, scan_steps
@@ -32,12 +33,15 @@ __all__ = (
   'Window',
   'Windows',
   'check_batch',
+  'check_finite',
   'cpu_setup',
   'cut',
+  'find_nonfinite',
   'fptt',
   'fptt_eval_params',
   'fptt_restart',
   'global_batch',
+  'lambda_diverges',
   'losses',
   'means',
   'population',

@@ -18,7 +18,7 @@ from fptt_jax.devices import check_divisible, one_axis
 from fptt_jax.losses import Loss, LossState, Totals
 from fptt_jax.methods import METHODS, Method, Plan, plan
 from fptt_jax.sharding import batch_specs, gather_shards, mean_over_devices, named, place, shard_specs, sum_over_devices
-from fptt_jax.transformation import find_states
+from fptt_jax.transformation import find_states, lambda_norm
 from fptt_jax.windows import Window, Windows, cut, window_at
 
 Params = Any
@@ -98,11 +98,15 @@ class StepMetrics(NamedTuple):
     loss: [U], the objective of each update (U = K, or 1 for one update a sequence), before the update.
     grad_norm: [U], global norm of the loss gradient, before clipping and without the regulariser.
     totals: what the loss measures, summed over the sequence; see `fptt_jax.means`.
+    skipped: bool [U], the updates that `skip_nonfinite` left out; their loss and norm stand as they were seen.
+    lambda_norm: float32 [], global norm of λ after the sequence, 0 without `fptt`.
   """
 
   loss: jax.Array
   grad_norm: jax.Array
   totals: Totals
+  skipped: jax.Array
+  lambda_norm: jax.Array
 
 
 class Trainer(NamedTuple):
@@ -135,6 +139,7 @@ def trainer(
   loss_weights: Sequence[float] | np.ndarray | None = None,
   inner_steps: int = 1,
   final_steps: int | None = None,
+  skip_nonfinite: bool = False,
   mesh: jax.sharding.Mesh | None = None,
   shard_params: bool = False,
 ) -> Trainer:
@@ -155,6 +160,10 @@ def trainer(
     inner_steps: gradient steps a window, each from the window's own initial hidden state; `fptt` must have the same number. The
       hidden state carried on is the one of the last inner step's pass.
     final_steps: k of 'tbptt_final': how many of the last steps are differentiated.
+    skip_nonfinite: leave out an update whose objective, gradient (its global norm) or new λ is not finite, in any of its inner
+      steps: parameters, optimiser state, hidden and loss state stay what they were before it, and what it measured is left out of
+      the totals; `StepMetrics.skipped` tells. 'ftrl' goes through all windows in each update, so a bad one skips them all. Each
+      window takes a few more passes over what may have to be kept, a large table of the loss included.
     mesh: devices, along one axis, to split the batch over: each runs its share of the sequences, and after each window there is one
       mean over the devices, of the gradient and the objective together. Parameters and optimiser state are the same on all. The
       batch size must be a multiple of their number. Dropout draws other noise than on one device. A loss of your own is given a
@@ -315,11 +324,11 @@ def trainer(
       return value, grads, (hidden_next, loss_state, totals)
 
     gradient = on_shares(share_gradient, (PartitionSpec(), specs.params, (specs.hidden, PartitionSpec(), PartitionSpec(axis))))
+    start = hidden
     if windows.starts[0] > 0:
-      hidden = on_shares(share_prefix, specs.hidden)(state.params, hidden, batch, key, ())
+      start = on_shares(share_prefix, specs.hidden)(state.params, hidden, batch, key, ())
 
     first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
-    start = hidden
     longest = None
     if batch.lengths is not None:
       longest = jnp.max(jnp.asarray(batch.lengths))
@@ -337,27 +346,34 @@ def trainer(
         changes, opt_state = optimizer.update(
           grads, opt_state, params, value=value, grad_fn=lambda p: run(p)[1], inner_steps=inner_steps
         )
-        return optax.apply_updates(params, changes), opt_state, value, aux, optax.tree.norm(grads)
+        return optax.apply_updates(params, changes), opt_state, (value, optax.tree.norm(grads)), aux
 
-      new_params, new_opt_state = params, opt_state
+      def early_step(moved: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], Any]:
+        params, opt_state, seen, _ = inner_step(*moved)
+        return (params, opt_state), seen if skip_nonfinite else None
+
+      new_params, new_opt_state, early = params, opt_state, None
       if inner_steps > 1:
-        (new_params, new_opt_state), _ = jax.lax.scan(
-          lambda c, _: (inner_step(*c)[:2], None), (params, opt_state), length=inner_steps - 1
-        )
-      new_params, new_opt_state, value, (hidden, loss_state, totals), norm = inner_step(new_params, new_opt_state)
+        (new_params, new_opt_state), early = jax.lax.scan(early_step, (params, opt_state), length=inner_steps - 1)
+      new_params, new_opt_state, seen, (new_hidden, new_loss_state, totals) = inner_step(new_params, new_opt_state)
       if longest is not None:  # No sequence left: no update. By where: a cond would copy the carry.
         active = longest > first
         new_params, new_opt_state = optax.tree.where(active, (new_params, new_opt_state), (params, opt_state))
-      return (new_params, new_opt_state, hidden, loss_state), (value, norm, totals)
+      new, skip = (new_params, new_opt_state, new_hidden, new_loss_state), None
+      if skip_nonfinite:
+        skip = ~_all_finite((seen, early, lambda_norm(new_opt_state)))
+        new, totals = optax.tree.where(skip, (carry, optax.tree.zeros_like(totals)), (new, totals))
+      return new, (*seen, totals, skip)
 
     carry = (state.params, state.opt_state, hidden, state.loss_state)
     rows = (jnp.asarray(updates.windows), jnp.asarray(updates.coefficients), jnp.asarray(updates.records))
-    (params, opt_state, hidden, loss_state), (values, norms, totals) = jax.lax.scan(body, carry, (rows, first_window))
+    (params, opt_state, hidden, loss_state), (values, norms, totals, skips) = jax.lax.scan(body, carry, (rows, first_window))
     next_state = TrainState(
       params, opt_state, jax.lax.stop_gradient(hidden), loss_state, state.key, optax.safe_increment(state.step_count)
     )
-    totals = jax.tree.map(lambda t: t.sum((0, 1) if shard_params else 0), totals)
-    return next_state, StepMetrics(values, norms, sum_over_devices(totals, outer))
+    totals = sum_over_devices(jax.tree.map(lambda t: t.sum((0, 1) if shard_params else 0), totals), outer)
+    skipped = jnp.zeros(len(values), bool) if skips is None else skips
+    return next_state, StepMetrics(values, norms, totals, skipped, lambda_norm(opt_state))
 
   def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> tuple[Totals, Hidden]:
     _, batch_size = _check_shapes(batch)
@@ -391,6 +407,10 @@ def trainer(
     return placed(state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden))
 
   return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), end_epoch)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _objective(

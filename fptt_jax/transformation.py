@@ -341,6 +341,12 @@ def find_states(opt_state: optax.OptState) -> list[FPTTState]:
   return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
 
 
+def lambda_norm(opt_state: optax.OptState) -> jax.Array:
+  """Global norm of λ over every FPTTState in an optimiser's state, float32 []; 0 where there is none."""
+  estimates = [jax.tree.map(lambda l: l.astype(at_least_float32(l.dtype)), state.lam) for state in find_states(opt_state)]
+  return optax.tree.norm(estimates).astype(jnp.float32)
+
+
 def _fptt_states(opt_state: optax.OptState) -> list[FPTTState]:
   states = find_states(opt_state)
   if not states:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import chex
 from interruption import interrupted_at
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -158,6 +160,47 @@ def test_unstable_sgd_is_warned_about() -> None:
   recipe.make_optimizer(unstable, 'tbptt')
   recipe.make_optimizer(dataclasses.replace(unstable, lr=0.5), 'fptt')
   recipe.make_optimizer(dataclasses.replace(unstable, optimizer='adam'), 'fptt')
+
+
+def draw_some_nan(key: jax.Array, seq_len: int, batch_size: int) -> add_task.fptt_jax.Batch:
+  """Batches as always, but for NaN in a training batch now and then."""
+  batch = draw(key, seq_len, batch_size)
+  bad = (batch_size == TINY['batch_size']) & (batch.targets.max() > 1.8)
+  return batch._replace(inputs=jnp.where(bad, jnp.nan, batch.inputs))
+
+
+draw = add_task.draw_batch
+
+
+def test_what_is_not_finite_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+  """At once, not at the next evaluation; it is said where, and kept."""
+  monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
+  config = add_task.Config(method=('fptt',), **{**TINY, 'batches': 40, 'eval_every': 40}, chunk=2)
+  add_task.main(dataclasses.replace(config, workdir=str(tmp_path)))
+  rows = read_rows(tmp_path / 'fptt-seed0')
+  assert [row['test_mse'] for row in rows] == [None]
+  assert rows[0]['step'] < 40
+  lost = runs.read_json(tmp_path / 'fptt-seed0' / 'result.json')['lost']
+  said = r'loss is nan in batch \d of 2, window 0 of 3 \(update \d+\): gradient norm nan; (the last finite|norm of)'
+  assert re.search(said, lost)
+  assert capsys.readouterr().out.count(lost) == 2
+
+
+def test_what_is_not_finite_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """The run goes on as if these batches were not; their updates are counted, through a stop and a resumption as well."""
+  monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
+  config = add_task.Config(method=('fptt',), nonfinite='skip', optimizer='sgd', lr=0.1, decay=False, **{**TINY, 'batches': 40})
+  _, [whole] = add_task.run(config, str(tmp_path / 'whole'))
+  with interrupted_at(15):
+    add_task.run(config, str(tmp_path / 'cut'))
+  _, [resumed] = add_task.run(config, str(tmp_path / 'cut'))
+  rows = read_rows(tmp_path / 'whole' / 'fptt-seed0')
+  assert rows == read_rows(tmp_path / 'cut' / 'fptt-seed0')
+  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.split(jax.random.key(0), 3)[1], np.arange(1, 41))
+  bad = int((jax.vmap(lambda key: draw(key, 12, 8))(keys).targets.max(1) > 1.8).sum())
+  assert 0 < bad < 40
+  assert (rows[-1]['skipped'], rows[-1]['updates']) == (3 * bad, 3 * (40 - bad))
+  assert 0 < whole['test_mse'] == resumed['test_mse']
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -178,9 +178,10 @@ def clipped_trainer(**where):
   return trainer, trainer.init(jax.random.key(0), batch), batch
 
 
-def test_one_mean_a_window():
+@pytest.mark.parametrize('skip_nonfinite', [False, True])
+def test_one_mean_a_window(skip_nonfinite):
   """The compiled loop over windows has one collective operation, over gradient and objective together; the loop inside it none."""
-  trainer, state, batch = clipped_trainer(mesh=mesh_of(2))
+  trainer, state, batch = clipped_trainer(mesh=mesh_of(2), skip_nonfinite=skip_nonfinite)
   loops, _ = collectives(trainer.step.lower(state, batch).compile().as_text())
   assert loops == [[('all-reduce', sum(leaf.size for leaf in jax.tree.leaves(state.params)) + 1)]]
 
@@ -209,6 +210,33 @@ def test_shards(monkeypatch):
   whole, mine = sum(leaf.nbytes for leaf in leaves), sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
   assert mine < 1.01 * whole / 8
   assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(metrics))
+
+
+@pytest.mark.parametrize('task', ['class_ema', 'series'])
+def test_one_devices_nan_skips_the_update_on_all(task):
+  """NaN in one of 16 rows split over 8 devices: parameters, FPTT state, each device's rows of the hidden state, loss state are, bit
+  for bit, what they are without those windows, and parameters the same on all devices; totals are summed in another order."""
+  loss, targets, out = TASKS[task]
+  inputs, targets = INPUTS.astype(np.float32), targets if task == 'class_ema' else targets.astype(np.float32)
+  start, end = inputs.copy(), inputs.copy()
+  start[5:, 3] = end[:5, 3] = np.nan  # Windows start at 0, 2, 5 and 7.
+  options = dict(num_windows=4, carry_hidden=True, mesh=mesh_of(8), skip_nonfinite=True)
+  trainer = problems.quick_trainer(problems.lstm(out=out), loss, fptt_jax.fptt(optax.adam(0.01)), **options)
+
+  def train(sequences):
+    state, seen = trainer.init(jax.random.key(0), fptt_jax.Batch(inputs, targets)), []
+    for sequence in sequences:
+      state, metrics = trainer.step(state, fptt_jax.Batch(sequence, targets))
+      seen.append(metrics)
+    return state, [metrics.skipped.tolist() for metrics in seen], jax.tree.map(lambda *t: sum(t), *[m.totals for m in seen])
+
+  state, skipped, totals = train([start, end])
+  expected, _, expected_totals = train([inputs])
+  assert skipped == [[False, False, True, True], [True, True, False, False]]
+  jax.tree.map(np.testing.assert_array_equal, state[:4], expected[:4])
+  assert_same(totals, expected_totals)
+  for leaf in jax.tree.leaves(state.params):
+    assert all(np.array_equal(shard.data, leaf) for shard in leaf.addressable_shards)
 
 
 @pytest.mark.parametrize('shard_params', [False, True])

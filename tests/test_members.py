@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+import re
 from typing import Any
 
 from interruption import interrupted_at
@@ -138,6 +139,19 @@ def test_each_member_is_warned_about(tmp_path: Path) -> None:
   config = add_task.Config(method=('fptt',), optimizer='sgd', grid=('lr=0.1:30',), population=2, devices=1, **TINY)
   with pytest.warns(UserWarning, match=r'FPTT with SGD at lr=30, alpha=0\.1, .* is unstable'):
     add_task.run(config, str(tmp_path))
+
+
+def test_lambda_that_runs_away_is_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """Once, while the loss is finite yet, and for the one it runs away for."""
+  config = add_task.Config(method=('fptt',), optimizer='sgd', grid=('lr=0.01:2',), population=2, devices=1, kappa=2.0, **TINY)
+  config = dataclasses.replace(config, alpha=1.0, clip=0.0, decay=False, batches=40, eval_every=40, chunk=2)
+  with pytest.warns(UserWarning, match='unstable'):
+    add_task.run(config, str(tmp_path))
+  said = [line for line in capsys.readouterr().err.splitlines() if 'lambda runs away' in line]
+  assert len(said) == 1
+  assert re.search(r'warning: +fptt seed 0 lr 2: .* norm is \S+ after batch \d+, .* spectral radius 1.82; lower lr', said[0])
+  rows = {name: read(tmp_path, f'fptt-seed0-lr{name}')[0] for name in ('0.01', '2')}
+  assert int(re.search(r'after batch (\d+)', said[0])[1]) < rows['2']['step'] <= 40
 
 
 @pytest.mark.parametrize(

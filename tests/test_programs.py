@@ -195,6 +195,28 @@ def test_one_member_diverges():
     np.testing.assert_array_equal(good[[0, 2, 3]], bad[[0, 2, 3]])
 
 
+@pytest.mark.parametrize('devices', [None, 2])
+def test_one_members_batch_is_bad(devices):
+  """It skips its updates and is what it was, the others are what they are without that, bit for bit."""
+  optimizer = fptt_jax.fptt(optax.adam(0.01))
+  one = make(optimizer=optimizer, dtype=jnp.float32, carry_hidden=True, skip_nonfinite=True)
+  many = fptt_jax.population(one, own_batches=True, mesh=devices and mesh_of(devices))
+  _, stacked = data(np.float32)
+  good = jax.tree.map(lambda x: x[:4], stacked)
+  bad = good._replace(inputs=good.inputs.copy())
+  bad.inputs[1, :, 0] = np.nan
+  start = many.init(KEYS, good)
+  before = jax.tree.map(np.asarray, start[:4])
+  (state, metrics), (expected, expected_metrics) = (problems.quick(many.step)(start, batch) for batch in (bad, good))
+  assert metrics.skipped.tolist() == [[False] * 3, [True] * 3, [False] * 3, [False] * 3]
+  assert metrics.lambda_norm.shape == (4,)
+  assert metrics.lambda_norm[1] == 0
+  pick = lambda tree, members: jax.tree.map(lambda x: np.asarray(x)[members], tree)
+  jax.tree.map(np.testing.assert_array_equal, pick(state[:4], 1), pick(before, 1))
+  others = [0, 2, 3]
+  jax.tree.map(np.testing.assert_array_equal, pick((state[:4], metrics), others), pick((expected[:4], expected_metrics), others))
+
+
 @pytest.mark.usefixtures('x64')
 def test_scan_of_a_population():
   """The two together: an epoch of many members in one program, each with its own order of the data."""
@@ -205,7 +227,8 @@ def test_scan_of_a_population():
   many = fptt_jax.population(make(), own_batches=True)
   run = fptt_jax.scan_steps(many, jax.vmap(read, in_axes=(None, 0)))
   states, metrics = run(many.init(KEYS, jax.vmap(read, in_axes=(None, 0))(stacked, orders[0])), stacked, orders)
-  assert metrics.loss.shape == (N, 4, 3)
+  assert metrics.loss.shape == metrics.skipped.shape == (N, 4, 3)
+  assert metrics.lambda_norm.shape == (N, 4)
   for r, key in enumerate(KEYS):
     state = one.init(key, batches[0])
     for n in orders[:, r]:

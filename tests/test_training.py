@@ -112,7 +112,9 @@ def by_hand(
       params, opt_state, aux, value, norm = one_step(params, opt_state, hidden, loss_state, batch.inputs[start:end], *place)
     hidden, loss_state, measured = aux
     values, norms, totals = [*values, value], [*norms, norm], [*totals, measured]
-  metrics = fptt_jax.StepMetrics(jnp.stack(values), jnp.stack(norms), jax.tree.map(lambda *t: sum(t), *totals))
+  totals, skipped = jax.tree.map(lambda *t: sum(t), *totals), np.zeros(len(values), bool)
+  lambda_norm = optax.tree.norm([state.lam for state in find_states(opt_state)]).astype(jnp.float32)
+  metrics = fptt_jax.StepMetrics(jnp.stack(values), jnp.stack(norms), totals, skipped, lambda_norm)
   return state._replace(
     params=params, opt_state=opt_state, hidden=hidden, loss_state=loss_state, step_count=state.step_count + 1
   ), metrics
@@ -536,6 +538,133 @@ def test_explicit_gradient_is_taken_from_the_windows_own_start():
   same(state.opt_state.lam, problems.quick(jax.grad(objective))(state.params))
 
 
+# Updates that are not finite.
+
+
+def remembering(loss: losses.Loss) -> losses.Loss:
+  """`loss` with a state: the sum of its values."""
+
+  def apply(outputs, targets, window, seen):
+    value, _ = loss.apply(outputs, targets, window, ())
+    return value, seen + jax.lax.stop_gradient(value)
+
+  return loss._replace(init=lambda num_windows: jnp.zeros([]), apply=apply)
+
+
+@functools.cache
+def skipping(method: str, skip_nonfinite: bool = True) -> fptt_jax.Trainer:
+  """Adam behind a clip, and two windows where the method leaves K open."""
+  options = {'final_steps': 2} if method == 'tbptt_final' else {}
+  if method != 'tbptt_final' and fptt_jax.METHODS[method].num_windows is None:
+    options = {'num_windows': 2}
+  base = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+  optimizer = fptt_jax.fptt(base) if method == 'fptt' else base
+  loss = remembering(losses.sequence_regression())
+  options |= {'method': method, 'carry_hidden': True, 'skip_nonfinite': skip_nonfinite}
+  return quick_trainer(problems.elman(), loss, optimizer, **options)
+
+
+def spoiled(batch: Batch, kind: str) -> Batch:
+  """The second row's objective is not finite, or (infinite inputs, of which tanh is 1 and its gradient NaN) just its gradient."""
+  inputs, targets = batch.inputs.copy(), batch.targets.copy()
+  if kind == 'target':
+    targets[:, 1] = 1e25  # Its square is infinite.
+  else:
+    inputs[:, 1, 0] = {'NaN': np.nan, 'infinity': np.inf}[kind]
+  return batch._replace(inputs=inputs, targets=targets)
+
+
+def train(trainer: fptt_jax.Trainer, batches: list[Batch]) -> tuple[tuple[Any, ...], dict[str, jax.Array], fptt_jax.StepMetrics]:
+  """What changes in a state, the totals, and all metrics."""
+  state, seen = trainer.init(jax.random.key(0), batches[0]), []
+  for batch in batches:
+    state, metrics = trainer.step(state, batch)
+    seen.append(metrics)
+  metrics = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
+  return state[:4], jax.tree.map(lambda total: total.sum(0), metrics.totals), metrics
+
+
+@pytest.mark.parametrize('kind', ['NaN', 'infinity', 'target'])
+@pytest.mark.parametrize('method', fptt_jax.METHODS)
+def test_a_skipped_update_leaves_no_trace(method, kind):
+  """Parameters, optimiser, hidden and loss state and totals are, bit for bit, what they are without it. Where each window has an
+  update, two sequences with a good half each are one good sequence; else a bad sequence may as well not be there."""
+  first, second = (problems.series_batch(6, 3, seed=seed) for seed in (0, 1))
+  bad = spoiled(first, kind)
+  if fptt_jax.METHODS[method].update_each_window and method != 'ftrl':
+    halves = lambda a, b: jax.tree.map(lambda x, y: np.concatenate([x[:3], y[3:]]), a, b)
+    batches = [first, halves(second, bad), halves(bad, second), first]
+    skipped = [[False, False], [False, True], [True, False], [False, False]]
+  else:
+    batches, skipped = [first, bad, second, first], [[False], [True], [False], [False]]
+  trainer = skipping(method)
+  state, totals, metrics = train(trainer, batches)
+  expected, expected_totals, _ = train(trainer, [first, second, first])
+  chex.assert_trees_all_equal((state, totals), (expected, expected_totals))
+  chex.assert_tree_all_finite((state, totals, metrics.lambda_norm))
+  np.testing.assert_array_equal(metrics.skipped, np.repeat(skipped, metrics.skipped.shape[1] // len(skipped[0]), 1))
+  assert np.isfinite(metrics.loss[metrics.skipped]).all() == (kind == 'infinity')
+  assert not np.isfinite(metrics.grad_norm[metrics.skipped]).any()
+  if kind == 'NaN' and method == 'fptt':  # Without the policy it does, and nothing counts as skipped.
+    state, totals, metrics = train(skipping(method, skip_nonfinite=False), batches)
+    assert not any(np.isfinite(leaf).any() for leaf in jax.tree.leaves((state[0], state[2:], totals['loss'])))
+    assert not metrics.skipped.any()
+
+
+def test_a_skipped_update_of_a_ragged_batch():
+  """The policy and the rule that a window without sequences changes nothing go together; such a window is not skipped."""
+  lengths = np.array([2, 4, 3], np.int32)
+  good = problems.series_batch(6, 3)._replace(lengths=lengths)
+  bad = spoiled(good, 'NaN')
+  halves = lambda a, b: Batch(np.concatenate([a.inputs[:2], b.inputs[2:]]), good.targets, lengths)
+  optimizer = fptt_jax.fptt(optax.adam(1e-2))
+  options = dict(num_windows=3, carry_hidden=True, skip_nonfinite=True)
+  trainer = quick_trainer(problems.elman(), remembering(losses.sequence_regression()), optimizer, **options)
+  state, totals, metrics = train(trainer, [good, halves(good, bad), halves(bad, good)])
+  expected, expected_totals, _ = train(trainer, [good, good])
+  chex.assert_trees_all_equal((state, totals), (expected, expected_totals))
+  np.testing.assert_array_equal(metrics.skipped, [[False] * 3, [False, True, False], [True, False, False]])
+
+
+root = fptt_jax.Model(
+  lambda key: jnp.ones([]), lambda batch_size: (), lambda p, h, x, mask, key: (h, p * jnp.ones((*x.shape[:2], 1)))
+)
+root_of_output = losses.from_function(lambda outputs, targets, window: jnp.sqrt(outputs.mean()))
+
+
+def test_any_inner_step_that_is_not_finite_skips_the_update():
+  """√W from W = -1: NaN at the first inner step, which moves W to 1 whatever the gradient is, finite at the second."""
+  moves = optax.stateless(lambda grads, params: 2 * jnp.ones([]))
+  for start, skipped in ((-1.0, True), (1.0, False)):
+    model = root._replace(init=lambda key: jnp.array(start))
+    trainer = quick_trainer(model, root_of_output, moves, method='tbptt', num_windows=1, inner_steps=2, skip_nonfinite=True)
+    state, metrics = run(trainer, GOOD)
+    assert np.isfinite(metrics.loss).all()
+    assert np.isfinite(metrics.grad_norm).all()
+    assert metrics.skipped.tolist() == [skipped]
+    assert state.params == (start if skipped else start + 4)
+
+
+def test_an_explicit_gradient_that_is_not_finite_skips_the_update():
+  """√W at W = 1 has objective 1 and gradient 1/2; the step to -1 makes λ, the gradient there, NaN."""
+  optimizer = fptt_jax.fptt(optax.sgd(4.0), gradient_estimate='explicit')
+  trainer = quick_trainer(root, root_of_output, optimizer, num_windows=1, skip_nonfinite=True)
+  state, metrics = run(trainer, GOOD)
+  assert (metrics.loss.item(), metrics.grad_norm.item(), metrics.skipped.item()) == (1.0, 0.5, True)
+  assert (state.params.item(), state.opt_state.lam.item(), metrics.lambda_norm.item()) == (1.0, 0.0, 0.0)
+
+
+def test_norm_of_lambda():
+  """After the sequence, over all there are: two `fptt`s have parts of the parameters each, a third part has none."""
+  labels = {'a': 'first', 'b': 'second', 'c': 'second', 'v': 'none'}
+  parts = {'first': fptt_jax.fptt(optax.sgd(0.1)), 'second': fptt_jax.fptt(optax.adam(0.1)), 'none': optax.sgd(0.1)}
+  trainer = quick_trainer(problems.elman(), losses.terminal_regression(), optax.partition(parts, labels), num_windows=2)
+  state, metrics = run(trainer, GOOD)
+  estimates = [np.square(leaf).sum() for part in find_states(state.opt_state) for leaf in jax.tree.leaves(part.lam)]
+  assert len(estimates) == 3
+  assert metrics.lambda_norm == pytest.approx(np.sqrt(sum(estimates)), rel=1e-6)
+
+
 # Compilation.
 
 
@@ -557,6 +686,7 @@ def test_one_trace_for_each_shape():
     loss._replace(apply=counted('loss', loss.apply)),
     fptt_jax.fptt(optax.sgd(optax.cosine_decay_schedule(1e-2, 10)), alpha=optax.constant_schedule(0.5)),
     num_windows=2,
+    skip_nonfinite=True,
   )
   batch = problems.label_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
   state = trainer.init(jax.random.key(0), batch)
@@ -597,7 +727,8 @@ def test_step_promotes_nothing_implicitly(method, loss, batch, out, dtype):
   targets = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, batch.targets)
   batch = batch._replace(inputs=batch.inputs.astype(dtype), targets=targets)
   optimizer = fptt_jax.fptt(optax.sgd(0.1)) if method == 'fptt' else optax.sgd(0.1)
-  trainer = fptt_jax.trainer(problems.elman(out=out, dtype=dtype), loss, optimizer, method=method, num_windows=4)
+  model = problems.elman(out=out, dtype=dtype)
+  trainer = fptt_jax.trainer(model, loss, optimizer, method=method, num_windows=4, skip_nonfinite=True)
   state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
   after, metrics = jax.eval_shape(trainer.step, state, batch)
   describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -608,12 +739,12 @@ def test_step_promotes_nothing_implicitly(method, loss, batch, out, dtype):
   assert describe(evaluated) == describe(metrics.totals)
 
 
-def test_step_takes_over_the_old_state():
+@pytest.mark.parametrize('skip_nonfinite', [False, True])
+def test_step_takes_over_the_old_state(skip_nonfinite):
   """The old state's buffers are donated, all of them (a warning, had one not been usable, is an error here)."""
   batch = problems.label_batch(4, 2)
-  trainer = fptt_jax.trainer(
-    problems.elman(out=3), losses.terminal_classification(3), fptt_jax.fptt(optax.adam(1e-2)), num_windows=2, carry_hidden=True
-  )
+  options = dict(num_windows=2, carry_hidden=True, skip_nonfinite=skip_nonfinite)
+  trainer = fptt_jax.trainer(problems.elman(out=3), losses.terminal_classification(3), fptt_jax.fptt(optax.adam(1e-2)), **options)
   state = trainer.init(jax.random.key(0), batch)
   new_state, _ = trainer.step(state, batch)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state._replace(key=None)))
