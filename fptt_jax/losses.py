@@ -36,6 +36,9 @@ class Loss(NamedTuple):
     check: (targets, valid bool [T, B]) -> None; raises on concrete targets that mean nothing. `valid` says which steps are real.
     last_only: whether `apply` and `measure` look at each sequence's last valid step in the window alone (`window.last`) and take
       outputs [1, B, ...] of just that as well.
+    per_step: (outputs [s, B, ...], targets [s, B, ...] of the same steps) -> {'loss': float [s, B], and what else is measured}, of
+      any s steps, each by itself; where `apply` is the mean of 'loss' over the window's valid steps, `measure` the sums of all over
+      them, and there is no loss state. Outputs may then be computed a few steps at a time (:mod:`fptt_jax.chunks`). Else None.
   """
 
   init: Callable[[int], LossState]
@@ -44,6 +47,7 @@ class Loss(NamedTuple):
   end_epoch: Callable[[LossState], LossState] = lambda loss_state: loss_state
   check: Callable[[Any, np.ndarray], None] = lambda targets, valid: None
   last_only: bool = False
+  per_step: Callable[[jax.Array, Any], dict[str, jax.Array]] | None = None
 
 
 def from_function(
@@ -186,7 +190,7 @@ def terminal_classification(
     logits = _at_least_float32(_last_outputs(outputs, window, num_classes))
     _, ended, _ = _progress(window, logits.dtype)
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return _totals(ended, loss=cross_entropy, accuracy=logits.argmax(-1) == labels)
+    return totals_where(ended, {'loss': cross_entropy, 'accuracy': logits.argmax(-1) == labels})
 
   def check(targets: Any, valid: np.ndarray) -> None:
     labels, ids = _labels_and_ids(targets, by_example, valid.shape[1])
@@ -220,7 +224,7 @@ def terminal_regression() -> Loss:
 
   def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
     squared = error(outputs, targets, window)
-    return _totals(_progress(window, squared.dtype)[1], loss=squared)
+    return totals_where(_progress(window, squared.dtype)[1], {'loss': squared})
 
   def check(targets: Any, valid: np.ndarray) -> None:
     _check_floats('targets', targets, valid[0])
@@ -247,50 +251,48 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
   if num_classes < 2:
     raise ValueError(f'num_classes must be at least 2, got {num_classes}.')
 
-  def cross_entropy(outputs: jax.Array, targets: jax.Array, window: Window) -> tuple[jax.Array, jax.Array, jax.Array]:
-    _require_integers('targets', targets)
-    if targets.ndim != 2:
-      raise ValueError(f'sequence_classification expected targets [T, B], got shape {targets.shape}.')
+  def per_step(outputs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    _require_integers('targets', labels)
+    if labels.ndim != 2:
+      raise ValueError(f'sequence_classification expected targets [T, B], got [T, B, ...] with a window of shape {labels.shape}.')
     _require_features(outputs, num_classes)
-    logits, labels = _at_least_float32(outputs), window.slice(targets)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), logits, labels
-
-  def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
-    return window.mean(cross_entropy(outputs, targets, window)[0], window.mask), loss_state
-
-  def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
-    loss, logits, labels = cross_entropy(outputs, targets, window)
+    logits = _at_least_float32(outputs)
     extra = {'accuracy': logits.argmax(-1) == labels} if accuracy else {}
-    return _totals(window.mask, loss=loss, **extra)
+    return {'loss': optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), **extra}
 
   def check(targets: Any, valid: np.ndarray) -> None:
     _check_integers('targets', targets, valid, num_classes)
 
-  return Loss(lambda num_windows: (), apply, measure, check=check)
+  return _mean_of_steps(per_step, check)
 
 
 def sequence_regression() -> Loss:
   """A real target each step: mean squared error over the window's valid steps and the O outputs; targets float [T, B, O]."""
 
-  def error(outputs: jax.Array, targets: jax.Array, window: Window) -> jax.Array:
-    expected = window.slice(targets)
+  def per_step(outputs: jax.Array, expected: jax.Array) -> dict[str, jax.Array]:
     if expected.shape != outputs.shape:
       raise ValueError(
         f'sequence_regression needs targets [T, B, O] like the outputs: a window of targets is {expected.shape}, the model '
         f'returned {outputs.shape}.'
       )
-    return jnp.square(outputs - expected).reshape(*window.mask.shape, -1).mean(-1)
-
-  def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
-    return window.mean(error(outputs, targets, window), window.mask), loss_state
-
-  def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
-    return _totals(window.mask, loss=error(outputs, targets, window))
+    return {'loss': jnp.square(outputs - expected).reshape(*outputs.shape[:2], -1).mean(-1)}
 
   def check(targets: Any, valid: np.ndarray) -> None:
     _check_floats('targets', targets, valid)
 
-  return Loss(lambda num_windows: (), apply, measure, check=check)
+  return _mean_of_steps(per_step, check)
+
+
+def _mean_of_steps(per_step: Callable[[jax.Array, Any], dict[str, jax.Array]], check: Callable[[Any, np.ndarray], None]) -> Loss:
+  """The loss that is the mean of `per_step`'s."""
+
+  def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
+    return window.mean(per_step(outputs, window.slice(targets))['loss'], window.mask), loss_state
+
+  def measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
+    return totals_where(window.mask, per_step(outputs, window.slice(targets)))
+
+  return Loss(lambda num_windows: (), apply, measure, check=check, per_step=per_step)
 
 
 def _progress(window: Window, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -311,7 +313,8 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
   return x.astype(at_least_float32(x.dtype))
 
 
-def _totals(where: jax.Array, **values: jax.Array) -> Totals:
+def totals_where(where: jax.Array, values: dict[str, jax.Array]) -> Totals:
+  """Sums of the values, and how many they are, where `where` is True."""
   sums = {name: jnp.sum(value, where=where, dtype=jnp.float32) for name, value in values.items()}
   return {'count': jnp.sum(where, dtype=jnp.int32), **sums}
 

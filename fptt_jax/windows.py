@@ -109,10 +109,14 @@ class Window(NamedTuple):
       values: float [B] or [S, B].
       where: bool of the same shape; may vary from row to row only where sequences end (`active`, `mask`).
     """
-    count = jnp.sum(where).astype(values.dtype)
+    return jnp.sum(values, where=where) / self.divisor(where, values.dtype)
+
+  def divisor(self, where: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """What `mean` divides by: how many values count, 1 where none does."""
+    count = jnp.sum(where).astype(dtype)
     if self.axis is not None and self.ragged:
       count = jax.lax.pmean(count, self.axis)
-    return jnp.sum(values, where=where) / jnp.where(count > 0, count, 1)
+    return jnp.where(count > 0, count, 1)
 
   def gather(self, rows: Any) -> Any:
     """A tree of arrays [B, ...] of the whole batch, given this device's share of it."""
