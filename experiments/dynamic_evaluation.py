@@ -193,6 +193,7 @@ def _trainer(
     init=lambda key: params,
     apply=lambda params, state, x, mask, key: model.apply(params, state, x, mask, None),
     apply_last=None,
+    split=None,
   )
   return fptt_jax.trainer(trained, loss, optimizer, method='tbptt', window_size=segment, carry_hidden=True)
 

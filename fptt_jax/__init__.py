@@ -11,7 +11,7 @@ from fptt_jax.losses import Loss, means
 from fptt_jax.methods import METHODS, Method
 from fptt_jax.programs import population, scan_steps
 from fptt_jax.stability import stability
-from fptt_jax.training import Batch, Model, Penalised, StepMetrics, Trainer, TrainState, check_batch, global_batch, trainer
+from fptt_jax.training import Batch, Model, Penalised, Split, StepMetrics, Trainer, TrainState, check_batch, global_batch, trainer
 from fptt_jax.transformation import ALGORITHM_2, RELEASE, FPTTState, fptt, fptt_eval_params, fptt_restart
 from fptt_jax.windows import Window, Windows, cut
 
@@ -27,6 +27,7 @@ __all__ = (
   'Method',
   'Model',
   'Penalised',
+  'Split',
   'StepMetrics',
   'TrainState',
   'Trainer',

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from fptt_jax.checks import HUGE, check_integer
+from fptt_jax.chunks import Judged, judge, steps_at_once
 from fptt_jax.devices import check_divisible, one_axis
 from fptt_jax.losses import Loss, LossState, Totals
 from fptt_jax.methods import METHODS, Method, Plan, plan
@@ -51,6 +52,20 @@ class Penalised(NamedTuple):
   penalty: jax.Array
 
 
+class Split(NamedTuple):
+  """A model's `apply` in two parts; one after the other they are to give what it gives.
+
+  Attributes:
+    features: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state, features [S, B, ...]), which may be
+      :class:`Penalised`.
+    readout: (params, features [s, B, ...], key or None) -> outputs [s, B, ...], of any s of the window's steps, each by itself. It
+      is given the window's key for whichever of its steps.
+  """
+
+  features: Callable[[Params, Hidden, jax.Array, jax.Array | None, jax.Array | None], tuple[Hidden, jax.Array | Penalised]]
+  readout: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
+
+
 class Model(NamedTuple):
   """A recurrent model as pure functions; `fptt_jax.nn` makes them from Flax modules.
 
@@ -63,12 +78,15 @@ class Model(NamedTuple):
     apply_last: as `apply`, with one more argument: the one step of each sequence, an int or int [B], whose outputs are wanted;
       (params, state, x, mask, key, step) -> (state, outputs [1, B, ...]). What follows the last recurrent layer is then computed
       there alone. Used with losses that are `last_only`; None where a model cannot.
+    split: `apply` in two parts, the readout being one. Used with losses that have a `per_step`, see `readout_steps` of
+      :func:`trainer`; None where a model has no such part.
   """
 
   init: Callable[[jax.Array], Params]
   initial_state: Callable[[int], Hidden]
   apply: Callable[[Params, Hidden, jax.Array, jax.Array | None, jax.Array | None], tuple[Hidden, jax.Array | Penalised]]
   apply_last: Callable[..., tuple[Hidden, jax.Array | Penalised]] | None = None
+  split: Split | None = None
 
 
 class TrainState(NamedTuple):
@@ -142,6 +160,7 @@ def trainer(
   skip_nonfinite: bool = False,
   mesh: jax.sharding.Mesh | None = None,
   shard_params: bool = False,
+  readout_steps: int | None = None,
 ) -> Trainer:
   """Builds the train step of a recurrent model, forward through time.
 
@@ -172,6 +191,10 @@ def trainer(
     shard_params: split parameters and optimiser state (W, W̄, λ and the base optimiser's) over the mesh, too: of each array a
       device keeps its share along the first axis that their number divides, the whole where there is none. In each window the
       parameters are gathered once and each device gets the mean gradient of its share, which any optimiser moves.
+    readout_steps: how many steps' outputs are computed at a time, with their loss and its gradient, where the model has a `split`
+      and the loss a `per_step`. By default all of a window, unless on a CPU the readout would make an array of more than 32 MiB:
+      then as many as make 10 MiB. It changes rounding, memory and time, which for large vocabularies both fall, and such an
+      objective has no forward-mode derivative. A number of S or more: all.
 
   Returns:
     A :class:`Trainer`. Steps that a mask leaves out change neither state, loss nor gradient; a window in which no sequence of a
@@ -205,6 +228,11 @@ def trainer(
   name, method = _resolve(method, num_windows, window_size, final_steps, inner_steps)
   optimizer = optax.with_extra_args_support(optimizer)
   weights = None if loss_weights is None else np.asarray(loss_weights, np.float64)
+  if readout_steps is not None:
+    check_integer('readout_steps', readout_steps, 1, HUGE, 'an integer >= 1')
+    for part, name, given in (('a model', 'split', model.split), ('a loss', 'per_step', loss.per_step)):
+      if given is None:
+        raise ValueError(f'readout_steps goes with {part} that has a {name}: got readout_steps={readout_steps} and {name} None.')
   if weights is not None and (weights.ndim != 1 or not np.isfinite(weights).all()):
     raise ValueError(f'loss_weights must be K finite numbers, got {loss_weights!r}.')
 
@@ -315,7 +343,7 @@ def trainer(
     def share_gradient(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, others: Any) -> tuple[Any, ...]:
       """(objective, gradient, what came of the windows) of one update; the means over the devices, the totals to be summed."""
       loss_state, rows, first_loss_state = others
-      objective = _objective(model, loss, batch, windows, updates, weights, first_loss_state, key, axis)
+      objective = _objective(model, loss, batch, windows, updates, weights, first_loss_state, key, axis, readout_steps)
       run = lambda p: objective(p, hidden, loss_state, rows)
       (value, (hidden_next, loss_state, totals)), grads = jax.value_and_grad(run, has_aux=True)(params)
       value, grads = mean_over_devices((value, grads), (PartitionSpec(), specs.params), axis)
@@ -395,8 +423,8 @@ def trainer(
     windows = cut(_check_shapes(batch)[0])
 
     def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, Totals]:
-      hidden, (outputs, _), window = _run_window(model, loss, params, hidden, batch, windows, k, None, axis)
-      return hidden, loss.measure(outputs, batch.targets, window)
+      hidden, (outputs, _), window = _run_window(model, loss, params, hidden, batch, windows, k, None, axis, readout_steps)
+      return hidden, outputs.totals if isinstance(outputs, Judged) else loss.measure(outputs, batch.targets, window)
 
     hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.num_windows))
     return sum_over_devices(jax.tree.map(lambda t: t.sum(0), totals), axis), hidden
@@ -423,6 +451,7 @@ def _objective(
   initial_loss_state: LossState,
   key: jax.Array,
   axis: str | None,
+  readout_steps: int | None,
 ) -> Callable[..., tuple[jax.Array, tuple[Hidden, LossState, Totals]]]:
   """The scalar one update descends: the weighted losses of the windows it runs through, from a given hidden state."""
   factors = jnp.asarray(np.ones(windows.num_windows) if weights is None else weights)
@@ -433,13 +462,17 @@ def _objective(
     def body(carry: tuple[Hidden, LossState], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
       hidden, loss_state = carry
       k, coefficient, record = row
-      hidden, (outputs, penalty), window = _run_window(model, loss, params, hidden, batch, windows, k, key, axis)
-      value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
+      hidden, (outputs, penalty), window = _run_window(model, loss, params, hidden, batch, windows, k, key, axis, readout_steps)
+      if isinstance(outputs, Judged):
+        (value, totals), new_loss_state = outputs, loss_state
+      else:
+        value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
+        totals = loss.measure(jax.lax.stop_gradient(outputs), batch.targets, window)
+        if not updates.records.all():
+          # A window seen before has moved the loss state already: its loss is that of the sequence's start, as when first seen.
+          value, _ = loss.apply(outputs, batch.targets, window, initial_loss_state)
       value = _scalar(value)
-      totals = loss.measure(jax.lax.stop_gradient(outputs), batch.targets, window)
       if not updates.records.all():
-        # A window seen before has moved the loss state already: its loss is that of the sequence's start, as when first seen.
-        value = _scalar(loss.apply(outputs, batch.targets, window, initial_loss_state)[0])
         new_loss_state = optax.tree.where(record, new_loss_state, loss_state)
         totals = jax.tree.map(lambda t: jnp.where(record, t, 0), totals)
       if penalty is not None:
@@ -465,10 +498,12 @@ def _run_window(
   k: jax.Array,
   key: jax.Array | None,
   axis: str | None,
-) -> tuple[Hidden, tuple[jax.Array, jax.Array | None], Window]:
+  readout_steps: int | None,
+) -> tuple[Hidden, tuple[jax.Array | Judged, jax.Array | None], Window]:
   """Runs the model through the `k`-th window: (hidden state after it, (outputs, penalty or None), the window).
 
-  The outputs are [S, B, ...], or [1, B, ...], those of each sequence's last valid step, where loss and model are content with them.
+  The outputs are [S, B, ...], or [1, B, ...], those of each sequence's last valid step, where loss and model are content with them;
+  where they are computed a few steps at a time, what the loss says of them is returned instead.
   """
   inputs = jnp.asarray(batch.inputs)
   num_steps, batch_size = inputs.shape[:2]
@@ -477,19 +512,41 @@ def _run_window(
   window = window_at(windows, k, lengths, ragged, axis)
   x, mask = window.slice(inputs), window.mask if window.masked else None
   key = None if key is None else jax.random.fold_in(key, k)
+  split, per_step, steps = model.split, loss.per_step, windows.size
+  at_once = steps
+  if split is not None and per_step is not None:
+    at_once = _steps_at_once(split, params, hidden, x, mask, key, readout_steps)
   if loss.last_only and model.apply_last is not None:
     steps = 1
     new_hidden, outputs = model.apply_last(params, hidden, x, mask, key, window.last)
-  else:
-    steps = windows.size
+  elif split is None or at_once == steps:
     new_hidden, outputs = model.apply(params, hidden, x, mask, key)
+  else:
+    new_hidden, outputs = split.features(params, hidden, x, mask, key)
   outputs, penalty = outputs if isinstance(outputs, Penalised) else (outputs, None)
   _check_hidden(new_hidden, hidden, 'the hidden state that model.apply returns')
   if outputs.shape[:2] != (steps, batch_size):
     raise ValueError(f'the model must return outputs [S, B, ...] = {(steps, batch_size)} + features, got shape {outputs.shape}.')
   if penalty is not None and penalty.shape != x.shape[:2]:
     raise ValueError(f'the penalty that model.apply returns must be [S, B] = {x.shape[:2]}, got shape {penalty.shape}.')
+  if split is not None and per_step is not None and at_once < steps:
+    judged = judge(split.readout, per_step, params, outputs, batch.targets, window, key, steps=at_once)
+    return new_hidden, (judged, penalty), window
   return new_hidden, (outputs, penalty), window
+
+
+def _steps_at_once(
+  split: Split, params: Params, hidden: Hidden, x: jax.Array, mask: jax.Array | None, key: jax.Array | None, given: int | None
+) -> int:
+  """How many of a window's S steps to read out at a time: as `given`, or by size."""
+  num_steps = x.shape[0]
+  if given is None and jax.default_backend() != 'cpu':
+    return num_steps
+  shapes: Any = jax.eval_shape(split.features, params, hidden, x, mask, key)[1]
+  features: Any = shapes.outputs if isinstance(shapes, Penalised) else shapes
+  if not jnp.issubdtype(features.dtype, jnp.floating):  # Tokens: there is no gradient with respect to them.
+    return num_steps
+  return steps_at_once(split.readout, params, features, key) if given is None else min(given, num_steps)
 
 
 def check_batch(batch: Batch, loss: Loss) -> None:

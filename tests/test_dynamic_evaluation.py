@@ -133,6 +133,16 @@ def test_statistics_are_the_root_mean_square_of_the_segments_gradients() -> None
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
+def test_large_readouts_see_no_dropout_either(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Where the trainer would compute outputs a few steps at a time, by other functions of the model, the statistics are the same."""
+  params, expected = trained(), statistics()
+  monkeypatch.setattr(fptt_jax.chunks, 'LARGE', 0)
+  monkeypatch.setattr(fptt_jax.chunks, 'CHUNK', 1)
+  with quick_compilation():
+    got = gradient_statistics(MODEL, LOSS, params, sequences(TEXT, 40, 8))
+  chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize('plain', [False, True])
 def test_each_segment_is_measured_before_it_is_learned_from(plain: bool) -> None:
   """Nats a word equal those of a loop that adds up a segment's loss, then takes the step: with the statistics, and as plain

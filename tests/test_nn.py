@@ -597,3 +597,41 @@ def test_outputs_of_one_step_are_those_of_the_whole_window(layers, step):
 def test_only_stacks_skip_steps():
   """A model that is one recurrent layer has nothing to skip."""
   assert nn.from_nnx(lambda rngs: nn.LSTM(2, 4, rngs=rngs)).apply_last is None
+
+
+@pytest.mark.parametrize(
+  ('tail', 'expected'),
+  [
+    (lambda rngs: [nnx.Linear(4, 3, rngs=rngs)], 1),
+    (lambda rngs: [nnx.Dropout(0.5), jnp.tanh, nnx.Linear(4, 3, rngs=rngs), nnx.relu], 3),
+    (lambda rngs: [nn.TemporalActivationPenalty(0.5), nn.LockedDropout(0.5), nnx.Linear(4, 3, rngs=rngs)], 1),
+    (lambda rngs: [nn.MixtureOfSoftmaxes(4, nnx.Embed(3, 4, rngs=rngs), 2, dropout=0.5, rngs=rngs)], 1),
+    (lambda rngs: [nnx.Linear(4, 4, rngs=rngs), nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))], 0),
+    (lambda rngs: [nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5)], 0),
+    (lambda rngs: [nnx.Linear(4, 3, rngs=rngs), nn.LockedDropout(0.5)], 0),
+  ],
+  ids=['linear', 'dropout', 'penalty', 'mixture', 'own stream', 'dropout last', 'locked last'],
+)
+def test_readout_gives_any_steps_of_the_whole_window(tail, expected):
+  """Only the last layers that act on each step alone are the readout, none that draw noise for a whole window; state, penalties and
+  outputs of `split`, these of some steps only, are those of `apply`, noise included."""
+
+  def build(rngs):
+    return nn.Stack(nn.GRU(2, 4, rngs=rngs), *tail(rngs))
+
+  module = build(nnx.Rngs(0))
+  assert len(module.layers) - module.readout_start == expected
+  model = nn.from_nnx(build)
+  if not expected:
+    assert model.split is None
+    return
+  params, state = model.init(KEY), model.initial_state(3)
+  x = jax.random.normal(KEY, (5, 3, 2))
+  end, whole = model.apply(params, state, x, None, KEY)
+  split_end, features = model.split.features(params, state, x, None, KEY)
+  chex.assert_trees_all_equal(split_end, end)
+  if isinstance(whole, fptt_jax.Penalised):
+    chex.assert_trees_all_equal(features.penalty, whole.penalty)
+    whole, features = whole.outputs, features.outputs
+  some = model.split.readout(params, features[1:3], KEY)
+  np.testing.assert_allclose(some, whole[1:3], rtol=0, atol=1e-6)  # Numbers of about 1, sums of 4 products.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax.nn.layers import Stack, as_windowed, scan_steps
-from fptt_jax.training import Model
+from fptt_jax.training import Model, Split
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
@@ -52,20 +52,32 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   def initial_state(batch_size: int) -> Any:
     return nnx.merge(graph, abstract_params, streams).initial_state(batch_size)
 
+  def module(params: Any, key: jax.Array | None) -> Any:
+    """The module with these parameters, in evaluation without a key."""
+    weights = jax.tree.map(lambda leaf: leaf, abstract_params)  # A copy: the next line writes into it.
+    nnx.replace_by_pure_dict(weights, params)
+    merged: Any = nnx.merge(graph, weights, _seeded(streams, key))
+    if key is None:
+      merged.eval()
+    else:
+      merged.train()
+    return merged
+
   def apply(
     params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None, *step: jax.Array | int
   ) -> tuple[Any, jax.Array]:
-    weights = jax.tree.map(lambda leaf: leaf, abstract_params)  # A copy: the next line writes into it.
-    nnx.replace_by_pure_dict(weights, params)
-    module = nnx.merge(graph, weights, _seeded(streams, key))
-    if key is None:
-      module.eval()
-    else:
-      module.train()
-    return module(state, x, mask, key, *step)
+    result: tuple[Any, jax.Array] = module(params, key)(state, x, mask, key, *step)
+    return result
 
-  can_skip = isinstance(nnx.merge(graph, abstract_params, streams), Stack)
-  return Model(init, initial_state, apply, apply if can_skip else None)
+  model, abstract = Model(init, initial_state, apply), nnx.merge(graph, abstract_params, streams)
+  if not isinstance(abstract, Stack):
+    return model
+  model = model._replace(apply_last=apply)
+  if abstract.readout_start == len(abstract.layers):
+    return model
+  features = lambda params, state, x, mask, key: module(params, key).features(state, x, mask, key)
+  readout = lambda params, features, key: module(params, key).readout(features, key)
+  return model._replace(split=Split(features, readout))
 
 
 def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> Model:

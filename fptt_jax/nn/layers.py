@@ -388,13 +388,51 @@ class Stack(nnx.Module):
     step: jax.Array | int | None = None,
   ) -> tuple[tuple[Any, ...], jax.Array | Penalised]:
     """Runs a window through all layers; those after the last recurrent one at `step` (int or int [B]) alone, if given."""
-    states, new_states, penalties = iter(state), [], []
     last_recurrent = max((number for number, layer in enumerate(self.layers) if is_recurrent(layer)), default=-1)
+    new_state, x, penalties = self._run(0, last_recurrent + 1, state, x, mask, key)
+    if step is not None:
+      x = take_steps(x, step)
+    _, x, _ = self._run(last_recurrent + 1, len(self.layers), (), x, mask, key)
+    return new_state, _penalised(x, penalties)
+
+  @property
+  def readout_start(self) -> int:
+    """The number of the first of the layers at the end that act on each step alone: together they are the readout."""
+    start = len(self.layers)
+    while start > 0 and _acts_on_steps(self.layers[start - 1]):
+      start -= 1
+    return start
+
+  def features(
+    self, state: tuple[Any, ...], x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
+  ) -> tuple[tuple[Any, ...], jax.Array | Penalised]:
+    """Runs a window up to the readout."""
+    new_state, x, penalties = self._run(0, self.readout_start, state, x, mask, key)
+    return (*new_state, *state[len(new_state) :]), _penalised(x, penalties)
+
+  def readout(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """The rest, for any steps of a window: what `features` gives [s, B, ...] -> outputs [s, B, ...]."""
     layer: Any
-    for number, layer in enumerate(self.layers):
-      if step is not None and number == last_recurrent + 1:
-        x = take_steps(x, step)
-      layer_key = None if key is None else jax.random.fold_in(key, number)
+    for number in range(self.readout_start, len(self.layers)):
+      layer = self.layers[number]
+      if is_recurrent(layer):
+        _, x = layer(layer.initial_state(x.shape[1]), x, None, _layer_key(key, number))
+      elif isinstance(layer, nnx.Linear):
+        # As rows [s B, D]: of [s, B, D], XLA copies the outputs' gradient, transposed, for that of the weights.
+        x = layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], layer.out_features)
+      else:
+        x = layer(x)
+    return x
+
+  def _run(
+    self, start: int, end: int, state: tuple[Any, ...], x: jax.Array, mask: jax.Array | None, key: jax.Array | None
+  ) -> tuple[tuple[Any, ...], jax.Array, list[jax.Array]]:
+    """Runs a window through some of the layers: (new states, outputs, penalties)."""
+    states, new_states, penalties = iter(state), [], []
+    layer: Any
+    for number in range(start, end):
+      layer = self.layers[number]
+      layer_key = _layer_key(key, number)
       if is_recurrent(layer):
         new_state, y = layer(next(states), x, mask, layer_key)
         new_states.append(new_state)
@@ -405,14 +443,28 @@ class Stack(nnx.Module):
         x = layer(x, deterministic=layer_key is None, rngs=layer_key)
       else:
         x = layer(x)
-    if step is not None and last_recurrent + 1 == len(self.layers):
-      x = take_steps(x, step)
-    return tuple(new_states), Penalised(x, sum(penalties[1:], penalties[0])) if penalties else x
+    return tuple(new_states), x, penalties
+
+
+def _layer_key(key: jax.Array | None, number: int) -> jax.Array | None:
+  return None if key is None else jax.random.fold_in(key, number)
+
+
+def _penalised(x: jax.Array, penalties: list[jax.Array]) -> jax.Array | Penalised:
+  return Penalised(x, sum(penalties[1:], penalties[0])) if penalties else x
 
 
 def is_recurrent(layer: Any) -> bool:
   """Whether `layer` runs windows: (state, x, mask, key) -> (state, y), with `initial_state(batch_size)`; () is a state too."""
   return hasattr(layer, 'initial_state')
+
+
+def _acts_on_steps(layer: Any) -> bool:
+  """Whether `layer` acts on each step alone, so that it does the same to a few steps of a window as to all."""
+  if is_recurrent(layer):
+    return bool(getattr(layer, 'in_readout', False))
+  draws = isinstance(layer, nnx.Module) and jax.tree.leaves(nnx.state(layer, nnx.RngState))
+  return not draws and not isinstance(layer, nnx.Dropout)
 
 
 def _is_cell(layer: Any) -> bool:

@@ -50,7 +50,8 @@ class MixtureOfSoftmaxes(Stateless):
   Its outputs are log p, computed as logsumexp of log-softmaxes (the release adds 1e-8 to p instead). As log-probabilities their own
   logsumexp is 0, so they serve as logits for `fptt_jax.losses.sequence_classification` unchanged.
 
-  It makes arrays [S, B, M, V], and training keeps some for the backward pass: 90 MB each at S=24, B=6, M=15, V=10,000 in float32.
+  It makes arrays [S, B, M, V], 90 MB each at S=24, B=6, M=15, V=10,000 in float32, and training keeps some for the backward pass,
+  unless the trainer computes a few steps at a time (its `readout_steps`).
 
   Parameters: `prior` [H, M], `latent` [H, M·E] with bias, output `bias` [V], beside the embedding's.
 
@@ -64,6 +65,8 @@ class MixtureOfSoftmaxes(Stateless):
   Raises:
     ValueError: sizes below 1, a rate outside [0, 1).
   """
+
+  in_readout = True
 
   def __init__(self, in_features: int, embed: nnx.Embed, experts: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
     if in_features < 1 or experts < 1:

@@ -6,7 +6,7 @@ release draws one for each forward pass, and it is scaled by 1/(1 - rate), so th
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 import jax
@@ -18,7 +18,14 @@ from fptt_jax.transformation import at_least_float32
 
 
 class Stateless(nnx.Module):
-  """A layer that needs the window's key or mask and carries nothing: its state is ()."""
+  """A layer that needs the window's key or mask and carries nothing: its state is ().
+
+  Attributes:
+    in_readout: whether it may be part of a :class:`Stack`'s readout, which may run once for every few steps of a window: it acts on
+      each step alone, whatever the mask, draws from the window's key the same noise for all steps, and returns no penalty.
+  """
+
+  in_readout: ClassVar[bool] = False
 
   def initial_state(self, batch_size: int) -> tuple[()]:
     """Nothing."""
