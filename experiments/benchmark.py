@@ -75,10 +75,11 @@ class Config:
     check(self.rounds >= 1, 'rounds', self.rounds, 'at least 1')
 
 
-def make_trainer(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None) -> fptt_jax.Trainer:
-  """`fptt_jax`'s trainer of a case."""
-  model = rivals.make_model(case, cell)
-  return fptt_jax.trainer(model, rivals.make_loss(case), rivals.make_optimizer(), num_windows=case.num_windows, mesh=mesh)
+def make_trainer(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None, whole: bool = False) -> fptt_jax.Trainer:
+  """`fptt_jax`'s trainer of a case; `whole`: words are read out all of a window at once."""
+  model, steps = rivals.make_model(case, cell), case.size if whole and case.words else None
+  options: Any = dict(num_windows=case.num_windows, mesh=mesh, readout_steps=steps)
+  return fptt_jax.trainer(model, rivals.make_loss(case), rivals.make_optimizer(), **options)
 
 
 def lstm_cell(case: Case, fused: bool | str = True) -> Any:
@@ -86,9 +87,9 @@ def lstm_cell(case: Case, fused: bool | str = True) -> Any:
   return lambda rngs: nn.LSTM(case.features, case.hidden, fused=fused, rngs=rngs)
 
 
-def trained(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None) -> Callable[..., Any]:
+def trained(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None, whole: bool = False) -> Callable[..., Any]:
   """A step of the trainer as a function of inputs and targets."""
-  trainer = make_trainer(case, cell, mesh)
+  trainer = make_trainer(case, cell, mesh, whole)
   state = [trainer.init(jax.random.key(0), fptt_jax.Batch(*rivals.draw(case)))]
 
   def step(inputs: np.ndarray, targets: np.ndarray) -> Any:
@@ -120,7 +121,9 @@ def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
   if kernels.available() and case.hidden in kernels.LSTM_SIZES:
     found['ours, kernel'] = lambda: trained(case, lstm_cell(case, fused='kernel'), mesh)
   found[MANY_NAME] = lambda: many_trained(case, mesh)
-  found['flax, one jit'] = lambda: trained(case, rivals.flax_cell(case))
+  if case.words:
+    found['ours, whole readout'] = lambda: trained(case, lstm_cell(case), mesh, whole=True)
+  found['flax, one jit'] = lambda: trained(case, rivals.flax_cell(case), whole=True)
   found['flax, a loop'] = lambda: rivals.flax_loop(case)
   if importlib.util.find_spec('torch'):
     on_cpu = recipe.is_cpu()
