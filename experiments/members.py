@@ -203,6 +203,11 @@ class Population:
       settings = processes.alike({name: jnp.asarray(value, jnp.float32) for name, value in named.items()})
       carries.append((state._replace(opt_state=optax.tree.set(state.opt_state, **settings)), other))
       records.append(record)
+    if recipe.over_all_devices(self.members[0].config):
+      leaves = jax.tree.leaves((state.params, state.opt_state))
+      here = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / 1e6
+      whole = sum(leaf.nbytes for leaf in leaves) / 1e6
+      print(f'weights and optimiser state: {whole:.3g} MB, {here:.3g} MB on each of {jax.device_count()} devices')
     return step, self.stack(carries), records
 
   def steps(self, state: fptt_jax.TrainState, items: list[Any]) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:

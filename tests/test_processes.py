@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import re
 import signal
 import socket
 import subprocess
@@ -114,11 +115,13 @@ def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: s
 
 
 @pytest.mark.parametrize('shard_params', [False, True])
-def test_data_parallel_is_one_device(tmp_path: Path, shard_params: bool) -> None:
+def test_data_parallel_is_one_device(tmp_path: Path, shard_params: bool, capsys: pytest.CaptureFixture[str]) -> None:
   """On all eight simulated devices, weights split or not: the metrics of one; a batch they do not divide is refused."""
   settings = {**FAMILIES['add_task'], 'method': ('fptt',), 'batches': 6, 'optimizer': 'sgd', 'lr': 0.1}
   add_task.run(add_task.Config(**settings, devices=1), str(tmp_path / 'one'))
   add_task.run(add_task.Config(**settings, data_parallel=True, shard_params=shard_params), str(tmp_path / 'all'))
+  whole, here = map(float, re.search(r'optimiser state: (\S+) MB, (\S+) MB on each of 8 devices', capsys.readouterr().out).groups())
+  assert (here < 0.5 * whole) == shard_params
   rows = [runs.read_jsonl(tmp_path / name / 'fptt-seed0' / 'metrics.jsonl') for name in ('one', 'all')]
   for got, wanted in zip(*rows, strict=True):
     names = [name for name in wanted if name != 'seconds']
