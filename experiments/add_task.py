@@ -8,6 +8,7 @@ The defaults run on two CPU cores in about seven minutes: T=120, an LSTM of 128,
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Config(recipe.Recipe):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    check(math.isfinite(self.forget_bias), 'forget_bias', self.forget_bias, 'a finite number')
     for name in ('hidden', 'batch_size', 'batches', 'test_size', 'eval_every'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
     check(self.seq_len >= 2, 'seq_len', self.seq_len, 'at least 2 (a marker in each half)')

@@ -71,6 +71,7 @@ class Config:
   workdir: str = option('', 'folder; default runs/benchmark-TIME')
 
   def __post_init__(self) -> None:
+    options.check_fields(self)
     check(bool(self.cases) and set(self.cases) <= set(CASES), 'cases', self.cases, f'out of {", ".join(CASES)}')
     check(self.rounds >= 1, 'rounds', self.rounds, 'at least 1')
 

@@ -77,8 +77,10 @@ class Config(epochs.EpochRecipe):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    check(math.isfinite(self.forget_bias), 'forget_bias', self.forget_bias, 'a finite number')
     for name in ('hidden', 'layers', 'batch_size', 'valid_size'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
+    check(self.layers <= 100, 'layers', self.layers, 'at most 100: they are written out')
     for name in ('permutation_seed', 'train_size', 'readout_hidden', 'reconstruction_segment'):
       check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
     check(self.reconstruction_segment != 1, 'reconstruction_segment', self.reconstruction_segment, '0 or at least 2')

@@ -132,6 +132,7 @@ class Config(epochs.EpochRecipe):
     check('tbptt_final' not in self.method, 'method', self.method, 'without tbptt_final, which takes no padded last sequence')
     for name in ('seq_len', 'batch_size', 'embedding', 'hidden', 'layers'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
+    check(self.layers <= 100, 'layers', self.layers, 'at most 100: they are written out')
     for name in ('train_tokens', 'last_hidden', 'experts', 'dynamic_tokens'):
       check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
     for name in ('dropout', 'hidden_dropout', 'input_dropout', 'embedding_dropout', 'latent_dropout', 'weight_dropout'):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import math
 import os
 from pathlib import Path
 import shlex
@@ -14,9 +15,14 @@ import jax
 
 from experiments import stopping
 import fptt_jax
+from fptt_jax.checks import HUGE, MOST, TINY, as_number
 
 # The flags belong to the script that defines them, so that its --help shows them.
 flags.disclaim_key_flags()
+
+
+MOST_RUNS = 10_000
+"""So many seeds or combinations of a grid are no slip of the pen."""
 
 
 class UserError(Exception):
@@ -105,14 +111,16 @@ def _define(field: Any) -> None:
     flags.DEFINE_list(field.name, [str(value) for value in default], text)
   elif choices:
     flags.DEFINE_enum(field.name, default, list(choices), text)
-  elif isinstance(default, bool):
-    flags.DEFINE_bool(field.name, default, text)
-  elif isinstance(default, int) or 'int' in str(field.type):
-    flags.DEFINE_integer(field.name, default, text)
-  elif isinstance(default, float) or 'float' in str(field.type):
-    flags.DEFINE_float(field.name, default, text)
   else:
-    flags.DEFINE_string(field.name, default, text)
+    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    define[_kind(field)](field.name, default, text)
+
+
+def _kind(field: Any) -> type:
+  """The type of a flag that is no list."""
+  if field.default is not None:
+    return type(field.default)
+  return next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))
 
 
 def _read(field: Any, value: Any) -> Any:
@@ -123,11 +131,41 @@ def _read(field: Any, value: Any) -> Any:
     return tuple(value)
   items: list[int] = []
   for text in value:
-    parts = text.split(':')
-    check(all(part.strip().isdigit() for part in parts) and len(parts) <= 2, field.name, text, 'integers, or a range such as 0:3')
-    numbers = [int(part) for part in parts]
-    items.extend(range(*numbers) if len(numbers) == 2 else numbers)
+    parts = [part.strip() for part in text.split(':')]
+    is_given = len(parts) <= 2 and all(part.isdecimal() and len(part) <= len(str(MOST)) for part in parts)
+    numbers = [int(part) for part in parts] if is_given else []
+    found = range(*numbers) if len(numbers) == 2 else numbers
+    check(0 < len(found) <= MOST_RUNS, field.name, text, f'integers, or a range such as 0:3, of at most {MOST_RUNS}')
+    items.extend(found)
   return tuple(items)
+
+
+def check_fields(config: Any) -> None:
+  """Raises unless each setting is what its flag can be: of its type, one of its choices, and a number that 32 bits hold."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if isinstance(field.default, tuple):
+      kind = int if 'int' in str(field.type) else str
+      check(isinstance(value, tuple), field.name, value, 'a tuple')
+      for item in value:
+        _check_field(field, kind, item)
+    elif value is not None or 'None' not in str(field.type):
+      _check_field(field, _kind(field), value)
+
+
+def _check_field(field: Any, kind: type, value: Any) -> None:
+  choices = field.metadata['choices']
+  if choices:
+    check(isinstance(value, str) and value in choices, field.name, value, f'one of {", ".join(choices)}')
+  elif kind is int:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    check(is_integer and abs(value) <= MOST, field.name, value, f'an integer of at most {MOST}')
+  elif kind is float:
+    number = as_number(value)
+    held = number is not None and (number == 0 or not math.isfinite(number) or TINY <= abs(number) <= HUGE)
+    check(held, field.name, value, 'a number that float32 holds')
+  else:
+    check(isinstance(value, kind), field.name, value, {bool: 'true or false', str: 'a text'}[kind])
 
 
 def check(condition: bool, name: str, got: Any, expected: str) -> None:

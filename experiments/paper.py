@@ -44,6 +44,7 @@ class Config:
   workdir: str = option('', 'folder; default runs/ITEM-SCALE, so that the same command resumes')
 
   def __post_init__(self) -> None:
+    options.check_fields(self)
     known = {'all', *fptt_jax.METHODS}
     check(set(self.methods) <= known, 'methods', self.methods, f'out of {", ".join(sorted(known))}')
     check(bool(self.seeds) and min(self.seeds, default=-1) >= 0, 'seeds', self.seeds, 'integers >= 0')

@@ -10,7 +10,7 @@ import warnings
 import jax
 import optax
 
-from experiments.options import check, checked, option
+from experiments.options import MOST_RUNS, check, check_fields, checked, option
 import fptt_jax
 
 METHODS = tuple(fptt_jax.METHODS)
@@ -71,6 +71,7 @@ class Recipe:
   evaluate_at: str = option('w', 'evaluate at the weights or at their summary (fptt only)', ('w', 'w_bar'))
 
   def __post_init__(self) -> None:
+    check_fields(self)
     check(bool(self.method) and set(self.method) <= set(METHODS), 'method', self.method, f'out of {", ".join(METHODS)}')
     check(bool(self.seeds) and min(self.seeds, default=-1) >= 0, 'seeds', self.seeds, 'integers >= 0')
     check(self.num_windows is None or self.num_windows >= 1, 'num_windows', self.num_windows, 'at least 1')
@@ -99,7 +100,10 @@ class Recipe:
     check(inside, 'clip_regulariser', self.clip_regulariser, 'true with --gradient_estimate=explicit, whose lambda is not clipped')
     with warnings.catch_warnings():  # Raises on FPTT options of no meaning; warnings come when it is used.
       warnings.simplefilter('ignore')
-      regularise(self, optax.sgd(self.lr), self.alpha, self.beta, self.kappa)
+      try:
+        regularise(self, optax.sgd(self.lr), self.alpha, self.beta, self.kappa)
+      except ValueError as error:
+        raise ValueError(f'--{error}') from error
     self.variants()
 
   def variants(self) -> list[tuple[dict[str, float], 'Recipe']]:
@@ -123,12 +127,14 @@ class Recipe:
       check(name not in REGULARISER or not without, 'grid', text, f'without {name}, which {", ".join(without)} does not have')
       names.append(name)
     check(len(set(names)) == len(names), 'grid', self.grid, 'of names given once each')
+    check(math.prod(map(len, values)) <= MOST_RUNS, 'grid', self.grid, f'of at most {MOST_RUNS} combinations')
     combinations = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
     return [(chosen, dataclasses.replace(self, grid=(), **chosen) if chosen else self) for chosen in combinations]
 
   def check_length(self, seq_len: int) -> None:
     """Raises if K or final_steps do not fit sequences of `seq_len` steps."""
-    fptt_jax.cut(seq_len, num_windows=self.num_windows)
+    fits = f'an integer between 1 and the sequence length T={seq_len}'
+    check((self.num_windows or 1) <= seq_len, 'num_windows', self.num_windows, fits)
     check((self.final_steps or 1) <= seq_len, 'final_steps', self.final_steps, f'at most T={seq_len}')
 
 

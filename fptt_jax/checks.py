@@ -1,27 +1,143 @@
-"""Refusing static values that mean nothing, with what was got and what was expected."""
+"""Refusing what means nothing, with what was got and what was expected."""
 
+from collections.abc import Sequence
 import math
-import sys
 from typing import Any
 
-TINY, HUGE = math.ulp(0.0), sys.float_info.max
-"""The least number above 0 and the greatest finite one."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""The least number above 0 and the greatest one of float32: what is beyond would be computed with as 0 or infinity."""
+MOST = 2**31 - 1
+"""The greatest int32: of sizes, and of numbers of steps."""
+FLOATS = tuple(jnp.dtype(dtype) for dtype in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
+ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+"""What has a shape and a dtype, whether it is concrete, traced or abstract."""
 
 
-def check_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
-  """`value` as a float; a ValueError that names it if it is no number or outside its range (NaN is)."""
+def as_number(value: Any) -> float | None:
+  """`value` as a float, None if it is no real number or array [] of one; a bool is none."""
+  if isinstance(value, ARRAYS):
+    is_real = jnp.issubdtype(value.dtype, jnp.floating) or (jnp.issubdtype(value.dtype, jnp.integer) and value.dtype.kind != 'm')
+    is_real = is_real and value.shape == ()
+  else:
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+  if not is_real:
+    return None
   try:
-    number = math.nan if isinstance(value, str | bytes) else float(value)
-  except (TypeError, ValueError):
-    number = math.nan
-  if not low <= number <= high:
-    raise ValueError(f'{name} must be {expected}, got {value!r}.')
+    return float(value)
+  except (TypeError, OverflowError):  # It is traced or abstract; it is an integer too large for any float.
+    return None
+
+
+def check_number(name: str, value: Any, low: float, high: float, expected: str, dtype: jax.typing.DTypeLike = jnp.float32) -> float:
+  """`value` as a float; a ValueError that names it if it is no number, outside its range (NaN is) or more than `dtype` holds."""
+  number = as_number(value)
+  greatest = float(jnp.finfo(dtype).max)
+  if number is None or not low <= number <= high or abs(number) > greatest:
+    beyond = number is not None and (greatest < abs(number) < math.inf or 0 < abs(number) < TINY)
+    raise ValueError(f'{name} must be {expected}, got {value!r}{f", beyond {jnp.dtype(dtype)}" if beyond else ""}.')
   return number
 
 
-def check_integer(name: str, value: Any, low: int, high: float, expected: str) -> int:
+def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> int:
   """`value` as an int; a ValueError that names it if it is no whole number or outside its range."""
-  number = check_number(name, value, low, high, expected)
-  if number != int(number):
-    raise ValueError(f'{name} must be {expected}, got {value!r}.')
+  number = as_number(value)
+  if number is None or not low <= number <= high or number != int(number):
+    beyond = ', beyond int32' if number is not None and MOST < abs(number) < math.inf else ''
+    raise ValueError(f'{name} must be {expected}, got {value!r}{beyond}.')
   return int(number)
+
+
+def check_size(name: str, value: Any) -> int:
+  """`value` as an int; a ValueError that names it if it is no integer of at least 1."""
+  return check_integer(name, value, 1, MOST, 'an integer >= 1')
+
+
+def check_flag(name: str, value: Any) -> bool:
+  """`value` as a bool; a TypeError that names it if it is none: a text, say, would count as True."""
+  if not isinstance(value, bool | np.bool_):
+    raise TypeError(f'{name} must be True or False, got {value!r}.')
+  return bool(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+  """A ValueError that names it unless `value` is one of the choices."""
+  if not isinstance(value, str) or value not in choices:
+    raise ValueError(f'{name} must be one of {list(choices)}, got {value!r}.')
+
+
+def check_callable(name: str, value: Any) -> None:
+  """A TypeError that names it unless `value` is a function."""
+  if not callable(value):
+    raise TypeError(f'{name} must be a function, got {value!r}.')
+
+
+def check_dtype(name: str, value: Any, *, tokens: bool = False) -> jnp.dtype:
+  """`value` as JAX keeps it; a ValueError that names it if it is no floating-point dtype of 16 or 32 bits, or of 64 where they are
+  kept. If it may be that of `tokens`, integers will do.
+  """
+  try:
+    dtype = jnp.dtype(value) if isinstance(value, str | type | np.dtype) else None
+  except (TypeError, ValueError):
+    dtype = None
+  known = dtype is not None and (dtype in FLOATS or (tokens and dtype.kind in 'iu'))
+  kept = jnp.result_type(np.empty((), dtype)) if known else None
+  if kept is None or (kept != dtype and value is not float and value is not int):
+    other = ', or an integer one' if tokens else ''
+    raise ValueError(f'{name} must be a floating-point dtype of 16 or 32 bits (64 with jax_enable_x64){other}, got {value!r}.')
+  return kept
+
+
+def check_array(name: str, value: Any) -> Any:
+  """`value`; a TypeError that names it if it is no array of NumPy or JAX."""
+  if not isinstance(value, ARRAYS):
+    raise TypeError(f'{name} must be an array, got {type(value).__name__}.')
+  return value
+
+
+def check_arrays(name: str, tree: Any) -> None:
+  """A TypeError that names it unless the leaves of `tree` are arrays or numbers."""
+  for leaf in jax.tree.leaves(tree):
+    if not isinstance(leaf, (*ARRAYS, int, float, complex)):
+      raise TypeError(f'{name} must be a tree of arrays, got a leaf {leaf!r}.')
+
+
+def shapes(tree: Any) -> Any:
+  """The tree with the shape of each leaf, () for a number, or the type of what has none."""
+
+  def shape(leaf: Any) -> Any:
+    if isinstance(leaf, ARRAYS):
+      return leaf.shape
+    return () if isinstance(leaf, int | float | complex) else type(leaf).__name__
+
+  return jax.tree.map(shape, tree)
+
+
+def check_like(name: str, got: Any, expected: Any, whose: str, exactly: bool = False) -> None:
+  """A ValueError that names the first difference unless two trees have the same structure, shapes and kinds of numbers.
+
+  Args:
+    name: what is checked.
+    got: a tree of arrays.
+    expected: another.
+    whose: why that is expected: 'as init makes it'.
+    exactly: whether dtypes are to be the same, too.
+  """
+  structures: list[Any] = [jax.tree.structure(tree) for tree in (got, expected)]
+  if structures[0] != structures[1]:
+    raise ValueError(f'{name} must have the structure {structures[1]}, {whose}, got {structures[0]}.')
+  for (path, leaf), like in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+    if _described(leaf, exactly) != _described(like, exactly):
+      where = f'{name}{jax.tree_util.keystr(path)}'
+      raise ValueError(f'{where} must be {_described(like)}, {whose}, got {_described(leaf)}.')
+
+
+def _described(leaf: Any, exactly: bool = True) -> str:
+  """float32[2, 3], or just how the dtype counts."""
+  if not isinstance(leaf, ARRAYS):
+    return type(leaf).__name__
+  kinds = (kind for kind in (jnp.inexact, jnp.integer, jax.dtypes.prng_key) if jnp.issubdtype(leaf.dtype, kind))
+  return f'{leaf.dtype if exactly else next(kinds, leaf.dtype)}{list(leaf.shape)}'

@@ -4,7 +4,7 @@ import os
 
 import jax
 
-from fptt_jax.checks import HUGE, check_integer
+from fptt_jax.checks import check_integer
 
 
 def cpu_setup(num_devices: int | None = None) -> None:
@@ -17,11 +17,11 @@ def cpu_setup(num_devices: int | None = None) -> None:
     num_devices: how many; default as many as the process may use cores.
 
   Raises:
-    ValueError: num_devices is no integer >= 1.
+    ValueError: num_devices is no integer from 1 to 1024: each has threads of its own.
   """
   if num_devices is None:
     num_devices = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  num_devices = check_integer('num_devices', num_devices, 1, HUGE, 'at least 1')
+  num_devices = check_integer('num_devices', num_devices, 1, 1024, 'an integer from 1 to 1024')
   try:
     jax.config.update('jax_num_cpu_devices', num_devices)
   except RuntimeError:  # Too late: JAX knows its devices.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fptt_jax.checks import HUGE, check_integer, check_number
+from fptt_jax.checks import HUGE, MOST, check_integer, check_number
 from fptt_jax.training import StepMetrics
 
 RUNAWAY = 100.0
@@ -44,7 +44,7 @@ def find_nonfinite(metrics: StepMetrics, *, first_update: int = 0, radius: float
     >>> fptt_jax.find_nonfinite(metrics, first_update=6)
     'loss is nan in window 1 of 2 (update 7): gradient norm inf; the last finite update, 6, had loss 2.31 and gradient norm 14.2.'
   """
-  check_integer('first_update', first_update, 0, HUGE, 'an integer >= 0')
+  check_integer('first_update', first_update, 0, MOST, 'an integer >= 0')
   if radius is not None:
     check_number('radius', radius, 0, HUGE, 'a finite number >= 0')
   shape = np.shape(metrics.loss)

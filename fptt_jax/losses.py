@@ -5,7 +5,7 @@ tasks have one label a sequence and build an intermediate loss for every window 
 sequence-to-sequence tasks have a label each step. Whatever a loss remembers between windows is a tree in the carry.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import math
 from typing import Any, NamedTuple
 
@@ -14,6 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fptt_jax.checks import (
+  MOST,
+  as_number,
+  check_array,
+  check_callable,
+  check_choice,
+  check_flag,
+  check_integer,
+  check_number,
+  check_size,
+  shapes,
+)
 from fptt_jax.transformation import at_least_float32
 from fptt_jax.windows import Window, take_steps
 
@@ -66,6 +78,9 @@ def from_function(
   Returns:
     A :class:`Loss` without state.
 
+  Raises:
+    TypeError: an argument is no function.
+
   Example:
     >>> import jax.numpy as jnp
     >>> from fptt_jax.losses import from_function
@@ -74,6 +89,9 @@ def from_function(
     ...   return jnp.sum(error, where=window.mask) / jnp.maximum(window.mask.sum(), 1)
     >>> loss = from_function(absolute_error)
   """
+  check_callable('function', function)
+  if measure is not None:
+    check_callable('measure', measure)
 
   def mean(outputs: jax.Array, targets: Any, window: Window) -> Totals:
     steps = window.mask.sum()
@@ -87,9 +105,17 @@ def from_function(
 
 
 def means(totals: Totals) -> dict[str, float]:
-  """Means of measured totals, on the host: {'loss': 0.31, 'accuracy': 0.9}; 'count' is left out."""
-  count = float(totals['count'])
-  return {name: float(total) / count if count else math.nan for name, total in totals.items() if name != 'count'}
+  """Means of measured totals, on the host: {'loss': 0.31, 'accuracy': 0.9}; 'count' is left out.
+
+  Raises:
+    TypeError: they are no dict of numbers with a 'count': those of a population are to be taken member by member.
+  """
+  numbers = {name: as_number(total) for name, total in totals.items()} if isinstance(totals, Mapping) else {}
+  sums = {name: number for name, number in numbers.items() if number is not None}
+  if 'count' not in sums or len(sums) < len(numbers):
+    raise TypeError(f"totals must be a dict of numbers with a 'count', got {totals!r}.")
+  count = sums.pop('count')
+  return {name: total / count if count else math.nan for name, total in sums.items()}
 
 
 # Terminal tasks: one target a sequence.
@@ -121,14 +147,13 @@ def terminal_classification(
   Raises:
     ValueError: an argument outside its range.
   """
-  if num_classes < 2:
-    raise ValueError(f'num_classes must be at least 2, got {num_classes}.')
-  if divergence not in DIVERGENCES:
-    raise ValueError(f'divergence must be one of {list(DIVERGENCES)}, got {divergence!r}.')
-  if not 0 <= ema_decay < 1:
-    raise ValueError(f'ema_decay must be in [0, 1), got {ema_decay}.')
+  num_classes = _check_classes(num_classes)
+  check_choice('divergence', divergence, DIVERGENCES)
+  ema_decay = check_number('ema_decay', ema_decay, 0, math.nextafter(1, 0), 'in [0, 1)')
   if (divergence == 'example') != (num_examples is not None):
-    raise ValueError(f"num_examples goes with divergence='example': got num_examples={num_examples} and {divergence!r}.")
+    raise ValueError(f"num_examples goes with divergence='example': got num_examples={num_examples!r} and {divergence!r}.")
+  if num_examples is not None:
+    num_examples = check_size('num_examples', num_examples)
   by_example = divergence == 'example'
   uniform = 1 / num_classes
 
@@ -246,10 +271,10 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
     A :class:`Loss` for targets int [T, B]; it measures 'loss' in nats a step: perplexity is its exponential.
 
   Raises:
-    ValueError: num_classes < 2.
+    ValueError: num_classes is no integer >= 2.
+    TypeError: accuracy is no bool.
   """
-  if num_classes < 2:
-    raise ValueError(f'num_classes must be at least 2, got {num_classes}.')
+  num_classes, accuracy = _check_classes(num_classes), check_flag('accuracy', accuracy)
 
   def per_step(outputs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     _require_integers('targets', labels)
@@ -270,10 +295,11 @@ def sequence_regression() -> Loss:
   """A real target each step: mean squared error over the window's valid steps and the O outputs; targets float [T, B, O]."""
 
   def per_step(outputs: jax.Array, expected: jax.Array) -> dict[str, jax.Array]:
+    _require_floats('targets', expected)
     if expected.shape != outputs.shape:
       raise ValueError(
-        f'sequence_regression needs targets [T, B, O] like the outputs: a window of targets is {expected.shape}, the model '
-        f'returned {outputs.shape}.'
+        f'sequence_regression needs targets [T, B, O] like the outputs: got a window of targets {expected.shape} and outputs '
+        f'{outputs.shape}.'
       )
     return {'loss': jnp.square(outputs - expected).reshape(*outputs.shape[:2], -1).mean(-1)}
 
@@ -322,19 +348,25 @@ def totals_where(where: jax.Array, values: dict[str, jax.Array]) -> Totals:
 def _labels_and_ids(targets: Any, by_example: bool, batch_size: int) -> tuple[jax.Array, jax.Array]:
   expected = f'a pair (labels [B], example ids [B]), B={batch_size}' if by_example else f'labels [B], B={batch_size}'
   pair = targets if by_example else (targets, targets)
-  if jax.tree.map(jnp.shape, pair) != ((batch_size,), (batch_size,)):
-    raise ValueError(f'terminal_classification expected targets to be {expected}, got shapes {jax.tree.map(jnp.shape, targets)}.')
+  if shapes(pair) != ((batch_size,), (batch_size,)):
+    raise ValueError(f'terminal_classification expected targets to be {expected}, got shapes {shapes(targets)}.')
   _require_integers('labels', pair[0])
   _require_integers('example ids', pair[1])
   return pair
 
 
+def _check_classes(num_classes: Any) -> int:
+  return check_integer('num_classes', num_classes, 2, MOST, 'an integer >= 2')
+
+
 def _require_integers(name: str, values: jax.Array) -> None:
+  check_array(name, values)
   if not jnp.issubdtype(values.dtype, jnp.integer):
     raise TypeError(f'{name} must be integers (class indices), got dtype {values.dtype} of shape {values.shape}.')
 
 
 def _require_floats(name: str, values: jax.Array) -> None:
+  check_array(name, values)
   if not jnp.issubdtype(values.dtype, jnp.floating):
     raise TypeError(f'{name} must be floating point, got dtype {values.dtype} of shape {values.shape}.')
 
@@ -346,10 +378,10 @@ def _require_features(outputs: jax.Array, features: int) -> None:
 
 def _check_integers(name: str, values: Any, valid: np.ndarray, limit: int) -> None:
   """Concrete class indices of the shape of `valid`, in 0..limit-1 where it is True."""
+  _require_integers(name, values)
   values = np.asarray(values)
   if values.shape != valid.shape:
     raise ValueError(f'{name} must have shape {valid.shape}, got {values.shape}.')
-  _require_integers(name, values)
   low, high = int(values[valid].min()), int(values[valid].max())
   if low < 0 or high >= limit:
     raise ValueError(f'{name} must lie in 0..{limit - 1}, got values from {low} to {high}.')
@@ -357,10 +389,10 @@ def _check_integers(name: str, values: Any, valid: np.ndarray, limit: int) -> No
 
 def _check_floats(name: str, values: Any, valid: np.ndarray) -> None:
   """Concrete numbers with the leading dimensions of `valid`, finite where it is True."""
+  _require_floats(name, values)
   values = np.asarray(values)
   if values.shape[: valid.ndim] != valid.shape:
     raise ValueError(f'{name} must have leading dimensions {valid.shape}, got shape {values.shape}.')
-  _require_floats(name, values)
   bad = np.count_nonzero(~np.isfinite(values[valid]))
   if bad:
     raise ValueError(f'{name} must be finite, got {bad} NaN or infinite values.')

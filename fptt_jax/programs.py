@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fptt_jax.checks import check_array, check_callable, check_flag, shapes
 from fptt_jax.devices import check_divisible, one_axis
 from fptt_jax.training import Batch, Hidden, Params, StepMetrics, Trainer, TrainState
 
@@ -30,6 +31,9 @@ def scan_steps(
     Calls return before they are done: hand over the next items while the device is at work, for data larger than memory a chunk
     of batches after the other.
 
+  Raises:
+    TypeError, ValueError: `trainer` or `read` is none (here); items that are no arrays of one length (when traced).
+
   Example:
     >>> import jax, numpy as np, optax, fptt_jax
     >>> from flax import nnx
@@ -48,9 +52,12 @@ def scan_steps(
     >>> metrics.loss.shape  # N batches, K windows
     (5, 4)
   """
+  _check_trainer(trainer)
+  check_callable('read', read)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def run(state: TrainState, source: Any, items: Any) -> tuple[TrainState, StepMetrics]:
+    _leading_axis('items', items)
     return jax.lax.scan(lambda state, item: trainer.step(state, read(source, item)), state, items)
 
   return run
@@ -76,6 +83,10 @@ def population(trainer: Trainer, *, own_batches: bool = False, mesh: jax.shardin
     Members differ in a hyper-parameter that is in the optimiser's state: wrap what makes the optimiser in
     `optax.inject_hyperparams` and set it, an array [R], by `optax.tree.set`.
 
+  Raises:
+    TypeError, ValueError: an argument of another kind (here); keys, states, parameters or own batches of another number than R
+      (when called).
+
   Example:
     >>> import jax, jax.numpy as jnp, optax, fptt_jax
     >>> from flax import nnx
@@ -93,7 +104,8 @@ def population(trainer: Trainer, *, own_batches: bool = False, mesh: jax.shardin
     >>> metrics.loss.shape  # R members, K windows
     (3, 4)
   """
-  batch_axis = 0 if own_batches else None
+  _check_trainer(trainer)
+  batch_axis = 0 if check_flag('own_batches', own_batches) else None
   axis = None
   if mesh is not None:
     mesh, axis = one_axis(mesh)
@@ -105,18 +117,54 @@ def population(trainer: Trainer, *, own_batches: bool = False, mesh: jax.shardin
       return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=members, check_vma=False)
 
-  def init(keys: jax.Array, batch: Batch) -> TrainState:
-    if jnp.ndim(keys) != 1:
-      raise ValueError(f'init of a population takes one key for each member, [R]; got shape {jnp.shape(keys)}.')
+  def check_members(name: str, tree: Any, number: int | None = None) -> int:
+    """R, the length of the leading axis of all arrays; raises unless it is `number` (if given) and the devices can share it."""
+    found = _leading_axis(name, tree)
+    if found < 1 or (number is not None and found != number):
+      raise ValueError(f'{name} must have a leading axis of R={number or "1 or more"} members, got {found}.')
     if mesh is not None:
-      check_divisible('the number of members R', len(keys), mesh)
+      check_divisible('the number of members R', found, mesh)
+    return found
+
+  def init(keys: jax.Array, batch: Batch) -> TrainState:
+    if jnp.ndim(check_array('keys', keys)) != 1:
+      raise ValueError(f'init of a population takes one key for each member, [R]; got shape {keys.shape}.')
+    number = check_members('keys', keys)
+    if own_batches:
+      check_members('batch', batch, number)
     state: TrainState = jax.vmap(trainer.init, in_axes=(0, batch_axis))(keys, batch)
     return state if mesh is None else jax.device_put(state, NamedSharding(mesh, members))
 
-  step = shared_out(jax.vmap(trainer.step, in_axes=(0, batch_axis)), (members, batches))
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    number = check_members('state', state)
+    if own_batches:
+      check_members('batch', batch, number)
+    run = shared_out(jax.vmap(trainer.step, in_axes=(0, batch_axis)), (members, batches))
+    result: tuple[TrainState, StepMetrics] = run(state, batch)
+    return result
 
   def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> Any:
+    number = check_members('params', params)
+    if jax.tree.leaves(hidden):
+      check_members('hidden', hidden, number)
     return shared_out(jax.vmap(trainer.evaluate, in_axes=(0, None, 0)), (members, PartitionSpec(), members))(params, batch, hidden)
 
-  end_epoch = shared_out(jax.vmap(trainer.end_epoch), (members,))
+  def end_epoch(state: TrainState) -> TrainState:
+    check_members('state', state)
+    result: TrainState = shared_out(jax.vmap(trainer.end_epoch), (members,))(state)
+    return result
+
   return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), jax.jit(end_epoch))
+
+
+def _check_trainer(trainer: Trainer) -> None:
+  if not isinstance(trainer, Trainer):
+    raise TypeError(f'trainer must be a fptt_jax.Trainer, as fptt_jax.trainer makes one, got {trainer!r}.')
+
+
+def _leading_axis(name: str, tree: Any) -> int:
+  """The length of the leading axis of all arrays of a tree."""
+  lengths = {check_array(name, leaf).shape[:1] for leaf in jax.tree.leaves(tree)}
+  if len(lengths) != 1 or () in lengths:
+    raise ValueError(f'{name} must be arrays with a leading axis of one length, got shapes {shapes(tree)}.')
+  return int(lengths.pop()[0])

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from fptt_jax.checks import HUGE, TINY, check_number
-from fptt_jax.transformation import CORRECTIONS, RANGES, check_correction
+from fptt_jax.checks import HUGE, TINY, check_choice, check_number
+from fptt_jax.transformation import CORRECTIONS, RANGES
 
 
 def stability(
@@ -56,12 +56,12 @@ def stability(
     >>> round(stability(2.0, 1.0, kappa=2.0, momentum=0.9, curvature=0.5), 2)
     1.44
   """
-  check_correction(correction)
-  for name, value in dict(alpha=alpha, beta=beta, kappa=kappa, rho=rho).items():
-    check_number(name, value, *RANGES[name])
-  check_number('lr', lr, TINY, HUGE, 'a finite number > 0')
-  check_number('momentum', momentum, 0.0, math.nextafter(1.0, 0.0), 'a number in [0, 1)')
-  check_number('curvature', curvature, -HUGE, HUGE, 'a finite number')
+  check_choice('correction', correction, sorted(CORRECTIONS))
+  given = dict(alpha=alpha, beta=beta, kappa=kappa, rho=rho)
+  alpha, beta, kappa, rho = (check_number(name, value, *RANGES[name]) for name, value in given.items())
+  lr = check_number('lr', lr, TINY, HUGE, 'a finite number > 0')
+  momentum = check_number('momentum', momentum, 0.0, math.nextafter(1.0, 0.0), 'a number in [0, 1)')
+  curvature = check_number('curvature', curvature, -HUGE, HUGE, 'a finite number')
 
   c = CORRECTIONS[correction] * (1 - rho)
   w, w_bar, lam, m = np.eye(4)

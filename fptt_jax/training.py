@@ -13,7 +13,16 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
-from fptt_jax.checks import HUGE, check_integer
+from fptt_jax.checks import (
+  HUGE,
+  as_number,
+  check_array,
+  check_arrays,
+  check_callable,
+  check_flag,
+  check_like,
+  check_size,
+)
 from fptt_jax.chunks import Judged, judge, steps_at_once
 from fptt_jax.devices import check_divisible, one_axis
 from fptt_jax.losses import Loss, LossState, Totals
@@ -225,16 +234,15 @@ def trainer(
   _check_types(model, loss, optimizer)
   if isinstance(optimizer, optax.MultiSteps):  # Not a transformation itself, and its own conversion drops extra arguments.
     optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
-  name, method = _resolve(method, num_windows, window_size, final_steps, inner_steps)
+  name, method, final_steps, inner_steps = _resolve(method, num_windows, window_size, final_steps, inner_steps)
   optimizer = optax.with_extra_args_support(optimizer)
-  weights = None if loss_weights is None else np.asarray(loss_weights, np.float64)
+  weights, carry_hidden = _checked_weights(loss_weights), check_flag('carry_hidden', carry_hidden)
+  skip_nonfinite, shard_params = check_flag('skip_nonfinite', skip_nonfinite), check_flag('shard_params', shard_params)
   if readout_steps is not None:
-    check_integer('readout_steps', readout_steps, 1, HUGE, 'an integer >= 1')
-    for part, name, given in (('a model', 'split', model.split), ('a loss', 'per_step', loss.per_step)):
+    readout_steps = check_size('readout_steps', readout_steps)
+    for part, which, given in (('a model', 'split', model.split), ('a loss', 'per_step', loss.per_step)):
       if given is None:
-        raise ValueError(f'readout_steps goes with {part} that has a {name}: got readout_steps={readout_steps} and {name} None.')
-  if weights is not None and (weights.ndim != 1 or not np.isfinite(weights).all()):
-    raise ValueError(f'loss_weights must be K finite numbers, got {loss_weights!r}.')
+        raise ValueError(f'readout_steps goes with {part} that has a {which}: got readout_steps={readout_steps} and {which} None.')
 
   axis = None
   if mesh is not None:
@@ -259,9 +267,7 @@ def trainer(
 
   def init(key: jax.Array, batch: Batch) -> TrainState:
     num_steps, batch_size = _check_shapes(batch)
-    dtype: Any = getattr(key, 'dtype', None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-      raise TypeError(f'key must be a typed PRNG key, jax.random.key(seed); got {dtype or type(key).__name__}.')
+    _check_key(key)
     init_key, run_key = jax.random.split(key)
     if all(_at_hand(leaf) for leaf in jax.tree.leaves(batch)):
       check_batch(batch, loss)
@@ -296,6 +302,8 @@ def trainer(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
     _, batch_size = _check_shapes(batch)
+    _check_type('state', state, TrainState)
+    _check_state(state, jax.eval_shape(init, state.key, batch))
     if mesh is None:
       return run_windows(state, batch)
     check_divisible('the batch size B', batch_size, mesh)
@@ -405,6 +413,7 @@ def trainer(
 
   def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> tuple[Totals, Hidden]:
     _, batch_size = _check_shapes(batch)
+    check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
     if hidden is None:
       hidden = model.initial_state(batch_size)
     _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
@@ -430,6 +439,7 @@ def trainer(
     return sum_over_devices(jax.tree.map(lambda t: t.sum(0), totals), axis), hidden
 
   def end_epoch(state: TrainState) -> TrainState:
+    _check_type('state', state, TrainState)
     leaves = jax.tree.leaves(state.hidden)
     hidden = _own(model.initial_state(leaves[0].shape[0])) if leaves else state.hidden
     return placed(state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden))
@@ -525,6 +535,7 @@ def _run_window(
     new_hidden, outputs = split.features(params, hidden, x, mask, key)
   outputs, penalty = outputs if isinstance(outputs, Penalised) else (outputs, None)
   _check_hidden(new_hidden, hidden, 'the hidden state that model.apply returns')
+  check_array('the outputs that model.apply returns', outputs)
   if outputs.shape[:2] != (steps, batch_size):
     raise ValueError(f'the model must return outputs [S, B, ...] = {(steps, batch_size)} + features, got shape {outputs.shape}.')
   if penalty is not None and penalty.shape != x.shape[:2]:
@@ -558,9 +569,12 @@ def check_batch(batch: Batch, loss: Loss) -> None:
 
   Raises:
     ValueError: NaN or infinite inputs before a sequence's end, lengths outside 1..T, labels outside 0..C-1, wrong shapes.
-    TypeError: labels or lengths that are not integers, targets that are not floating point.
+    TypeError: labels or lengths that are not integers, targets that are not floating point, arrays that are traced or abstract.
   """
   num_steps, batch_size = _check_shapes(batch)
+  _check_type('loss', loss, Loss)
+  if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(batch)):
+    raise TypeError(f'check_batch looks at values and needs concrete arrays, got {batch!r}.')
   valid = np.ones((num_steps, batch_size), bool)
   if batch.lengths is not None:
     lengths = np.asarray(batch.lengths)
@@ -619,27 +633,43 @@ def global_batch(batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: 
 
 def _resolve(
   method: str | Method, num_windows: int | None, window_size: int | None, final_steps: int | None, inner_steps: int
-) -> tuple[str, Method]:
-  """The name and the Method meant, after checking that the other options go with it."""
-  if isinstance(method, str):
-    if method not in METHODS:
-      raise ValueError(f'method must be one of {list(METHODS)} or a Method, got {method!r}.')
+) -> tuple[str, Method, int | None, int]:
+  """The name and the Method meant, `final_steps` and `inner_steps`, after checking that the options go with it."""
+  if isinstance(method, Method):
+    name = 'custom'
+    for flag in ('regularised', 'update_each_window', 'whole_gradient', 'final_steps_only'):
+      check_flag(f'method.{flag}', getattr(method, flag))
+    if method.num_windows not in (None, 'T'):
+      method = method._replace(num_windows=check_size('method.num_windows', method.num_windows))
+  elif isinstance(method, str) and method in METHODS:
     name, method = method, METHODS[method]
   else:
-    name = 'custom'
+    raise ValueError(f'method must be one of {list(METHODS)} or a Method, got {method!r}.')
   if num_windows is not None and window_size is not None:
     raise ValueError(f'give num_windows or window_size, not both: got num_windows={num_windows} and window_size={window_size}.')
   for option, value in (('num_windows', num_windows), ('window_size', window_size)):
     if value is not None and method.num_windows is not None:
       raise ValueError(f'method {name!r} fixes K={method.num_windows}: leave out {option}, got {option}={value}.')
     if value is not None:
-      check_integer(option, value, 1, HUGE, 'an integer >= 1')
+      check_size(option, value)
   if method.final_steps_only != (final_steps is not None):
     raise ValueError(f"final_steps goes with the method 'tbptt_final': got final_steps={final_steps} and method {name!r}.")
   if final_steps is not None:
-    check_integer('final_steps', final_steps, 1, HUGE, 'an integer >= 1')
-  check_integer('inner_steps', inner_steps, 1, HUGE, 'an integer >= 1')
-  return name, method
+    final_steps = check_size('final_steps', final_steps)
+  return name, method, final_steps, check_size('inner_steps', inner_steps)
+
+
+def _checked_weights(loss_weights: Any) -> np.ndarray | None:
+  """Factors of the windows' losses as an array [K]."""
+  if loss_weights is None:
+    return None
+  is_array = isinstance(loss_weights, np.ndarray | jax.Array) and loss_weights.ndim == 1
+  is_list = isinstance(loss_weights, Sequence) and not isinstance(loss_weights, str | bytes | bytearray)
+  weights = [as_number(weight) for weight in loss_weights] if is_array or is_list else []
+  finite = [weight for weight in weights if weight is not None and abs(weight) <= HUGE]
+  if not finite or len(finite) < len(weights):
+    raise ValueError(f'loss_weights must be K finite numbers, got {loss_weights!r}.')
+  return np.array(finite)
 
 
 def _check_types(model: Model, loss: Loss, optimizer: optax.GradientTransformation) -> None:
@@ -649,6 +679,29 @@ def _check_types(model: Model, loss: Loss, optimizer: optax.GradientTransformati
     raise TypeError(f'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for your own), got {loss!r}.')
   if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
     raise TypeError(f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.')
+  for which, parts in (('model', model), ('loss', loss)):
+    for name, part in parts._asdict().items():
+      if name not in ('split', 'last_only') and not (name in ('apply_last', 'per_step') and part is None):
+        check_callable(f'{which}.{name}', part)
+
+
+def _check_type(name: str, value: Any, expected: type) -> None:
+  if not isinstance(value, expected):
+    raise TypeError(f'{name} must be a fptt_jax.{expected.__name__}, got {type(value).__name__}.')
+
+
+def _check_key(key: Any) -> None:
+  if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    got = getattr(key, 'dtype', type(key).__name__)
+    raise TypeError(f'key must be a typed PRNG key, jax.random.key(seed); got {got}.')
+  if key.shape != ():
+    raise ValueError(f'key must be one key, got shape {key.shape}.')
+
+
+def _check_state(state: TrainState, expected: TrainState) -> None:
+  """Raises unless all but the hidden state is as `init` makes it."""
+  for name in ('params', 'opt_state', 'loss_state', 'step_count'):
+    check_like(f'state.{name}', getattr(state, name), getattr(expected, name), 'as init makes it for this batch')
 
 
 def _at_hand(x: Any) -> bool:
@@ -658,13 +711,16 @@ def _at_hand(x: Any) -> bool:
 
 def _own(tree: Any) -> Any:
   """Copies, strongly typed: a state may be donated, and its types never change from step to step."""
+  check_arrays('what model and loss make', tree)
   return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
 
 
 def _scalar(value: Any) -> jax.Array:
-  value = jnp.asarray(value)
-  if value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
-    raise ValueError(f'a loss must return one floating-point number a window, got {value.dtype}{list(value.shape)}.')
+  if isinstance(value, jax.Array | np.ndarray | np.generic | float):
+    value = jnp.asarray(value)
+  if not isinstance(value, jax.Array) or value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
+    got = f'{value.dtype}{list(value.shape)}' if isinstance(value, jax.Array) else type(value).__name__
+    raise ValueError(f'a loss must return one floating-point number a window, got {got}.')
   return value
 
 
@@ -672,24 +728,26 @@ def _check_shapes(batch: Batch) -> tuple[int, int]:
   """(T, B) of a batch, after checking what shapes and dtypes alone can tell."""
   if not isinstance(batch, Batch):
     raise TypeError(f'batch must be a fptt_jax.Batch(inputs, targets, lengths=None), got {type(batch).__name__}.')
-  if not isinstance(batch.inputs, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-    raise TypeError(f'inputs must be an array, got {type(batch.inputs).__name__}.')
-  shape = batch.inputs.shape
+  inputs = check_array('inputs', batch.inputs)
+  shape = inputs.shape
   if len(shape) < 2:
     raise ValueError(f'inputs must be time-major [T, B, ...], got shape {shape}.')
   num_steps, batch_size = shape[:2]
   if num_steps < 1 or batch_size < 1:
     raise ValueError(f'inputs need at least one step and one sequence, got an empty batch [T, B, ...] = {shape}.')
-  if not (jnp.issubdtype(batch.inputs.dtype, jnp.floating) or jnp.issubdtype(batch.inputs.dtype, jnp.integer)):
-    raise TypeError(f'inputs must be floating point (features) or integers (tokens), got {batch.inputs.dtype}.')
+  if not (jnp.issubdtype(inputs.dtype, jnp.floating) or jnp.issubdtype(inputs.dtype, jnp.integer)):
+    raise TypeError(f'inputs must be floating point (features) or integers (tokens), got {inputs.dtype}.')
   if batch.lengths is not None:
-    if jnp.shape(batch.lengths) != (batch_size,):
-      raise ValueError(f'lengths must have shape [B] = ({batch_size},), got {jnp.shape(batch.lengths)}.')
-    if not jnp.issubdtype(jnp.result_type(batch.lengths), jnp.integer):
-      raise TypeError(f'lengths must be integers, got {jnp.result_type(batch.lengths)}.')
+    lengths = check_array('lengths', batch.lengths)
+    if lengths.shape != (batch_size,):
+      raise ValueError(f'lengths must have shape [B] = ({batch_size},), got {lengths.shape}.')
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+      raise TypeError(f'lengths must be integers, got {lengths.dtype}.')
   for leaf in jax.tree.leaves(batch.targets):
-    if batch_size not in jnp.shape(leaf)[:2]:
-      raise ValueError(f'targets must be [B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}; got shape {jnp.shape(leaf)}.')
+    if getattr(check_array('targets', leaf).dtype, 'kind', '') in tuple('OSUMm'):  # A dtype of keys has none.
+      raise TypeError(f'targets must be numbers, got dtype {leaf.dtype}.')
+    if batch_size not in leaf.shape[:2]:
+      raise ValueError(f'targets must be [B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}; got shape {leaf.shape}.')
   return num_steps, batch_size
 
 

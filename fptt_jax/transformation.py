@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fptt_jax.checks import HUGE, TINY, check_integer, check_number
+from fptt_jax.checks import ARRAYS, HUGE, TINY, check_choice, check_dtype, check_number, check_size, shapes
 
 Hyperparameter = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
 
@@ -113,8 +113,10 @@ def fptt(
 
   Raises:
     ValueError: an option or hyper-parameter outside its range (checked here unless it is traced; a schedule at window 0), or
-      `update` called without params, or 'explicit' without `grad_fn` or under `optax.masked`/`optax.partition`.
-    TypeError: `base_optimizer` is no transformation, or `init` on parameters that are not floating point.
+      `update` called without params or with trees that do not fit each other, or 'explicit' without `grad_fn` or under
+      `optax.masked`/`optax.partition`.
+    TypeError: `base_optimizer` is no transformation, or `init` on parameters or `update` on gradients that are not floating point,
+      or `update` on another state.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax
@@ -131,11 +133,15 @@ def fptt(
     Kag and Saligrama, "Training Recurrent Neural Networks via Forward Propagation Through Time", ICML 2021: Eqs. 4-6, Algorithm 2
     and the λ recursion after Eq. 5.
   """
-  _check_options(dict(alpha=alpha, beta=beta, kappa=kappa, rho=rho), correction, gradient_estimate, inner_steps)
+  check_choice('correction', correction, sorted(CORRECTIONS))
+  check_choice('gradient_estimate', gradient_estimate, GRADIENT_ESTIMATES)
+  alpha, beta, kappa, rho = _checked_hyperparameters(dict(alpha=alpha, beta=beta, kappa=kappa, rho=rho))
+  if not isinstance(inner_steps, jax.core.Tracer):
+    inner_steps = check_size('inner_steps', inner_steps)
   if not isinstance(base_optimizer, optax.GradientTransformation):
     raise TypeError(f'base_optimizer must be an optax.GradientTransformation, such as optax.adam(1e-3), got {base_optimizer!r}.')
-  if state_dtype is not None and not jnp.issubdtype(state_dtype, jnp.inexact):
-    raise ValueError(f'state_dtype must be a floating-point dtype, got {state_dtype!r}.')
+  if state_dtype is not None:
+    state_dtype = check_dtype('state_dtype', state_dtype)
   base = optax.with_extra_args_support(base_optimizer)
   c = CORRECTIONS[correction]
 
@@ -153,15 +159,18 @@ def fptt(
   ) -> tuple[optax.Updates, FPTTState]:
     if params is None:
       raise ValueError('fptt needs the current parameters: call update(grads, state, params), got params=None.')
+    _check_trees(grads, state, params)
     callers_steps = extra_args.pop('inner_steps', inner_steps)
     if isinstance(inner_steps, int) and callers_steps != inner_steps:
-      raise ValueError(f'fptt was built with inner_steps={inner_steps}, the caller takes inner_steps={callers_steps} a window.')
+      raise ValueError(
+        f'fptt was built with inner_steps={inner_steps}, got a caller that takes inner_steps={callers_steps} a window.'
+      )
     window_count = state.step_count // jnp.asarray(inner_steps, jnp.int32)
     alpha_t, beta_t, kappa_t, rho_t = (h(window_count) if callable(h) else h for h in (alpha, beta, kappa, rho))
 
     regularised = _regularised_gradient(grads, params, state.w_bar, state.lam, alpha_t, kappa_t, c * (1 - rho_t))
     updates, base_state = base.update(regularised, state.base_optimizer_state, params, **extra_args)
-    updates = jax.tree.map(lambda u, g: u.astype(g.dtype), updates, grads)
+    updates = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), updates, grads)
     # The rounded W_{t+1}, exactly as the caller will see it: bfloat16 parameters lose part of the update.
     params_next = optax.apply_updates(params, updates)
 
@@ -251,7 +260,7 @@ def _regularised_gradient(
   def leaf(g: jax.Array, w: jax.Array, wb: jax.Array, l: jax.Array) -> jax.Array:
     cast = _caster(wb)
     g_next = cast(g) - cast(lam_coefficient) * cast(l) + cast(kappa) * cast(alpha) * (cast(w) - cast(wb))
-    return g_next.astype(g.dtype)
+    return g_next.astype(jnp.result_type(g))
 
   return jax.tree.map(leaf, grads, params, w_bar, lam)
 
@@ -314,18 +323,53 @@ def _caster(state_leaf: jax.Array) -> Callable[[jax.typing.ArrayLike], jax.Array
 
 
 def _state_dtype(param: jax.typing.ArrayLike, state_dtype: jax.typing.DTypeLike | None) -> jnp.dtype:
-  dtype = jnp.result_type(param)
-  if not jnp.issubdtype(dtype, jnp.inexact):
+  if not _is_floating(param):
     raise TypeError(
-      f'fptt needs floating-point parameters, got a leaf of dtype {dtype} and shape {jnp.shape(param)}: keep it out of the '
-      'trained tree, or give it another transformation with optax.partition.'
+      f'fptt needs floating-point parameters, got a leaf of {_described(param)}: keep it out of the trained tree, or give it '
+      'another transformation with optax.partition.'
     )
-  return jnp.dtype(state_dtype) if state_dtype is not None else at_least_float32(dtype)
+  if state_dtype is not None and jnp.iscomplexobj(param):
+    raise TypeError(f'state_dtype must be left out with complex parameters, got {state_dtype!r} and a leaf of {_described(param)}.')
+  return jnp.dtype(state_dtype) if state_dtype is not None else at_least_float32(jnp.result_type(param))
+
+
+def _is_floating(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jnp.inexact) if isinstance(leaf, ARRAYS) else isinstance(leaf, float | complex)
+
+
+def _described(leaf: Any) -> str:
+  return f'dtype {leaf.dtype} and shape {leaf.shape}' if isinstance(leaf, ARRAYS) else f'type {type(leaf).__name__}'
+
+
+def _check_trees(grads: optax.Updates, state: FPTTState, params: optax.Params) -> None:
+  """Raises unless the trees that `update` is given belong together."""
+  if not isinstance(state, FPTTState):
+    raise TypeError(f'fptt needs the FPTTState that init returned, got {type(state).__name__}.')
+  if not _fit(grads, params) or not _fit(state.w_bar, params):
+    raise ValueError(
+      f'gradients, parameters and W̄ must have the same structure and shapes, got gradients {shapes(grads)}, parameters '
+      f'{shapes(params)}, W̄ {shapes(state.w_bar)}.'
+    )
+  for leaves in zip(*map(jax.tree.leaves, (grads, params, state.w_bar)), strict=True):
+    if not _alike(*leaves):
+      raise TypeError(
+        'fptt needs gradients, parameters and W̄ that are all floating-point, and all complex if one is, got leaves of '
+        f'{", ".join(map(_described, leaves))}.'
+      )
 
 
 def _same_structure(a: Any, b: Any) -> bool:
   structure: Any = jax.tree.structure(a)
   return bool(structure == jax.tree.structure(b))
+
+
+def _fit(a: Any, b: Any) -> bool:
+  return _same_structure(a, b) and jax.tree.all(jax.tree.map(lambda x, y: shapes(x) == shapes(y), a, b))
+
+
+def _alike(*leaves: Any) -> bool:
+  """Whether all are floating-point, and all complex if one is."""
+  return all(map(_is_floating, leaves)) and len(set(map(jnp.iscomplexobj, leaves))) == 1
 
 
 def _is_masked(node: Any) -> bool:
@@ -351,8 +395,8 @@ def _fptt_states(opt_state: optax.OptState) -> list[FPTTState]:
   states = find_states(opt_state)
   if not states:
     raise ValueError(
-      f'no FPTTState found in the optimiser state (a {type(opt_state).__name__}): pass the state of a transformation that '
-      'contains fptt(...). For an optimiser without FPTT evaluate at the parameters themselves.'
+      f'the optimiser state must hold an FPTTState, got a {type(opt_state).__name__} without one: pass the state of a '
+      'transformation that contains fptt(...). For an optimiser without FPTT evaluate at the parameters themselves.'
     )
   return states
 
@@ -363,7 +407,7 @@ def _overlay(w_bar: optax.Params, params: optax.Params) -> optax.Params:
   def leaf(w: Any, p: Any) -> Any:
     if _is_masked(w):
       return p
-    if not _same_structure(p, w) or jnp.shape(p) != w.shape:
+    if not _fit(p, w) or not _alike(p, w):
       raise ValueError('not the same leaf')
     return w
 
@@ -372,7 +416,7 @@ def _overlay(w_bar: optax.Params, params: optax.Params) -> optax.Params:
   except (ValueError, TypeError) as error:
     raise ValueError(
       'the FPTTState does not belong to these parameters: W̄ has the structure and shapes '
-      f'{jax.tree.map(jnp.shape, w_bar)}, the parameters {jax.tree.map(jnp.shape, params)}.'
+      f'{shapes(w_bar)}, got parameters of {shapes(params)}.'
     ) from error
 
 
@@ -385,23 +429,13 @@ RANGES = {
 """Least and greatest value of each hyper-parameter, and the range in words."""
 
 
-def check_correction(correction: str) -> None:
-  """A ValueError unless `correction` is one of the two."""
-  if correction not in list(CORRECTIONS):
-    raise ValueError(f'correction must be one of {sorted(CORRECTIONS)}, got {correction!r}.')
-
-
-def _check_options(
-  hyperparameters: Mapping[str, Hyperparameter], correction: str, gradient_estimate: str, inner_steps: int
-) -> None:
-  check_correction(correction)
-  if gradient_estimate not in GRADIENT_ESTIMATES:
-    raise ValueError(f'gradient_estimate must be one of {list(GRADIENT_ESTIMATES)}, got {gradient_estimate!r}.')
-  if not isinstance(inner_steps, jax.core.Tracer):
-    check_integer('inner_steps', inner_steps, 1, HUGE, 'an integer >= 1')
+def _checked_hyperparameters(hyperparameters: Mapping[str, Hyperparameter]) -> list[Hyperparameter]:
+  """The hyper-parameters, those that have a value yet as floats."""
+  checked = []
   for name, value in hyperparameters.items():
     first = value(jnp.zeros([], jnp.int32)) if callable(value) else value
     if isinstance(first, jax.core.Tracer):
+      checked.append(value)
       continue
     low, high, expected = RANGES[name]
     which = f'{name} at window 0' if callable(value) else name
@@ -412,6 +446,8 @@ def _check_options(
         'makes it unstable early (see fptt_jax.stability).',
         stacklevel=3,
       )
+    checked.append(value if callable(value) else number)
+  return checked
 
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:

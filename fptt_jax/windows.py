@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax.checks import HUGE, check_integer
+from fptt_jax.checks import check_integer, check_size
 
 
 class Windows(NamedTuple):
@@ -56,7 +56,7 @@ def cut(num_steps: int, *, num_windows: int | None = None, window_size: int | No
   Raises:
     ValueError: a number outside its range, or both `num_windows` and `window_size`.
   """
-  check_integer('the number of time steps', num_steps, 1, HUGE, 'at least 1')
+  num_steps = check_size('the number of time steps', num_steps)
   if num_windows is not None and window_size is not None:
     raise ValueError(f'give num_windows or window_size, not both: got num_windows={num_windows} and window_size={window_size}.')
   expected = f'an integer between 1 and the sequence length T={num_steps}'

@@ -323,5 +323,5 @@ def test_cpu_setup(monkeypatch):
   counts = [subprocess.check_output([sys.executable, '-c', code.format(number)], text=True).strip() for number in (3, '')]
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   assert counts == ['3', str(cores)]
-  with pytest.raises(ValueError, match=r'num_devices must be at least 1, got 0\.'):
+  with pytest.raises(ValueError, match=r'num_devices must be an integer from 1 to 1024, got 0\.'):
     fptt_jax.cpu_setup(0)

@@ -162,14 +162,19 @@ def test_layers_without_a_kernel_are_refused(build, error, message):
 
 
 def test_states_that_do_not_fit_are_refused():
-  """A kernel would read beyond them."""
+  """A kernel would read beyond them; the layer looks at them, too, and the kernel does not rely on it."""
   run = layer(32, 'kernel')
   params, x = run.init(jax.random.key(0)), draw(1, 4, 3, D)
-  with pytest.raises(ValueError, match=re.escape('expected h of shape (3, 32) and not empty, got (2, 32).')):
+  with pytest.raises(
+    ValueError, match=re.escape('LSTM: state.h must be float32[3, 32], as initial_state gives it, got float32[2, 32].')
+  ):
     run.apply(params, run.initial_state(2), x, None, None)
+  run_kernel = lambda state: kernels.LSTM_WINDOW.forward((None, params['w_h']), state, jnp.zeros((4, 3, 4 * 32)), None)
+  with pytest.raises(ValueError, match=re.escape('expected h of shape (3, 32) and not empty, got (2, 32).')):
+    run_kernel(run.initial_state(2))
   halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), run.initial_state(3))
   with pytest.raises(TypeError, match='expected float32, got bfloat16'):
-    run.apply(params, halves, x, None, None)
+    run_kernel(halves)
 
 
 def test_other_platforms_are_refused(monkeypatch):

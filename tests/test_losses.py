@@ -400,8 +400,8 @@ def test_means_divide_by_the_count():
 @pytest.mark.parametrize(
   ('make', 'message'),
   [
-    (lambda: losses.terminal_classification(1), r'num_classes must be at least 2, got 1\.'),
-    (lambda: losses.sequence_classification(0), r'num_classes must be at least 2, got 0\.'),
+    (lambda: losses.terminal_classification(1), r'num_classes must be an integer >= 2, got 1\.'),
+    (lambda: losses.sequence_classification(0), r'num_classes must be an integer >= 2, got 0\.'),
     (lambda: losses.terminal_classification(3, divergence='kl'), r"divergence must be one of \['class_ema', .*\], got 'kl'\."),
     (lambda: losses.terminal_classification(3, ema_decay=1.0), r'ema_decay must be in \[0, 1\), got 1\.0\.'),
     (lambda: losses.terminal_classification(3, ema_decay=-0.1), r'ema_decay must be in \[0, 1\), got -0\.1\.'),
@@ -448,9 +448,9 @@ INTS, FLOATS = np.array([0, 1]), np.array([0.0, 1.0], np.float32)
       3,
       random(2, 2, 1),
       ValueError,
-      r'targets is \(2, 2, 1\), the model returned \(2, 2, 3\)\.',
+      r'got a window of targets \(2, 2, 1\) and outputs \(2, 2, 3\)\.',
     ),
-    (losses.sequence_regression(), 1, random(2, 2), ValueError, r'targets is \(2, 2\), the model returned \(2, 2, 1\)\.'),
+    (losses.sequence_regression(), 1, random(2, 2), ValueError, r'got a window of targets \(2, 2\) and outputs \(2, 2, 1\)\.'),
   ],
 )
 def test_outputs_and_targets_that_do_not_fit_are_refused(loss, features, targets, error, message):

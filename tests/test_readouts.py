@@ -142,7 +142,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     nn.TiedReadout(layer.embed)(jnp.ones((S, B, E + 1)))
   with pytest.raises(ValueError, match=r'MixtureOfSoftmaxes expected inputs \[S, B, 6\], got shape \(3, 6\)'):
     layer((), jnp.ones((S, H)))
-  with pytest.raises(ValueError, match='must be at least 1, got in_features=6, experts=0'):
+  with pytest.raises(ValueError, match='experts must be an integer >= 1, got 0'):
     build_mixture(rngs, experts=0)
   with pytest.raises(ValueError, match=r'rate must be in \[0, 1\), got 1.0'):
     build_mixture(rngs, dropout=1.0)

@@ -1209,7 +1209,9 @@ def test_inner_steps_of_trainer_and_optimiser_must_agree(built, taken):
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), fptt_jax.fptt(optax.sgd(0.1), inner_steps=built))
   trainer = fptt_jax.trainer(problems.elman(), losses.terminal_regression(), optimizer, inner_steps=taken)
   state = jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
-  with pytest.raises(ValueError, match=rf'fptt was built with inner_steps={built}, the caller takes inner_steps={taken} a window'):
+  with pytest.raises(
+    ValueError, match=rf'fptt was built with inner_steps={built}, got a caller that takes inner_steps={taken} a window'
+  ):
     jax.eval_shape(trainer.step, state, GOOD)
 
 

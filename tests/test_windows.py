@@ -154,7 +154,7 @@ def test_slice_refuses_arrays_of_another_length(shape):
     (5, {'window_size': 0}, r'window_size must be an integer between 1 and the sequence length T=5, got 0\.'),
     (5, {'window_size': 6}, r'window_size must be an integer between 1 and the sequence length T=5, got 6\.'),
     (10, {'num_windows': 2.5}, r'num_windows must be an integer between 1 and .* got 2\.5\.'),
-    (0, {}, r'the number of time steps must be at least 1, got 0\.'),
+    (0, {}, r'the number of time steps must be an integer >= 1, got 0\.'),
     (
       5,
       {'num_windows': 2, 'window_size': 2},

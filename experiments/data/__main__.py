@@ -21,6 +21,7 @@ class Config:
   output: str = option('', 'the .npz file to write')
 
   def __post_init__(self) -> None:
+    options.check_fields(self)
     options.check(self.output.endswith('.npz'), 'output', self.output, 'a file name ending in .npz')
 
 

@@ -7,6 +7,8 @@ from flax import linen, nnx
 import jax
 import jax.numpy as jnp
 
+from fptt_jax.checks import check_dtype, check_size
+from fptt_jax.nn.checks import check_batch_size
 from fptt_jax.nn.layers import Stack, as_windowed, scan_steps
 from fptt_jax.training import Model, Split
 
@@ -44,7 +46,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   graph, abstract_params, streams, other = parts
   if jax.tree.leaves(other):
     kept = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(other)})
-    raise TypeError(f'from_nnx takes modules whose only state is nnx.Param (and random streams), this one also keeps {kept}.')
+    raise TypeError(f'from_nnx takes modules whose only state is nnx.Param (and random streams), got one that also keeps {kept}.')
 
   def init(key: jax.Array) -> Any:
     return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
@@ -95,23 +97,28 @@ def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax
 
   Raises:
     TypeError: the module does not follow the protocol, or has collections beside 'params'.
+    ValueError: a shape that is none, a dtype that is neither floating point nor integer.
 
   Example:
     >>> from flax import linen
     >>> from fptt_jax import nn
     >>> model = nn.from_linen(linen.OptimizedLSTMCell(16), (1,))
   """
-  if isinstance(module, type) or not hasattr(module, 'initialize_carry'):
+  if not isinstance(module, linen.Module) or not hasattr(module, 'initialize_carry'):
     kind = f'the class {module.__name__}' if isinstance(module, type) else type(module).__name__
     raise TypeError(f'from_linen expected a per-step cell with initialize_carry(key, input_shape), got {kind}.')
+  if not isinstance(features_shape, tuple | list):
+    raise ValueError(f'features_shape must be the shape of one step, such as (D,), got {features_shape!r}.')
+  features_shape = tuple(check_size('features_shape', size) for size in features_shape)
+  dtype = check_dtype('dtype', dtype, tokens=True)
 
   def initial_state(batch_size: int) -> Any:
-    return module.initialize_carry(jax.random.key(0), (batch_size, *features_shape))
+    return module.initialize_carry(jax.random.key(0), (check_batch_size(batch_size), *features_shape))
 
   def init(key: jax.Array) -> Any:
     variables = module.init(key, initial_state(1), jnp.zeros((1, *features_shape), dtype))
     if set(variables) - {'params'}:
-      raise TypeError(f"from_linen takes modules whose only collection is 'params', this one has {sorted(variables)}.")
+      raise TypeError(f"from_linen takes modules whose only collection is 'params', got one that has {sorted(variables)}.")
     return variables.get('params', {})
 
   def apply(params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> tuple[Any, jax.Array]:

@@ -12,7 +12,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax.checks import HUGE, TINY, check_integer, check_number
+from fptt_jax.checks import HUGE, TINY, as_number, check_integer, check_number, check_size
 from fptt_jax.nn.fused import DIAGONAL_CELL, INDRNN_CELL, FusedCell, fused_window
 from fptt_jax.nn.layers import Recurrent, Step
 
@@ -61,14 +61,13 @@ class FastGRNN(Recurrent):
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype)
-    for name, value in (('zeta', zeta), ('nu', nu)):
-      check_number(name, value, -HUGE, HUGE, 'a finite number')
+    super().__init__(in_features, hidden_features, param_dtype, rngs)
     draw = lambda *shape: jax.nn.initializers.normal(0.1)(rngs.params(), shape, param_dtype)
-    self.w_x = _matrix(draw, in_features, hidden_features, 'w_rank', w_rank)
-    self.w_h = _matrix(draw, hidden_features, hidden_features, 'u_rank', u_rank)
-    self.bias = nnx.Param(jnp.ones(2 * hidden_features, param_dtype))
-    self.zeta, self.nu = nnx.Param(jnp.asarray(zeta, param_dtype)), nnx.Param(jnp.asarray(nu, param_dtype))
+    self.w_x = _matrix(draw, self.in_features, self.hidden_features, 'w_rank', w_rank)
+    self.w_h = _matrix(draw, self.hidden_features, self.hidden_features, 'u_rank', u_rank)
+    self.bias = nnx.Param(jnp.ones(2 * self.hidden_features, param_dtype))
+    scalar = lambda name, value: nnx.Param(jnp.asarray(self.number(name, value, -HUGE, 'a finite number'), param_dtype))
+    self.zeta, self.nu = scalar('zeta', zeta), scalar('nu', nu)
 
   def step(self) -> Step:
     """See the class."""
@@ -106,7 +105,7 @@ class IncrementalRNN(Recurrent):
   Args:
     in_features: D.
     hidden_features: H.
-    inner_steps: n >= 1 Euler steps at each input.
+    inner_steps: n Euler steps at each input, 1 to 100: they are written out.
     eta: initial η > 0 of every step; small (0.001 to 0.01), it is trained.
     u_rank: rank r of W_h, the paper's U, at most H; None for a full matrix.
     param_dtype: dtype of parameters and state.
@@ -124,14 +123,14 @@ class IncrementalRNN(Recurrent):
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype)
-    inner_steps = check_integer('inner_steps', inner_steps, 1, HUGE, 'an integer >= 1')
-    check_number('eta', eta, TINY, HUGE, 'a number > 0')
-    bound = hidden_features**-0.5
+    super().__init__(in_features, hidden_features, param_dtype, rngs)
+    inner_steps = check_integer('inner_steps', inner_steps, 1, 100, 'an integer from 1 to 100')
+    eta = self.number('eta', eta, TINY, 'a number > 0')
+    bound = self.hidden_features**-0.5
     draw = lambda *shape: jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
-    self.w_x = nnx.Param(draw(in_features, hidden_features))
-    self.w_h = _matrix(draw, hidden_features, hidden_features, 'u_rank', u_rank)
-    self.bias = nnx.Param(draw(hidden_features))
+    self.w_x = nnx.Param(draw(self.in_features, self.hidden_features))
+    self.w_h = _matrix(draw, self.hidden_features, self.hidden_features, 'u_rank', u_rank)
+    self.bias = nnx.Param(draw(self.hidden_features))
     self.eta = nnx.Param(jnp.full(inner_steps, eta, param_dtype))
 
   def step(self) -> Step:
@@ -184,17 +183,20 @@ class IndRNN(Recurrent):
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype, fused)
-    self.max_weight = None if max_weight is None else check_number('max_weight', max_weight, TINY, HUGE, 'a number > 0 or None')
-    limit = HUGE if self.max_weight is None else self.max_weight
-    low, high = initial_range
-    if not -limit <= low <= high <= limit:
+    super().__init__(in_features, hidden_features, param_dtype, rngs, fused)
+    self.max_weight = None if max_weight is None else self.number('max_weight', max_weight, TINY, 'a number > 0 or None')
+    # Half of what the dtype holds, so that it holds the range's width.
+    limit = float(jnp.finfo(param_dtype).max) / 2 if self.max_weight is None else self.max_weight
+    ends = [as_number(end) for end in initial_range] if isinstance(initial_range, tuple | list) else []
+    low, high = ends if len(ends) == 2 else (None, None)
+    if low is None or high is None or not -limit <= low <= high <= limit:
       within = '' if self.max_weight is None else f' within ±max_weight={self.max_weight}'
-      raise ValueError(f'initial_range must be (low, high) with low <= high{within}, got {initial_range}.')
-    bound = math.sqrt(6 / (65 * in_features))
-    self.w_x = nnx.Param(jax.random.uniform(rngs.params(), (in_features, hidden_features), param_dtype, -bound, bound))
-    self.u = nnx.Param(jax.random.uniform(rngs.params(), (hidden_features,), param_dtype, low, high))
-    self.bias = nnx.Param(jnp.zeros(hidden_features, param_dtype))
+      raise ValueError(f'initial_range must be (low, high) with low <= high{within}, got {initial_range!r}.')
+    bound = math.sqrt(6 / (65 * self.in_features))
+    shape = (self.in_features, self.hidden_features)
+    self.w_x = nnx.Param(jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound))
+    self.u = nnx.Param(jax.random.uniform(rngs.params(), shape[1:], param_dtype, low, high))
+    self.bias = nnx.Param(jnp.zeros(shape[1], param_dtype))
 
   def step(self) -> Step:
     """See the class."""
@@ -273,24 +275,23 @@ class LRU(Recurrent):
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype, fused)
-    size = hidden_features if state_features is None else check_integer('state_features', state_features, 1, HUGE, 'at least 1')
-    if not 0 <= r_min < r_max <= 1:
+    super().__init__(in_features, hidden_features, param_dtype, rngs, fused)
+    inputs, hidden = self.in_features, self.hidden_features
+    size = self.state_features = hidden if state_features is None else check_size('state_features', state_features)
+    r_min, r_max = (check_number(name, r, 0, 1, 'in [0, 1]') for name, r in (('r_min', r_min), ('r_max', r_max)))
+    if r_min >= r_max:
       raise ValueError(f'expected 0 <= r_min < r_max <= 1, got {r_min=}, {r_max=}.')
-    check_number('max_phase', max_phase, TINY, 2 * math.pi, 'in (0, 2π]')
-    self.state_features = size
+    max_phase = check_number('max_phase', max_phase, TINY, 2 * math.pi, 'in (0, 2π]')
     ring = _ring(rngs, size, r_min, r_max, max_phase)
     self.nu_log, self.theta_log, self.gamma_log = (nnx.Param(log.astype(param_dtype)) for log in ring)
     normal = lambda scale, *shape: nnx.Param(jax.nn.initializers.normal(scale)(rngs.params(), shape, param_dtype))
-    self.b_re, self.b_im = (normal((2 * in_features) ** -0.5, in_features, size) for _ in range(2))
-    self.c_re, self.c_im = (normal(size**-0.5, size, hidden_features) for _ in range(2))
-    diagonal = in_features == hidden_features
-    self.d = normal(1.0, hidden_features) if diagonal else normal(in_features**-0.5, in_features, hidden_features)
+    self.b_re, self.b_im = (normal((2 * inputs) ** -0.5, inputs, size) for _ in range(2))
+    self.c_re, self.c_im = (normal(size**-0.5, size, hidden) for _ in range(2))
+    self.d = normal(1.0, hidden) if inputs == hidden else normal(inputs**-0.5, inputs, hidden)
 
   def initial_state(self, batch_size: int) -> LRUState:
     """Zeros."""
-    shape = (batch_size, self.state_features)
-    return LRUState(re=jnp.zeros(shape, self.param_dtype), im=jnp.zeros(shape, self.param_dtype))
+    return LRUState(*(self.zeros(batch_size, self.state_features) for _ in range(2)))
 
   def step(self) -> Step:
     """See the class."""
@@ -312,7 +313,7 @@ class LRU(Recurrent):
     """Runs a window; fused, only the recurrence itself is run step by step."""
     if not self.fused:
       return super().__call__(state, x, mask, key)
-    x = self.checked(x)
+    x = self.checked(state, x, mask)
     lambda_re, lambda_im, b, c = self._prepared()
     state, (re, im) = fused_window(DIAGONAL_CELL, (lambda_re[0], lambda_im[0]), state, x @ b, mask)
     d = self.d[...]

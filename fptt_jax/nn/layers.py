@@ -12,7 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fptt_jax.checks import HUGE, TINY, check_choice, check_dtype, check_flag, check_number, check_size
+from fptt_jax.nn.checks import check_batch_size, check_inputs, check_rngs, check_window
 from fptt_jax.nn.fused import GRU_CELL, LSTM_CELL, RNN_CELL, FusedCell, Window, antisymmetric_cell, fused_window
 from fptt_jax.nn.kernels import LSTM_WINDOW, check_lstm
 from fptt_jax.training import Penalised
@@ -62,31 +65,43 @@ class Recurrent(nnx.Module):
       too, all steps of a window in one CUDA kernel (:mod:`fptt_jax.nn.kernels`), where the layer has one: :class:`LSTM`, float32,
       H 32, 64 or 128. It is never chosen unasked, because it has not run on a GPU yet, only in emulation.
     window: the kernel, if the layer has one.
+
+  Raises:
+    ValueError, TypeError: an argument of a layer that means nothing (where it is made); inputs, state or mask of other shapes or
+      dtypes than the layer's (when traced).
   """
 
   window: ClassVar[Window | None] = None
 
-  def __init__(self, in_features: int, hidden_features: int, param_dtype: jax.typing.DTypeLike, fused: bool | str = True):
-    if fused not in (True, False, 'kernel'):
+  def __init__(
+    self, in_features: int, hidden_features: int, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, fused: bool | str = True
+  ):
+    if not isinstance(fused, bool | np.bool_) and not (isinstance(fused, str) and fused == 'kernel'):
       raise ValueError(f"fused must be True, False or 'kernel', got {fused!r}.")
     if fused == 'kernel' and self.window is None:
       raise ValueError(f"fused='kernel' expected a layer that has a kernel, LSTM, got {type(self).__name__}.")
-    for name, value in (('in_features', in_features), ('hidden_features', hidden_features)):
-      if value < 1:
-        raise ValueError(f'{name} must be at least 1, got {value}.')
-    self.in_features = in_features
-    self.hidden_features = hidden_features
-    self.param_dtype = param_dtype
+    check_rngs(rngs)
+    self.in_features = check_size('in_features', in_features)
+    self.hidden_features = check_size('hidden_features', hidden_features)
+    self.param_dtype = check_dtype('param_dtype', param_dtype)
     self.fused = fused
+
+  def number(self, name: str, value: Any, low: float, expected: str) -> float:
+    """A number of at least `low`, and no more than the layer's dtype holds."""
+    return check_number(name, value, low, HUGE, expected, self.param_dtype)
+
+  def zeros(self, batch_size: int, features: int) -> jax.Array:
+    """A part of the state before the first step [B, features]."""
+    return jnp.zeros((check_batch_size(batch_size), features), self.param_dtype)
 
   def initial_state(self, batch_size: int) -> Any:
     """The state before the first step: zeros."""
-    return jnp.zeros((batch_size, self.hidden_features), self.param_dtype)
+    return self.zeros(batch_size, self.hidden_features)
 
-  def checked(self, x: jax.Array) -> jax.Array:
-    """Inputs [S, B, D] in the layer's dtype."""
-    if x.ndim != 3 or x.shape[-1] != self.in_features:
-      raise ValueError(f'{type(self).__name__} expected inputs [S, B, {self.in_features}], got shape {x.shape}.')
+  def checked(self, state: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Inputs [S, B, D] in the layer's dtype, after a look at all that a window is given."""
+    x = check_inputs(self, x, self.in_features)
+    check_window(self, state, x, mask)
     return x.astype(self.param_dtype)
 
   @abc.abstractmethod
@@ -101,7 +116,7 @@ class Recurrent(nnx.Module):
     self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
   ) -> tuple[Any, jax.Array]:
     """Runs a window; see the module's docstring. `key` is not used: these layers have no noise of their own."""
-    x = self.checked(x)
+    x = self.checked(state, x, mask)
     apart = self.taken_apart() if self.fused else None
     if apart is None:
       return scan_steps(self.step(), state, x, mask)
@@ -143,19 +158,19 @@ class LSTM(Recurrent):
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype, fused)
+    super().__init__(in_features, hidden_features, param_dtype, rngs, fused)
     if fused == 'kernel':
-      check_lstm(hidden_features, param_dtype)
-    w_x, w_h, biases = _gates(init, in_features, hidden_features, 4, param_dtype, rngs)
+      check_lstm(self.hidden_features, param_dtype)
+    w_x, w_h, biases = _gates(self, init, 4, rngs)
     bias = biases[0] + biases[1]
     if forget_bias is not None:
-      bias = bias.at[hidden_features : 2 * hidden_features].set(forget_bias)
+      value = self.number('forget_bias', forget_bias, -HUGE, 'a finite number or None')
+      bias = bias.at[self.hidden_features : 2 * self.hidden_features].set(value)
     self.w_x, self.w_h, self.bias = nnx.Param(w_x), nnx.Param(w_h), nnx.Param(bias)
 
   def initial_state(self, batch_size: int) -> LSTMState:
     """Zeros."""
-    shape = (batch_size, self.hidden_features)
-    return LSTMState(h=jnp.zeros(shape, self.param_dtype), c=jnp.zeros(shape, self.param_dtype))
+    return LSTMState(*(self.zeros(batch_size, self.hidden_features) for _ in range(2)))
 
   def step(self) -> Step:
     """See the class."""
@@ -206,10 +221,10 @@ class GRU(Recurrent):
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype, fused)
-    w_x, w_h, biases = _gates(init, in_features, hidden_features, 3, param_dtype, rngs)
+    super().__init__(in_features, hidden_features, param_dtype, rngs, fused)
+    w_x, w_h, biases = _gates(self, init, 3, rngs)
     self.w_x, self.w_h, self.bias = nnx.Param(w_x), nnx.Param(w_h), nnx.Param(biases[0])
-    self.recurrent_bias = nnx.Param(biases[1]) if recurrent_bias else None
+    self.recurrent_bias = nnx.Param(biases[1]) if check_flag('recurrent_bias', recurrent_bias) else None
 
   def step(self) -> Step:
     """See the class."""
@@ -248,8 +263,8 @@ class RNN(Recurrent):
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype, fused)
-    w_x, w_h, biases = _gates(init, in_features, hidden_features, 1, param_dtype, rngs)
+    super().__init__(in_features, hidden_features, param_dtype, rngs, fused)
+    w_x, w_h, biases = _gates(self, init, 1, rngs)
     self.w_x, self.w_h, self.bias = nnx.Param(w_x), nnx.Param(w_h), nnx.Param(biases[0] + biases[1])
 
   def step(self) -> Step:
@@ -300,15 +315,15 @@ class AntisymmetricRNN(Recurrent):
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype, fused)
-    if not epsilon > 0 or not gamma >= 0 or not w_scale >= 0:
-      raise ValueError(f'expected epsilon > 0, gamma >= 0, w_scale >= 0; got {epsilon=}, {gamma=}, {w_scale=}.')
-    self.epsilon, self.gamma = epsilon, gamma
-    num_upper = hidden_features * (hidden_features - 1) // 2
+    super().__init__(in_features, hidden_features, param_dtype, rngs, fused)
+    self.epsilon = self.number('epsilon', epsilon, TINY, 'a finite number > 0')
+    self.gamma = self.number('gamma', gamma, 0, 'a finite number >= 0')
+    w_scale = self.number('w_scale', w_scale, 0, 'a finite number >= 0')
+    inputs, size = self.in_features, self.hidden_features
     normal = jax.nn.initializers.normal
-    self.w = nnx.Param(normal(w_scale * hidden_features**-0.5)(rngs.params(), (num_upper,), param_dtype))
-    self.v = nnx.Param(normal(in_features**-0.5)(rngs.params(), (in_features, 2 * hidden_features), param_dtype))
-    self.bias = nnx.Param(jnp.zeros(2 * hidden_features, param_dtype))
+    self.w = nnx.Param(normal(w_scale * size**-0.5)(rngs.params(), (size * (size - 1) // 2,), param_dtype))
+    self.v = nnx.Param(normal(inputs**-0.5)(rngs.params(), (inputs, 2 * size), param_dtype))
+    self.bias = nnx.Param(jnp.zeros(2 * size, param_dtype))
 
   def step(self) -> Step:
     """See the class."""
@@ -337,20 +352,26 @@ class Lift(nnx.Module):
   """A per-step cell of flax's protocol, (carry, x_t) -> (carry, y_t) with `initialize_carry`, run over windows."""
 
   def __init__(self, cell: Any):
-    if not hasattr(cell, 'in_features'):
-      raise TypeError(f'a per-step cell must tell its in_features, {type(cell).__name__} does not.')
+    if not isinstance(cell, nnx.Module) or not hasattr(cell, 'initialize_carry') or not hasattr(cell, 'in_features'):
+      raise TypeError(
+        f'a per-step cell must be an nnx.Module with initialize_carry that tells its in_features, got {type(cell).__name__}.'
+      )
     if jax.tree.leaves(nnx.state(cell, nnx.RngState)):
-      raise TypeError(f'a per-step cell may not own random streams, {type(cell).__name__} does: put noise between layers instead.')
+      raise TypeError(
+        f'a per-step cell may not own random streams, got {type(cell).__name__}, which does: put noise between layers instead.'
+      )
     self.cell = cell
 
   def initial_state(self, batch_size: int) -> Any:
     """The cell's own initial carry."""
-    return self.cell.initialize_carry((batch_size, self.cell.in_features), nnx.Rngs(0))
+    return self.cell.initialize_carry((check_batch_size(batch_size), self.cell.in_features), nnx.Rngs(0))
 
   def __call__(
     self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
   ) -> tuple[Any, jax.Array]:
     """Runs a window step by step."""
+    x = check_inputs(self, x, self.cell.in_features)
+    check_window(self, state, x, mask)
     return scan_steps(self.cell, state, x, mask)
 
 
@@ -373,6 +394,9 @@ class Stack(nnx.Module):
   def __init__(self, *layers: Any):
     if not layers:
       raise ValueError('a Stack needs at least one layer, got none.')
+    for layer in layers:
+      if isinstance(layer, type) or not callable(layer):
+        raise TypeError(f'layers of a Stack must be modules or functions, got {layer!r}.')
     self.layers = nnx.List([Lift(layer) if _is_cell(layer) else layer for layer in layers])
 
   def initial_state(self, batch_size: int) -> tuple[Any, ...]:
@@ -473,9 +497,9 @@ def _is_cell(layer: Any) -> bool:
 
 def as_windowed(module: nnx.Module) -> Any:
   """`module` itself if it runs windows, lifted if it is a per-step cell."""
-  if is_recurrent(module):
+  if isinstance(module, nnx.Module) and is_recurrent(module):
     return module
-  if _is_cell(module):
+  if isinstance(module, nnx.Module) and _is_cell(module):
     return Lift(module)
   raise TypeError(
     f'expected a recurrent module (initial_state(batch_size), called with (state, x, mask, key)) or a per-step cell '
@@ -483,19 +507,17 @@ def as_windowed(module: nnx.Module) -> Any:
   )
 
 
-def _gates(
-  init: str, in_features: int, hidden_features: int, num_gates: int, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
-) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+def _gates(layer: Recurrent, init: str, num_gates: int, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
   """Initial (w_x [D, gates·H], w_h [H, gates·H], two biases [gates·H]) as torch or flax draw them."""
+  check_choice('init', init, INITS)
+  in_features, hidden_features, dtype = layer.in_features, layer.hidden_features, layer.param_dtype
   width = num_gates * hidden_features
   if init == 'torch':
     bound = hidden_features**-0.5
     shapes = [(in_features, width), (hidden_features, width), (width,), (width,)]
     w_x, w_h, *biases = (jax.random.uniform(rngs.params(), shape, dtype, -bound, bound) for shape in shapes)
     return w_x, w_h, biases
-  if init == 'flax':
-    normal, orthogonal = jax.nn.initializers.lecun_normal(), jax.nn.initializers.orthogonal()
-    input_kernels = [normal(rngs.params(), (in_features, hidden_features), dtype) for _ in range(num_gates)]
-    kernels = [orthogonal(rngs.params(), (hidden_features, hidden_features), dtype) for _ in range(num_gates)]
-    return jnp.concatenate(input_kernels, -1), jnp.concatenate(kernels, -1), [jnp.zeros(width, dtype), jnp.zeros(width, dtype)]
-  raise ValueError(f'init must be one of {list(INITS)}, got {init!r}.')
+  normal, orthogonal = jax.nn.initializers.lecun_normal(), jax.nn.initializers.orthogonal()
+  input_kernels = [normal(rngs.params(), (in_features, hidden_features), dtype) for _ in range(num_gates)]
+  kernels = [orthogonal(rngs.params(), (hidden_features, hidden_features), dtype) for _ in range(num_gates)]
+  return jnp.concatenate(input_kernels, -1), jnp.concatenate(kernels, -1), [jnp.zeros(width, dtype), jnp.zeros(width, dtype)]

@@ -8,6 +8,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from fptt_jax.checks import check_size
+from fptt_jax.nn.checks import check_embed, check_inputs, check_rngs
 from fptt_jax.nn.regularisation import LockedDropout, Stateless
 from fptt_jax.transformation import at_least_float32
 
@@ -20,6 +22,9 @@ class TiedReadout(nnx.Module):
   Args:
     embed: the embedding, V words of E features.
 
+  Raises:
+    TypeError: it is no embedding.
+
   Example:
     >>> from flax import nnx
     >>> from fptt_jax import nn
@@ -30,13 +35,13 @@ class TiedReadout(nnx.Module):
   """
 
   def __init__(self, embed: nnx.Embed):
+    check_embed(embed)
     self.embed = embed
     self.bias = nnx.Param(jnp.zeros(embed.num_embeddings, embed.param_dtype))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Features x [S, B, E] -> logits [S, B, V]."""
-    _check_features(self, x, self.embed.features)
-    return self.embed.attend(x) + self.bias[None, None]
+    return self.embed.attend(check_inputs(self, x, self.embed.features)) + self.bias[None, None]
 
 
 class MixtureOfSoftmaxes(Stateless):
@@ -64,18 +69,19 @@ class MixtureOfSoftmaxes(Stateless):
 
   Raises:
     ValueError: sizes below 1, a rate outside [0, 1).
+    TypeError: `embed` is no embedding, or `rngs` no source of parameters.
   """
 
   in_readout = True
 
   def __init__(self, in_features: int, embed: nnx.Embed, experts: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
-    if in_features < 1 or experts < 1:
-      raise ValueError(f'in_features and experts must be at least 1, got {in_features=}, {experts=}.')
-    self.in_features, self.experts = in_features, experts
+    check_embed(embed)
+    check_rngs(rngs)
+    self.in_features, self.experts = check_size('in_features', in_features), check_size('experts', experts)
     self.embed = embed
     dtype = embed.param_dtype
-    self.prior = nnx.Linear(in_features, experts, use_bias=False, param_dtype=dtype, rngs=rngs)
-    self.latent = nnx.Linear(in_features, experts * embed.features, param_dtype=dtype, rngs=rngs)
+    self.prior = nnx.Linear(self.in_features, self.experts, use_bias=False, param_dtype=dtype, rngs=rngs)
+    self.latent = nnx.Linear(self.in_features, self.experts * embed.features, param_dtype=dtype, rngs=rngs)
     self.dropout = LockedDropout(dropout)
     self.bias = nnx.Param(jnp.zeros(embed.num_embeddings, dtype))
 
@@ -83,7 +89,7 @@ class MixtureOfSoftmaxes(Stateless):
     self, state: tuple[()], x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
   ) -> tuple[tuple[()], jax.Array]:
     """Features x [S, B, H] -> log-probabilities [S, B, V], at least float32."""
-    _check_features(self, x, self.in_features)
+    x = check_inputs(self, x, self.in_features)
     state, z = self.dropout(state, jnp.tanh(self.latent(x)), mask, key)
     z = z.reshape(*x.shape[:2], self.experts, self.embed.features)
     logits = self.embed.attend(z) + self.bias[None, None, None]
@@ -93,8 +99,3 @@ class MixtureOfSoftmaxes(Stateless):
 
 def _log_softmax(logits: jax.Array) -> jax.Array:
   return jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)))
-
-
-def _check_features(layer: nnx.Module, x: jax.Array, features: int) -> None:
-  if x.ndim != 3 or x.shape[-1] != features:
-    raise ValueError(f'{type(layer).__name__} expected inputs [S, B, {features}], got shape {x.shape}.')

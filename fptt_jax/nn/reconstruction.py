@@ -6,7 +6,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax.checks import HUGE, check_integer, check_number
+from fptt_jax.checks import HUGE, MOST, check_integer, check_number, check_size
+from fptt_jax.nn.checks import check_inputs, check_rngs
 from fptt_jax.nn.layers import as_windowed
 from fptt_jax.training import Penalised
 
@@ -46,7 +47,7 @@ class Reconstruction(nnx.Module):
 
   Raises:
     ValueError: an argument outside its range (here); inputs that are not [S, B, D] or in training have S < L (when traced).
-    TypeError: `layer` does not run windows, or (when traced) inputs are not floating point.
+    TypeError: `layer` does not run windows, `rngs` is no source of parameters, or (when traced) inputs are not floating point.
 
   Example:
     >>> from flax import nnx
@@ -59,14 +60,15 @@ class Reconstruction(nnx.Module):
   """
 
   def __init__(self, layer: Any, in_features: int, *, segment: int, anchors: int = 1, weight: float = 1.0, rngs: nnx.Rngs):
-    self.in_features = check_integer('in_features', in_features, 1, HUGE, 'an integer >= 1')
-    self.segment = check_integer('segment', segment, 2, HUGE, 'an integer >= 2')
-    self.anchors = check_integer('anchors', anchors, 1, HUGE, 'an integer >= 1')
+    check_rngs(rngs)
+    self.in_features = check_size('in_features', in_features)
+    self.segment = check_integer('segment', segment, 2, MOST, 'an integer >= 2')
+    self.anchors = check_size('anchors', anchors)
     self.weight = check_number('weight', weight, 0, HUGE, 'a finite number >= 0')
     self.layer = as_windowed(layer)
     self.decoder = nnx.clone(self.layer)
-    outputs = jax.eval_shape(lambda: self.layer(self.layer.initial_state(1), jnp.zeros((1, 1, in_features)))[1])
-    self.readout = nnx.Linear(outputs.shape[-1], in_features, param_dtype=outputs.dtype, rngs=rngs)
+    outputs = jax.eval_shape(lambda: self.layer(self.layer.initial_state(1), jnp.zeros((1, 1, self.in_features)))[1])
+    self.readout = nnx.Linear(outputs.shape[-1], self.in_features, param_dtype=outputs.dtype, rngs=rngs)
 
   def initial_state(self, batch_size: int) -> Any:
     """The layer's."""
@@ -76,8 +78,7 @@ class Reconstruction(nnx.Module):
     self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
   ) -> tuple[Any, jax.Array | Penalised]:
     """Runs a window; the valid steps of `mask` come first."""
-    if x.ndim != 3 or x.shape[-1] != self.in_features:
-      raise ValueError(f'Reconstruction expected inputs [S, B, {self.in_features}], got shape {x.shape}.')
+    x = check_inputs(self, x, self.in_features)
     if key is None:
       result: tuple[Any, jax.Array] = self.layer(state, x, mask, None)
       return result

@@ -12,7 +12,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax.checks import HUGE, check_number
+from fptt_jax.checks import HUGE, check_array, check_number
+from fptt_jax.nn.checks import check_embed
 from fptt_jax.training import Penalised
 from fptt_jax.transformation import at_least_float32
 
@@ -63,9 +64,11 @@ class EmbeddingDropout(Stateless):
 
   Raises:
     ValueError: a rate outside its range.
+    TypeError: `embed` is no embedding, or (when called) the tokens are no integers.
   """
 
   def __init__(self, embed: nnx.Embed, rate: float):
+    check_embed(embed)
     self.embed = embed
     self.rate = _check_rate(rate)
 
@@ -73,6 +76,8 @@ class EmbeddingDropout(Stateless):
     self, state: tuple[()], x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
   ) -> tuple[tuple[()], jax.Array]:
     """Tokens x int [S, B] -> [S, B, E]."""
+    if not jnp.issubdtype(check_array('tokens', x).dtype, jnp.integer):
+      raise TypeError(f'EmbeddingDropout expected tokens, integers, got dtype {x.dtype}.')
     y = self.embed(x)
     if key is None:
       return state, y

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fptt_jax.checks import FLOATS, check_array, shapes
+
+_NAME = re.compile(r'(weight|bias)_(ih|hh)_l\d{1,3}', re.ASCII)
 _GATES = {1: 'RNN', 3: 'GRU', 4: 'LSTM'}
 
 
@@ -24,31 +27,47 @@ def from_torch(state_dict: Mapping[str, Any]) -> list[dict[str, jax.Array]]:
 
   Raises:
     ValueError: names or shapes that are not such a module's.
+    TypeError: `state_dict` is no mapping, or of other things than arrays of floating-point numbers.
   """
-  weights = {name: np.asarray(getattr(value, 'detach', lambda v=value: v)()) for name, value in state_dict.items()}
-  unknown = [name for name in weights if not re.fullmatch(r'(weight|bias)_(ih|hh)_l\d+', name)]
-  if unknown or 'weight_ih_l0' not in weights:
+  if not isinstance(state_dict, Mapping):
+    raise TypeError(f"from_torch expected a module's state_dict, a mapping of names to arrays, got {type(state_dict).__name__}.")
+  names = sorted(map(str, state_dict))
+  numbers = sorted({int(name.rpartition('_l')[2]) for name in names if _NAME.fullmatch(name)})
+  if not numbers or numbers != list(range(len(numbers))) or not all(map(_NAME.fullmatch, names)):
     raise ValueError(
       'from_torch expected the state_dict of a unidirectional torch.nn.LSTM, GRU or RNN without projections '
-      f'(weight_ih_l0, weight_hh_l0, bias_ih_l0, ...), got {sorted(weights)}.'
+      f'(weight_ih_l0, weight_hh_l0, bias_ih_l0, ...), got {names}.'
     )
-  num_layers = sum(name.startswith('weight_ih') for name in weights)
-  return [_layer(weights, number) for number in range(num_layers)]
+  weights = {name: _array(name, value) for name, value in state_dict.items()}
+  layers = [_layer(weights, number) for number in numbers]
+  for layer in layers[1:]:
+    if not layer['w_x'].shape == layer['w_h'].shape == layers[0]['w_h'].shape:
+      raise ValueError(f'from_torch expected layers of one kind and size, each above the other, got {shapes(layers)}.')
+  return layers
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+  array = check_array(name, np.asarray(value.detach()) if hasattr(value, 'detach') else value)
+  if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct) or array.dtype not in FLOATS:
+    raise TypeError(f'{name} must be an array of floating-point numbers of 16 to 64 bits, got {array!r}.')
+  return np.asarray(array)
 
 
 def _layer(weights: Mapping[str, np.ndarray], number: int) -> dict[str, jax.Array]:
   suffix = f'l{number}'
   if f'weight_ih_{suffix}' not in weights or f'weight_hh_{suffix}' not in weights:
-    raise ValueError(f'from_torch found no weight_ih_{suffix} and weight_hh_{suffix} among {sorted(weights)}.')
+    raise ValueError(f'from_torch expected weight_ih_{suffix} and weight_hh_{suffix}, got {sorted(weights)}.')
   w_x, w_h = weights[f'weight_ih_{suffix}'].T, weights[f'weight_hh_{suffix}'].T
-  hidden_features, width = w_h.shape
-  if width % hidden_features or width // hidden_features not in _GATES or w_x.shape[1] != width:
-    raise ValueError(f'from_torch cannot tell an LSTM, GRU or RNN from weights of shapes {w_x.T.shape} and {w_h.T.shape}.')
-  zeros = np.zeros(width, w_x.dtype)
-  bias, recurrent_bias = (weights.get(f'bias_{part}_{suffix}', zeros) for part in ('ih', 'hh'))
+  hidden_features, width = w_h.shape if w_h.ndim == 2 else (0, 0)
+  gates = _GATES.get(width // max(hidden_features, 1))
+  if gates is None or width % hidden_features or w_x.ndim != 2 or w_x.shape[1] != width or not w_x.shape[0]:
+    raise ValueError(f'from_torch cannot tell an LSTM, GRU or RNN, got weights of shapes {w_x.T.shape} and {w_h.T.shape}.')
+  biases = [weights.get(f'bias_{part}_{suffix}', np.zeros(width, w_x.dtype)) for part in ('ih', 'hh')]
+  if any(bias.shape != (width,) for bias in biases):
+    raise ValueError(f'from_torch expected biases of shape ({width},), got {[bias.shape for bias in biases]}.')
   params = {'w_x': w_x, 'w_h': w_h}
-  if _GATES[width // hidden_features] == 'GRU':
-    params |= {'bias': bias, 'recurrent_bias': recurrent_bias}
+  if gates == 'GRU':
+    params |= {'bias': biases[0], 'recurrent_bias': biases[1]}
   else:
-    params |= {'bias': bias + recurrent_bias}
+    params |= {'bias': biases[0] + biases[1]}
   return {name: jnp.asarray(value) for name, value in params.items()}

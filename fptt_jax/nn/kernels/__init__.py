@@ -88,7 +88,7 @@ def check_lstm(hidden_features: int, dtype: jax.typing.DTypeLike) -> None:
   """Raises what is wrong if the LSTM's kernel does not serve this size (ValueError) or dtype (TypeError)."""
   if hidden_features not in LSTM_SIZES:
     raise ValueError(f"the LSTM's kernel expected hidden_features to be one of {list(LSTM_SIZES)}, got {hidden_features}.")
-  if dtype != jnp.float32:
+  if jnp.dtype(dtype) != jnp.float32:
     raise TypeError(f"the LSTM's kernel expected float32, got {jnp.dtype(dtype).name}.")
 
 
