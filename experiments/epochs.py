@@ -199,7 +199,8 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
       best_params = group.each(optax.tree.where)(group.pack(improved, bool), params, best_params)
       finish(diverged)
       if config.average_after:
-        on = [averaging.triggered(run.column(f'valid_{task.score}'), config.average_after) for run in group.runs]
+        scores = lambda number: group.runs[number].column(f'valid_{task.score}')
+        on = [n not in ended and averaging.triggered(scores(n), config.average_after) for n in range(len(chosen))]
         state = state._replace(opt_state=group.each(_averaging_if)(group.pack(on, bool), state.opt_state))
       save(state)
     finish(set(range(len(chosen))))

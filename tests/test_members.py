@@ -68,6 +68,21 @@ def test_averaging_starts_for_each_by_itself(tmp_path: Path) -> None:
   assert_same_runs(tmp_path / 'many', tmp_path / 'one', [f'tbptt-seed{seed}' for seed in range(3)], 1e-3)
 
 
+def test_averaging_and_a_run_that_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Its validation score is no number to compare; the other goes on."""
+  make_task, seen = images.make_task, []
+
+  def made(*args: Any) -> Any:
+    task = make_task(*args)
+    validate = lambda params: seen.append(0) or (np.nan if len(seen) == 5 else task.validate(params))
+    return task._replace(validate=validate)
+
+  monkeypatch.setattr(images, 'make_task', made)
+  settings = dict(method=('tbptt',), seeds=(0, 1), epochs=4, optimizer='sgd', average_after=1, devices=1, population=2)
+  _, summaries = images.run(make_config(tmp_path, **settings), str(tmp_path / 'run'))
+  assert [summary['epochs'] for summary in summaries] == [3, 4]
+
+
 def test_one_diverges_and_one_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
   """The others go on to the end; what became of each is said and kept, the best weights of the one that stopped included."""
   settings = dict(method=('tbptt',), optimizer='sgd', momentum=0.9, epochs=3, devices=1, milestones=(1,), min_lr=0.005)
