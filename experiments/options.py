@@ -8,7 +8,8 @@ from pathlib import Path
 import shlex
 import sys
 import time
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 import jax
@@ -81,24 +82,33 @@ def run(
     try:
       main(config)
     except UserError as error:
-      raise SystemExit(f'error: {error}') from error
+      _leave(f'error: {error}', 1)
     except stopping.Stopped as stopped:
       _tell(f'{stopped}; go on by\n  {shlex.join(again)}')
       raise SystemExit(stopping.EXIT_CODE) from stopped
-    except jax.errors.JaxRuntimeError as error:
+    except KeyboardInterrupt:
+      _leave(f'cut off by Ctrl-C; go on from the last checkpoint by\n  {shlex.join(again)}', 130)
+    except Exception as error:
       if jax.process_count() == 1:
         raise
-      _tell(f'error: {error}\nIf another process has ended, start all of them again; they go on by\n  {shlex.join(again)}')
-      os._exit(1)  # An orderly end would wait for the others.
-    except KeyboardInterrupt as interrupt:
-      _tell(f'cut off by Ctrl-C; go on from the last checkpoint by\n  {shlex.join(again)}')
-      raise SystemExit(130) from interrupt
+      if not isinstance(error, jax.errors.JaxRuntimeError):  # Those come of others' ends.
+        traceback.print_exc()
+      _leave(f'error: {error}\nIf another process has ended, start all of them again; they go on by\n  {shlex.join(again)}', 1)
 
   app.run(parsed)
 
 
 def _script() -> str:
   return Path(sys.argv[0]).stem
+
+
+def _leave(text: str, code: int) -> NoReturn:
+  """Ends this process with a last word; at once if it is one of several, since an orderly end waits for the others."""
+  _tell(text)
+  if jax.process_count() > 1:
+    sys.stdout.flush()
+    os._exit(code)
+  raise SystemExit(code)
 
 
 def _tell(text: str) -> None:

@@ -89,6 +89,8 @@ class Recipe:
     given = [self.num_processes is not None, self.process_id is not None]
     check(not self.coordinator or all(given), 'coordinator', self.coordinator, 'given with --num_processes and --process_id')
     check(self.num_processes is None or self.num_processes >= 1, 'num_processes', self.num_processes, 'at least 1')
+    alone = not self.coordinator and (self.num_processes or 1) > 1
+    check(not alone, 'num_processes', self.num_processes, '1 without --coordinator')
     inside = 0 <= (self.process_id or 0) < (self.num_processes or 1) or not any(given)
     check(inside, 'process_id', self.process_id, f'from 0 to {(self.num_processes or 1) - 1}, one less than --num_processes')
     check(self.keep >= 2, 'keep', self.keep, 'at least 2: runs side by side may have to go back by one')

@@ -223,12 +223,11 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   for name in NO_SETTINGS:
     described.pop(name, None)
   described['sha256'] = hashlib.sha256(json.dumps(_settings(described), sort_keys=True).encode()).hexdigest()
-  processes.told(_claim, folder, described, config.override_resume)
-  return folder
+  return Path(processes.told(_claim, folder, described, config.override_resume))
 
 
-def _claim(folder: Path, described: dict[str, Any], override: bool) -> None:
-  """Writes config.json, or checks what is there."""
+def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
+  """Writes config.json, or checks what is there; the folder is the first process's: those of others may have another date."""
   path, overrides = folder / 'config.json', []
   try:
     if path.exists():
@@ -247,6 +246,7 @@ def _claim(folder: Path, described: dict[str, Any], override: bool) -> None:
     write_json(path, {**described, 'overrides': overrides})
   except OSError as error:
     raise UserError(f'cannot write to --workdir={folder}: {error}') from error
+  return str(folder)
 
 
 def _settings(described: dict[str, Any]) -> dict[str, Any]:
@@ -386,9 +386,16 @@ def make_folder(path: str) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-  """Writes it whole or not at all."""
-  with replaced(path) as file:
-    file.write(json.dumps(content, indent=2) + '\n')
+  """Writes it whole or not at all.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  try:
+    with replaced(path) as file:
+      file.write(json.dumps(content, indent=2) + '\n')
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {error}. The same command goes on from what is saved.') from error
 
 
 @contextlib.contextmanager

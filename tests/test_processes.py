@@ -103,6 +103,7 @@ def test_alone_all_is_as_if_there_were_no_others() -> None:
       dict(coordinator='localhost:1', num_processes=2, process_id=2),
       '--process_id must be from 0 to 1, one less than --num_processes',
     ),
+    (dict(num_processes=2, process_id=1), '--num_processes must be 1 without --coordinator, got 2'),
     (dict(num_processes=0), '--num_processes must be at least 1, got 0'),
     (dict(shard_params=True), '--shard_params must be false without --data_parallel'),
     (dict(data_parallel=True, population=2), '--data_parallel must be without --population and --devices'),
@@ -112,6 +113,38 @@ def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: s
   """What was got and what was expected."""
   with pytest.raises(ValueError, match=message):
     recipe.Recipe(**settings)
+
+
+ONE_OF_TWO = """
+import atexit, jax
+from experiments import add_task, options
+jax.process_count = lambda: 2
+atexit.register(print, 'waited for the other')
+def fail(config):
+  raise {}
+options.run(fail, add_task.Config)
+"""
+
+
+@pytest.mark.parametrize(
+  ('error', 'said', 'code'),
+  [
+    ("options.UserError('no data')", 'error: no data', 1),
+    ("OSError('gone')", 'OSError: gone', 1),
+    ('KeyboardInterrupt', 'Ctrl-C', 130),
+  ],
+)
+def test_one_of_several_that_fails_does_not_wait_for_the_others(error: str, said: str, code: int) -> None:
+  """They wait for it: only its end ends them."""
+  ended = subprocess.run([sys.executable, '-c', ONE_OF_TWO.format(error)], capture_output=True, text=True, check=False)
+  assert (ended.returncode, ended.stdout) == (code, ''), ended.stderr
+  assert said in ended.stderr
+
+
+def test_all_processes_write_to_the_folder_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Without --workdir each names one after its own clock."""
+  monkeypatch.setattr(processes, 'told', lambda *args: str(tmp_path / 'first'))
+  assert runs.open_workdir(str(tmp_path / 'second'), 'add_task', add_task.Config()) == tmp_path / 'first'
 
 
 @pytest.mark.parametrize('shard_params', [False, True])

@@ -170,6 +170,17 @@ def test_a_full_disk_while_metrics_are_written(tmp_path: Path) -> None:
   run.close()
 
 
+def test_a_full_disk_when_a_run_has_ended(tmp_path: Path) -> None:
+  """Its result is made again by the same command."""
+  config, result = add_task.Config(**TINY), tmp_path / 'fptt-seed0' / 'result.json.tmp'
+  result.parent.mkdir()
+  result.symlink_to('/dev/full')
+  with pytest.raises(UserError, match=r'cannot write .*/fptt-seed0/result\.json: .*No space left on device\. The same command'):
+    add_task.run(config, str(tmp_path))
+  result.unlink()
+  assert add_task.run(config, str(tmp_path))[1][0]['batches'] == 6
+
+
 def test_other_settings_by_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
   """Refused, with what differs; or taken, said and kept: the learning rate is the new one, a run that had ended goes on."""
   config = add_task.Config(optimizer='sgd', decay=False, **TINY)
