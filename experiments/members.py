@@ -268,13 +268,15 @@ class Population:
   def save(self, step: int, carry: Any, records: dict[int, dict[str, Any]]) -> None:
     """Saves the runs that have a record, by number, in the background: none before all have been saved the last time.
 
+    A run that is lost keeps the checkpoint from before.
+
     Raises:
       Stopped: a signal asked for it; all is saved.
     """
     for run in self.runs:
       run.wait()
     for number, member_carry in enumerate(self.unstack(carry)):
-      if number in records:
+      if number in records and number not in self.lost:
         self.runs[number].save(step, member_carry, **records[number])
     self._saved = time.monotonic()
     if processes.agreed(stopping.requested() is not None):

@@ -186,6 +186,15 @@ def test_what_is_not_finite_ends_a_run(tmp_path: Path, monkeypatch: pytest.Monke
   assert capsys.readouterr().out.count(lost) == 2
 
 
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """A checkpoint by the clock right then: --override_resume with a lower rate goes on from finite weights."""
+  monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
+  config = add_task.Config(method=('fptt',), **{**TINY, 'batches': 40, 'eval_every': 40}, chunk=1, checkpoint_minutes=1e-9)
+  _, [summary] = add_task.run(config, str(tmp_path))
+  finite = int(re.search(r'update (\d+)\)', summary['lost'])[1]) // 3
+  assert runs.saved_steps(tmp_path / 'fptt-seed0')[-1] == finite
+
+
 def test_what_is_not_finite_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """The run goes on as if these batches were not; their updates are counted, through a stop and a resumption as well."""
   monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
