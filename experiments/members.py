@@ -67,7 +67,7 @@ def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Call
     train: trains runs of one method; each is ended by :func:`end`.
 
   Raises:
-    Stopped: a signal asked for it; all is saved.
+    Stopped: a signal asked for it, be it after the last batch; all is saved.
   """
   everyone = members(config)
 
@@ -84,6 +84,8 @@ def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Call
           train([everyone[number] for number in group])
         except runs.Broken as broken:  # Set aside: what is left is looked at anew.
           print(f'warning: {broken}', file=sys.stderr, flush=True)
+    if processes.agreed(stopping.requested() is not None):  # Too late for the last run, not for what the caller would do next.
+      raise stopping.Stopped(f'stopped by {stopping.requested() or "another process"}, all these runs have ended')
   results = processes.told(lambda: [{'run': member.name, **runs.read_json(_result(folder, member))} for member in everyone])
   return [{name: value for name, value in result.items() if name != 'config_sha256'} for result in results]
 

@@ -88,6 +88,20 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(
   assert_same(tmp_path, whole, family(tmp_path, **settings, **clock)('cut'))
 
 
+def test_a_signal_after_the_last_batch_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """A script of several such runs would go on with the next."""
+  end = add_task.end
+
+  def interrupted(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    end(*args)
+
+  monkeypatch.setattr(add_task, 'end', interrupted)
+  with pytest.raises(stopping.Stopped, match='stopped by SIGTERM, all these runs have ended'):
+    adding(tmp_path)('run')
+  assert (tmp_path / 'run' / 'fptt-seed0' / 'result.json').exists()
+
+
 def assert_same(folder: Path, whole: list[dict[str, Any]], cut: list[dict[str, Any]]) -> None:
   """Results, metrics and the weights last saved are the very same, but for the clock."""
   assert [{**summary, 'seconds': 0} for summary in cut] == [{**summary, 'seconds': 0} for summary in whole]
