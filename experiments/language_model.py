@@ -262,7 +262,8 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
   def test(params: Any) -> dict[str, float]:
     scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
     if config.dynamic_evaluation:
-      best, found = adapted(config, model, loss, jax.device_put(params, jax.local_devices()[0]), text)
+      here = jax.device_put(jax.tree.map(processes.whole, params), jax.local_devices()[0])
+      best, found = adapted(config, model, loss, here, text)
       scores |= {f'dynamic_valid_{score}': to_score(config, best), f'dynamic_test_{score}': to_score(config, found)}
     return scores
 

@@ -18,6 +18,9 @@ import optax
 from experiments import processes, recipe, runs, stopping
 import fptt_jax
 
+REMEMBERED = 1000
+"""Batches in which a lambda that runs away is looked for."""
+
 
 class Member(NamedTuple):
   """One run.
@@ -83,7 +86,7 @@ def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Call
         try:
           train([everyone[number] for number in group])
         except runs.Broken as broken:  # Set aside: what is left is looked at anew.
-          print(f'warning: {broken}', file=sys.stderr, flush=True)
+          warn(str(broken))
     if processes.agreed(stopping.requested() is not None):  # Too late for the last run, not for what the caller would do next.
       raise stopping.Stopped(f'stopped by {stopping.requested() or "another process"}, all these runs have ended')
   results = processes.told(lambda: [{'run': member.name, **runs.read_json(_result(folder, member))} for member in everyone])
@@ -96,10 +99,16 @@ def end(folder: Path, member: Member, summary: dict[str, Any]) -> None:
   processes.told(lambda: runs.write_json(_result(folder, member), {**described, 'config_sha256': runs.config_sha256(folder)}))
 
 
+def warn(text: str) -> None:
+  """Says it once, however many processes there are."""
+  if processes.is_first():
+    print(f'warning: {text}', file=sys.stderr, flush=True)
+
+
 def has_ended(folder: Path, member: Member) -> bool:
   """Whether a run has come to its end under the folder's configuration."""
   result = _result(folder, member)
-  return result.exists() and runs.read_json(result)['config_sha256'] == runs.config_sha256(folder)
+  return result.exists() and runs.read_json(result).get('config_sha256') == runs.config_sha256(folder)
 
 
 def _result(folder: Path, member: Member) -> Path:
@@ -234,12 +243,13 @@ class Population:
         continue
       norms = self._norms[number]
       norms.extend(zip(own.lambda_norm.tolist(), own.grad_norm.max(1).tolist(), strict=True))
+      del norms[:-REMEMBERED]
       lambdas, gradients = np.array(norms).T
       if number not in self._warned and fptt_jax.lambda_diverges(lambdas, gradients[:, None]):
         self._warned.add(number)
         known = '' if radius is None else f", the recursion's spectral radius {radius:.3g}"
         text = f'lambda runs away: its norm is {lambdas[-1]:.3g} after batch {batches + len(own.loss):,}{known}; lower lr * alpha'
-        print(f'warning: {member.label}: {text}', file=sys.stderr, flush=True)
+        warn(f'{member.label}: {text}')
 
   def all_lost(self, going: Iterable[int]) -> bool:
     """Whether none of these runs, by number, is worth going on with."""

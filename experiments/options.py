@@ -87,7 +87,7 @@ def run(
       _tell(f'{stopped}; go on by\n  {shlex.join(again)}')
       raise SystemExit(stopping.EXIT_CODE) from stopped
     except KeyboardInterrupt:
-      _leave(f'cut off by Ctrl-C; go on from the last checkpoint by\n  {shlex.join(again)}', 130)
+      _leave(f'cut off by Ctrl-C; what was saved is used again by\n  {shlex.join(again)}', 130)
     except Exception as error:
       if jax.process_count() == 1:
         raise

@@ -40,6 +40,10 @@ JOINING = ('method', 'seeds', 'grid')
 """What may differ from command to command in one folder: each run has a folder of its own there."""
 
 
+RECORDED = {'seconds', 'lines', 'config_sha256', 'arrays', 'sha256'}
+"""What is kept beside each carry, whatever the script adds."""
+
+
 class Broken(Exception):
   """A checkpoint cannot be read, or does not hold what was saved; it has been set aside, and the text says so."""
 
@@ -72,6 +76,8 @@ class Run:
     """
     record = self._read(step, record=ocp.args.JsonRestore()).record if step else {}
     if step:
+      if not isinstance(record, dict) or not record.keys() >= RECORDED:
+        self._set_aside(step, 'its record is not one of ours')
       self._check_fits(step, record, carry)
       carry = self._read(step, carry=ocp.args.StandardRestore(carry)).carry
       if fingerprint(carry) != record['sha256']:
@@ -97,7 +103,11 @@ class Run:
     found, reason = None, ''
     try:
       found = self._checkpoints.restore(step, args=ocp.args.Composite(**arguments))
+    except (MemoryError, jax.errors.JaxRuntimeError):  # Not the checkpoint's fault.
+      raise
     except Exception as error:  # Of many types, one for each way to be broken.
+      if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        raise UserError(f'cannot read {self.folder}: {_reason(error)}.') from error
       reason = _reason(error)
     if processes.agreed(bool(reason)):
       self._set_aside(step, reason or 'another process cannot read it')
@@ -105,12 +115,12 @@ class Run:
 
   def _set_aside(self, step: int, reason: str) -> NoReturn:
     self._checkpoints.close()
-    target = Path(processes.told(self._move, step))
-    last = max(saved_steps(self.folder), default=0)
-    raise Broken(
-      f'{self.folder}: the checkpoint after step {step} is broken ({reason}); set aside as {target.relative_to(self.folder)}, '
-      + (f'going on from the one after step {last}' if last else 'starting anew')
-    )
+    before = [saved for saved in saved_steps(self.folder) if saved != step]
+    which = f'{self.folder}: the checkpoint after step {step} is broken ({reason})'
+    if not before:
+      raise UserError(f'{which}, and there is no other. Delete {self.folder} to start this run anew.')
+    target = Path(processes.told(self._move, step)).relative_to(self.folder)
+    raise Broken(f'{which}; set aside as {target}, going on from the one after step {before[-1]}')
 
   def _move(self, step: int) -> str:
     target = self.folder / 'broken' / f'{step}-{time.strftime("%Y%m%d-%H%M%S")}'
@@ -223,6 +233,10 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   for name in NO_SETTINGS:
     described.pop(name, None)
   described['sha256'] = hashlib.sha256(json.dumps(_settings(described), sort_keys=True).encode()).hexdigest()
+  alike = {name: value for name, value in dataclasses.asdict(config).items() if name not in ('workdir', 'data_dir', 'process_id')}
+  settings = json.loads(json.dumps(alike))
+  if processes.agreed(processes.told(lambda: settings) != settings):
+    raise UserError('the processes were started with different settings; only --process_id and folders may differ.')
   return Path(processes.told(_claim, folder, described, config.override_resume))
 
 

@@ -106,7 +106,7 @@ def test_alone_all_is_as_if_there_were_no_others() -> None:
     (dict(num_processes=2, process_id=1), '--num_processes must be 1 without --coordinator, got 2'),
     (dict(num_processes=0), '--num_processes must be at least 1, got 0'),
     (dict(shard_params=True), '--shard_params must be false without --data_parallel'),
-    (dict(data_parallel=True, population=2), '--data_parallel must be without --population and --devices'),
+    (dict(data_parallel=True, population=2), '--population must be not given, nor --devices, with --data_parallel'),
   ],
 )
 def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: str) -> None:

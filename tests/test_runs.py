@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 import resource
+import shutil
 from typing import Any
 
 from interruption import interrupted_at
@@ -88,21 +89,54 @@ def test_a_broken_checkpoint_is_set_aside(tmp_path: Path, damage: Callable[[Path
 
 
 def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-  """A whole script: one broken checkpoint, then all; it says so and ends with the numbers of a run that nothing befell."""
+  """A whole script: it says so and ends with the numbers of a run that nothing befell; without one it does nothing."""
   config = add_task.Config(**TINY)
   add_task.run(config, str(tmp_path / 'whole'))
   expected = json.loads((tmp_path / 'whole' / 'fptt-seed0' / 'result.json').read_text()) | {'seconds': 0}
-  for broken in ([4], [4, 2]):
-    folder = tmp_path / f'cut{len(broken)}'
-    with interrupted_at(3):
-      add_task.run(config, str(folder))
-    for step in broken:
-      flip(largest(folder / 'fptt-seed0' / 'checkpoints' / str(step)))
-    capsys.readouterr()
+  folder = tmp_path / 'cut'
+  with interrupted_at(3):
     add_task.run(config, str(folder))
-    said = capsys.readouterr().err
-    assert ('going on from the one after step 2' in said, 'starting anew' in said) == (True, 2 in broken)
-    assert json.loads((folder / 'fptt-seed0' / 'result.json').read_text()) | {'seconds': 0} == expected
+  shutil.copytree(folder, tmp_path / 'lost')
+  flip(largest(folder / 'fptt-seed0' / 'checkpoints' / '4'))
+  capsys.readouterr()
+  add_task.run(config, str(folder))
+  assert 'going on from the one after step 2' in capsys.readouterr().err
+  assert json.loads((folder / 'fptt-seed0' / 'result.json').read_text()) | {'seconds': 0} == expected
+  lost = tmp_path / 'lost' / 'fptt-seed0'
+  for step in (2, 4):
+    flip(largest(lost / 'checkpoints' / str(step)))
+  metrics = (lost / 'metrics.jsonl').read_text()
+  for _ in range(2):
+    with pytest.raises(UserError, match=r'after step 2 is broken \(.*\), and there is no other\. Delete .*fptt-seed0 to'):
+      add_task.run(config, str(tmp_path / 'lost'))
+  assert (lost / 'metrics.jsonl').read_text() == metrics
+
+
+@pytest.mark.parametrize('error', [MemoryError(), jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')])
+def test_what_is_not_the_checkpoints_fault_sets_nothing_aside(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+  """A device without room today."""
+  folder = saved_run(tmp_path, 1, 2)
+  run = runs.Run(folder)
+
+  def fail(*args: Any, **kwargs: Any) -> None:
+    raise error
+
+  monkeypatch.setattr(run._checkpoints, 'restore', fail)
+  with pytest.raises(type(error)):
+    run.restore(2, CARRY)
+  run.close()
+  assert runs.saved_steps(folder) == [1, 2]
+
+
+@pytest.mark.parametrize('record', ['{}', '[]'])
+def test_a_record_of_something_else_is_broken(tmp_path: Path, record: str) -> None:
+  """JSON, but not what was saved."""
+  folder = saved_run(tmp_path, 1, 2)
+  (folder / 'checkpoints' / '2' / 'record' / 'metadata').write_text(record)
+  with pytest.raises(runs.Broken, match=r'after step 2 is broken \(its record is not one of ours\)'):
+    runs.Run(folder).restore(2, CARRY)
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
