@@ -99,7 +99,7 @@ def test_the_permutation_is_fixed_and_kept_with_the_run(tmp_path: Path, monkeypa
   assert order != list(range(25))
   sequences, _ = images.load(config)
   for examples in sequences.splits:
-    batch = sequences.read(tuple(examples), np.arange(2), with_ids=False)
+    batch = sequences.read(examples.images[:2], examples.labels[:2], None)
     flat = examples.images[:2].reshape(2, 25)[:, order]
     np.testing.assert_allclose(batch.inputs[..., 0].T, (flat / 255 - 0.1307) / 0.3081, rtol=1e-5)
 
