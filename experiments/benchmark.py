@@ -5,9 +5,10 @@
 
 It runs on whatever JAX finds; on a GPU PyTorch runs there too, also as a CUDA graph. 'rivals' times one training batch of each
 case by each system: all in this process, taking turns, after two calls to warm up; minimum and median over the rounds. On a CPU
-PyTorch runs with one thread and with as many as there are cores, and the better of the two counts. A matrix product timed in each
-round tells whether the machine was quiet. 'growth' measures time against T, K, H and B, the time of an update in steps (C),
-compile times and the memory a step needs beside its arguments. 'population' times R members side by side against a run by itself.
+PyTorch runs with one thread and with as many as there are cores, and the better of the two counts. Only 'ours' computes the logits
+of a window a few steps at a time. A matrix product timed in each round tells whether the machine was quiet. 'growth' measures time
+against T, K, H and B, the time of an update in steps (C), compile times and the memory a step needs beside its arguments.
+'population' times R members side by side against a run by itself.
 All in float32, products on a GPU too unless --precision says otherwise.
 """
 

@@ -142,10 +142,11 @@ def _read(field: Any, value: Any) -> Any:
   items: list[int] = []
   for text in value:
     parts = [part.strip() for part in text.split(':')]
-    is_given = len(parts) <= 2 and all(part.isdecimal() and len(part) <= len(str(MOST)) for part in parts)
-    numbers = [int(part) for part in parts] if is_given else []
+    are_integers = len(parts) <= 2 and all(part.isdecimal() and len(part) <= len(str(MOST)) for part in parts)
+    numbers = [int(part) for part in parts] if are_integers else []
     found = range(*numbers) if len(numbers) == 2 else numbers
-    check(0 < len(found) <= MOST_RUNS, field.name, text, f'integers, or a range such as 0:3, of at most {MOST_RUNS}')
+    check(len(found) > 0, field.name, text, 'integers, or a range such as 0:3')
+    check(len(found) <= MOST_RUNS, field.name, text, f'at most {MOST_RUNS} numbers')
     items.extend(found)
   return tuple(items)
 

@@ -15,11 +15,13 @@ import optax
 
 from fptt_jax.checks import (
   HUGE,
+  MOST,
   as_number,
   check_array,
   check_arrays,
   check_callable,
   check_flag,
+  check_integer,
   check_like,
   check_size,
 )
@@ -639,8 +641,9 @@ def _resolve(
     name = 'custom'
     for flag in ('regularised', 'update_each_window', 'whole_gradient', 'final_steps_only'):
       check_flag(f'method.{flag}', getattr(method, flag))
-    if method.num_windows not in (None, 'T'):
-      method = method._replace(num_windows=check_size('method.num_windows', method.num_windows))
+    windows = method.num_windows
+    if windows is not None and not (isinstance(windows, str) and windows == 'T'):
+      method = method._replace(num_windows=check_integer('method.num_windows', windows, 1, MOST, "an integer >= 1, 'T' or None"))
   elif isinstance(method, str) and method in METHODS:
     name, method = method, METHODS[method]
   else:
@@ -679,10 +682,14 @@ def _check_types(model: Model, loss: Loss, optimizer: optax.GradientTransformati
     raise TypeError(f'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for your own), got {loss!r}.')
   if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
     raise TypeError(f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.')
-  for which, parts in (('model', model), ('loss', loss)):
-    for name, part in parts._asdict().items():
-      if name not in ('split', 'last_only') and not (name in ('apply_last', 'per_step') and part is None):
-        check_callable(f'{which}.{name}', part)
+  optional = {'model.apply_last': model.apply_last, 'loss.per_step': loss.per_step}
+  functions = {f'model.{name}': getattr(model, name) for name in ('init', 'initial_state', 'apply')}
+  functions |= {f'loss.{name}': getattr(loss, name) for name in ('init', 'apply', 'measure', 'end_epoch', 'check')}
+  functions |= {name: part for name, part in optional.items() if part is not None}
+  for name, function in functions.items():
+    check_callable(name, function)
+  if model.split is not None and not isinstance(model.split, Split):
+    raise TypeError(f'model.split must be a fptt_jax.Split or None, got {model.split!r}.')
 
 
 def _check_type(name: str, value: Any, expected: type) -> None:

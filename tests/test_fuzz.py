@@ -757,6 +757,7 @@ TRAINER = dict(
     lambda value: isinstance(value, str) and value in fptt_jax.METHODS,
     (
       fptt_jax.Method(False, True, False, num_windows=2.5),
+      fptt_jax.Method(False, True, False, num_windows=np.ones(2)),
       fptt_jax.Method('yes', True, False),
       (False, True, False, None, False, ''),
     ),

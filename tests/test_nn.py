@@ -625,13 +625,18 @@ def test_readout_gives_any_steps_of_the_whole_window(tail, expected):
   if not expected:
     assert model.split is None
     return
-  params, state = model.init(KEY), model.initial_state(3)
+  params, state = quick(model.init)(KEY), model.initial_state(3)
   x = jax.random.normal(KEY, (5, 3, 2))
-  end, whole = model.apply(params, state, x, None, KEY)
-  split_end, features = model.split.features(params, state, x, None, KEY)
-  chex.assert_trees_all_equal(split_end, end)
-  if isinstance(whole, fptt_jax.Penalised):
-    chex.assert_trees_all_equal(features.penalty, whole.penalty)
-    whole, features = whole.outputs, features.outputs
-  some = model.split.readout(params, features[1:3], KEY)
-  np.testing.assert_allclose(some, whole[1:3], rtol=0, atol=1e-6)  # Numbers of about 1, sums of 4 products.
+
+  @quick
+  def run(params):
+    split_end, features = model.split.features(params, state, x, None, KEY)
+    penalised = isinstance(features, fptt_jax.Penalised)
+    some = model.split.readout(params, (features.outputs if penalised else features)[1:3], KEY)
+    end, outputs = model.apply(params, state, x, None, KEY)
+    parts = (split_end, fptt_jax.Penalised(some, features.penalty) if penalised else some)
+    whole = (end, outputs._replace(outputs=outputs.outputs[1:3]) if penalised else outputs[1:3])
+    return parts, whole
+
+  parts, whole = run(params)
+  chex.assert_trees_all_close(parts, whole, rtol=0, atol=1e-6)  # Numbers of about 1, sums of 4 products.

@@ -380,7 +380,8 @@ class Stack(nnx.Module):
   (`nnx.Embed`, `nnx.Linear`, an activation function).
 
   Its state is a tuple of the recurrent layers' states. Dropout layers draw a fresh mask for each step and unit and are off in
-  evaluation (key None). Penalties that layers return with their outputs (:class:`fptt_jax.Penalised`) are summed.
+  evaluation (key None). Penalties that layers return with their outputs (:class:`fptt_jax.Penalised`) are summed. The layers at its
+  end that act on each step alone are its readout, which the trainer may run on a few steps at a time (`readout_steps`).
 
   Example:
     >>> from flax import nnx
