@@ -4,6 +4,7 @@ Each has its folder, its metrics and its checkpoints as if it were alone, so a r
 """
 
 from collections.abc import Callable, Iterable, Iterator
+import math
 from pathlib import Path
 import sys
 import time
@@ -216,7 +217,7 @@ class Population:
       records.append(record)
     if recipe.over_all_devices(self.members[0].config):
       leaves = jax.tree.leaves((state.params, state.opt_state))
-      here = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / 1e6
+      here = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves) / 1e6
       whole = sum(leaf.nbytes for leaf in leaves) / 1e6
       print(f'weights and optimiser state: {whole:.3g} MB, {here:.3g} MB on each of {jax.device_count()} devices')
     return step, self.stack(carries), records

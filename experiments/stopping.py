@@ -30,7 +30,8 @@ def heeded() -> Iterator[None]:
     # Not print: the signal may have come in the middle of one.
     os.write(2, f'\n{_noted[-1]}: stopping after the batches under way; once more stops at once\n'.encode())
 
-  before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+  heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]  # As nohup does.
+  before = {number: signal.signal(number, note) for number in heard}
 
   def restore() -> None:
     for number, handler in before.items():

@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_kills import FAMILIES
+from test_kills import FAMILIES, run_here
 from test_stopping import last_saved
 
-from experiments import add_task, images, language_model, options, processes, recipe, runs, smoke
-
-SCRIPTS: dict[str, Any] = {'add_task': add_task, 'images': images, 'language_model': language_model}
+from experiments import add_task, images, options, processes, recipe, runs, smoke
 
 
 def pair(family: str, folder: Path, *flags: str) -> list[subprocess.Popen[str]]:
@@ -47,9 +45,8 @@ def finish(started: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
   return [(process.returncode, *texts) for process, texts in zip(started, ended, strict=True)]
 
 
-@pytest.mark.parametrize(
-  'family', ['add_task', *[pytest.param(name, marks=pytest.mark.slow) for name in ('images', 'language_model')]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('family', FAMILIES)
 def test_one_of_two_processes_is_killed_and_both_go_on(tmp_path: Path, family: str) -> None:
   """The survivor ends with a message, not silently and not never; started again, the two end with the numbers of one process that
   has two devices; one of them speaks."""
@@ -72,9 +69,7 @@ def test_one_of_two_processes_is_killed_and_both_go_on(tmp_path: Path, family: s
   assert 'fptt seed 0' in output
   assert other_output == ''
 
-  settings = {**FAMILIES[family], 'method': ('fptt',), **({'row': True} if family == 'images' else {})}
-  config = SCRIPTS[family].Config(**settings, **data, devices=2)
-  _, [expected] = SCRIPTS[family].run(config, str(tmp_path / 'one'))
+  [expected] = run_here(family, tmp_path, 'one', devices=2)
   rows = [runs.read_jsonl(tmp_path / name / 'fptt-seed0' / 'metrics.jsonl') for name in ('pair', 'one')]
   assert len(rows[0]) == len(rows[1])
   for got, wanted in zip(*rows, strict=True):
@@ -143,7 +138,7 @@ def test_one_of_several_that_fails_does_not_wait_for_the_others(error: str, said
 
 def test_all_processes_write_to_the_folder_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """Without --workdir each names one after its own clock."""
-  monkeypatch.setattr(processes, 'told', lambda *args: str(tmp_path / 'first'))
+  monkeypatch.setattr(processes, 'told', lambda function, *args: str(tmp_path / 'first') if args else function())
   assert runs.open_workdir(str(tmp_path / 'second'), 'add_task', add_task.Config()) == tmp_path / 'first'
 
 

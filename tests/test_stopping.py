@@ -17,6 +17,7 @@ ADDING = dict(method=('fptt',), seq_len=12, hidden=4, batch_size=8, batches=12, 
 
 def test_a_first_signal_is_noted_and_a_second_acts() -> None:
   """Ctrl-C twice is Ctrl-C; afterwards all is as it was before."""
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored where the tests run in the background.
   before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
   with stopping.heeded():
     assert stopping.requested() is None
@@ -49,7 +50,6 @@ BY_THE_CLOCK = dict(checkpoint_minutes=1e-9)
 @pytest.mark.parametrize(
   ('family', 'settings', 'clock'),
   [
-    (adding, {}, {}),
     (adding, dict(seeds=(0, 1), population=2, devices=1), BY_THE_CLOCK),
     (epochs_of_images, {}, BY_THE_CLOCK),
     (epochs_of_text, dict(random_lengths=True), {}),
