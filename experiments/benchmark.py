@@ -272,7 +272,7 @@ def plot_population(path: Path, rows: list[dict[str, Any]]) -> None:
   axes.set(xlabel='R, members side by side', ylabel='throughput / that of one alone', xscale='log', yscale='log')
   axes.grid(alpha=0.3, which='both')
   axes.legend()
-  figure.savefig(path, dpi=120)
+  runs.save_figure(figure, path)
 
 
 def update_steps(rows: list[dict[str, Any]], num_steps: int) -> float:
@@ -297,7 +297,7 @@ def plot_rivals(path: Path, rows: list[dict[str, Any]]) -> None:
   axes.set_xticks(np.arange(len(cases)) + 0.4, cases)
   axes.grid(alpha=0.3, axis='y', which='both')
   axes.legend()
-  figure.savefig(path, dpi=120)
+  runs.save_figure(figure, path)
 
 
 def plot_growth(path: Path, growth: dict[str, list[dict[str, Any]]]) -> None:
@@ -311,7 +311,7 @@ def plot_growth(path: Path, growth: dict[str, list[dict[str, Any]]]) -> None:
     axes.set(xlabel=name, xscale='log', yscale='log')
     axes.grid(alpha=0.3, which='both')
     axes.legend()
-  figure.savefig(path, dpi=120)
+  runs.save_figure(figure, path)
 
 
 def main(config: Config) -> None:
@@ -345,7 +345,7 @@ def main(config: Config) -> None:
 def keep(folder: Path, name: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
   """Writes rows as JSON and as a table."""
   runs.write_json(folder / f'{name}.json', about | {'lines': rows})
-  (folder / f'{name}.txt').write_text(tabulate(rows, 'keys', floatfmt='.3g') + '\n')
+  runs.write_text(folder / f'{name}.txt', tabulate(rows, 'keys', floatfmt='.3g') + '\n')
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import numpy as np
 import optax
 
-from experiments import add_task, recipe
+from experiments import add_task, recipe, runs
 import fptt_jax
 
 FTRL_STEPS = 64
@@ -29,6 +29,7 @@ def measure(
   *,
   num_windows: int | None,
   repeats: int,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
   """Costs of training on one batch by one method.
 
@@ -40,6 +41,7 @@ def measure(
     batch: what is trained on, again and again.
     num_windows: K; None for methods that fix it.
     repeats: timed calls of each program, the two taking turns; medians are reported.
+    mesh: devices to split the batch over, as for the trainer.
 
   Returns:
     gradient_ms: a step without its updates. update_ms: what the updates add; a difference of two medians, so below the noise it
@@ -49,10 +51,10 @@ def measure(
   # The norm of the gradient, a metric, keeps it from being left out as unused.
   setting = fptt_jax.METHODS[method]._replace(regularised=False)
   gradient, gradient_state, _ = compile_step(
-    fptt_jax.trainer(model, loss, optax.set_to_zero(), method=setting, num_windows=num_windows), batch
+    fptt_jax.trainer(model, loss, optax.set_to_zero(), method=setting, num_windows=num_windows, mesh=mesh), batch
   )
   full, full_state, compile_s = compile_step(
-    fptt_jax.trainer(model, loss, make_optimizer(method), method=method, num_windows=num_windows), batch
+    fptt_jax.trainer(model, loss, make_optimizer(method), method=method, num_windows=num_windows, mesh=mesh), batch
   )
   batch = jax.device_put(batch)
   seconds = []
@@ -171,4 +173,4 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     axes.set(xlabel='T', ylabel=ylabel, xscale='log', yscale='log')
     axes.grid(alpha=0.3, which='both')
     axes.legend()
-  figure.savefig(path, dpi=120)
+  runs.save_figure(figure, path)

@@ -158,6 +158,7 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
   def finish(numbers: set[int]) -> None:
     best = group.unstack(best_params)
     for number in numbers - ended:
+      group.runs[number].wait()  # What comes now may take long, and be stopped.
       lost = {'lost': group.lost[number]} if number in group.lost else {}
       end(folder, chosen[number], extra | _summary(task, group.runs[number], records[number], best[number]) | lost)
     ended.update(numbers)

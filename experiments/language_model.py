@@ -240,12 +240,13 @@ def adapted(config: Config, model: fptt_jax.Model, loss: fptt_jax.Loss, params: 
   """(validation, test) cross-entropy by dynamic evaluation, its settings chosen on the validation text."""
   segment = 20 if config.by_characters else dynamic_evaluation.SEGMENT
   steps = -(-config.seq_len // segment) * segment
-  training = streams.sequences(text.train, steps, config.batch_size)
+  training = processes.until_stopped(streams.sequences(text.train, steps, config.batch_size))
   rms = dynamic_evaluation.gradient_statistics(model, loss, params, training, segment=segment)
   evaluate = dynamic_evaluation.evaluator(model, loss, params, rms, segment=segment)
   read = lambda tokens: list(streams.sequences(tokens, EVALUATION_STEPS // segment * segment, 1))
-  best = dynamic_evaluation.tune(evaluate, read(text.valid[: config.dynamic_tokens or None]))[0]
-  return best.nats, evaluate(read(text.test), best.learning_rate, best.decay)
+  heeding = lambda batches, *settings: evaluate(processes.until_stopped(batches), *settings)
+  best = dynamic_evaluation.tune(heeding, read(text.valid[: config.dynamic_tokens or None]))[0]
+  return best.nats, heeding(read(text.test), best.learning_rate, best.decay)
 
 
 def make_task(config: Config, text: Text, method: str, members: int) -> epochs.Task:

@@ -78,18 +78,22 @@ def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Call
   def next_group(method: str) -> list[int]:
     """Who is trained next, by number; nobody when all have ended."""
     waiting = [n for n, member in enumerate(everyone) if member.method == method and not has_ended(folder, member)]
-    saved = [runs.saved_steps(folder / everyone[number].name) for number in waiting]
+    saved = [starts(folder / everyone[number].name) for number in waiting]
     return [waiting[number] for number in groups(saved, size)[0]] if waiting else []
 
   with stopping.heeded():
     for method in config.method:
       while group := processes.told(next_group, method):
+        if asked := processes.stopped_by():
+          raise stopping.Stopped(f'stopped by {asked} between two runs')
+        chosen = [everyone[number] for number in group]
         try:
-          train([everyone[number] for number in group])
+          with runs.locked([folder / member.name for member in chosen]):
+            train(chosen)
         except runs.Broken as broken:  # Set aside: what is left is looked at anew.
           warn(str(broken))
-    if processes.agreed(stopping.requested() is not None):  # Too late for the last run, not for what the caller would do next.
-      raise stopping.Stopped(f'stopped by {stopping.requested() or "another process"}, all these runs have ended')
+    if asked := processes.stopped_by():  # Too late for the last run, not for what the caller would do next.
+      raise stopping.Stopped(f'stopped by {asked}, all these runs have ended')
   results = processes.told(lambda: [{'run': member.name, **runs.read_json(_result(folder, member))} for member in everyone])
   return [{name: value for name, value in result.items() if name != 'config_sha256'} for result in results]
 
@@ -116,20 +120,25 @@ def _result(folder: Path, member: Member) -> Path:
   return folder / member.name / 'result.json'
 
 
+def starts(folder: Path) -> list[int]:
+  """Steps that a run may go on from: after which it was saved, or the first, when at most one checkpoint has ever been written."""
+  saved = runs.saved_steps(folder)
+  return saved if len(saved) > 1 or (folder / 'broken').exists() else [0, *saved]
+
+
 def groups(saved: list[list[int]], size: int | None) -> list[list[int]]:
   """Which runs to train together, by number: at most `size`, all of which can go on from the same step.
 
   A process may have been killed while it saved its runs: some are one interval ahead, and go back to where the others are.
 
   Args:
-    saved: the steps after which each run was saved.
+    saved: the steps that each run may go on from, one at least.
   """
-  last = [steps[-1] if steps else 0 for steps in saved]
+  last = [steps[-1] for steps in saved]
   left, chosen = sorted(range(len(saved)), key=lambda number: (last[number], number)), []
   while left:
     common = last[left[0]]
-    fits = [n for n in left if last[n] == common or common in saved[n] or (common == 0 and len(saved[n]) == 1)]
-    fits = sorted(fits)[:size]
+    fits = sorted(n for n in left if common in saved[n])[:size]
     chosen.append(fits)
     left = [number for number in left if number not in fits]
   return chosen
@@ -292,9 +301,9 @@ class Population:
       if number in records and number not in self.lost:
         self.runs[number].save(step, member_carry, **records[number])
     self._saved = time.monotonic()
-    if processes.agreed(stopping.requested() is not None):
+    if asked := processes.stopped_by():
       self.close()
-      raise stopping.Stopped(f'stopped by {stopping.requested() or "another process"}, saved after batch {step:,}')
+      raise stopping.Stopped(f'stopped by {asked}, saved after batch {step:,}')
 
   def due(self) -> bool:
     """Whether to save before the interval has ended: a signal or the clock asks for it."""

@@ -99,7 +99,9 @@ def run(
 
 
 def _script() -> str:
-  return Path(sys.argv[0]).stem
+  """The script's name: `python -m experiments.NAME` runs it again."""
+  path = Path(sys.argv[0])
+  return path.parent.name if path.stem == '__main__' else path.stem
 
 
 def _leave(text: str, code: int) -> NoReturn:

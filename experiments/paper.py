@@ -151,8 +151,7 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
     text = tabulate([list(row.values()) for row in table], list(table[0]), floatfmt=formats, missingval='-')
     print(text)
     name = f'{config.item}-{score.test}'
-    with runs.replaced(folder / f'{name}.txt') as file:
-      file.write(f'{config.item}, scale {config.scale}\n{text}\n')
+    runs.write_text(folder / f'{name}.txt', f'{config.item}, scale {config.scale}\n{text}\n')
     runs.write_json(folder / f'{name}.json', {'item': config.item, 'scale': config.scale, 'lines': table})
     curves = {}
     for entry, summaries in pairs:

@@ -4,7 +4,7 @@ The first one writes the files, but for checkpoints, which all write; the others
 how to go on is read by the first and told to all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 import json
 import os
 import sys
@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
+from experiments import stopping
 from experiments.options import UserError
 
 HEARTBEAT = 30
@@ -47,6 +48,23 @@ def is_first() -> bool:
 def agreed(asked: bool) -> bool:
   """Whether any process asked for it."""
   return asked if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(asked)).any())
+
+
+def stopped_by() -> str | None:
+  """What asked all processes for an end: the signal's name, or that another process was sent one."""
+  return (stopping.requested() or 'another process') if agreed(stopping.requested() is not None) else None
+
+
+def until_stopped(items: Iterable[Any]) -> Iterator[Any]:
+  """The items, for what has nothing of its own to save.
+
+  Raises:
+    Stopped: a signal asked for it.
+  """
+  for item in items:
+    if asked := stopped_by():
+      raise stopping.Stopped(f'stopped by {asked} after training, before this run has come to its result')
+    yield item
 
 
 def told(function: Callable[..., Any], *args: Any) -> Any:

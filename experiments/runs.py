@@ -4,6 +4,7 @@ WORKDIR/config.json        what was asked for
 WORKDIR/NAME/metrics.jsonl one line an interval (NAME is method, seed and values out of a grid)
 WORKDIR/NAME/checkpoints/  the whole carry, so that the same command goes on where a killed run stopped
 WORKDIR/NAME/broken/       checkpoints that could not be read again
+WORKDIR/NAME/lock          held by the process that trains it
 WORKDIR/NAME/result.json   what this run came to; there when it has ended
 WORKDIR/summary.json       what came out, and on which machine
 """
@@ -20,6 +21,7 @@ import platform
 import time
 from typing import Any, NoReturn, TextIO
 
+import filelock
 import jax
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -139,7 +141,10 @@ class Run:
     differ = differences(record['arrays'], describe(carry))
     if differ:
       more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
-      raise UserError(f'{which} does not fit this model and optimiser; {"; ".join(differ[:3])}{more}.')
+      back = ' To go back: the settings that "overrides" of config.json say there were, with --override_resume.'
+      raise UserError(
+        f'{which} does not fit this model and optimiser; {"; ".join(differ[:3])}{more}.{back if config["overrides"] else ""}'
+      )
 
   def log(self, step: int, **metrics: Any) -> dict[str, Any]:
     """Appends a line to metrics.jsonl; `seconds` is the wall-clock, restarts included; numbers that are not finite become null."""
@@ -274,6 +279,29 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
   return [f'{name}: was {was.get(name)!r}, now {now.get(name)!r}' for name in names if was.get(name) != now.get(name)]
 
 
+@contextlib.contextmanager
+def locked(folders: Sequence[Path]) -> Iterator[None]:
+  """Keeps runs to this process, and those beside it, until they have been trained; a process that dies lets go of them.
+
+  Raises:
+    UserError: they are being trained elsewhere, or a folder cannot be written.
+  """
+  with contextlib.ExitStack() as held:
+
+    def hold() -> None:
+      for folder in folders:
+        try:
+          folder.mkdir(exist_ok=True)
+          held.enter_context(filelock.FileLock(folder / 'lock', timeout=0))
+        except filelock.Timeout as error:
+          raise UserError(f'{folder} is being trained by another command; wait for it, or choose another --workdir.') from error
+        except OSError as error:
+          raise UserError(f'cannot write to {folder}: {error}') from error
+
+    processes.told(hold)
+    yield
+
+
 def config_sha256(folder: Path) -> str:
   """Hash of the configuration that a folder's runs have."""
   found: str = read_json(folder / 'config.json')['sha256']
@@ -350,7 +378,17 @@ def plot_curves(
     axes.legend(loc='center left', bbox_to_anchor=(1, 0.5))
   else:
     axes.legend()
-  figure.savefig(path, dpi=120)
+  save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+  """Writes a plot.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  with _user_errors(path):
+    figure.savefig(path, dpi=120)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -400,14 +438,24 @@ def make_folder(path: str) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
+  """As :func:`write_text`, as JSON."""
+  write_text(path, json.dumps(content, indent=2) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
   """Writes it whole or not at all.
 
   Raises:
     UserError: it cannot be written.
   """
+  with _user_errors(path), replaced(path) as file:
+    file.write(text)
+
+
+@contextlib.contextmanager
+def _user_errors(path: Path) -> Iterator[None]:
   try:
-    with replaced(path) as file:
-      file.write(json.dumps(content, indent=2) + '\n')
+    yield
   except OSError as error:
     raise UserError(f'cannot write {path}: {error}. The same command goes on from what is saved.') from error
 

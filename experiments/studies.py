@@ -27,7 +27,8 @@ def table1(scale: str, folder: Path) -> None:
 
 
 def walltime(scale: str, folder: Path) -> None:
-  """Seconds an epoch of the terminal tasks by BPTT and by FPTT (Sec. 6.2), from the time of a batch."""
+  """Seconds an epoch of the terminal tasks by BPTT and by FPTT (Sec. 6.2), from the time of a batch, split over devices as the
+  scripts split it."""
   shapes = {'smoke': [('arrays', 12, 1, 64)]}.get(scale, [('mnist, permuted', 784, 1, 55_000), ('cifar10', 1024, 3, 45_000)])
   hidden, batch_size, repeats = {'smoke': (4, 8, 1), 'cpu': (128, 128, 3), 'full': (128, 128, 11)}[scale]
   rows = []
@@ -39,7 +40,8 @@ def walltime(scale: str, folder: Path) -> None:
     model = images.make_model(config, num_steps, features, num_classes=10)
     make_optimizer = lambda method, config=config: recipe.make_optimizer(config, method)
     for method, num_windows in (('bptt', None), ('fptt', round(num_steps**0.5)), ('fptt', config.num_windows)):
-      costs = cost.measure(model, loss, make_optimizer, method, batch, num_windows=num_windows, repeats=repeats)
+      mesh = recipe.choose_meshes(config, batch_size, hidden, num_steps // (num_windows or 1)).batch
+      costs = cost.measure(model, loss, make_optimizer, method, batch, num_windows=num_windows, repeats=repeats, mesh=mesh)
       seconds = (costs['gradient_ms'] + costs['update_ms']) / 1e3 * (examples // batch_size)
       rows.append({'task': name, 'T': num_steps, 'method': method, 'K': num_windows or 1, 'epoch_s': seconds, **costs})
       say(rows[-1])
@@ -62,8 +64,7 @@ def convergence_study(scale: str, folder: Path) -> None:
       path = folder / f'{name}-{scale}.json'
       if not path.exists():  # Each is run once.
         rows = convergence.study(chosen, recipe.make_optimizer(chosen, 'fptt'), seed=0)
-        with runs.replaced(path) as file:
-          json.dump(rows, file)
+        runs.write_json(path, rows)
       studies[name] = json.loads(path.read_text())
   convergence.plot(folder / 'convergence.png', studies)
   keep('convergence', scale, [{'run': name, **rows[-1]} for name, rows in studies.items()], folder)
@@ -80,8 +81,7 @@ def keep(name: str, scale: str, rows: list[dict[str, Any]], folder: Path) -> Non
   """Prints the rows as a table and writes them as text and JSON."""
   text = tabulate([list(row.values()) for row in rows], list(rows[0]), floatfmt='.4g', missingval='-')
   print(text)
-  with runs.replaced(folder / f'{name}.txt') as file:
-    file.write(f'{name}, scale {scale}\n{text}\n')
+  runs.write_text(folder / f'{name}.txt', f'{name}, scale {scale}\n{text}\n')
   runs.write_json(folder / f'{name}.json', {'item': name, 'scale': scale, **runs.machine(), 'lines': rows})
   print(f'table, numbers and plots are in {folder}')
 

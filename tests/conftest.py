@@ -1,9 +1,14 @@
 """Settings that tests run under."""
 
 from collections.abc import Iterator
+import os
 
 import jax
+import problems
 import pytest
+
+# XLA_FLAGS= in the environment leaves programs as users have them, and takes twice the time.
+os.environ.setdefault('XLA_FLAGS', ' '.join(f'--{name}={str(value).lower()}' for name, value in problems.QUICK.items()))
 
 # Silent broadcasting between ranks is an error in every test. Strict promotion of dtypes is a fixture: optax's Adam needs it off.
 jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import quick, quick_trainer
+from problems import optimised, quick, quick_trainer
 import pytest
 
 import fptt_jax
@@ -185,7 +185,7 @@ def test_large_vocabularies_are_read_out_in_parts() -> None:
   """The compiled step of 10,000 words needs less memory than one window's logits, where whole windows need more than two of them,
   and has no more products: the outputs are not computed again for the gradient, which is not copied in another order either."""
   assert LOGITS > chunks.LARGE
-  parts, whole = (lowered(WIDE, steps).compile() for steps in (None, STEPS))
+  parts, whole = (optimised(lowered(WIDE, steps)) for steps in (None, STEPS))
   assert products(parts.as_text()) == products(whole.as_text()) > 0
   assert parts.memory_analysis().temp_size_in_bytes < 0.7 * LOGITS  # Two chunks of a quarter, and the parameters.
   assert whole.memory_analysis().temp_size_in_bytes > 2 * LOGITS

@@ -148,7 +148,7 @@ def compiled_step(num_steps, num_windows, **options):
   loss, tx = fptt_jax.losses.terminal_classification(10), fptt_jax.fptt(optax.adam(1e-3))
   trainer = fptt_jax.trainer(run, loss, tx, num_windows=num_windows, **options)
   batch = fptt_jax.Batch(jax.ShapeDtypeStruct((num_steps, 64, 1), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32))
-  return trainer.step.lower(jax.eval_shape(trainer.init, jax.random.key(0), batch), batch).compile()
+  return problems.optimised(trainer.step.lower(jax.eval_shape(trainer.init, jax.random.key(0), batch), batch))
 
 
 def test_lstm_keeps_eight_numbers_a_unit_and_step():

@@ -8,19 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any
 
 import pytest
 from test_stopping import last_saved
 
-from experiments import add_task, images, language_model, runs, smoke, stopping
+from experiments import runs, smoke, stopping
 
 FAMILIES = {
   'add_task': dict(method='fptt', seq_len=12, hidden=4, batch_size=8, num_windows=3, batches=90, eval_every=3),
   'images': dict(task='arrays', row='true', hidden=8, batch_size=8, valid_size=16, epochs=30, num_windows=2, dropout=0.2),
   'language_model': dict(task='text', seq_len=10, num_windows=3, batch_size=4, embedding=8, hidden=8, epochs=30),
 }
-SCRIPTS: dict[str, Any] = {'add_task': add_task, 'images': images, 'language_model': language_model}
 SIDE_BY_SIDE = ['--seeds=0:3', '--population=3', '--devices=1', '--checkpoint_minutes=0.0005', '--chunk=2']
 
 
@@ -30,16 +28,9 @@ def start(family: str, folder: Path, name: str, *flags: str) -> subprocess.Popen
   data = {'images': [f'--data_dir={places["images"]}'], 'language_model': [f'--data_dir={places["text"]}']}.get(family, [])
   settings = [f'--{name}={value}' for name, value in FAMILIES[family].items()]
   command = [sys.executable, '-m', f'experiments.{family}', *settings, *data, f'--workdir={folder / name}', *flags]
+  as_users = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
   cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  return subprocess.Popen(command, env={**os.environ, **cache}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run_here(family: str, folder: Path, name: str, **settings: Any) -> list[dict[str, Any]]:
-  """The same script to its end in this process."""
-  places = smoke.data_files(folder / 'data')
-  data = {'images': {'data_dir': places['images'], 'row': True}, 'language_model': {'data_dir': places['text']}}.get(family, {})
-  script = SCRIPTS[family]
-  return script.run(script.Config(**{**FAMILIES[family], 'method': ('fptt',), **data, **settings}), str(folder / name))[1]
+  return subprocess.Popen(command, env={**as_users, **cache}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(family: str, folder: Path, name: str, *flags: str) -> None:
@@ -73,7 +64,7 @@ def assert_same_runs(folder: Path) -> None:
 @pytest.mark.parametrize('family', FAMILIES)
 def test_killed_once(tmp_path: Path, family: str) -> None:
   """SIGKILL, or SIGTERM for the first family, some time after metrics were written."""
-  run_here(family, tmp_path, 'whole')
+  finish(family, tmp_path, 'whole')
   process = start(family, tmp_path, 'cut')
   wait_for_lines(process, tmp_path / 'cut' / 'fptt-seed0' / 'metrics.jsonl', 4)
   if family == 'add_task':

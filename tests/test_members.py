@@ -172,18 +172,31 @@ def test_lambda_that_runs_away_is_warned_about(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
   ('saved', 'size', 'expected'),
   [
-    ([[], [], []], None, [[0, 1, 2]]),
-    ([[], [], []], 2, [[0, 1], [2]]),
-    ([[2, 4], [2], [2]], None, [[0, 1, 2]]),
-    ([[2], [], []], None, [[0, 1, 2]]),
-    ([[6, 8], [], []], None, [[1, 2], [0]]),  # Too far ahead to go back.
+    ([[0], [0], [0]], None, [[0, 1, 2]]),
+    ([[0], [0], [0]], 2, [[0, 1], [2]]),
+    ([[2, 4], [0, 2], [0, 2]], None, [[0, 1, 2]]),
+    ([[0, 2], [0], [0]], None, [[0, 1, 2]]),
+    ([[6, 8], [0], [0]], None, [[1, 2], [0]]),  # Too far ahead to go back.
     ([[2, 4], [2, 4], [4, 6], [8, 10]], None, [[0, 1, 2], [3]]),
-    ([[2], []], 1, [[0], [1]]),
+    ([[0, 2], [0]], 1, [[0], [1]]),
   ],
 )
 def test_groups(saved: list[list[int]], size: int | None, expected: list[list[int]]) -> None:
   """All of a group can go on from the same step; none goes back further than what is saved."""
   assert members.groups(saved, size) == expected
+
+
+def test_where_a_run_may_start(tmp_path: Path) -> None:
+  """Anew only where next to nothing is lost by it: not when all but one of its checkpoints were set aside."""
+  saved = tmp_path / 'checkpoints'
+  assert members.starts(tmp_path) == [0]
+  (saved / '900').mkdir(parents=True)
+  assert members.starts(tmp_path) == [0, 900]
+  (saved / '1000').mkdir()
+  assert members.starts(tmp_path) == [900, 1000]
+  (tmp_path / 'broken').mkdir()
+  (saved / '1000').rename(tmp_path / 'broken' / '1000')
+  assert members.starts(tmp_path) == [900]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_one_trace_and_no_copy_of_the_source():
   state = trainer.init(jax.random.key(1), jax.eval_shape(read, source, rows[0]))
   traces.clear()
   run = fptt_jax.scan_steps(trainer, read)
-  memory = run.lower(state, source, rows).compile().memory_analysis()
+  memory = problems.optimised(run.lower(state, source, rows)).memory_analysis()
   for _ in range(3):
     state, _ = run(state, source, rows)
   assert len(traces) <= 2  # Once for each of lower and call.

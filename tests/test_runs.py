@@ -10,6 +10,7 @@ import resource
 import shutil
 from typing import Any
 
+import filelock
 from interruption import interrupted_at
 import jax
 import jax.numpy as jnp
@@ -250,9 +251,35 @@ def test_a_model_of_other_size_is_refused_even_so(tmp_path: Path) -> None:
   config = add_task.Config(**TINY)
   with interrupted_at(2):
     add_task.run(config, str(tmp_path))
-  said = r"does not fit this model and optimiser; .*hidden\[0\]\.c: was 'float32\[8, 4\]', now 'float32\[8, 5\]'; .* and 19 more"
+  said = (
+    r"does not fit this model and optimiser; .*hidden\[0\]\.c: was 'float32\[8, 4\]', now 'float32\[8, 5\]'; .* and 19 more\. "
+    r'To go back: the settings that "overrides" of config\.json say there were, with --override_resume'
+  )
   with pytest.raises(UserError, match=said):
     add_task.run(dataclasses.replace(config, hidden=5, override_resume=True), str(tmp_path))
+  _, [summary] = add_task.run(dataclasses.replace(config, override_resume=True), str(tmp_path))
+  assert summary['batches'] == 6
+
+
+def test_two_commands_in_one_folder_do_not_train_the_same_run(tmp_path: Path) -> None:
+  """The second is told so, and may go on with it when the first has ended."""
+  config = add_task.Config(**{**TINY, 'seeds': (0, 1), 'population': 1})
+  (tmp_path / 'run' / 'fptt-seed1').mkdir(parents=True)
+  with (
+    filelock.FileLock(tmp_path / 'run' / 'fptt-seed1' / 'lock'),
+    pytest.raises(UserError, match='fptt-seed1 is being trained by another command; wait'),
+  ):
+    add_task.run(config, str(tmp_path / 'run'))
+  assert (tmp_path / 'run' / 'fptt-seed0' / 'result.json').exists()
+  assert not (tmp_path / 'run' / 'fptt-seed1' / 'metrics.jsonl').exists()
+  assert len(add_task.run(config, str(tmp_path / 'run'))[1]) == 2
+
+
+def test_a_full_disk_while_a_plot_is_drawn(tmp_path: Path) -> None:
+  """One line, as for all other files."""
+  (tmp_path / 'plot.png').symlink_to('/dev/full')
+  with pytest.raises(UserError, match=r'cannot write .*/plot\.png: .*No space left on device\. The same command'):
+    runs.plot_curves(tmp_path / 'plot.png', {'fptt': [([1, 2], [0.1, 0.2])]}, 'batches', 'MSE', {})
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:

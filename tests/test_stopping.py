@@ -102,6 +102,40 @@ def test_a_signal_after_the_last_batch_is_not_forgotten(tmp_path: Path, monkeypa
   assert (tmp_path / 'run' / 'fptt-seed0' / 'result.json').exists()
 
 
+def test_a_signal_between_two_runs_starts_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Nothing of the second one is compiled first."""
+  end = add_task.end
+
+  def interrupted(*args: Any) -> None:
+    end(*args)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(add_task, 'end', interrupted)
+  with pytest.raises(stopping.Stopped, match='stopped by SIGTERM between two runs'):
+    adding(tmp_path, seeds=(0, 1), population=1)('run')
+  assert (tmp_path / 'run' / 'fptt-seed0' / 'result.json').exists()
+  assert not (tmp_path / 'run' / 'fptt-seed1').exists()
+
+
+def test_a_signal_during_dynamic_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """It is not waited for; the next start evaluates the weights that were saved before it."""
+  run, adapted = epochs_of_text(tmp_path, dynamic_evaluation=True, dynamic_tokens=40), language_model.adapted
+
+  def interrupted(*args: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return adapted(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(language_model, 'adapted', interrupted)
+    with pytest.raises(stopping.Stopped, match='stopped by SIGTERM after training, before this run has come to its result'):
+      run('cut')
+  assert not (tmp_path / 'cut' / 'fptt-seed0' / 'result.json').exists()
+  monkeypatch.setattr(members.Population, 'steps', None)  # Nothing is trained again.
+  [summary] = run('cut')
+  assert summary['epochs'] == 2
+  assert summary['dynamic_test_ppl'] > 1
+
+
 def assert_same(folder: Path, whole: list[dict[str, Any]], cut: list[dict[str, Any]]) -> None:
   """Results, metrics and the weights last saved are the very same, but for the clock."""
   assert [{**summary, 'seconds': 0} for summary in cut] == [{**summary, 'seconds': 0} for summary in whole]

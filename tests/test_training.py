@@ -587,7 +587,8 @@ def train(trainer: fptt_jax.Trainer, batches: list[Batch]) -> tuple[tuple[Any, .
 @pytest.mark.parametrize('kind', ['NaN', 'infinity', 'target'])
 @pytest.mark.parametrize('method', fptt_jax.METHODS)
 def test_a_skipped_update_leaves_no_trace(method, kind):
-  """Parameters, optimiser, hidden and loss state and totals are, bit for bit, what they are without it. Where each window has an
+  """Parameters, optimiser, hidden and loss state are, bit for bit, what they are without it, and totals but for the order in which
+  they are summed up. Where each window has an
   update, two sequences with a good half each are one good sequence; else a bad sequence may as well not be there."""
   first, second = (problems.series_batch(6, 3, seed=seed) for seed in (0, 1))
   bad = spoiled(first, kind)
@@ -600,7 +601,8 @@ def test_a_skipped_update_leaves_no_trace(method, kind):
   trainer = skipping(method)
   state, totals, metrics = train(trainer, batches)
   expected, expected_totals, _ = train(trainer, [first, second, first])
-  chex.assert_trees_all_equal((state, totals), (expected, expected_totals))
+  chex.assert_trees_all_equal(state, expected)
+  chex.assert_trees_all_close(totals, expected_totals, rtol=1e-6)
   chex.assert_tree_all_finite((state, totals, metrics.lambda_norm))
   np.testing.assert_array_equal(metrics.skipped, np.repeat(skipped, metrics.skipped.shape[1] // len(skipped[0]), 1))
   assert np.isfinite(metrics.loss[metrics.skipped]).all() == (kind == 'infinity')
@@ -757,7 +759,7 @@ def temporary_bytes(num_steps: int, **options: Any) -> int:
   trainer = fptt_jax.trainer(problems.elman(hidden=32), losses.terminal_regression(), optimizer, **options)
   batch = Batch(jax.ShapeDtypeStruct((num_steps, 16, 2), jnp.float32), jax.ShapeDtypeStruct((16,), jnp.float32))
   state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
-  return trainer.step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+  return problems.optimised(trainer.step.lower(state, batch)).memory_analysis().temp_size_in_bytes
 
 
 def test_memory_is_bounded_by_the_window():
