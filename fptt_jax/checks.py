@@ -91,6 +91,18 @@ def check_dtype(name: str, value: Any, *, tokens: bool = False) -> jnp.dtype:
   return kept
 
 
+def as_floats(name: str, value: Any) -> np.ndarray:
+  """`value`, real numbers in an array or in lists, as float64; a TypeError that names it if it is anything else."""
+  try:
+    array = np.asarray(value)
+  except (TypeError, ValueError, RuntimeError):  # Traced, ragged, or deleted.
+    array = np.asarray(None)
+  dtype = array.dtype
+  if dtype.kind == 'b' or not (jnp.issubdtype(dtype, jnp.floating) or dtype.kind in 'iu'):
+    raise TypeError(f'{name} must be concrete real numbers, got {value!r}.')
+  return array.astype(np.float64)
+
+
 def check_array(name: str, value: Any) -> Any:
   """`value`; a TypeError that names it if it is no array of NumPy or JAX."""
   if not isinstance(value, ARRAYS):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fptt_jax.checks import HUGE, MOST, check_integer, check_number
+from fptt_jax.checks import HUGE, MOST, as_floats, check_integer, check_number
 from fptt_jax.training import StepMetrics
 
 RUNAWAY = 100.0
@@ -14,7 +14,7 @@ def check_finite(metrics: StepMetrics, *, first_update: int = 0, radius: float |
 
   Raises:
     FloatingPointError: a loss or gradient norm is not finite and its update was not skipped.
-    ValueError: as :func:`find_nonfinite`.
+    ValueError, TypeError: as :func:`find_nonfinite`.
   """
   found = find_nonfinite(metrics, first_update=first_update, radius=radius)
   if found is not None:
@@ -36,6 +36,7 @@ def find_nonfinite(metrics: StepMetrics, *, first_update: int = 0, radius: float
 
   Raises:
     ValueError: metrics with other axes, or a number outside its range.
+    TypeError: what are no metrics, or none that can be looked at here.
 
   Example:
     >>> import numpy as np, fptt_jax
@@ -47,13 +48,22 @@ def find_nonfinite(metrics: StepMetrics, *, first_update: int = 0, radius: float
   check_integer('first_update', first_update, 0, MOST, 'an integer >= 0')
   if radius is not None:
     check_number('radius', radius, 0, HUGE, 'a finite number >= 0')
-  shape = np.shape(metrics.loss)
-  if len(shape) not in (1, 2) or np.shape(metrics.lambda_norm) != shape[:-1]:
-    raise ValueError(f'metrics must be of one run, with losses [U] or [N, U] and a norm of lambda each batch; got losses {shape}.')
+  if not isinstance(metrics, StepMetrics):
+    raise TypeError(f'metrics must be a fptt_jax.StepMetrics, got {type(metrics).__name__}.')
+  numbers = {name: as_floats(name, getattr(metrics, name)) for name in ('loss', 'grad_norm', 'lambda_norm')}
+  skipped = np.asarray(metrics.skipped)
+  shape = numbers['loss'].shape
+  fits = numbers['lambda_norm'].shape == shape[:-1] and numbers['grad_norm'].shape == skipped.shape == shape
+  if len(shape) not in (1, 2) or not fits or 0 in shape or skipped.dtype != bool:
+    got = ', '.join(f'{name} {array.shape}' for name, array in numbers.items())
+    raise ValueError(
+      'metrics must be of one run: loss, grad_norm and skipped (booleans) [U] or [N, U], lambda_norm of each batch; '
+      f'got {got}, skipped {skipped.dtype} {skipped.shape}.'
+    )
   num_batches, num_updates = shape if len(shape) == 2 else (1, *shape)
-  losses, norms, lambdas = (np.asarray(leaf, np.float64).ravel() for leaf in (metrics.loss, metrics.grad_norm, metrics.lambda_norm))
+  losses, norms, lambdas = (array.ravel() for array in numbers.values())
   finite = np.isfinite(losses) & np.isfinite(norms)
-  fine = finite | np.ravel(metrics.skipped)
+  fine = finite | skipped.ravel()
   if fine.all():
     return None
 
@@ -96,13 +106,14 @@ def lambda_diverges(lambda_norms: np.typing.ArrayLike, grad_norms: np.typing.Arr
 
   Raises:
     ValueError: other shapes, or no batch.
+    TypeError: what are no real numbers.
 
   Example:
     >>> import fptt_jax
     >>> fptt_jax.lambda_diverges([0.1, 0.2, 5.0, 200.0], [[1.0, 1.1]] * 4)
     True
   """
-  lambdas, grads = np.asarray(lambda_norms, np.float64), np.asarray(grad_norms, np.float64)
+  lambdas, grads = as_floats('lambda_norms', lambda_norms), as_floats('grad_norms', grad_norms)
   if lambdas.ndim != 1 or grads.ndim != 2 or len(lambdas) != len(grads) or not lambdas.size:
     raise ValueError(f'expected norms of lambda [N] and of gradients [N, U], N >= 1; got {lambdas.shape} and {grads.shape}.')
   half = (len(lambdas) + 1) // 2

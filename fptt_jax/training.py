@@ -24,6 +24,7 @@ from fptt_jax.checks import (
   check_integer,
   check_like,
   check_size,
+  shapes,
 )
 from fptt_jax.chunks import Judged, judge, steps_at_once
 from fptt_jax.devices import check_divisible, one_axis
@@ -555,8 +556,8 @@ def _steps_at_once(
   num_steps = x.shape[0]
   if given is None and jax.default_backend() != 'cpu':
     return num_steps
-  shapes: Any = jax.eval_shape(split.features, params, hidden, x, mask, key)[1]
-  features: Any = shapes.outputs if isinstance(shapes, Penalised) else shapes
+  shape: Any = jax.eval_shape(split.features, params, hidden, x, mask, key)[1]
+  features: Any = shape.outputs if isinstance(shape, Penalised) else shape
   if not jnp.issubdtype(features.dtype, jnp.floating):  # Tokens: there is no gradient with respect to them.
     return num_steps
   return steps_at_once(split.readout, params, features, key) if given is None else min(given, num_steps)
@@ -611,7 +612,7 @@ def global_batch(batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: 
 
   Raises:
     ValueError: the rows are no multiple of this process's devices, or shapes do not fit.
-    TypeError: as for the step.
+    TypeError: as for the step, or arrays whose values are not at hand.
 
   Example:
     >>> import jax, numpy as np, fptt_jax
@@ -622,12 +623,25 @@ def global_batch(batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: 
     True
   """
   mesh, axis = one_axis(mesh)
-  one = jax.tree.map(lambda x: x[0], batch) if stacked else batch
+  _check_type('batch', batch, Batch)
+  _check_type('loss', loss, Loss)
+  leaves = jax.tree.leaves(batch)
+  if not all(_at_hand(leaf) for leaf in leaves):
+    raise TypeError(f'batch must be of concrete arrays, got {shapes(batch)}.')
+  one = batch
+  if check_flag('stacked', stacked):
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+    if len(lengths) != 1 or 0 in lengths:
+      raise ValueError(f'with stacked=True all arrays must have a leading axis of one length N >= 1, got {shapes(batch)}.')
+    one = jax.tree.map(lambda x: x[0], batch)
   _, rows = _check_shapes(one)
   devices = len(mesh.local_devices)
   if rows % devices:
     raise ValueError(f"a process's rows must be a multiple of its {devices} devices in the mesh, got {rows}.")
   specs = batch_specs(one, axis, loss.last_only)
+  for leaf, spec in zip(jax.tree.leaves(one.targets), jax.tree.leaves(specs.targets), strict=True):
+    if leaf.shape[len(spec) - 1] != rows:
+      raise ValueError(f'targets must be [B, ...], or [T, B, ...] for sequence losses, with B={rows}; got shape {leaf.shape}.')
   if stacked:
     specs = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs)
   return jax.make_array_from_process_local_data(named(specs, mesh), batch)

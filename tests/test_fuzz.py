@@ -639,88 +639,6 @@ def test_trees_given_to_an_optimiser(examples):
   fuzz(cases, accepts, examples)
 
 
-# Numbers in, numbers out.
-
-
-def check_radius(radius: float) -> None:
-  assert isinstance(radius, float)
-  assert radius >= 0
-
-
-def check_cut(windows: fptt_jax.Windows) -> None:
-  """The windows cover all steps."""
-  assert windows.starts[0] == 0
-  np.testing.assert_array_equal(windows.starts[1:], windows.ends[:-1])
-  assert 1 <= windows.size == (windows.ends - windows.starts).max()
-
-
-def check_means(found: dict[Any, float]) -> None:
-  assert all(isinstance(value, float) for value in found.values())
-
-
-def check_loss(loss: fptt_jax.Loss) -> None:
-  jax.eval_shape(lambda: loss.init(3))
-
-
-FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Kind], Callable[[Any], Any]]] = {
-  'stability': (
-    fptt_jax.stability,
-    dict(
-      lr=POSITIVE,
-      alpha=POSITIVE,
-      kappa=NON_NEGATIVE,
-      beta=number(TINY, 1.0),
-      rho=number(0.0, 1.0),
-      correction=choice('eq6', 'eq4'),
-      momentum=RATE,
-      curvature=FINITE,
-    ),
-    check_radius,
-  ),
-  'cut': (
-    fptt_jax.cut,
-    dict(num_steps=whole(1, 200), num_windows=optional(whole(1, 5)), window_size=optional(whole(1, 5))),
-    check_cut,
-  ),
-  'cpu_setup': (fptt_jax.cpu_setup, dict(num_devices=optional(whole(1, 8))), lambda result: None),
-  'terminal_classification': (
-    losses.terminal_classification,
-    dict(num_classes=whole(2, 5), divergence=choice(*losses.DIVERGENCES), ema_decay=RATE, num_examples=optional(SIZE)),
-    check_loss,
-  ),
-  'sequence_classification': (losses.sequence_classification, dict(num_classes=whole(2, 5), accuracy=FLAG), check_loss),
-  'from_function': (losses.from_function, dict(function=CALLABLE, measure=optional(CALLABLE)), check_loss),
-  'means': (
-    fptt_jax.means,
-    dict(
-      totals=Kind(
-        st.sampled_from([{'count': 2, 'loss': jnp.float32(3)}, {'count': jnp.int32(0), 'loss': 0.0}]),
-        lambda value: isinstance(value, dict) and 'count' in value,
-        ({'loss': 1.0}, {'count': jnp.ones(2)}, {'count': 1, 'loss': 'x'}, {'count': 1, 'loss': jnp.ones(2)}, {'count': None}),
-      )
-    ),
-    check_means,
-  ),
-}
-
-
-@share_and_study(200, 5000)
-def test_functions_of_plain_values(examples):
-  """What they give is what they say, up to the ends of float32 and int32."""
-
-  def accepts(case):
-    name, call = case
-    # Millions of windows mean something, and fill the memory.
-    assume(name != 'cut' or sum(is_real(value) and value > 10**6 for value in call[0].values()) < 2)
-    function, _, check = FUNCTIONS[name]
-    done, result = accepted(call, function)
-    if done:
-      check(result)
-    return done
-
-  fuzz(of_table({name: kinds for name, (_, kinds, _) in FUNCTIONS.items()}), accepts, examples)
-
-
 # The trainer.
 
 T, B, C = 6, 2, 3
@@ -772,6 +690,9 @@ TRAINER = dict(
   ),
   inner_steps=whole(1, 2),
   final_steps=optional(whole(2, 3)),
+  skip_nonfinite=FLAG,
+  shard_params=FLAG,
+  readout_steps=Kind(st.sampled_from([None, None, None, 2]), lambda value: value is None or whole(1, 2).may(value), (0, 2.5)),
   mesh=Kind(
     st.sampled_from([None, jax.sharding.Mesh(jax.devices()[:2], ('devices',))]),
     lambda value: value is None,
@@ -921,6 +842,149 @@ def test_programs(examples):
     return True
 
   fuzz(st.tuples(of_table(PROGRAMS), mostly(keys), mostly(st.sampled_from(lone))), accepts, examples)
+
+
+# Functions that are run as they are.
+
+
+def check_radius(radius: float) -> None:
+  assert isinstance(radius, float)
+  assert radius >= 0
+
+
+def check_cut(windows: fptt_jax.Windows) -> None:
+  """The windows cover all steps."""
+  assert windows.starts[0] == 0
+  np.testing.assert_array_equal(windows.starts[1:], windows.ends[:-1])
+  assert 1 <= windows.size == (windows.ends - windows.starts).max()
+
+
+def check_means(found: dict[Any, float]) -> None:
+  assert all(isinstance(value, float) for value in found.values())
+
+
+def check_loss(loss: fptt_jax.Loss) -> None:
+  jax.eval_shape(lambda: loss.init(3))
+
+
+def check_found(found: str | None) -> None:
+  assert found is None or 'loss is nan in window 1 of 2' in found
+
+
+def check_flag(flag: bool) -> None:
+  assert isinstance(flag, bool)
+
+
+def check_global_batch(batch: fptt_jax.Batch) -> None:
+  assert batch.inputs.sharding.spec == jax.sharding.PartitionSpec(None, 'devices')
+
+
+def numbers(good: list[Any], ndim: int) -> Kind:
+  """Real numbers with so many axes, three along the first."""
+  odd = (good[:2], [1.0, 'x', 2.0], [[1.0], [1.0, 2.0], [1.0]], np.ones((3, 1, 1)), np.ones(3, bool), np.ones(3, complex))
+  return Kind(st.sampled_from([good, np.array(good), jnp.array(good), np.array(good, np.float16)]), lambda value: True, odd)
+
+
+SEEN = fptt_jax.StepMetrics(np.array([1.0, math.nan]), np.ones(2), {}, skipped=np.zeros(2, bool), lambda_norm=np.ones([]))
+METRICS = Kind(
+  st.sampled_from([SEEN, SEEN._replace(skipped=np.ones(2, bool)), jax.tree.map(jnp.asarray, SEEN)]),
+  bad=(
+    tuple(SEEN),
+    SEEN._replace(loss=1.0),
+    SEEN._replace(loss=np.array(['a', 'b'])),
+    SEEN._replace(skipped=None),
+    SEEN._replace(grad_norm=np.ones(3)),
+    SEEN._replace(lambda_norm=np.ones(2)),
+    jax.tree.map(lambda leaf: leaf[None, None], SEEN),
+  ),
+)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Kind], Callable[[Any], Any]]] = {
+  'stability': (
+    fptt_jax.stability,
+    dict(
+      lr=POSITIVE,
+      alpha=POSITIVE,
+      kappa=NON_NEGATIVE,
+      beta=number(TINY, 1.0),
+      rho=number(0.0, 1.0),
+      correction=choice('eq6', 'eq4'),
+      momentum=RATE,
+      curvature=FINITE,
+    ),
+    check_radius,
+  ),
+  'cut': (
+    fptt_jax.cut,
+    dict(num_steps=whole(1, 200), num_windows=optional(whole(1, 5)), window_size=optional(whole(1, 5))),
+    check_cut,
+  ),
+  'cpu_setup': (fptt_jax.cpu_setup, dict(num_devices=optional(whole(1, 8))), lambda result: None),
+  'terminal_classification': (
+    losses.terminal_classification,
+    dict(num_classes=whole(2, 5), divergence=choice(*losses.DIVERGENCES), ema_decay=RATE, num_examples=optional(SIZE)),
+    check_loss,
+  ),
+  'sequence_classification': (losses.sequence_classification, dict(num_classes=whole(2, 5), accuracy=FLAG), check_loss),
+  'from_function': (losses.from_function, dict(function=CALLABLE, measure=optional(CALLABLE)), check_loss),
+  'means': (
+    fptt_jax.means,
+    dict(
+      totals=Kind(
+        st.sampled_from([{'count': 2, 'loss': jnp.float32(3)}, {'count': jnp.int32(0), 'loss': 0.0}]),
+        lambda value: isinstance(value, dict) and 'count' in value,
+        ({'loss': 1.0}, {'count': jnp.ones(2)}, {'count': 1, 'loss': 'x'}, {'count': 1, 'loss': jnp.ones(2)}, {'count': None}),
+      )
+    ),
+    check_means,
+  ),
+  'find_nonfinite': (
+    fptt_jax.find_nonfinite,
+    dict(metrics=METRICS, first_update=whole(0, 5), radius=optional(NON_NEGATIVE)),
+    check_found,
+  ),
+  'lambda_diverges': (
+    fptt_jax.lambda_diverges,
+    dict(lambda_norms=numbers([0.1, 0.2, 90.0], 1), grad_norms=numbers([[1.0, 2.0], [1.0, 2.0], [math.inf, 1.0]], 2)),
+    check_flag,
+  ),
+  'global_batch': (
+    fptt_jax.global_batch,
+    dict(
+      batch=Kind(
+        st.sampled_from([GOOD_BATCH, GOOD_BATCH._replace(lengths=np.array([T, 1]))]),
+        bad=(
+          tuple(GOOD_BATCH),
+          GOOD_BATCH._replace(targets=np.zeros(3)),
+          jax.tree.map(lambda x: x[:0], GOOD_BATCH),
+          fptt_jax.Batch,
+        ),
+      ),
+      loss=Kind(st.just(losses.terminal_regression()), bad=(losses.terminal_regression,)),
+      mesh=TRAINER['mesh']._replace(good=st.just(jax.sharding.Mesh(jax.devices()[:2], ('devices',))), may=lambda value: False),
+      stacked=Kind(st.just(False), bad=(True, 1)),
+    ),
+    check_global_batch,
+  ),
+}
+
+
+@share_and_study(200, 5000)
+def test_functions_of_plain_values(examples):
+  """What they give is what they say, up to the ends of float32 and int32."""
+
+  def accepts(case):
+    name, call = case
+    # Millions of windows mean something, and fill the memory.
+    assume(name != 'cut' or sum(is_real(value) and value > 10**6 for value in call[0].values()) < 2)
+    function, _, check = FUNCTIONS[name]
+    done, result = accepted(call, function)
+    if done:
+      check(result)
+    return done
+
+  fuzz(of_table({name: kinds for name, (_, kinds, _) in FUNCTIONS.items()}), accepts, examples)
 
 
 # Flags.
