@@ -120,7 +120,7 @@ def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
   found: dict[str, Callable[[], Callable[..., Any]]] = {'ours': lambda: trained(case, lstm_cell(case), mesh)}
   if mesh is not None:
     found['ours, one device'] = lambda: trained(case, lstm_cell(case))
-  if kernels.available() and case.hidden in kernels.LSTM_SIZES:
+  if kernels.available() and case.hidden in kernels.SIZES:
     found['ours, kernel'] = lambda: trained(case, lstm_cell(case, fused='kernel'), mesh)
   found[MANY_NAME] = lambda: many_trained(case, mesh)
   if case.words:

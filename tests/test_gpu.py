@@ -46,8 +46,9 @@ def test_train_step_on_gpu_equals_cpu(method: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize('members', [1, 3])
 @pytest.mark.parametrize('batch_size', [5, 128])
-@pytest.mark.parametrize('hidden', kernels.LSTM_SIZES)
-def test_kernel_on_gpu_equals_the_fused_scan(hidden: int, batch_size: int, members: int) -> None:
+@pytest.mark.parametrize('hidden', kernels.SIZES)
+@pytest.mark.parametrize('layer', [nn.LSTM, nn.GRU])
+def test_kernel_on_gpu_equals_the_fused_scan(layer: type[nn.LSTM | nn.GRU], hidden: int, batch_size: int, members: int) -> None:
   """Outputs, final state and all gradients of a ragged window of 28 steps, which rounding of float32 sums alone tells apart."""
   device = cuda_device()
   if not kernels.available():
@@ -57,15 +58,17 @@ def test_kernel_on_gpu_equals_the_fused_scan(hidden: int, batch_size: int, membe
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), (members, *shape))
     mask = jax.random.bernoulli(jax.random.key(0), 0.7, (28, batch_size)).at[:, 0].set(False)
     for fused in ('kernel', True):
-      run = nn.from_nnx(lambda rngs, fused=fused: nn.LSTM(3, hidden, fused=fused, rngs=rngs))
+      run = nn.from_nnx(lambda rngs, fused=fused: layer(3, hidden, fused=fused, rngs=rngs))
 
       def total(params, state, x, weights, run=run):
         end, y = run.apply(params, state, x, mask, None)
-        return jnp.sum(weights * jnp.where(mask[..., None], y, 0)) + sum(jnp.sum(jnp.sin(leaf)) for leaf in end), (end, y)
+        ends = sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(end))
+        return jnp.sum(weights * jnp.where(mask[..., None], y, 0)) + ends, (end, y)
 
       step = jax.jit(jax.vmap(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)))
       params = jax.vmap(run.init)(jax.random.split(jax.random.key(1), members))
-      state = nn.LSTMState(draw(2, batch_size, hidden), draw(3, batch_size, hidden))
+      leaves, structure = jax.tree.flatten(run.initial_state(batch_size))
+      state = structure.unflatten(draw(2 + number, *leaf.shape) for number, leaf in enumerate(leaves))
       results.append(jax.device_get(step(params, state, draw(4, 28, batch_size, 3), draw(5, 28, batch_size, hidden))))
   for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5 * max(1, np.abs(expected).max()))

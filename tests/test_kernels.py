@@ -19,6 +19,7 @@ from fptt_jax import nn
 from fptt_jax.nn import kernels
 
 D = 3
+LAYERS = {'LSTM': nn.LSTM, 'GRU': nn.GRU}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -30,32 +31,38 @@ def emulated(tmp_path_factory):
     pytest.skip('emulation needs g++')
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
-    kernels.build('cpu')
+    for cell in LAYERS:
+      kernels.build(cell, 'cpu')
 
 
-def layer(hidden, fused):
-  return nn.from_nnx(lambda rngs: nn.LSTM(D, hidden, fused=fused, rngs=rngs))
+def layer(cell, hidden, fused):
+  return nn.from_nnx(lambda rngs: LAYERS[cell](D, hidden, fused=fused, rngs=rngs))
 
 
 def draw(seed, *shape):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def results(hidden, fused, num_steps, batch_size, mask, members=None):
+def initial_state(run, batch_size, shape=()):
+  """One that is not zero."""
+  leaves, structure = jax.tree.flatten(run.initial_state(batch_size))
+  return structure.unflatten(draw(1 + number, *shape, *leaf.shape) / 2 for number, leaf in enumerate(leaves))
+
+
+def results(cell, hidden, fused, num_steps, batch_size, mask, members=None):
   """All that a window gives out and the gradients of a function of it by weights, initial state and inputs; over members too."""
-  run = layer(hidden, fused)
+  run = layer(cell, hidden, fused)
   shape = () if members is None else (members,)
 
   @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
   def total(params, state, x):
     end, y = run.apply(params, state, x, mask, None)
     y = y if mask is None else jnp.where(mask[..., None], y, 0)
-    return jnp.sum(draw(3, *y.shape) * y) + sum(jnp.sum(jnp.sin(leaf)) for leaf in end), (end, y)
+    return jnp.sum(draw(3, *y.shape) * y) + sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(end)), (end, y)
 
   weights = jax.eval_shape(run.init, jax.random.key(0))
   params = jax.tree.map(lambda leaf: draw(0, *shape, *leaf.shape) / hidden**0.5, weights)
-  state = nn.LSTMState(*(draw(seed, *shape, batch_size, hidden) / 2 for seed in (1, 2)))
-  x = draw(4, *shape, num_steps, batch_size, D)
+  state, x = initial_state(run, batch_size, shape), draw(4, *shape, num_steps, batch_size, D)
   return problems.quick(total if members is None else jax.vmap(total))(params, state, x)
 
 
@@ -73,40 +80,44 @@ def ragged(num_steps, batch_size):
   return mask
 
 
-@pytest.mark.parametrize('hidden', kernels.LSTM_SIZES)
+@pytest.mark.parametrize('hidden', kernels.SIZES)
 @pytest.mark.parametrize(
   ('num_steps', 'batch_size', 'masked'),
   [(20, 2, False), (4, 3, True), (1, 5, False), (7, 5, True)],
   ids=['long', 'masked', 'two rows a block, one step', 'two rows a block, masked'],
 )
-def test_kernel_equals_both_scans(hidden, num_steps, batch_size, masked):
+@pytest.mark.parametrize('cell', LAYERS)
+def test_kernel_equals_both_scans(cell, hidden, num_steps, batch_size, masked):
   """Outputs, final state and all gradients. Up to 4 rows have a block each, more share one by two, the fifth has its own."""
   mask = ragged(num_steps, batch_size) if masked else None
-  got = results(hidden, 'kernel', num_steps, batch_size, mask)
+  got = results(cell, hidden, 'kernel', num_steps, batch_size, mask)
   for fused in (True, False):
-    assert_close(got, results(hidden, fused, num_steps, batch_size, mask))
+    assert_close(got, results(cell, hidden, fused, num_steps, batch_size, mask))
 
 
-def test_a_row_without_steps_keeps_its_state():
+@pytest.mark.parametrize('cell', LAYERS)
+def test_a_row_without_steps_keeps_its_state(cell):
   """Bit by bit, and its gradient passes unchanged: cos of the state for a sum of sines, and 0 for its inputs."""
   mask = jnp.array([[False, True, False]] * 4)
-  ((_, (end, _)), (_, d_state, dx)) = results(32, 'kernel', 4, 3, mask)
-  for leaf, d_leaf, seed in zip(end, d_state, (1, 2), strict=True):
-    first = draw(seed, 3, 32) / 2
+  ((_, (end, _)), (_, d_state, dx)) = results(cell, 32, 'kernel', 4, 3, mask)
+  state = initial_state(layer(cell, 32, 'kernel'), 3)
+  for leaf, d_leaf, first in zip(*map(jax.tree.leaves, (end, d_state, state)), strict=True):
     np.testing.assert_array_equal(leaf[::2], first[::2])
     np.testing.assert_allclose(d_leaf[::2], np.cos(first[::2]), rtol=1e-6)
   np.testing.assert_array_equal(dx[:, ::2], 0)
 
 
-def test_members_with_their_own_weights():
+@pytest.mark.parametrize('cell', LAYERS)
+def test_members_with_their_own_weights(cell):
   """Under vmap all operands get an axis of members, the mask included, which they share."""
   mask = ragged(4, 3)
-  assert_close(results(32, 'kernel', 4, 3, mask, members=3), results(32, True, 4, 3, mask, members=3))
+  assert_close(results(cell, 32, 'kernel', 4, 3, mask, members=3), results(cell, 32, True, 4, 3, mask, members=3))
 
 
-def test_members_of_members():
+@pytest.mark.parametrize('cell', LAYERS)
+def test_members_of_members(cell):
   """All leading axes are members."""
-  run = layer(32, 'kernel')
+  run = layer(cell, 32, 'kernel')
   params, x = jax.vmap(jax.vmap(run.init))(jax.random.split(jax.random.key(0), (2, 3))), draw(1, 2, 3, 4, 2, D)
   apply = jax.jit(lambda params, x: run.apply(params, run.initial_state(2), x, None, None)[1])
   got = jax.jit(jax.vmap(jax.vmap(apply)))(params, x)
@@ -115,9 +126,9 @@ def test_members_of_members():
 
 
 @functools.cache
-def trained(fused, mesh=None):
+def trained(cell, fused, mesh=None):
   """The state after two steps of FPTT, four windows of four steps and one of three each, lengths ragged."""
-  run = nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(D, 32, fused=fused, rngs=rngs), nnx.Linear(32, 1, rngs=rngs)))
+  run = nn.from_nnx(lambda rngs: nn.Stack(LAYERS[cell](D, 32, fused=fused, rngs=rngs), nnx.Linear(32, 1, rngs=rngs)))
   optimizer = fptt_jax.fptt(optax.sgd(0.1, momentum=0.9), alpha=0.5)
   trainer = problems.quick_trainer(run, fptt_jax.losses.terminal_regression(), optimizer, num_windows=5, mesh=mesh)
   batch = problems.regression_batch(19, 6, D)._replace(lengths=np.array([19, 13, 7, 18, 1, 19], np.int32))
@@ -128,10 +139,11 @@ def trained(fused, mesh=None):
 
 
 @pytest.mark.parametrize('devices', [1, 2])
-def test_training_equals_the_fused_scan(devices):
+@pytest.mark.parametrize('cell', LAYERS)
+def test_training_equals_the_fused_scan(cell, devices):
   """A train step: a scan over windows within jit, on one device or with the batch split over two."""
   mesh = None if devices == 1 else jax.sharding.Mesh(jax.devices()[:devices], ('batch',))
-  assert_close(trained('kernel', mesh), trained(True))
+  assert_close(trained(cell, 'kernel', mesh), trained(cell, True))
 
 
 # What is refused.
@@ -141,12 +153,17 @@ def test_training_equals_the_fused_scan(devices):
   ('build', 'error', 'message'),
   [
     (lambda rngs: nn.LSTM(D, 32, fused='triton', rngs=rngs), ValueError, "fused must be True, False or 'kernel', got 'triton'."),
-    (lambda rngs: nn.GRU(D, 32, fused='kernel', rngs=rngs), ValueError, 'expected a layer that has a kernel, LSTM, got GRU.'),
-    (lambda rngs: nn.LRU(D, 32, fused='kernel', rngs=rngs), ValueError, 'expected a layer that has a kernel, LSTM, got LRU.'),
+    (lambda rngs: nn.RNN(D, 32, fused='kernel', rngs=rngs), ValueError, 'a layer that has a kernel, LSTM or GRU, got RNN.'),
+    (lambda rngs: nn.LRU(D, 32, fused='kernel', rngs=rngs), ValueError, 'a layer that has a kernel, LSTM or GRU, got LRU.'),
     (
       lambda rngs: nn.LSTM(D, 48, fused='kernel', rngs=rngs),
       ValueError,
-      'expected hidden_features to be one of [32, 64, 128], got 48.',
+      "the LSTM's kernel expected hidden_features to be one of [32, 64, 128], got 48.",
+    ),
+    (
+      lambda rngs: nn.GRU(D, 48, fused='kernel', rngs=rngs),
+      ValueError,
+      "the GRU's kernel expected hidden_features to be one of [32, 64, 128], got 48.",
     ),
     (
       lambda rngs: nn.LSTM(D, 32, fused='kernel', param_dtype=jnp.bfloat16, rngs=rngs),
@@ -163,7 +180,7 @@ def test_layers_without_a_kernel_are_refused(build, error, message):
 
 def test_states_that_do_not_fit_are_refused():
   """A kernel would read beyond them; the layer looks at them, too, and the kernel does not rely on it."""
-  run = layer(32, 'kernel')
+  run = layer('LSTM', 32, 'kernel')
   params, x = run.init(jax.random.key(0)), draw(1, 4, 3, D)
   with pytest.raises(
     ValueError, match=re.escape('LSTM: state.h must be float32[3, 32], as initial_state gives it, got float32[2, 32].')
@@ -177,10 +194,19 @@ def test_states_that_do_not_fit_are_refused():
     run_kernel(halves)
 
 
+def test_weights_that_do_not_fit_are_refused():
+  """The layer makes none such; the kernel does not rely on it."""
+  weights = None, jnp.zeros((32, 96)), None, jnp.zeros(32)
+  with pytest.raises(
+    ValueError, match=re.escape("the GRU's kernel expected recurrent_bias of shape (96,) and not empty, got (32,).")
+  ):
+    kernels.GRU_WINDOW.forward(weights, jnp.zeros((3, 32)), jnp.zeros((4, 3, 96)), None)
+
+
 def test_other_platforms_are_refused(monkeypatch):
   """On a CPU that is not told to emulate."""
   monkeypatch.setattr(kernels, '_built', set())
-  run = layer(32, 'kernel')
+  run = layer('LSTM', 32, 'kernel')
   with pytest.raises(RuntimeError, match="fused='kernel' runs on NVIDIA GPUs, got the default backend 'cpu'; fused=True"):
     run.apply(run.init(jax.random.key(0)), run.initial_state(3), draw(1, 4, 3, D), None, None)
 
@@ -191,32 +217,30 @@ def test_a_missing_compiler_is_named(monkeypatch):
   monkeypatch.delenv('CUDA_HOME', raising=False)
   message = r'the kernels need nvcc to be compiled, and it was not found on the PATH or in \$CUDA_HOME/bin\.'
   with pytest.raises(RuntimeError, match=message):
-    kernels.compile_command('CUDA', 'sm_90')
+    kernels.compile_command('LSTM', 'CUDA', 'sm_90')
   assert not kernels.available()
 
 
 def test_what_the_compiler_says_is_told(monkeypatch, tmp_path):
   """If the source does not compile; nothing is left behind."""
-  broken = tmp_path / 'broken.cu'
-  broken.write_text('no program')
-  monkeypatch.setattr(kernels, '_built', set())
-  monkeypatch.setattr(kernels, 'SOURCE', broken)
-  monkeypatch.setattr(kernels, 'SOURCES', (broken,))
+  (tmp_path / 'broken.cu').write_text('no program')
+  monkeypatch.setattr(kernels, 'FOLDER', tmp_path)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   with pytest.raises(RuntimeError, match=r'(?s)failed to compile broken\.cu:.*error'):
-    kernels.build('cpu')
+    kernels.build('broken', 'cpu')
   assert list((tmp_path / 'cache').rglob('*.so')) == []
 
 
-def test_compiles_for_a_gpu_without_spills(tmp_path):
+@pytest.mark.parametrize('cell', LAYERS)
+def test_compiles_for_a_gpu_without_spills(cell, tmp_path):
   """For an H100, by nvcc; all that a step works with stays in registers, and the library has what JAX asks it for."""
   try:
-    command = kernels.compile_command('CUDA', 'sm_90')
+    command = kernels.compile_command(cell, 'CUDA', 'sm_90')
   except RuntimeError as missing:
     pytest.skip(str(missing))
-  library = tmp_path / 'lstm.so'
+  library = tmp_path / 'kernels.so'
   done = subprocess.run([*command, '--ptxas-options=-v', '-o', str(library)], capture_output=True, text=True, check=True)
   spills = re.findall(r'(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads', done.stdout + done.stderr)
-  assert spills == 2 * 2 * len(kernels.LSTM_SIZES) * [('0', '0', '0')]  # Forward and backward, one row a block and two.
+  assert spills == 2 * 2 * len(kernels.SIZES) * [('0', '0', '0')]  # Forward and backward, one row a block and two.
   handlers = ctypes.CDLL(str(library))
-  assert all(hasattr(handlers, target) for target in kernels.TARGETS)
+  assert all(hasattr(handlers, f'{cell.lower()}_{direction}') for direction in ('forward', 'backward'))

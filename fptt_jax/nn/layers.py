@@ -17,7 +17,7 @@ import numpy as np
 from fptt_jax.checks import HUGE, TINY, check_choice, check_dtype, check_flag, check_number, check_size
 from fptt_jax.nn.checks import check_batch_size, check_inputs, check_rngs, check_window
 from fptt_jax.nn.fused import GRU_CELL, LSTM_CELL, RNN_CELL, FusedCell, Window, antisymmetric_cell, fused_window
-from fptt_jax.nn.kernels import LSTM_WINDOW, check_lstm
+from fptt_jax.nn.kernels import GRU_WINDOW, LSTM_WINDOW, check_kernel
 from fptt_jax.training import Penalised
 from fptt_jax.windows import take_steps
 
@@ -62,8 +62,8 @@ class Recurrent(nnx.Module):
   Attributes:
     fused: whether windows run taken apart, where the layer knows how (`taken_apart`): quicker and smaller, but differentiable only
       once, in reverse. False: always the plain scan of `step`, which `jax.jvp` and second derivatives need. 'kernel': taken apart
-      too, all steps of a window in one CUDA kernel (:mod:`fptt_jax.nn.kernels`), where the layer has one: :class:`LSTM`, float32,
-      H 32, 64 or 128. It is never chosen unasked, because it has not run on a GPU yet, only in emulation.
+      too, all steps of a window in one CUDA kernel (:mod:`fptt_jax.nn.kernels`), where the layer has one: :class:`LSTM` and
+      :class:`GRU`, float32, H 32, 64 or 128. It is never chosen unasked, because it has not run on a GPU yet, only in emulation.
     window: the kernel, if the layer has one.
 
   Raises:
@@ -79,11 +79,13 @@ class Recurrent(nnx.Module):
     if not isinstance(fused, bool | np.bool_) and not (isinstance(fused, str) and fused == 'kernel'):
       raise ValueError(f"fused must be True, False or 'kernel', got {fused!r}.")
     if fused == 'kernel' and self.window is None:
-      raise ValueError(f"fused='kernel' expected a layer that has a kernel, LSTM, got {type(self).__name__}.")
+      raise ValueError(f"fused='kernel' expected a layer that has a kernel, LSTM or GRU, got {type(self).__name__}.")
     check_rngs(rngs)
     self.in_features = check_size('in_features', in_features)
     self.hidden_features = check_size('hidden_features', hidden_features)
     self.param_dtype = check_dtype('param_dtype', param_dtype)
+    if fused == 'kernel':
+      check_kernel(type(self).__name__, self.hidden_features, self.param_dtype)
     self.fused = fused
 
   def number(self, name: str, value: Any, low: float, expected: str) -> float:
@@ -159,8 +161,6 @@ class LSTM(Recurrent):
     rngs: nnx.Rngs,
   ):
     super().__init__(in_features, hidden_features, param_dtype, rngs, fused)
-    if fused == 'kernel':
-      check_lstm(self.hidden_features, param_dtype)
     w_x, w_h, biases = _gates(self, init, 4, rngs)
     bias = biases[0] + biases[1]
     if forget_bias is not None:
@@ -209,6 +209,8 @@ class GRU(Recurrent):
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
   """
+
+  window = GRU_WINDOW
 
   def __init__(
     self,
