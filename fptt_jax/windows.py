@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax.checks import check_integer, check_size
+from fptt_jax.checks import check_array, check_integer, check_size
 
 
 class Windows(NamedTuple):
@@ -140,7 +140,9 @@ class Window(NamedTuple):
 
     Raises:
       ValueError: the array is not [T, B, ...].
+      TypeError: it is none.
     """
+    check_array('what a window is cut out of, such as targets,', x)
     if x.shape[:2] != (self.num_steps, self.mask.shape[1]):
       raise ValueError(f'expected a time-major array [T, B, ...] = {(self.num_steps, self.mask.shape[1])}, got shape {x.shape}.')
     x = jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=0)

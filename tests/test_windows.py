@@ -143,6 +143,8 @@ def test_slice_refuses_arrays_of_another_length(shape):
   window = windows_lib.window_at(fptt_jax.cut(10, num_windows=4), jnp.int32(1), jnp.full(2, 10, jnp.int32))
   with pytest.raises(ValueError, match=r'expected a time-major array \[T, B, \.\.\.\] = \(10, 2\), got shape '):
     window.slice(jnp.zeros(shape))
+  with pytest.raises(TypeError, match=r'what a window is cut out of, such as targets, must be an array, got NoneType\.'):
+    window.slice(None)
 
 
 @pytest.mark.parametrize(
