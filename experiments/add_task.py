@@ -57,7 +57,7 @@ class Config(recipe.Recipe):
 def draw_batch(key: jax.Array, seq_len: int, batch_size: int) -> fptt_jax.Batch:
   """Draws inputs [T, B, 2] (value, marker) and targets [B]; one marker in each half of the sequence."""
   value_key, first_key, second_key = jax.random.split(key, 3)
-  values = jax.random.uniform(value_key, (seq_len, batch_size))
+  values = jax.random.uniform(value_key, (seq_len, batch_size), jnp.float32)
   first = jax.random.randint(first_key, (batch_size,), 0, seq_len // 2)
   second = jax.random.randint(second_key, (batch_size,), seq_len // 2, seq_len)
   steps = jnp.arange(seq_len)[:, None]

@@ -215,7 +215,7 @@ def terminal_classification(
     logits = _at_least_float32(_last_outputs(outputs, window, num_classes))
     _, ended, _ = _progress(window, logits.dtype)
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return totals_where(ended, {'loss': cross_entropy, 'accuracy': logits.argmax(-1) == labels})
+    return totals_where(ended, {'loss': cross_entropy, 'accuracy': logits.argmax(-1).astype(labels.dtype) == labels})
 
   def check(targets: Any, valid: np.ndarray) -> None:
     labels, ids = _labels_and_ids(targets, by_example, valid.shape[1])
@@ -282,7 +282,7 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
       raise ValueError(f'sequence_classification expected targets [T, B], got [T, B, ...] with a window of shape {labels.shape}.')
     _require_features(outputs, num_classes)
     logits = _at_least_float32(outputs)
-    extra = {'accuracy': logits.argmax(-1) == labels} if accuracy else {}
+    extra = {'accuracy': logits.argmax(-1).astype(labels.dtype) == labels} if accuracy else {}
     return {'loss': optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), **extra}
 
   def check(targets: Any, valid: np.ndarray) -> None:

@@ -186,7 +186,7 @@ def test_states_that_do_not_fit_are_refused():
     ValueError, match=re.escape('LSTM: state.h must be float32[3, 32], as initial_state gives it, got float32[2, 32].')
   ):
     run.apply(params, run.initial_state(2), x, None, None)
-  run_kernel = lambda state: kernels.LSTM_WINDOW.forward((None, params['w_h']), state, jnp.zeros((4, 3, 4 * 32)), None)
+  run_kernel = lambda state: kernels.LSTM_WINDOW.forward((None, params['w_h']), state, draw(1, 4, 3, 4 * 32), None)
   with pytest.raises(ValueError, match=re.escape('expected h of shape (3, 32) and not empty, got (2, 32).')):
     run_kernel(run.initial_state(2))
   halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), run.initial_state(3))

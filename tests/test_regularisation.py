@@ -78,7 +78,7 @@ def test_weight_drop_runs_the_layer_with_dropped_weights(kind: type) -> None:
   params = quick(model.init)(KEY)
   weights = {name: np.asarray(leaf) for name, leaf in params['layer'].items()}
   assert weights.keys() == jax.eval_shape(plain.init, KEY).keys()
-  x, start = random(S, B, D), jax.tree.map(lambda s: jnp.full(s.shape, 0.3), plain.initial_state(B))
+  x, start = random(S, B, D), jax.tree.map(lambda s: jnp.full_like(s, 0.3), plain.initial_state(B))
 
   @quick
   def run(params: Any) -> Any:

@@ -23,7 +23,7 @@ from experiments.options import UserError
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 TINY = dict(method=('fptt',), seq_len=12, hidden=4, batch_size=8, batches=6, eval_every=2, test_size=16, num_windows=3)
-WEIGHTS = {'w': jax.random.normal(jax.random.key(0), (50, 50)), 'n': jnp.int32(3), 'm': jnp.ones(3, jnp.bfloat16)}
+WEIGHTS = {'w': jax.random.normal(jax.random.key(0), (50, 50), jnp.float32), 'n': jnp.int32(3), 'm': jnp.ones(3, jnp.bfloat16)}
 CARRY = (WEIGHTS, jax.random.key(7))
 
 

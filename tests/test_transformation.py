@@ -885,7 +885,7 @@ def test_explicit_gradient_may_be_of_another_dtype(inner_steps):
   state = tx.init(params)
   for _ in range(inner_steps):
     _, state = tx.update(params, state, params, grad_fn=lambda p: {'w': jnp.full(3, 0.3)})
-  chex.assert_trees_all_equal(state.lam, {'w': jnp.full(3, 0.3)})
+  chex.assert_trees_all_equal(state.lam, {'w': jnp.full(3, 0.3, jnp.float32)})
 
 
 def test_explicit_gradient_of_another_structure_is_refused():
@@ -913,7 +913,7 @@ def test_parameters_may_be_python_numbers():
   """As optax's own optimisers take them."""
   tx = fptt(optax.sgd(0.5))
   state = tx.init({'w': 1.0})
-  assert state.w_bar['w'].dtype == jnp.float32
+  assert state.w_bar['w'].dtype == jnp.asarray(1.0).dtype
   assert fptt_eval_params(state, {'w': 1.0}) == {'w': 1.0}
 
 

@@ -48,6 +48,7 @@ def scan_steps(step: Step, state: Any, x: Any, mask: jax.Array | None) -> tuple[
   def body(state: Any, inputs: tuple[Any, jax.Array | None]) -> tuple[Any, jax.Array]:
     x_t, mask_t = inputs
     new_state, y_t = step(state, x_t)
+    new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)  # Inputs may be of more bits.
     if mask_t is not None:
       keep = lambda new, old: jnp.where(mask_t.reshape(-1, *[1] * (new.ndim - 1)), new, old)
       new_state = jax.tree.map(keep, new_state, state)

@@ -67,7 +67,7 @@ class Reconstruction(nnx.Module):
     self.weight = check_number('weight', weight, 0, HUGE, 'a finite number >= 0')
     self.layer = as_windowed(layer)
     self.decoder = nnx.clone(self.layer)
-    outputs = jax.eval_shape(lambda: self.layer(self.layer.initial_state(1), jnp.zeros((1, 1, self.in_features)))[1])
+    outputs = jax.eval_shape(lambda: self.layer(self.layer.initial_state(1), jnp.zeros((1, 1, self.in_features), jnp.float32))[1])
     self.readout = nnx.Linear(outputs.shape[-1], self.in_features, param_dtype=outputs.dtype, rngs=rngs)
 
   def initial_state(self, batch_size: int) -> Any:
