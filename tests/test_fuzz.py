@@ -277,7 +277,7 @@ def arrays(draw: st.DrawFn, shapes: st.SearchStrategy[Any] | None = None, strang
     array = np.zeros(shape, dtype) if dtype in STRANGE_DTYPES else np.full(shape, value).astype(dtype)
   if dtype in STRANGE_DTYPES[:3]:
     return array
-  return draw(st.sampled_from([lambda: array, lambda: jnp.asarray(array), lambda: jax.ShapeDtypeStruct(shape, dtype)]))()
+  return draw(st.sampled_from([lambda: array, lambda: jnp.asarray(array), lambda: jax.eval_shape(jnp.asarray, array)]))()
 
 
 def traceable(tree: Any) -> bool:

@@ -338,13 +338,16 @@ def test_torchs_initialisation(layer, biases):
   np.testing.assert_allclose(np.std(params['bias']), bound * (biases / 3) ** 0.5, rtol=0.25)
 
 
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.float16, 2e-3), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize(('layer', 'gates'), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
-def test_flaxs_initialisation(layer, gates):
+def test_flaxs_initialisation(layer, gates, dtype, tolerance):
   """Recurrent weights are one orthogonal block a gate, input weights LeCun normal (variance 1/D), biases 0."""
-  params = quick(nn.from_nnx(lambda rngs: layer(64, 16, init='flax', rngs=rngs)).init)(KEY)
-  blocks = np.split(np.asarray(params['w_h']), gates, axis=1)
+  params = quick(nn.from_nnx(lambda rngs: layer(64, 16, init='flax', param_dtype=dtype, rngs=rngs)).init)(KEY)
+  assert params['w_h'].dtype == dtype
+  params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+  blocks = np.split(params['w_h'], gates, axis=1)
   for block in blocks:
-    np.testing.assert_allclose(block.T @ block, np.eye(16), atol=1e-5)
+    np.testing.assert_allclose(block.T @ block, np.eye(16), atol=tolerance)
   assert all(np.abs(block - blocks[0]).max() > 0.1 for block in blocks[1:])
   np.testing.assert_allclose(np.std(params['w_x']), 1 / 8, rtol=0.1)
   assert not np.any(params['bias'])

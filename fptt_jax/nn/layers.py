@@ -19,6 +19,7 @@ from fptt_jax.nn.checks import check_batch_size, check_inputs, check_rngs, check
 from fptt_jax.nn.fused import GRU_CELL, LSTM_CELL, RNN_CELL, FusedCell, Window, antisymmetric_cell, fused_window
 from fptt_jax.nn.kernels import GRU_WINDOW, LSTM_WINDOW, check_kernel
 from fptt_jax.training import Penalised
+from fptt_jax.transformation import at_least_float32
 from fptt_jax.windows import take_steps
 
 Step = Callable[[Any, Any], tuple[Any, jax.Array]]
@@ -523,5 +524,6 @@ def _gates(layer: Recurrent, init: str, num_gates: int, rngs: nnx.Rngs) -> tuple
     return w_x, w_h, biases
   normal, orthogonal = jax.nn.initializers.lecun_normal(), jax.nn.initializers.orthogonal()
   input_kernels = [normal(rngs.params(), (in_features, hidden_features), dtype) for _ in range(num_gates)]
-  kernels = [orthogonal(rngs.params(), (hidden_features, hidden_features), dtype) for _ in range(num_gates)]
+  shape, wide = (hidden_features, hidden_features), at_least_float32(dtype)  # Fewer bits cannot be made orthogonal.
+  kernels = [orthogonal(rngs.params(), shape, wide).astype(dtype) for _ in range(num_gates)]
   return jnp.concatenate(input_kernels, -1), jnp.concatenate(kernels, -1), [jnp.zeros(width, dtype), jnp.zeros(width, dtype)]
