@@ -28,7 +28,7 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None) ->
   Raises:
     UserError: the others are not there.
   """
-  by_slurm = int(os.environ.get('SLURM_NTASKS', '1')) > 1
+  by_slurm = int(os.environ.get('SLURM_NTASKS', '1')) > 1 and 'SLURM_STEP_NODELIST' in os.environ  # By srun, not within salloc.
   by_hosts = ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
   if not coordinator and (num_processes is not None or not (by_slurm or by_hosts)):
     return

@@ -29,18 +29,23 @@ def run_here(family: str, folder: Path, name: str, **settings: Any) -> list[dict
   return script.run(script.Config(**{**FAMILIES[family], 'method': ('fptt',), **data, **settings}), str(folder / name))[1]
 
 
-def pair(family: str, folder: Path, *flags: str) -> list[subprocess.Popen[str]]:
-  """Two processes of a script, each with one core, so one device; what they compile is kept."""
+def pair(family: str, folder: Path, *flags: str, slurm: bool = False) -> list[subprocess.Popen[str]]:
+  """Two processes of a script, each with one core, so one device; what they compile is kept. They are told of each other by flags,
+  or by the environment that SLURM gives them."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
+  job = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'} if slurm else {}
   core = {min(os.sched_getaffinity(0))}
   cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   settings = [f'--{name}={value}' for name, value in FAMILIES[family].items()]
   command = [sys.executable, '-m', f'experiments.{family}', *settings, f'--workdir={folder / "pair"}', *flags]
-  command += [f'--coordinator=localhost:{port}', '--num_processes=2']
-  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache})
-  started = [subprocess.Popen([*command, f'--process_id={number}'], **pipes) for number in range(2)]
+  started = []
+  for number in range(2):
+    told = ['--data_parallel'] if slurm else [f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={number}']
+    own = {**job, 'SLURM_PROCID': str(number), 'SLURM_LOCALID': str(number)} if slurm else {}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache, **own})
+    started.append(subprocess.Popen([*command, *told], **pipes))
   for process in started:
     os.sched_setaffinity(process.pid, core)
   return started
@@ -88,6 +93,22 @@ def test_one_of_two_processes_is_killed_and_both_go_on(tmp_path: Path, family: s
     np.testing.assert_allclose([got[name] for name in names], [wanted[name] for name in names], rtol=2e-4)
   assert runs.read_json(tmp_path / 'pair' / 'fptt-seed0' / 'result.json').keys() == {*expected, 'config_sha256'} - {'run'}
   assert last_saved(tmp_path / 'pair' / 'fptt-seed0')[0] == last_saved(tmp_path / 'one' / 'fptt-seed0')[0]
+
+
+@pytest.mark.slow
+def test_two_processes_that_slurm_started(tmp_path: Path) -> None:
+  """The same command twice, without a word of the other."""
+  (code, output, errors), (other_code, other_output, _) = finish(pair('add_task', tmp_path, slurm=True))
+  assert (code, other_code, other_output) == (0, 0, ''), errors
+  assert 'on each of 2 devices' in output
+
+
+def test_an_allocation_of_slurm_is_not_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Within `salloc --ntasks=2` a command is one; srun would start two."""
+  monkeypatch.setenv('SLURM_JOB_ID', '7')
+  monkeypatch.setenv('SLURM_NTASKS', '2')
+  processes.join('', None, None)
+  assert processes.is_first()
 
 
 def test_alone_all_is_as_if_there_were_no_others() -> None:
