@@ -22,6 +22,12 @@ FAMILIES = {
 SIDE_BY_SIDE = ['--seeds=0:3', '--population=3', '--devices=1', '--checkpoint_minutes=0.0005', '--chunk=2']
 
 
+def cache(folder: Path) -> dict[str, str]:
+  """An environment in which what is compiled is kept. (Some releases say much when they read it again, more than a pipe holds.)"""
+  variables = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  return {**variables, 'TF_CPP_MIN_LOG_LEVEL': '3'}
+
+
 def start(family: str, folder: Path, name: str, *flags: str) -> subprocess.Popen[str]:
   """A script under way; what it compiles is kept for the next one."""
   places = smoke.data_files(folder / 'data')
@@ -29,8 +35,7 @@ def start(family: str, folder: Path, name: str, *flags: str) -> subprocess.Popen
   settings = [f'--{name}={value}' for name, value in FAMILIES[family].items()]
   command = [sys.executable, '-m', f'experiments.{family}', *settings, *data, f'--workdir={folder / name}', *flags]
   as_users = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
-  cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  return subprocess.Popen(command, env={**as_users, **cache}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(command, env={**as_users, **cache(folder)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(family: str, folder: Path, name: str, *flags: str) -> None:

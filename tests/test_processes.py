@@ -13,7 +13,7 @@ from typing import Any
 import chex
 import numpy as np
 import pytest
-from test_kills import FAMILIES
+from test_kills import FAMILIES, cache
 from test_stopping import last_saved
 
 from experiments import add_task, images, language_model, options, processes, recipe, runs, smoke
@@ -37,14 +37,13 @@ def pair(family: str, folder: Path, *flags: str, slurm: bool = False) -> list[su
     port = free.getsockname()[1]
   job = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'} if slurm else {}
   core = {min(os.sched_getaffinity(0))}
-  cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   settings = [f'--{name}={value}' for name, value in FAMILIES[family].items()]
   command = [sys.executable, '-m', f'experiments.{family}', *settings, f'--workdir={folder / "pair"}', *flags]
   started = []
   for number in range(2):
     told = ['--data_parallel'] if slurm else [f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={number}']
     own = {**job, 'SLURM_PROCID': str(number), 'SLURM_LOCALID': str(number)} if slurm else {}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache, **own})
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **cache(folder), **own})
     started.append(subprocess.Popen([*command, *told], **pipes))
   for process in started:
     os.sched_setaffinity(process.pid, core)
