@@ -101,7 +101,7 @@ def train(chosen: list[Member], folder: Path) -> None:
   first, (state, _), saved = group.start(
     [init_key for init_key, _, _ in keys], [batch_keys(data_key, np.zeros(1, int))[0] for _, data_key, _ in keys]
   )
-  going, skipped = list(range(len(chosen))), [record.get('skipped', 0) for record in saved]
+  going, skipped = list(range(len(group.runs))), [record.get('skipped', 0) for record in saved]
   seen: list[tuple[fptt_jax.StepMetrics, int]] = []
 
   def settle() -> None:
@@ -150,7 +150,7 @@ def train(chosen: list[Member], folder: Path) -> None:
         break
       save(step)
   group.close()
-  for number, (member, run) in enumerate(zip(chosen, group.runs, strict=True)):
+  for number, (member, run) in enumerate(zip(chosen, group.runs, strict=False)):
     lost = {'lost': group.lost[number]} if number in group.lost else {}
     end(folder, member, summarise(num_windows, run.rows) | lost)
 

@@ -1,6 +1,6 @@
 """Training by epochs on a fixed data set: learning-rate rules, the best epoch by validation, one look at the test split."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 import dataclasses
 import functools
 import math
@@ -153,18 +153,18 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
   batches, (state, best_params), saved = group.start(keys, items, lambda state: jax.tree.map(jnp.copy, state.params))
   known = lambda record: {name: record[name] for name in Record._fields if name in record}
   records = [Record(**{'sums': {}, **known(record)}) for record in saved]
-  ended: set[int] = set()
+  ended = group.stand_ins
 
   def finish(numbers: set[int]) -> None:
     best = group.unstack(best_params)
+    group.wait()  # What comes now may take long, and be stopped; and the others' checkpoints tell that this run was beside them.
     for number in numbers - ended:
-      group.runs[number].wait()  # What comes now may take long, and be stopped.
       lost = {'lost': group.lost[number]} if number in group.lost else {}
       end(folder, chosen[number], extra | _summary(task, group.runs[number], records[number], best[number]) | lost)
     ended.update(numbers)
 
-  def save(state: fptt_jax.TrainState) -> None:
-    left = {number: record._asdict() for number, record in enumerate(records) if number not in ended}
+  def save(state: fptt_jax.TrainState, diverged: Collection[int] = ()) -> None:
+    left = {number: record._asdict() for number, record in enumerate(records) if number not in {*ended, *diverged}}
     group.save(records[0].batches, (state, best_params), left)
 
   seeds = ','.join(dict.fromkeys(str(member.seed) for member in chosen))
@@ -198,12 +198,12 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
         else:
           records[number], improved[number] = _judged(config, task, records[number], row)
       best_params = group.each(optax.tree.where)(group.pack(improved, bool), params, best_params)
-      finish(diverged)
       if config.average_after:
         scores = lambda number: group.runs[number].column(f'valid_{task.score}')
-        on = [n not in ended and averaging.triggered(scores(n), config.average_after) for n in range(len(chosen))]
+        on = [n not in ended | diverged and averaging.triggered(scores(n), config.average_after) for n in range(len(chosen))]
         state = state._replace(opt_state=group.each(_averaging_if)(group.pack(on, bool), state.opt_state))
-      save(state)
+      save(state, diverged)
+      finish(diverged)
     finish(set(range(len(chosen))))
   group.close()
 

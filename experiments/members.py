@@ -31,12 +31,14 @@ class Member(NamedTuple):
     method: its method.
     seed: its seed.
     varied: which settings are out of the grid.
+    stand_in: whether it only fills a program up, in place of a run that has ended: nothing of it is kept.
   """
 
   config: Any
   method: str
   seed: int
   varied: dict[str, float]
+  stand_in: bool = False
 
   @property
   def name(self) -> str:
@@ -68,28 +70,30 @@ def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Call
     config: what is asked for.
     folder: where the runs' folders are.
     size: how many runs of a method to train at once; None for all.
-    train: trains runs of one method; each is ended by :func:`end`.
+    train: trains runs of one method; each is ended by :func:`end`, but for those that stand in for others.
 
   Raises:
     Stopped: a signal asked for it, be it after the last batch; all is saved.
   """
   everyone = members(config)
 
-  def next_group(method: str) -> list[int]:
-    """Who is trained next, by number; nobody when all have ended."""
+  def next_group(method: str) -> tuple[list[int], int]:
+    """Who is trained next, by number, and in a program of how many; nobody when all have ended."""
     waiting = [n for n, member in enumerate(everyone) if member.method == method and not has_ended(folder, member)]
-    saved = [starts(folder / everyone[number].name) for number in waiting]
-    return [waiting[number] for number in groups(saved, size)[0]] if waiting else []
+    if not waiting:
+      return [], 0
+    chosen, places = groups([starts(folder / everyone[number].name) for number in waiting], size)[0]
+    return [waiting[number] for number in chosen], places
 
   with stopping.heeded():
     for method in config.method:
-      while group := processes.told(next_group, method):
+      while (group := processes.told(next_group, method))[0]:
         if asked := processes.stopped_by():
           raise stopping.Stopped(f'stopped by {asked} between two runs')
-        chosen = [everyone[number] for number in group]
+        chosen = [everyone[number] for number in group[0]]
         try:
           with runs.locked([folder / member.name for member in chosen]):
-            train(chosen)
+            train(chosen + [chosen[0]._replace(stand_in=True)] * (group[1] - len(chosen)))
         except runs.Broken as broken:  # Set aside: what is left is looked at anew.
           warn(str(broken))
     if asked := processes.stopped_by():  # Too late for the last run, not for what the caller would do next.
@@ -120,26 +124,29 @@ def _result(folder: Path, member: Member) -> Path:
   return folder / member.name / 'result.json'
 
 
-def starts(folder: Path) -> list[int]:
-  """Steps that a run may go on from: after which it was saved, or the first, when at most one checkpoint has ever been written."""
-  saved = runs.saved_steps(folder)
-  return saved if len(saved) > 1 or (folder / 'broken').exists() else [0, *saved]
+def starts(folder: Path) -> dict[int, int]:
+  """Steps that a run may go on from, and how many runs were in the program until then: steps after which it was saved, and 0 (of 0)
+  when at most one checkpoint has ever been written."""
+  saved = {step: runs.saved_beside(folder, step).get('places', 1) for step in runs.saved_steps(folder)}
+  return saved if len(saved) > 1 or (folder / 'broken').exists() else {0: 0, **saved}
 
 
-def groups(saved: list[list[int]], size: int | None) -> list[list[int]]:
-  """Which runs to train together, by number: at most `size`, all of which can go on from the same step.
+def groups(saved: list[dict[int, int]], size: int | None) -> list[tuple[list[int], int]]:
+  """Which runs to train together, by number, all of which can go on from the same step, and in a program of how many: of as many as
+  before, whoever has ended since, so that they round as before. At most `size`.
 
   A process may have been killed while it saved its runs: some are one interval ahead, and go back to where the others are.
 
   Args:
-    saved: the steps that each run may go on from, one at least.
+    saved: what :func:`starts` tells of each run.
   """
-  last = [steps[-1] for steps in saved]
+  last = [max(steps) for steps in saved]
   left, chosen = sorted(range(len(saved)), key=lambda number: (last[number], number)), []
   while left:
     common = last[left[0]]
-    fits = sorted(n for n in left if common in saved[n])[:size]
-    chosen.append(fits)
+    places = saved[left[0]][common]
+    fits = sorted(n for n in left if saved[n].get(common) == places)[:size]
+    chosen.append((fits, max(len(fits), min(places, size or places))))
     left = [number for number in left if number not in fits]
   return chosen
 
@@ -162,8 +169,8 @@ class Population:
   A run by itself is not stacked: its program is the plain one.
 
   Attributes:
-    members: the runs.
-    runs: their folders.
+    members: the runs, those that stand in for others last.
+    runs: the folders of those that do not.
     source: what all batches are read from, on the device or on each of them, or split over them.
     end_epoch: as the trainer's, of what is stacked.
     lost: of the runs, by number, whose loss or gradient is no longer finite: where that began.
@@ -181,12 +188,13 @@ class Population:
     fetch: Callable[[Any], Any] | None = None,
   ):
     """Args beside those of :class:`experiments.epochs.Task`: members: the runs; folder: where their folders are."""
-    for member in members[1:]:  # Of the first the trainer's optimiser is made, and warned about.
+    own = [member for member in members if not member.stand_in]
+    for member in own[1:]:  # Of the first the trainer's optimiser is made, and warned about.
       recipe.warn_if_unstable(member.config, member.method)
     self.members, self.lost = members, dict[int, str]()
-    self._norms: list[list[tuple[float, float]]] = [[] for _ in members]
+    self._norms: list[list[tuple[float, float]]] = [[] for _ in own]
     self._warned: set[int] = set()
-    self.runs = [runs.Run(folder / member.name, members[0].config.keep) for member in members]
+    self.runs = [runs.Run(folder / member.name, members[0].config.keep) for member in own]
     self._saved, self._interval = time.monotonic(), 60 * members[0].config.checkpoint_minutes
     self._alone = len(members) == 1
     self._trainer, self._read, self._fetch, self._meshes = trainer, read, fetch, meshes
@@ -194,6 +202,11 @@ class Population:
     self._steps = fptt_jax.scan_steps(many, read if self._alone else jax.vmap(read, in_axes=(None, 0)))
     self.end_epoch = many.end_epoch
     self.source = self._placed(source, split)
+
+  @property
+  def stand_ins(self) -> set[int]:
+    """Numbers of the members that are no runs."""
+    return set(range(len(self.runs), len(self.members)))
 
   def _placed(self, source: Any, split: bool) -> Any:
     mesh = self._meshes.batch or self._meshes.members
@@ -215,7 +228,7 @@ class Population:
     saved = processes.told(lambda: [runs.saved_steps(run.folder) for run in self.runs])
     step = min(steps[-1] if steps else 0 for steps in saved)
     carries, records = [], []
-    for member, run, key, item in zip(self.members, self.runs, keys, items, strict=True):
+    for member, run, key, item in zip(self.members, self.runs, keys, items, strict=False):
       batch = lambda source, item=item: self._read(source, item if self._fetch is None else self._fetch(item))
       shapes = jax.process_count() > 1
       state = self._trainer.init(key, jax.eval_shape(batch, self.source) if shapes else batch(self.source))
@@ -224,6 +237,9 @@ class Population:
       settings = processes.alike({name: jnp.asarray(value, jnp.float32) for name, value in named.items()})
       carries.append((state._replace(opt_state=optax.tree.set(state.opt_state, **settings)), other))
       records.append(record)
+    for _ in self.stand_ins:
+      carries.append(carries[0])
+      records.append(records[0])
     if recipe.over_all_devices(self.members[0].config):
       leaves = jax.tree.leaves((state.params, state.opt_state))
       here = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves) / 1e6
@@ -244,7 +260,7 @@ class Population:
     """Notes which runs are lost after these N batches, `batches` having gone before, and warns of a lambda that runs away."""
     metrics = jax.tree.map(np.asarray, metrics)
     for number, member in enumerate(self.members):
-      if number in self.lost:
+      if number in self.lost or number in self.stand_ins:
         continue
       own, radius = jax.tree.map(lambda leaf, number=number: leaf[:, number], metrics), recipe.radius(member.config, member.method)
       found = fptt_jax.find_nonfinite(own, first_update=batches * own.loss.shape[1], radius=radius)
@@ -295,15 +311,19 @@ class Population:
     Raises:
       Stopped: a signal asked for it; all is saved.
     """
-    for run in self.runs:
-      run.wait()
+    self.wait()
     for number, member_carry in enumerate(self.unstack(carry)):
       if number in records and number not in self.lost:
-        self.runs[number].save(step, member_carry, **records[number])
+        self.runs[number].save(step, member_carry, places=len(self.members), **records[number])
     self._saved = time.monotonic()
     if asked := processes.stopped_by():
       self.close()
       raise stopping.Stopped(f'stopped by {asked}, saved after batch {step:,}')
+
+  def wait(self) -> None:
+    """Waits for the last checkpoints."""
+    for run in self.runs:
+      run.wait()
 
   def due(self) -> bool:
     """Whether to save before the interval has ended: a signal or the clock asks for it."""

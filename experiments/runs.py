@@ -314,6 +314,15 @@ def saved_steps(folder: Path) -> list[int]:
   return sorted(int(name) for name in steps if name.isdigit())
 
 
+def saved_beside(folder: Path, step: int) -> dict[str, Any]:
+  """What was recorded beside the carry after that step; {} if that cannot be read."""
+  try:
+    record = json.loads((folder / 'checkpoints' / str(step) / 'record' / 'metadata').read_bytes())
+  except (OSError, ValueError):
+    return {}
+  return record if isinstance(record, dict) else {}
+
+
 def write_summary(folder: Path, runs: list[dict[str, Any]]) -> None:
   """Writes what came out and what it ran on."""
   write_json(folder / 'summary.json', {'config': read_json(folder / 'config.json'), 'runs': runs, **machine()})

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from test_images import make_config
+from test_stopping import last_saved
 
 from experiments import add_task, images, language_model, members, recipe, runs
 
@@ -120,6 +121,23 @@ def test_interrupted_while_the_runs_are_saved(tmp_path: Path) -> None:
       np.testing.assert_array_equal(a, b)
 
 
+def test_those_that_have_ended_are_stood_in_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """One diverges and one stops, then the third is cut off: it goes on in a program of three, to the very same numbers."""
+  settings = dict(method=('tbptt',), optimizer='sgd', momentum=0.9, epochs=4, devices=1, milestones=(1,), min_lr=0.005, dropout=0.2)
+  config = make_config(tmp_path, grid=('lr=0.1:3e38:0.01',), population=3, **settings)
+  images.run(config, str(tmp_path / 'whole'))
+  with interrupted_at(3):
+    images.run(config, str(tmp_path / 'cut'))
+  start, stand_ins = members.Population.start, []
+  monkeypatch.setattr(members.Population, 'start', lambda self, *args: stand_ins.append(self.stand_ins) or start(self, *args))
+  images.run(config, str(tmp_path / 'cut'))
+  assert stand_ins == [{1, 2}]
+  for name in ('lr0.1', 'lr3e+38', 'lr0.01'):
+    assert read(tmp_path / 'cut', f'tbptt-seed0-{name}') == read(tmp_path / 'whole', f'tbptt-seed0-{name}')
+  cut, whole = (last_saved(tmp_path / which / 'tbptt-seed0-lr0.1') for which in ('cut', 'whole'))
+  assert cut == whole
+
+
 def restored(folder: Path, config: add_task.Config, seed: int) -> Any:
   """The weights of a run's last checkpoint."""
   run = runs.Run(folder / f'fptt-seed{seed}')
@@ -172,31 +190,35 @@ def test_lambda_that_runs_away_is_warned_about(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
   ('saved', 'size', 'expected'),
   [
-    ([[0], [0], [0]], None, [[0, 1, 2]]),
-    ([[0], [0], [0]], 2, [[0, 1], [2]]),
-    ([[2, 4], [0, 2], [0, 2]], None, [[0, 1, 2]]),
-    ([[0, 2], [0], [0]], None, [[0, 1, 2]]),
-    ([[6, 8], [0], [0]], None, [[1, 2], [0]]),  # Too far ahead to go back.
-    ([[2, 4], [2, 4], [4, 6], [8, 10]], None, [[0, 1, 2], [3]]),
-    ([[0, 2], [0]], 1, [[0], [1]]),
+    ([{0: 0}, {0: 0}, {0: 0}], None, [([0, 1, 2], 3)]),
+    ([{0: 0}, {0: 0}, {0: 0}], 2, [([0, 1], 2), ([2], 1)]),
+    ([{2: 3, 4: 3}, {0: 0, 2: 3}, {0: 0, 2: 3}], None, [([0, 1, 2], 3)]),
+    ([{0: 0, 2: 3}, {0: 0}, {0: 0}], None, [([0, 1, 2], 3)]),
+    ([{6: 1, 8: 1}, {0: 0}, {0: 0}], None, [([1, 2], 2), ([0], 1)]),  # Too far ahead to go back.
+    ([{2: 3, 4: 3}, {2: 3, 4: 3}, {4: 3, 6: 3}, {8: 1, 10: 1}], None, [([0, 1, 2], 3), ([3], 1)]),
+    ([{0: 0, 2: 1}, {0: 0}], 1, [([0], 1), ([1], 1)]),
+    ([{2: 3, 4: 3}, {2: 3, 4: 3}], None, [([0, 1], 3)]),  # A third has ended.
+    ([{2: 3, 4: 3}, {2: 3, 4: 3}], 2, [([0, 1], 2)]),
+    ([{2: 3, 4: 3}, {2: 1, 4: 1}], None, [([0], 3), ([1], 1)]),  # They have trained apart.
   ],
 )
-def test_groups(saved: list[list[int]], size: int | None, expected: list[list[int]]) -> None:
-  """All of a group can go on from the same step; none goes back further than what is saved."""
+def test_groups(saved: list[dict[int, int]], size: int | None, expected: list[tuple[list[int], int]]) -> None:
+  """All of a group can go on from the same step; none goes back further than what is saved; programs keep their size."""
   assert members.groups(saved, size) == expected
 
 
 def test_where_a_run_may_start(tmp_path: Path) -> None:
   """Anew only where next to nothing is lost by it: not when all but one of its checkpoints were set aside."""
   saved = tmp_path / 'checkpoints'
-  assert members.starts(tmp_path) == [0]
-  (saved / '900').mkdir(parents=True)
-  assert members.starts(tmp_path) == [0, 900]
+  assert members.starts(tmp_path) == {0: 0}
+  (saved / '900' / 'record').mkdir(parents=True)
+  (saved / '900' / 'record' / 'metadata').write_text('{"places": 3}')
+  assert members.starts(tmp_path) == {0: 0, 900: 3}
   (saved / '1000').mkdir()
-  assert members.starts(tmp_path) == [900, 1000]
+  assert members.starts(tmp_path) == {900: 3, 1000: 1}
   (tmp_path / 'broken').mkdir()
   (saved / '1000').rename(tmp_path / 'broken' / '1000')
-  assert members.starts(tmp_path) == [900]
+  assert members.starts(tmp_path) == {900: 3}
 
 
 @pytest.mark.parametrize(
