@@ -196,11 +196,11 @@ def test_states_that_do_not_fit_are_refused():
 
 def test_weights_that_do_not_fit_are_refused():
   """The layer makes none such; the kernel does not rely on it."""
-  weights = None, jnp.zeros((32, 96)), None, jnp.zeros(32)
+  weights = None, draw(1, 32, 96), None, draw(1, 32)
   with pytest.raises(
     ValueError, match=re.escape("the GRU's kernel expected recurrent_bias of shape (96,) and not empty, got (32,).")
   ):
-    kernels.GRU_WINDOW.forward(weights, jnp.zeros((3, 32)), jnp.zeros((4, 3, 96)), None)
+    kernels.GRU_WINDOW.forward(weights, draw(1, 3, 32), draw(1, 4, 3, 96), None)
 
 
 def test_other_platforms_are_refused(monkeypatch):
