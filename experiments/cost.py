@@ -171,6 +171,9 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
       label = f'{name}: $T^{{{growth(x, y):.2f}}}$' if len(set(x)) > 1 else name
       axes.plot(x, y, marker='o', label=label)
     axes.set(xlabel='T', ylabel=ylabel, xscale='log', yscale='log')
+    lengths = sorted({row['T'] for row in rows})
+    axes.set_xticks(lengths, map(str, lengths))
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3, which='both')
     axes.legend()
   runs.save_figure(figure, path)
