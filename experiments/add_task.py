@@ -84,14 +84,20 @@ def make_model(config: Config) -> fptt_jax.Model:
   )
 
 
+def make_trainer(config: Config, method: str, members: int) -> tuple[fptt_jax.Trainer, recipe.Meshes]:
+  """The trainer of one run, and devices for so many."""
+  _, updates = recipe.updates_a_sequence(config, method, config.seq_len)
+  decay = optax.cosine_decay_schedule(1.0, config.batches * updates) if config.decay else None
+  loss, steps = fptt_jax.losses.terminal_regression(), recipe.window_steps(config, method, config.seq_len)
+  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, members)
+  return recipe.make_trainer(config, method, make_model(config), loss, config.seq_len, decay=decay, mesh=meshes.batch), meshes
+
+
 def train(chosen: list[Member], folder: Path) -> None:
   """Trains runs of one method side by side, and keeps what came of each."""
   config, method = chosen[0].config, chosen[0].method
   num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
-  decay = optax.cosine_decay_schedule(1.0, config.batches * updates) if config.decay else None
-  loss, steps = fptt_jax.losses.terminal_regression(), recipe.window_steps(config, method, config.seq_len)
-  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, len(chosen))
-  trainer = recipe.make_trainer(config, method, make_model(config), loss, config.seq_len, decay=decay, mesh=meshes.batch)
+  trainer, meshes = make_trainer(config, method, len(chosen))
   keys = [jax.random.split(jax.random.key(member.seed), 3) for member in chosen]
   draw = jax.jit(draw_batch, static_argnums=(1, 2))
   tests = [processes.alike(draw(test_key, config.seq_len, config.test_size)) for _, _, test_key in keys]
@@ -134,13 +140,10 @@ def train(chosen: list[Member], folder: Path) -> None:
       step, params = start + int(part[-1]) + 1, group.unstack(recipe.evaluation_params(config, method, state))
       for number in going:
         totals, _ = trainer.evaluate(params[number], tests[number])
-        made = ~np.asarray(metrics.skipped[-1, number])
-        mean = lambda values, number=number, made=made: float(np.where(made, values[-1, number], 0).sum() / max(1, made.sum()))
         row = group.runs[number].log(
           step,
           updates=step * updates - skipped[number],
-          train_loss=mean(metrics.loss),
-          grad_norm=mean(metrics.grad_norm),
+          **last_batch(metrics, number),
           **({'skipped': skipped[number]} if config.nonfinite == 'skip' else {}),
           test_mse=fptt_jax.means(totals)['loss'],
         )
@@ -153,6 +156,13 @@ def train(chosen: list[Member], folder: Path) -> None:
   for number, (member, run) in enumerate(zip(chosen, group.runs, strict=False)):
     lost = {'lost': group.lost[number]} if number in group.lost else {}
     end(folder, member, summarise(num_windows, run.rows) | lost)
+
+
+def last_batch(metrics: fptt_jax.StepMetrics, number: int) -> dict[str, float]:
+  """Means over the last batch's updates of one run, those that were made."""
+  made = ~np.asarray(metrics.skipped[-1, number])
+  mean = lambda values: float(np.where(made, values[-1, number], 0).sum() / max(1, made.sum()))
+  return {'train_loss': mean(metrics.loss), 'grad_norm': mean(metrics.grad_norm)}
 
 
 def line(member: Member, row: dict[str, Any], lost: str | None) -> str:

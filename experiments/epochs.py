@@ -156,6 +156,8 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
   ended = group.stand_ins
 
   def finish(numbers: set[int]) -> None:
+    if not numbers - ended:
+      return
     best = group.unstack(best_params)
     group.wait()  # What comes now may take long, and be stopped; and the others' checkpoints tell that this run was beside them.
     for number in numbers - ended:
@@ -177,26 +179,7 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
       going = [number for number in range(len(chosen)) if number not in ended]
       state = _train_epoch(config, task, group, state, epoch, records, going, save, bar)
       state, params = _end_epoch(config, group, state)
-      improved = [False] * len(chosen)
-      diverged = set()
-      for number, member_params in enumerate(group.unstack(params)):
-        record = records[number]
-        records[number] = record._replace(epoch=epoch, done=0, sums={})
-        if number in ended:
-          continue
-        scores = {
-          f'train_{task.score}': task.train_score(record.sums),
-          'grad_norm': record.sums['grad_norm'] / max(1, record.sums['made']),
-          **({'skipped': record.skipped} if config.nonfinite == 'skip' else {}),
-          f'valid_{task.score}': task.validate(member_params),
-        }
-        lr = chosen[number].config.lr * record.lr_factor
-        row = group.runs[number].log(epoch, updates=record.updates, lr=lr, **scores)
-        bar.write(_line(chosen[number], task.score, row, group.lost.get(number)))
-        if None in row.values() or number in group.lost:
-          diverged.add(number)
-        else:
-          records[number], improved[number] = _judged(config, task, records[number], row)
+      improved, diverged = _evaluate(config, task, group, params, epoch, records, ended, bar)
       best_params = group.each(optax.tree.where)(group.pack(improved, bool), params, best_params)
       if config.average_after:
         scores = lambda number: group.runs[number].column(f'valid_{task.score}')
@@ -206,6 +189,40 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
       finish(diverged)
     finish(set(range(len(chosen))))
   group.close()
+
+
+def _evaluate(
+  config: EpochRecipe,
+  task: Task,
+  group: Population,
+  params: Any,
+  epoch: int,
+  records: list[Record],
+  ended: set[int],
+  bar: tqdm,
+) -> tuple[list[bool], set[int]]:
+  """Validates the runs that go on after an epoch, logs and shows it, puts it into the records: (which of all were better than ever,
+  who has diverged)."""
+  improved, diverged = [False] * len(records), set[int]()
+  for number, member_params in enumerate(group.unstack(params)):
+    record = records[number]
+    records[number] = record._replace(epoch=epoch, done=0, sums={})
+    if number in ended:
+      continue
+    scores = {
+      f'train_{task.score}': task.train_score(record.sums),
+      'grad_norm': record.sums['grad_norm'] / max(1, record.sums['made']),
+      **({'skipped': record.skipped} if config.nonfinite == 'skip' else {}),
+      f'valid_{task.score}': task.validate(member_params),
+    }
+    lr = group.members[number].config.lr * record.lr_factor
+    row = group.runs[number].log(epoch, updates=record.updates, lr=lr, **scores)
+    bar.write(_line(group.members[number], task.score, row, group.lost.get(number)))
+    if None in row.values() or number in group.lost:
+      diverged.add(number)
+    else:
+      records[number], improved[number] = _judged(config, task, records[number], row)
+  return improved, diverged
 
 
 def _judged(config: EpochRecipe, task: Task, record: Record, row: dict[str, Any]) -> tuple[Record, bool]:
