@@ -87,9 +87,10 @@ class Model(NamedTuple):
     apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state, outputs [S, B, ...]), a whole window. A step
       whose mask is False leaves the state as it is; mask None means that all steps are real. key None means evaluation: no
       dropout. In place of the outputs it may return :class:`Penalised` ones.
-    apply_last: as `apply`, with one more argument: the one step of each sequence, an int or int [B], whose outputs are wanted;
-      (params, state, x, mask, key, step) -> (state, outputs [1, B, ...]). What follows the last recurrent layer is then computed
-      there alone. Used with losses that are `last_only`; None where a model cannot.
+    apply_last: as `apply`, with one more argument: each sequence's last valid step in the window, an int or int [B], the outputs
+      of which are all that is wanted; (params, state, x, mask, key, last) -> (state, outputs [1, B, ...]). Of a sequence without
+      steps in the window they mean nothing. What follows the last recurrent layer is computed there alone. Used with losses that
+      are `last_only`; None where a model cannot.
     split: `apply` in two parts, the readout being one. Used with losses that have a `per_step`, see `readout_steps` of
       :func:`trainer`; None where a model has no such part.
   """

@@ -573,23 +573,32 @@ def test_things_that_are_no_builder_or_cell_are_refused():
     nn.from_nnx(lambda rngs: NoisyCell(2, 3, rngs=rngs))
 
 
+LAST_LAYERS = {
+  'penalty': lambda rngs: [nn.GRU(2, 4, rngs=rngs), nn.ActivationPenalty(0.5)],
+  'no recurrent layer': lambda rngs: [nnx.Linear(2, 4, rngs=rngs)],
+  'flax cell': lambda rngs: [nnx.GRUCell(2, 4, rngs=rngs)],
+  'plain scan': lambda rngs: [nn.LSTM(2, 4, fused=False, rngs=rngs)],
+  'two': lambda rngs: [nn.LSTM(2, 4, rngs=rngs), nn.GRU(4, 4, rngs=rngs)],
+  'WeightDrop': lambda rngs: [nn.WeightDrop(nn.LSTM(2, 4, rngs=rngs), 0.5)],
+} | {
+  layer.__name__: lambda rngs, layer=layer: [layer(2, 4, rngs=rngs)]
+  for layer in (nn.LSTM, nn.GRU, nn.RNN, nn.AntisymmetricRNN, nn.FastGRNN, nn.IncrementalRNN, nn.IndRNN, nn.LRU)
+}
+
+
 @pytest.mark.parametrize('step', [4, np.array([0, 4, 2])], ids=['one', 'each its own'])
-@pytest.mark.parametrize('layers', ['readout', 'recurrent last', 'no recurrent layer'])
-def test_outputs_of_one_step_are_those_of_the_whole_window(layers, step):
-  """`apply_last` gives the state and penalties of `apply`, and of its outputs the step asked for, whatever stands last."""
-
-  def build(rngs):
-    recurrent = (
-      [nn.GRU(2, 4, rngs=rngs), nn.ActivationPenalty(0.5)] if layers != 'no recurrent layer' else [nnx.Linear(2, 4, rngs=rngs)]
-    )
-    return nn.Stack(*recurrent, *([] if layers == 'recurrent last' else [jnp.tanh, nnx.Linear(4, 3, rngs=rngs)]))
-
-  model = nn.from_nnx(build)
+@pytest.mark.parametrize('readout', [True, False])
+@pytest.mark.parametrize('layers', LAST_LAYERS)
+def test_outputs_of_the_last_step_are_those_of_the_whole_window(layers, readout, step):
+  """`apply_last` gives the state and penalties of `apply`, and of its outputs those of each sequence's last valid step."""
+  tail = lambda rngs: [jnp.tanh, nnx.Linear(4, 3, rngs=rngs)] if readout else []
+  model = nn.from_nnx(lambda rngs: nn.Stack(*LAST_LAYERS[layers](rngs), *tail(rngs)))
   params, state = model.init(KEY), model.initial_state(3)
   x = jax.random.normal(KEY, (5, 3, 2))
+  mask = None if isinstance(step, int) else jnp.arange(5)[:, None] <= step[None]
   step = step if isinstance(step, int) else jnp.asarray(step)
-  end, whole = model.apply(params, state, x, None, KEY)
-  last_end, last = model.apply_last(params, state, x, None, KEY, step)
+  end, whole = quick(model.apply)(params, state, x, mask, KEY)
+  last_end, last = quick(lambda *args: model.apply_last(*args, step))(params, state, x, mask, KEY)
   chex.assert_trees_all_equal(last_end, end)
   if isinstance(whole, fptt_jax.Penalised):
     chex.assert_trees_all_equal(last.penalty, whole.penalty)

@@ -66,9 +66,9 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     return merged
 
   def apply(
-    params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None, *step: jax.Array | int
+    params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None, *last: jax.Array | int
   ) -> tuple[Any, jax.Array]:
-    result: tuple[Any, jax.Array] = module(params, key)(state, x, mask, key, *step)
+    result: tuple[Any, jax.Array] = module(params, key)(state, x, mask, key, *last)
     return result
 
   model, abstract = Model(init, initial_state, apply), nnx.merge(graph, abstract_params, streams)

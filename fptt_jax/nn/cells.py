@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax.checks import HUGE, TINY, as_number, check_integer, check_number, check_size
-from fptt_jax.nn.fused import DIAGONAL_CELL, INDRNN_CELL, FusedCell, fused_window
+from fptt_jax.nn.fused import DIAGONAL_CELL, INDRNN_CELL, fused_window
 from fptt_jax.nn.layers import Recurrent, Step
 
 
@@ -208,9 +208,14 @@ class IndRNN(Recurrent):
 
     return step
 
-  def taken_apart(self) -> tuple[FusedCell, Any]:
-    """See :class:`fptt_jax.nn.layers.Recurrent`."""
-    return INDRNN_CELL, (self.w_x[...], self._clipped(), self.bias[...])
+  def __call__(
+    self, state: jax.Array, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Runs a window; fused, only the recurrence itself is run step by step."""
+    if not self.fused:
+      return super().__call__(state, x, mask, key)
+    x = self.checked(state, x, mask)
+    return fused_window(INDRNN_CELL, (self._clipped(), self.bias[...]), state, x @ self.w_x[...], mask)
 
   def _clipped(self) -> jax.Array:
     """The u [H] that is used."""
@@ -292,6 +297,9 @@ class LRU(Recurrent):
   def initial_state(self, batch_size: int) -> LRUState:
     """Zeros."""
     return LRUState(*(self.zeros(batch_size, self.state_features) for _ in range(2)))
+
+  def last_output(self, state: LRUState) -> None:
+    """It depends on the last input, too."""
 
   def step(self) -> Step:
     """See the class."""

@@ -2,7 +2,11 @@
 
 A step is taken apart into its matrix products and the rest. Forward, each step leaves behind the factors by which the gradient of
 its state is to be multiplied, so that a step backward is a few multiplications and nothing is computed twice. The products that
-give the weights' gradient are put off until there are rows enough for one that is worth it: :func:`steps_at_once`.
+give the weights' gradient are put off until there are columns enough for one that is worth it: :func:`steps_at_once`.
+
+Here, and nowhere else, arrays are feature-major: [H, B] is what a user knows as [B, H]. Weights are then the left operand of every
+product and a few columns the right one, which is what CPU libraries copy into an order of their own each time. Cells without
+products have nothing to gain from that and keep their rows.
 """
 
 from collections.abc import Callable
@@ -19,6 +23,8 @@ State = Any
 Weights = Any
 FEW_FEATURES = 4
 """Inputs of so few features are multiplied within each step: what comes of it, written out, is much larger than they are."""
+UNROLLED = 8
+"""So few steps, of a chunk, are written out rather than looped over: their results then lie in memory as one product reads them."""
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -26,45 +32,61 @@ def widen(x: jax.Array) -> jax.Array:
   return x.astype(at_least_float32(x.dtype))
 
 
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-  """The product a @ b of numbers of b's dtype, summed up in float32 or more."""
-  return jnp.matmul(a.astype(b.dtype), b, preferred_element_type=at_least_float32(b.dtype))
+def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """`jnp.einsum` of numbers of a's dtype, summed up in float32 or more."""
+  b = b.astype(a.dtype)
+  if jax.default_backend() == 'cpu':  # Where products of 16 bits are not known in all orders; the sums are the same.
+    a, b = widen(a), widen(b)
+  return jnp.einsum(equation, a, b, preferred_element_type=at_least_float32(a.dtype))
 
 
-def input_product(x: jax.Array, w: jax.Array) -> jax.Array:
-  """The product x [..., D] @ w [D, G]; for few features written out, to be part of what comes after."""
-  if x.shape[-1] > FEW_FEATURES:
-    return matmul(x, w)
+def matmul(weights: jax.Array, a: jax.Array) -> jax.Array:
+  """The product weights [G, H] @ a [H, B]."""
+  return product('gh,hb->gb', weights, a)
+
+
+def input_product(w: jax.Array, x: jax.Array) -> jax.Array:
+  """The products w [G, D] @ x [..., D, B]; for few features written out, to be part of what comes after."""
+  if x.shape[-2] > FEW_FEATURES:
+    return matmul(w, side_by_side(x)).reshape(-1, x.shape[0], x.shape[2]).swapaxes(0, 1)
   x, w = widen(x), widen(w)
-  return functools.reduce(jnp.add, (x[..., d : d + 1] * along_last(w[d], x) for d in range(x.shape[-1])))
+  return functools.reduce(jnp.add, (beside(w[:, d : d + 1], x) * x[..., d : d + 1, :] for d in range(x.shape[-2])))
 
 
-def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
-  """A vector [G] as [1, ..., G], of as many axes as `like`."""
-  return vector.reshape(*[1] * (like.ndim - 1), -1)
+def beside(column: jax.Array, like: jax.Array) -> jax.Array:
+  """A column [G, 1] as [1, ..., G, 1], of as many axes as `like` [..., G, B]."""
+  return column.reshape(*[1] * (like.ndim - 2), -1, 1)
 
 
 def affine_drive(prepared: Weights, x: jax.Array) -> jax.Array:
-  """The inputs' part x w_x + bias, of weights (w_x, the recurrent ones, bias, ...)."""
-  return input_product(x, prepared[0]) + along_last(prepared[2], x)
+  """The inputs' part w_x x + bias, of weights (w_x, the recurrent ones, bias, ...)."""
+  return input_product(prepared[0], x) + beside(prepared[2], x)
 
 
 def product_gradient(a: jax.Array, dz: jax.Array) -> jax.Array:
-  """The gradient [K, G] of w in z = a @ w, from a [N, K] and dz [N, G]."""
-  return matmul(a.T, dz)
+  """The gradient [H, G] of w in z = w.T @ a, from a [n, H, B] and dz [n, G, B]."""
+  return product('hc,gc->hg', side_by_side(a.astype(dz.dtype)), side_by_side(dz))
 
 
 def x_gradient(weights: Weights, dz: jax.Array) -> jax.Array:
-  """The gradient of x where the first of the weights is w_x and dz that of its product."""
-  return matmul(dz, weights[0].T)
+  """The gradient [n, D, B] of x where the first of the weights is w_x [D, G] and dz [n, G, B] that of its product."""
+  dx = matmul(weights[0], side_by_side(dz))
+  return dx.reshape(-1, dz.shape[0], dz.shape[2]).swapaxes(0, 1)
+
+
+def side_by_side(a: jax.Array) -> jax.Array:
+  """The steps of [n, G, B] as [G, n B]; few of them joined, which is quicker than to transpose."""
+  if a.shape[0] <= UNROLLED:
+    return jnp.concatenate(list(a), 1)
+  return a.swapaxes(0, 1).reshape(a.shape[1], -1)
 
 
 class Window(NamedTuple):
   """All steps of a window at once, in place of scans of a cell's `forward` and `backward`. Masked steps leave the state as it is.
 
   Attributes:
-    forward: (prepared, state, drive [S, B, G], mask [S, B] or None) -> (state, (y [S, B, ...], factors [S, B, ...])).
-    backward: (weights, factors, dy, mask, d_state) -> (d_state before the window, dz [S, B, ...], 0 at masked steps).
+    forward: (prepared, state, drive [n, G, B], mask [n, B] or None) -> (state, (y [n, ..., B], factors [n, ...])).
+    backward: (weights, factors, dy, mask, d_state) -> (d_state before the window, dz [n, ..., B], 0 at masked steps).
   """
 
   forward: Callable[[Any, State, jax.Array, jax.Array | None], tuple[State, tuple[Any, Any]]]
@@ -72,16 +94,21 @@ class Window(NamedTuple):
 
 
 class FusedCell(NamedTuple):
-  """One step of a recurrent layer, taken apart. Functions of arrays alone, all else is in `weights`.
+  """One step of a recurrent layer, taken apart. Functions of arrays alone, all else is in `weights`: matrices [in, G] and vectors,
+  which all but `weight_gradient` see as columns [G, 1].
 
   Attributes:
-    forward: (prepared, state, drive_t) -> (state, factors). The factors, a tuple of [B, ...], are all that is kept of the step.
+    forward: (prepared, state, drive_t [G, B]) -> (state, factors). The factors, a tuple of [..., B], are what is kept of the step.
     backward: (weights, factors, d_state) -> (d_state before the step, dz): dz is the gradient of what the weights' products give.
-    weight_gradient: (previous [N, ...], x [N, D], dz [N, ...]) -> gradient of the weights over N rows, float32 or more.
-    prepare: (weights) -> what the steps forward use, made once a window.
-    drive: (prepared, x [..., B, D]) -> the inputs' part of the step [..., B, G].
-    input_gradient: (weights, dz [..., G]) -> gradient of x.
-    output: (state) -> y, a part of it: what the layer gives out, and the `previous` that `weight_gradient` is given.
+    weight_gradient: (y before each step [n, ..., B], x [n, D, B], dz [n, ..., B]) -> gradient of the weights over n steps, float32
+      or more.
+    prepare: (weights with matrices [G, in]) -> what the steps forward use, made once a window.
+    drive: (prepared, x [..., D, B]) -> the inputs' part of the step [..., G, B].
+    input_gradient: (weights, dz [n, G, B]) -> gradient of x.
+    output: (state) -> y, a part of it: what the layer gives out.
+    joint: whether all weights multiply what stands in one column, y before the step, x, and 1: for few features that is what
+      `weight_gradient` is given for y.
+    by_rows: whether arrays are [..., B, G], and vectors rows [1, G]: for cells whose only weights are vectors. `drive` is x then.
     window: what runs all steps, if not scans of `forward` and `backward`.
   """
 
@@ -92,61 +119,76 @@ class FusedCell(NamedTuple):
   drive: Callable[[Any, jax.Array], jax.Array] = affine_drive
   input_gradient: Callable[[Weights, Any], jax.Array] = x_gradient
   output: Callable[[State], Any] = lambda state: state
+  joint: bool = False
+  by_rows: bool = False
   window: Window | None = None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def fused_window(cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: jax.Array | None) -> tuple[State, Any]:
   """Runs a cell over a window.
 
   Args:
     cell: the step.
     weights: its weights.
-    state: tree of arrays [B, ...].
+    state: tree of arrays [B, H].
     x: [S, B, D].
     mask: bool [S, B] or None; a step where it is False leaves the state as it is.
 
   Returns:
-    (state after the window, y [S, B, ...]); at a masked step y repeats the one before. Differentiable once, in reverse, and in
+    (state after the window, y [S, B, H]); at a masked step y repeats the one before. Differentiable once, in reverse, and in
     weights, state and x.
   """
-  state, (y, _) = _forward(cell, weights, state, x, mask)
+  if cell.by_rows:
+    return _window(cell, weights, state, x, mask)
+  end, y = _window(cell, weights, jax.tree.map(jnp.transpose, state), x.swapaxes(1, 2), mask)
+  return jax.tree.map(jnp.transpose, end), jax.tree.map(lambda y: y.swapaxes(1, 2), y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _window(cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: jax.Array | None) -> tuple[State, Any]:
+  """As `fused_window`, but feature-major, unless `cell.by_rows`: state [H, B], x [S, D, B], y [S, H, B]."""
+  state, (y, _, _) = _forward(cell, weights, state, x, mask)
   return state, y
 
 
 def _forward(
   cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: jax.Array | None
-) -> tuple[State, tuple[Any, Any]]:
-  """(state after the window, (y [S, B, ...], factors [S, B, ...]))."""
-  prepared = cell.prepare(_wide_vectors(weights))
-  few = x.shape[-1] <= FEW_FEATURES
+) -> tuple[State, tuple[Any, Any, Any]]:
+  """(state after the window, (y [S, H, B], what is kept of y and x [S, ..., B], factors [S, ...]))."""
+  prepared = cell.prepare(_wide_vectors(cell, jax.tree.map(jnp.transpose, weights)))
+  few = not cell.by_rows and x.shape[1] <= FEW_FEATURES
 
-  def step(state: State, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[State, tuple[Any, Any]]:
-    x_t, mask_t = inputs
-    new, factors = cell.forward(prepared, jax.tree.map(widen, state), widen(cell.drive(prepared, x_t) if few else x_t))
+  def step(state: State, inputs: tuple[Any, jax.Array | None]) -> tuple[State, tuple[Any, Any, Any]]:
+    drive_t, mask_t = inputs
+    kept = cell.output(state)
+    if few:
+      x_t = jnp.stack(drive_t)
+      drive_t, kept = cell.drive(prepared, x_t), _joined(cell, kept, x_t)
+    new, factors = cell.forward(prepared, jax.tree.map(widen, state), widen(drive_t))
     new = jax.tree.map(lambda new, old: new.astype(old.dtype), new, state)
-    new = _where(mask_t, new, state)
-    return new, (cell.output(new), jax.tree.map(lambda factor: factor.astype(x.dtype), factors))
+    new = _where(cell, mask_t, new, state)
+    return new, (cell.output(new), kept, jax.tree.map(lambda factor: factor.astype(x.dtype), factors))
 
-  def chunk(state: State, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[State, tuple[Any, Any]]:
+  def chunk(state: State, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[State, tuple[Any, Any, Any]]:
     x, mask = inputs
     if cell.window is not None:
-      return cell.window.forward(prepared, state, cell.drive(prepared, x), mask)
-    return jax.lax.scan(step, state, (x if few else cell.drive(prepared, x), mask))
+      end, (y, factors) = cell.window.forward(prepared, state, cell.drive(prepared, x), mask)
+      return end, (y, _joined(cell, jnp.concatenate([cell.output(state)[None], y[:-1]]), x), factors)
+    if few:  # Feature by feature: a transpose of x would be read in strides, as part of the step.
+      return jax.lax.scan(step, state, (tuple(jnp.unstack(x, axis=1)), mask))
+    return _scan(step, state, (cell.drive(prepared, x), mask))
 
-  return chunk(state, (x, mask)) if few else _by_chunks(chunk, state, (x, mask), steps_at_once(*x.shape[:2]))
-
-
-def _fused_forward(cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: jax.Array | None) -> tuple[Any, Any]:
-  end, (y, factors) = _forward(cell, weights, state, x, mask)
-  # Made here, so that y itself need not be kept.
-  previous = jax.tree.map(lambda first, y: jnp.concatenate([first[None], y[:-1]]), cell.output(state), y)
-  return (end, y), (weights, x, mask, previous, factors)
+  return chunk(state, (x, mask)) if few else _by_chunks(chunk, state, (x, mask), _steps(cell, x))
 
 
-def _fused_backward(cell: FusedCell, residual: Any, gradient: tuple[State, Any]) -> tuple[Any, ...]:
-  weights, x, mask, previous, factors = residual
-  wide_weights, (d_state, dy) = _wide_vectors(weights), gradient
+def _window_forward(cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: jax.Array | None) -> tuple[Any, Any]:
+  end, (y, kept, factors) = _forward(cell, weights, state, x, mask)  # Kept apart, because y itself may not be asked for.
+  return (end, y), (weights, x, mask, kept, factors)
+
+
+def _window_backward(cell: FusedCell, residual: Any, gradient: tuple[State, Any]) -> tuple[Any, ...]:
+  given, x, mask, kept, factors = residual
+  weights, (d_state, dy) = _wide_vectors(cell, given), gradient
   dtypes = jax.tree.map(lambda d: d.dtype, d_state)
   d_state = jax.tree.map(widen, d_state)
   add_output = jax.linear_transpose(cell.output, d_state)
@@ -154,38 +196,35 @@ def _fused_backward(cell: FusedCell, residual: Any, gradient: tuple[State, Any])
   def step(d_state: State, inputs: tuple[Any, ...]) -> tuple[State, Any]:
     (factors, dy_t), mask_t = jax.tree.map(widen, inputs[:2]), inputs[2]
     d_state = jax.tree.map(jnp.add, d_state, *add_output(dy_t))
-    before, dz = cell.backward(wide_weights, factors, d_state)
+    before, dz = cell.backward(weights, factors, d_state)
     if mask_t is not None:
-      dz = _where(mask_t, dz, jax.tree.map(jnp.zeros_like, dz))
-    return _where(mask_t, before, d_state), jax.tree.map(lambda part: part.astype(x.dtype), dz)
+      dz = _where(cell, mask_t, dz, jax.tree.map(jnp.zeros_like, dz))
+    return _where(cell, mask_t, before, d_state), jax.tree.map(lambda part: part.astype(x.dtype), dz)
 
   def chunk(carry: tuple[State, Weights], inputs: tuple[Any, ...]) -> tuple[Any, jax.Array]:
     d_state, d_weights = carry
-    factors, dy, mask, previous, x = inputs
+    factors, dy, mask, kept, x = inputs
     if cell.window is not None:
-      d_state, dz = cell.window.backward(wide_weights, factors, dy, mask, d_state)
+      d_state, dz = cell.window.backward(weights, factors, dy, mask, d_state)
     else:
-      d_state, dz = jax.lax.scan(step, d_state, (factors, dy, mask), reverse=True)
-    rows = lambda array: array.reshape(-1, *array.shape[2:])
-    gradient = cell.weight_gradient(jax.tree.map(rows, previous), rows(x), jax.tree.map(rows, dz))
-    return (d_state, jax.tree.map(jnp.add, d_weights, gradient)), cell.input_gradient(weights, dz).astype(x.dtype)
+      d_state, dz = _scan(step, d_state, (factors, dy, mask), reverse=True)
+    d_weights = jax.tree.map(jnp.add, d_weights, cell.weight_gradient(kept, x, dz))
+    return (d_state, d_weights), cell.input_gradient(weights, dz).astype(x.dtype)
 
-  zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, at_least_float32(w.dtype)), weights)
-  (d_state, d_weights), dx = _by_chunks(
-    chunk, (d_state, zeros), (factors, dy, mask, previous, x), steps_at_once(*x.shape[:2]), reverse=True
-  )
-  d_weights = jax.tree.map(lambda gradient, w: gradient.astype(w.dtype), d_weights, weights)
+  zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, at_least_float32(w.dtype)), given)
+  (d_state, d_weights), dx = _by_chunks(chunk, (d_state, zeros), (factors, dy, mask, kept, x), _steps(cell, x), reverse=True)
+  d_weights = jax.tree.map(lambda gradient, w: gradient.astype(w.dtype), d_weights, given)
   d_state = jax.tree.map(lambda d, dtype: d.astype(dtype), d_state, dtypes)
   return d_weights, d_state, dx, None if mask is None else np.zeros(mask.shape, jax.dtypes.float0)
 
 
-fused_window.defvjp(_fused_forward, _fused_backward)
+_window.defvjp(_window_forward, _window_backward)
 
 
 def steps_at_once(num_steps: int, batch_size: int) -> int:
   """How many steps go into one product of inputs or of the weights' gradient: a divisor of S.
 
-  What is put off has to be kept, so a CPU takes the fewest steps that make 128 to 1024 rows, where there are such. With fewer rows
+  What is put off has to be kept, so a CPU takes the fewest steps that make 128 to 1024 columns, where there are such. With fewer
   the sum of the gradients, which each product reads and writes, and the weights do not fit its cache together (seen as calls 1.3 to
   1.6 times slower, or as slow only now and then). An accelerator is best served with all S at once.
   """
@@ -210,25 +249,40 @@ def _by_chunks(chunk: Callable[..., Any], carry: Any, inputs: Any, steps: int, r
   return carry, jax.tree.map(lambda array: array.reshape(size, *array.shape[2:]), outputs)
 
 
-def _wide_vectors(weights: Weights) -> Weights:
-  """Weights that are multiplied element by element, or added, in float32; matrices as they are."""
-  return jax.tree.map(lambda w: widen(w) if w.ndim == 1 else w, weights)
+def _scan(step: Callable[..., Any], carry: Any, inputs: Any, reverse: bool = False) -> tuple[Any, Any]:
+  """`jax.lax.scan` over a chunk's steps."""
+  size = jax.tree.leaves(inputs)[0].shape[0]
+  return jax.lax.scan(step, carry, inputs, reverse=reverse, unroll=size if size <= UNROLLED else 1)
 
 
-def _where(mask_t: jax.Array | None, new: Any, old: Any) -> Any:
+def _steps(cell: FusedCell, x: jax.Array) -> int:
+  """Steps of a chunk; all where there are no products to put off."""
+  return x.shape[0] if cell.by_rows else steps_at_once(x.shape[0], x.shape[2])
+
+
+def _joined(cell: FusedCell, previous: Any, x: jax.Array) -> Any:
+  """What `weight_gradient` is given for y before each step [..., H, B], where inputs [..., D, B] are of few features."""
+  if not cell.joint or x.shape[-2] > FEW_FEATURES:
+    return previous
+  return jnp.concatenate([previous, x.astype(previous.dtype), jnp.ones_like(x[..., :1, :], previous.dtype)], -2)
+
+
+def _wide_vectors(cell: FusedCell, weights: Weights) -> Weights:
+  """Vectors, which are multiplied element by element, or added, as columns, or rows, in float32; matrices as they are."""
+  return jax.tree.map(lambda w: jnp.expand_dims(widen(w), 0 if cell.by_rows else 1) if w.ndim == 1 else w, weights)
+
+
+def _where(cell: FusedCell, mask_t: jax.Array | None, new: Any, old: Any) -> Any:
   """`new` where the step is real, else `old`."""
   if mask_t is None:
     return new
-  return jax.tree.map(lambda new, old: jnp.where(mask_t.reshape(-1, *[1] * (new.ndim - 1)), new, old), new, old)
+  mask_t = jnp.expand_dims(mask_t, 1 if cell.by_rows else 0)
+  return jax.tree.map(lambda new, old: jnp.where(mask_t, new, old), new, old)
 
 
 def _summed(dz: jax.Array) -> jax.Array:
-  """The gradient of a bias: the sum over the rows [N, G]."""
-  return widen(dz).sum(0)
-
-
-def _join(*parts: jax.Array) -> jax.Array:
-  return jnp.concatenate(parts, -1)
+  """The gradient of a bias: the sum over steps and columns of [n, G, B]."""
+  return widen(dz).sum((0, 2))
 
 
 # One tanh over all gates at once, σ(z) = (1 + tanh(z/2))/2, the halves being put into the weights: on a CPU, functions of parts of
@@ -236,9 +290,9 @@ def _join(*parts: jax.Array) -> jax.Array:
 
 
 def _scaled(weights: Weights, factors: tuple[float, ...]) -> Weights:
-  """The weights [..., G H], a factor for each of the G gates."""
-  scale = np.repeat(factors, weights[0].shape[-1] // len(factors))
-  return tuple(w * along_last(jnp.asarray(scale, w.dtype), w) for w in weights)
+  """The weights [G H, ...], a factor for each of the G gates."""
+  scale = np.repeat(factors, weights[0].shape[0] // len(factors))[:, None]
+  return tuple(w * jnp.asarray(scale, w.dtype) for w in weights)
 
 
 def _lstm_prepare(weights: Weights) -> Weights:
@@ -247,9 +301,9 @@ def _lstm_prepare(weights: Weights) -> Weights:
 
 def _lstm_forward(prepared: Weights, state: State, drive_t: jax.Array) -> tuple[State, tuple[jax.Array, ...]]:
   h, c = state
-  a = jnp.tanh(drive_t + matmul(h, prepared[1]))
-  i, f, g, o = jnp.split(a, 4, -1)
-  d_i, d_f, d_g, d_o = jnp.split(1 - a * a, 4, -1)
+  a = jnp.tanh(drive_t + matmul(prepared[1], h))
+  i, f, g, o = jnp.split(a, 4)
+  d_i, d_f, d_g, d_o = jnp.split(1 - a * a, 4)
   i, f, o = 0.5 * i + 0.5, 0.5 * f + 0.5, 0.5 * o + 0.5
   new_c = f * c + i * g
   t = jnp.tanh(new_c)
@@ -261,16 +315,17 @@ def _lstm_backward(weights: Weights, factors: tuple[jax.Array, ...], d_state: St
   to_i, to_f, to_g, to_o, to_c, f = factors
   dh, dc = d_state
   dc = dc + dh * to_c
-  dz = _join(dc * to_i, dc * to_f, dc * to_g, dh * to_o)
-  return type(d_state)(matmul(dz, weights[1].T), dc * f), dz
+  dz = jnp.concatenate([dc * to_i, dc * to_f, dc * to_g, dh * to_o])
+  return type(d_state)(matmul(weights[1], dz), dc * f), dz
 
 
 def _affine_gradient(previous: jax.Array, x: jax.Array, dz: jax.Array) -> Weights:
-  """Of w_x, w_h, bias in x w_x + h w_h + bias."""
-  if x.shape[-1] > FEW_FEATURES:
+  """Of w_x, w_h, bias in w_x x + w_h h + bias."""
+  features = x.shape[1]
+  if features > FEW_FEATURES:
     return product_gradient(x, dz), product_gradient(previous, dz), _summed(dz)
-  joint = product_gradient(_join(previous, x, jnp.ones((*x.shape[:-1], 1), x.dtype)), dz)  # One product instead of three.
-  size = previous.shape[-1]
+  joint = product_gradient(previous, dz)
+  size = joint.shape[0] - features - 1
   return joint[size:-1], joint[:size], joint[-1]
 
 
@@ -280,6 +335,7 @@ LSTM_CELL = FusedCell(
   backward=_lstm_backward,
   weight_gradient=_affine_gradient,
   output=lambda state: state[0],
+  joint=True,
 )
 """Weights (w_x [D, 4H], w_h [H, 4H], bias [4H]), gates i, f, g, o; state (h, c)."""
 
@@ -289,12 +345,12 @@ def _gru_prepare(weights: Weights) -> Weights:
 
 
 def _gru_forward(prepared: Weights, h: jax.Array, drive_t: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  size = h.shape[-1]
-  recurrent = matmul(h, prepared[1]) + along_last(prepared[3], h)
-  gates = 0.5 * jnp.tanh(drive_t[:, : 2 * size] + recurrent[:, : 2 * size]) + 0.5
-  r, z = jnp.split(gates, 2, -1)
-  recurrent_n = recurrent[:, 2 * size :]
-  n = jnp.tanh(drive_t[:, 2 * size :] + r * recurrent_n)
+  size = h.shape[0]
+  recurrent = matmul(prepared[1], h) + prepared[3]
+  gates = 0.5 * jnp.tanh(drive_t[: 2 * size] + recurrent[: 2 * size]) + 0.5
+  r, z = jnp.split(gates, 2)
+  recurrent_n = recurrent[2 * size :]
+  n = jnp.tanh(drive_t[2 * size :] + r * recurrent_n)
   to_n = (1 - z) * (1 - n * n)
   # What dh is multiplied by for r, z, n, the recurrent part of n, and for the step before.
   return n + z * (h - n), (to_n * recurrent_n * r * (1 - r), (h - n) * z * (1 - z), to_n, to_n * r, z)
@@ -302,9 +358,9 @@ def _gru_forward(prepared: Weights, h: jax.Array, drive_t: jax.Array) -> tuple[j
 
 def _gru_backward(weights: Weights, factors: tuple[jax.Array, ...], dh: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   to_r, to_z, to_n, to_recurrent_n, z = factors
-  dr_dz = _join(dh * to_r, dh * to_z)
-  recurrent = _join(dr_dz, dh * to_recurrent_n)
-  return matmul(recurrent, weights[1].T) + dh * z, (_join(dr_dz, dh * to_n), recurrent)
+  dr_dz = jnp.concatenate([dh * to_r, dh * to_z])
+  recurrent = jnp.concatenate([dr_dz, dh * to_recurrent_n])
+  return matmul(weights[1], recurrent) + dh * z, (jnp.concatenate([dr_dz, dh * to_n]), recurrent)
 
 
 def _gru_gradient(previous: jax.Array, x: jax.Array, dz: tuple[jax.Array, jax.Array]) -> Weights:
@@ -323,19 +379,20 @@ GRU_CELL = FusedCell(
 
 
 def _rnn_forward(prepared: Weights, h: jax.Array, drive_t: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
-  h = jnp.tanh(drive_t + matmul(h, prepared[1]))
+  h = jnp.tanh(drive_t + matmul(prepared[1], h))
   return h, (1 - h * h,)
 
 
 def _rnn_backward(weights: Weights, factors: tuple[jax.Array, ...], dh: jax.Array) -> tuple[jax.Array, jax.Array]:
   dz = dh * factors[0]
-  return matmul(dz, weights[1].T), dz
+  return matmul(weights[1], dz), dz
 
 
 RNN_CELL = FusedCell(
   forward=_rnn_forward,
   backward=_rnn_backward,
   weight_gradient=_affine_gradient,
+  joint=True,
 )
 """Weights (w_x [D, H], w_h [H, H], bias [H]); state h."""
 
@@ -345,18 +402,18 @@ def antisymmetric_cell(epsilon: float) -> FusedCell:
   """Weights (v [D, 2H], a_transposed [H, H], bias [2H]), the part of tanh and that of the gate; state h."""
 
   def forward(prepared: Weights, h: jax.Array, drive_t: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    size = h.shape[-1]
-    recurrent = matmul(h, prepared[1])
-    t, gate = jnp.tanh(recurrent + drive_t[:, :size]), jax.nn.sigmoid(recurrent + drive_t[:, size:])
+    size = h.shape[0]
+    recurrent = matmul(prepared[1], h)
+    t, gate = jnp.tanh(recurrent + drive_t[:size]), jax.nn.sigmoid(recurrent + drive_t[size:])
     scaled = epsilon * gate
     return h + scaled * t, (scaled * (1 - t * t), scaled * t * (1 - gate))
 
   def backward(weights: Weights, factors: tuple[jax.Array, ...], dh: jax.Array) -> tuple[jax.Array, jax.Array]:
     to_tanh, to_gate = dh * factors[0], dh * factors[1]
-    return dh + matmul(to_tanh + to_gate, weights[1].T), _join(to_tanh, to_gate)
+    return dh + matmul(weights[1], to_tanh + to_gate), jnp.concatenate([to_tanh, to_gate])
 
   def gradient(previous: jax.Array, x: jax.Array, dz: jax.Array) -> Weights:
-    to_tanh, to_gate = jnp.split(dz, 2, -1)
+    to_tanh, to_gate = jnp.split(dz, 2, 1)
     return product_gradient(x, dz), product_gradient(previous, to_tanh + to_gate), _summed(dz)
 
   return FusedCell(
@@ -367,44 +424,51 @@ def antisymmetric_cell(epsilon: float) -> FusedCell:
 
 
 def _indrnn_forward(prepared: Weights, h: jax.Array, drive_t: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
-  z = drive_t + along_last(prepared[1], h) * h
+  u, bias = prepared
+  z = drive_t + u * h + bias
   return jax.nn.relu(z), (z > 0,)
 
 
 def _indrnn_backward(weights: Weights, factors: tuple[jax.Array, ...], dh: jax.Array) -> tuple[jax.Array, jax.Array]:
   dz = dh * factors[0]
-  return dz * along_last(weights[1], dz), dz
+  return dz * weights[0], dz
 
 
-INDRNN_CELL = FusedCell(
-  forward=_indrnn_forward,
-  backward=_indrnn_backward,
-  weight_gradient=lambda previous, x, dz: (product_gradient(x, dz), _summed(widen(previous) * widen(dz)), _summed(dz)),
-)
-"""Weights (w_x [D, H], u [H], bias [H]); state h."""
+def _elementwise_cell(
+  forward: Callable[..., Any], backward: Callable[..., Any], weight_gradient: Callable[[Any, jax.Array], Weights]
+) -> FusedCell:
+  """A cell without products; `weight_gradient`: (previous, dz), both float32 or more -> what is summed over steps and rows."""
+  return FusedCell(
+    forward=forward,
+    backward=backward,
+    weight_gradient=lambda previous, x, dz: jax.tree.map(
+      lambda terms: terms.sum((0, 1)), weight_gradient(jax.tree.map(widen, previous), widen(dz))
+    ),
+    drive=lambda prepared, x: x,
+    input_gradient=lambda weights, dz: dz,
+    by_rows=True,
+  )
+
+
+INDRNN_CELL = _elementwise_cell(_indrnn_forward, _indrnn_backward, lambda previous, dz: (previous * dz, dz))
+"""Weights (u [H], bias [H]); x is w_x x [B, H], state h."""
 
 
 def _diagonal_forward(prepared: Weights, state: State, drive_t: jax.Array) -> tuple[State, tuple[()]]:
-  (re, im), (rotate_re, rotate_im) = state, (along_last(part, drive_t) for part in prepared)
+  (re, im), (rotate_re, rotate_im) = state, prepared
   drive_re, drive_im = jnp.split(drive_t, 2, -1)
   return type(state)(rotate_re * re - rotate_im * im + drive_re, rotate_re * im + rotate_im * re + drive_im), ()
 
 
 def _diagonal_backward(weights: Weights, factors: tuple[jax.Array, ...], d_state: State) -> tuple[State, jax.Array]:
-  (re, im), (rotate_re, rotate_im) = d_state, (along_last(part, d_state[0]) for part in weights)
-  return type(d_state)(rotate_re * re + rotate_im * im, rotate_re * im - rotate_im * re), _join(re, im)
+  (re, im), (rotate_re, rotate_im) = d_state, weights
+  return type(d_state)(rotate_re * re + rotate_im * im, rotate_re * im - rotate_im * re), jnp.concatenate([re, im], -1)
 
 
-def _diagonal_gradient(previous: State, x: jax.Array, dz: jax.Array) -> Weights:
-  (re, im), (d_re, d_im) = jax.tree.map(widen, previous), jnp.split(widen(dz), 2, -1)
-  return _summed(re * d_re + im * d_im), _summed(re * d_im - im * d_re)
+def _diagonal_gradient(previous: State, dz: jax.Array) -> Weights:
+  (re, im), (d_re, d_im) = previous, jnp.split(dz, 2, -1)
+  return re * d_re + im * d_im, re * d_im - im * d_re
 
 
-DIAGONAL_CELL = FusedCell(
-  drive=lambda prepared, x: x,
-  forward=_diagonal_forward,
-  backward=_diagonal_backward,
-  weight_gradient=_diagonal_gradient,
-  input_gradient=lambda weights, dz: dz,
-)
-"""s' = λ s + x, complex: weights the parts of λ, each [N]; state and x [..., 2N] real and imaginary parts."""
+DIAGONAL_CELL = _elementwise_cell(_diagonal_forward, _diagonal_backward, _diagonal_gradient)
+"""s' = λ s + x, complex: weights the parts of λ, each [N]; state and x [B, 2N] real and imaginary parts."""

@@ -112,6 +112,11 @@ class Recurrent(nnx.Module):
   def step(self) -> Step:
     """One time step as a function of (state, x_t [B, D]); reads the weights, and prepares them, once a window."""
 
+  def last_output(self, state: Any) -> jax.Array | None:
+    """The output [B, H] at each sequence's last valid step, out of the state after it; None where that does not tell."""
+    output: jax.Array = state
+    return output
+
   def taken_apart(self) -> tuple[FusedCell, Any] | None:
     """The same step for :func:`fptt_jax.nn.fused.fused_window`, and its weights; None where there is only `step`."""
     return None
@@ -185,6 +190,10 @@ class LSTM(Recurrent):
       return LSTMState(h, c), h
 
     return step
+
+  def last_output(self, state: LSTMState) -> jax.Array:
+    """See :class:`Recurrent`."""
+    return state.h
 
   def taken_apart(self) -> tuple[FusedCell, Any]:
     """See :class:`Recurrent`."""
@@ -414,13 +423,19 @@ class Stack(nnx.Module):
     x: jax.Array,
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
-    step: jax.Array | int | None = None,
+    last: jax.Array | int | None = None,
   ) -> tuple[tuple[Any, ...], jax.Array | Penalised]:
-    """Runs a window through all layers; those after the last recurrent one at `step` (int or int [B]) alone, if given."""
+    """Runs a window through all layers; those after the last recurrent one at `last` alone, if given.
+
+    `last` is each sequence's last valid step, an int or int [B].
+    """
     last_recurrent = max((number for number, layer in enumerate(self.layers) if is_recurrent(layer)), default=-1)
     new_state, x, penalties = self._run(0, last_recurrent + 1, state, x, mask, key)
-    if step is not None:
-      x = take_steps(x, step)
+    if last is not None:
+      layer: Any = self.layers[last_recurrent]
+      # Outputs that nobody reads need not be written down, nor their gradient.
+      output = layer.last_output(new_state[-1]) if isinstance(layer, Recurrent) else None
+      x = take_steps(x, last) if output is None else output[None]
     _, x, _ = self._run(last_recurrent + 1, len(self.layers), (), x, mask, key)
     return new_state, _penalised(x, penalties)
 
