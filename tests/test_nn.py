@@ -573,7 +573,16 @@ def test_things_that_are_no_builder_or_cell_are_refused():
     nn.from_nnx(lambda rngs: NoisyCell(2, 3, rngs=rngs))
 
 
+class Doubled(nn.LSTM):
+  """A user's layer, the outputs of which are not part of its state."""
+
+  def __call__(self, *args):
+    state, y = super().__call__(*args)
+    return state, 2 * y
+
+
 LAST_LAYERS = {
+  'outputs of its own': lambda rngs: [Doubled(2, 4, rngs=rngs)],
   'penalty': lambda rngs: [nn.GRU(2, 4, rngs=rngs), nn.ActivationPenalty(0.5)],
   'no recurrent layer': lambda rngs: [nnx.Linear(2, 4, rngs=rngs)],
   'flax cell': lambda rngs: [nnx.GRUCell(2, 4, rngs=rngs)],

@@ -298,9 +298,6 @@ class LRU(Recurrent):
     """Zeros."""
     return LRUState(*(self.zeros(batch_size, self.state_features) for _ in range(2)))
 
-  def last_output(self, state: LRUState) -> None:
-    """It depends on the last input, too."""
-
   def step(self) -> Step:
     """See the class."""
     lambda_re, lambda_im, b, c = self._prepared()

@@ -112,14 +112,14 @@ class Recurrent(nnx.Module):
   def step(self) -> Step:
     """One time step as a function of (state, x_t [B, D]); reads the weights, and prepares them, once a window."""
 
-  def last_output(self, state: Any) -> jax.Array | None:
-    """The output [B, H] at each sequence's last valid step, out of the state after it; None where that does not tell."""
-    output: jax.Array = state
-    return output
-
   def taken_apart(self) -> tuple[FusedCell, Any] | None:
     """The same step for :func:`fptt_jax.nn.fused.fused_window`, and its weights; None where there is only `step`."""
     return None
+
+  def last_output(self, state: Any) -> jax.Array | None:
+    """The output [B, H] at each sequence's last valid step, out of the state after it; None where that may not tell."""
+    apart = self.taken_apart() if self.fused and type(self).__call__ is Recurrent.__call__ else None
+    return None if apart is None else apart[0].output(state)
 
   def __call__(
     self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
@@ -190,10 +190,6 @@ class LSTM(Recurrent):
       return LSTMState(h, c), h
 
     return step
-
-  def last_output(self, state: LSTMState) -> jax.Array:
-    """See :class:`Recurrent`."""
-    return state.h
 
   def taken_apart(self) -> tuple[FusedCell, Any]:
     """See :class:`Recurrent`."""
