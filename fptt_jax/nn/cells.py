@@ -215,7 +215,9 @@ class IndRNN(Recurrent):
     if not self.fused:
       return super().__call__(state, x, mask, key)
     x = self.checked(state, x, mask)
-    return fused_window(INDRNN_CELL, (self._clipped(), self.bias[...]), state, x @ self.w_x[...], mask)
+    # As rows [S B, D]: of [S, B, D], XLA copies the gradient, transposed, for that of the weights.
+    drive = (x.reshape(-1, self.in_features) @ self.w_x[...]).reshape(*x.shape[:2], -1)
+    return fused_window(INDRNN_CELL, (self._clipped(), self.bias[...]), state, drive, mask)
 
   def _clipped(self) -> jax.Array:
     """The u [H] that is used."""

@@ -4,9 +4,9 @@ A step is taken apart into its matrix products and the rest. Forward, each step 
 its state is to be multiplied, so that a step backward is a few multiplications and nothing is computed twice. The products that
 give the weights' gradient are put off until there are columns enough for one that is worth it: :func:`steps_at_once`.
 
-Here, and nowhere else, arrays are feature-major: [H, B] is what a user knows as [B, H]. Weights are then the left operand of every
-product and a few columns the right one, which is what CPU libraries copy into an order of their own each time. Cells without
-products have nothing to gain from that and keep their rows.
+Here arrays are feature-major: [H, B] is what a user knows as [B, H]. Weights are then the left operand of each step's products and
+a few columns the right one, which is what CPU libraries copy into an order of their own each time. Cells without products have
+nothing to gain from that and keep their rows.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,9 @@ State = Any
 Weights = Any
 FEW_FEATURES = 4
 """Inputs of so few features are multiplied within each step: what comes of it, written out, is much larger than they are."""
-UNROLLED = 8
-"""So few steps, of a chunk, are written out rather than looped over: their results then lie in memory as one product reads them."""
+UNROLLED = 2
+"""So few steps, of a chunk, are written out rather than looped over: their results then lie in memory as one product reads them. Of
+more, XLA computes again in each what the ones before have."""
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -76,7 +77,7 @@ def x_gradient(weights: Weights, dz: jax.Array) -> jax.Array:
 
 def side_by_side(a: jax.Array) -> jax.Array:
   """The steps of [n, G, B] as [G, n B]; few of them joined, which is quicker than to transpose."""
-  if a.shape[0] <= UNROLLED:
+  if 0 < a.shape[0] <= UNROLLED:
     return jnp.concatenate(list(a), 1)
   return a.swapaxes(0, 1).reshape(a.shape[1], -1)
 
@@ -95,20 +96,21 @@ class Window(NamedTuple):
 
 class FusedCell(NamedTuple):
   """One step of a recurrent layer, taken apart. Functions of arrays alone, all else is in `weights`: matrices [in, G] and vectors,
-  which all but `weight_gradient` see as columns [G, 1].
+  which the functions see as columns [G, 1].
 
   Attributes:
     forward: (prepared, state, drive_t [G, B]) -> (state, factors). The factors, a tuple of [..., B], are what is kept of the step.
     backward: (weights, factors, d_state) -> (d_state before the step, dz): dz is the gradient of what the weights' products give.
-    weight_gradient: (y before each step [n, ..., B], x [n, D, B], dz [n, ..., B]) -> gradient of the weights over n steps, float32
-      or more.
+    weight_gradient: (y before each step [n, ..., B], x [n, D, B], dz [n, ..., B]) -> gradient over n steps of the weights, shaped
+      as they are given, float32 or more.
     prepare: (weights with matrices [G, in]) -> what the steps forward use, made once a window.
     drive: (prepared, x [..., D, B]) -> the inputs' part of the step [..., G, B].
     input_gradient: (weights, dz [n, G, B]) -> gradient of x.
     output: (state) -> y, a part of it: what the layer gives out.
-    joint: whether all weights multiply what stands in one column, y before the step, x, and 1: for few features that is what
-      `weight_gradient` is given for y.
-    by_rows: whether arrays are [..., B, G], and vectors rows [1, G]: for cells whose only weights are vectors. `drive` is x then.
+    joint: whether all weights multiply what stands in one column: y before the step, x, and 1, in this order. For few features that
+      is what `weight_gradient` is given for y.
+    by_rows: whether arrays are [..., B, G], and vectors rows [1, G]: for cells whose only weights are vectors, whose `drive` is to
+      give x back.
     window: what runs all steps, if not scans of `forward` and `backward`.
   """
 
@@ -176,7 +178,7 @@ def _forward(
       return end, (y, _joined(cell, jnp.concatenate([cell.output(state)[None], y[:-1]]), x), factors)
     if few:  # Feature by feature: a transpose of x would be read in strides, as part of the step.
       return jax.lax.scan(step, state, (tuple(jnp.unstack(x, axis=1)), mask))
-    return _scan(step, state, (cell.drive(prepared, x), mask))
+    return _scan(cell, step, state, (cell.drive(prepared, x), mask))
 
   return chunk(state, (x, mask)) if few else _by_chunks(chunk, state, (x, mask), _steps(cell, x))
 
@@ -207,7 +209,7 @@ def _window_backward(cell: FusedCell, residual: Any, gradient: tuple[State, Any]
     if cell.window is not None:
       d_state, dz = cell.window.backward(weights, factors, dy, mask, d_state)
     else:
-      d_state, dz = _scan(step, d_state, (factors, dy, mask), reverse=True)
+      d_state, dz = _scan(cell, step, d_state, (factors, dy, mask), reverse=True)
     d_weights = jax.tree.map(jnp.add, d_weights, cell.weight_gradient(kept, x, dz))
     return (d_state, d_weights), cell.input_gradient(weights, dz).astype(x.dtype)
 
@@ -249,10 +251,10 @@ def _by_chunks(chunk: Callable[..., Any], carry: Any, inputs: Any, steps: int, r
   return carry, jax.tree.map(lambda array: array.reshape(size, *array.shape[2:]), outputs)
 
 
-def _scan(step: Callable[..., Any], carry: Any, inputs: Any, reverse: bool = False) -> tuple[Any, Any]:
+def _scan(cell: FusedCell, step: Callable[..., Any], carry: Any, inputs: Any, reverse: bool = False) -> tuple[Any, Any]:
   """`jax.lax.scan` over a chunk's steps."""
   size = jax.tree.leaves(inputs)[0].shape[0]
-  return jax.lax.scan(step, carry, inputs, reverse=reverse, unroll=size if size <= UNROLLED else 1)
+  return jax.lax.scan(step, carry, inputs, reverse=reverse, unroll=size if 0 < size <= UNROLLED and not cell.by_rows else 1)
 
 
 def _steps(cell: FusedCell, x: jax.Array) -> int:
@@ -451,7 +453,7 @@ def _elementwise_cell(
 
 
 INDRNN_CELL = _elementwise_cell(_indrnn_forward, _indrnn_backward, lambda previous, dz: (previous * dz, dz))
-"""Weights (u [H], bias [H]); x is w_x x [B, H], state h."""
+"""Weights (u [H], bias [H]); x is the inputs times w_x [B, H], state h."""
 
 
 def _diagonal_forward(prepared: Weights, state: State, drive_t: jax.Array) -> tuple[State, tuple[()]]:

@@ -126,7 +126,8 @@ class Recurrent(nnx.Module):
   ) -> tuple[Any, jax.Array]:
     """Runs a window; see the module's docstring. `key` is not used: these layers have no noise of their own."""
     x = self.checked(state, x, mask)
-    apart = self.taken_apart() if self.fused else None
+    # One step leaves nothing to put off.
+    apart = self.taken_apart() if self.fused == 'kernel' or (self.fused and x.shape[0] > 1) else None
     if apart is None:
       return scan_steps(self.step(), state, x, mask)
     cell, weights = apart
