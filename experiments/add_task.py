@@ -140,13 +140,7 @@ def train(chosen: list[Member], folder: Path) -> None:
       step, params = start + int(part[-1]) + 1, group.unstack(recipe.evaluation_params(config, method, state))
       for number in going:
         totals, _ = trainer.evaluate(params[number], tests[number])
-        row = group.runs[number].log(
-          step,
-          updates=step * updates - skipped[number],
-          **last_batch(metrics, number),
-          **({'skipped': skipped[number]} if config.nonfinite == 'skip' else {}),
-          test_mse=fptt_jax.means(totals)['loss'],
-        )
+        row = log(group, number, step, step * updates - skipped[number], skipped[number], metrics, fptt_jax.means(totals)['loss'])
         bar.write(line(chosen[number], row, group.lost.get(number)))
       going = [number for number in going if number not in group.lost and None not in group.runs[number].rows[-1].values()]
       if not going:
@@ -158,11 +152,20 @@ def train(chosen: list[Member], folder: Path) -> None:
     end(folder, member, summarise(num_windows, run.rows) | lost)
 
 
-def last_batch(metrics: fptt_jax.StepMetrics, number: int) -> dict[str, float]:
-  """Means over the last batch's updates of one run, those that were made."""
+def log(
+  group: Population, number: int, step: int, updates: int, skipped: int, metrics: fptt_jax.StepMetrics, test_mse: float
+) -> dict[str, Any]:
+  """Writes down an evaluation of one run, with means over the last batch's updates, those that were made: the row."""
   made = ~np.asarray(metrics.skipped[-1, number])
   mean = lambda values: float(np.where(made, values[-1, number], 0).sum() / max(1, made.sum()))
-  return {'train_loss': mean(metrics.loss), 'grad_norm': mean(metrics.grad_norm)}
+  return group.runs[number].log(
+    step,
+    updates=updates,
+    train_loss=mean(metrics.loss),
+    grad_norm=mean(metrics.grad_norm),
+    **({'skipped': skipped} if group.members[number].config.nonfinite == 'skip' else {}),
+    test_mse=test_mse,
+  )
 
 
 def line(member: Member, row: dict[str, Any], lost: str | None) -> str:

@@ -242,11 +242,7 @@ def trainer(
   optimizer = optax.with_extra_args_support(optimizer)
   weights, carry_hidden = _checked_weights(loss_weights), check_flag('carry_hidden', carry_hidden)
   skip_nonfinite, shard_params = check_flag('skip_nonfinite', skip_nonfinite), check_flag('shard_params', shard_params)
-  if readout_steps is not None:
-    readout_steps = check_size('readout_steps', readout_steps)
-    for part, which, given in (('a model', 'split', model.split), ('a loss', 'per_step', loss.per_step)):
-      if given is None:
-        raise ValueError(f'readout_steps goes with {part} that has a {which}: got readout_steps={readout_steps} and {which} None.')
+  readout_steps = _checked_readout_steps(readout_steps, model, loss)
 
   axis = None
   if mesh is not None:
@@ -675,6 +671,17 @@ def _resolve(
   if final_steps is not None:
     final_steps = check_size('final_steps', final_steps)
   return name, method, final_steps, check_size('inner_steps', inner_steps)
+
+
+def _checked_readout_steps(readout_steps: int | None, model: Model, loss: Loss) -> int | None:
+  """A size, or None, that goes with model and loss."""
+  if readout_steps is None:
+    return None
+  readout_steps = check_size('readout_steps', readout_steps)
+  for part, which, given in (('a model', 'split', model.split), ('a loss', 'per_step', loss.per_step)):
+    if given is None:
+      raise ValueError(f'readout_steps goes with {part} that has a {which}: got readout_steps={readout_steps} and {which} None.')
+  return readout_steps
 
 
 def _checked_weights(loss_weights: Any) -> np.ndarray | None:
