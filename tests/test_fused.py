@@ -13,7 +13,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import nn
-from fptt_jax.nn.fused import steps_at_once
+from fptt_jax.nn.fused import COLUMNS, ROWS, features_axis, steps_at_once
 
 H = 6
 LAYERS = {
@@ -62,13 +62,21 @@ def assert_close(got, expected, tolerance):
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize(
-  ('shape', 'masked', 'steps'),
-  [((12, 3, 2), False, 12), ((4, 64, 7), True, 2), ((4, 64, 2), False, 2), ((3, 130, 7), True, 1), ((24, 13, 7), True, 12)],
-  ids=['all at once', 'chunks of two, masked', 'chunks of two, few features', 'single steps, masked', 'chunks of twelve, masked'],
+  ('axis', 'shape', 'masked', 'steps'),
+  [
+    (ROWS, (12, 3, 2), False, 12),
+    (ROWS, (4, 70, 2), False, 2),
+    (ROWS, (24, 13, 7), True, 12),
+    (COLUMNS, (7, 64, 7), True, 7),
+    (COLUMNS, (4, 64, 7), True, 2),
+    (COLUMNS, (4, 64, 2), False, 2),
+    (COLUMNS, (3, 128, 7), True, 1),
+  ],
 )
 @pytest.mark.parametrize('layer', LAYERS)
-def test_fused_equals_the_scan(layer, shape, masked, steps):
-  """Values and all gradients in float64; few and many features; some steps at once; masks with holes."""
+def test_fused_equals_the_scan(layer, axis, shape, masked, steps):
+  """Values and all gradients in float64; few and many features; all, some and single steps at once; masks with holes."""
+  assert features_axis(shape[1], H) == axis
   assert steps_at_once(*shape[:2]) == steps
   expected = value_and_gradients(layer, False, shape, masked)
   assert_close(value_and_gradients(layer, True, shape, masked), expected, 1e-12)
@@ -141,6 +149,23 @@ def test_plain_scan_can_be_differentiated_forward():
 def test_steps_at_once(num_steps, batch_size, expected):
   """The least divisor of S that makes 128 columns and no more than 1024, else the least that makes 64, all of S at most."""
   assert steps_at_once(num_steps, batch_size) == expected
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'hidden', 'expected'),
+  [
+    (64, 128, COLUMNS),
+    (128, 16, COLUMNS),
+    (50, 256, ROWS),
+    (100, 128, ROWS),
+    (32, 128, ROWS),
+    (20, 1024, COLUMNS),
+    (1, 1000, ROWS),
+  ],
+)
+def test_features_axis(batch_size, hidden, expected):
+  """Columns for 64 sequences or more, if a multiple of 16, and for 1,024 units or more."""
+  assert features_axis(batch_size, hidden) == expected
 
 
 def compiled_step(num_steps, num_windows, **options):

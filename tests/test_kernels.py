@@ -186,9 +186,7 @@ def test_states_that_do_not_fit_are_refused():
     ValueError, match=re.escape('LSTM: state.h must be float32[3, 32], as initial_state gives it, got float32[2, 32].')
   ):
     run.apply(params, run.initial_state(2), x, None, None)
-  run_kernel = lambda state: kernels.LSTM_WINDOW.forward(
-    (None, params['w_h'].T), jax.tree.map(jnp.transpose, state), draw(1, 4, 4 * 32, 3), None
-  )
+  run_kernel = lambda state: kernels.LSTM_WINDOW.forward((None, params['w_h']), state, draw(1, 4, 3, 4 * 32), None)
   with pytest.raises(ValueError, match=re.escape('expected h of shape (3, 32) and not empty, got (2, 32).')):
     run_kernel(run.initial_state(2))
   halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), run.initial_state(3))
@@ -198,11 +196,11 @@ def test_states_that_do_not_fit_are_refused():
 
 def test_weights_that_do_not_fit_are_refused():
   """The layer makes none such; the kernel does not rely on it."""
-  weights = None, draw(1, 96, 32), None, draw(1, 32, 1)
+  weights = None, draw(1, 32, 96), None, draw(1, 1, 32)
   with pytest.raises(
     ValueError, match=re.escape("the GRU's kernel expected recurrent_bias of shape (96,) and not empty, got (32,).")
   ):
-    kernels.GRU_WINDOW.forward(weights, draw(1, 32, 3), draw(1, 4, 96, 3), None)
+    kernels.GRU_WINDOW.forward(weights, draw(1, 3, 32), draw(1, 4, 3, 96), None)
 
 
 def test_other_platforms_are_refused(monkeypatch):

@@ -2,8 +2,7 @@
 
 None has run on a GPU yet: they are compiled for one, and compared with the scans in emulation on the CPU. So no layer takes one
 unless told to. They sum in full float32, whatever the precision of JAX's own products. At H = 128 a block of the LSTM's takes up to
-128 KiB of shared memory, which an A100, an H100, or what came after them in data centres have; the GRU's 30 KiB. Their arrays are
-[S, B, H] and [B, H]; those of :mod:`fptt_jax.nn.fused` are transposed on the way in and out, but for the factors.
+128 KiB of shared memory, which an A100, an H100, or what came after them in data centres have; the GRU's 30 KiB.
 """
 
 import ctypes
@@ -114,16 +113,10 @@ def _mask(mask: jax.Array | None, like: jax.Array) -> jax.Array:
   return jnp.ones(like.shape[:2], bool) if mask is None else mask
 
 
-def _swapped(array: jax.Array) -> jax.Array:
-  """[..., B, H] of [..., H, B], and the other way round."""
-  return array.swapaxes(-1, -2)
-
-
 def _forward(
   cell: str, drive: jax.Array, weights: dict[str, jax.Array], state: dict[str, jax.Array], mask: jax.Array | None
 ) -> tuple[list[jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]]:
   """(parts of the state after the window, (y, factors)); the recurrent weights and parts of the state as the kernel names them."""
-  drive, state = _swapped(drive), {name: _swapped(part) for name, part in state.items()}
   (steps, batch, width), size = drive.shape, drive.shape[-1] // NUM_GATES[cell]
   of_steps, of_state = (steps, batch, size), (batch, size)
   operands = {'drive': drive, **weights, **state, 'mask': _mask(mask, drive)}
@@ -136,33 +129,31 @@ def _forward(
       check_kernel(cell, size, operand.dtype)
   results = [of_steps, *len(state) * [of_state], *NUM_FACTORS[cell] * [of_steps]]
   y, *others = _call(cell, 'forward', results, *operands.values())
-  return [_swapped(part) for part in others[: len(state)]], (_swapped(y), tuple(others[len(state) :]))
+  return others[: len(state)], (y, tuple(others[len(state) :]))
 
 
 def _lstm_forward(weights: Any, state: Any, drive: jax.Array, mask: jax.Array | None) -> tuple[Any, tuple[Any, Any]]:
-  end, outputs = _forward('LSTM', drive, {'w_h': weights[1].T}, {'h': state.h, 'c': state.c}, mask)
+  end, outputs = _forward('LSTM', drive, {'w_h': weights[1]}, {'h': state.h, 'c': state.c}, mask)
   return type(state)(*end), outputs
 
 
 def _lstm_backward(weights: Any, factors: Any, dy: jax.Array, mask: jax.Array | None, d_state: Any) -> tuple[Any, jax.Array]:
-  dy = _swapped(dy)
   steps, batch, size = dy.shape
   shapes = [(steps, batch, 4 * size), (batch, size), (batch, size)]
-  dz, dh, dc = _call('LSTM', 'backward', shapes, *factors, dy, *map(_swapped, d_state), weights[1], _mask(mask, dy))
-  return type(d_state)(_swapped(dh), _swapped(dc)), _swapped(dz)
+  dz, *before = _call('LSTM', 'backward', shapes, *factors, dy, *d_state, weights[1].T, _mask(mask, dy))
+  return type(d_state)(*before), dz
 
 
 def _gru_forward(weights: Any, h: jax.Array, drive: jax.Array, mask: jax.Array | None) -> tuple[Any, tuple[Any, Any]]:
-  (end,), outputs = _forward('GRU', drive, {'w_h': weights[1].T, 'recurrent_bias': weights[3][:, 0]}, {'h': h}, mask)
+  (end,), outputs = _forward('GRU', drive, {'w_h': weights[1], 'recurrent_bias': weights[3][0]}, {'h': h}, mask)
   return end, outputs
 
 
 def _gru_backward(weights: Any, factors: Any, dy: jax.Array, mask: jax.Array | None, dh: jax.Array) -> tuple[Any, Any]:
-  dy = _swapped(dy)
   steps, batch, size = dy.shape
   shapes = [(steps, batch, 3 * size), (steps, batch, 3 * size), (batch, size)]
-  inputs, recurrent, dh = _call('GRU', 'backward', shapes, *factors, dy, _swapped(dh), weights[1], _mask(mask, dy))
-  return _swapped(dh), (_swapped(inputs), _swapped(recurrent))
+  inputs, recurrent, dh = _call('GRU', 'backward', shapes, *factors, dy, dh, weights[1].T, _mask(mask, dy))
+  return dh, (inputs, recurrent)
 
 
 LSTM_WINDOW = Window(_lstm_forward, _lstm_backward)
