@@ -4,8 +4,8 @@
 
 An item is a list of runs, each in a folder of its own: stop it at any time, the same command goes on. --tune first tries the
 declared learning rates on each line, chosen by validation, and later runs of the item in the same folder use what was found.
-It ends with a table (mean and 95 % confidence interval over the seeds, beside the paper's and an independent replication's number
-where the setting is theirs) as text, JSON and plot.
+It ends with a table (mean, ± half the width of its 95 % confidence interval over the seeds, beside the paper's and an independent
+replication's number where the setting is theirs) as text, JSON and plot.
 """
 
 import dataclasses
@@ -122,20 +122,22 @@ def interval(values: list[float]) -> float | None:
   return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
-def line(entry: Entry, summaries: list[dict[str, Any]]) -> dict[str, Any]:
-  """A line of the table, of all its seeds."""
-  values = [summary[entry.score.test] for summary in summaries if summary[entry.score.test] is not None]
-  dynamic = [summary[f'dynamic_{entry.score.test}'] for summary in summaries if f'dynamic_{entry.score.test}' in summary]
+def line(entry: Entry, summaries: list[dict[str, Any]], measures: list[str]) -> dict[str, Any]:
+  """A line of the table, of all its seeds; `measures` are names in their summaries, which those of diverged runs may lack."""
+  measured: dict[str, Any] = {}
+  for measure in measures:
+    values = [summary[measure] for summary in summaries if summary.get(measure) is not None]
+    measured |= {measure: float(np.mean(values)) if values else None, f'± {measure}': interval(values)}
   return {
     'line': entry.label,
     'method': entry.config.method[0],
     'K': summaries[0]['K'],
     'lr': entry.config.lr,
+    'parameters': summaries[0].get('parameters'),
+    'recurrent': summaries[0].get('recurrent_parameters'),
     'seeds': len(summaries),
-    'diverged': len(summaries) - len(values),
-    entry.score.test: float(np.mean(values)) if values else None,
-    '95 % CI': interval(values),
-    **({f'dynamic {entry.score.test}': float(np.mean(dynamic))} if dynamic else {}),
+    'diverged': sum(summary[entry.score.test] is None for summary in summaries),
+    **measured,
     'paper': entry.paper,
     'replication': entry.replication or None,
     'seconds a run': float(np.mean([summary['seconds'] for summary in summaries])),
@@ -144,15 +146,22 @@ def line(entry: Entry, summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def report(config: Config, entries: list[Entry], results: list[list[dict[str, Any]]], folder: Path) -> None:
   """Table as text and JSON, and the curves."""
+  quoted = items.QUOTED.get(config.item, {}) if config.scale == 'full' else {}
+  quotes = [
+    f'the paper quotes, {measure}: ' + ', '.join(f'{name} {number:g}' for name, number in systems.items())
+    for measure, systems in quoted.items()
+  ]
   for score in dict.fromkeys(entry.score for entry in entries):
     pairs = [(entry, summaries) for entry, summaries in zip(entries, results, strict=True) if entry.score == score]
-    table = [line(entry, summaries) for entry, summaries in pairs]
+    known = {name for _, summaries in pairs for summary in summaries for name in summary}
+    measures = [name for name in (score.test, f'dynamic_{score.test}') if name in known]
+    table = [line(entry, summaries, measures) for entry, summaries in pairs]
     formats = ['g' if name == 'lr' else f'.{score.digits}f' for name in table[0]]
     text = tabulate([list(row.values()) for row in table], list(table[0]), floatfmt=formats, missingval='-')
     print(text)
     name = f'{config.item}-{score.test}'
-    runs.write_text(folder / f'{name}.txt', f'{config.item}, scale {config.scale}\n{text}\n')
-    runs.write_json(folder / f'{name}.json', {'item': config.item, 'scale': config.scale, 'lines': table})
+    runs.write_text(folder / f'{name}.txt', '\n'.join([f'{config.item}, scale {config.scale}', text, *quotes]) + '\n')
+    runs.write_json(folder / f'{name}.json', {'item': config.item, 'scale': config.scale, 'lines': table, 'quoted': quoted})
     curves = {}
     for entry, summaries in pairs:
       files = [folder / entry.label / summary['run'] / 'metrics.jsonl' for summary in summaries]
@@ -160,10 +169,9 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
       curves[entry.label] = [([row['step'] for row in run], [row[score.curve] for row in run]) for run in rows]
     step = 'batches' if score is items.ERROR else 'epoch'
     runs.plot_curves(folder / f'{name}.png', curves, step, score.label, {'chance': 1 / 6} if score is items.ERROR else {})
-  if config.scale == 'full':
-    for measure, systems in items.QUOTED.get(config.item, {}).items():
-      print(f'the paper quotes, {measure}: ' + ', '.join(f'{name} {number:g}' for name, number in systems.items()))
-  else:
+  if quotes:
+    print('\n'.join(quotes))
+  if config.scale != 'full':
     print(f"scale {config.scale}: reduced settings, not the paper's; its numbers stand beside --scale=full only")
   print(f'tables, plots and the runs are in {folder}')
 

@@ -50,6 +50,10 @@ def test_full_scale_is_the_paper_s() -> None:
     ('table6', 'permuted-fptt'): 94.75,
   }
   assert {key: lines[key].paper for key in quoted} == quoted
+  assert {line.config.epochs for (item, _), line in lines.items() if item in ('table4', 'alpha')} == {100}
+  characters = lines['table5', 'ptb_c-fptt'].config
+  assert (characters.hidden, characters.last_hidden, characters.seq_len, characters.num_windows) == (1000, 200, 150, 3)
+  assert (characters.lr, characters.epochs, characters.milestones, characters.kappa) == (2e-3, 500, (300, 400), 2.0)
   image = lines['table6', 'mnist-fptt'].config
   assert (image.hidden, image.num_windows, image.alpha, image.lr, image.clip, image.epochs) == (128, 10, 0.1, 1e-3, 1.0, 200)
   assert lines['table2', 'antisymmetric-fptt'].config.hidden == 256
@@ -126,15 +130,45 @@ def test_several_seeds_are_averaged(tmp_path: Path) -> None:
   [line] = json.loads((tmp_path / 'fig1-test_mse.json').read_text())['lines']
   assert (line['seeds'], line['diverged']) == (3, 0)
   assert line['test_mse'] == pytest.approx(sum(results) / 3)
-  assert line['95 % CI'] == pytest.approx(paper.interval(results))
+  assert line['± test_mse'] == pytest.approx(paper.interval(results))
 
 
 def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
   """One of two seeds without a result."""
   entry = items.fig1('smoke')[0]
   summaries = [dict(test_mse=0.5, K=3, seconds=1.0, seed=0), dict(test_mse=None, K=3, seconds=1.0, seed=1)]
-  line = paper.line(entry, summaries)
-  assert (line['test_mse'], line['seeds'], line['diverged'], line['95 % CI']) == (0.5, 2, 1, None)
+  line = paper.line(entry, summaries, ['test_mse'])
+  assert (line['test_mse'], line['seeds'], line['diverged'], line['± test_mse']) == (0.5, 2, 1, None)
+
+
+@pytest.mark.parametrize('first', [0, 1], ids=['the first line diverged', 'the last line diverged'])
+def test_numbers_stay_in_their_columns_where_a_line_has_no_result(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str], first: int
+) -> None:
+  """A diverged run has no perplexity by dynamic evaluation, others have; parameters, intervals and quotes are in the table too."""
+  entries = [entry for entry in items.table5('full') if entry.label in ('ptb_w-bptt', 'ptb_w-fptt')]
+  alike = dict(method='fptt', K=3, seconds=60.0, parameters=2_000, recurrent_parameters=1_000, run='fptt-seed0')
+  bad, good = alike | dict(test_ppl=None), alike | dict(test_ppl=70.0, dynamic_test_ppl=55.0)
+  for entry in entries:
+    (tmp_path / entry.label / 'fptt-seed0').mkdir(parents=True)
+    (tmp_path / entry.label / 'fptt-seed0' / 'metrics.jsonl').write_text('{"step": 1, "valid_ppl": 90.0}\n')
+  results = [[bad], [good, good | dict(test_ppl=72.0, dynamic_test_ppl=59.0)]]
+  paper.report(paper.Config(item='table5', scale='full'), entries, results if first == 0 else results[::-1], tmp_path)
+  content = json.loads((tmp_path / 'table5-test_ppl.json').read_text())
+  lines = content['lines'] if first == 0 else content['lines'][::-1]
+  assert [line['diverged'] for line in lines] == [1, 0]
+  assert [line['test_ppl'] for line in lines] == [None, 71.0]
+  assert [line['dynamic_test_ppl'] for line in lines] == [None, 57.0]
+  assert lines[1]['± dynamic_test_ppl'] == pytest.approx(paper.interval([55.0, 59.0]))
+  assert [line['paper'] for line in content['lines']] == [51.9, 50.96]
+  assert (lines[1]['parameters'], lines[1]['recurrent']) == (2_000, 1_000)
+  assert content['quoted'] == items.QUOTED['table5']
+  text = (tmp_path / 'table5-test_ppl.txt').read_text()
+  assert text.splitlines()[1] in capsys.readouterr().out
+  header, _, *rows = text.splitlines()[1:5]
+  for number, title in (('71.00', '  test_ppl'), ('57.00', '  dynamic_test_ppl'), ('1000', '  recurrent')):
+    assert rows[1 if first == 0 else 0][: header.index(title) + len(title)].endswith(number), title
+  assert 'the paper quotes, PTB-c bits per character: TrellisNet 1.158' in text
 
 
 @pytest.mark.parametrize('study', list(studies.STUDIES))
