@@ -6,10 +6,11 @@
 It runs on whatever JAX finds; on a GPU PyTorch runs there too, also as a CUDA graph. 'rivals' times one training batch of each
 case by each system: all in this process, taking turns, after two calls to warm up; minimum and median over the rounds. On a CPU
 PyTorch runs with one thread and with as many as there are cores, and the better of the two counts. Only 'ours' computes the logits
-of a window a few steps at a time. A matrix product timed in each round tells whether the machine was quiet. 'growth' measures time
-against T, K, H and B, the time of an update in steps (C), compile times and the memory a step needs beside its arguments.
-'population' times R members side by side against a run by itself.
-All in float32, products on a GPU too unless --precision says otherwise.
+of a window a few steps at a time. A large matrix product timed in each round tells whether the machine was quiet; its quickest is
+the peak that the products of a case are compared with. 'growth' measures time against T, K, H and B, the time of an update in steps
+(C), compile times and the memory a step needs beside its arguments. 'population' times R members side by side against a run by
+itself. All in float32, products on a GPU too unless --precision says otherwise. Batches are on the device before anything is timed.
+What could not be timed is said, and why: kernels need nvcc, PyTorch is no dependency.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from fptt_jax.nn import kernels
 CASES = {
   case.name: case
   for case in (
-    Case('M28', 784, 28, 128, 1, 128),  # Pixel MNIST.
+    Case('M28', 784, 28, 128, 1, 128, batches=429),  # Pixel MNIST, of 55,000 images.
     Case('M7', 784, 7, 128, 1, 128),
     Case('M112', 784, 112, 128, 1, 128),
     Case('M784', 784, 784, 128, 1, 128),
@@ -52,13 +53,15 @@ POPULATION_CASES = ('M28', 'add', 'tiny', 'smoke')
 POPULATION_SIZES = (1, 2, 4, 8, 16, 32)
 DEFAULT_CASES = tuple(name for name in CASES if name != 'smoke')
 MANY = 4
-MANY_NAME = f'ours, {MANY} batches a program'
-"""Where more than one batch is timed by a call; the times are of one."""
+MANY_NAME = f'{MANY} batches a program'
+"""What systems are called after their comma where a call trains on more than one batch; the times are of one."""
 PAUSE = 0.3
-"""Seconds before each call: OpenMP's threads, which PyTorch uses, go on spinning for a while after their work, on cores that the
-next system would need."""
+"""Seconds before each call on a CPU: OpenMP's threads, which PyTorch uses, go on spinning for a while after their work, on cores
+that the next system would need."""
 QUIET = 1.2
 """A round whose matrix product took longer than this times the quickest was disturbed."""
+PRODUCT_SIZE = {'cpu': 2048, 'gpu': 8192}
+"""Rows of the square matrices multiplied to see how quiet, and how quick, the machine is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +104,9 @@ def trained(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None, whole:
   return step
 
 
-def many_trained(case: Case, mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
+def many_trained(case: Case, cell: Any, mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
   """Steps of the trainer, `MANY` a program, all on one batch."""
-  trainer = make_trainer(case, lstm_cell(case), mesh)
+  trainer = make_trainer(case, cell, mesh)
   run = fptt_jax.scan_steps(trainer, lambda batch, _: batch)
   state = [trainer.init(jax.random.key(0), fptt_jax.Batch(*rivals.draw(case)))]
 
@@ -114,20 +117,41 @@ def many_trained(case: Case, mesh: jax.sharding.Mesh | None) -> Callable[..., An
   return step
 
 
+def split(case: Case) -> jax.sharding.Mesh | None:
+  """The devices that 'ours' splits a batch over, as the scripts do."""
+  return recipe.choose_meshes(recipe.Recipe(), case.batch_size, case.hidden, case.size).batch
+
+
+def left_out() -> dict[str, str]:
+  """What cannot be timed here, and why."""
+  reasons = {}
+  if not kernels.available():
+    reasons['ours, kernel'] = 'no NVIDIA GPU' if jax.default_backend() != 'gpu' else 'no nvcc on the PATH or in $CUDA_HOME/bin'
+  if not importlib.util.find_spec('torch'):
+    reasons['PyTorch'] = 'not installed'
+  elif not recipe.is_cpu():
+    import torch
+
+    if not torch.cuda.is_available():
+      reasons['PyTorch'] = f'version {torch.__version__} finds no GPU'
+  return reasons
+
+
 def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
   """What is timed, by name; each is a function that makes the step."""
-  mesh = recipe.choose_meshes(recipe.Recipe(), case.batch_size, case.hidden, case.size).batch
+  mesh, without = split(case), left_out()
   found: dict[str, Callable[[], Callable[..., Any]]] = {'ours': lambda: trained(case, lstm_cell(case), mesh)}
   if mesh is not None:
     found['ours, one device'] = lambda: trained(case, lstm_cell(case))
-  if kernels.available() and case.hidden in kernels.SIZES:
+  found[f'ours, {MANY_NAME}'] = lambda: many_trained(case, lstm_cell(case), mesh)
+  if 'ours, kernel' not in without and case.hidden in kernels.SIZES:
     found['ours, kernel'] = lambda: trained(case, lstm_cell(case, fused='kernel'), mesh)
-  found[MANY_NAME] = lambda: many_trained(case, mesh)
+    found[f'ours, kernel, {MANY_NAME}'] = lambda: many_trained(case, lstm_cell(case, fused='kernel'), mesh)
   if case.words:
     found['ours, whole readout'] = lambda: trained(case, lstm_cell(case), mesh, whole=True)
   found['flax, one jit'] = lambda: trained(case, rivals.flax_cell(case), whole=True)
   found['flax, a loop'] = lambda: rivals.flax_loop(case)
-  if importlib.util.find_spec('torch'):
+  if 'PyTorch' not in without:
     on_cpu = recipe.is_cpu()
     for kind in ('plain', 'optimised') if on_cpu else ('plain', 'optimised', 'graph'):
       for threads in sorted({1, os.cpu_count() or 1}) if on_cpu else (os.cpu_count() or 1,):
@@ -144,7 +168,7 @@ def with_threads(step: Callable[..., Any], threads: int) -> Callable[..., Any]:
     exact = jax.config.jax_default_matmul_precision == 'float32'
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
 
-  def run(*data: np.ndarray) -> Any:
+  def run(*data: Any) -> Any:
     torch.set_num_threads(threads)
     return step(*data)
 
@@ -153,35 +177,59 @@ def with_threads(step: Callable[..., Any], threads: int) -> Callable[..., Any]:
 
 def measure_rivals(config: Config) -> Iterator[list[dict[str, Any]]]:
   """Rows of each case and system: all that are there, after each case."""
-  matrix = np.ones((512, 512), np.float32)
+  pause, size = (PAUSE, PRODUCT_SIZE['cpu']) if recipe.is_cpu() else (0.0, PRODUCT_SIZE['gpu'])
+  product = multiplied(size if 'smoke' not in config.cases else 16)
   rows: list[dict[str, Any]] = []
   for case in (CASES[name] for name in config.cases):
-    data = rivals.draw(case)
     steps = {name: make() for name, make in systems(case).items()}
-    for step in steps.values():
-      step(*data)
-      step(*data)
+    data = {name: placed(case, name) for name in steps}
+    for name, step in steps.items():
+      step(*data[name])
+      step(*data[name])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    product = []
+    products = []
     for _ in range(config.rounds):
-      product.append(timed(np.matmul, matrix, matrix))
+      products.append(timed(product))
       for name, step in steps.items():
-        time.sleep(PAUSE)
-        seconds[name].append(timed(step, *data) / (MANY if name == MANY_NAME else 1))
-      time.sleep(PAUSE)
-    disturbed = sum(value > QUIET * min(product) for value in product)
+        time.sleep(pause)
+        seconds[name].append(timed(step, *data[name]) / (MANY if name.endswith(MANY_NAME) else 1))
+      time.sleep(pause)
     found = [{'case': case.name, 'system': name, **milliseconds(times)} for name, times in best_threads(seconds).items()]
+    mesh, peak = split(case), 2e-9 * size**3 / min(products)
     for row in found:
       row['times_ours'] = row['median_ms'] / found[0]['median_ms']
-      row['gflops'] = 1e-9 * flops(case) / (1e-3 * row['min_ms'])
-      row['disturbed'] = disturbed
+      row['gflops'] = 1e-9 * flops(case) / (1e-3 * row['median_ms'])
+      row |= {'peak_gflops': peak, 'of_peak': row['gflops'] / peak}
+      row['epoch_s'] = 1e-3 * row['median_ms'] * case.batches or None
+      row['ours_on'] = 1 if mesh is None else mesh.size
+      row['disturbed'] = sum(value > QUIET * min(products) for value in products)
     rows += found
     yield rows
 
 
-def milliseconds(times: list[float]) -> dict[str, float]:
-  """Minimum and median of seconds."""
-  return {'min_ms': 1e3 * min(times), 'median_ms': 1e3 * float(np.median(times))}
+def multiplied(size: int) -> Callable[[], Any]:
+  """A product of two matrices [size, size] on what JAX runs on: on a CPU by NumPy. Warm."""
+  matrix = np.ones((size, size), np.float32)
+  run: Callable[[], Any] = lambda: np.matmul(matrix, matrix)
+  if not recipe.is_cpu():
+    there, compiled = jax.device_put(matrix), jax.jit(jax.numpy.matmul)
+    run = lambda: jax.block_until_ready(compiled(there, there))
+  run()
+  return run
+
+
+def placed(case: Case, system: str) -> tuple[Any, Any]:
+  """A batch where a system wants it: on a GPU already there."""
+  data = rivals.draw(case)
+  if system.startswith('PyTorch'):
+    return rivals.tensors(*data, device='cpu' if recipe.is_cpu() else 'cuda')
+  return data if recipe.is_cpu() else jax.device_put(data)
+
+
+def milliseconds(times: list[float]) -> dict[str, Any]:
+  """Minimum, median and maximum of seconds, and all."""
+  ms = [1e3 * value for value in times]
+  return {'min_ms': min(ms), 'median_ms': float(np.median(ms)), 'max_ms': max(ms), 'all_ms': ms}
 
 
 def best_threads(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -195,10 +243,11 @@ def best_threads(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def flops(case: Case) -> float:
-  """Floating-point operations of the matrix products of a batch: LSTM and readout, forward and twice backward."""
-  lstm = 8 * case.hidden * (case.hidden + case.features)
+  """Floating-point operations of the matrix products of a batch: LSTM and readout, forward and twice backward; but nobody asks for
+  the gradient of inputs that are data."""
+  lstm = 8 * case.hidden * (3 * case.hidden + (3 if case.words else 2) * case.features)
   readout = 2 * case.hidden * case.outputs * (case.num_steps if case.words else case.num_windows)
-  return 3.0 * case.batch_size * (case.num_steps * lstm + readout)
+  return float(case.batch_size * (case.num_steps * lstm + 3 * readout))
 
 
 def timed(function: Callable[..., Any], *args: Any) -> float:
@@ -229,6 +278,7 @@ def measure_programs(cases: list[tuple[int, Case]], rounds: int) -> list[dict[st
   for value, case in cases:
     trainer, batch = make_trainer(case, lstm_cell(case)), fptt_jax.Batch(*rivals.draw(case))
     compiled, state, compile_s = cost.compile_step(trainer, batch)
+    batch = jax.device_put(batch, compiled.input_shardings[0][1])
     row = {'value': value, 'compile_s': compile_s, 'temp_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20}
     programs.append([compiled, state, batch, row, []])
   for _ in range(rounds + 1):
@@ -239,10 +289,10 @@ def measure_programs(cases: list[tuple[int, Case]], rounds: int) -> list[dict[st
   return [row | milliseconds(times[1:]) for *_, row, times in programs]
 
 
-def measure_population(config: Config) -> list[dict[str, Any]]:
+def measure_population(config: Config) -> Iterator[list[dict[str, Any]]]:
   """Time of a step of R members of a case, each with a batch of its own, and the throughput in terms of one run's by itself, which
-  has the devices to itself."""
-  rows = []
+  has the devices to itself. All rows that are there, after each case."""
+  rows: list[dict[str, Any]] = []
   for case in (CASES[name] for name in config.cases if name in POPULATION_CASES):
     programs = []
     for size in POPULATION_SIZES if case.name != 'smoke' else (1, 2):
@@ -252,14 +302,14 @@ def measure_population(config: Config) -> list[dict[str, Any]]:
         trainer, key = fptt_jax.population(trainer, own_batches=True, mesh=meshes.members), jax.random.split(key, size)
         batch = jax.tree.map(lambda leaf, size=size: np.stack([leaf] * size), batch)
       compiled, state, _ = cost.compile_step(trainer, batch, key)
-      programs.append([size, compiled, state, batch, []])
+      programs.append([size, compiled, state, jax.device_put(batch, compiled.input_shardings[0][1]), []])
     for _ in range(config.rounds + 1):
       for program in programs:
         seconds, program[2], _ = cost.timed_step(program[1], *program[2:4])
         program[4].append(seconds)
     found = [{'case': case.name, 'R': size, **milliseconds(times[1:])} for size, *_, times in programs]
     rows += [row | {'throughput': row['R'] * found[0]['median_ms'] / row['median_ms']} for row in found]
-  return rows
+    yield rows
 
 
 def plot_population(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -300,14 +350,20 @@ def plot_rivals(path: Path, rows: list[dict[str, Any]]) -> None:
   runs.save_figure(figure, path)
 
 
+def fitted(growth: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+  """By what is varied, the exponents with which time and memory grow."""
+  of = lambda rows, measure: cost.growth([row['value'] for row in rows], [row[measure] for row in rows])
+  return {name: {measure: of(rows, measure) for measure in ('median_ms', 'temp_mib')} for name, rows in growth.items()}
+
+
 def plot_growth(path: Path, growth: dict[str, list[dict[str, Any]]]) -> None:
   """Time and memory against what is varied, each with its exponent."""
+  exponents = fitted(growth)
   figure = Figure(figsize=(3.5 * len(growth), 4), layout='constrained')
   for axes, (name, rows) in zip(figure.subplots(1, len(growth)), growth.items(), strict=True):
     values = [row['value'] for row in rows]
     for measure, label in (('median_ms', 'ms a batch'), ('temp_mib', 'temporary MiB')):
-      numbers = [row[measure] for row in rows]
-      axes.plot(values, numbers, marker='o', label=f'{label}: {name}^{cost.growth(values, numbers):.2f}')
+      axes.plot(values, [row[measure] for row in rows], marker='o', label=f'{label}: {name}^{exponents[name][measure]:.2f}')
     axes.set(xlabel=name, xscale='log', yscale='log')
     axes.grid(alpha=0.3, which='both')
     axes.legend()
@@ -317,7 +373,10 @@ def plot_growth(path: Path, growth: dict[str, list[dict[str, Any]]]) -> None:
 def main(config: Config) -> None:
   """Measures, prints tables, writes JSON and plots."""
   folder = runs.make_folder(config.workdir)
-  about = {**runs.machine(), 'threads': os.cpu_count(), 'precision': config.precision, 'rounds': config.rounds}
+  without = left_out()
+  about = {**runs.machine('torch'), 'precision': config.precision, 'rounds': config.rounds, 'left_out': without}
+  for name, reason in without.items():
+    print(f'not timed: {name} ({reason})')
   with jax.default_matmul_precision(config.precision):
     if config.part in ('all', 'rivals'):
       for rows in measure_rivals(config):  # After each case: what was measured is not lost.
@@ -325,19 +384,20 @@ def main(config: Config) -> None:
         plot_rivals(folder / 'rivals.png', rows)
       print((folder / 'rivals.txt').read_text())
     if config.part in ('all', 'population'):
-      rows = measure_population(config)
-      keep(folder, 'population', about, rows)
-      if rows:
+      for rows in measure_population(config):
+        keep(folder, 'population', about, rows)
         plot_population(folder / 'population.png', rows)
-      print((folder / 'population.txt').read_text())
+        print((folder / 'population.txt').read_text())
     if config.part in ('all', 'growth'):
       cases = varied_cases(small='smoke' in config.cases)
-      growth = {name: measure_programs(chosen, config.rounds) for name, chosen in cases.items()}
+      growth: dict[str, list[dict[str, Any]]] = {}
+      for name, chosen in cases.items():
+        growth[name] = measure_programs(chosen, config.rounds)
+        print(tabulate([{name: row['value'], **shown(row)} for row in growth[name]], 'keys', floatfmt='.4g'))
+        runs.write_json(folder / 'growth.json', about | {'growth': growth, 'exponents': fitted(growth)})
       constant = update_steps(growth['K'], cases['K'][0][1].num_steps)
-      for name, rows in growth.items():
-        print(tabulate([{name: row.pop('value'), **row} for row in map(dict, rows)], 'keys', floatfmt='.4g'))
       print(f'C, the time of an update: {constant:.2f} steps')
-      runs.write_json(folder / 'growth.json', about | {'growth': growth, 'C': constant})
+      runs.write_json(folder / 'growth.json', about | {'growth': growth, 'exponents': fitted(growth), 'C': constant})
       plot_growth(folder / 'growth.png', growth)
   print(f'numbers, tables and plots are in {folder}')
 
@@ -345,7 +405,12 @@ def main(config: Config) -> None:
 def keep(folder: Path, name: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
   """Writes rows as JSON and as a table."""
   runs.write_json(folder / f'{name}.json', about | {'lines': rows})
-  runs.write_text(folder / f'{name}.txt', tabulate(rows, 'keys', floatfmt='.3g') + '\n')
+  runs.write_text(folder / f'{name}.txt', tabulate([shown(row) for row in rows], 'keys', floatfmt='.3g', missingval='-') + '\n')
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+  """What of a row is printed."""
+  return {name: value for name, value in row.items() if name not in ('value', 'all_ms')}
 
 
 if __name__ == '__main__':

@@ -254,7 +254,7 @@ def main(config: Config) -> None:
   """Trains and reports."""
   processes.join(config.coordinator, config.num_processes, config.process_id)
   folder, summaries = run(config, config.workdir)
-  runs.report(folder, summaries, 'valid_accuracy', 'accuracy.png', 'epoch', 'validation accuracy, %', {}, digits=2)
+  runs.report(folder, summaries, 'valid_accuracy', 'accuracy.png', 'epoch', 'validation accuracy, %', {}, digits=2, best=max)
 
 
 if __name__ == '__main__':

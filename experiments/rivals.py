@@ -32,6 +32,7 @@ class Case(NamedTuple):
     hidden: H.
     outputs: C classes or V words; 1 for regression.
     words: whether it is a language model: tokens in, a label each step. Else terminal.
+    batches: those of an epoch of the real task; 0 where an epoch's time is of no interest.
   """
 
   name: str
@@ -42,6 +43,7 @@ class Case(NamedTuple):
   hidden: int
   outputs: int = 10
   words: bool = False
+  batches: int = 0
 
   @property
   def size(self) -> int:
@@ -123,8 +125,16 @@ def flax_loop(case: Case, params: Any = None) -> Callable[..., Any]:
   return step
 
 
+def tensors(inputs: np.ndarray, targets: np.ndarray, device: str) -> tuple[Any, Any]:
+  """A batch as PyTorch wants it."""
+  import torch
+
+  x, labels = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+  return x, labels.long() if labels.dtype == torch.int32 else labels
+
+
 def torch_loop(case: Case, kind: str, weights: Any = None, device: str = 'cpu') -> Callable[..., Any]:
-  """PyTorch.
+  """PyTorch; the step takes what `tensors` makes.
 
   Args:
     case: what is trained.
@@ -199,14 +209,10 @@ def torch_loop(case: Case, kind: str, weights: Any = None, device: str = 'cpu') 
       values.append(value.detach() if optimised else value.item())
     return values
 
-  def tensors(inputs: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
-    x, labels = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
-    return x, labels.long() if labels.dtype == torch.int32 else labels
+  run = _captured(torch, windows, tensors(*draw(case), device)) if kind == 'graph' else windows
 
-  run = _captured(torch, windows, tensors(*draw(case))) if kind == 'graph' else windows
-
-  def step(inputs: np.ndarray, targets: np.ndarray) -> list[float]:
-    values = run(*tensors(inputs, targets))
+  def step(inputs: Any, targets: Any) -> list[float]:
+    values = run(inputs, targets)
     return torch.stack(values).tolist() if optimised else values
 
   return step

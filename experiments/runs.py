@@ -9,10 +9,11 @@ WORKDIR/NAME/result.json   what this run came to; there when it has ended
 WORKDIR/summary.json       what came out, and on which machine
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -328,19 +329,41 @@ def write_summary(folder: Path, runs: list[dict[str, Any]]) -> None:
   write_json(folder / 'summary.json', {'config': read_json(folder / 'config.json'), 'runs': runs, **machine()})
 
 
-def machine() -> dict[str, Any]:
-  """What this process runs on."""
+def machine(*packages: str) -> dict[str, Any]:
+  """What this process runs on; versions of further packages, of those that are installed."""
   devices = sorted({device.device_kind for device in jax.devices()})
+  versions = {'python': platform.python_version(), 'fptt_jax': fptt_jax.__version__}
+  for package in ('jax', 'jaxlib', 'flax', 'optax', 'numpy', *packages):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
   return {
-    'hardware': {'devices': devices, 'cpu_cores': os.cpu_count(), 'machine': platform.machine()},
-    'versions': {'python': platform.python_version(), 'jax': jax.__version__, 'fptt_jax': fptt_jax.__version__},
+    'hardware': {'devices': devices, 'cpu': _cpu(), 'cpu_cores': os.cpu_count(), 'machine': platform.machine()},
+    'versions': versions,
   }
 
 
+def _cpu() -> str | None:
+  """The processor's name, where the system tells."""
+  try:
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+  except OSError:
+    return platform.processor() or None
+  return next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), None)
+
+
 def report(
-  folder: Path, summaries: list[dict[str, Any]], y: str, plot: str, xlabel: str, ylabel: str, lines: dict[str, float], digits: int
+  folder: Path,
+  summaries: list[dict[str, Any]],
+  y: str,
+  plot: str,
+  xlabel: str,
+  ylabel: str,
+  lines: dict[str, float],
+  digits: int,
+  best: Callable[..., str] = min,
 ) -> None:
-  """Writes the summary, draws metric `y` of every run as FOLDER/`plot`, prints the table: the first process does."""
+  """Writes the summary, draws metric `y` of every run as FOLDER/`plot`, prints the table and the run of the `best` y: the first
+  process does."""
   if not processes.is_first():
     return
   write_summary(folder, summaries)
@@ -356,6 +379,9 @@ def report(
   for summary in summaries:
     if 'lost' in summary:
       print(f'{summary["run"]} diverged: {summary["lost"]}')
+  scores = {summary['run']: summary[y] for summary in summaries if summary.get(y) is not None}
+  if len(scores) > 1:
+    print(f'best {y.replace("_", " ")}: {best(scores, key=lambda name: scores[name])}')
   print(f'metrics, summary.json and {plot} are in {folder}')
 
 

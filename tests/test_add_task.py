@@ -59,6 +59,7 @@ def test_every_method_runs_and_writes_its_folder(tmp_path: Path, capsys: pytest.
   printed = capsys.readouterr().out
   assert str(folder) in printed
   assert 'chance 0.167' in printed
+  assert f'best test mse: {min(summary["runs"], key=lambda run: run["test_mse"])["run"]}\n' in printed
 
 
 @pytest.mark.parametrize('method', ['fptt', 'bptt'])

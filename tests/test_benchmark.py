@@ -39,7 +39,7 @@ def test_pytorch_equals_the_trainer(case, kind):
   step = rivals.torch_loop(case, kind, jax.tree.map(np.array, state.params))
   for _ in range(3):
     state, metrics = trainer.step(state, fptt_jax.Batch(*data))
-    np.testing.assert_allclose(step(*data), metrics.loss, rtol=1e-5)
+    np.testing.assert_allclose(step(*rivals.tensors(*data, device='cpu')), metrics.loss, rtol=1e-5)
 
 
 def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
@@ -49,9 +49,13 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
   lines = json.loads((tmp_path / 'rivals.json').read_text())['lines']
   names = {line['system'].partition(', threads')[0] for line in lines}
   assert {'ours', 'ours, 4 batches a program', 'flax, one jit', 'flax, a loop'} <= names
-  assert all(0 < line['min_ms'] <= line['median_ms'] for line in lines)
+  assert all(0 < line['min_ms'] <= line['median_ms'] <= line['max_ms'] for line in lines)
+  assert all(len(line['all_ms']) == 2 for line in lines)
   assert lines[0]['times_ours'] == 1
-  growth = json.loads((tmp_path / 'growth.json').read_text())['growth']
+  content = json.loads((tmp_path / 'growth.json').read_text())
+  assert set(content['exponents']) == set('TKHB')
+  assert content['left_out']['ours, kernel'] == 'no NVIDIA GPU'
+  growth = content['growth']
   assert {name: [row['value'] for row in rows] for name, rows in growth.items()} == {
     'T': [32, 64],
     'K': [1, 3, 12],
@@ -78,9 +82,17 @@ def test_update_steps():
 
 
 def test_flops():
-  """LSTM 8 H (H + D) a step and row, readout 2 H C a window, three times."""
+  """LSTM 8 H (H + D) a step and row, readout 2 H C a window or step, three times, but for the gradient of inputs that are data."""
   case = rivals.Case('', 10, 2, 3, 4, 5, 6)
-  assert benchmark.flops(case) == 3 * 3 * (10 * 8 * 5 * 9 + 2 * 2 * 5 * 6)
+  assert benchmark.flops(case) == 3 * (3 * (10 * 8 * 5 * 9 + 2 * 2 * 5 * 6) - 10 * 8 * 5 * 4)
+  assert benchmark.flops(case._replace(words=True)) == 3 * 3 * (10 * 8 * 5 * 9 + 10 * 2 * 5 * 6)
+
+
+def test_what_is_left_out_is_said(monkeypatch):
+  """With the reason; what is installed is not."""
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  assert benchmark.left_out() == {'ours, kernel': 'no NVIDIA GPU', 'PyTorch': 'not installed'}
+  assert not any('PyTorch' in name or 'kernel' in name for name in benchmark.systems(benchmark.CASES['M28']))
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):

@@ -114,7 +114,7 @@ def test_fused_in_bfloat16_sums_in_float32(layer):
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('layer', ['LSTM', 'GRU', 'LRU'])
+@pytest.mark.parametrize('layer', LAYERS)
 def test_fused_under_vmap(layer):
   """Over models and data, as populations are trained."""
   runs = [model(layer, 2, fused) for fused in (True, False)]
@@ -168,19 +168,37 @@ def test_features_axis(batch_size, hidden, expected):
   assert features_axis(batch_size, hidden) == expected
 
 
-def compiled_step(num_steps, num_windows, **options):
-  """A train step of an LSTM of 128 at B = 64."""
-  run = nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(1, 128, rngs=rngs), nnx.Linear(128, 10, rngs=rngs)))
-  loss, tx = fptt_jax.losses.terminal_classification(10), fptt_jax.fptt(optax.adam(1e-3))
+def compiled_step(num_steps, num_windows, features=1, batch_size=64, **options):
+  """A train step of an LSTM of 128."""
+  run = nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(features, 128, rngs=rngs), nnx.Linear(128, 10, rngs=rngs)))
+  loss, tx = fptt_jax.losses.terminal_classification(10, divergence='none'), fptt_jax.fptt(optax.adam(1e-3))
   trainer = fptt_jax.trainer(run, loss, tx, num_windows=num_windows, **options)
-  batch = fptt_jax.Batch(jax.ShapeDtypeStruct((num_steps, 64, 1), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32))
+  shapes = jax.ShapeDtypeStruct((num_steps, batch_size, features), jnp.float32), jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+  batch = fptt_jax.Batch(*shapes)
   return problems.optimised(trainer.step.lower(jax.eval_shape(trainer.init, jax.random.key(0), batch), batch))
 
 
-def test_lstm_keeps_seven_numbers_a_unit_and_step():
-  """A window's memory grows by 7·B·H floats a step: five factors, f, and the output before, with input and 1, 1/64 of it."""
-  small, large = (compiled_step(128, windows).memory_analysis().temp_size_in_bytes for windows in (4, 2))
-  assert (large - small) / (32 * 64 * 128 * 4) <= 7.05
+def temporary_bytes(*args, **options):
+  return compiled_step(*args, **options).memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('batch_size', [60, 64], ids=['rows', 'columns'])
+@pytest.mark.parametrize(('features', 'expected'), [(1, 7.05), (128, 8.05)])
+def test_lstm_keeps_seven_numbers_a_unit_and_step(features, expected, batch_size):
+  """A window's memory grows by 7·B·H floats a step: five factors, f, and the output before, with input and 1, 1/64 of it. Inputs of
+  many features, as many here as units, are cut out of the batch."""
+  small, large = (temporary_bytes(128, windows, features, batch_size) for windows in (4, 2))
+  assert (large - small) / (32 * batch_size * 128 * 4) <= expected
+
+
+def test_memory_falls_with_the_windows():
+  """Pixel MNIST's shape on one device: at least 25 times with K = 28, 80 times with K = 112; windows of 16 steps take no more for
+  longer sequences."""
+  whole, *parts = (temporary_bytes(784, windows, batch_size=128) for windows in (1, 28, 112))
+  assert whole >= 25 * parts[0]
+  assert whole >= 80 * parts[1]
+  short, long = (temporary_bytes(num_steps, num_steps // 16) for num_steps in (256, 16_384))
+  assert long <= 1.02 * short
 
 
 def test_products_in_the_compiled_loops():

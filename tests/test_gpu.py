@@ -8,6 +8,7 @@ import optax
 import problems
 import pytest
 
+from experiments import rivals
 import fptt_jax
 from fptt_jax import nn
 from fptt_jax.nn import kernels
@@ -72,3 +73,20 @@ def test_kernel_on_gpu_equals_the_fused_scan(layer: type[nn.LSTM | nn.GRU], hidd
       results.append(jax.device_get(step(params, state, draw(4, 28, batch_size, 3), draw(5, 28, batch_size, hidden))))
   for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_trains_what_the_loop_does() -> None:
+  """The benchmark's captured batch, after the three that capturing runs, against as many steps of the loop it captures."""
+  cuda_device()
+  torch = pytest.importorskip('torch')
+  if not torch.cuda.is_available():
+    pytest.skip('needs PyTorch with CUDA')
+  case = rivals.Case('', 12, 3, 4, 2, 32, 3)
+  weights = jax.tree.map(np.array, rivals.make_model(case, lambda rngs: nn.LSTM(2, 32, rngs=rngs)).init(jax.random.key(0)))
+  data = rivals.tensors(*rivals.draw(case), device='cuda')
+  loop, graph = (rivals.torch_loop(case, kind, weights, device='cuda') for kind in ('optimised', 'graph'))
+  for _ in range(3):
+    loop(*data)
+  for _ in range(2):
+    np.testing.assert_allclose(graph(*data), loop(*data), rtol=1e-4)

@@ -92,6 +92,9 @@ def test_one_diverges_and_one_stops(tmp_path: Path, capsys: pytest.CaptureFixtur
   assert [summary['epochs'] for summary in summaries] == [3, 1, 1]
   assert [summary['test_accuracy'] is None for summary in summaries] == [False, True, False]
   assert 'lr 3e+38  epoch   1  diverged' in capsys.readouterr().out
+  images.main(dataclasses.replace(config, workdir=str(tmp_path / 'run')))
+  best = max((summaries[0], summaries[2]), key=lambda summary: summary['valid_accuracy'])
+  assert f'best valid accuracy: {best["run"]}\n' in capsys.readouterr().out
   assert [len(read(tmp_path / 'run', summary['run'])) for summary in summaries] == [3, 1, 1]
 
 
