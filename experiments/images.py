@@ -4,7 +4,7 @@ An image is read pixel by pixel (T=784 or 1024), with --row row by row (T=28 or 
 defaults are the authors' release's: LSTM 128, Adam 1e-3 divided by 10 after epochs 50, 75 and 90 of 200, clip 1, alpha 0.1, K=10.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import dataclasses
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from experiments import data, epochs, options, processes, recipe, runs
+from experiments import cells, data, epochs, options, processes, recipe, runs
 from experiments.data import Examples, Splits
 from experiments.members import Member, train_all
 from experiments.options import check, option
@@ -23,18 +23,6 @@ from fptt_jax import nn
 
 EVALUATION_BATCH = 1000
 SPLIT_SEED = 0
-
-CELLS: dict[str, Callable[[int, 'Config', nnx.Rngs], Any]] = {
-  'lstm': lambda features, config, rngs: nn.LSTM(features, config.hidden, forget_bias=config.forget_bias, rngs=rngs),
-  'gru': lambda features, config, rngs: nn.GRU(features, config.hidden, recurrent_bias=False, rngs=rngs),
-  'rnn': lambda features, config, rngs: nn.RNN(features, config.hidden, rngs=rngs),
-  'antisymmetric': lambda features, config, rngs: nn.AntisymmetricRNN(features, config.hidden, rngs=rngs),
-  'fastgrnn': lambda features, config, rngs: nn.FastGRNN(features, config.hidden, rngs=rngs),
-  'irnn': lambda features, config, rngs: nn.IncrementalRNN(features, config.hidden, rngs=rngs),
-  'indrnn': lambda features, config, rngs: nn.IndRNN(features, config.hidden, max_weight=1.0, rngs=rngs),
-  'lru': lambda features, config, rngs: nn.LRU(features, config.hidden, r_min=0.9, r_max=0.999, rngs=rngs),
-}
-"""Recurrent layers by name: (features in, configuration, rngs) -> layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +42,7 @@ class Config(epochs.EpochRecipe):
   permutation_seed: int = option(0, "draws the fixed order of steps of 'permuted'")
   train_size: int = option(0, 'use only so many training images; 0 for all')
   valid_size: int = option(5000, 'training images held out to validate on')
-  cell: str = option('lstm', 'recurrent layer', tuple(CELLS))
+  cell: str = option('lstm', 'recurrent layer', tuple(cells.CELLS))
   hidden: int = option(128, 'H, units of a recurrent layer')
   layers: int = option(1, 'recurrent layers')
   forget_bias: float = option(1.0, "initial bias of the LSTM's forget gate")
@@ -148,12 +136,16 @@ def check_fit(config: Config, num_steps: int) -> None:
     check(method != 'tbptt_final', 'reconstruction', config.reconstruction, "0 with the method 'tbptt_final'")
 
 
+def widths(config: Config, features: int) -> list[int]:
+  """Features of the inputs, then of each recurrent layer."""
+  return [features, *[config.hidden] * config.layers]
+
+
 def make_model(config: Config, num_steps: int, features: int, num_classes: int) -> fptt_jax.Model:
   """Recurrent layers and a readout."""
 
   def build(rngs: nnx.Rngs) -> nn.Stack:
-    widths = [features, *[config.hidden] * config.layers]
-    layers = [CELLS[config.cell](width, config, rngs) for width in widths[:-1]]
+    layers = [cells.CELLS[config.cell](width, config.hidden, config.forget_bias, rngs) for width in widths(config, features)[:-1]]
     if config.reconstruction:
       layers[0] = nn.Reconstruction(
         layers[0], features, segment=segment(config, num_steps), weight=config.reconstruction, rngs=rngs
@@ -230,9 +222,10 @@ def train(sequences: Sequences, chosen: list[Member], folder: Path) -> None:
   """Trains runs of one method side by side, and keeps what came of each."""
   num_steps, features = sequences.shape
   config, method = chosen[0].config, chosen[0].method
-  shapes = nnx.eval_shape(lambda: CELLS[config.cell](features, config, nnx.Rngs(0)))
-  recurrent = epochs.count(nnx.state(shapes, nnx.Param)) if config.layers == 1 else None
-  extra = {'K': recipe.updates_a_sequence(config, method, num_steps)[0], 'recurrent_parameters': recurrent}
+  extra = {
+    'K': recipe.updates_a_sequence(config, method, num_steps)[0],
+    'recurrent_parameters': cells.recurrent_parameters(config.cell, widths(config, features)),
+  }
   epochs.train(config, make_task(config, sequences, method, len(chosen)), chosen, folder, extra)
 
 

@@ -23,7 +23,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from experiments import data, dynamic_evaluation, epochs, options, processes, recipe, runs, streams
+from experiments import cells, data, dynamic_evaluation, epochs, options, processes, recipe, runs, streams
 from experiments.data import Text
 from experiments.members import Member, train_all
 from experiments.options import check, option
@@ -110,14 +110,15 @@ class Config(epochs.EpochRecipe):
   random_lengths: bool = option(False, 'draw lengths near T, sometimes T/2, the learning rate in proportion (AWD-LSTM)')
   batch_size: int = option(128, 'B, parallel streams of training text')
   embedding: int = option(256, 'size of the token vectors')
-  hidden: int = option(256, 'H, units of an LSTM')
-  layers: int = option(1, 'LSTMs')
-  last_hidden: int = option(0, 'units of the last LSTM; default H')
+  cell: str = option('lstm', 'recurrent layer', tuple(cells.CELLS))
+  hidden: int = option(256, 'H, units of a recurrent layer')
+  layers: int = option(1, 'recurrent layers')
+  last_hidden: int = option(0, 'units of the last one; default H')
   tied: bool = option(False, 'the readout shares the token vectors')
   experts: int = option(0, 'softmaxes that the readout mixes; 0 for one plain softmax')
   locked: bool = option(False, 'dropout masks last a window (variational) rather than one step')
-  dropout: float = option(0.2, 'on the outputs of the last LSTM')
-  hidden_dropout: float = option(0.0, 'on the outputs of the other LSTMs')
+  dropout: float = option(0.2, 'on the outputs of the last recurrent layer')
+  hidden_dropout: float = option(0.0, 'on the outputs of the others')
   input_dropout: float = option(0.2, 'on the token vectors')
   embedding_dropout: float = option(0.0, 'on whole tokens of the vocabulary, a window')
   latent_dropout: float = option(0.0, "on the mixture's latent vectors")
@@ -142,6 +143,8 @@ class Config(epochs.EpochRecipe):
       check(0 <= getattr(self, name) < 1, name, getattr(self, name), 'in [0, 1)')
     for name in ('activation_penalty', 'temporal_penalty'):
       check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), 'a finite number >= 0')
+    dropped = self.weight_dropout == 0 or self.cell in cells.WITH_W_H
+    check(dropped, 'weight_dropout', self.weight_dropout, f'0 with --cell={self.cell}, which is not {", ".join(cells.WITH_W_H)}')
     last = self.last_hidden or self.hidden
     fits = not self.tied or self.experts > 0 or last == self.embedding
     check(fits, 'last_hidden', last, f'the embedding size {self.embedding} with --tied and without --experts')
@@ -162,12 +165,13 @@ class Config(epochs.EpochRecipe):
 
 
 def widths(config: Config) -> list[int]:
-  """Features of the token vectors, then of each LSTM."""
+  """Features of the token vectors, then of each recurrent layer."""
   return [config.embedding, *[config.hidden] * (config.layers - 1), config.last_hidden or config.hidden]
 
 
 def make_model(config: Config, vocabulary_size: int) -> fptt_jax.Model:
-  """Token vectors, LSTMs and a readout, with the dropouts and penalties of AWD-LSTM (Merity et al. 2018) where they are above 0."""
+  """Token vectors, recurrent layers and a readout, with the dropouts and penalties of AWD-LSTM (Merity et al. 2018) where they are
+  above 0."""
   dropout = nn.LockedDropout if config.locked else nnx.Dropout
 
   def build(rngs: nnx.Rngs) -> nn.Stack:
@@ -175,8 +179,8 @@ def make_model(config: Config, vocabulary_size: int) -> fptt_jax.Model:
     layers: list[Any] = [nn.EmbeddingDropout(embed, config.embedding_dropout) if config.embedding_dropout else embed]
     layers.append(dropout(config.input_dropout))
     for number, (features, hidden) in enumerate(itertools.pairwise(widths(config)), start=1):
-      lstm = nn.LSTM(features, hidden, rngs=rngs)
-      layers.append(nn.WeightDrop(lstm, config.weight_dropout) if config.weight_dropout else lstm)
+      layer = cells.CELLS[config.cell](features, hidden, None, rngs)
+      layers.append(nn.WeightDrop(layer, config.weight_dropout) if config.weight_dropout else layer)
       if number == config.layers and config.temporal_penalty:
         layers.append(nn.TemporalActivationPenalty(config.temporal_penalty))
       layers.append(dropout(config.dropout if number == config.layers else config.hidden_dropout))
@@ -295,10 +299,9 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
 def train(text: Text, chosen: list[Member], folder: Path) -> None:
   """Trains runs of one method side by side, and keeps what came of each."""
   config, method = chosen[0].config, chosen[0].method
-  shapes = nnx.eval_shape(lambda: nnx.List([nn.LSTM(*sizes, rngs=nnx.Rngs(0)) for sizes in itertools.pairwise(widths(config))]))
   extra = {
     'K': recipe.updates_a_sequence(config, method, config.padded_len)[0],
-    'recurrent_parameters': epochs.count(nnx.state(shapes, nnx.Param)),
+    'recurrent_parameters': cells.recurrent_parameters(config.cell, widths(config)),
   }
   epochs.train(config, make_task(config, text, method, len(chosen)), chosen, folder, extra)
 
@@ -311,7 +314,7 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   kind = 'characters' if config.by_characters else 'words'
   print(
     f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} {kind}, vocabulary {len(text.vocabulary):,}; '
-    f'T={config.seq_len}, {config.layers} x LSTM {config.hidden}, batch {config.batch_size}; writing to {path}'
+    f'T={config.seq_len}, {config.layers} x {config.cell} {config.hidden}, batch {config.batch_size}; writing to {path}'
   )
   size = 1 if config.random_lengths else recipe.population_size(config, config.batch_size, config.hidden)
   return path, train_all(config, path, size, lambda chosen: train(text, chosen, path))

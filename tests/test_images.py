@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import data, epochs, images, options, runs, smoke
+from experiments import cells, data, epochs, images, options, runs, smoke
 import fptt_jax
 
 TINY = dict(task='arrays', row=True, hidden=8, batch_size=8, valid_size=16, epochs=3, milestones=(2,), num_windows=2, lr=1e-2)
@@ -104,7 +104,7 @@ def test_the_permutation_is_fixed_and_kept_with_the_run(tmp_path: Path, monkeypa
     np.testing.assert_allclose(batch.inputs[..., 0].T, (flat / 255 - 0.1307) / 0.3081, rtol=1e-5)
 
 
-@pytest.mark.parametrize('cell', list(images.CELLS))
+@pytest.mark.parametrize('cell', list(cells.CELLS))
 def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
   """All parameters move, the stacked layers' too."""
   config = images.Config(**{**TINY, 'task': 'mnist', 'cell': cell, 'hidden': 6, 'layers': 2, 'readout_hidden': 32})

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import language_model, runs, streams
+from experiments import cells, language_model, runs, streams
 from experiments.options import UserError
 import fptt_jax
 
@@ -198,6 +198,28 @@ def test_the_whole_recipe_of_ptb_w_learns_a_rule(tmp_path: Path) -> None:
   assert 1 < summary['test_ppl'] < 2.5
   assert summary['dynamic_test_ppl'] == pytest.approx(summary['test_ppl'], rel=0.02)
   assert summary['recurrent_parameters'] == 3 * 4 * 16 * (16 + 16 + 1)
+
+
+@pytest.mark.parametrize('cell', list(cells.CELLS))
+def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
+  """All parameters move, those of two layers of different widths."""
+  config = language_model.Config(**TINY | dict(data_dir='.', cell=cell, layers=2, last_hidden=6, hidden=5))
+  trainer = language_model.recipe.make_trainer(
+    config, 'fptt', language_model.make_model(config, 7), fptt_jax.losses.sequence_classification(7), 10
+  )
+  tokens = np.random.default_rng(0).integers(0, 7, (11, 4)).astype(np.int32)
+  batch = fptt_jax.Batch(tokens[:-1], tokens[1:])
+  state = trainer.init(jax.random.key(0), batch)
+  before = jax.tree.map(np.array, state.params)
+  state, _ = trainer.step(state, batch)
+  moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, state.params)
+  assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_weights_of_cells_without_one_recurrent_matrix_are_not_dropped_out() -> None:
+  """Refused where they are asked for."""
+  with pytest.raises(ValueError, match=r'--weight_dropout must be 0 with --cell=lru, which is not lstm, gru, rnn, got 0\.1\.'):
+    language_model.Config(**TINY | dict(data_dir='.', cell='lru', weight_dropout=0.1))
 
 
 def test_defaults_are_the_release_s_setting() -> None:
