@@ -24,6 +24,7 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 import numpy as np
+import optax
 from tabulate import tabulate
 
 from experiments import cost, options, recipe, rivals, runs
@@ -80,11 +81,23 @@ class Config:
     check(self.rounds >= 1, 'rounds', self.rounds, 'at least 1')
 
 
-def make_trainer(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None, whole: bool = False) -> fptt_jax.Trainer:
-  """`fptt_jax`'s trainer of a case; `whole`: words are read out all of a window at once."""
-  model, steps = rivals.make_model(case, cell), case.size if whole and case.words else None
-  options: Any = dict(num_windows=case.num_windows, mesh=mesh, readout_steps=steps)
-  return fptt_jax.trainer(model, rivals.make_loss(case), rivals.make_optimizer(), **options)
+def make_trainer(
+  case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None, whole: bool = False, one_buffer: bool = False
+) -> fptt_jax.Trainer:
+  """`fptt_jax`'s trainer of a case.
+
+  Args:
+    case: what is trained.
+    cell: (rngs) -> the recurrent layer.
+    mesh: devices to split a batch over.
+    whole: whether words are read out all of a window at once.
+    one_buffer: whether the optimiser sees all parameters as one vector.
+  """
+  model, optimizer = rivals.make_model(case, cell), rivals.make_optimizer()
+  if one_buffer:
+    optimizer = optax.flatten(optimizer)
+  steps = case.size if whole and case.words else None
+  return fptt_jax.trainer(model, rivals.make_loss(case), optimizer, num_windows=case.num_windows, mesh=mesh, readout_steps=steps)
 
 
 def lstm_cell(case: Case, fused: bool | str = True) -> Any:
@@ -92,9 +105,9 @@ def lstm_cell(case: Case, fused: bool | str = True) -> Any:
   return lambda rngs: nn.LSTM(case.features, case.hidden, fused=fused, rngs=rngs)
 
 
-def trained(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None, whole: bool = False) -> Callable[..., Any]:
+def trained(case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None, **settings: bool) -> Callable[..., Any]:
   """A step of the trainer as a function of inputs and targets."""
-  trainer = make_trainer(case, cell, mesh, whole)
+  trainer = make_trainer(case, cell, mesh, **settings)
   state = [trainer.init(jax.random.key(0), fptt_jax.Batch(*rivals.draw(case)))]
 
   def step(inputs: np.ndarray, targets: np.ndarray) -> Any:
@@ -144,6 +157,8 @@ def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
   if mesh is not None:
     found['ours, one device'] = lambda: trained(case, lstm_cell(case))
   found[f'ours, {MANY_NAME}'] = lambda: many_trained(case, lstm_cell(case), mesh)
+  if not recipe.is_cpu():  # There one vector of all parameters takes several times as long.
+    found['ours, one buffer'] = lambda: trained(case, lstm_cell(case), mesh, one_buffer=True)
   if 'ours, kernel' not in without and case.hidden in kernels.SIZES:
     found['ours, kernel'] = lambda: trained(case, lstm_cell(case, fused='kernel'), mesh)
     found[f'ours, kernel, {MANY_NAME}'] = lambda: many_trained(case, lstm_cell(case, fused='kernel'), mesh)

@@ -29,6 +29,14 @@ def test_loop_over_windows_equals_the_trainer(case):
     np.testing.assert_allclose(loop(*data), trained(*data), rtol=2e-5)
 
 
+def test_one_buffer_trains_the_same():
+  """Losses of two batches agree to float32's rounding."""
+  case = CASES[0]
+  steps = [benchmark.trained(case, benchmark.lstm_cell(case), one_buffer=flat) for flat in (False, True)]
+  for _ in range(2):
+    np.testing.assert_allclose(*(step(*rivals.draw(case)) for step in steps), rtol=1e-5)
+
+
 @pytest.mark.skipif(importlib.util.find_spec('torch') is None, reason='needs PyTorch, which is not a dependency')
 @pytest.mark.parametrize('kind', ['plain', 'optimised'])
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)

@@ -215,7 +215,7 @@ def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: s
 
 def test_lines_that_are_not_there_are_refused(tmp_path: Path) -> None:
   """The message lists those that are."""
-  with pytest.raises(UserError, match='--lines must be out of bptt, tbptt, fptt-kappa2, fptt-kappa1, .*, got nosuch'):
+  with pytest.raises(UserError, match=r'--lines must be out of bptt, tbptt, fptt-kappa2, fptt-kappa1, .*, got nosuch'):
     run('table4', tmp_path, lines=('nosuch',))
   with pytest.raises(UserError, match='--methods=ogd and --lines=all leave no line of table4'):
     run('table4', tmp_path, methods=('ogd',))
