@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import options, processes, recipe, runs
+from experiments import cells, options, processes, recipe, runs
 from experiments.members import Member, Population, chunks, end, remaining, train_all
 from experiments.options import check, option
 import fptt_jax
@@ -149,7 +149,7 @@ def train(chosen: list[Member], folder: Path) -> None:
   group.close()
   for number, (member, run) in enumerate(zip(chosen, group.runs, strict=False)):
     lost = {'lost': group.lost[number]} if number in group.lost else {}
-    end(folder, member, summarise(num_windows, run.rows) | lost)
+    end(folder, member, summarise(num_windows, run.rows) | sizes(config) | lost)
 
 
 def log(
@@ -193,6 +193,13 @@ def summarise(num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     'below_0.01_at': solved[0] if solved else None,
     'seconds': rows[-1]['seconds'],
   }
+
+
+def sizes(config: Config) -> dict[str, int]:
+  """Numbers of parameters: all, and the LSTM's."""
+  params = jax.eval_shape(make_model(config).init, jax.random.key(0))
+  total = sum(leaf.size for leaf in jax.tree.leaves(params))
+  return {'parameters': total, 'recurrent_parameters': cells.recurrent_parameters('lstm', (2, config.hidden))}
 
 
 def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:

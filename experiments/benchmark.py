@@ -55,7 +55,7 @@ POPULATION_SIZES = (1, 2, 4, 8, 16, 32)
 DEFAULT_CASES = tuple(name for name in CASES if name != 'smoke')
 MANY = 4
 MANY_NAME = f'{MANY} batches a program'
-"""What systems are called after their comma where a call trains on more than one batch; the times are of one."""
+"""The end of the names of systems whose calls train on several batches; the times in the tables are of one."""
 PAUSE = 0.3
 """Seconds before each call on a CPU: OpenMP's threads, which PyTorch uses, go on spinning for a while after their work, on cores
 that the next system would need."""
@@ -139,7 +139,7 @@ def left_out() -> dict[str, str]:
   """What cannot be timed here, and why."""
   reasons = {}
   if not kernels.available():
-    reasons['ours, kernel'] = 'no NVIDIA GPU' if jax.default_backend() != 'gpu' else 'no nvcc on the PATH or in $CUDA_HOME/bin'
+    reasons['ours, kernel'] = 'needs an NVIDIA GPU, and nvcc on the PATH or in $CUDA_HOME/bin'
   if not importlib.util.find_spec('torch'):
     reasons['PyTorch'] = 'not installed'
   elif not recipe.is_cpu():
@@ -190,17 +190,26 @@ def with_threads(step: Callable[..., Any], threads: int) -> Callable[..., Any]:
   return run
 
 
-def measure_rivals(config: Config) -> Iterator[list[dict[str, Any]]]:
-  """Rows of each case and system: all that are there, after each case."""
+def measure_rivals(config: Config, without: dict[str, str]) -> Iterator[list[dict[str, Any]]]:
+  """Rows of each case and system: all that are there, after each case. A rival that fails goes into `without`, with the reason."""
   pause, size = (PAUSE, PRODUCT_SIZE['cpu']) if recipe.is_cpu() else (0.0, PRODUCT_SIZE['gpu'])
-  product = multiplied(size if 'smoke' not in config.cases else 16)
+  size = 16 if 'smoke' in config.cases else size
+  product = multiplied(size)
   rows: list[dict[str, Any]] = []
   for case in (CASES[name] for name in config.cases):
-    steps = {name: make() for name, make in systems(case).items()}
-    data = {name: placed(case, name) for name in steps}
-    for name, step in steps.items():
-      step(*data[name])
-      step(*data[name])
+    steps, data = {}, {}
+    for name, make in systems(case).items():
+      try:
+        step, data[name] = make(), placed(case, name)
+        for _ in range(2):
+          step(*data[name])
+      except Exception as error:  # A compiler, a driver, memory: the others go on.
+        if name == 'ours':
+          raise
+        without[f'{case.name}: {name}'] = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
+        print(f'not timed: {case.name}: {name} ({without[f"{case.name}: {name}"]})', flush=True)
+      else:
+        steps[name] = step
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     products = []
     for _ in range(config.rounds):
@@ -210,13 +219,12 @@ def measure_rivals(config: Config) -> Iterator[list[dict[str, Any]]]:
         seconds[name].append(timed(step, *data[name]) / (MANY if name.endswith(MANY_NAME) else 1))
       time.sleep(pause)
     found = [{'case': case.name, 'system': name, **milliseconds(times)} for name, times in best_threads(seconds).items()]
-    mesh, peak = split(case), 2e-9 * size**3 / min(products)
+    peak = 2e-9 * size**3 / min(products)
     for row in found:
       row['times_ours'] = row['median_ms'] / found[0]['median_ms']
       row['gflops'] = 1e-9 * flops(case) / (1e-3 * row['median_ms'])
       row |= {'peak_gflops': peak, 'of_peak': row['gflops'] / peak}
       row['epoch_s'] = 1e-3 * row['median_ms'] * case.batches or None
-      row['ours_on'] = 1 if mesh is None else mesh.size
       row['disturbed'] = sum(value > QUIET * min(products) for value in products)
     rows += found
     yield rows
@@ -234,11 +242,16 @@ def multiplied(size: int) -> Callable[[], Any]:
 
 
 def placed(case: Case, system: str) -> tuple[Any, Any]:
-  """A batch where a system wants it: on a GPU already there."""
-  data = rivals.draw(case)
+  """A batch where a system wants it: on its device, or split over those that it is split over."""
+  data, mesh = rivals.draw(case), split(case)
   if system.startswith('PyTorch'):
     return rivals.tensors(*data, device='cpu' if recipe.is_cpu() else 'cuda')
-  return data if recipe.is_cpu() else jax.device_put(data)
+  if mesh is None or not system.startswith('ours') or system == 'ours, one device':
+    return jax.device_put(data)
+  if system.endswith(MANY_NAME):  # A source, which all devices read from.
+    return jax.device_put(data, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+  batch = fptt_jax.global_batch(fptt_jax.Batch(*data), rivals.make_loss(case), mesh)
+  return batch.inputs, batch.targets
 
 
 def milliseconds(times: list[float]) -> dict[str, Any]:
@@ -394,7 +407,7 @@ def main(config: Config) -> None:
     print(f'not timed: {name} ({reason})')
   with jax.default_matmul_precision(config.precision):
     if config.part in ('all', 'rivals'):
-      for rows in measure_rivals(config):  # After each case: what was measured is not lost.
+      for rows in measure_rivals(config, without):  # After each case: what was measured is not lost.
         keep(folder, 'rivals', about, rows)
         plot_rivals(folder / 'rivals.png', rows)
       print((folder / 'rivals.txt').read_text())
@@ -409,7 +422,7 @@ def main(config: Config) -> None:
       for name, chosen in cases.items():
         growth[name] = measure_programs(chosen, config.rounds)
         print(tabulate([{name: row['value'], **shown(row)} for row in growth[name]], 'keys', floatfmt='.4g'))
-        runs.write_json(folder / 'growth.json', about | {'growth': growth, 'exponents': fitted(growth)})
+        runs.write_json(folder / 'growth.json', about | {'growth': growth})
       constant = update_steps(growth['K'], cases['K'][0][1].num_steps)
       print(f'C, the time of an update: {constant:.2f} steps')
       runs.write_json(folder / 'growth.json', about | {'growth': growth, 'exponents': fitted(growth), 'C': constant})

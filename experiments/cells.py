@@ -25,6 +25,6 @@ WITH_W_H = ('lstm', 'gru', 'rnn')
 
 
 def recurrent_parameters(cell: str, widths: Sequence[int]) -> int:
-  """Parameters of layers one on another, of these features: those put in first."""
+  """Parameters of layers one on another; `widths` are features of the inputs, then of each layer."""
   build = lambda: nnx.List([CELLS[cell](*sizes, None, nnx.Rngs(0)) for sizes in itertools.pairwise(widths)])
   return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param)))

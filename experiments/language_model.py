@@ -4,7 +4,7 @@ The text is read as B streams side by side; each sequence of T tokens continues 
 is measured on the validation text after each epoch, and once, at the best epoch's weights, on the test text: perplexity of words,
 bits per character. --task sets the other defaults:
 
-  ptb300  the authors' release for PTB-300: words, T=300, K=6, one LSTM of 256 (526,000 parameters; the paper says 210,000), SGD 2.0
+  ptb300  the authors' release for PTB-300: words, T=300, K=6, one LSTM of 256 (525,000 parameters; the paper says 210,000), SGD 2.0
           with momentum 0.9, divided by 4 on a plateau, alpha 0.5, kappa 2, 100 epochs
   ptb_c   characters: AWD-LSTM 3 x 1000 (last 200, tied), T=150, K=3, Adam 2e-3, alpha 0.2, kappa 2
   ptb_w   words: AWD-LSTM 3 x 960 (last 620) with a mixture of 15 softmaxes, T=70, K=3, SGD 20 then averaged, alpha 0.2, kappa 2,

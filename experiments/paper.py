@@ -4,8 +4,8 @@
 
 An item is a list of runs, each in a folder of its own: stop it at any time, the same command goes on. --tune first tries the
 declared learning rates on each line, chosen by validation, and later runs of the item in the same folder use what was found.
-It ends with a table (mean, ± half the width of its 95 % confidence interval over the seeds, beside the paper's and an independent
-replication's number where the setting is theirs) as text, JSON and plot.
+It ends with a table (mean, ± half the width of its 95 % confidence interval over the seeds, beside the number that the paper has,
+measured or quoted, and an independent replication's where the setting is theirs) as text, JSON and plot.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def run_entry(entry: Entry, config: Any, folder: Path) -> list[dict[str, Any]]:
 
 
 def tune(config: Config, entries: list[Entry], folder: Path) -> None:
-  """Tries each line's grid by short runs from a seed of their own; writes tuned.json, the curves and a table."""
+  """Tries each line's grid from a seed of its own; writes tuned.json, the curves and a table."""
   tuned, rows, curves = read_tuned(folder), [], {}
   for entry in entries:
     summaries = run_entry(entry, dataclasses.replace(items.grid(entry), seeds=(TUNE_SEED,)), folder / 'tune' / entry.label)
@@ -109,7 +109,7 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
       curves[entry.label] = [(sorted(finite), [finite[lr] for lr in sorted(finite)])]
   runs.write_json(folder / 'tuned.json', tuned)
   if curves:
-    label = f'{entries[0].score.label} after a short run'
+    label = f'{entries[0].score.label}, of the runs that tuned'
     runs.plot_curves(folder / 'tuning.png', curves, 'learning rate', label, {}, xscale='log')
   print(tabulate(rows, ['line', 'learning rate', entries[0].score.choose.replace('_', ' ')], floatfmt='.4g', missingval='diverged'))
   print(f'chosen learning rates are in {folder / "tuned.json"}; the same command without --tune uses them')
@@ -133,7 +133,7 @@ def line(entry: Entry, summaries: list[dict[str, Any]], measures: list[str]) -> 
     'method': entry.config.method[0],
     'K': summaries[0]['K'],
     'lr': entry.config.lr,
-    'parameters': summaries[0].get('parameters'),
+    'parameters': summaries[0].get('parameters'),  # Older versions' runs lack them.
     'recurrent': summaries[0].get('recurrent_parameters'),
     'seeds': len(summaries),
     'diverged': sum(summary[entry.score.test] is None for summary in summaries),

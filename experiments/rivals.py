@@ -108,17 +108,17 @@ def flax_loop(case: Case, params: Any = None) -> Callable[..., Any]:
     return beta * optax.losses.softmax_cross_entropy_with_integer_labels(outputs[-1], targets).mean(), hidden
 
   @jax.jit
-  def window(params: Any, opt_state: Any, hidden: Any, x: jax.Array, targets: jax.Array, beta: jax.Array) -> tuple[Any, ...]:
-    (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(params, hidden, x, targets, beta)
+  def window(params: Any, opt_state: Any, hidden: Any, inputs: jax.Array, targets: jax.Array, start: np.int32) -> tuple[Any, ...]:
+    cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, case.size)
+    x, labels, beta = cut(inputs), cut(targets) if case.words else targets, (start + case.size) / case.num_steps
+    (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(params, hidden, x, labels, beta)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, hidden, value
 
-  def step(inputs: np.ndarray, targets: np.ndarray) -> list[jax.Array]:
+  def step(inputs: Any, targets: Any) -> list[jax.Array]:
     hidden, values = model.initial_state(case.batch_size), []
     for start in range(0, case.num_steps, case.size):
-      end = min(start + case.size, case.num_steps)
-      labels = targets[start:end] if case.words else targets
-      *carry[:], hidden, value = window(*carry, hidden, inputs[start:end], labels, np.float32(end / case.num_steps))
+      *carry[:], hidden, value = window(*carry, hidden, inputs, targets, np.int32(start))
       values.append(value)
     return jax.block_until_ready(values)
 

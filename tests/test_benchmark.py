@@ -58,11 +58,11 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
   names = {line['system'].partition(', threads')[0] for line in lines}
   assert {'ours', 'ours, 4 batches a program', 'flax, one jit', 'flax, a loop'} <= names
   assert all(0 < line['min_ms'] <= line['median_ms'] <= line['max_ms'] for line in lines)
-  assert all(len(line['all_ms']) == 2 for line in lines)
+  assert all(len(line['all_ms']) == 2 and 0 < line['peak_gflops'] < 1e4 for line in lines)
+  assert all(line['of_peak'] == pytest.approx(line['gflops'] / line['peak_gflops']) for line in lines)
   assert lines[0]['times_ours'] == 1
   content = json.loads((tmp_path / 'growth.json').read_text())
   assert set(content['exponents']) == set('TKHB')
-  assert content['left_out']['ours, kernel'] == 'no NVIDIA GPU'
   growth = content['growth']
   assert {name: [row['value'] for row in rows] for name, rows in growth.items()} == {
     'T': [32, 64],
@@ -96,11 +96,40 @@ def test_flops():
   assert benchmark.flops(case._replace(words=True)) == 3 * 3 * (10 * 8 * 5 * 9 + 10 * 2 * 5 * 6)
 
 
-def test_what_is_left_out_is_said(monkeypatch):
-  """With the reason; what is installed is not."""
+def test_what_is_not_there_is_left_out_and_said(monkeypatch):
+  """Kernels and PyTorch."""
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  assert benchmark.left_out() == {'ours, kernel': 'no NVIDIA GPU', 'PyTorch': 'not installed'}
+  monkeypatch.setattr(benchmark.kernels, 'available', lambda: False)
+  reasons = {'ours, kernel': 'needs an NVIDIA GPU, and nvcc on the PATH or in $CUDA_HOME/bin', 'PyTorch': 'not installed'}
+  assert benchmark.left_out() == reasons
   assert not any('PyTorch' in name or 'kernel' in name for name in benchmark.systems(benchmark.CASES['M28']))
+
+
+def test_a_rival_that_fails_is_left_out_and_said(tmp_path: Path, monkeypatch, capsys):
+  """The others are timed, and the reason is kept."""
+
+  def fail(*args):
+    raise RuntimeError('out of memory\nand so on')
+
+  monkeypatch.setattr(rivals, 'flax_loop', fail)
+  monkeypatch.setattr(benchmark, 'PAUSE', 0)
+  benchmark.main(benchmark.Config(part='rivals', cases=('smoke',), rounds=1, workdir=str(tmp_path)))
+  content = json.loads((tmp_path / 'rivals.json').read_text())
+  assert content['left_out']['smoke: flax, a loop'] == 'RuntimeError: out of memory'
+  assert [line['system'] for line in content['lines'] if line['system'].startswith('flax')] == ['flax, one jit']
+  assert 'not timed: smoke: flax, a loop (RuntimeError: out of memory)\n' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_batches_are_where_they_are_wanted(monkeypatch, devices):
+  """Split over the devices that 'ours' is split over, whole on all of them as a source, and on one device for the others."""
+  mesh = None if devices == 1 else jax.sharding.Mesh(jax.devices()[:2], ('devices',))
+  monkeypatch.setattr(benchmark, 'split', lambda case: mesh)
+  case, rows = benchmark.CASES['smoke'], lambda name: benchmark.placed(case, name)[0].addressable_shards
+  assert [shard.data.shape for shard in rows('ours')] == [(12, 4 // devices, 1)] * devices
+  assert [shard.data.shape for shard in rows(f'ours, {benchmark.MANY_NAME}')] == [(12, 4, 1)] * devices
+  for name in ('ours, one device', 'flax, one jit'):
+    assert [shard.data.shape for shard in rows(name)] == [(12, 4, 1)]
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):

@@ -65,8 +65,9 @@ def assert_close(got, expected, tolerance):
   ('axis', 'shape', 'masked', 'steps'),
   [
     (ROWS, (12, 3, 2), False, 12),
-    (ROWS, (4, 70, 2), False, 2),
+    (ROWS, (4, 70, 7), True, 2),
     (ROWS, (24, 13, 7), True, 12),
+    (ROWS, (3, 130, 7), True, 1),
     (COLUMNS, (7, 64, 7), True, 7),
     (COLUMNS, (4, 64, 7), True, 2),
     (COLUMNS, (4, 64, 2), False, 2),
@@ -82,25 +83,29 @@ def test_fused_equals_the_scan(layer, axis, shape, masked, steps):
   assert_close(value_and_gradients(layer, True, shape, masked), expected, 1e-12)
 
 
+@pytest.mark.parametrize('batch_size', [16, 64], ids=['rows', 'columns'])
 @pytest.mark.parametrize('layer', LAYERS)
-def test_fused_in_float32_is_as_good_as_the_scan(layer):
-  """float32 differs from the scan in float32 by rounding alone: 12 steps of sums of some 20 products, each to 6e-8."""
-  expected = value_and_gradients(layer, False, (12, 16, 7), False, jnp.float32)
-  assert_close(value_and_gradients(layer, True, (12, 16, 7), False, jnp.float32), expected, 2e-5)
+def test_fused_in_float32_is_as_good_as_the_scan(layer, batch_size):
+  """float32 differs from the scan in float32 by rounding alone: 12 steps of sums of some 20 products, each to 6e-8, for gradients
+  of as many sequences."""
+  shape = (12, batch_size, 7)
+  expected = value_and_gradients(layer, False, shape, False, jnp.float32)
+  assert_close(value_and_gradients(layer, True, shape, False, jnp.float32), expected, 2e-5)
 
 
+@pytest.mark.parametrize('batch_size', [16, 64], ids=['rows', 'columns'])
 @pytest.mark.parametrize('layer', [layer for layer in LAYERS if 'LRU' not in layer])
-def test_fused_in_bfloat16_sums_in_float32(layer):
+def test_fused_in_bfloat16_sums_in_float32(layer, batch_size):
   """bfloat16 weights, inputs and states, summed in float32: no further from the float32 result of the same numbers than the scan in
   bfloat16 is, but for a factor 1.5 of luck."""
-  shape = (12, 16, 7)
+  shape = (12, batch_size, 7)
   weights = jax.tree.map(lambda x: x.astype(jnp.float32), model(layer, 7, True, jnp.bfloat16).init(jax.random.key(0)))
   x = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
 
   def gradients(dtype, fused):
     run = model(layer, 7, fused, dtype)
     total = lambda params: jnp.sum(
-      run.apply(params, run.initial_state(16), x.astype(dtype), None, None)[1].astype(jnp.float32) ** 2
+      run.apply(params, run.initial_state(batch_size), x.astype(dtype), None, None)[1].astype(jnp.float32) ** 2
     )
     return problems.quick(jax.grad(total))(jax.tree.map(lambda w: w.astype(dtype), weights))
 
@@ -114,15 +119,16 @@ def test_fused_in_bfloat16_sums_in_float32(layer):
 
 
 @pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('batch_size', [4, 64], ids=['rows', 'columns'])
 @pytest.mark.parametrize('layer', LAYERS)
-def test_fused_under_vmap(layer):
+def test_fused_under_vmap(layer, batch_size):
   """Over models and data, as populations are trained."""
   runs = [model(layer, 2, fused) for fused in (True, False)]
   params = jax.vmap(runs[0].init)(jax.random.split(jax.random.key(0), 3))
-  x = jax.random.normal(jax.random.key(1), (3, 5, 4, 2))
+  x = jax.random.normal(jax.random.key(1), (3, 5, batch_size, 2))
 
   def gradients(run):
-    total = lambda params, x: jnp.sum(jnp.sin(run.apply(params, run.initial_state(4), x, None, None)[1]))
+    total = lambda params, x: jnp.sum(jnp.sin(run.apply(params, run.initial_state(batch_size), x, None, None)[1]))
     return problems.quick(jax.vmap(jax.grad(total)))(params, x)
 
   assert_close(gradients(runs[0]), gradients(runs[1]), 1e-12)

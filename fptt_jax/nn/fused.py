@@ -2,11 +2,11 @@
 
 A step is taken apart into its matrix products and the rest. Forward, each step leaves behind the factors by which the gradient of
 its state is to be multiplied, so that a step backward is a few multiplications and nothing is computed twice. The products that
-give the weights' gradient are put off until there are columns enough for one that is worth it: :func:`steps_at_once`.
+give the weights' gradient are put off until there are rows enough for one that is worth it: :func:`steps_at_once`.
 
-Features lie along the last axis, [B, H], or along the last but one, [H, B]: `axis` is -1 (`ROWS`) or -2 (`COLUMNS`). Of columns the
-weights are the left operand of each step's products and the right one, which CPU libraries copy into an order of their own each
-time, is small. :func:`features_axis` chooses.
+A sequence's features are a row, [B, H], or a column, [H, B]: `axis`, along which they lie, is -1 (`ROWS`) or -2 (`COLUMNS`). CPU
+libraries copy a product's right operand into an order of their own each time: with columns that is the sequences, few numbers, and
+not the weights, many. :func:`features_axis` chooses.
 """
 
 from collections.abc import Callable
@@ -59,9 +59,9 @@ def input_product(axis: int, w: jax.Array, x: jax.Array) -> jax.Array:
   """The products of w and the inputs, of one step or of n; for few features written out, to be part of what comes after."""
   if x.shape[axis] > FEW_FEATURES:
     return matmul_steps(axis, w, x)
-  x, columns = widen(x), jnp.split(widen(w), w.shape[_batch_axis(axis)], _batch_axis(axis))
+  x, of_features = widen(x), jnp.split(widen(w), w.shape[_batch_axis(axis)], _batch_axis(axis))
   features = jnp.split(x, x.shape[axis], axis)
-  return functools.reduce(jnp.add, (of_each_step(w, x) * x_d for w, x_d in zip(columns, features, strict=True)))
+  return functools.reduce(jnp.add, (of_each_step(w_d, x) * x_d for w_d, x_d in zip(of_features, features, strict=True)))
 
 
 def of_each_step(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -255,9 +255,9 @@ _window.defvjp(_window_forward, _window_backward)
 def steps_at_once(num_steps: int, batch_size: int) -> int:
   """How many steps go into one product of inputs or of the weights' gradient: a divisor of S.
 
-  What is put off has to be kept, so a CPU takes the fewest steps that make 128 to 1024 columns, where there are such. With fewer
-  the sum of the gradients, which each product reads and writes, and the weights do not fit its cache together (seen as calls 1.3 to
-  1.6 times slower, or as slow only now and then). An accelerator is best served with all S at once.
+  What is put off has to be kept, so a CPU takes the fewest steps that make 128 to 1024 rows (or columns), where there are such.
+  With fewer the sum of the gradients, which each product reads and writes, and the weights do not fit its cache together (seen as
+  calls 1.3 to 1.6 times slower, or as slow only now and then). An accelerator is best served with all S at once.
   """
   if jax.default_backend() != 'cpu':
     return num_steps
