@@ -184,7 +184,9 @@ def table3(scale: str) -> list[Entry]:
 
 
 def table4(scale: str) -> list[Entry]:
-  """PTB-300; the cells that the paper quotes by BPTT and by FPTT, at the LSTM's settings."""
+  """PTB-300; FastGRNN, which the paper quotes, by BPTT and by FPTT at the LSTM's settings. (IncrementalRNN's states, carried on
+  through a whole text, were seen to grow without bound at any rate tried.)
+  """
   return [
     language('bptt', scale, 'bptt', 'ptb300', paper=117.09, replication='164.6 (K=1)'),
     language('tbptt', scale, 'tbptt', 'ptb300', replication='121.2 (K=5)'),
@@ -192,8 +194,6 @@ def table4(scale: str) -> list[Entry]:
     language('fptt-kappa1', scale, 'fptt', 'ptb300', kappa=1.0),
     language('fastgrnn-bptt', scale, 'bptt', 'ptb300', paper=116.11, cell='fastgrnn'),
     language('fastgrnn-fptt', scale, 'fptt', 'ptb300', cell='fastgrnn'),
-    language('irnn-bptt', scale, 'bptt', 'ptb300', paper=115.71, cell='irnn'),
-    language('irnn-fptt', scale, 'fptt', 'ptb300', cell='irnn'),
   ]
 
 
@@ -280,6 +280,7 @@ def grid(entry: Entry) -> Any:
 QUOTED: dict[str, dict[str, dict[str, float]]] = {
   'table4': {
     'test ppl': {
+      'IncrementalRNN (Kag et al. 2020)': 115.71,
       'SpectralRNN (Zhang et al. 2018)': 130.20,
       'LSTM (Zhang et al. 2018)': 130.21,
       'LSTM (Kusupati et al. 2018)': 117.41,
