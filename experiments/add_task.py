@@ -7,6 +7,7 @@ The defaults run on two CPU cores in about seven minutes: T=120, an LSTM of 128,
 --seq_len=200|500|750|1000 --nodecay.
 """
 
+from collections.abc import Callable, Iterable
 import dataclasses
 import math
 from pathlib import Path
@@ -108,17 +109,8 @@ def train(chosen: list[Member], folder: Path) -> None:
     [init_key for init_key, _, _ in keys], [batch_keys(data_key, np.zeros(1, int))[0] for _, data_key, _ in keys]
   )
   going, skipped = list(range(len(group.runs))), [record.get('skipped', 0) for record in saved]
-  seen: list[tuple[fptt_jax.StepMetrics, int]] = []
 
-  def settle() -> None:
-    """Looks at what has run."""
-    for metrics, batches in seen:
-      group.look(metrics, batches)
-      for number in going:
-        skipped[number] += int(np.sum(metrics.skipped[:, number])) * config.inner_steps
-    seen.clear()
-
-  def save(step: int) -> None:
+  def save(step: int, state: fptt_jax.TrainState) -> None:
     group.save(step, (state, ()), {number: {'skipped': skipped[number]} for number in going})
 
   with tqdm(total=config.batches, initial=first, desc=method, unit='batch', disable=None) as bar:
@@ -126,18 +118,10 @@ def train(chosen: list[Member], folder: Path) -> None:
       numbers = np.arange(start, min(start + config.eval_every, config.batches)) + 1
       if numbers[-1] <= first:
         continue
-      for part in remaining(chunks(len(numbers), config.chunk), first - start):
-        if seen and group.due():
-          settle()
-          save(start + int(part[0]))
-        state, metrics = group.steps(state, [batch_keys(data_key, numbers[part]) for _, data_key, _ in keys])
-        settle()  # One chunk ahead, no more: the bar tells the truth.
-        seen.append((metrics, start + int(part[0])))
-        bar.update(len(part))
-        if group.all_lost(going):
-          break
-      settle()
-      step, params = start + int(part[-1]) + 1, group.unstack(recipe.evaluation_params(config, method, state))
+      items = lambda part, numbers=numbers: [batch_keys(data_key, numbers[part]) for _, data_key, _ in keys]
+      parts = remaining(chunks(len(numbers), config.chunk), first - start)
+      state, metrics, step = train_interval(group, state, start, parts, items, going, skipped, save, bar)
+      params = group.unstack(recipe.evaluation_params(config, method, state))
       for number in going:
         totals, _ = trainer.evaluate(params[number], tests[number])
         row = log(group, number, step, step * updates - skipped[number], skipped[number], metrics, fptt_jax.means(totals)['loss'])
@@ -145,11 +129,48 @@ def train(chosen: list[Member], folder: Path) -> None:
       going = [number for number in going if number not in group.lost and None not in group.runs[number].rows[-1].values()]
       if not going:
         break
-      save(step)
+      save(step, state)
   group.close()
   for number, (member, run) in enumerate(zip(chosen, group.runs, strict=False)):
     lost = {'lost': group.lost[number]} if number in group.lost else {}
     end(folder, member, summarise(num_windows, run.rows) | sizes(config) | lost)
+
+
+def train_interval(
+  group: Population,
+  state: fptt_jax.TrainState,
+  start: int,
+  parts: Iterable[np.ndarray],
+  items: Callable[[np.ndarray], list[Any]],
+  going: list[int],
+  skipped: list[int],
+  save: Callable[[int, fptt_jax.TrainState], None],
+  bar: tqdm,
+) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics, int]:
+  """Trains on the batches after `start` that are in `parts`, a program each: state, metrics of the last part, the last batch's
+  number. What is skipped is added up."""
+  seen: list[tuple[fptt_jax.StepMetrics, int]] = []
+
+  def settle() -> None:
+    """Looks at what has run."""
+    for metrics, batches in seen:
+      group.look(metrics, batches)
+      for number in going:
+        skipped[number] += int(np.sum(metrics.skipped[:, number])) * group.members[number].config.inner_steps
+    seen.clear()
+
+  for part in parts:
+    if seen and group.due():
+      settle()
+      save(start + int(part[0]), state)
+    state, metrics = group.steps(state, items(part))
+    settle()  # One chunk ahead, no more: the bar tells the truth.
+    seen.append((metrics, start + int(part[0])))
+    bar.update(len(part))
+    if group.all_lost(going):
+      break
+  settle()
+  return state, metrics, start + int(part[-1]) + 1
 
 
 def log(
@@ -198,8 +219,7 @@ def summarise(num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def sizes(config: Config) -> dict[str, int]:
   """Numbers of parameters: all, and the LSTM's."""
   params = jax.eval_shape(make_model(config).init, jax.random.key(0))
-  total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  return {'parameters': total, 'recurrent_parameters': cells.recurrent_parameters('lstm', (2, config.hidden))}
+  return {'parameters': cells.count(params), 'recurrent_parameters': cells.recurrent_parameters('lstm', (2, config.hidden))}
 
 
 def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Recurrent layers by name, as the image and language scripts build them."""
+"""Recurrent layers by name, as the image and language scripts build them, and how many parameters there are."""
 
 from collections.abc import Callable, Sequence
 import itertools
@@ -27,4 +27,9 @@ WITH_W_H = ('lstm', 'gru', 'rnn')
 def recurrent_parameters(cell: str, widths: Sequence[int]) -> int:
   """Parameters of layers one on another; `widths` are features of the inputs, then of each layer."""
   build = lambda: nnx.List([CELLS[cell](*sizes, None, nnx.Rngs(0)) for sizes in itertools.pairwise(widths)])
-  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(build), nnx.Param)))
+  return count(nnx.state(nnx.eval_shape(build), nnx.Param))
+
+
+def count(params: Any) -> int:
+  """Numbers in a tree of parameters."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import averaging, recipe, runs
+from experiments import averaging, cells, recipe, runs
 from experiments.members import Member, Population, chunks, end, remaining
 from experiments.options import check, option
 import fptt_jax
@@ -253,7 +253,7 @@ def _summary(task: Task, run: runs.Run, record: Record, best_params: Any) -> dic
     'best_epoch': record.best_epoch,
     f'valid_{task.score}': record.best,
     **(task.test(best_params) if record.best_epoch else {f'test_{task.score}': None}),
-    'parameters': count(best_params),
+    'parameters': cells.count(best_params),
     'seconds': run.rows[-1]['seconds'],
   }
 
@@ -265,11 +265,6 @@ def _averaging_if(on: jax.Array, opt_state: optax.OptState) -> optax.OptState:
 def averaging_wrapper(config: EpochRecipe) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
   """What goes around the optimiser, for `average_after` to work."""
   return averaging.averaged if config.average_after else lambda optimizer: optimizer
-
-
-def count(params: Any) -> int:
-  """Numbers in a tree of parameters."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _train_epoch(

@@ -132,10 +132,10 @@ def test_parameter_counts_are_the_paper_s(settings: dict[str, Any], recurrent: i
   """CIFAR-10, D=3: LSTM 67K and GRU 51K without the readout, Antisymmetric 37K with it (Table 2)."""
   config = images.Config(task='cifar10', **settings)
   shapes = jax.eval_shape(images.make_model(config, 1024, 3, 10).init, jax.random.key(0))
-  assert epochs.count(shapes['layers'][0]) == recurrent
-  assert epochs.count(shapes) == recurrent + 10 * config.hidden + 10
+  assert cells.count(shapes['layers'][0]) == recurrent
+  assert cells.count(shapes) == recurrent + 10 * config.hidden + 10
   if config.cell == 'antisymmetric':
-    assert epochs.count(shapes) == 37_258
+    assert cells.count(shapes) == 37_258
 
 
 @pytest.mark.parametrize(
