@@ -6,11 +6,12 @@
 It runs on whatever JAX finds; on a GPU PyTorch runs there too, also as a CUDA graph. 'rivals' times one training batch of each
 case by each system: all in this process, taking turns, after two calls to warm up; minimum and median over the rounds. On a CPU
 PyTorch runs with one thread and with as many as there are cores, and the better of the two counts. Only 'ours' computes the logits
-of a window a few steps at a time. A large matrix product timed in each round tells whether the machine was quiet; its quickest is
-the peak that the products of a case are compared with. 'growth' measures time against T, K, H and B, the time of an update in steps
-(C), compile times and the memory a step needs beside its arguments. 'population' times R members side by side against a run by
-itself. All in float32, products on a GPU too unless --precision says otherwise. Batches are on the device before anything is timed.
-What could not be timed is said, and why: kernels need nvcc, PyTorch is no dependency.
+of a window a few steps at a time. Before and after each call something short is timed that tells whether the machine was quiet, on
+a CPU an update a step, which waits for the cores to hand work to each other; medians are of calls that nothing disturbed. The
+quickest of a large matrix product is the peak that the products of a case are compared with. 'growth' measures time against T, K, H
+and B, the time of an update in steps (C), compile times and the memory a step needs beside its arguments. 'population' times R
+members side by side against a run by itself. All in float32, products on a GPU too unless --precision says otherwise. Batches are
+on the device before anything is timed. What could not be timed is said, and why: kernels need nvcc, PyTorch is no dependency.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import importlib.util
 import os
 from pathlib import Path
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from matplotlib.figure import Figure
@@ -59,10 +60,10 @@ MANY_NAME = f'{MANY} batches a program'
 PAUSE = 0.3
 """Seconds before each call on a CPU: OpenMP's threads, which PyTorch uses, go on spinning for a while after their work, on cores
 that the next system would need."""
-QUIET = 1.2
-"""A round whose matrix product took longer than this times the quickest was disturbed."""
+QUIET = 1.3
+"""A call was disturbed where what is timed before it, or after it, took longer than this times the quickest."""
 PRODUCT_SIZE = {'cpu': 2048, 'gpu': 8192}
-"""Rows of the square matrices multiplied to see how quiet, and how quick, the machine is."""
+"""Rows of the square matrices multiplied to see how quick the machine is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +196,7 @@ def measure_rivals(config: Config, without: dict[str, str]) -> Iterator[list[dic
   pause, size = (PAUSE, PRODUCT_SIZE['cpu']) if recipe.is_cpu() else (0.0, PRODUCT_SIZE['gpu'])
   size = 16 if 'smoke' in config.cases else size
   product = multiplied(size)
+  check_quiet = handed_over('smoke' in config.cases) if recipe.is_cpu() else product
   rows: list[dict[str, Any]] = []
   for case in (CASES[name] for name in config.cases):
     steps, data = {}, {}
@@ -210,24 +212,56 @@ def measure_rivals(config: Config, without: dict[str, str]) -> Iterator[list[dic
         print(f'not timed: {case.name}: {name} ({without[f"{case.name}: {name}"]})', flush=True)
       else:
         steps[name] = step
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    calls: dict[str, list[Call]] = {name: [] for name in steps}
     products = []
     for _ in range(config.rounds):
       products.append(timed(product))
-      for name, step in steps.items():
-        time.sleep(pause)
-        seconds[name].append(timed(step, *data[name]) / (MANY if name.endswith(MANY_NAME) else 1))
       time.sleep(pause)
-    found = [{'case': case.name, 'system': name, **milliseconds(times)} for name, times in best_threads(seconds).items()]
+      before = timed(check_quiet)
+      for name, step in steps.items():
+        seconds = timed(step, *data[name]) / (MANY if name.endswith(MANY_NAME) else 1)
+        time.sleep(pause)
+        after = timed(check_quiet)
+        calls[name].append(Call(seconds, max(before, after)))
+        before = after
+    found = [{'case': case.name, 'system': name, **summary} for name, summary in best_threads(undisturbed(calls)).items()]
     peak = 2e-9 * size**3 / min(products)
     for row in found:
       row['times_ours'] = row['median_ms'] / found[0]['median_ms']
       row['gflops'] = 1e-9 * flops(case) / (1e-3 * row['median_ms'])
       row |= {'peak_gflops': peak, 'of_peak': row['gflops'] / peak}
       row['epoch_s'] = 1e-3 * row['median_ms'] * case.batches or None
-      row['disturbed'] = sum(value > QUIET * min(products) for value in products)
     rows += found
     yield rows
+
+
+class Call(NamedTuple):
+  """A timed call: how long it took, and the longer one of the checks before and after it, in seconds."""
+
+  seconds: float
+  check: float
+
+
+def undisturbed(calls: dict[str, list[Call]]) -> dict[str, dict[str, Any]]:
+  """By system the times of the calls that nothing disturbed (of all where there is no such call), and of how many something did."""
+  limit = QUIET * min(call.check for several in calls.values() for call in several)
+  found: dict[str, dict[str, Any]] = {}
+  for name, several in calls.items():
+    quiet = [call.seconds for call in several if call.check <= limit]
+    every = {'all_ms': [1e3 * call.seconds for call in several], 'check_ms': [1e3 * call.check for call in several]}
+    found[name] = milliseconds(quiet or [call.seconds for call in several]) | every | {'disturbed': len(several) - len(quiet)}
+  return found
+
+
+def handed_over(small: bool) -> Callable[[], Any]:
+  """A few windows of one step: their work goes back and forth between the cores, and takes twice as long when a virtual machine's
+  are, for a while, not close to each other. Warm."""
+  case = CASES['smoke' if small else 'M784']
+  case = case._replace(num_steps=48, num_windows=48)
+  step, data = trained(case, lstm_cell(case)), jax.device_put(rivals.draw(case))
+  run: Callable[[], Any] = lambda: step(*data)
+  run()
+  return run
 
 
 def multiplied(size: int) -> Callable[[], Any]:
@@ -260,14 +294,14 @@ def milliseconds(times: list[float]) -> dict[str, Any]:
   return {'min_ms': min(ms), 'median_ms': float(np.median(ms)), 'max_ms': max(ms), 'all_ms': ms}
 
 
-def best_threads(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+def best_threads(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
   """Of a system timed with several numbers of threads only the one of the least median."""
-  best: dict[str, tuple[str, list[float]]] = {}
-  for name, times in seconds.items():
+  best: dict[str, str] = {}
+  for name, row in rows.items():
     base = name.partition(', threads')[0]
-    if base not in best or np.median(times) < np.median(best[base][1]):
-      best[base] = (name, times)
-  return dict(best.values())
+    if base not in best or row['median_ms'] < rows[best[base]]['median_ms']:
+      best[base] = name
+  return {name: rows[name] for name in best.values()}
 
 
 def flops(case: Case) -> float:
@@ -438,7 +472,7 @@ def keep(folder: Path, name: str, about: dict[str, Any], rows: list[dict[str, An
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
   """What of a row is printed."""
-  return {name: value for name, value in row.items() if name not in ('value', 'all_ms')}
+  return {name: value for name, value in row.items() if name not in ('value', 'all_ms', 'check_ms')}
 
 
 if __name__ == '__main__':

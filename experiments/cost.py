@@ -4,6 +4,7 @@ The gradient's time is that of a train step whose optimiser does nothing, the up
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import math
 from pathlib import Path
 import time
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 from matplotlib.figure import Figure
 import numpy as np
 import optax
+from scipy import stats
 
 from experiments import add_task, recipe, runs
 import fptt_jax
@@ -44,9 +46,9 @@ def measure(
     mesh: devices to split the batch over, as for the trainer.
 
   Returns:
-    gradient_ms: a step without its updates. update_ms: what the updates add; a difference of two medians, so below the noise it
-    may be negative. temp_bytes: memory of the step beside its arguments and results. compile_s: seconds to compile it.
-    updates: how many updates the batch gives.
+    gradient_ms: a step without its updates. update_ms: what the updates add, the median of the differences. ± update_ms: half the
+    width of its 95 % confidence interval, from the median deviation of the differences; None for one call. temp_bytes: memory of
+    the step beside its arguments and results. compile_s: seconds to compile it. updates: how many updates the batch gives.
   """
   # The norm of the gradient, a metric, keeps it from being left out as unused.
   setting = fptt_jax.METHODS[method]._replace(regularised=False)
@@ -62,10 +64,14 @@ def measure(
     gradient_s, gradient_state, _ = timed_step(gradient, gradient_state, batch)
     full_s, full_state, metrics = timed_step(full, full_state, batch)
     seconds.append((gradient_s, full_s))
-  gradient_ms, full_ms = 1e3 * np.median(seconds[1:], axis=0)  # The first calls warm up.
+  gradient_ms, full_ms = 1e3 * np.array(seconds[1:]).T  # The first calls warm up.
+  update_ms = full_ms - gradient_ms
+  # A median's standard error is (π/2)^½ times a mean's, of normal numbers.
+  error = (math.pi / 2 / repeats) ** 0.5 * stats.median_abs_deviation(update_ms, scale='normal') if repeats > 1 else None
   return {
-    'gradient_ms': float(gradient_ms),
-    'update_ms': float(full_ms - gradient_ms),
+    'gradient_ms': float(np.median(gradient_ms)),
+    'update_ms': float(np.median(update_ms)),
+    '± update_ms': None if error is None else float(stats.norm.ppf(0.975) * error),
     'temp_bytes': full.memory_analysis().temp_size_in_bytes,
     'compile_s': compile_s,
     'updates': len(metrics.loss),
@@ -114,7 +120,8 @@ def table1(
     progress: is given each row as soon as it is there.
 
   Returns:
-    A row each: T, method, K, what :func:`measure` measures, and C (None for methods that do not update a window at a time).
+    A row each: T, method, K, what :func:`measure` measures, and C (None for methods that do not update a window at a time, and
+    where the update's time does not stand out of its interval).
   """
   rows = []
   for num_steps in lengths:
@@ -146,7 +153,8 @@ def _measure_add_task(config: add_task.Config, method: str, num_windows: int, re
     num_windows=None if fixed else num_windows,
     repeats=repeats,
   )
-  return costs | {'C': update_constant(config.seq_len, costs) if method == 'fptt' else None}
+  seen = costs['update_ms'] > (costs['± update_ms'] or 0.0)
+  return costs | {'C': update_constant(config.seq_len, costs) if method == 'fptt' and seen else None}
 
 
 def update_constant(num_steps: int, costs: dict[str, Any]) -> float:

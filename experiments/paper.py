@@ -38,6 +38,7 @@ class Config:
   lines: tuple[str, ...] = option(('all',), 'only the lines of these names, as the table shows them')
   seeds: tuple[int, ...] = option((0,), 'seeds, one run each: 0,1,2 or 0:3')
   tune: bool = option(False, 'try the declared learning rates, choose by validation, and stop')
+  override_resume: bool = option(False, 'go on with the runs in --workdir under other settings than they began with')
   data_dir: str = option(
     '', 'folder with the official data files (or mnist/, cifar10/, ptb/ in it); default a prepared copy or a download'
   )
@@ -51,7 +52,7 @@ class Config:
     check(TUNE_SEED not in self.seeds, 'seeds', self.seeds, f'without {TUNE_SEED}, which tuning draws from')
     check(len(set(self.seeds)) == len(self.seeds), 'seeds', self.seeds, 'different from each other')
     if self.item in studies.STUDIES:
-      for name, only in (('methods', ('all',)), ('lines', ('all',)), ('seeds', (0,))):
+      for name, only in (('methods', ('all',)), ('lines', ('all',)), ('seeds', (0,)), ('override_resume', False)):
         check(getattr(self, name) == only, name, getattr(self, name), f'left out with --item={self.item}, which is one study')
     check(self.item in items.ITEMS or not self.tune, 'tune', self.tune, f'false with --item={self.item}, which has nothing to tune')
 
@@ -76,7 +77,9 @@ def chosen_entries(config: Config, folder: Path) -> list[Entry]:
   kinds = {'experiments.images': 'images', 'experiments.language_model': 'text'}
 
   def prepared(entry: Entry) -> Entry:
-    settings: dict[str, Any] = dict(lr=tuned[entry.label]['lr']) if entry.label in tuned else {}
+    settings: dict[str, Any] = dict(override_resume=config.override_resume)
+    if entry.label in tuned:
+      settings['lr'] = tuned[entry.label]['lr']
     if entry.script.__name__ in kinds:
       settings['data_dir'] = place[kinds[entry.script.__name__]]
     return entry._replace(config=dataclasses.replace(entry.config, **settings))

@@ -79,8 +79,20 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
 
 def test_best_threads():
   """The number of threads with the least median stays."""
-  seconds = {'ours': [1.0], 'x, threads 1': [2.0, 9.0, 3.0], 'x, threads 2': [1.0, 4.0, 5.0]}
-  assert benchmark.best_threads(seconds) == {'ours': [1.0], 'x, threads 1': [2.0, 9.0, 3.0]}
+  rows = {name: {'median_ms': ms} for name, ms in (('ours', 1.0), ('x, threads 1', 3.0), ('x, threads 2', 4.0))}
+  assert list(benchmark.best_threads(rows)) == ['ours', 'x, threads 1']
+
+
+def test_disturbed_calls_do_not_count():
+  """Those whose check took more than 1.3 times the quickest of all; where all were disturbed, all count."""
+  calls = {'a': [(3.0, 1.0), (9.0, 2.0), (5.0, 1.2)], 'b': [(7.0, 1.4), (8.0, 1.5)]}
+  rows = benchmark.undisturbed({name: [benchmark.Call(*call) for call in several] for name, several in calls.items()})
+  assert [(row['min_ms'], row['median_ms'], row['max_ms'], row['disturbed']) for row in rows.values()] == [
+    (3000, 4000, 5000, 1),
+    (7000, 7500, 8000, 2),
+  ]
+  assert rows['a']['all_ms'] == [3000, 9000, 5000]
+  assert rows['a']['check_ms'] == [1000, 2000, 1200]
 
 
 def test_update_steps():

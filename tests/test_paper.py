@@ -123,6 +123,17 @@ def test_tuning_again_tries_the_same_rates_where_the_declared_one_is_off_the_com
     assert rates(entry) == expected
 
 
+def test_runs_of_other_settings_go_on_if_told_to(tmp_path: Path) -> None:
+  """An item's folder whose lines began under another rate, or in a version that knew fewer settings."""
+  run('fig1', tmp_path, lines=('T12-tbptt',))
+  (tmp_path / 'tuned.json').write_text(json.dumps({'T12-tbptt': {'lr': 3e-3}}))
+  with pytest.raises(UserError, match=r'lr: was 0\.001, now 0\.003.*--override_resume'):
+    run('fig1', tmp_path, lines=('T12-tbptt',))
+  run('fig1', tmp_path, lines=('T12-tbptt',), override_resume=True)
+  [override] = json.loads((tmp_path / 'T12-tbptt' / 'config.json').read_text())['overrides']
+  assert override['differences'] == ['lr: was 0.001, now 0.003']
+
+
 def test_several_seeds_are_averaged(tmp_path: Path) -> None:
   """The line's mean and interval are those of the runs' results."""
   run('fig1', tmp_path, lines=('T12-tbptt',), seeds=(0, 1, 2))
@@ -204,6 +215,7 @@ def test_every_item_runs_whole_at_smoke_scale(tmp_path: Path, item: str) -> None
     (dict(seeds=(1, 1)), r'--seeds must be different from each other, got \(1, 1\)'),
     (dict(item='walltime', methods=('fptt',)), r"--methods must be left out with --item=walltime, .*, got \('fptt',\)"),
     (dict(item='convergence', seeds=(1,)), r'--seeds must be left out with --item=convergence, .*, got \(1,\)'),
+    (dict(item='table1', override_resume=True), '--override_resume must be left out with --item=table1, .*, got True'),
     (dict(item='table1', tune=True), '--tune must be false with --item=table1'),
   ],
 )
