@@ -58,8 +58,8 @@ MANY = 4
 MANY_NAME = f'{MANY} batches a program'
 """The end of the names of systems whose calls train on several batches; the times in the tables are of one."""
 PAUSE = 0.3
-"""Seconds before each call on a CPU: OpenMP's threads, which PyTorch uses, go on spinning for a while after their work, on cores
-that the next system would need."""
+"""Seconds after each call of PyTorch or NumPy on a CPU: their threads go on spinning for a while after their work, on cores that the
+next system would need."""
 QUIET = 1.3
 """A call was disturbed where what is timed before it, or after it, took longer than this times the quickest."""
 PRODUCT_SIZE = {'cpu': 2048, 'gpu': 8192}
@@ -196,7 +196,8 @@ def measure_rivals(config: Config, without: dict[str, str]) -> Iterator[list[dic
   pause, size = (PAUSE, PRODUCT_SIZE['cpu']) if recipe.is_cpu() else (0.0, PRODUCT_SIZE['gpu'])
   size = 16 if 'smoke' in config.cases else size
   product = multiplied(size)
-  check_quiet = handed_over('smoke' in config.cases) if recipe.is_cpu() else product
+  checked = handed_over('smoke' in config.cases) if recipe.is_cpu() else product
+  check_quiet = lambda: min(timed(checked) for _ in range(3))
   rows: list[dict[str, Any]] = []
   for case in (CASES[name] for name in config.cases):
     steps, data = {}, {}
@@ -217,11 +218,11 @@ def measure_rivals(config: Config, without: dict[str, str]) -> Iterator[list[dic
     for _ in range(config.rounds):
       products.append(timed(product))
       time.sleep(pause)
-      before = timed(check_quiet)
+      before = check_quiet()
       for name, step in steps.items():
         seconds = timed(step, *data[name]) / (MANY if name.endswith(MANY_NAME) else 1)
-        time.sleep(pause)
-        after = timed(check_quiet)
+        time.sleep(pause if name.startswith('PyTorch') else 0.0)
+        after = check_quiet()
         calls[name].append(Call(seconds, max(before, after)))
         before = after
     found = [{'case': case.name, 'system': name, **summary} for name, summary in best_threads(undisturbed(calls)).items()]
