@@ -58,8 +58,8 @@ MANY = 4
 MANY_NAME = f'{MANY} batches a program'
 """The end of the names of systems whose calls train on several batches; the times in the tables are of one."""
 PAUSE = 0.3
-"""Seconds after each call of PyTorch or NumPy on a CPU: their threads go on spinning for a while after their work, on cores that the
-next system would need."""
+"""Seconds after each call of PyTorch or NumPy on a CPU: their threads go on spinning for a while after their work, on cores that
+the next system would need."""
 QUIET = 1.3
 """A call was disturbed where what is timed before it, or after it, took longer than this times the quickest."""
 PRODUCT_SIZE = {'cpu': 2048, 'gpu': 8192}
