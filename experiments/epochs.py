@@ -25,6 +25,7 @@ class EpochRecipe(recipe.Recipe):
   """How the epochs of a run go."""
 
   epochs: int = option(25, 'passes over the training split')
+  test: bool = option(True, 'look at the test split in the end; --notest while settings are still being chosen')
   plateau_factor: float = option(1.0, 'divides the learning rate after an epoch without a better validation score; 1 does not')
   milestones: tuple[int, ...] = option((), 'epochs after which the learning rate is divided by milestone_factor')
   milestone_factor: float = option(10.0, 'see milestones')
@@ -162,7 +163,7 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
     group.wait()  # What comes now may take long, and be stopped; and the others' checkpoints tell that this run was beside them.
     for number in numbers - ended:
       lost = {'lost': group.lost[number]} if number in group.lost else {}
-      end(folder, chosen[number], extra | _summary(task, group.runs[number], records[number], best[number]) | lost)
+      end(folder, chosen[number], extra | _summary(config, task, group.runs[number], records[number], best[number]) | lost)
     ended.update(numbers)
 
   def save(state: fptt_jax.TrainState, diverged: Collection[int] = ()) -> None:
@@ -246,13 +247,14 @@ def _line(member: Member, score: str, row: dict[str, Any], lost: str | None) -> 
   )
 
 
-def _summary(task: Task, run: runs.Run, record: Record, best_params: Any) -> dict[str, Any]:
+def _summary(config: EpochRecipe, task: Task, run: runs.Run, record: Record, best_params: Any) -> dict[str, Any]:
   """What a run came to."""
+  nothing = {f'test_{task.score}': None}
   return {
     'epochs': run.rows[-1]['step'],
     'best_epoch': record.best_epoch,
     f'valid_{task.score}': record.best,
-    **(task.test(best_params) if record.best_epoch else {f'test_{task.score}': None}),
+    **(task.test(best_params) if config.test and record.best_epoch else nothing),
     'parameters': cells.count(best_params),
     'seconds': run.rows[-1]['seconds'],
   }

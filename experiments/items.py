@@ -269,12 +269,12 @@ ITEMS: dict[str, Callable[[str], list[Entry]]] = {
 
 
 def grid(entry: Entry) -> Any:
-  """The configuration that tuning runs for an entry, at each of the declared learning rates: three epochs. Of the adding problem,
-  where nothing shows before most of a run is over, all batches."""
+  """The configuration that tuning runs for an entry, at each of the declared learning rates: three epochs, the test split left
+  alone. Of the adding problem, where nothing shows before most of a run is over, all batches."""
   rates = LEARNING_RATES[entry.config.optimizer]
   if entry.config.lr not in rates:
     rates = tuple(entry.config.lr * factor for factor in (1.0, 0.5, 0.25))
-  shorter = dict(epochs=min(3, entry.config.epochs)) if hasattr(entry.config, 'epochs') else {}
+  shorter = dict(epochs=min(3, entry.config.epochs), test=False) if hasattr(entry.config, 'epochs') else {}
   return dataclasses.replace(entry.config, grid=('lr=' + ':'.join(f'{rate:g}' for rate in rates),), **shorter)
 
 

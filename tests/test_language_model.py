@@ -20,10 +20,10 @@ import fptt_jax
 TINY = dict(task='text', seq_len=10, num_windows=3, batch_size=4, embedding=8, hidden=8, epochs=3, lr=1.0)
 
 
-def write_text(folder: Path) -> Path:
-  """A text with a rule to learn: numbers in a cycle, a line each seven words."""
-  words = [f'w{n % 5}' for n in range(420)]
-  for split, count in (('train', 420), ('valid', 105), ('test', 70)):
+def write_text(folder: Path, counts: tuple[int, int, int] = (420, 105, 70), turned: bool = False) -> Path:
+  """A text with a rule to learn: numbers in a cycle, a line each seven words; if turned, backwards in validation and test."""
+  for split, count in zip(('train', 'valid', 'test'), counts, strict=True):
+    words = [f'w{(-n if turned and split != "train" else n) % 5}' for n in range(count)]
     lines = [' ' + ' '.join(words[n : n + 7]) + ' \n' for n in range(0, count, 7)]
     (folder / f'ptb.{split}.txt').write_text(''.join(lines))
   return folder
@@ -198,6 +198,32 @@ def test_the_whole_recipe_of_ptb_w_learns_a_rule(tmp_path: Path) -> None:
   assert 1 < summary['test_ppl'] < 2.5
   assert summary['dynamic_test_ppl'] == pytest.approx(summary['test_ppl'], rel=0.02)
   assert summary['recurrent_parameters'] == 3 * 4 * 16 * (16 + 16 + 1)
+
+
+def test_dynamic_evaluation_follows_a_text_that_turns(tmp_path: Path) -> None:
+  """A model that has learned one order, by the script, meets the other one: it adapts while it is tested."""
+  settings = dict(seq_len=12, batch_size=4, embedding=16, hidden=16, epochs=6, optimizer='adam', lr=0.03, momentum=0.0)
+  config = language_model.Config(**TINY | settings | dict(data_dir=str(write_text(tmp_path))))
+  _, [before] = language_model.run(config, str(tmp_path / 'run'))
+  assert before['test_ppl'] < 1.5
+  turned = write_text(tmp_path, (420, 1050, 1050), turned=True)
+  again = dataclasses.replace(config, data_dir=str(turned), dynamic_evaluation=True, override_resume=True)
+  _, [after] = language_model.run(again, str(tmp_path / 'run'))
+  assert after['best_epoch'] == before['best_epoch']
+  assert after['dynamic_test_ppl'] < 0.9 * after['test_ppl']
+
+
+def test_the_test_text_can_be_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """--notest: it is not evaluated, by dynamic evaluation neither; with --override_resume it is, later."""
+  config = language_model.Config(**TINY | dict(data_dir=str(write_text(tmp_path)), test=False, dynamic_evaluation=True))
+  with monkeypatch.context() as patch:
+    patch.setattr(language_model, 'adapted', None)
+    _, [summary] = language_model.run(config, str(tmp_path / 'run'))
+  assert summary['test_ppl'] is None
+  assert summary['valid_ppl'] > 1
+  _, [summary] = language_model.run(dataclasses.replace(config, test=True, override_resume=True), str(tmp_path / 'run'))
+  assert summary['test_ppl'] > 1
+  assert summary['dynamic_test_ppl'] > 1
 
 
 @pytest.mark.parametrize('cell', list(cells.CELLS))
