@@ -414,18 +414,18 @@ def plot_rivals(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def fitted(growth: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-  """By what is varied, the exponents with which time and memory grow."""
+  """By what is varied, the exponents with which time, memory and the time to compile grow."""
   of = lambda rows, measure: cost.growth([row['value'] for row in rows], [row[measure] for row in rows])
-  return {name: {measure: of(rows, measure) for measure in ('median_ms', 'temp_mib')} for name, rows in growth.items()}
+  return {name: {measure: of(rows, measure) for measure in ('median_ms', 'temp_mib', 'compile_s')} for name, rows in growth.items()}
 
 
 def plot_growth(path: Path, growth: dict[str, list[dict[str, Any]]]) -> None:
-  """Time and memory against what is varied, each with its exponent."""
+  """Time, memory and time to compile against what is varied, each with its exponent."""
   exponents = fitted(growth)
   figure = Figure(figsize=(3.5 * len(growth), 4), layout='constrained')
   for axes, (name, rows) in zip(figure.subplots(1, len(growth)), growth.items(), strict=True):
     values = [row['value'] for row in rows]
-    for measure, label in (('median_ms', 'ms a batch'), ('temp_mib', 'temporary MiB')):
+    for measure, label in (('median_ms', 'ms a batch'), ('temp_mib', 'temporary MiB'), ('compile_s', 's to compile')):
       axes.plot(values, [row[measure] for row in rows], marker='o', label=f'{label}: {name}^{exponents[name][measure]:.2f}')
     axes.set(xlabel=name, xscale='log', yscale='log')
     axes.grid(alpha=0.3, which='both')
@@ -456,10 +456,15 @@ def main(config: Config) -> None:
       growth: dict[str, list[dict[str, Any]]] = {}
       for name, chosen in cases.items():
         growth[name] = measure_programs(chosen, config.rounds)
-        print(tabulate([{name: row['value'], **shown(row)} for row in growth[name]], 'keys', floatfmt='.4g'))
         runs.write_json(folder / 'growth.json', about | {'growth': growth})
+        tables = [
+          tabulate([{key: row['value'], **shown(row)} for row in rows], 'keys', floatfmt='.4g') for key, rows in growth.items()
+        ]
+        print(tables[-1])
       constant = update_steps(growth['K'], cases['K'][0][1].num_steps)
-      print(f'C, the time of an update: {constant:.2f} steps')
+      tables.append(f'C, the time of an update: {constant:.2f} steps')
+      print(tables[-1])
+      runs.write_text(folder / 'growth.txt', '\n\n'.join(tables) + '\n')
       runs.write_json(folder / 'growth.json', about | {'growth': growth, 'exponents': fitted(growth), 'C': constant})
       plot_growth(folder / 'growth.png', growth)
   print(f'numbers, tables and plots are in {folder}')

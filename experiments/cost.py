@@ -32,6 +32,7 @@ def measure(
   num_windows: int | None,
   repeats: int,
   mesh: jax.sharding.Mesh | None = None,
+  batches: int = 1,
 ) -> dict[str, Any]:
   """Costs of training on one batch by one method.
 
@@ -44,6 +45,7 @@ def measure(
     num_windows: K; None for methods that fix it.
     repeats: timed calls of each program, the two taking turns; medians are reported.
     mesh: devices to split the batch over, as for the trainer.
+    batches: how often it is trained on in one program, as scripts do. By itself a batch is dearer where it asks for much memory.
 
   Returns:
     gradient_ms: a step without its updates. update_ms: what the updates add, the median of the differences. ± update_ms: half the
@@ -52,19 +54,17 @@ def measure(
   """
   # The norm of the gradient, a metric, keeps it from being left out as unused.
   setting = fptt_jax.METHODS[method]._replace(regularised=False)
-  gradient, gradient_state, _ = compile_step(
-    fptt_jax.trainer(model, loss, optax.set_to_zero(), method=setting, num_windows=num_windows, mesh=mesh), batch
-  )
-  full, full_state, compile_s = compile_step(
-    fptt_jax.trainer(model, loss, make_optimizer(method), method=method, num_windows=num_windows, mesh=mesh), batch
-  )
-  batch = jax.device_put(batch)
+  without = fptt_jax.trainer(model, loss, optax.set_to_zero(), method=setting, num_windows=num_windows, mesh=mesh)
+  trainer = fptt_jax.trainer(model, loss, make_optimizer(method), method=method, num_windows=num_windows, mesh=mesh)
+  gradient, gradient_state, _ = compile_step(_repeated(without, batches), batch)
+  full, full_state, compile_s = compile_step(_repeated(trainer, batches), batch)
+  batch = jax.device_put(batch, full.input_shardings[0][1])
   seconds = []
   for _ in range(repeats + 1):
     gradient_s, gradient_state, _ = timed_step(gradient, gradient_state, batch)
     full_s, full_state, metrics = timed_step(full, full_state, batch)
     seconds.append((gradient_s, full_s))
-  gradient_ms, full_ms = 1e3 * np.array(seconds[1:]).T  # The first calls warm up.
+  gradient_ms, full_ms = 1e3 * np.array(seconds[1:]).T / batches  # The first calls warm up.
   update_ms = full_ms - gradient_ms
   # A median's standard error is (π/2)^½ times a mean's, of normal numbers.
   error = (math.pi / 2 / repeats) ** 0.5 * stats.median_abs_deviation(update_ms, scale='normal') if repeats > 1 else None
@@ -74,8 +74,16 @@ def measure(
     '± update_ms': None if error is None else float(stats.norm.ppf(0.975) * error),
     'temp_bytes': full.memory_analysis().temp_size_in_bytes,
     'compile_s': compile_s,
-    'updates': len(metrics.loss),
+    'updates': metrics.loss.shape[-1],
   }
+
+
+def _repeated(trainer: fptt_jax.Trainer, batches: int) -> fptt_jax.Trainer:
+  """A trainer whose step trains so often on its batch, in one program."""
+  if batches == 1:
+    return trainer
+  run = fptt_jax.scan_steps(trainer, lambda batch, _: batch)
+  return trainer._replace(step=jax.jit(lambda state, batch: run(state, batch, np.arange(batches)), donate_argnums=0))
 
 
 def compile_step(

@@ -324,9 +324,10 @@ def saved_beside(folder: Path, step: int) -> dict[str, Any]:
   return record if isinstance(record, dict) else {}
 
 
-def write_summary(folder: Path, runs: list[dict[str, Any]]) -> None:
-  """Writes what came out and what it ran on."""
-  write_json(folder / 'summary.json', {'config': read_json(folder / 'config.json'), 'runs': runs, **machine()})
+def write_summary(folder: Path, runs: list[dict[str, Any]], best: str | None = None) -> None:
+  """Writes what came out, which run was the best, and what they ran on."""
+  chosen = {} if best is None else {'best': best}
+  write_json(folder / 'summary.json', {'config': read_json(folder / 'config.json'), **chosen, 'runs': runs, **machine()})
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -337,7 +338,13 @@ def machine(*packages: str) -> dict[str, Any]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
   return {
-    'hardware': {'devices': devices, 'cpu': _cpu(), 'cpu_cores': os.cpu_count(), 'machine': platform.machine()},
+    'hardware': {
+      'devices': devices,
+      'number': len(jax.devices()),
+      'cpu': _cpu(),
+      'cpu_cores': os.cpu_count(),
+      'machine': platform.machine(),
+    },
     'versions': versions,
   }
 
@@ -366,7 +373,9 @@ def report(
   process does."""
   if not processes.is_first():
     return
-  write_summary(folder, summaries)
+  scores = {summary['run']: summary[y] for summary in summaries if summary.get(y) is not None}
+  chosen = best(scores, key=lambda name: scores[name]) if len(scores) > 1 else None
+  write_summary(folder, summaries, chosen)
   curves: dict[str, list[tuple[list[float], list[float]]]] = {}
   for summary in summaries:
     rows = read_jsonl(folder / summary['run'] / 'metrics.jsonl')
@@ -379,9 +388,8 @@ def report(
   for summary in summaries:
     if 'lost' in summary:
       print(f'{summary["run"]} diverged: {summary["lost"]}')
-  scores = {summary['run']: summary[y] for summary in summaries if summary.get(y) is not None}
-  if len(scores) > 1:
-    print(f'best {y.replace("_", " ")}: {best(scores, key=lambda name: scores[name])}')
+  if chosen is not None:
+    print(f'best {y.replace("_", " ")}: {chosen}')
   print(f'metrics, summary.json and {plot} are in {folder}')
 
 

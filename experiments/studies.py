@@ -27,10 +27,10 @@ def table1(scale: str, folder: Path) -> None:
 
 
 def walltime(scale: str, folder: Path) -> None:
-  """Seconds an epoch of the terminal tasks by BPTT and by FPTT (Sec. 6.2), from the time of a batch, split over devices as the
-  scripts split it."""
+  """Seconds an epoch of the terminal tasks by BPTT and by FPTT (Sec. 6.2), from the time of a batch, split over devices and some in
+  one program as the scripts do."""
   shapes = {'smoke': [('arrays', 12, 1, 64)]}.get(scale, [('mnist, permuted', 784, 1, 55_000), ('cifar10', 1024, 3, 45_000)])
-  hidden, batch_size, repeats = {'smoke': (4, 8, 1), 'cpu': (128, 128, 3), 'full': (128, 128, 11)}[scale]
+  hidden, batch_size, repeats, batches = {'smoke': (4, 8, 1, 2), 'cpu': (128, 128, 3, 4), 'full': (128, 128, 11, 4)}[scale]
   rows = []
   for name, num_steps, features, examples in shapes:
     config = images.Config(hidden=hidden, num_windows=min(10, num_steps))
@@ -41,7 +41,8 @@ def walltime(scale: str, folder: Path) -> None:
     make_optimizer = lambda method, config=config: recipe.make_optimizer(config, method)
     for method, num_windows in (('bptt', None), ('fptt', round(num_steps**0.5)), ('fptt', config.num_windows)):
       mesh = recipe.choose_meshes(config, batch_size, hidden, num_steps // (num_windows or 1)).batch
-      costs = cost.measure(model, loss, make_optimizer, method, batch, num_windows=num_windows, repeats=repeats, mesh=mesh)
+      settings = dict(num_windows=num_windows, repeats=repeats, mesh=mesh, batches=batches)
+      costs = cost.measure(model, loss, make_optimizer, method, batch, **settings)
       seconds = (costs['gradient_ms'] + costs['update_ms']) / 1e3 * (examples // batch_size)
       rows.append({'task': name, 'T': num_steps, 'method': method, 'K': num_windows or 1, 'epoch_s': seconds, **costs})
       say(rows[-1])

@@ -63,6 +63,7 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
   assert lines[0]['times_ours'] == 1
   content = json.loads((tmp_path / 'growth.json').read_text())
   assert set(content['exponents']) == set('TKHB')
+  assert 'C, the time of an update' in (tmp_path / 'growth.txt').read_text()
   growth = content['growth']
   assert {name: [row['value'] for row in rows] for name, rows in growth.items()} == {
     'T': [32, 64],

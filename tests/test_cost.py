@@ -55,12 +55,14 @@ def test_time_goes_to_what_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
   assert (costs['gradient_ms'], costs['update_ms'], costs['± update_ms']) == (2000.0, 3000.0, 0.0)
 
 
-def measure_with_times(monkeypatch: pytest.MonkeyPatch, seconds: list[tuple[float, float]]) -> dict[str, Any]:
+def measure_with_times(monkeypatch: pytest.MonkeyPatch, seconds: list[tuple[float, float]], batches: int = 1) -> dict[str, Any]:
   """`cost.measure`, where calls without and with the update take these seconds, warm-up first."""
   times = iter(np.ravel(seconds))
   monkeypatch.setattr(cost, 'timed_step', lambda step, state, batch: (next(times), *step(state, batch)))
   model, loss, batch = problems.elman(hidden=2), fptt_jax.losses.terminal_regression(), problems.regression_batch(4, 2)
-  return cost.measure(model, loss, lambda method: optax.sgd(0.1), 'bptt', batch, num_windows=None, repeats=len(seconds) - 1)
+  return cost.measure(
+    model, loss, lambda method: optax.sgd(0.1), 'bptt', batch, num_windows=None, repeats=len(seconds) - 1, batches=batches
+  )
 
 
 def test_updates_time_has_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +74,13 @@ def test_updates_time_has_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
   assert costs['update_ms'] == pytest.approx(3)
   assert costs['± update_ms'] == pytest.approx(1.959964 * 1.482602 * (np.pi / 10) ** 0.5, rel=1e-5)
   assert measure_with_times(monkeypatch, pairs[:2])['± update_ms'] is None
+
+
+def test_batches_of_one_program_share_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Of four batches in 0.4 s one takes 100 ms, and it is one batch's updates that are counted."""
+  costs = measure_with_times(monkeypatch, [(1.0, 1.0), (0.4, 0.44)], batches=4)
+  assert (costs['gradient_ms'], costs['update_ms']) == (pytest.approx(100), pytest.approx(10))
+  assert costs['updates'] == 1
 
 
 def test_memory_and_updates_are_the_trainers() -> None:

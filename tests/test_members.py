@@ -95,6 +95,7 @@ def test_one_diverges_and_one_stops(tmp_path: Path, capsys: pytest.CaptureFixtur
   images.main(dataclasses.replace(config, workdir=str(tmp_path / 'run')))
   best = max((summaries[0], summaries[2]), key=lambda summary: summary['valid_accuracy'])
   assert f'best valid accuracy: {best["run"]}\n' in capsys.readouterr().out
+  assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['best'] == best['run']
   assert [len(read(tmp_path / 'run', summary['run'])) for summary in summaries] == [3, 1, 1]
 
 

@@ -12,6 +12,7 @@ from flax import linen, nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from problems import quick
 import pytest
 
@@ -661,3 +662,63 @@ def test_readout_gives_any_steps_of_the_whole_window(tail, expected):
 
   parts, whole = run(params)
   chex.assert_trees_all_close(parts, whole, rtol=0, atol=1e-6)  # Numbers of about 1, sums of 4 products.
+
+
+def low_precision_model() -> fptt_jax.Model:
+  """An LSTM and a readout in bfloat16, but for the readout's bias."""
+  low: dict[str, Any] = dict(param_dtype=jnp.bfloat16)
+
+  class Readout(nnx.Linear):
+    def __init__(self, *sizes: int, rngs: nnx.Rngs):
+      super().__init__(*sizes, **low, dtype=jnp.bfloat16, rngs=rngs)
+      self.bias = nnx.Param(jnp.zeros(sizes[-1], jnp.float32))
+
+  return nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(2, 8, **low, rngs=rngs), Readout(8, 3, rngs=rngs)))
+
+
+@pytest.mark.parametrize(
+  ('loss', 'targets', 'settings'),
+  [
+    (fptt_jax.losses.terminal_classification(3), (5,), {}),
+    (fptt_jax.losses.sequence_classification(3), (12, 5), {}),
+    (fptt_jax.losses.sequence_classification(3), (12, 5), {'readout_steps': 2}),
+  ],
+  ids=['last', 'all', 'chunks'],
+)
+def test_float32_params_keep_what_bfloat16_rounds_away(loss, targets, settings):
+  """The first loss is that of the model itself; then steps of Adam at 1e-6 move all float32 weights, and few of bfloat16, whose
+  spacing is wider. W, W̄, λ and Adam's moments are float32."""
+  batch = fptt_jax.Batch(jax.random.normal(jax.random.key(1), (12, 5, 2)), jnp.zeros(targets, jnp.int32))
+  moved, first = [], []
+  for model in (low_precision_model(), nn.float32_params(low_precision_model())):
+    optimizer = fptt_jax.fptt(optax.adam(1e-6), alpha=0.1)
+    trainer = fptt_jax.trainer(model, loss, optimizer, num_windows=3, **settings)
+    state = trainer.init(jax.random.key(0), batch)
+    before = np.array(state.params['layers'][0]['w_h'], np.float32)
+    for step in range(3):
+      state, metrics = trainer.step(state, batch)
+      if not step:
+        first.append(float(metrics.loss[0]))
+    moved.append(np.mean(np.array(state.params['layers'][0]['w_h'], np.float32) != before))
+  assert first[0] == first[1]
+  assert moved[0] < 0.1
+  assert moved[1] == 1
+  assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim} == {jnp.dtype(jnp.float32)}
+
+
+def test_float32_params_compute_in_the_models_dtypes():
+  """Outputs, states and their values are the model's own at the rounded weights, in evaluation too."""
+  low = low_precision_model()
+  kept, x = nn.float32_params(low), jax.random.normal(jax.random.key(1), (6, 5, 2))
+  params = jax.tree.map(lambda leaf: leaf * 1.001, kept.init(jax.random.key(0)))
+  rounded = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, low.init(jax.random.key(0)))
+  found, expected = (
+    jax.jit(model.apply)(weights, model.initial_state(5), x, None, None) for model, weights in ((kept, params), (low, rounded))
+  )
+  chex.assert_trees_all_equal(found, expected)
+  assert found[1].dtype == found[0][0].h.dtype == jnp.bfloat16
+
+
+def test_float32_params_take_models_only():
+  with pytest.raises(TypeError, match=r'float32_params expected a fptt_jax.Model, as from_nnx makes it, got function'):
+    nn.float32_params(lambda rngs: nn.LSTM(1, 2, rngs=rngs))

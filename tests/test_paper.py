@@ -191,6 +191,9 @@ def test_studies_run(tmp_path: Path, study: str) -> None:
   content = json.loads((tmp_path / f'{study}.json').read_text())
   assert len(content['lines']) >= 2
   assert content['hardware']['cpu_cores']
+  if study == 'walltime':  # Eight batches of eight an epoch.
+    for line in content['lines']:
+      assert line['epoch_s'] == pytest.approx(8e-3 * (line['gradient_ms'] + line['update_ms']))
 
 
 @pytest.mark.slow

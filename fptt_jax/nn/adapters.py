@@ -132,6 +132,50 @@ def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax
   return Model(init, initial_state, apply)
 
 
+def float32_params(model: Model) -> Model:
+  """Keeps the parameters of a model that computes in fewer bits in float32, for mixed precision.
+
+  Each window's function casts them to the dtypes that the model draws them in: products are of bfloat16, say, while gradients, W,
+  W̄, λ and the optimiser's moments are float32, so that updates are not lost which bfloat16 would round away.
+
+  Args:
+    model: a model with parameters of fewer bits: of layers with `param_dtype=jnp.bfloat16` (flax's with `dtype`, too). Parameters
+      of other dtypes stay what they are.
+
+  Raises:
+    TypeError: `model` is no :class:`fptt_jax.Model`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> half = dict(param_dtype=jnp.bfloat16)
+    >>> build = lambda rngs: nn.Stack(nn.LSTM(1, 16, **half, rngs=rngs), nnx.Linear(16, 10, dtype=jnp.bfloat16, **half, rngs=rngs))
+    >>> model = nn.float32_params(nn.from_nnx(build))
+    >>> params = model.init(jax.random.key(0))
+    >>> params['layers'][1]['kernel'].dtype
+    dtype('float32')
+    >>> model.apply(params, model.initial_state(4), jnp.ones((28, 4, 1)), None, None)[1].dtype
+    dtype(bfloat16)
+  """
+  if not isinstance(model, Model):
+    raise TypeError(f'float32_params expected a fptt_jax.Model, as from_nnx makes it, got {type(model).__name__}.')
+  drawn = jax.eval_shape(model.init, jax.random.key(0))
+  low = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+  keep = lambda leaf: leaf.astype(jnp.float32) if low(leaf) else leaf
+
+  def cast(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda params, *args: function(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, drawn), *args)
+
+  return Model(
+    init=lambda key: jax.tree.map(keep, model.init(key)),
+    initial_state=model.initial_state,
+    apply=cast(model.apply),
+    apply_last=model.apply_last and cast(model.apply_last),
+    split=model.split and Split(cast(model.split.features), cast(model.split.readout)),
+  )
+
+
 def _seeded(streams: Any, key: jax.Array | None) -> Any:
   """The random streams a module keeps, started anew from the window's key, each with a key of its own."""
   key = jax.random.key(0) if key is None else key
