@@ -112,7 +112,7 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
       curves[entry.label] = [(sorted(finite), [finite[lr] for lr in sorted(finite)])]
   runs.write_json(folder / 'tuned.json', tuned)
   if curves:
-    label = f'{entries[0].score.label}, of the runs that tuned'
+    label = f'of the runs that tuned: {entries[0].score.label}'
     runs.plot_curves(folder / 'tuning.png', curves, 'learning rate', label, {}, xscale='log')
   print(tabulate(rows, ['line', 'learning rate', entries[0].score.choose.replace('_', ' ')], floatfmt='.4g', missingval='diverged'))
   print(f'chosen learning rates are in {folder / "tuned.json"}; the same command without --tune uses them')
