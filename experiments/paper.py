@@ -96,12 +96,14 @@ def run_entry(entry: Entry, config: Any, folder: Path) -> list[dict[str, Any]]:
 
 def tune(config: Config, entries: list[Entry], folder: Path) -> None:
   """Tries each line's grid from a seed of its own; writes tuned.json, the curves and a table."""
-  tuned, rows, curves = read_tuned(folder), [], {}
+  tuned = read_tuned(folder)
+  rows: dict[items.Score, list[list[Any]]] = {}
+  curves: dict[items.Score, dict[str, Any]] = {}
   for entry in entries:
     summaries = run_entry(entry, dataclasses.replace(items.grid(entry), seeds=(TUNE_SEED,)), folder / 'tune' / entry.label)
     tried = {summary['lr']: summary[entry.score.choose] for summary in summaries}
     finite = {lr: score for lr, score in tried.items() if score is not None}
-    rows += [[entry.label, lr, score] for lr, score in tried.items()]
+    rows.setdefault(entry.score, []).extend([entry.label, lr, score] for lr, score in tried.items())
     if finite:
       best = (max if entry.score.higher_is_better else min)(finite, key=lambda lr: finite[lr])
       tuned[entry.label] = {
@@ -109,12 +111,13 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
         entry.score.choose: finite[best],
         'tried': {f'{lr:g}': score for lr, score in tried.items()},
       }
-      curves[entry.label] = [(sorted(finite), [finite[lr] for lr in sorted(finite)])]
+      curves.setdefault(entry.score, {})[entry.label] = [(sorted(finite), [finite[lr] for lr in sorted(finite)])]
   runs.write_json(folder / 'tuned.json', tuned)
-  if curves:
-    label = f'of the runs that tuned: {entries[0].score.label}'
-    runs.plot_curves(folder / 'tuning.png', curves, 'learning rate', label, {}, xscale='log')
-  print(tabulate(rows, ['line', 'learning rate', entries[0].score.choose.replace('_', ' ')], floatfmt='.4g', missingval='diverged'))
+  for score, lines in curves.items():
+    label = f'of the runs that tuned: {score.label}'
+    runs.plot_curves(folder / f'tuning-{score.choose}.png', lines, 'learning rate', label, {}, xscale='log')
+  for score, tries in rows.items():
+    print(tabulate(tries, ['line', 'learning rate', score.choose.replace('_', ' ')], floatfmt='.4g', missingval='diverged'))
   print(f'chosen learning rates are in {folder / "tuned.json"}; the same command without --tune uses them')
 
 

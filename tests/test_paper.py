@@ -102,6 +102,7 @@ def test_tuning_chooses_by_validation_and_later_runs_use_it(tmp_path: Path, caps
   results = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob('tune/tbptt/*/result.json')}
   assert set(results) == tried
   assert {result['test_ppl'] for result in results.values()} == {None}  # The test text is not looked at.
+  assert (tmp_path / 'tuning-valid_ppl.png').stat().st_size > 5000
   run('table4', tmp_path, lines=('tbptt',), tune=True)
   assert {
     path.parent.name for path in tmp_path.glob('tune/tbptt/*/result.json')
