@@ -39,7 +39,7 @@ class EpochRecipe(recipe.Recipe):
     for name in ('plateau_factor', 'milestone_factor'):
       check(1 <= getattr(self, name) < math.inf, name, getattr(self, name), 'a finite number >= 1')
     check(min(self.milestones, default=1) >= 1, 'milestones', self.milestones, 'epochs >= 1')
-    check(0 <= self.min_lr < math.inf, 'min_lr', self.min_lr, 'a finite number >= 0')
+    check(0 <= self.min_lr <= self.lr, 'min_lr', self.min_lr, f'from 0 to the learning rate, {self.lr:g}')
     check(self.average_after >= 0, 'average_after', self.average_after, 'an integer >= 0')
 
 

@@ -187,7 +187,7 @@ def table4(scale: str) -> list[Entry]:
   """PTB-300; FastGRNN, which the paper quotes, at the LSTM's settings; IncrementalRNN, quoted too, by Adam: its states, carried on
   through a whole text, grew without bound by SGD at any rate tried.
   """
-  adam: dict[str, Any] = dict(cell='irnn', optimizer='adam', lr=3e-3, momentum=0.0)
+  adam: dict[str, Any] = dict(cell='irnn', optimizer='adam', lr=3e-3, momentum=0.0, min_lr=0.0)
   return [
     language('bptt', scale, 'bptt', 'ptb300', paper=117.09, replication='164.6 (K=1)'),
     language('tbptt', scale, 'tbptt', 'ptb300', replication='121.2 (K=5)'),

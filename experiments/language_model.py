@@ -57,6 +57,7 @@ TASKS: dict[str, dict[str, Any]] = {
     epochs=500,
     milestones=(300, 400),
     plateau_factor=1.0,
+    min_lr=0.0,
   ),
   'ptb_w': dict(
     **AWD,

@@ -226,6 +226,12 @@ def test_the_test_text_can_be_left_alone(tmp_path: Path, monkeypatch: pytest.Mon
   assert summary['dynamic_test_ppl'] > 1
 
 
+def test_a_rate_below_the_least_is_refused() -> None:
+  """Such a run would end before it began."""
+  with pytest.raises(ValueError, match=r'--min_lr must be from 0 to the learning rate, 0\.0005, got 0\.001'):
+    language_model.Config(**TINY | dict(data_dir='.', lr=5e-4))
+
+
 @pytest.mark.parametrize('cell', list(cells.CELLS))
 def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
   """All parameters move, those of two layers of different widths."""

@@ -137,6 +137,15 @@ def test_runs_of_other_settings_go_on_if_told_to(tmp_path: Path) -> None:
   assert override['differences'] == ['lr: was 0.001, now 0.003']
 
 
+@pytest.mark.parametrize('scale', items.SCALES)
+def test_no_line_ends_for_its_rate(scale: str) -> None:
+  """At each rate of its grid a line's rate stays, after all milestones, where training goes on."""
+  for item in items.ITEMS.values():
+    for config in (config for entry in item(scale) for _, config in items.grid(entry).variants()):
+      if hasattr(config, 'milestones'):
+        assert config.lr / config.milestone_factor ** len(config.milestones) >= config.min_lr
+
+
 def test_several_seeds_are_averaged(tmp_path: Path) -> None:
   """The line's mean and interval are those of the runs' results."""
   run('fig1', tmp_path, lines=('T12-tbptt',), seeds=(0, 1, 2))
