@@ -45,7 +45,8 @@ def measure(
     num_windows: K; None for methods that fix it.
     repeats: timed calls of each program, the two taking turns; medians are reported.
     mesh: devices to split the batch over, as for the trainer.
-    batches: how often it is trained on in one program, as scripts do. By itself a batch is dearer where it asks for much memory.
+    batches: how often it is trained on in one program, as scripts do. By itself a batch is dearer where it asks for much memory. Of
+      several only the sum of both times tells: without updates the weights stay, and work with them may be done once for all.
 
   Returns:
     gradient_ms: a step without its updates. update_ms: what the updates add, the median of the differences. ± update_ms: half the
