@@ -29,6 +29,7 @@ class EpochRecipe(recipe.Recipe):
   plateau_factor: float = option(1.0, 'divides the learning rate after an epoch without a better validation score; 1 does not')
   milestones: tuple[int, ...] = option((), 'epochs after which the learning rate is divided by milestone_factor')
   milestone_factor: float = option(10.0, 'see milestones')
+  decay: bool = option(False, 'decay the learning rate to 0 over all epochs along a half cosine, update by update')
   min_lr: float = option(0.0, 'stop when the learning rate has fallen below this')
   average_after: int = option(0, 'n of non-monotonically triggered averaging of the weights (NT-ASGD); 0 does not average')
   restart: bool = option(False, 'restart the recursion at each epoch: W := its summary, lambda := 0 (fptt only)')
@@ -41,6 +42,11 @@ class EpochRecipe(recipe.Recipe):
     check(min(self.milestones, default=1) >= 1, 'milestones', self.milestones, 'epochs >= 1')
     check(0 <= self.min_lr <= self.lr, 'min_lr', self.min_lr, f'from 0 to the learning rate, {self.lr:g}')
     check(self.average_after >= 0, 'average_after', self.average_after, 'an integer >= 0')
+
+
+def decay_schedule(config: EpochRecipe, updates_per_epoch: int) -> optax.Schedule | None:
+  """Returns (updates so far) -> factor of the learning rate for `config.decay`, None without it."""
+  return optax.cosine_decay_schedule(1.0, config.epochs * updates_per_epoch) if config.decay else None
 
 
 class Portion(NamedTuple):

@@ -172,11 +172,13 @@ def make_task(config: Config, sequences: Sequences, method: str, members: int) -
   steps = recipe.window_steps(config, method, num_steps)
   meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, members)
   wrap = epochs.averaging_wrapper(config)
-  trainer = recipe.make_trainer(config, method, model, loss, num_steps, mesh=meshes.batch, wrap=wrap)
-  updates = recipe.updates_a_sequence(config, method, num_steps)[1] // config.inner_steps
   count = size // config.batch_size
   if not count:
     raise options.UserError(f'--batch_size must be at most the {size} training images, got {config.batch_size}.')
+  updates = recipe.updates_a_sequence(config, method, num_steps)[1]
+  decay = epochs.decay_schedule(config, count * updates)
+  trainer = recipe.make_trainer(config, method, model, loss, num_steps, decay=decay, mesh=meshes.batch, wrap=wrap)
+  updates //= config.inner_steps
   images, labels = sequences.splits.train
   pick = lambda images, labels, chosen: (images[chosen], labels[chosen], chosen if by_example else None)
   on_host = config.host_data or jax.process_count() > 1

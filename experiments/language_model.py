@@ -45,7 +45,6 @@ TASKS: dict[str, dict[str, Any]] = {
     alpha=0.2,
     optimizer='adam',
     lr=2e-3,
-    momentum=0.0,
     clip=0.25,
     embedding=200,
     hidden=1000,
@@ -103,7 +102,7 @@ class Config(epochs.EpochRecipe):
   kappa: float = option(2.0, 'scale of the quadratic term')
   optimizer: str = option('sgd', 'base optimiser', ('adam', 'sgd'))
   lr: float = option(2.0, 'learning rate')
-  momentum: float = option(0.9, "heavy-ball momentum of 'sgd'")
+  momentum: float | None = option(0.9, "decay of the first moment: b1 of 'adam', heavy-ball momentum of 'sgd'. May be negative")
   epochs: int = option(100, 'passes over the training text')
   plateau_factor: float = option(4.0, 'divides the learning rate after an epoch without a better validation score; 1 does not')
   min_lr: float = option(1e-3, 'stop when the learning rate has fallen below this')
@@ -268,9 +267,13 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
   steps = recipe.window_steps(config, method, config.padded_len)
   meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, members)
   wrap = epochs.averaging_wrapper(config)
-  trainer = recipe.make_trainer(config, method, model, loss, config.padded_len, mesh=meshes.batch, carry_hidden=True, wrap=wrap)
   score = 'bpc' if config.by_characters else 'ppl'
   side_by_side = streams.streams(text.train, config.batch_size)
+  num_batches = -(-(len(side_by_side) - 1) // config.seq_len)
+  decay = epochs.decay_schedule(config, num_batches * recipe.updates_a_sequence(config, method, config.padded_len)[1])
+  trainer = recipe.make_trainer(
+    config, method, model, loss, config.padded_len, decay=decay, mesh=meshes.batch, carry_hidden=True, wrap=wrap
+  )
 
   def test(params: Any) -> dict[str, float]:
     scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
@@ -288,7 +291,7 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
     fetch=None,
     meshes=meshes,
     portions=lambda epoch, seed: portions(config, method, len(side_by_side), seed, epoch),
-    num_batches=-(-(len(side_by_side) - 1) // config.seq_len),
+    num_batches=num_batches,
     validate=lambda params: to_score(config, nats(trainer, params, text.valid)),
     test=test,
     score=score,

@@ -14,7 +14,14 @@ from experiments.options import MOST_RUNS, check, check_fields, checked, option
 import fptt_jax
 
 METHODS = tuple(fptt_jax.METHODS)
-HYPERPARAMETERS = {'lr': 'learning_rate', 'alpha': 'alpha', 'beta': 'beta', 'kappa': 'kappa', 'clip': 'clip'}
+HYPERPARAMETERS = {
+  'lr': 'learning_rate',
+  'momentum': 'momentum',
+  'alpha': 'alpha',
+  'beta': 'beta',
+  'kappa': 'kappa',
+  'clip': 'clip',
+}
 """Settings that runs of one program may differ in, and what the optimiser's state calls them."""
 REGULARISER = ('alpha', 'beta', 'kappa')
 """Those of them that only methods with the regulariser have."""
@@ -42,7 +49,9 @@ class Recipe:
   inner_steps: int = option(1, 'gradient steps a window')
   optimizer: str = option('adam', 'base optimiser', ('adam', 'sgd'))
   lr: float = option(1e-3, 'learning rate')
-  momentum: float = option(0.0, "heavy-ball momentum of 'sgd'")
+  momentum: float | None = option(
+    None, "decay of the first moment: b1 of 'adam', default 0.9; heavy-ball momentum of 'sgd', default 0. May be negative"
+  )
   weight_decay: float = option(0.0, 'added to the gradient times the weights, after clipping')
   clip: float = option(0.0, 'largest global norm of the gradient; 0 does not clip')
   clip_regulariser: bool = option(True, 'clip loss plus regulariser, as the release does, rather than the loss gradient alone')
@@ -79,8 +88,7 @@ class Recipe:
     check(len(set(self.seeds)) == len(self.seeds), 'seeds', self.seeds, 'different from each other')
     check(self.final_steps is None or self.final_steps >= 1, 'final_steps', self.final_steps, 'at least 1')
     check(0 < self.lr < math.inf, 'lr', self.lr, 'a finite number > 0')
-    check(0 <= self.momentum < 1, 'momentum', self.momentum, 'in [0, 1)')
-    check(self.momentum == 0 or self.optimizer == 'sgd', 'momentum', self.momentum, '0 unless --optimizer=sgd')
+    check(-1 < self.first_moment < 1, 'momentum', self.momentum, 'in (-1, 1)')
     check(0 <= self.weight_decay < math.inf, 'weight_decay', self.weight_decay, 'a finite number >= 0')
     check(self.alpha_warmup >= 0, 'alpha_warmup', self.alpha_warmup, 'an integer >= 0')
     check(not self.shard_params or self.data_parallel, 'shard_params', self.shard_params, 'false without --data_parallel')
@@ -107,6 +115,12 @@ class Recipe:
       except ValueError as error:
         raise ValueError(f'--{error}') from error
     self.variants()
+
+  @property
+  def first_moment(self) -> float:
+    """Decay of the first moment: what is given, or the base optimizer's usual one."""
+    usual = {'adam': 0.9, 'sgd': 0.0}
+    return usual[self.optimizer] if self.momentum is None else self.momentum
 
   def variants(self) -> list[tuple[dict[str, float], 'Recipe']]:
     """The combinations of the grid, each with its configuration; without a grid ({}, this one).
@@ -151,24 +165,29 @@ def make_optimizer(recipe: Recipe, method: str, decay: optax.Schedule | None = N
   regularised = fptt_jax.METHODS[method].regularised
   warn_if_unstable(recipe, method)
 
-  def base(learning_rate: jax.typing.ArrayLike, clip: jax.typing.ArrayLike) -> tuple[optax.GradientTransformation, ...]:
+  def base(
+    learning_rate: jax.typing.ArrayLike, momentum: jax.typing.ArrayLike, clip: jax.typing.ArrayLike
+  ) -> tuple[optax.GradientTransformation, ...]:
     """(what clips, all else)."""
     rate = learning_rate if decay is None else lambda count: learning_rate * decay(count)
     chain = [optax.add_decayed_weights(recipe.weight_decay)] if recipe.weight_decay else []
-    chain.append(optax.sgd(rate, momentum=recipe.momentum or None) if recipe.optimizer == 'sgd' else optax.adam(rate))
+    chain.append(optax.sgd(rate, momentum) if recipe.optimizer == 'sgd' else optax.adam(rate, b1=momentum))
     return optax.clip_by_global_norm(clip) if recipe.clip else optax.identity(), optax.chain(*chain)
 
-  def plain(learning_rate: jax.typing.ArrayLike, clip: jax.typing.ArrayLike) -> optax.GradientTransformation:
-    return optax.chain(*base(learning_rate, clip))
+  def plain(
+    learning_rate: jax.typing.ArrayLike, momentum: jax.typing.ArrayLike, clip: jax.typing.ArrayLike
+  ) -> optax.GradientTransformation:
+    return optax.chain(*base(learning_rate, momentum, clip))
 
   def fptt(
     learning_rate: jax.typing.ArrayLike,
+    momentum: jax.typing.ArrayLike,
     clip: jax.typing.ArrayLike,
     alpha: jax.typing.ArrayLike,
     beta: jax.typing.ArrayLike,
     kappa: jax.typing.ArrayLike,
   ) -> optax.GradientTransformation:
-    clipping, rest = base(learning_rate, clip)
+    clipping, rest = base(learning_rate, momentum, clip)
     if recipe.clip_regulariser:
       return regularise(recipe, optax.chain(clipping, rest), alpha, beta, kappa)
     return optax.chain(clipping, regularise(recipe, rest, alpha, beta, kappa))
@@ -179,7 +198,8 @@ def make_optimizer(recipe: Recipe, method: str, decay: optax.Schedule | None = N
 def hyperparameters(recipe: Recipe, method: str) -> dict[str, float]:
   """What a method's optimiser holds in its state, by the names it has there."""
   names = [name for name in HYPERPARAMETERS if fptt_jax.METHODS[method].regularised or name not in REGULARISER]
-  return {HYPERPARAMETERS[name]: getattr(recipe, name) for name in names}
+  values = {name: recipe.first_moment if name == 'momentum' else getattr(recipe, name) for name in names}
+  return {HYPERPARAMETERS[name]: value for name, value in values.items()}
 
 
 def regularise(
@@ -207,7 +227,10 @@ def radius(recipe: Recipe, method: str) -> float | None:
   """The advisor's spectral radius of FPTT with SGD where the loss is flat; None for what it knows nothing of."""
   if not fptt_jax.METHODS[method].regularised or recipe.optimizer != 'sgd' or recipe.gradient_estimate != 'running':
     return None
-  settings = dict(kappa=recipe.kappa, beta=recipe.beta, rho=recipe.rho, correction=recipe.correction, momentum=recipe.momentum)
+  settings = dict(kappa=recipe.kappa, beta=recipe.beta, rho=recipe.rho, correction=recipe.correction)
+  if recipe.first_moment < 0:
+    return None
+  settings |= dict(momentum=recipe.first_moment)
   return fptt_jax.stability(recipe.lr, recipe.alpha, **settings)
 
 
@@ -215,7 +238,8 @@ def warn_if_unstable(recipe: Recipe, method: str) -> None:
   """Warns when FPTT with SGD at these settings is unstable even where the loss is flat."""
   found = radius(recipe, method)
   if found is not None and found > 1:
-    others = ', '.join(f'{name}={getattr(recipe, name):g}' for name in ('kappa', 'beta', 'rho', 'momentum'))
+    others = ', '.join(f'{name}={getattr(recipe, name):g}' for name in ('kappa', 'beta', 'rho'))
+    others += f', momentum={recipe.first_moment:g}'
     warnings.warn(
       f'FPTT with SGD at lr={recipe.lr:g}, alpha={recipe.alpha:g}, {others}, {recipe.correction} is unstable even on a '
       f'flat loss: its linearised recursion has spectral radius {found:.2f} > 1. Lower lr * alpha.',

@@ -139,7 +139,7 @@ def test_metrics_cut_off_by_a_kill_are_left_out(tmp_path: Path) -> None:
     ),
     (dict(lr=0.0), '--lr must be a finite number > 0, got 0.0'),
     (dict(lr=float('nan')), '--lr must be a finite number > 0, got nan'),
-    (dict(momentum=0.9), '--momentum must be 0 unless --optimizer=sgd, got 0.9'),
+    (dict(momentum=1.0), r'--momentum must be in \(-1, 1\), got 1.0'),
     (dict(clip=-1.0), '--clip must be a finite number >= 0'),
     (dict(alpha=0.0), 'alpha must be a finite number > 0'),
     (dict(batches=0), '--batches must be at least 1, got 0'),

@@ -202,7 +202,7 @@ def test_the_whole_recipe_of_ptb_w_learns_a_rule(tmp_path: Path) -> None:
 
 def test_dynamic_evaluation_follows_a_text_that_turns(tmp_path: Path) -> None:
   """A model that has learned one order, by the script, meets the other one: it adapts while it is tested."""
-  settings = dict(seq_len=12, batch_size=4, embedding=16, hidden=16, epochs=6, optimizer='adam', lr=0.03, momentum=0.0)
+  settings = dict(seq_len=12, batch_size=4, embedding=16, hidden=16, epochs=6, optimizer='adam', lr=0.03)
   config = language_model.Config(**TINY | settings | dict(data_dir=str(write_text(tmp_path))))
   _, [before] = language_model.run(config, str(tmp_path / 'run'))
   assert before['test_ppl'] < 1.5
