@@ -231,7 +231,7 @@ def radius(recipe: Recipe, method: str) -> float | None:
   if recipe.first_moment < 0:
     return None
   settings |= dict(momentum=recipe.first_moment)
-  return fptt_jax.stability(recipe.lr, recipe.alpha, **settings)
+  return fptt_jax.spectral_radius(recipe.lr, recipe.alpha, **settings)
 
 
 def warn_if_unstable(recipe: Recipe, method: str) -> None:

@@ -28,7 +28,7 @@ def find_nonfinite(metrics: StepMetrics, *, first_update: int = 0, radius: float
     metrics: of one run, concrete: of a step, or of N steps with a leading axis, as `fptt_jax.scan_steps` gives them. Of a
       population take one member's: `jax.tree.map(lambda leaf: leaf[r], metrics)`, or `leaf[:, r]` after N steps.
     first_update: number of the first update in them. Batches, windows and updates count from 0, updates that were skipped too.
-    radius: what `fptt_jax.stability` says of the settings, for the report.
+    radius: what `fptt_jax.spectral_radius` says of the settings, for the report.
 
   Returns:
     None where all is finite; else a sentence: where, the loss and the gradient norm, those of the last finite update before, the

@@ -29,6 +29,19 @@ from fptt_jax.checks import (
 from fptt_jax.transformation import at_least_float32
 from fptt_jax.windows import Window, take_steps
 
+__all__ = (
+  'DIVERGENCES',
+  'Loss',
+  'LossState',
+  'Totals',
+  'from_function',
+  'means',
+  'sequence_classification',
+  'sequence_regression',
+  'terminal_classification',
+  'terminal_regression',
+)
+
 LossState = Any
 Totals = dict[str, jax.Array]
 """Sums over what was measured, and 'count', over how many: means are `total / count`."""
@@ -396,3 +409,8 @@ def _check_floats(name: str, values: Any, valid: np.ndarray) -> None:
   bad = np.count_nonzero(~np.isfinite(values[valid]))
   if bad:
     raise ValueError(f'{name} must be finite, got {bad} NaN or infinite values.')
+
+
+def __dir__() -> list[str]:
+  """Lists the public names alone."""
+  return sorted(__all__)

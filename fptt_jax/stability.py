@@ -8,7 +8,7 @@ from fptt_jax.checks import HUGE, TINY, check_choice, check_number
 from fptt_jax.transformation import CORRECTIONS, RANGES
 
 
-def stability(
+def spectral_radius(
   lr: float,
   alpha: float,
   *,
@@ -50,10 +50,10 @@ def stability(
     ValueError: an argument is outside its range.
 
   Example:
-    >>> from fptt_jax import stability
-    >>> round(stability(2.0, 1.0, kappa=2.0), 2)
+    >>> from fptt_jax import spectral_radius
+    >>> round(spectral_radius(2.0, 1.0, kappa=2.0), 2)
     1.82
-    >>> round(stability(2.0, 1.0, kappa=2.0, momentum=0.9, curvature=0.5), 2)
+    >>> round(spectral_radius(2.0, 1.0, kappa=2.0, momentum=0.9, curvature=0.5), 2)
     1.44
   """
   check_choice('correction', correction, sorted(CORRECTIONS))

@@ -443,7 +443,7 @@ def _checked_hyperparameters(hyperparameters: Mapping[str, Hyperparameter]) -> l
     if name == 'beta' and number > 0.5:
       warnings.warn(
         f'fptt with beta={number:g} > 0.5 extrapolates: W̄ weighs its old value by 1 - 2 beta = {1 - 2 * number:g}, and momentum '
-        'makes it unstable early (see fptt_jax.stability).',
+        'makes it unstable early (see fptt_jax.spectral_radius).',
         stacklevel=3,
       )
     checked.append(value if callable(value) else number)

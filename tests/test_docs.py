@@ -32,7 +32,7 @@ def test_there_are_examples() -> None:
     'fptt_jax.transformation.fptt',
     'fptt_jax.training.trainer',
     'fptt_jax.training.global_batch',
-    'fptt_jax.stability.stability',
+    'fptt_jax.stability.spectral_radius',
     'fptt_jax.losses.from_function',
     'fptt_jax.nn.adapters.from_nnx',
     'fptt_jax.programs.scan_steps',

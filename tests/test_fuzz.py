@@ -901,8 +901,8 @@ METRICS = Kind(
 
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Kind], Callable[[Any], Any]]] = {
-  'stability': (
-    fptt_jax.stability,
+  'spectral_radius': (
+    fptt_jax.spectral_radius,
     dict(
       lr=POSITIVE,
       alpha=POSITIVE,

@@ -33,7 +33,7 @@ MANY = metrics([[1.5, 1.25], [INF, NAN]], [[3.0, 14.2], [NAN, NAN]], [8.1e6, NAN
     ),
     (
       MANY,
-      dict(first_update=120, radius=fptt_jax.stability(2.0, 1.0, kappa=2.0)),
+      dict(first_update=120, radius=fptt_jax.spectral_radius(2.0, 1.0, kappa=2.0)),
       'loss is inf in batch 1 of 2, window 0 of 2 (update 122): gradient norm nan; the last finite update, 121, had loss 1.25 and '
       "gradient norm 14.2; norm of lambda 8.1e+06 before and nan after the batch; the recursion's spectral radius is 1.82 "
       '(unstable above 1).',
@@ -126,7 +126,7 @@ UNSTABLE = dict(alpha=1.0, kappa=2.0)
 def test_a_diverging_run_is_found_out(task, out, clip, latest):
   """SGD of 2, α = 1, κ = 2: radius 1.82. Seen in the first half, or quarter, of the batches with finite losses, and from then on,
   whether the gradient grows along with λ (squared error, clipped) or falls behind."""
-  assert fptt_jax.stability(2.0, **UNSTABLE) == pytest.approx(1.82, abs=0.005)
+  assert fptt_jax.spectral_radius(2.0, **UNSTABLE) == pytest.approx(1.82, abs=0.005)
   optimizer = optax.chain(optax.clip_by_global_norm(clip), fptt_jax.fptt(optax.sgd(2.0), **UNSTABLE))
   loss, lambdas, grads = norms_of_a_run(*task, optimizer, 40, out)
   finite = np.isfinite(loss).all(1)

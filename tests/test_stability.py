@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from fptt_jax import fptt, stability
+from fptt_jax import fptt, spectral_radius
 
 # lr·α at which flat-loss FPTT starts to diverge.
 LIMITS = [
@@ -37,9 +37,9 @@ def test_limits_on_a_flat_loss(options, limit):
   low, high = 0.0, 10.0
   for _ in range(50):
     middle = (low + high) / 2
-    low, high = (middle, high) if is_stable(stability(middle, 1.0, **options)) else (low, middle)
+    low, high = (middle, high) if is_stable(spectral_radius(middle, 1.0, **options)) else (low, middle)
   assert low == pytest.approx(limit, abs=0.005)
-  assert all(stability(x, 1.0, **options) < 1 for x in np.linspace(0.01, 0.99, 50) * low)
+  assert all(spectral_radius(x, 1.0, **options) < 1 for x in np.linspace(0.01, 0.99, 50) * low)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_limits_on_a_flat_loss(options, limit):
 )
 def test_limits_are_fractions(limit, options):
   """At β = 1/2 the limits are exact fractions: there the radius is 1 to rounding."""
-  assert stability(limit, 1.0, **options) == pytest.approx(1.0, abs=1e-9)
+  assert spectral_radius(limit, 1.0, **options) == pytest.approx(1.0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ def test_limits_are_fractions(limit, options):
 )
 def test_quoted_radii(expected, alpha, options):
   """The radii quoted for the PTB-300 setting (lr 2, κ 2): α = 1 diverges through curvature, not on a flat loss."""
-  assert stability(2.0, alpha, kappa=2.0, **options) == pytest.approx(expected, abs=0.005)
+  assert spectral_radius(2.0, alpha, kappa=2.0, **options) == pytest.approx(expected, abs=0.005)
 
 
 def test_poles_on_a_flat_loss():
   """As lr·α → 0 with κ = 1 the regulariser no longer moves W and λ keeps its own poles (1 ± i)/2, of modulus √½."""
-  assert stability(1e-9, 1.0) == pytest.approx(np.sqrt(0.5), abs=1e-6)
+  assert spectral_radius(1e-9, 1.0) == pytest.approx(np.sqrt(0.5), abs=1e-6)
 
 
 @settings(deadline=None, max_examples=30, derandomize=True, database=None)
@@ -90,15 +90,15 @@ def test_poles_on_a_flat_loss():
 def test_only_the_products_with_lr_count(lr, alpha, scale, curvature, momentum):
   """The radius depends on lr·α and lr·h only: measuring the loss in other units changes nothing."""
   options = dict(kappa=1.5, beta=0.4, rho=0.2, momentum=momentum)
-  scaled = stability(lr * scale, alpha / scale, curvature=curvature / scale, **options)
+  scaled = spectral_radius(lr * scale, alpha / scale, curvature=curvature / scale, **options)
   # 1e-6: an eigenvalue close to a double one moves by the square root of the rounding.
-  assert scaled == pytest.approx(stability(lr, alpha, curvature=curvature, **options), abs=1e-6, rel=1e-6)
+  assert scaled == pytest.approx(spectral_radius(lr, alpha, curvature=curvature, **options), abs=1e-6, rel=1e-6)
 
 
 @pytest.mark.parametrize('curvature', [0.5, 1.0, 3.0])
 def test_without_the_regulariser_it_is_gradient_descent(curvature):
   """κ = 0, ρ = 1: W is plain gradient descent, with its factor |1 - lr h| once λ's own poles are the smaller ones."""
-  assert stability(0.9, 1e-3, kappa=0.0, rho=1.0, curvature=curvature) == pytest.approx(
+  assert spectral_radius(0.9, 1e-3, kappa=0.0, rho=1.0, curvature=curvature) == pytest.approx(
     max(abs(1 - 0.9 * curvature), np.sqrt(0.5)), abs=1e-9
   )
 
@@ -152,7 +152,7 @@ def test_radius_is_the_jacobians(x64, hyperparameters, correction):
     # Moving W and W̄ together is kept exactly; an eigenvector of 1, whatever else is near 1.
     np.testing.assert_allclose(transition @ np.array([1.0, 1.0, 0.0, 0.0]), [1.0, 1.0, 0.0, 0.0], atol=1e-12)
     eigenvalues = np.delete(eigenvalues, neutral)
-  assert stability(**hyperparameters, correction=correction) == pytest.approx(np.abs(eigenvalues).max(), abs=1e-6, rel=1e-6)
+  assert spectral_radius(**hyperparameters, correction=correction) == pytest.approx(np.abs(eigenvalues).max(), abs=1e-6, rel=1e-6)
 
 
 @functools.partial(jax.jit, static_argnames='correction')
@@ -179,7 +179,7 @@ def test_radius_is_the_growth_of_a_run(x64, options):
   defaults = dict(momentum=0.0, curvature=0.0, kappa=1.0, beta=0.5, rho=0.0, correction='eq6')
   logs = log_estimates(**{**defaults, **options})
   slope = np.polyfit(np.arange(300), logs[300:], 1)[0]
-  assert np.exp(slope) == pytest.approx(stability(**options), rel=2e-3)
+  assert np.exp(slope) == pytest.approx(spectral_radius(**options), rel=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -203,4 +203,4 @@ def test_radius_is_the_growth_of_a_run(x64, options):
 def test_bad_arguments(name, value, expected):
   """An argument outside its range is named, with what was expected and what came."""
   with pytest.raises(ValueError, match=rf'^{name} must be {expected}, got {value!r}\.$'):
-    stability(**{'lr': 0.1, 'alpha': 0.5, name: value})
+    spectral_radius(**{'lr': 0.1, 'alpha': 0.5, name: value})

@@ -40,3 +40,8 @@ __all__ = (
   'from_nnx',
   'from_torch',
 )
+
+
+def __dir__() -> list[str]:
+  """Lists the public names alone."""
+  return sorted(__all__)
