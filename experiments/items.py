@@ -1,11 +1,12 @@
 """The paper's figures and tables as declared lists of runs, each at three scales.
 
-'full' is the paper's setting where it says one and the authors' release's where it does not. 'cpu' is a reduced version for two
+'full' is the paper's setting where it says one and the authors' release's where it does not. 'short' keeps the paper's model, data
+and sequence length, but anneals the learning rate to 0 along a half cosine in fewer epochs. 'cpu' is a reduced version for two
 cores, meant to end within a quarter of an hour: another task, never to be shown as the paper's. 'smoke' runs in seconds, on made-up
 data, and means nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,11 +14,20 @@ from typing import Any, NamedTuple
 from experiments import add_task, images, language_model
 from experiments.cells import CELLS
 
-SCALES = ('smoke', 'cpu', 'full')
+SCALES = ('smoke', 'cpu', 'short', 'full')
 ALPHAS = (1.0, 0.8, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001)
 """Sec. 4.2."""
 LEARNING_RATES = {'adam': (3e-3, 1e-3, 3e-4), 'sgd': (2.0, 1.0, 0.5, 0.25)}
-"""What --tune tries, by base optimiser."""
+"""Learning rates that --tune tries first, by base optimizer."""
+RATE_LADDER = {
+  'adam': (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+  'sgd': tuple(2.0**power for power in range(-8, 7)),
+}
+"""Rates by which --tune extends a grid whose best rate is its lowest or highest."""
+SHORT_EPOCHS = {'mnist': 30, 'permuted': 30, 'cifar10': 40}
+"""Epochs at scale 'short'."""
+SHORT_WINDOWS = (10, 28)
+"""Numbers of windows K that --tune tries at scale 'short'."""
 
 
 class Score(NamedTuple):
@@ -55,8 +65,9 @@ class Entry(NamedTuple):
     script: the module that runs it.
     config: its configuration, of one method; seeds are set later.
     score: what is measured.
-    paper: the paper's number, measured or quoted there, at full scale only.
+    paper: the paper's number, measured or quoted there, at the scales 'full' and 'short' only.
     replication: that of an independent replication (see the README), at the K it names.
+    windows: numbers of windows K that --tune tries; () keeps the configuration's own.
   """
 
   label: str
@@ -65,6 +76,7 @@ class Entry(NamedTuple):
   score: Score
   paper: float | None = None
   replication: str = ''
+  windows: tuple[int, ...] = ()
 
 
 def add(label: str, scale: str, method: str, **settings: Any) -> Entry:
@@ -72,6 +84,7 @@ def add(label: str, scale: str, method: str, **settings: Any) -> Entry:
   reduced = {
     'smoke': dict(hidden=4, batch_size=8, batches=4, eval_every=2, test_size=16),
     'cpu': dict(hidden=64, batch_size=64, batches=1500),
+    'short': dict(decay=True),
     'full': {},
   }
   return Entry(label, add_task, add_task.Config(**{'method': (method,), 'decay': False} | reduced[scale] | settings), ERROR)
@@ -84,12 +97,17 @@ def image(
   reduced: dict[str, dict[str, Any]] = {
     'smoke': dict(task='arrays', data_dir='.npz', row=True, hidden=8, batch_size=8, valid_size=8, epochs=1, num_windows=2),
     'cpu': dict(row=True, hidden=64, epochs=5, milestones=(4,), num_windows=None),
+    'short': dict(epochs=SHORT_EPOCHS[task], milestones=(), decay=True),
     'full': {},
   }
-  if method == 'tbptt_final' and scale != 'full':  # The 300 of 784 steps of Table 6 in proportion: all of them would be BPTT.
+  if method == 'tbptt_final' and scale in (
+    'smoke',
+    'cpu',
+  ):  # The 300 of 784 steps of Table 6 in proportion: all of them would be BPTT.
     reduced[scale] |= dict(final_steps={'smoke': 2, 'cpu': 10}[scale])
   config = images.Config(**{'method': (method,), 'task': task} | settings | reduced[scale])
-  return Entry(label, images, config, ACCURACY, *quoted(scale, paper, replication))
+  windows = SHORT_WINDOWS if scale == 'short' and method in ('fptt', 'tbptt') else ()
+  return Entry(label, images, config, ACCURACY, *quoted(scale, paper, replication), windows)
 
 
 def language(
@@ -107,6 +125,7 @@ def language(
       | dict(optimizer='adam', momentum=0.9, lr=5e-3, dropout=0.2, hidden_dropout=0.1, input_dropout=0.2, embedding_dropout=0.0)
       | dict(latent_dropout=0.1, weight_dropout=0.1),
     }[task],
+    'short': {},  # PTB-300 ends by itself, when its plateaus have brought the rate down.
     'full': {},
   }
   deep = task != 'ptb300'
@@ -119,13 +138,13 @@ def language(
 
 
 def quoted(scale: str, paper: float | None, replication: str) -> tuple[float | None, str]:
-  """Numbers from elsewhere stand beside runs of the full scale only."""
-  return (paper, replication) if scale == 'full' else (None, '')
+  """Returns the numbers from elsewhere; they stand beside runs of the paper's model, data and length only."""
+  return (paper, replication) if scale in ('short', 'full') else (None, '')
 
 
 def fig1(scale: str) -> list[Entry]:
   """Adding problem, T=500."""
-  return rivals(scale, {'smoke': 12, 'cpu': 150, 'full': 500}[scale])
+  return rivals(scale, {'smoke': 12, 'cpu': 150, 'short': 500, 'full': 500}[scale])
 
 
 def rivals(scale: str, seq_len: int) -> list[Entry]:
@@ -140,7 +159,8 @@ def rivals(scale: str, seq_len: int) -> list[Entry]:
 
 def fig2(scale: str) -> list[Entry]:
   """Adding problem, T=200, by K."""
-  seq_len, windows = {'smoke': (12, (1, 3, 12)), 'cpu': (100, (1, 5, 10, 100)), 'full': (200, (1, 3, 5, 10, 100, 200))}[scale]
+  paper = (200, (1, 3, 5, 10, 100, 200))
+  seq_len, windows = {'smoke': (12, (1, 3, 12)), 'cpu': (100, (1, 5, 10, 100)), 'short': paper, 'full': paper}[scale]
   entries = []
   for num_windows in windows:
     settings = dict(seq_len=seq_len, num_windows=num_windows)
@@ -154,7 +174,7 @@ def fig2(scale: str) -> list[Entry]:
 
 def fig3(scale: str) -> list[Entry]:
   """Adding problem, T=750 and 1000."""
-  lengths = {'smoke': (12, 16), 'cpu': (200, 250), 'full': (750, 1000)}[scale]
+  lengths = {'smoke': (12, 16), 'cpu': (200, 250), 'short': (750, 1000), 'full': (750, 1000)}[scale]
   return [entry for seq_len in lengths for entry in rivals(scale, seq_len)]
 
 
@@ -231,6 +251,8 @@ def table6(scale: str) -> list[Entry]:
       image(f'{task}-tbptt', scale, 'tbptt', task, replication=windows),
       image(f'{task}-fptt', scale, 'fptt', task, fptt, regularised),
     ]
+    if scale == 'short':  # Windows without momentum within a sequence.
+      entries.append(image(f'{task}-tbptt-momentum0', scale, 'tbptt', task, momentum=0.0))
   others: list[tuple[str, dict[str, Any], dict[str, float]]] = [
     ('antisymmetric', dict(cell='antisymmetric'), {'mnist': 98.8, 'permuted': 93.1}),
     ('antisymmetric', dict(cell='antisymmetric', hidden=256), {'cifar10': 62.20}),
@@ -250,7 +272,7 @@ def cells(scale: str) -> list[Entry]:
 
 def alpha(scale: str) -> list[Entry]:
   """PTB-300 by alpha."""
-  chosen = ALPHAS if scale == 'full' else (1.0, 0.5, 0.1, 0.01)
+  chosen = ALPHAS if scale in ('short', 'full') else (1.0, 0.5, 0.1, 0.01)
   return [
     language('tbptt', scale, 'tbptt', 'ptb300'),
     *(language(f'fptt-alpha{value}', scale, 'fptt', 'ptb300', alpha=value) for value in chosen),
@@ -272,14 +294,32 @@ ITEMS: dict[str, Callable[[str], list[Entry]]] = {
 """What is compared by training."""
 
 
-def grid(entry: Entry) -> Any:
-  """The configuration that tuning runs for an entry, at each of the declared learning rates: three epochs, the test split left
-  alone. Of the adding problem, where nothing shows before most of a run is over, all batches."""
+def first_rates(entry: Entry) -> tuple[float, ...]:
+  """Returns the learning rates that tuning tries first, the highest first."""
   rates = LEARNING_RATES[entry.config.optimizer]
   if entry.config.lr not in rates:
     rates = tuple(entry.config.lr * factor for factor in (1.0, 0.5, 0.25))
+  return rates
+
+
+def next_rate(entry: Entry, rates: Collection[float], best: float) -> float | None:
+  """Returns the rate to try next when the best of `rates` is their lowest or highest, None when it lies inside."""
+  ladder = RATE_LADDER[entry.config.optimizer]
+  if best == max(rates):
+    return min((rate for rate in ladder if rate > 1.1 * best), default=None)
+  if best == min(rates):
+    return max((rate for rate in ladder if rate < best / 1.1), default=None)
+  return None
+
+
+def grid(entry: Entry, rates: Collection[float], num_windows: int | None = None) -> Any:
+  """Returns the configuration that tuning runs for an entry: three epochs at each rate, the test split left alone.
+
+  The adding problem, where nothing shows before most of a run is over, runs all its batches.
+  """
   shorter = dict(epochs=min(3, entry.config.epochs), test=False) if hasattr(entry.config, 'epochs') else {}
-  return dataclasses.replace(entry.config, grid=('lr=' + ':'.join(f'{rate:g}' for rate in rates),), **shorter)
+  windows = {} if num_windows is None else dict(num_windows=num_windows)
+  return dataclasses.replace(entry.config, grid=('lr=' + ':'.join(f'{rate:g}' for rate in rates),), **windows, **shorter)
 
 
 QUOTED: dict[str, dict[str, dict[str, float]]] = {

@@ -3,7 +3,8 @@
     python -m experiments.paper --item=table6 --scale=cpu
 
 An item is a list of runs, each in a folder of its own: stop it at any time, the same command goes on. --tune first tries the
-declared learning rates on each line, chosen by validation, and later runs of the item in the same folder use what was found.
+declared learning rates on each line (at scale 'short' also numbers of windows), chosen by validation, and later runs of the item in
+the same folder use what was found.
 It ends with a table (mean, ± half the width of its 95 % confidence interval over the seeds, beside the number that the paper has,
 measured or quoted, and an independent replication's where the setting is theirs) as text, JSON and plot.
 """
@@ -24,6 +25,8 @@ import fptt_jax
 
 TUNE_SEED = 1000
 """No reported run uses it: what is drawn for tuning is drawn for nothing else."""
+MOST_RATES = 8
+"""Most learning rates that tuning tries per line and number of windows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,10 @@ class Config:
 
   item: str = option('fig2', 'figure, table or study', (*items.ITEMS, *studies.STUDIES))
   scale: str = option(
-    'cpu', "'full': the paper's setting; 'cpu': reduced, for two cores; 'smoke': seconds, means nothing", items.SCALES
+    'cpu',
+    "'full': the paper's setting; 'short': its model, data and length in fewer epochs, rate annealed to 0; 'cpu': reduced, for two "
+    "cores; 'smoke': seconds, means nothing",
+    items.SCALES,
   )
   methods: tuple[str, ...] = option(('all',), f'only lines of these methods: {", ".join(fptt_jax.METHODS)}')
   lines: tuple[str, ...] = option(('all',), 'only the lines of these names, as the table shows them')
@@ -52,6 +58,7 @@ class Config:
     check(TUNE_SEED not in self.seeds, 'seeds', self.seeds, f'without {TUNE_SEED}, which tuning draws from')
     check(len(set(self.seeds)) == len(self.seeds), 'seeds', self.seeds, 'different from each other')
     if self.item in studies.STUDIES:
+      check(self.scale != 'short', 'scale', self.scale, f'another one with --item={self.item}, which trains nothing to an end')
       for name, only in (('methods', ('all',)), ('lines', ('all',)), ('seeds', (0,)), ('override_resume', False)):
         check(getattr(self, name) == only, name, getattr(self, name), f'left out with --item={self.item}, which is one study')
     check(self.item in items.ITEMS or not self.tune, 'tune', self.tune, f'false with --item={self.item}, which has nothing to tune')
@@ -79,7 +86,8 @@ def chosen_entries(config: Config, folder: Path) -> list[Entry]:
   def prepared(entry: Entry) -> Entry:
     settings: dict[str, Any] = dict(override_resume=config.override_resume)
     if entry.label in tuned:
-      settings['lr'] = tuned[entry.label]['lr']
+      found = tuned[entry.label]
+      settings |= {name: found[name] for name in ('lr', 'num_windows') if name in found}
     if entry.script.__name__ in kinds:
       settings['data_dir'] = place[kinds[entry.script.__name__]]
     return entry._replace(config=dataclasses.replace(entry.config, **settings))
@@ -95,30 +103,60 @@ def run_entry(entry: Entry, config: Any, folder: Path) -> list[dict[str, Any]]:
 
 
 def tune(config: Config, entries: list[Entry], folder: Path) -> None:
-  """Tries each line's grid from a seed of its own; writes tuned.json, the curves and a table."""
-  tuned = read_tuned(folder)
+  """Tries each line's rates, and numbers of windows, from a seed of its own; writes tuned.json, the curves and a table.
+
+  A grid whose best rate is its lowest or highest is extended on that side until the best lies inside.
+  """
   rows: dict[items.Score, list[list[Any]]] = {}
   curves: dict[items.Score, dict[str, Any]] = {}
   for entry in entries:
-    summaries = run_entry(entry, dataclasses.replace(items.grid(entry), seeds=(TUNE_SEED,)), folder / 'tune' / entry.label)
-    tried = {summary['lr']: summary[entry.score.choose] for summary in summaries}
-    finite = {lr: score for lr, score in tried.items() if score is not None}
-    rows.setdefault(entry.score, []).extend([entry.label, lr, score] for lr, score in tried.items())
-    if finite:
-      best = (max if entry.score.higher_is_better else min)(finite, key=lambda lr: finite[lr])
-      tuned[entry.label] = {
-        'lr': best,
-        entry.score.choose: finite[best],
-        'tried': {f'{lr:g}': score for lr, score in tried.items()},
-      }
-      curves.setdefault(entry.score, {})[entry.label] = [(sorted(finite), [finite[lr] for lr in sorted(finite)])]
-  runs.write_json(folder / 'tuned.json', tuned)
+    trials = [trial for windows in entry.windows or (None,) for trial in try_rates(entry, windows, folder)]
+    rows.setdefault(entry.score, []).extend(list(trial.values()) for trial in trials)
+    finite = [trial for trial in trials if trial['score'] is not None]
+    if not finite:
+      continue
+    best = best_trial(entry, finite)
+    chosen = {'lr': best['lr'], entry.score.choose: best['score'], 'tried': trials}
+    runs.write_json(folder / 'tuned.json', read_tuned(folder) | {entry.label: chosen | windows_of(best)})
+    for windows in dict.fromkeys(trial['num_windows'] for trial in finite):
+      points = sorted((trial['lr'], trial['score']) for trial in finite if trial['num_windows'] == windows)
+      label = entry.label if windows is None else f'{entry.label}, K={windows}'
+      curves.setdefault(entry.score, {})[label] = [tuple(map(list, zip(*points, strict=True)))]
   for score, lines in curves.items():
     label = f'of the runs that tuned: {score.label}'
     runs.plot_curves(folder / f'tuning-{score.choose}.png', lines, 'learning rate', label, {}, xscale='log')
   for score, tries in rows.items():
-    print(tabulate(tries, ['line', 'learning rate', score.choose.replace('_', ' ')], floatfmt='.4g', missingval='diverged'))
-  print(f'chosen learning rates are in {folder / "tuned.json"}; the same command without --tune uses them')
+    header = ['line', 'learning rate', 'K', score.choose.replace('_', ' ')]
+    print(tabulate(tries, header, floatfmt='.4g', missingval='diverged'))
+  print(f'chosen settings are in {folder / "tuned.json"}; the same command without --tune uses them')
+
+
+def try_rates(entry: Entry, num_windows: int | None, folder: Path) -> list[dict[str, Any]]:
+  """Runs one line's learning rates, by one number of windows, until the best lies inside: a dict per trial."""
+  name = entry.label if num_windows is None else f'{entry.label}-K{num_windows}'
+  rates = set(items.first_rates(entry))
+  while True:
+    config = dataclasses.replace(items.grid(entry, sorted(rates, reverse=True), num_windows), seeds=(TUNE_SEED,))
+    summaries = run_entry(entry, config, folder / 'tune' / name)
+    trials = [
+      {'line': entry.label, 'lr': summary['lr'], 'num_windows': num_windows, 'score': summary[entry.score.choose]}
+      for summary in summaries
+    ]
+    finite = [trial for trial in trials if trial['score'] is not None]
+    more = items.next_rate(entry, rates, best_trial(entry, finite)['lr']) if finite else None
+    if more is None or len(rates) >= MOST_RATES:
+      return trials
+    rates.add(more)
+
+
+def best_trial(entry: Entry, trials: list[dict[str, Any]]) -> dict[str, Any]:
+  """Returns the trial of the best score."""
+  return (max if entry.score.higher_is_better else min)(trials, key=lambda trial: trial['score'])
+
+
+def windows_of(trial: dict[str, Any]) -> dict[str, int]:
+  """Returns the setting of K that a trial had, {} where it is the line's own."""
+  return {} if trial['num_windows'] is None else {'num_windows': trial['num_windows']}
 
 
 def interval(values: list[float]) -> float | None:
@@ -177,7 +215,9 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
     runs.plot_curves(folder / f'{name}.png', curves, step, score.label, {'chance': 1 / 6} if score is items.ERROR else {})
   if quotes:
     print('\n'.join(quotes))
-  if config.scale != 'full':
+  if config.scale == 'short':
+    print("scale short: the paper's model, data and length in fewer epochs; its numbers are of other schedules")
+  elif config.scale != 'full':
     print(f"scale {config.scale}: reduced settings, not the paper's; its numbers stand beside --scale=full only")
   print(f'tables, plots and the runs are in {folder}')
 

@@ -1,5 +1,6 @@
 """One command a table: the declared items, tuning, resuming, the table itself."""
 
+import dataclasses
 import json
 from pathlib import Path
 import subprocess
@@ -29,10 +30,10 @@ def test_every_item_declares_lines_that_mean_something(item: str, scale: str) ->
   methods = {entry.config.method[0] for entry in entries}
   assert {'fptt', 'tbptt'} <= methods <= set(fptt_jax.METHODS)
   assert all(len(entry.config.method) == 1 for entry in entries)
-  if scale != 'full':
+  if scale in ('smoke', 'cpu'):
     assert all(entry.paper is None and not entry.replication for entry in entries)
   # Cut to as many steps as a sequence has, truncated BPTT would be BPTT.
-  shortest = {'smoke': 6, 'cpu': 28, 'full': 784}[scale]
+  shortest = {'smoke': 6, 'cpu': 28, 'short': 784, 'full': 784}[scale]
   assert all((entry.config.final_steps or 300) < shortest for entry in entries if entry.config.method == ('tbptt_final',))
 
 
@@ -96,9 +97,12 @@ def test_tuning_chooses_by_validation_and_later_runs_use_it(tmp_path: Path, caps
   """Each declared rate is tried from a seed nothing else has; the best score's rate is kept and then run with."""
   run('table4', tmp_path, lines=('tbptt',), tune=True)
   tuned = json.loads((tmp_path / 'tuned.json').read_text())['tbptt']
-  assert {float(rate) for rate in tuned['tried']} == {2.0, 1.0, 0.5, 0.25}
-  assert tuned['valid_ppl'] == min(tuned['tried'].values()) == tuned['tried'][f'{tuned["lr"]:g}']
-  tried = {f'tbptt-seed{paper.TUNE_SEED}-lr{rate}' for rate in ('2', '1', '0.5', '0.25')}
+  scores = {trial['lr']: trial['score'] for trial in tuned['tried']}
+  assert set(scores) >= {2.0, 1.0, 0.5, 0.25}
+  assert tuned['valid_ppl'] == min(scores.values()) == scores[tuned['lr']]
+  inside = min(scores) < tuned['lr'] < max(scores)
+  assert inside or len(scores) == paper.MOST_RATES
+  tried = {f'tbptt-seed{paper.TUNE_SEED}-lr{rate:g}' for rate in scores}
   results = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob('tune/tbptt/*/result.json')}
   assert set(results) == tried
   assert {result['test_ppl'] for result in results.values()} == {None}  # The test text is not looked at.
@@ -114,9 +118,36 @@ def test_tuning_chooses_by_validation_and_later_runs_use_it(tmp_path: Path, caps
   assert row[header.index('lr')] == f'{tuned["lr"]:g}'
 
 
+def test_a_grid_whose_best_rate_is_at_an_end_is_extended() -> None:
+  """By the next rate of the ladder on that side; a best rate inside ends the search."""
+  entry = items.table6('cpu')[0]
+  assert items.next_rate(entry, (3e-3, 1e-3, 3e-4), 3e-3) == 1e-2
+  assert items.next_rate(entry, (3e-3, 1e-3, 3e-4), 3e-4) == 1e-4
+  assert items.next_rate(entry, (3e-3, 1e-3, 3e-4), 1e-3) is None
+
+
+def test_tuning_at_scale_short_tries_numbers_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Each K has its own grid; the best of all is kept with its K, and later runs have both."""
+  scores = {(10, 1e-3): 90.0, (28, 3e-3): 91.0}
+
+  def run_entry(entry: items.Entry, config: Any, folder: Path) -> list[dict[str, Any]]:
+    rates = [chosen['lr'] for chosen, _ in config.variants()]
+    found = [scores.get((config.num_windows, rate), 50.0) for rate in rates]
+    return [{'lr': rate, 'valid_accuracy': score} for rate, score in zip(rates, found, strict=True)]
+
+  monkeypatch.setattr(paper, 'run_entry', run_entry)
+  config = paper.Config(item='table6', scale='short', lines=('mnist-fptt',), workdir=str(tmp_path), tune=True)
+  paper.main(config)
+  tuned = paper.read_tuned(tmp_path)['mnist-fptt']
+  assert (tuned['lr'], tuned['num_windows'], len(tuned['tried'])) == (3e-3, 28, 7)  # The second grid got 1e-2, too.
+  [entry] = paper.chosen_entries(dataclasses.replace(config, tune=False), tmp_path)
+  assert (entry.config.lr, entry.config.num_windows) == (3e-3, 28)
+  assert (entry.config.epochs, entry.config.decay, entry.config.milestones) == (30, True, ())
+
+
 def test_tuning_again_tries_the_same_rates_where_the_declared_one_is_off_the_common_grid(tmp_path: Path) -> None:
   """PTB-c's 2e-3 and its halves, whatever was chosen before."""
-  rates = lambda entry: {candidate.lr for _, candidate in items.grid(entry).variants()}
+  rates = lambda entry: {candidate.lr for _, candidate in items.grid(entry, items.first_rates(entry)).variants()}
   declared = rates(items.table5('smoke')[0])
   assert declared == {2e-3, 1e-3, 5e-4}
   (tmp_path / 'tuned.json').write_text(json.dumps({'ptb_c-bptt': {'lr': 1e-3}}))
@@ -141,7 +172,7 @@ def test_runs_of_other_settings_go_on_if_told_to(tmp_path: Path) -> None:
 def test_no_line_ends_for_its_rate(scale: str) -> None:
   """At each rate of its grid a line's rate stays, after all milestones, where training goes on."""
   for item in items.ITEMS.values():
-    for config in (config for entry in item(scale) for _, config in items.grid(entry).variants()):
+    for config in (config for entry in item(scale) for _, config in items.grid(entry, items.first_rates(entry)).variants()):
       if hasattr(config, 'milestones'):
         assert config.lr / config.milestone_factor ** len(config.milestones) >= config.min_lr
 
