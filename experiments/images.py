@@ -34,7 +34,11 @@ class Config(epochs.EpochRecipe):
     "'mnist', 'permuted' (MNIST), 'cifar10', or 'arrays': the .npz given as data_dir",
     ('mnist', 'permuted', 'cifar10', 'arrays'),
   )
-  data_dir: str = option('', 'folder with the official files, or a .npz of experiments.data; default a prepared copy or a download')
+  data_dir: str = option(
+    '',
+    'folder with the official files; or a .npz with the arrays train_images and test_images, uint8 [N, height, width, '
+    'channels], and train_labels and test_labels, int32 [N], from 0; default a prepared copy or a download',
+  )
   host_data: bool = option(
     False, "keep the images in the host's memory, hand them over chunk by chunk: for more than a device holds"
   )

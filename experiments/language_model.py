@@ -9,7 +9,13 @@ bits per character. --task sets the other defaults:
   ptb_c   characters: AWD-LSTM 3 x 1000 (last 200, tied), T=150, K=3, Adam 2e-3, alpha 0.2, kappa 2
   ptb_w   words: AWD-LSTM 3 x 960 (last 620) with a mixture of 15 softmaxes, T=70, K=3, SGD 20 then averaged, alpha 0.2, kappa 2,
           beta 0.7
-  text, text_c   any three files of that naming, by words or by characters, with the settings of ptb300
+  text, text_c   a text of your own in UTF-8, by words or by characters, with the settings of ptb300
+
+A text of your own is a folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt, or one file,
+as in --task=text_c --data_dir=book.txt. The first 90 % of a file are the training text, the next
+5 % the validation text, the last 5 % the test text. By characters every character of the file
+counts; by words the end of a line is the word <eos>. What the training text has not is read as
+<unk> in the other two.
 """
 
 from collections.abc import Iterator
@@ -95,7 +101,10 @@ class Config(epochs.EpochRecipe):
 
   task: str = option('ptb300', 'text and defaults, see above', tuple(SOURCES))
   data_dir: str = option(
-    '', 'folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt, or a .npz of experiments.data; default a download'
+    '',
+    'folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt (or .gz); or a .npz with the token ids train, valid, test, '
+    'int32 [N], from 0, and the tokens vocabulary, str [V]; or, with --task=text or text_c, one text file, split '
+    'in order 90 / 5 / 5 %; default a download of Penn Treebank',
   )
   train_tokens: int = option(0, 'use only so many tokens of the training text; 0 for all')
   num_windows: int | None = option(6, 'K, updates a sequence, for methods that do not fix it')

@@ -7,7 +7,8 @@
 3. the official files in `data_dir`, or, where none is given, at their official addresses; what they hold is checked, and prepared
    into that folder once.
 
-A data set of one's own: 'arrays' (a .npz of images) and 'text' or 'text_chars' (three text files) are read as they are.
+A data set of one's own is read as it is: 'arrays' (a .npz of images), 'text' and 'text_chars' (three text files, or one, or a .npz
+of token ids).
 """
 
 from experiments.data.images import Images

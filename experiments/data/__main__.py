@@ -2,7 +2,12 @@
 
     python -m experiments.data --dataset=mnist --data_dir=FOLDER --output=mnist.npz
 
-The file is then given as --data_dir. That of 'ptb' serves by words and by characters.
+The file is then given as --data_dir. That of 'ptb' serves by words and by characters. Files of your own have the same arrays:
+
+  images  train_images, test_images  uint8 [N, height, width, channels]
+          train_labels, test_labels  int32 [N], class numbers from 0
+  text    train, valid, test         int32 [N], token ids from 0
+          vocabulary                 str [V], the token of each id
 """
 
 import dataclasses

@@ -35,11 +35,13 @@ def load_images(name: str, data_dir: str | Path = '') -> Images:
     UserError: nothing is there, or it is damaged or not the original.
   """
   _check_name(name, IMAGES)
-  path = Path(data_dir).expanduser()
+  path = _existing(data_dir)
   if name == 'arrays' or path.suffix == '.npz':
     return images.checked(Images(**_read_npz(path, Images._fields)), name, str(path), 'write it again.')
+  source = sources.SOURCES[name]
+  _check_folder(data_dir, source)
   found, path = _prepared(
-    sources.SOURCES[name],
+    source,
     data_dir,
     lambda builders, folder: builders.read_images(name, folder),
     lambda builders, files, folder: builders.write_images(name, images.decode(name, files), folder),
@@ -48,33 +50,85 @@ def load_images(name: str, data_dir: str | Path = '') -> Images:
 
 
 def load_text(name: str, data_dir: str | Path = '') -> Text:
-  """Reads a text in three splits.
+  """Read a text in three splits.
 
   Args:
-    name: 'ptb', the words of the original Penn Treebank (Mikolov's preprocessing), or 'text', any three files of that naming,
-      which are read as they are; 'ptb_chars' and 'text_chars' are the same by characters.
-    data_dir: a folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt (or .gz), or a .npz that :func:`save` wrote of words;
-      '' for a prepared copy or a download.
+    name: 'ptb', the words of the original Penn Treebank (Mikolov's preprocessing), or
+      'ptb_chars', its characters; 'text' or 'text_chars', a text of one's own by words or
+      by characters, which is read as it is.
+    data_dir: a folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt (or .gz), or a .npz
+      of the fields of :class:`Text`; '' for a prepared copy or a download of Penn
+      Treebank. For a text of one's own also one file (or .gz), which is split in order by
+      `text.SHARES`.
+
+  Returns:
+    The text as token ids. The .npz of 'ptb' serves 'ptb_chars', too; any other one holds
+    the tokens that are asked for.
 
   Raises:
-    ValueError: no such name.
-    UserError: a file is missing, damaged or not the original, or holds words that the training text has not.
+    ValueError: there is no such name.
+    UserError: a file is missing, damaged or not the original.
   """
   _check_name(name, TEXTS)
-  path = Path(data_dir).expanduser()
-  source = sources.SOURCES['ptb'] if name.startswith('ptb') else sources.ANY_TEXT
+  path = _existing(data_dir)
+  if not name.startswith('ptb'):
+    return _own_text(path, by_characters=name == 'text_chars')
+  source = sources.SOURCES['ptb']
   if path.suffix == '.npz':
-    arrays = _read_npz(path, Text._fields)
-    found = Text(**{**arrays, 'vocabulary': arrays['vocabulary'].tolist()})
-    found = text.checked(found, source.files, str(path), source.described(source.files))
-  elif source is sources.ANY_TEXT:
-    found = text.words(sources.find(source, path), str(path))
+    found = text.checked(_text_of_npz(path), source.files, str(path), source.advice())
   else:
+    _check_folder(data_dir, source)
     files, path = _prepared(
       source, data_dir, lambda builders, folder: builders.read_text(folder), lambda builders, *args: builders.write_text(*args)
     )
-    found = text.checked(text.words(files, str(path)), source.files, str(path), 'delete that folder and run again.')
-  return text.characters(found) if name.endswith('_chars') else found
+    found = text.words(text.decode(files, str(path)), str(path))
+    found = text.checked(found, source.files, str(path), 'delete that folder and run again.')
+  return text.word_characters(found, str(path)) if name == 'ptb_chars' else found
+
+
+def _own_text(path: Path, by_characters: bool) -> Text:
+  """Read a text of one's own: three files, one file or a .npz of token ids."""
+  where = str(path)
+  if path.suffix == '.npz':
+    found = text.checked(_text_of_npz(path), sources.ANY_TEXT.files, where, '')
+    return text.check_symbols(found, where) if by_characters else found
+  if path.is_dir():
+    strings = text.decode(sources.find(sources.ANY_TEXT, path), where)
+    if by_characters:
+      return text.characters([strings[split] for split in text.SPLITS], where)
+    return text.words(strings, where)
+  string = text.read_file(path)
+  shares = ' / '.join(map(str, text.SHARES))
+  print(f'{path} is split in order, {shares} % for training, validation and test')
+  if by_characters:
+    return text.characters(text.divide(string, where), where)
+  return text.number_words(text.divide(text.split_words(string, where), where), where)
+
+
+def _text_of_npz(path: Path) -> Text:
+  arrays = _read_npz(path, Text._fields)
+  return Text(**{**arrays, 'vocabulary': arrays['vocabulary'].tolist()})
+
+
+def _existing(data_dir: str | Path) -> Path:
+  """Return the path of --data_dir, '.' if none is given.
+
+  Raises:
+    UserError: nothing is there.
+  """
+  path = Path(data_dir).expanduser()
+  try:
+    path.stat()
+  except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'cannot read --data_dir={data_dir}: {reason}.') from error
+  return path
+
+
+def _check_folder(data_dir: str | Path, source: sources.Source) -> None:
+  """Raise unless --data_dir is a folder, where one is given."""
+  if data_dir and not Path(data_dir).expanduser().is_dir():
+    raise UserError(f'--data_dir={data_dir} must be a folder with the files of {source.name}, or a .npz.')
 
 
 def save(data: Images | Text, path: Path) -> None:

@@ -4,7 +4,6 @@ The hashes of MNIST's files and of CIFAR-10's archive are those that tensorflow-
 Mikolov's simple-examples; those of the files within CIFAR-10's archive are of the official content, in any packing.
 """
 
-from collections.abc import Iterable
 import gzip
 import hashlib
 import lzma
@@ -40,10 +39,12 @@ class Source(NamedTuple):
   archive: str = ''
   inside: str = ''
 
-  def described(self, names: Iterable[str]) -> str:
-    """The files with their hashes, and where to get them."""
-    hashes = ', '.join(f'{name} with sha256 {self.files[name]}' for name in names if self.files[name])
-    return f'expected {hashes}; get it from {" ".join(self.urls)} and give its folder as --data_dir.' if hashes else ''
+  def advice(self, name: str = '') -> str:
+    """Say where to get one file, or all of them."""
+    addresses = [url for url in self.urls if PurePosixPath(url).name == name] or list(self.urls)
+    if len(addresses) > 1:
+      addresses = [addresses[0].rpartition('/')[0] + '/']
+    return f'get it from {addresses[0]}' if addresses else 'put it there'
 
 
 def _mnist() -> Source:
@@ -97,9 +98,7 @@ def find(source: Source, folder: Path) -> dict[str, bytes]:
     if source.archive:
       for archive in sorted(place.glob(f'{source.archive}.t*')):
         return _unpack(source, archive)
-  if source.urls:
-    raise UserError(f'{folder} holds no file of {source.name}; {source.described(source.files)}')
-  raise UserError(f'{folder} holds none of {", ".join(source.files)} (nor those with .gz).')
+  raise UserError(f'{folder} holds no file of {source.name} ({", ".join(source.files)}): {source.advice()}.')
 
 
 def download(source: Source) -> dict[str, bytes]:
@@ -114,7 +113,7 @@ def download(source: Source) -> dict[str, bytes]:
       print(f'downloading {url}', flush=True)
       _fetch(source, url, path)
       if sha256 and (got := _sha256(path.read_bytes())) != sha256:
-        raise UserError(f'{url} is not the official file: its sha256 is {got}, expected {sha256}; {source.described(source.files)}')
+        raise UserError(f'what {url} answers is not the official file: its sha256 is {got}, expected {sha256}.')
     return find(source, Path(folder))
 
 
@@ -126,7 +125,8 @@ def _fetch(source: Source, url: str, path: Path) -> None:
       return
     except (OSError, ValueError) as error:  # urllib's errors and time-outs are OSErrors.
       if trial == TRIES - 1:
-        raise UserError(f'cannot download {url} ({error}); {source.described(source.files)}') from error
+        needed = ', '.join(source.files)
+        raise UserError(f'cannot download {url} ({error}): give a folder with {needed} as --data_dir.') from error
 
 
 def _path(folder: Path, name: str) -> Path | None:
@@ -137,13 +137,13 @@ def _read(source: Source, folder: Path, name: str) -> bytes:
   path = _path(folder, name)
   if path is None:
     zipped = '' if name.endswith('.gz') else f' (or {name}.gz)'
-    raise UserError(f'there is no {name}{zipped} in {folder}; {source.described([name])}')
+    raise UserError(f'there is no {name}{zipped} in {folder}: {source.advice(name)}.')
   content = b''
   try:
     content = path.read_bytes()
     return _checked(source, name, content if path.name == name else gzip.decompress(content), path)
   except DAMAGED as error:
-    raise UserError(f'{path} cannot be read ({error}): its sha256 is {_sha256(content)}; {source.described([name])}') from error
+    raise UserError(f'{path} cannot be read ({error}): {source.advice(name)}.') from error
 
 
 def _unpack(source: Source, archive: Path) -> dict[str, bytes]:
@@ -156,19 +156,17 @@ def _unpack(source: Source, archive: Path) -> dict[str, bytes]:
         if name and (stream := file.extractfile(member)):
           contents[name] = _checked(source, name, stream.read(), archive / member.name)
   except DAMAGED as error:
-    hashes = '; '.join(f'{url} has {sha256}' for url, sha256 in source.urls.items() if sha256)
-    got = f'its sha256 is {_sha256(archive.read_bytes())}{hashes and ", " + hashes}'
-    raise UserError(f'{archive} cannot be read ({error}): {got}; {source.described(source.files)}') from error
+    raise UserError(f'{archive} cannot be read ({error}): {source.advice()}.') from error
   missing = [name for name in source.files if name not in contents]
   if missing:
-    raise UserError(f'there is no {source.inside}/{missing[0]} in {archive}; {source.described(missing)}')
+    raise UserError(f'there is no {source.inside}/{missing[0]} in {archive}: {source.advice()}.')
   return contents
 
 
 def _checked(source: Source, name: str, content: bytes, path: Path) -> bytes:
   got = _sha256(content)
   if source.files[name] and got != source.files[name]:
-    raise UserError(f'{path} is not the original: its sha256 is {got}, {source.described([name])}')
+    raise UserError(f'{path} is not the original: its sha256 is {got}, expected {source.files[name]}; {source.advice(name)}.')
   return content
 
 

@@ -1,23 +1,38 @@
 """Text as token ids, by words or by characters."""
 
+from collections.abc import Sequence
+import gzip
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
+import zlib
 
 import numpy as np
 
 from experiments.options import UserError
 
 SPLITS = ('train', 'valid', 'test')
+END_OF_LINE = '<eos>'
+UNKNOWN = '<unk>'
+SYMBOLS = {' ': '_', '\n': END_OF_LINE, '_': '<underscore>'}
+"""Characters whose symbol is not the character itself.
+
+The blank and the end of a line are named as in Mikolov's ptb.char.*.txt; the
+underscore has a name of its own, so that no two characters share a symbol.
+"""
+SHARES = (90, 5, 5)
+"""Percent of a single file that are the training, validation and test text."""
 
 
 class Text(NamedTuple):
   """A text in three splits.
 
   Attributes:
-    train: int32 [N], token ids in order; a line ends with '<eos>'.
+    train: int32 [N], token ids in order.
     valid: the same.
     test: the same.
-    vocabulary: the V token strings by id, in order of first appearance in the training text.
+    vocabulary: the V token strings by id, in order of first appearance in the training
+      text; then '<unk>', if another split needs it and the training text has none.
   """
 
   train: np.ndarray
@@ -26,68 +41,266 @@ class Text(NamedTuple):
   vocabulary: list[str]
 
 
-def words(files: dict[str, bytes], where: str) -> Text:
-  """The words of ptb.train.txt, ptb.valid.txt and ptb.test.txt.
+def decode(files: dict[str, bytes], where: str) -> dict[str, str]:
+  """Decode the three files of a text.
+
+  Args:
+    files: the content of ptb.train.txt, ptb.valid.txt and ptb.test.txt.
+    where: the folder, for messages.
+
+  Returns:
+    The text by split, with each character that the file has.
 
   Raises:
-    UserError: a file is no text or empty, or holds words that the training text has not.
+    UserError: a file is not UTF-8 text.
   """
-  tokens = {split: _tokens(files[f'ptb.{split}.txt'], f'{where}: ptb.{split}.txt') for split in SPLITS}
-  ids = {word: number for number, word in enumerate(dict.fromkeys(tokens['train']))}
-  unknown = sorted({word for split in SPLITS for word in tokens[split]} - ids.keys())
-  if unknown:
-    raise UserError(f'{where}: {len(unknown)} words of the validation or test text are not in the training text: {unknown[:5]}.')
-  arrays = [np.array([ids[word] for word in tokens[split]], np.int32) for split in SPLITS]
+  names = {split: f'ptb.{split}.txt' for split in SPLITS}
+  return {split: _decode(files[name], f'{where}: {name}') for split, name in names.items()}
+
+
+def read_file(path: Path) -> str:
+  """Read one text file, unzipped if its name ends in .gz.
+
+  Raises:
+    UserError: the file cannot be read or is not UTF-8 text.
+  """
+  try:
+    content = path.read_bytes()
+    if path.suffix == '.gz':
+      content = gzip.decompress(content)
+  except (OSError, EOFError, zlib.error) as error:
+    raise UserError(f'{path} cannot be read ({error}).') from error
+  return _decode(content, str(path))
+
+
+def _decode(content: bytes, where: str) -> str:
+  try:
+    return content.decode()
+  except ValueError as error:
+    raise UserError(f'{where} cannot be read as text in UTF-8 ({error}).') from error
+
+
+def divide(tokens: Sequence[str], where: str) -> list[Sequence[str]]:
+  """Cut a text into training, validation and test text, in order, by `SHARES`.
+
+  Args:
+    tokens: words or characters.
+    where: the file, for messages.
+
+  Returns:
+    The three parts; put end to end they are the text.
+
+  Raises:
+    UserError: the text is too short for three parts.
+  """
+  ends = [len(tokens) * share // 100 for share in np.cumsum(SHARES)]
+  starts = [0, *ends[:-1]]
+  parts = [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
+  if not all(parts):
+    shares = ' / '.join(map(str, SHARES))
+    raise UserError(f'{where} holds {len(tokens)} tokens, too few to be split into {shares} %.')
+  return parts
+
+
+def split_words(string: str, where: str) -> list[str]:
+  """Split a text at blanks of any kind; '<eos>' ends each line.
+
+  A byte order mark at the beginning is not part of the first word.
+
+  Raises:
+    UserError: the text has no words.
+  """
+  lines = [line.split() for line in string.removeprefix('\ufeff').splitlines()]
+  if not any(lines):
+    raise UserError(f'{where} is empty.')
+  return [word for line in lines for word in (*line, END_OF_LINE)]
+
+
+def words(strings: dict[str, str], where: str) -> Text:
+  """Read a text by words.
+
+  Words of the validation or test text that are not in the training text become '<unk>';
+  how many these are is printed.
+
+  Args:
+    strings: the text by split.
+    where: the folder, for messages.
+
+  Returns:
+    The text as token ids.
+
+  Raises:
+    UserError: a split has no words.
+  """
+  return number_words([split_words(strings[split], f'{where}: ptb.{split}.txt') for split in SPLITS], where)
+
+
+def number_words(parts: Sequence[Sequence[str]], where: str) -> Text:
+  """Number the words of the three parts; see :func:`words`."""
+  ids = {word: number for number, word in enumerate(dict.fromkeys(parts[0]))}
+  strangers = [sum(word not in ids for word in part) for part in parts]
+  if any(strangers):
+    unknown = ids.setdefault(UNKNOWN, len(ids))
+    _tell_unknown(where, 'words', strangers)
+  else:
+    unknown = -1
+  arrays = [np.array([ids.get(word, unknown) for word in part], np.int32) for part in parts]
   return Text(*arrays, list(ids))
 
 
-def _tokens(content: bytes, where: str) -> list[str]:
-  try:
-    lines = content.decode().splitlines()
-  except ValueError as error:
-    raise UserError(f'{where} cannot be read as text ({error}).') from error
-  if not any(line.split() for line in lines):
-    raise UserError(f'{where} is empty.')
-  return [word for line in lines for word in (*line.split(), '<eos>')]
+def _tell_unknown(where: str, kind: str, counts: Sequence[int]) -> None:
+  """Print how many tokens of the validation and test text become '<unk>'."""
+  print(
+    f'{where}: {counts[1]:,} {kind} of the validation text and {counts[2]:,} of the test '
+    f'text are not in the training text and read as {UNKNOWN}'
+  )
 
 
-def characters(text: Text) -> Text:
-  """The text of :func:`words` by characters: '_' between the words of a line, '<eos>' after it.
+def characters(parts: Sequence[str], where: str) -> Text:
+  """Read a text by characters, each of which is one token: nothing is lost.
 
-  These are the characters of Mikolov's ptb.char.*.txt.
+  A character is a Unicode code point; blanks, tabs, carriage returns and a byte order
+  mark are characters like all others. `SYMBOLS` says which have a name in the vocabulary.
+  Characters of the validation or test text that are not in the training text become
+  '<unk>'; how many these are is printed.
+
+  Args:
+    parts: training, validation and test text.
+    where: the folder or file, for messages.
+
+  Returns:
+    The text as token ids.
+
+  Raises:
+    UserError: a part is empty.
   """
-  strings = [''.join(line.replace(' ', '_') + '\n' for line in _lines(text, split)) for split in SPLITS]
-  codes = [np.frombuffer(string.encode('utf-32-le'), np.uint32) for string in strings]
-  known, first = np.unique(codes[0], return_index=True)  # Every word, so every character, is in the training text.
+  for split, part in zip(SPLITS, parts, strict=True):
+    if not part:
+      raise UserError(f'{where}: the {split} text is empty.')
+  codes = [np.frombuffer(part.encode('utf-32-le'), np.uint32) for part in parts]
+  known, first = np.unique(codes[0], return_index=True)
   order = np.argsort(first)
+  vocabulary = [SYMBOLS.get(chr(code), chr(code)) for code in known[order]]
   ids = np.argsort(order).astype(np.int32)
-  vocabulary = [chr(code) if code != ord('\n') else '<eos>' for code in known[order]]
-  return Text(*(ids[np.searchsorted(known, code)] for code in codes), vocabulary)
+  places = [np.minimum(np.searchsorted(known, code), len(known) - 1) for code in codes]
+  strangers = [known[place] != code for place, code in zip(places, codes, strict=True)]
+  arrays = [np.where(strange, np.int32(len(vocabulary)), ids[place]) for place, strange in zip(places, strangers, strict=True)]
+  if any(strange.any() for strange in strangers):
+    vocabulary.append(UNKNOWN)
+    _tell_unknown(where, 'characters', [int(strange.sum()) for strange in strangers])
+  return Text(*arrays, vocabulary)
+
+
+def word_characters(text: Text, where: str) -> Text:
+  """Read the words of a text by characters: one blank between the words of a line.
+
+  Of Penn Treebank these are the characters of Mikolov's ptb.char.*.txt, which have no
+  blanks at the beginning or the end of a line.
+  """
+  parts = []
+  for split in SPLITS:
+    lines = as_file(text, split).decode().splitlines()
+    parts.append(''.join(line.strip(' ') + '\n' for line in lines))
+  return characters(parts, where)
 
 
 def as_file(text: Text, split: str) -> bytes:
-  """The split as the file it came from, Mikolov's layout: a blank before and after each line's words."""
-  return ''.join(f' {line} \n' for line in _lines(text, split)).encode()
+  """Write a split as Mikolov's layout has it: a blank before and after each token."""
+  pieces = ['\n ' if token == END_OF_LINE else f'{token} ' for token in text.vocabulary]
+  written = ' ' + ''.join([pieces[token] for token in getattr(text, split).tolist()])
+  return (written[:-1] if written.endswith('\n ') else written).encode()
 
 
-def _lines(text: Text, split: str) -> list[str]:
-  joined = ' '.join(np.array(text.vocabulary)[getattr(text, split)].tolist())
-  return [line.strip() for line in joined.removesuffix('<eos>').split('<eos>')]
+def decode_tokens(tokens: Sequence[int], vocabulary: Sequence[str], by_characters: bool) -> str:
+  """Write token ids as text, by characters exactly as it was read.
+
+  Args:
+    tokens: the ids.
+    vocabulary: the token strings by id.
+    by_characters: whether a token is a character.
+
+  Returns:
+    The text. Words have one blank between them and a line break for '<eos>'.
+  """
+  symbols = [vocabulary[token] for token in tokens]
+  if not by_characters:
+    pieces = ['\n' if symbol == END_OF_LINE else f'{symbol} ' for symbol in symbols]
+    return ''.join(pieces).replace(' \n', '\n')
+  meaning = {symbol: character for character, symbol in SYMBOLS.items()}
+  return ''.join(meaning.get(symbol, symbol) for symbol in symbols)
+
+
+def encode_prompt(prompt: str, vocabulary: Sequence[str], by_characters: bool) -> list[int]:
+  """Read a text as token ids of a vocabulary.
+
+  Args:
+    prompt: the text.
+    vocabulary: the token strings by id.
+    by_characters: whether a token is a character.
+
+  Returns:
+    The ids; what the vocabulary has not is '<unk>'.
+
+  Raises:
+    UserError: the vocabulary has neither the token nor '<unk>'.
+  """
+  ids = {symbol: number for number, symbol in enumerate(vocabulary)}
+  if by_characters:
+    tokens = list(prompt)
+    symbols = [SYMBOLS.get(token, token) for token in tokens]
+  else:
+    tokens = symbols = prompt.replace('\n', f' {END_OF_LINE} ').split()
+  if UNKNOWN not in ids:
+    for token, symbol in zip(tokens, symbols, strict=True):
+      if symbol not in ids:
+        raise UserError(f'--prompt holds {token!r}, which is not in the vocabulary.')
+  return [ids[symbol] if symbol in ids else ids[UNKNOWN] for symbol in symbols]
 
 
 def checked(text: Text, hashes: dict[str, str], where: str, advice: str) -> Text:
-  """`text`, if its ids are valid and it is the text with these hashes by file name; '' stands for any.
+  """Check ids and vocabulary, and that it is the text with these hashes.
+
+  Args:
+    text: what was read.
+    hashes: sha256 by file name; '' stands for any text.
+    where: the folder or file, for messages.
+    advice: what to do about a text that is not the original.
+
+  Returns:
+    `text`.
 
   Raises:
     UserError: it is not.
   """
+  size = len(text.vocabulary)
+  if len(set(text.vocabulary)) != size or not all(isinstance(x, str) for x in text.vocabulary):
+    raise UserError(f'{where}: vocabulary must be str [V], all different.')
   for split in SPLITS:
     tokens, expected = getattr(text, split), hashes[f'ptb.{split}.txt']
     if tokens.ndim != 1 or tokens.dtype != np.int32 or not tokens.size:
-      raise UserError(f'{where}: {split} must be int32 token ids [N], got {tokens.dtype}{list(tokens.shape)}.')
-    if tokens.min() < 0 or tokens.max() >= len(text.vocabulary):
-      raise UserError(f'{where}: {split} holds ids {tokens.min()}..{tokens.max()} for a vocabulary of {len(text.vocabulary)}.')
-    got = hashlib.sha256(as_file(text, split)).hexdigest()
-    if expected and got != expected:
-      raise UserError(f'{where}: {split} is not the original text: its sha256 is {got}, expected sha256 {expected}; {advice}')
+      got = f'{tokens.dtype}{list(tokens.shape)}'
+      raise UserError(f'{where}: {split} must be int32 token ids [N], got {got}.')
+    if tokens.min() < 0 or tokens.max() >= size:
+      got = f'{tokens.min()}..{tokens.max()}'
+      raise UserError(f'{where}: {split} holds ids {got} for a vocabulary of {size}.')
+    if not expected:
+      continue
+    found = hashlib.sha256(as_file(text, split)).hexdigest()
+    if found != expected:
+      raise UserError(f'{where}: {split} is not the original text: its sha256 is {found}, expected sha256 {expected}; {advice}')
+  return text
+
+
+def check_symbols(text: Text, where: str) -> Text:
+  """Return `text` if its tokens can be characters.
+
+  Raises:
+    UserError: the vocabulary holds words.
+  """
+  named = {*SYMBOLS.values(), UNKNOWN}
+  found = [token for token in text.vocabulary if len(token) > 1 and token not in named]
+  if found:
+    raise UserError(
+      f'{where}: vocabulary holds words such as {found[0]!r}, not characters; read it by words, or give the text itself.'
+    )
   return text
