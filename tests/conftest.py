@@ -8,7 +8,7 @@ import problems
 import pytest
 
 # XLA_FLAGS= in the environment leaves programs as users have them, and takes twice the time.
-os.environ.setdefault('XLA_FLAGS', ' '.join(f'--{name}={str(value).lower()}' for name, value in problems.QUICK.items()))
+os.environ.setdefault('XLA_FLAGS', problems.QUICK_FLAGS)
 
 # Silent broadcasting between ranks is an error in every test. Strict promotion of dtypes is a fixture: optax's Adam needs it off.
 jax.config.update('jax_numpy_rank_promotion', 'raise')

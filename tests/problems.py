@@ -16,6 +16,8 @@ QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': Fal
 """Options by which XLA compiles several times faster for the CPU, to slower programs: for all but speed and memory."""
 if tuple(map(int, jax.__version__.split('.')[:2])) > (0, 10):  # Later ones have one kind of fusion alone.
   del AS_FOR_USERS['xla_cpu_use_fusion_emitters'], QUICK['xla_cpu_use_fusion_emitters']
+QUICK_FLAGS = ' '.join(f'--{name}={str(value).lower()}' for name, value in QUICK.items())
+"""The same as `XLA_FLAGS`."""
 
 
 def quick(function: Callable[..., Any]) -> Callable[..., Any]:
