@@ -47,7 +47,7 @@ class Judged(NamedTuple):
 
   Attributes:
     loss: [], the mean over the valid steps.
-    totals: :data:`fptt_jax.losses.Totals`, constants.
+    totals: :data:`fptt_jax.losses.Totals`: constants where the window is trained on, differentiable where it is evaluated.
   """
 
   loss: jax.Array
@@ -64,10 +64,12 @@ def judge(
   key: jax.Array | None,
   *,
   steps: int,
+  evaluating: bool = False,
 ) -> Judged:
   """What a window's loss `apply` and `measure` give for the outputs `readout(params, features, key)`.
 
-  Differentiable in reverse with respect to `params` and `features`; the gradient of weights is summed up in at least float32.
+  In training the loss is differentiable in reverse with respect to `params` and `features`; the gradient of weights is summed up in
+  at least float32. In evaluation all of the result is differentiable, in any mode and any number of times.
 
   Args:
     readout: (params, features [s, B, ...], key) -> outputs [s, B, ...] of any s steps, each by itself.
@@ -78,6 +80,7 @@ def judge(
     window: which steps of the targets these are.
     key: what `readout` draws from, the same for each chunk; None for no noise.
     steps: s, the most steps of a chunk.
+    evaluating: whether the window is evaluated, not trained on.
   """
   num_steps = features.shape[0]
   num_chunks = -(-num_steps // steps)
@@ -90,12 +93,14 @@ def judge(
 
   count = window.divisor(window.mask, at_least_float32(features.dtype))
   features, targets, mask = jax.tree.map(split, (features, jax.tree.map(window.slice, targets), window.mask))
+  if evaluating:
+    run_chunk = lambda x, key: readout(params, x, key)
+    return _judge_chunks(run_chunk, per_step, (), features, targets, mask, count, key)
   run, weights = jax.closure_convert(lambda x, key: readout(params, x, key), features[0], key)  # The params that are used.
   return _judge(run, per_step, tuple(weights), features, targets, mask, count, key)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _judge(
+def _judge_chunks(
   run: Callable[..., jax.Array],
   per_step: PerStep,
   weights: tuple[jax.Array, ...],
@@ -107,8 +112,17 @@ def _judge(
 ) -> Judged:
   """Chunk by chunk: features, targets and mask are [chunks, s, B, ...]."""
   part = functools.partial(_part, run, per_step, count, key, weights)
-  _, parts = jax.lax.scan(lambda _, chunk: (None, part(*chunk)), None, (features, targets, mask))
+
+  # The derivative of an evaluation computes a chunk's outputs again, so that it does not keep them either.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def body(_: None, chunk: tuple[Any, ...]) -> tuple[None, tuple[jax.Array, Totals]]:
+    return None, part(*chunk)
+
+  _, parts = jax.lax.scan(body, None, (features, targets, mask))
   return _sum(parts)
+
+
+_judge = jax.custom_vjp(_judge_chunks, nondiff_argnums=(0, 1))
 
 
 def _judge_with_gradient(

@@ -310,6 +310,9 @@ def trainer(
     specs = (state_specs(state), PartitionSpec())
     if shard_params:
       return jax.lax.with_sharding_constraint(run_windows(state, batch), named(specs, mesh))
+    if not carry_hidden:
+      # Rows may start differently: the whole batch's initial state is made here, and each device gets its rows of it.
+      state = state._replace(hidden=_own(model.initial_state(batch_size)))
     in_specs = (specs[0], batch_specs(batch, axis, loss.last_only))
     return jax.shard_map(run_windows, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False)(state, batch)
 
@@ -322,7 +325,7 @@ def trainer(
     key = jax.random.fold_in(state.key, state.step_count)
     if outer is not None:
       key = jax.random.fold_in(key, jax.lax.axis_index(outer))
-    if carry_hidden:
+    if carry_hidden or outer is not None:
       hidden = state.hidden
       _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the carried hidden state')
     else:
@@ -541,7 +544,7 @@ def _run_window(
   if penalty is not None and penalty.shape != x.shape[:2]:
     raise ValueError(f'the penalty that model.apply returns must be [S, B] = {x.shape[:2]}, got shape {penalty.shape}.')
   if split is not None and per_step is not None and at_once < steps:
-    judged = judge(split.readout, per_step, params, outputs, batch.targets, window, key, steps=at_once)
+    judged = judge(split.readout, per_step, params, outputs, batch.targets, window, key, steps=at_once, evaluating=key is None)
     return new_hidden, (judged, penalty), window
   return new_hidden, (outputs, penalty), window
 

@@ -244,3 +244,56 @@ def test_what_cannot_be_read_out_in_parts_is_refused(model: str, loss: fptt_jax.
   made = nn.from_nnx(lambda rngs: build('linear', rngs, jnp.float32) if model == 'words' else nn.LSTM(D, V, rngs=rngs))
   with pytest.raises(ValueError, match=message):
     fptt_jax.trainer(made, loss, optax.sgd(0.1), method='tbptt', readout_steps=steps)
+
+
+def evaluated_loss(kind: str, fused: bool, readout_steps: int) -> Any:
+  """Returns a model, and (params, hidden) -> the evaluated loss of a ragged batch plus a number that reads `hidden`."""
+  dtype = jnp.float64
+
+  def build_small(rngs: nnx.Rngs) -> nn.Stack:
+    lstm = nn.LSTM(D, 3, fused=fused, param_dtype=dtype, rngs=rngs)
+    if kind == 'mixture':
+      embed = nnx.Embed(3, 2, param_dtype=dtype, rngs=rngs)
+      return nn.Stack(lstm, nn.MixtureOfSoftmaxes(3, embed, 2, rngs=rngs))
+    return nn.Stack(lstm, nnx.Linear(3, 3, param_dtype=dtype, rngs=rngs))
+
+  model = nn.from_nnx(build_small)
+  inputs = np.random.default_rng(1).normal(size=(T, B, D))
+  loss = losses.sequence_classification(3, accuracy=True)
+  batch = fptt_jax.Batch(inputs, WORDS[1:] % 3, LENGTHS)
+  if kind == 'series':
+    loss = losses.sequence_regression()
+    batch = batch._replace(targets=np.random.default_rng(2).normal(size=(T, B, 3)))
+  trainer = fptt_jax.trainer(model, loss, optax.sgd(0.1), method='tbptt', readout_steps=readout_steps)
+
+  def evaluated(params: Any, hidden: Any) -> jax.Array:
+    totals, hidden = trainer.evaluate(params, batch, hidden)
+    return totals['loss'] + sum(leaf.sum() for leaf in jax.tree.leaves(hidden))
+
+  return model, evaluated
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('kind', ['linear', 'series', 'mixture'])
+def test_evaluation_has_the_gradient_of_whole_windows(kind: str) -> None:
+  """With respect to parameters and initial state, chunks of two steps in windows of three or four."""
+  gradients = []
+  for readout_steps in (T, 2):
+    model, evaluated = evaluated_loss(kind, True, readout_steps)
+    params = model.init(jax.random.key(0))
+    gradients.append(quick(jax.grad(evaluated, argnums=(0, 1)))(params, model.initial_state(B)))
+  # The cotangents pass through totals, which are sums in float32.
+  chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-7)
+  assert optax.tree.norm(gradients[0]) > 0.1
+
+
+@pytest.mark.usefixtures('x64')
+def test_evaluation_has_second_and_forward_derivatives() -> None:
+  """Layers that are not fused have them, so their evaluation has them, too."""
+  found = []
+  for readout_steps in (T, 2):
+    model, evaluated = evaluated_loss('linear', False, readout_steps)
+    params, hidden = model.init(jax.random.key(0)), model.initial_state(B)
+    along = lambda p, f=evaluated, h=hidden: jax.jvp(lambda q: f(q, h), (p,), (p,))[1]
+    found.append(quick(jax.value_and_grad(along))(params))
+  chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)

@@ -326,3 +326,85 @@ def test_cpu_setup(monkeypatch):
   assert counts == ['3', str(cores)]
   with pytest.raises(ValueError, match=r'num_devices must be an integer from 1 to 1024, got 0\.'):
     fptt_jax.cpu_setup(0)
+
+
+def rows_differ():
+  """A model whose rows start from 0, 1, 2, ...: outputs x + w h."""
+  return fptt_jax.Model(
+    init=lambda key: {'w': jnp.ones(1)},
+    initial_state=lambda batch_size: jnp.arange(float(batch_size))[:, None],
+    apply=lambda params, state, x, mask, key: (state, x + params['w'][None, None] * state[None]),
+  )
+
+
+def run_rows_that_differ(method='tbptt', scanned=False, **options):
+  """Everything that comes of three steps, an evaluation, and an epoch's end."""
+  if fptt_jax.METHODS[method].num_windows is None:
+    options = {'num_windows': 2} | options
+  trainer = fptt_jax.trainer(rows_differ(), losses.sequence_regression(), optax.sgd(0.01), method=method, **options)
+  batch = fptt_jax.Batch(INPUTS[..., :1], INPUTS[..., 1:])
+  state = trainer.init(jax.random.key(0), batch)
+  if scanned:
+    items = jax.tree.map(lambda leaf: np.stack([leaf] * 3), batch)
+    state, seen = fptt_jax.scan_steps(trainer)(state, (), items)
+  else:
+    seen = []
+    for _ in range(3):
+      state, metrics = trainer.step(state, batch)
+      seen.append(metrics)
+  evaluated = trainer.evaluate(state.params, batch)
+  return state._replace(key=None), seen, evaluated, trainer.end_epoch(state).hidden
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize(
+  'options',
+  [
+    {},
+    {'carry_hidden': True},
+    {'method': 'ftrl'},
+    {'method': 'tbptt_final', 'final_steps': 4},
+    {'inner_steps': 2, 'scanned': True},
+  ],
+  ids=str,
+)
+def test_initial_states_that_differ_by_row(options):
+  """Each device starts from its own rows of the whole batch's initial state."""
+  one, *several = (run_rows_that_differ(**options, **where) for where in on_devices(4))
+  for split in several:
+    assert_same(split, one)
+  np.testing.assert_array_equal(one[3][:, 0], np.arange(B))
+
+
+@pytest.mark.usefixtures('x64')
+def test_members_start_from_the_same_rows():
+  """Members are shared out to devices whole, so each of them sees all rows of the batch."""
+  batch = fptt_jax.Batch(INPUTS[..., :1], INPUTS[..., 1:])
+  trainer = fptt_jax.trainer(rows_differ(), losses.sequence_regression(), optax.sgd(0.01), method='tbptt', num_windows=2)
+  expected = run_rows_that_differ()
+  members = fptt_jax.population(trainer, mesh=mesh_of(2))
+  state = members.init(jax.random.split(jax.random.key(0), 4), batch)
+  for _ in range(3):
+    state, _ = members.step(state, batch)
+  totals, hidden = members.evaluate(state.params, batch)
+  for member in range(4):
+    got = jax.tree.map(lambda leaf, r=member: leaf[r], (state.params, state.hidden, (totals, hidden)))
+    assert_same(got, (expected[0].params, expected[0].hidden, expected[2]))
+
+
+@pytest.mark.usefixtures('x64')
+def test_gradient_of_evaluation_on_devices():
+  """It is that of one device, with respect to parameters and to the initial state."""
+  loss, targets, out = TASKS['series']
+  model = problems.elman(out=out, dtype=jnp.float64)
+  batch = fptt_jax.Batch(INPUTS, targets, LENGTHS)
+
+  def gradient(where):
+    trainer = fptt_jax.trainer(model, loss, optax.sgd(0.1), method='tbptt', **where)
+    state = trainer.init(jax.random.key(0), batch)
+    evaluated = lambda params, hidden: trainer.evaluate(params, batch, hidden)[0]['loss']
+    return jax.grad(evaluated, argnums=(0, 1))(state.params, state.hidden)
+
+  one, *several = map(gradient, on_devices(2))
+  for split in several:
+    assert_same(split, one, 1e-6)
