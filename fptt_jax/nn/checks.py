@@ -4,6 +4,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax import export
 import jax.numpy as jnp
 
 from fptt_jax.checks import check_array, check_like, check_size
@@ -23,7 +24,7 @@ def check_embed(embed: Any) -> None:
 
 def check_batch_size(batch_size: Any) -> Any:
   """B as an int, or as the symbol it may be in `jax.export`; a ValueError if it is no integer >= 1."""
-  return batch_size if jax.export.is_symbolic_dim(batch_size) else check_size('batch_size', batch_size)
+  return batch_size if export.is_symbolic_dim(batch_size) else check_size('batch_size', batch_size)
 
 
 def check_inputs(layer: nnx.Module, x: Any, features: int) -> jax.Array:

@@ -14,6 +14,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 
@@ -166,9 +167,10 @@ def features_axis(batch_size: int, hidden_features: int) -> int:
   """`ROWS` or `COLUMNS`: what is quicker, of layers with products.
 
   On a CPU, columns serve weights that are larger than its cache, and batches whose size XLA's loops over a column like: of other
-  sizes they were seen to take up to 1.6 times as long. An accelerator has rows.
+  sizes they were seen to take up to 1.6 times as long. An accelerator has rows, and so has a batch of symbolic size
+  (:mod:`jax.export`), whose one program serves every size.
   """
-  if jax.default_backend() != 'cpu':
+  if jax.default_backend() != 'cpu' or export.is_symbolic_dim(batch_size):
     return ROWS
   return COLUMNS if hidden_features >= 1024 or (batch_size >= 64 and batch_size % 16 == 0) else ROWS
 
@@ -246,7 +248,7 @@ def _window_backward(cell: FusedCell, axis: int, residual: Any, gradient: tuple[
   (d_state, d_weights), dx = _by_chunks(chunk, (d_state, zeros), (factors, dy, mask, kept, x), _steps(cell, axis, x), reverse=True)
   d_weights = jax.tree.map(lambda gradient, w: gradient.astype(w.dtype), d_weights, given)
   d_state = jax.tree.map(lambda d, dtype: d.astype(dtype), d_state, dtypes)
-  return d_weights, d_state, dx, None if mask is None else np.zeros(mask.shape, jax.dtypes.float0)
+  return d_weights, d_state, dx, None  # The mask has no gradient.
 
 
 _window.defvjp(_window_forward, _window_backward)
@@ -257,9 +259,10 @@ def steps_at_once(num_steps: int, batch_size: int) -> int:
 
   What is put off has to be kept, so a CPU takes the fewest steps that make 128 to 1024 rows (or columns), where there are such.
   With fewer the sum of the gradients, which each product reads and writes, and the weights do not fit its cache together (seen as
-  calls 1.3 to 1.6 times slower, or as slow only now and then). An accelerator is best served with all S at once.
+  calls 1.3 to 1.6 times slower, or as slow only now and then). An accelerator is best served with all S at once. Symbolic sizes
+  (:mod:`jax.export`) have no divisors to choose from and take all S as well.
   """
-  if jax.default_backend() != 'cpu':
+  if jax.default_backend() != 'cpu' or export.is_symbolic_dim(num_steps) or export.is_symbolic_dim(batch_size):
     return num_steps
   divisors = [steps for steps in range(1, num_steps + 1) if num_steps % steps == 0]
   fitting = [steps for steps in divisors if 128 <= steps * batch_size <= 1024]
@@ -283,7 +286,10 @@ def _by_chunks(chunk: Callable[..., Any], carry: Any, inputs: Any, steps: int, r
 def _scan(cell: FusedCell, step: Callable[..., Any], carry: Any, inputs: Any, reverse: bool = False) -> tuple[Any, Any]:
   """`jax.lax.scan` over a chunk's steps."""
   size = jax.tree.leaves(inputs)[0].shape[0]
-  return jax.lax.scan(step, carry, inputs, reverse=reverse, unroll=size if 0 < size <= UNROLLED and not cell.elementwise else 1)
+  unroll = 1
+  if not cell.elementwise and not export.is_symbolic_dim(size) and 0 < size <= UNROLLED:
+    unroll = size
+  return jax.lax.scan(step, carry, inputs, reverse=reverse, unroll=unroll)
 
 
 def _steps(cell: FusedCell, axis: int, x: jax.Array) -> int:

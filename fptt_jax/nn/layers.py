@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 
@@ -126,8 +127,9 @@ class Recurrent(nnx.Module):
   ) -> tuple[Any, jax.Array]:
     """Runs a window; see the module's docstring. `key` is not used: these layers have no noise of their own."""
     x = self.checked(state, x, mask)
-    # One step leaves nothing to put off.
-    apart = self.taken_apart() if self.fused == 'kernel' or (self.fused and x.shape[0] > 1) else None
+    # One step leaves nothing to put off. A symbolic number of steps may be any number.
+    several_steps = export.is_symbolic_dim(x.shape[0]) or x.shape[0] > 1
+    apart = self.taken_apart() if self.fused == 'kernel' or (self.fused and several_steps) else None
     if apart is None:
       return scan_steps(self.step(), state, x, mask)
     cell, weights = apart
