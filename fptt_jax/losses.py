@@ -64,6 +64,7 @@ class Loss(NamedTuple):
     per_step: (outputs [s, B, ...], targets [s, B, ...] of the same steps) -> {'loss': float [s, B], and what else is measured}, of
       any s steps, each by itself; where `apply` is the mean of 'loss' over the window's valid steps, `measure` the sums of all over
       them, and there is no loss state. Outputs may then be computed a few steps at a time (:mod:`fptt_jax.chunks`). Else None.
+    terminal: whether targets are [B, ...] for certain, even where their shape could be [T, B, ...].
   """
 
   init: Callable[[int], LossState]
@@ -73,26 +74,36 @@ class Loss(NamedTuple):
   check: Callable[[Any, np.ndarray], None] = lambda targets, valid: None
   last_only: bool = False
   per_step: Callable[[jax.Array, Any], dict[str, jax.Array]] | None = None
+  terminal: bool = False
 
 
 def from_function(
-  function: Callable[[jax.Array, Any, Window], jax.Array], measure: Callable[[jax.Array, Any, Window], Totals] | None = None
+  function: Callable[[jax.Array, Any, Window], jax.Array],
+  measure: Callable[[jax.Array, Any, Window], Totals] | None = None,
+  *,
+  terminal: bool | None = None,
 ) -> Loss:
   """Makes a :class:`Loss` of one pure function (outputs [S, B, ...], targets, window) -> scalar.
 
   The function decides itself what of `targets` it looks at: `window.slice(targets)` cuts the window's steps out of a time-major
-  array; `window.mask` [S, B] says which steps are real.
+  array; `window.mask` [S, B] says which steps are real; `window.last` is each sequence's last valid step.
 
   Args:
-    function: the loss of a window.
-    measure: what evaluation reports, see :class:`Loss`. By default the function's mean, windows weighed by their valid steps: right
-      for means over steps. Evaluation cuts its own windows, of about √T steps, so a terminal loss needs a measure of its own.
+    function: The loss of a window.
+    measure: What evaluation reports, see :class:`Loss`. By default it is the function's value as 'loss', averaged as `terminal`
+      says. Evaluation cuts windows of its own, of about √T steps.
+    terminal: How the default measure averages. False: the mean over all valid steps, by windows that count as many times as they
+      have valid steps; right for a function that is a mean over steps. True: the function at each sequence's last step alone. It
+      then gets that step as a window of one step, outputs [1, B, ...]; in a ragged batch it gets one sequence at a time, and the
+      mean over the sequences is taken. None: True where no target has a time axis, False where all are [T, B, ...].
 
   Returns:
     A :class:`Loss` without state.
 
   Raises:
-    TypeError: an argument is no function.
+    TypeError: `function` or `measure` is not callable, or `terminal` is neither a bool nor None.
+    ValueError: `terminal` is None and the shapes of the targets do not tell, which is the case if some have a time axis and others
+      have none, if there are none, or if T = B (raised when a batch is checked or a step is traced).
 
   Example:
     >>> import jax.numpy as jnp
@@ -105,16 +116,83 @@ def from_function(
   check_callable('function', function)
   if measure is not None:
     check_callable('measure', measure)
+  if terminal is not None:
+    terminal = check_flag('terminal', terminal)
 
-  def mean(outputs: jax.Array, targets: Any, window: Window) -> Totals:
+  def default_measure(outputs: jax.Array, targets: Any, window: Window) -> Totals:
+    if _is_terminal(terminal, targets, window.num_steps, window.mask.shape[1]):
+      return _measure_last_steps(function, outputs, targets, window)
     steps = window.mask.sum()
-    return {'count': steps, 'loss': jnp.where(steps > 0, steps.astype(jnp.float32) * function(outputs, targets, window), 0)}
+    weight = steps.astype(jnp.float32)
+    return {'count': steps, 'loss': jnp.where(steps > 0, weight * function(outputs, targets, window), 0)}
+
+  def check(targets: Any, valid: np.ndarray) -> None:
+    if measure is None:
+      _is_terminal(terminal, targets, *valid.shape)
 
   return Loss(
     init=lambda num_windows: (),
     apply=lambda outputs, targets, window, loss_state: (function(outputs, targets, window), loss_state),
-    measure=measure or mean,
+    measure=measure or default_measure,
+    check=check,
+    terminal=bool(terminal),
   )
+
+
+def _is_terminal(terminal: bool | None, targets: Any, num_steps: int, batch_size: int) -> bool:
+  """Returns whether targets are one per sequence: as `terminal` says or, if that is None, as their shapes [B, ...] tell.
+
+  Raises:
+    ValueError: the shapes do not tell.
+  """
+  if terminal is not None:
+    return terminal
+  leaf_shapes = [np.shape(leaf) for leaf in jax.tree.leaves(targets)]
+  time_major = [shape[:2] == (num_steps, batch_size) for shape in leaf_shapes]
+  certain = num_steps != batch_size or not any(time_major)
+  if leaf_shapes and certain and all(time_major) == any(time_major):
+    return not any(time_major)
+  raise ValueError(
+    f'terminal=None expected targets whose shapes tell whether they have a time axis, for T={num_steps} and B={batch_size}: got '
+    f'{shapes(targets)}. Pass terminal=True (one target per sequence) or terminal=False (one per step), or a measure.'
+  )
+
+
+def _measure_last_steps(
+  function: Callable[[jax.Array, Any, Window], jax.Array], outputs: jax.Array, targets: Any, window: Window
+) -> Totals:
+  """Measures a function at the last step of the sequences that end in the window.
+
+  Args:
+    function: (outputs [1, B, ...], targets, window) -> scalar.
+    outputs: [S, B, ...].
+    targets: tree of arrays [B, ...] or [T, B, ...].
+    window: the window.
+  """
+  last_outputs = take_steps(outputs, window.last)
+  _, ended, _ = _progress(window, jnp.dtype(jnp.float32))
+  if not window.ragged:  # All sequences end together, so the function sees them together.
+    last_step = window._replace(size=1, masked=False, start=window.end - 1, mask=jnp.ones_like(window.mask[:1]))
+    value = function(last_outputs, targets, last_step)
+    count = jnp.sum(ended, dtype=jnp.int32)
+    return {'count': count, 'loss': jnp.where(count > 0, count.astype(jnp.float32) * value, 0)}
+
+  def value_of(row: jax.Array) -> jax.Array:
+    take = lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, row, 1, axis)
+    length = take(window.lengths, 0)
+    last_step = window._replace(
+      size=1, masked=False, start=length[0] - 1, end=length[0], lengths=length, mask=jnp.ones((1, 1), bool), axis=None
+    )
+    of_row = jax.tree.map(lambda leaf: take(leaf, int(_has_time_axis(leaf, window))), targets)
+    return function(take(last_outputs, 1), of_row, last_step)
+
+  return totals_where(ended, {'loss': jax.vmap(value_of)(jnp.arange(len(window.lengths)))})
+
+
+def _has_time_axis(leaf: jax.Array, window: Window) -> bool:
+  """Returns whether a leaf of terminal targets is [T, B, ...] for certain."""
+  num_steps, batch_size = window.num_steps, window.mask.shape[1]
+  return num_steps != batch_size and leaf.shape[:2] == (num_steps, batch_size)
 
 
 def means(totals: Totals) -> dict[str, float]:

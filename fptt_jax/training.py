@@ -313,7 +313,7 @@ def trainer(
     if not carry_hidden:
       # Rows may start differently: the whole batch's initial state is made here, and each device gets its rows of it.
       state = state._replace(hidden=_own(model.initial_state(batch_size)))
-    in_specs = (specs[0], batch_specs(batch, axis, loss.last_only))
+    in_specs = (specs[0], batch_specs(batch, axis, _targets_by_row(loss)))
     return jax.shard_map(run_windows, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False)(state, batch)
 
   def run_windows(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -343,7 +343,7 @@ def trainer(
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         return function(gather_shards(params, specs.params, axis), hidden, batch, key, others)
 
-      in_specs = (specs.params, specs.hidden, batch_specs(batch, axis, loss.last_only), PartitionSpec(), PartitionSpec())
+      in_specs = (specs.params, specs.hidden, batch_specs(batch, axis, _targets_by_row(loss)), PartitionSpec(), PartitionSpec())
       return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def share_prefix(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, _: Any) -> Hidden:
@@ -424,7 +424,7 @@ def trainer(
       return share_evaluate(params, batch, hidden, None)
     split = axis if batch_size % mesh.size == 0 else None  # Else each device does the whole.
     rows: Any = PartitionSpec(split)
-    in_specs = (PartitionSpec(), batch_specs(batch, split, loss.last_only), rows)
+    in_specs = (PartitionSpec(), batch_specs(batch, split, _targets_by_row(loss)), rows)
     run = lambda params, batch, hidden: share_evaluate(params, batch, hidden, split)
     return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=(PartitionSpec(), rows), check_vma=False)(
       params, batch, hidden
@@ -448,6 +448,11 @@ def trainer(
     return placed(state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden))
 
   return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), end_epoch)
+
+
+def _targets_by_row(loss: Loss) -> bool:
+  """Returns whether a loss is certain that its targets are [B, ...]."""
+  return loss.last_only or loss.terminal
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -638,7 +643,7 @@ def global_batch(batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: 
   devices = len(mesh.local_devices)
   if rows % devices:
     raise ValueError(f"a process's rows must be a multiple of its {devices} devices in the mesh, got {rows}.")
-  specs = batch_specs(one, axis, loss.last_only)
+  specs = batch_specs(one, axis, _targets_by_row(loss))
   for leaf, spec in zip(jax.tree.leaves(one.targets), jax.tree.leaves(specs.targets), strict=True):
     if leaf.shape[len(spec) - 1] != rows:
       raise ValueError(f'targets must be [B, ...], or [T, B, ...] for sequence losses, with B={rows}; got shape {leaf.shape}.')

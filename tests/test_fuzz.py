@@ -927,7 +927,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Kind], Callable[[Any], 
     check_loss,
   ),
   'sequence_classification': (losses.sequence_classification, dict(num_classes=whole(2, 5), accuracy=FLAG), check_loss),
-  'from_function': (losses.from_function, dict(function=CALLABLE, measure=optional(CALLABLE)), check_loss),
+  'from_function': (losses.from_function, dict(function=CALLABLE, measure=optional(CALLABLE), terminal=optional(FLAG)), check_loss),
   'means': (
     fptt_jax.means,
     dict(

@@ -1,11 +1,15 @@
 """Losses against the same formulas in NumPy, on numbers small enough to follow by hand."""
 
+import contextlib
+
 import chex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import problems
 import pytest
 
 import fptt_jax
@@ -380,11 +384,125 @@ def test_from_function_hands_over_what_it_gets():
   loss, place = losses.from_function(function), window(1, [0, 2, 5], [5, 3])
   assert loss.init(2) == ()
   assert loss.end_epoch(()) == ()
-  value, state = loss.apply(jnp.zeros((3, 2, 1)), 'anything', place, ())
-  totals = loss.measure(jnp.zeros((3, 2, 1)), 'anything', place)
+  targets = np.zeros((5, 2, 4))
+  value, state = loss.apply(jnp.zeros((3, 2, 1)), targets, place, ())
+  totals = loss.measure(jnp.zeros((3, 2, 1)), targets, place)
   assert (float(value), state) == (7, ())
   assert {key: float(total) for key, total in totals.items()} == {'count': 4, 'loss': 28}
-  assert seen == [((3, 2, 1), 'anything', 1)] * 2
+  assert [(shape, given is targets, k) for shape, given, k in seen] == [((3, 2, 1), True, 1)] * 2
+
+
+# Terminal losses of one's own: one target per sequence, which shapes may not tell.
+
+
+def last_error(outputs, targets, window):
+  """The mean absolute error of the last output; targets [B], [B, O], or a pair of them and weights [B]."""
+  targets, weights = targets if isinstance(targets, tuple) else (targets, 1.0)
+  error = jnp.abs(outputs[-1] - targets.reshape(len(targets), -1)).mean(-1)
+  return jnp.mean(weights * error)
+
+
+def evaluate_own(loss, model, batch, **options):
+  """Returns the evaluated mean 'loss' of a model at its first parameters."""
+  trainer = fptt_jax.trainer(model, loss, optax.sgd(0.1), method='tbptt', **options)
+  params = model.init(jax.random.key(0))
+  return fptt_jax.means(trainer.evaluate(params, batch)[0])['loss'], params
+
+
+def true_last_error(model, params, batch):
+  """Runs the model over each whole sequence and looks at the last output."""
+  lengths = np.full(batch.inputs.shape[1], len(batch.inputs)) if batch.lengths is None else batch.lengths
+  outputs = model.apply(params, model.initial_state(len(lengths)), jnp.asarray(batch.inputs), None, None)[1]
+  targets, weights = batch.targets if isinstance(batch.targets, tuple) else (batch.targets, np.ones(len(lengths)))
+  errors = [np.abs(outputs[end - 1, row] - targets[row]).mean() for row, end in enumerate(lengths)]
+  return np.mean(weights * np.array(errors))
+
+
+@pytest.mark.parametrize(
+  ('num_steps', 'shape', 'terminal', 'ragged', 'weighted'),
+  [
+    (7, (4,), None, False, False),
+    (7, (4,), None, True, True),
+    (4, (4,), None, True, False),
+    (1, (4,), None, False, True),
+    (7, (4, 3), None, False, True),
+    (4, (4, 4), True, False, False),
+    (4, (4, 4), True, True, True),
+  ],
+)
+def test_own_terminal_loss_is_evaluated_at_the_last_step(num_steps, shape, terminal, ragged, weighted):
+  """Also where B = T, in uneven windows, and at each sequence's own end."""
+  outputs = shape[1] if len(shape) > 1 else 1
+  model = problems.elman(out=outputs)
+  lengths = np.array([1, num_steps, (num_steps + 1) // 2, num_steps], np.int32) if ragged else None
+  targets = random(*shape, seed=1)
+  if weighted:
+    targets = (targets, np.array([1, 2, 3, 4], np.float32))
+  batch = fptt_jax.Batch(random(num_steps, 4, 2), targets, lengths)
+  loss = losses.from_function(last_error, terminal=terminal)
+  got, params = evaluate_own(loss, model, batch)
+  assert got == pytest.approx(true_last_error(model, params, batch), rel=1e-5)
+
+
+@pytest.mark.parametrize('ragged', [False, True])
+@pytest.mark.parametrize('num_steps', [4, 7])
+def test_own_terminal_loss_on_devices(num_steps, ragged):
+  """Each of two devices has its share of the rows, also where B = T = O."""
+  model = problems.elman(out=4)
+  lengths = np.array([1, 2, 3, 4], np.int32) if ragged else None
+  batch = fptt_jax.Batch(random(num_steps, 4, 2), random(4, 4, seed=1), lengths)
+  mesh = jax.sharding.Mesh(jax.devices('cpu')[:2], ('batch',))
+  got, params = evaluate_own(losses.from_function(last_error, terminal=True), model, batch, mesh=mesh)
+  assert got == pytest.approx(true_last_error(model, params, batch), rel=1e-5)
+
+
+def test_own_terminal_loss_sees_the_batch_together():
+  """A loss that is no mean over rows keeps its meaning where all sequences end together."""
+  spread = losses.from_function(lambda outputs, targets, window: outputs[-1].std())
+  model = problems.elman()
+  batch = fptt_jax.Batch(random(7, 4, 2), random(4, seed=1))
+  got, params = evaluate_own(spread, model, batch)
+  outputs = model.apply(params, model.initial_state(4), batch.inputs, None, None)[1]
+  assert got == pytest.approx(float(outputs[-1].std()), rel=1e-5)
+
+
+def test_own_loss_says_itself_that_it_is_a_mean_over_steps():
+  """`terminal=False` averages over steps, whatever the targets' shape."""
+  every_step = losses.from_function(
+    lambda outputs, targets, window: window.mean(jnp.abs(outputs[..., 0] - targets[None]), window.mask), terminal=False
+  )
+  model = problems.elman()
+  batch = fptt_jax.Batch(random(7, 4, 2), random(4, seed=1))
+  got, params = evaluate_own(every_step, model, batch)
+  outputs = model.apply(params, model.initial_state(4), batch.inputs, None, None)[1]
+  assert got == pytest.approx(float(jnp.abs(outputs[..., 0] - batch.targets[None]).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('num_steps', 'targets'),
+  [
+    (4, np.zeros((4, 4, 1), np.float32)),
+    (4, np.zeros((4, 4), np.float32)),
+    (7, (np.zeros(4, np.float32), np.zeros((7, 4), np.float32))),
+    (7, ()),
+  ],
+  ids=['B=T', 'B=T=O', 'mixed', 'none'],
+)
+def test_targets_whose_shapes_do_not_tell_are_refused(num_steps, targets):
+  """When the trainer looks at a batch, takes a step, or evaluates; with a measure of one's own nothing has to be told."""
+  function = lambda outputs, targets, window: outputs.mean()
+  batch = fptt_jax.Batch(np.zeros((num_steps, 4, 2), np.float32), targets)
+  measure = lambda outputs, targets, window: {'count': 1, 'loss': 2.0}
+  for loss, fails in ((losses.from_function(function), True), (losses.from_function(function, measure), False)):
+    trainer = fptt_jax.trainer(problems.elman(), loss, optax.sgd(0.1), method='tbptt')
+    state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
+    for call in (
+      lambda t=trainer: t.init(jax.random.key(0), batch),
+      lambda t=trainer, s=state: jax.eval_shape(t.step, s, batch),
+      lambda t=trainer, s=state: jax.eval_shape(t.evaluate, s.params, batch),
+    ):
+      with pytest.raises(ValueError, match='terminal=') if fails else contextlib.nullcontext():
+        call()
 
 
 def test_means_divide_by_the_count():
