@@ -22,6 +22,8 @@ from fptt_jax.checks import HUGE, MOST, TINY, as_number
 flags.disclaim_key_flags()
 
 
+PLACES = ('workdir', 'data_dir', 'coordinator', 'process_id')
+"""Flags that say where a process runs, which means nothing on another machine."""
 MOST_RUNS = 10_000
 """So many seeds or combinations of a grid are no slip of the pen."""
 
@@ -102,6 +104,27 @@ def _script() -> str:
   """The script's name: `python -m experiments.NAME` runs it again."""
   path = Path(sys.argv[0])
   return path.parent.name if path.stem == '__main__' else path.stem
+
+
+def command() -> str | None:
+  """The command that started this process, without the places of its machine.
+
+  Returns:
+    The command as a shell reads it; None where no script of this package was started.
+  """
+  spec = getattr(sys.modules['__main__'], '__spec__', None)
+  name = spec.name.removesuffix('.__main__') if spec else ''
+  if not name.startswith('experiments.'):
+    return None
+  kept: list[str] = []
+  is_value = False
+  for argument in sys.argv[1:]:
+    flag, equals, _ = argument.lstrip('-').partition('=')
+    is_place = argument.startswith('-') and flag in PLACES
+    if not is_place and not is_value:
+      kept.append(argument)
+    is_value = is_place and not equals
+  return shlex.join(['python', '-m', name, *kept])
 
 
 def _leave(text: str, code: int) -> NoReturn:

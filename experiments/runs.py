@@ -19,6 +19,7 @@ import math
 import os
 from pathlib import Path
 import platform
+import subprocess
 import time
 from typing import Any, NoReturn, TextIO
 
@@ -31,7 +32,7 @@ import orbax.checkpoint as ocp
 from tabulate import tabulate
 
 from experiments import processes
-from experiments.options import UserError
+from experiments.options import UserError, command
 import fptt_jax
 
 NO_SETTINGS = (
@@ -331,13 +332,22 @@ def write_summary(folder: Path, runs: list[dict[str, Any]], best: str | None = N
 
 
 def machine(*packages: str) -> dict[str, Any]:
-  """What this process runs on; versions of further packages, of those that are installed."""
+  """What this process is, and what it runs on.
+
+  Args:
+    *packages: packages whose versions are told, too, if they are installed.
+
+  Returns:
+    command and commit (None where they are not known), hardware, versions.
+  """
   devices = sorted({device.device_kind for device in jax.devices()})
   versions = {'python': platform.python_version(), 'fptt_jax': fptt_jax.__version__}
   for package in ('jax', 'jaxlib', 'flax', 'optax', 'numpy', *packages):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
   return {
+    'command': command(),
+    'commit': _commit(),
     'hardware': {
       'devices': devices,
       'number': len(jax.devices()),
@@ -347,6 +357,16 @@ def machine(*packages: str) -> dict[str, Any]:
     },
     'versions': versions,
   }
+
+
+def _commit() -> str | None:
+  """The revision of this code, '-dirty' if files differ; None outside a repository."""
+  describe_command = ['git', 'describe', '--always', '--dirty', '--exclude=*', '--abbrev=12']
+  try:
+    found = subprocess.run(describe_command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return found.stdout.strip()
 
 
 def _cpu() -> str | None:
