@@ -1,0 +1,67 @@
+"""Collects run folders into the committed results, and makes tables and plots of them.
+
+python -m experiments.results --collect=runs/table6-cpu --item=table6
+python -m experiments.results --tables
+python -m experiments.results --plots=runs/plots
+"""
+
+import dataclasses
+from pathlib import Path
+
+from experiments import options
+from experiments.options import check, option
+from experiments.results import plots, store, tables
+from experiments.results.collect import Origin, collect_folder, known_items
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to do; in this order where it is several things."""
+
+  collect: str = option('', 'run folder to take results from')
+  item: str = option('', 'the item that they belong to', ('', *known_items()))
+  series: str = option('', 'name of the runs that are compared together; default the scale')
+  scale: str = option('', 'scale of the runs; default what their reports say')
+  command: str = option('', 'how they were started; default what they recorded')
+  commit: str = option('', 'revision of the code; default what they recorded')
+  notes: str = option('', 'what a reader of the series has to know')
+  tables: bool = option(False, 'make the tables of README.md and docs/ anew')
+  plots: str = option('', 'folder to draw all plots into')
+
+  def __post_init__(self) -> None:
+    options.check_fields(self)
+    check(any((self.collect, self.tables, self.plots)), 'collect', '', 'given, or --tables or --plots')
+    check(bool(self.item) == bool(self.collect), 'item', self.item, 'given with --collect')
+    about = [field.name for field in dataclasses.fields(Origin)]
+    for name in about:
+      value = getattr(self, name)
+      check(bool(self.collect) or not value, name, value, 'left out without --collect')
+    for name in ('series', 'scale'):
+      value = getattr(self, name)
+      accepted = not value or store.NAME.fullmatch(value) is not None
+      check(accepted, name, value, 'letters, digits, dots, dashes and underscores')
+
+
+def pages(root: Path) -> list[Path]:
+  """All Markdown pages that may hold tables."""
+  return [root / 'README.md', *sorted((root / 'docs').rglob('*.md'))]
+
+
+def main(config: Config) -> None:
+  """Collects, then writes tables, then draws plots: what is asked for."""
+  root = Path(__file__).parents[2]
+  if config.collect:
+    names = [field.name for field in dataclasses.fields(Origin)]
+    origin = Origin(**{name: getattr(config, name) for name in names})
+    number = collect_folder(Path(config.collect), config.item, origin, store.FOLDER)
+    print(f'{number} rows of {config.collect} are in {config.item}.json')
+  if config.tables:
+    changed = tables.update_pages(pages(root))
+    print(f'tables changed in: {", ".join(str(page.relative_to(root)) for page in changed) or "none"}')
+  if config.plots:
+    drawn = [path for name in store.item_names() for path in plots.draw(name, Path(config.plots))]
+    print(f'{len(drawn)} plots are in {config.plots}')
+
+
+if __name__ == '__main__':
+  options.run(main, Config)
