@@ -56,8 +56,8 @@ class Origin:
 def collect_folder(folder: Path, name: str, origin: Origin, store_folder: Path) -> int:
   """Adds the runs and reports of a folder to an item, and saves the item.
 
-  A run that is there already is replaced where it went on. What did not change keeps
-  its source, so that collecting the same folder again changes nothing.
+  A run that is there already is replaced where it went on, and nothing else is. What
+  did not change keeps its source, so that collecting a folder again changes nothing.
 
   Args:
     folder: the run folder.
@@ -69,7 +69,8 @@ def collect_folder(folder: Path, name: str, origin: Origin, store_folder: Path) 
     How many rows the folder gave.
 
   Raises:
-    UserError: the folder holds no results, or its scale is not known.
+    UserError: the folder holds no results, its scale is not known, or the series has
+      other results of the same run.
   """
   if not folder.is_dir():
     raise UserError(f'--collect must be a run folder, got {folder}, which is none.')
@@ -94,12 +95,24 @@ def collect_folder(folder: Path, name: str, origin: Origin, store_folder: Path) 
 
 
 def merge(old: Row | None, new: Row, source_is_given: bool) -> Row:
-  """The newer one of two rows of one run, with the older source if nothing was measured since."""
+  """The newer one of two rows of one run, with the older source if nothing was measured since.
+
+  Raises:
+    UserError: they are two runs, neither of which goes on where the other one was.
+  """
   if old is None:
     return new
-  same = (old.numbers, old.curves, old.status) == (new.numbers, new.curves, new.status)
-  source = old.source if same and not source_is_given else new.source
-  return dataclasses.replace(new, source=source, notes=new.notes or old.notes)
+  new = dataclasses.replace(new, notes=new.notes or old.notes)
+  if (old.numbers, old.curves, old.status) == (new.numbers, new.curves, new.status):
+    return new if source_is_given else dataclasses.replace(new, source=old.source)
+  if old.status != 'unfinished' and not goes_on(old.curves, new.curves):
+    raise UserError(f'--series must be another name than {old.series}, which has other results of {old.line} ({old.run}).')
+  return new
+
+
+def goes_on(old: dict[str, list[Any]], new: dict[str, list[Any]]) -> bool:
+  """Whether curves begin with what was measured before."""
+  return bool(old) and all(new.get(name, [])[: len(values)] == values for name, values in old.items())
 
 
 def reported_scale(folder: Path, name: str) -> str:
@@ -235,7 +248,7 @@ def report_rows(folder: Path, name: str, series: str) -> Iterator[Row]:
       settings = {key: line[key] for key in columns_of_line if key in line}
       numbers = {key: value for key, value in line.items() if key not in settings}
       label = ', '.join(f'{key} {value}' for key, value in settings.items())
-      yield Row(series, kind, label, '', None, False, 'done', settings, source, numbers, curves)
+      yield Row(series, kind, label, '', None, None, 'done', settings, source, numbers, curves)
 
 
 def report_lines(report: dict[str, Any], folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:

@@ -40,7 +40,8 @@ class Row:
     line: the name of the configuration, as the table shows it.
     run: the name of the run within its line; empty in a study.
     seed: the run's seed; None in a study.
-    tuned: whether the rate was chosen among several by validation scores.
+    tuned: whether the rate was chosen among several by validation scores; None in a
+      study.
     status: one of `STATUSES`.
     settings: what makes the run what it is, but for its seed.
     source: command, commit, hardware and versions.
@@ -54,7 +55,7 @@ class Row:
   line: str
   run: str
   seed: int | None
-  tuned: bool
+  tuned: bool | None
   status: str
   settings: dict[str, Any]
   source: dict[str, Any]
@@ -63,9 +64,9 @@ class Row:
   notes: str = ''
 
   @property
-  def key(self) -> tuple[str, str, str, str, str]:
+  def key(self) -> tuple[str, str, str, str]:
     """What tells the row from all others of its item."""
-    return (self.series, self.stage, self.line, self.run, digest(self.settings))
+    return (self.series, self.stage, self.line, self.run)
 
 
 @dataclasses.dataclass
@@ -126,10 +127,9 @@ def load(name: str, folder: Path = FOLDER) -> Item:
   rows = []
   for described in content['rows']:
     fields = dict(described)
-    settings_hash = fields.pop('settings')
-    key = (*(fields[part] for part in ('series', 'stage', 'line', 'run')), settings_hash)
-    fields['settings'] = content['settings'][settings_hash]
+    fields['settings'] = content['settings'][fields['settings']]
     fields['source'] = content['sources'][fields['source']]
+    key = tuple(fields[part] for part in ('series', 'stage', 'line', 'run'))
     rows.append(Row(**fields, curves=curves.get(key, {})))
   return Item(name, content['series'], rows)
 

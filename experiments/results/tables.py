@@ -20,7 +20,7 @@ from experiments.options import UserError
 from experiments.results import store
 from experiments.results.store import Item, Row
 
-SCORES = (items.ERROR, items.ACCURACY, items.PERPLEXITY, items.BITS)
+SCORES = [value for value in vars(items).values() if isinstance(value, Score)]
 """What runs are measured by."""
 BLOCK = re.compile(r'<!-- table: ([^\n]+?) -->\n.*?<!-- end table -->', re.DOTALL)
 LONG = ('all_ms', 'check_ms')
@@ -122,7 +122,17 @@ def final_tables(name: str, scale: str, rows: Sequence[Row]) -> list[str]:
       lines.setdefault((row.line, store.digest(row.settings)), []).append(row)
     described = [final_line(score, found, entries.get(key[0])) for key, found in lines.items()]
     tables.append(markdown(described))
-  return tables
+  return [*tables, *unscored_tables(rows)]
+
+
+def unscored_tables(rows: Sequence[Row]) -> list[str]:
+  """What is known of the runs that no score measures, a line per run."""
+  table = [
+    {'run': row.run, 'line': row.line, 'status': row.status} | {name: shown(value) for name, value in row.numbers.items()}
+    for row in rows
+    if score_of(row) is None
+  ]
+  return [markdown(table)] if table else []
 
 
 def final_line(score: Score, rows: Sequence[Row], entry: items.Entry | None) -> dict[str, str]:
