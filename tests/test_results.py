@@ -315,6 +315,22 @@ def test_commands_of_no_meaning_are_refused(given_settings: dict[str, Any], mess
     command.Config(**given_settings)
 
 
+def test_the_command_collects_and_makes_tables(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """What was asked for is done and said; tables that are as they should be are left alone."""
+  write_run(tmp_path / 'run', 'fptt-seed0', [0.5])
+  out = tmp_path / 'out'
+  out.mkdir()
+  monkeypatch.setattr(store, 'FOLDER', out)
+  command.main(command.Config(collect=str(tmp_path / 'run'), item='fig1', scale='short', notes='A note.'))
+  assert store.load('fig1', out).series == {'short': {'scale': 'short', 'notes': 'A note.'}}
+  monkeypatch.undo()
+  command.main(command.Config(tables=True))
+  printed = capsys.readouterr().out.splitlines()
+  assert printed == [f'1 rows of {tmp_path / "run"} are in fig1.json', 'tables changed in: none']
+
+
 def test_tables_are_put_between_their_markers() -> None:
   """What stands around them stays; a marker without results is named."""
   text = 'Before.\n<!-- table: fig1/full -->\nold\n<!-- end table -->\nAfter.\n'
