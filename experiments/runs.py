@@ -9,7 +9,7 @@ WORKDIR/NAME/result.json   what this run came to; there when it has ended
 WORKDIR/summary.json       what came out, and on which machine
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -415,7 +415,7 @@ def report(
 
 def plot_curves(
   path: Path,
-  curves: dict[str, Sequence[tuple[list[float], list[float]]]],
+  curves: Mapping[str, Sequence[tuple[list[float], list[float]]]],
   xlabel: str,
   ylabel: str,
   lines: dict[str, float],

@@ -106,7 +106,7 @@ def merge(old: Row | None, new: Row, source_is_given: bool) -> Row:
   if (old.numbers, old.curves, old.status) == (new.numbers, new.curves, new.status):
     return new if source_is_given else dataclasses.replace(new, source=old.source)
   if old.status != 'unfinished' and not goes_on(old.curves, new.curves):
-    raise UserError(f'--series must be another name than {old.series}, which has other results of {old.line} ({old.run}).')
+    raise UserError(f'--series must be another name than {old.series}, which has other results of {old.line} {old.run}.')
   return new
 
 
@@ -255,11 +255,12 @@ def report_lines(report: dict[str, Any], folder: Path) -> Iterator[tuple[dict[st
   """The lines of a report, each with its curves, which are in files of their own."""
   for line in report.get('lines', ()):
     path = folder / f'{line.get("run")}-{report.get("scale")}.json'
-    yield line, columns(runs.read_json(path)) if path.exists() else {}
+    along: Any = runs.read_json(path) if path.exists() else []
+    yield line, columns(along)
   for varied, lines in report.get('growth', {}).items():
     for line in lines:
       yield {'varied': varied, **line}, {}
-  fitted = {name: report[name] for name in ('exponents', 'C') if name in report}
+  fitted: dict[str, Any] = {name: report[name] for name in ('exponents', 'C') if name in report}
   if fitted:
     yield {'varied': 'fit', **fitted}, {}
 
