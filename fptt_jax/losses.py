@@ -219,7 +219,8 @@ def terminal_classification(
 
   CE is the cross-entropy of the prediction P̂ against the label, Div = -Σ_c Q(c) log P̂(c) keeps P̂ close to an earlier
   estimate Q of it ("our estimate in last training epoch"), summed over the classes. t is the window's last valid step; in a
-  ragged batch β = t/length_i, sequences that ended in an earlier window contribute nothing and the mean is over the others.
+  ragged batch β = t/length_i, sequences without a valid step in the window contribute nothing and the mean is over the others.
+  Under a mask only valid steps are counted, by t and by length_i: β is that of the sequence without its masked steps.
   The last window of a sequence has β = 1, so with K = 1 this is plain cross-entropy.
 
   Args:
@@ -310,9 +311,9 @@ def terminal_classification(
 
   def check(targets: Any, valid: np.ndarray) -> None:
     labels, ids = _labels_and_ids(targets, by_example, valid.shape[1])
-    _check_integers('labels', labels, valid[0], num_classes)
+    _check_integers('labels', labels, valid.any(0), num_classes)
     if num_examples is not None:
-      _check_integers('example ids', ids, valid[0], num_examples)
+      _check_integers('example ids', ids, valid.any(0), num_examples)
 
   return Loss(init, apply, measure, end_epoch, check, last_only=True)
 
@@ -330,6 +331,8 @@ def terminal_regression() -> Loss:
     if targets.ndim not in (1, 2) or targets.shape[0] != window.mask.shape[1]:
       raise ValueError(f'terminal_regression expected targets [B] or [B, O] with B={window.mask.shape[1]}, got {targets.shape}.')
     expected = targets.reshape(targets.shape[0], -1)
+    if window.masked:  # A sequence without valid steps may have NaN as its target, which would come back as a NaN gradient.
+      expected = jnp.where(window.active[:, None], expected, 0)
     predicted = _last_outputs(outputs, window, expected.shape[-1])
     return jnp.mean(jnp.square(predicted - expected), axis=-1)
 
@@ -343,7 +346,7 @@ def terminal_regression() -> Loss:
     return totals_where(_progress(window, squared.dtype)[1], {'loss': squared})
 
   def check(targets: Any, valid: np.ndarray) -> None:
-    _check_floats('targets', targets, valid[0])
+    _check_floats('targets', targets, valid.any(0))
 
   return Loss(lambda num_windows: (), apply, measure, check=check, last_only=True)
 
@@ -413,11 +416,9 @@ def _mean_of_steps(per_step: Callable[[jax.Array, Any], dict[str, jax.Array]], c
 
 
 def _progress(window: Window, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Of each sequence [B]: is it active in the window, does it end there, and β = t/length_i at its last valid step t."""
-  active = window.lengths > window.start
-  ended = active & (window.lengths <= window.end)
-  t = jnp.minimum(window.lengths, window.end)
-  return active, ended, t.astype(dtype) / jnp.maximum(window.lengths, 1).astype(dtype)
+  """Of each sequence [B]: is it active in the window, does it end there, and β = t/length_i, of valid steps alone."""
+  beta = window.seen.astype(dtype) / jnp.maximum(window.lengths, 1).astype(dtype)
+  return window.active, window.ended, beta
 
 
 def _last_outputs(outputs: jax.Array, window: Window, features: int) -> jax.Array:
@@ -473,6 +474,8 @@ def _check_integers(name: str, values: Any, valid: np.ndarray, limit: int) -> No
   values = np.asarray(values)
   if values.shape != valid.shape:
     raise ValueError(f'{name} must have shape {valid.shape}, got {values.shape}.')
+  if not valid.any():
+    return
   low, high = int(values[valid].min()), int(values[valid].max())
   if low < 0 or high >= limit:
     raise ValueError(f'{name} must lie in 0..{limit - 1}, got values from {low} to {high}.')

@@ -31,9 +31,15 @@ def batch_specs(batch: Any, axis: str | None, terminal: bool) -> Any:
   """How a `fptt_jax.Batch` is split by rows; targets are [B, ...] for terminal tasks, else [T, B, ...] where their shape allows."""
   rows: Any = PartitionSpec(axis)
   columns: Any = PartitionSpec(None, axis)
-  time_major = lambda x: not terminal and jnp.shape(x)[:2] == jnp.shape(batch.inputs)[:2]
+  num_steps_and_rows = jnp.shape(jax.tree.leaves(batch.inputs)[0])[:2]
+  time_major = lambda x: not terminal and jnp.shape(x)[:2] == num_steps_and_rows
   targets = jax.tree.map(lambda x: columns if time_major(x) else rows, batch.targets)
-  return batch._replace(inputs=columns, targets=targets, lengths=None if batch.lengths is None else rows)
+  return batch._replace(
+    inputs=jax.tree.map(lambda _: columns, batch.inputs),
+    targets=targets,
+    lengths=None if batch.lengths is None else rows,
+    mask=None if batch.mask is None else columns,
+  )
 
 
 def shard_specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -32,7 +32,7 @@ from fptt_jax.losses import Loss, LossState, Totals
 from fptt_jax.methods import METHODS, Method, Plan, plan
 from fptt_jax.sharding import batch_specs, gather_shards, mean_over_devices, named, place, shard_specs, sum_over_devices
 from fptt_jax.transformation import find_states, lambda_norm
-from fptt_jax.windows import Window, Windows, cut, window_at
+from fptt_jax.windows import ValidSteps, Window, Windows, cut, valid_steps, window_at
 
 Params = Any
 Hidden = Any
@@ -42,14 +42,82 @@ class Batch(NamedTuple):
   """A batch of sequences, time-major.
 
   Attributes:
-    inputs: [T, B, ...], float features or int tokens.
+    inputs: [T, B, ...], float features or int tokens; or a tree of such arrays (tokens and features together, say), which the model
+      is given as a tree, each array cut to the window.
     targets: whatever the loss takes: [B] or [B, O] for terminal tasks, [T, B] or [T, B, O] for sequence-to-sequence ones.
-    lengths: int [B], valid steps of each sequence, 1..T; None where all have T. What inputs hold past them is ignored.
+    lengths: int [B], valid steps of each sequence, 1..T; None where all have T. What inputs hold past them is ignored. An array
+      bool [T, B] in this place is taken as the mask.
+    mask: bool [T, B], which steps are valid: for padding in front, or holes. None where all before the sequence's end are; with
+      both, a step is valid that is valid by both. What inputs and targets hold at other steps is ignored.
+
+  A masked step leaves hidden state, loss and gradient alone: within a window, and in evaluation throughout, the numbers are those
+  of the sequence without it. A sequence ends at its last valid step. One without any valid step contributes nothing.
   """
 
-  inputs: jax.typing.ArrayLike
+  inputs: Any
   targets: Any
   lengths: jax.typing.ArrayLike | None = None
+  mask: jax.typing.ArrayLike | None = None
+
+  @classmethod
+  def from_batch_major(
+    cls,
+    inputs: Any,
+    targets: Any,
+    lengths: jax.typing.ArrayLike | None = None,
+    mask: jax.typing.ArrayLike | None = None,
+    *,
+    targets_have_time: bool | None = None,
+  ) -> 'Batch':
+    """Makes a batch of arrays whose first axis is the batch's, by exchanging the first two axes.
+
+    Args:
+      inputs: [B, T, ...], or a tree of such arrays.
+      targets: [B] or [B, O], which are left as they are, or [B, T, ...]; or a tree of such arrays.
+      lengths: int [B] or None.
+      mask: bool [B, T] or None.
+      targets_have_time: whether targets are [B, T, ...]. It may be left out only where shapes leave no doubt: where no array of
+        them has T as its second axis.
+
+    Returns:
+      The time-major :class:`Batch`. NumPy arrays are not copied.
+
+    Raises:
+      ValueError: shapes that do not fit, or `targets_have_time` left out where an array [B, O] could have O = T.
+      TypeError: inputs or targets are no arrays.
+
+    Example:
+      >>> import numpy as np, fptt_jax
+      >>> batch = fptt_jax.Batch.from_batch_major(np.ones((8, 20, 1)), np.ones(8))
+      >>> batch.inputs.shape
+      (20, 8, 1)
+    """
+    swap = lambda x: x.swapaxes(0, 1)
+    leaf: Any
+    for path, leaf in jax.tree.leaves_with_path(inputs):
+      name = f'inputs{jax.tree_util.keystr(path)}'
+      if check_array(name, leaf).ndim < 2:
+        raise ValueError(f'{name} must be batch-major [B, T, ...], got shape {leaf.shape}.')
+    swapped = jax.tree.map(swap, inputs)
+    num_steps, batch_size = _check_inputs(swapped)
+    leaves = [check_array('targets', leaf) for leaf in jax.tree.leaves(targets)]
+    timed = [leaf.shape[:2] == (batch_size, num_steps) for leaf in leaves]
+    if targets_have_time is None:
+      if any(timed):
+        raise ValueError(
+          f'targets_have_time must be True or False for targets of shape {shapes(targets)}, whose second axis may be the T='
+          f'{num_steps} steps or as many outputs: got None.'
+        )
+    elif check_flag('targets_have_time', targets_have_time):
+      if not all(timed):
+        raise ValueError(f'targets with targets_have_time=True must be [B, T, ...], got shape {shapes(targets)}.')
+      targets = jax.tree.map(swap, targets)
+    if mask is not None:
+      rows: Any = check_array('mask', mask)
+      if rows.shape != (batch_size, num_steps):
+        raise ValueError(f'mask must have shape [B, T] = {(batch_size, num_steps)}, got {rows.shape}.')
+      mask = swap(rows)
+    return cls(swapped, targets, lengths, mask)
 
 
 class Penalised(NamedTuple):
@@ -211,7 +279,7 @@ def trainer(
 
   Returns:
     A :class:`Trainer`. Steps that a mask leaves out change neither state, loss nor gradient; a window in which no sequence of a
-    ragged batch is left changes nothing at all, parameters and optimiser included.
+    ragged batch has a valid step changes nothing at all, parameters and optimiser included.
 
   To start from weights of your own (imported ones, say), give them as the model's: `model._replace(init=lambda key: params)`.
 
@@ -266,6 +334,7 @@ def trainer(
     return windows
 
   def init(key: jax.Array, batch: Batch) -> TrainState:
+    batch = _with_mask(batch)
     num_steps, batch_size = _check_shapes(batch)
     _check_key(key)
     init_key, run_key = jax.random.split(key)
@@ -301,6 +370,7 @@ def trainer(
     return state if mesh is None else place(state, state_specs(state), mesh)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    batch = _with_mask(batch)
     _, batch_size = _check_shapes(batch)
     _check_type('state', state, TrainState)
     _check_state(state, jax.eval_shape(init, state.key, batch))
@@ -330,8 +400,9 @@ def trainer(
       _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the carried hidden state')
     else:
       hidden = _own(model.initial_state(batch_size))
-    if method.final_steps_only and batch.lengths is not None:
-      raise ValueError("method 'tbptt_final' differentiates the last steps before T and takes no ragged batch: got lengths.")
+    for field in ('lengths', 'mask'):
+      if method.final_steps_only and getattr(batch, field) is not None:
+        raise ValueError(f"method 'tbptt_final' differentiates the last steps before T and takes no ragged batch: got {field}.")
     specs = state_specs(state)
 
     def on_shares(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
@@ -348,7 +419,7 @@ def trainer(
 
     def share_prefix(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, _: Any) -> Hidden:
       """The hidden state before the first window."""
-      prefix = jnp.asarray(batch.inputs)[: windows.starts[0]]
+      prefix = jax.tree.map(lambda x: jnp.asarray(x)[: windows.starts[0]], batch.inputs)
       return model.apply(params, hidden, prefix, None, jax.random.fold_in(key, windows.num_windows))[0]
 
     def share_gradient(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, others: Any) -> tuple[Any, ...]:
@@ -367,15 +438,16 @@ def trainer(
     if windows.starts[0] > 0:
       start = on_shares(share_prefix, specs.hidden)(state.params, hidden, batch, key, ())
 
-    first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
-    longest = None
-    if batch.lengths is not None:
-      longest = jnp.max(jnp.asarray(batch.lengths))
-      longest = longest if outer is None else jax.lax.pmax(longest, outer)
+    valid, active = valid_steps(windows, batch_size, batch.lengths, batch.mask), None
+    if valid.ragged:
+      occupied = valid.occupied(windows)
+      if outer is not None:
+        occupied = jax.lax.pmax(occupied.astype(jnp.int32), outer) > 0
+      active = (occupied[updates.windows] & updates.records).any(1)
 
     def body(carry: tuple[Any, ...], per_update: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
       params, opt_state, hidden, loss_state = carry
-      step_rows, first = per_update
+      step_rows, active = per_update
       hidden = jax.lax.stop_gradient(start if updates.restarts else hidden)
 
       def inner_step(params: Params, opt_state: optax.OptState) -> tuple[Any, ...]:
@@ -395,8 +467,7 @@ def trainer(
       if inner_steps > 1:
         (new_params, new_opt_state), early = jax.lax.scan(early_step, (params, opt_state), length=inner_steps - 1)
       new_params, new_opt_state, seen, (new_hidden, new_loss_state, totals) = inner_step(new_params, new_opt_state)
-      if longest is not None:  # No sequence left: no update. By where: a cond would copy the carry.
-        active = longest > first
+      if active is not None:  # No valid step: no update. By where: a cond would copy the carry.
         new_params, new_opt_state = optax.tree.where(active, (new_params, new_opt_state), (params, opt_state))
       new, skip = (new_params, new_opt_state, new_hidden, new_loss_state), None
       if skip_nonfinite:
@@ -406,7 +477,7 @@ def trainer(
 
     carry = (state.params, state.opt_state, hidden, state.loss_state)
     rows = (jnp.asarray(updates.windows), jnp.asarray(updates.coefficients), jnp.asarray(updates.records))
-    (params, opt_state, hidden, loss_state), (values, norms, totals, skips) = jax.lax.scan(body, carry, (rows, first_window))
+    (params, opt_state, hidden, loss_state), (values, norms, totals, skips) = jax.lax.scan(body, carry, (rows, active))
     next_state = TrainState(
       params, opt_state, jax.lax.stop_gradient(hidden), loss_state, state.key, optax.safe_increment(state.step_count)
     )
@@ -415,6 +486,7 @@ def trainer(
     return next_state, StepMetrics(values, norms, totals, skipped, lambda_norm(opt_state))
 
   def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> tuple[Totals, Hidden]:
+    batch = _with_mask(batch)
     _, batch_size = _check_shapes(batch)
     check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
     if hidden is None:
@@ -432,10 +504,12 @@ def trainer(
 
   def share_evaluate(params: Params, batch: Batch, hidden: Hidden, axis: str | None) -> tuple[Totals, Hidden]:
     """Evaluation on one device's share of the batch, or all of it."""
-    windows = cut(_check_shapes(batch)[0])
+    num_steps, batch_size = _check_shapes(batch)
+    windows = cut(num_steps)
+    valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
 
     def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, Totals]:
-      hidden, (outputs, _), window = _run_window(model, loss, params, hidden, batch, windows, k, None, axis, readout_steps)
+      hidden, (outputs, _), window = _run_window(model, loss, params, hidden, batch, windows, valid, k, None, axis, readout_steps)
       return hidden, outputs.totals if isinstance(outputs, Judged) else loss.measure(outputs, batch.targets, window)
 
     hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.num_windows))
@@ -473,6 +547,7 @@ def _objective(
 ) -> Callable[..., tuple[jax.Array, tuple[Hidden, LossState, Totals]]]:
   """The scalar one update descends: the weighted losses of the windows it runs through, from a given hidden state."""
   factors = jnp.asarray(np.ones(windows.num_windows) if weights is None else weights)
+  valid = valid_steps(windows, _check_shapes(batch)[1], batch.lengths, batch.mask)
 
   def objective(
     params: Params, hidden: Hidden, loss_state: LossState, rows: tuple[jax.Array, jax.Array, jax.Array]
@@ -480,7 +555,9 @@ def _objective(
     def body(carry: tuple[Hidden, LossState], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
       hidden, loss_state = carry
       k, coefficient, record = row
-      hidden, (outputs, penalty), window = _run_window(model, loss, params, hidden, batch, windows, k, key, axis, readout_steps)
+      hidden, (outputs, penalty), window = _run_window(
+        model, loss, params, hidden, batch, windows, valid, k, key, axis, readout_steps
+      )
       if isinstance(outputs, Judged):
         (value, totals), new_loss_state = outputs, loss_state
       else:
@@ -513,6 +590,7 @@ def _run_window(
   hidden: Hidden,
   batch: Batch,
   windows: Windows,
+  valid: ValidSteps,
   k: jax.Array,
   key: jax.Array | None,
   axis: str | None,
@@ -523,17 +601,14 @@ def _run_window(
   The outputs are [S, B, ...], or [1, B, ...], those of each sequence's last valid step, where loss and model are content with them;
   where they are computed a few steps at a time, what the loss says of them is returned instead.
   """
-  inputs = jnp.asarray(batch.inputs)
-  num_steps, batch_size = inputs.shape[:2]
-  ragged = batch.lengths is not None
-  lengths = jnp.asarray(batch.lengths, jnp.int32) if ragged else jnp.full(batch_size, num_steps, jnp.int32)
-  window = window_at(windows, k, lengths, ragged, axis)
-  x, mask = window.slice(inputs), window.mask if window.masked else None
+  window = window_at(windows, k, valid, axis)
+  x = jax.tree.map(lambda leaf: window.slice(jnp.asarray(leaf)), batch.inputs)
+  mask, batch_size = window.mask if window.masked else None, window.mask.shape[1]
   key = None if key is None else jax.random.fold_in(key, k)
   split, per_step, steps = model.split, loss.per_step, windows.size
   at_once = steps
   if split is not None and per_step is not None:
-    at_once = _steps_at_once(split, params, hidden, x, mask, key, readout_steps)
+    at_once = _steps_at_once(split, params, hidden, x, mask, key, windows.size, readout_steps)
   if loss.last_only and model.apply_last is not None:
     steps = 1
     new_hidden, outputs = model.apply_last(params, hidden, x, mask, key, window.last)
@@ -546,8 +621,8 @@ def _run_window(
   check_array('the outputs that model.apply returns', outputs)
   if outputs.shape[:2] != (steps, batch_size):
     raise ValueError(f'the model must return outputs [S, B, ...] = {(steps, batch_size)} + features, got shape {outputs.shape}.')
-  if penalty is not None and penalty.shape != x.shape[:2]:
-    raise ValueError(f'the penalty that model.apply returns must be [S, B] = {x.shape[:2]}, got shape {penalty.shape}.')
+  if penalty is not None and penalty.shape != window.mask.shape:
+    raise ValueError(f'the penalty that model.apply returns must be [S, B] = {window.mask.shape}, got shape {penalty.shape}.')
   if split is not None and per_step is not None and at_once < steps:
     judged = judge(split.readout, per_step, params, outputs, batch.targets, window, key, steps=at_once, evaluating=key is None)
     return new_hidden, (judged, penalty), window
@@ -555,14 +630,22 @@ def _run_window(
 
 
 def _steps_at_once(
-  split: Split, params: Params, hidden: Hidden, x: jax.Array, mask: jax.Array | None, key: jax.Array | None, given: int | None
+  split: Split,
+  params: Params,
+  hidden: Hidden,
+  x: Any,
+  mask: jax.Array | None,
+  key: jax.Array | None,
+  num_steps: int,
+  given: int | None,
 ) -> int:
   """How many of a window's S steps to read out at a time: as `given`, or by size."""
-  num_steps = x.shape[0]
   if given is None and jax.default_backend() != 'cpu':
     return num_steps
   shape: Any = jax.eval_shape(split.features, params, hidden, x, mask, key)[1]
   features: Any = shape.outputs if isinstance(shape, Penalised) else shape
+  if not isinstance(features, jax.ShapeDtypeStruct):  # All layers are the readout: these are the inputs, a tree.
+    return num_steps
   if not jnp.issubdtype(features.dtype, jnp.floating):  # Tokens: there is no gradient with respect to them.
     return num_steps
   return steps_at_once(split.readout, params, features, key) if given is None else min(given, num_steps)
@@ -576,9 +659,10 @@ def check_batch(batch: Batch, loss: Loss) -> None:
     loss: the loss whose targets the batch holds.
 
   Raises:
-    ValueError: NaN or infinite inputs before a sequence's end, lengths outside 1..T, labels outside 0..C-1, wrong shapes.
+    ValueError: NaN or infinite inputs at valid steps, lengths outside 1..T, labels outside 0..C-1, wrong shapes.
     TypeError: labels or lengths that are not integers, targets that are not floating point, arrays that are traced or abstract.
   """
+  batch = _with_mask(batch)
   num_steps, batch_size = _check_shapes(batch)
   _check_type('loss', loss, Loss)
   if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(batch)):
@@ -589,11 +673,14 @@ def check_batch(batch: Batch, loss: Loss) -> None:
     if lengths.min() < 1 or lengths.max() > num_steps:
       raise ValueError(f'lengths must lie in 1..T={num_steps}, got values from {lengths.min()} to {lengths.max()}.')
     valid = np.arange(num_steps)[:, None] < lengths
-  inputs = np.asarray(batch.inputs)
-  if jnp.issubdtype(inputs.dtype, jnp.floating) and not np.isfinite(inputs[valid]).all():
-    bad = np.argwhere(~np.isfinite(inputs.reshape(num_steps, batch_size, -1)).all(-1) & valid)
-    place = tuple(bad[0].tolist())
-    raise ValueError(f'inputs must be finite, got NaN or infinity in {len(bad)} places, the first at (step, row) {place}.')
+  if batch.mask is not None:
+    valid = valid & np.asarray(batch.mask)
+  for path, leaf in jax.tree.leaves_with_path(batch.inputs):
+    inputs = np.asarray(leaf)
+    if jnp.issubdtype(inputs.dtype, jnp.floating) and not np.isfinite(inputs[valid]).all():
+      bad = np.argwhere(~np.isfinite(inputs.reshape(num_steps, batch_size, -1)).all(-1) & valid)
+      name, place = f'inputs{jax.tree_util.keystr(path)}', tuple(bad[0].tolist())
+      raise ValueError(f'{name} must be finite, got NaN or infinity in {len(bad)} places, the first at (step, row) {place}.')
   loss.check(batch.targets, valid)
 
 
@@ -639,6 +726,9 @@ def global_batch(batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: 
     if len(lengths) != 1 or 0 in lengths:
       raise ValueError(f'with stacked=True all arrays must have a leading axis of one length N >= 1, got {shapes(batch)}.')
     one = jax.tree.map(lambda x: x[0], batch)
+  one = _with_mask(one)
+  if one.mask is not None and batch.mask is None:
+    batch = batch._replace(lengths=None, mask=batch.lengths)
   _, rows = _check_shapes(one)
   devices = len(mesh.local_devices)
   if rows % devices:
@@ -765,27 +855,53 @@ def _check_shapes(batch: Batch) -> tuple[int, int]:
   """(T, B) of a batch, after checking what shapes and dtypes alone can tell."""
   if not isinstance(batch, Batch):
     raise TypeError(f'batch must be a fptt_jax.Batch(inputs, targets, lengths=None), got {type(batch).__name__}.')
-  inputs = check_array('inputs', batch.inputs)
-  shape = inputs.shape
-  if len(shape) < 2:
-    raise ValueError(f'inputs must be time-major [T, B, ...], got shape {shape}.')
-  num_steps, batch_size = shape[:2]
-  if num_steps < 1 or batch_size < 1:
-    raise ValueError(f'inputs need at least one step and one sequence, got an empty batch [T, B, ...] = {shape}.')
-  if not (jnp.issubdtype(inputs.dtype, jnp.floating) or jnp.issubdtype(inputs.dtype, jnp.integer)):
-    raise TypeError(f'inputs must be floating point (features) or integers (tokens), got {inputs.dtype}.')
+  num_steps, batch_size = _check_inputs(batch.inputs)
   if batch.lengths is not None:
     lengths = check_array('lengths', batch.lengths)
     if lengths.shape != (batch_size,):
-      raise ValueError(f'lengths must have shape [B] = ({batch_size},), got {lengths.shape}.')
+      raise ValueError(
+        f'lengths must have shape [B] = ({batch_size},), or be a mask bool [T, B]; got {lengths.dtype}{list(lengths.shape)}.'
+      )
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
       raise TypeError(f'lengths must be integers, got {lengths.dtype}.')
+  if batch.mask is not None:
+    mask = check_array('mask', batch.mask)
+    if mask.shape != (num_steps, batch_size) or mask.dtype != bool:
+      raise ValueError(f'mask must be bool [T, B] = bool{[num_steps, batch_size]}, got {mask.dtype}{list(mask.shape)}.')
   for leaf in jax.tree.leaves(batch.targets):
     if getattr(check_array('targets', leaf).dtype, 'kind', '') in tuple('OSUMm'):  # A dtype of keys has none.
       raise TypeError(f'targets must be numbers, got dtype {leaf.dtype}.')
     if batch_size not in leaf.shape[:2]:
       raise ValueError(f'targets must be [B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}; got shape {leaf.shape}.')
   return num_steps, batch_size
+
+
+def _check_inputs(inputs: Any) -> tuple[int, int]:
+  """(T, B) of a tree of inputs [T, B, ...], after checking that all its arrays agree in them."""
+  first: tuple[int, ...] | None = None
+  for path, leaf in jax.tree.leaves_with_path(inputs):
+    name = f'inputs{jax.tree_util.keystr(path)}'
+    shape = check_array(name, leaf).shape
+    if len(shape) < 2:
+      raise ValueError(f'{name} must be time-major [T, B, ...], got shape {shape}.')
+    if shape[0] < 1 or shape[1] < 1:
+      raise ValueError(f'{name} need at least one step and one sequence, got an empty batch [T, B, ...] = {shape}.')
+    if not (jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.issubdtype(leaf.dtype, jnp.integer)):
+      raise TypeError(f'{name} must be floating point (features) or integers (tokens), got {leaf.dtype}.')
+    first = first or shape[:2]
+    if shape[:2] != first:
+      raise ValueError(f'{name} must have the same [T, B] = {first} as the other inputs, got shape {shape}.')
+  if first is None:
+    raise ValueError(f'inputs must be an array [T, B, ...] or a tree of them, got {inputs!r}.')
+  return first[0], first[1]
+
+
+def _with_mask(batch: Batch) -> Batch:
+  """The batch with a mask that was given in the place of the lengths where it belongs."""
+  lengths: Any = batch.lengths if isinstance(batch, Batch) else None
+  if lengths is None or batch.mask is not None or getattr(lengths, 'ndim', 0) != 2 or lengths.dtype != bool:
+    return batch
+  return batch._replace(lengths=None, mask=lengths)
 
 
 def _check_hidden(got: Hidden, expected: Hidden, which: str) -> None:

@@ -79,11 +79,12 @@ class Window(NamedTuple):
     num_windows: K.
     num_steps: T.
     size: S.
-    ragged: whether sequences may end before T.
+    ragged: whether sequences may have masked steps: they end before T, or the batch has a mask.
     masked: whether any step of any window may be masked; False where all windows are even and the batch is not ragged.
     start: int32 [], the window's first step, counted from 0.
     end: int32 [], one past the window's last step.
-    lengths: int32 [B], valid steps of each whole sequence (T where the batch is not ragged).
+    lengths: int32 [B], number of valid steps of each whole sequence (T where the batch is not ragged).
+    seen: int32 [B], number of valid steps of each sequence up to the window's end.
     mask: bool [S, B], which steps of the window are real.
     axis: name of the mesh axis over which the batch is split, B being this device's share; None where it is whole.
   """
@@ -97,6 +98,7 @@ class Window(NamedTuple):
   start: jax.Array
   end: jax.Array
   lengths: jax.Array
+  seen: jax.Array
   mask: jax.Array
   axis: str | None = None
 
@@ -107,7 +109,7 @@ class Window(NamedTuple):
 
     Args:
       values: float [B] or [S, B].
-      where: bool of the same shape; may vary from row to row only where sequences end (`active`, `mask`).
+      where: bool of the same shape; may vary from row to row only in ragged batches (`active`, `ended`, `mask`).
     """
     return jnp.sum(values, where=where) / self.divisor(where, values.dtype)
 
@@ -127,11 +129,22 @@ class Window(NamedTuple):
     return sums if self.axis is None else jax.lax.psum(sums, self.axis)
 
   @property
+  def active(self) -> jax.Array:
+    """Whether each sequence has a valid step in the window, bool [B]."""
+    return self.mask.any(0)
+
+  @property
+  def ended(self) -> jax.Array:
+    """Whether each sequence has its last valid step in the window, bool [B]."""
+    return self.active & (self.seen == self.lengths)
+
+  @property
   def last(self) -> jax.Array | int:
-    """Each sequence's last valid step in the window, int32 [B]; the number S - 1 where nothing is masked."""
+    """Each sequence's last valid step in the window, int32 [B]; 0 without one, the number S - 1 where nothing is masked."""
     if not self.masked:
       return self.size - 1
-    return jnp.clip(jnp.minimum(self.lengths, self.end) - self.start - 1, 0, self.size - 1)
+    steps = jnp.arange(self.size, dtype=jnp.int32)[:, None]
+    return jnp.max(jnp.where(self.mask, steps, 0), axis=0)
 
   def slice(self, x: jax.Array) -> jax.Array:
     """The window's S steps of a time-major array [T, B, ...]; zero where `mask` is False.
@@ -158,11 +171,79 @@ def take_steps(x: jax.Array, step: jax.Array | int) -> jax.Array:
   return jnp.take_along_axis(x, step.reshape(1, -1, *[1] * (x.ndim - 2)), axis=0)
 
 
-def window_at(windows: Windows, k: jax.Array, lengths: jax.Array, ragged: bool = True, axis: str | None = None) -> Window:
-  """The `k`-th window of a batch with the given sequence `lengths` (int32 [B]); not `ragged` means that they are all T."""
+class ValidSteps(NamedTuple):
+  """Which steps of a batch are valid, and how many of them each window has.
+
+  Attributes:
+    lengths: int32 [B], number of valid steps of each sequence.
+    mask: bool [T, B], which steps are valid; None where these are the first `lengths`.
+    seen: int32 [K, B], number of valid steps up to the end of each window; None with `mask`.
+    ragged: whether any step may be masked.
+  """
+
+  lengths: jax.Array
+  mask: jax.Array | None
+  seen: jax.Array | None
+  ragged: bool
+
+  def occupied(self, windows: Windows) -> jax.Array:
+    """Whether any sequence has a valid step in each window, bool [K]."""
+    if self.seen is None:
+      return jnp.max(self.lengths) > jnp.asarray(windows.starts)
+    before = jnp.concatenate([jnp.zeros_like(self.seen[:1]), self.seen[:-1]])
+    return (self.seen > before).any(1)
+
+
+def valid_steps(
+  windows: Windows,
+  batch_size: int,
+  lengths: jax.typing.ArrayLike | None = None,
+  mask: jax.typing.ArrayLike | None = None,
+) -> ValidSteps:
+  """Counts the valid steps of a batch once, so that a window need not look at all of the mask.
+
+  Args:
+    windows: the windows of the sequence.
+    batch_size: B.
+    lengths: int [B], number of steps before each sequence's end; None means T.
+    mask: bool [T, B], which steps are valid; None means all before the end.
+  """
+  num_steps = int(windows.ends[-1])
+  ragged = lengths is not None or mask is not None
+  if lengths is None:
+    lengths = jnp.full(batch_size, num_steps, jnp.int32)
+  lengths = jnp.asarray(lengths, jnp.int32)
+  if mask is None:
+    return ValidSteps(lengths, None, None, ragged)
+  steps = jnp.arange(num_steps, dtype=jnp.int32)
+  mask = jnp.asarray(mask) & (steps[:, None] < lengths[None, :])
+  # Scattered into windows first: a running sum over all T steps would be an array [T, B] of integers.
+  window_of_step = np.repeat(np.arange(windows.num_windows), windows.ends - windows.starts)
+  counts = jnp.zeros((windows.num_windows, batch_size), jnp.int32).at[window_of_step].add(mask)
+  return ValidSteps(counts.sum(0), mask, jnp.cumsum(counts, axis=0), ragged)
+
+
+def window_at(windows: Windows, k: jax.Array, valid: ValidSteps, axis: str | None = None) -> Window:
+  """Returns the `k`-th window of a batch with the given valid steps."""
   start, end = jnp.asarray(windows.starts)[k], jnp.asarray(windows.ends)[k]
   steps = start + jnp.arange(windows.size, dtype=jnp.int32)
-  mask = (steps < end)[:, None] & (steps[:, None] < lengths[None, :])
-  masked = ragged or not windows.even
-  num_steps = int(windows.ends[-1])
-  return Window(k, windows.num_windows, num_steps, windows.size, ragged, masked, start, end, lengths, mask, axis)
+  if valid.mask is None or valid.seen is None:
+    mask = (steps < end)[:, None] & (steps[:, None] < valid.lengths[None, :])
+    seen = jnp.minimum(valid.lengths, end)
+  else:
+    mask = (steps < end)[:, None] & jax.lax.dynamic_slice_in_dim(valid.mask, start, windows.size, axis=0)
+    seen = valid.seen[k]
+  return Window(
+    k=k,
+    num_windows=windows.num_windows,
+    num_steps=int(windows.ends[-1]),
+    size=windows.size,
+    ragged=valid.ragged,
+    masked=valid.ragged or not windows.even,
+    start=start,
+    end=end,
+    lengths=valid.lengths,
+    seen=seen,
+    mask=mask,
+    axis=axis,
+  )

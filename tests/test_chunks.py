@@ -15,7 +15,7 @@ import pytest
 import fptt_jax
 from fptt_jax import chunks, losses, nn
 from fptt_jax.chunks import judge, steps_at_once
-from fptt_jax.windows import window_at
+from fptt_jax.windows import valid_steps, window_at
 
 T, B, D, H, V = 10, 4, 3, 5, 7
 RNG = np.random.default_rng(0)
@@ -113,7 +113,8 @@ def test_split_batches_and_members_too() -> None:
 def judged(readout: Any, per_step: Any, features: Any, targets: Any, steps: int) -> Any:
   """(value, gradients) of `judge`, with a mask, the weight being 2."""
   num_steps, batch_size = features.shape[:2]
-  window = window_at(fptt_jax.cut(num_steps, num_windows=1), jnp.int32(0), jnp.full(batch_size, num_steps))
+  windows = fptt_jax.cut(num_steps, num_windows=1)
+  window = window_at(windows, jnp.int32(0), valid_steps(windows, batch_size, jnp.full(batch_size, num_steps)))
 
   def run(weight: jax.Array, features: jax.Array) -> jax.Array:
     return judge(readout, per_step, {'used': weight, 'unused': weight}, features, targets, window, None, steps=steps).loss

@@ -14,7 +14,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import losses
-from fptt_jax.windows import window_at
+from fptt_jax.windows import valid_steps, window_at
 
 C = 3
 WITH_DIVERGENCE = ('class_ema', 'last_epoch', 'example', 'uniform')
@@ -37,6 +37,7 @@ def window(k: int, cuts: list[int], lengths: list[int]) -> fptt_jax.Window:
     start=number(cuts[k]),
     end=number(cuts[k + 1]),
     lengths=number(lengths),
+    seen=number(np.minimum(lengths, cuts[k + 1])),
     mask=jnp.asarray(mask),
   )
 
@@ -346,7 +347,7 @@ def test_totals_do_not_depend_on_the_windows(name, lengths, num_windows):
   outputs, windows = random(6, 2, C), fptt_jax.cut(6, num_windows=num_windows)
   sums = {}
   for k in range(num_windows):
-    place = window_at(windows, jnp.int32(k), jnp.asarray(lengths, jnp.int32))
+    place = window_at(windows, jnp.int32(k), valid_steps(windows, len(lengths), np.asarray(lengths)))
     measured = _measure(name, windows.size, place, outputs, targets)
     sums = {key: sums.get(key, 0) + float(total) for key, total in measured.items()}
   whole = window(0, [0, 6], lengths)
@@ -364,13 +365,13 @@ def _measure(name, size, place, outputs, targets):
   key = (name, size, place.num_windows)
   if key not in _COMPILED:
     _COMPILED[key] = jax.jit(
-      lambda k, start, end, lengths, mask, outputs, targets: loss.measure(
+      lambda k, start, end, lengths, seen, mask, outputs, targets: loss.measure(
         jax.lax.dynamic_slice_in_dim(outputs, start, size),
         targets,
-        place._replace(k=k, start=start, end=end, lengths=lengths, mask=mask),
+        place._replace(k=k, start=start, end=end, lengths=lengths, seen=seen, mask=mask),
       )
     )
-  return _COMPILED[key](place.k, place.start, place.end, place.lengths, place.mask, outputs, targets)
+  return _COMPILED[key](place.k, place.start, place.end, place.lengths, place.seen, place.mask, outputs, targets)
 
 
 def test_from_function_hands_over_what_it_gets():

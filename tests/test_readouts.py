@@ -84,7 +84,8 @@ def test_mixture_is_its_definition_and_serves_as_logits() -> None:
   p = (softmax(x @ weights['prior']['kernel'])[..., None] * experts).sum(-2)
   np.testing.assert_allclose(np.exp(log_p), p, rtol=1e-5)
   y, loss = words(1), fptt_jax.losses.sequence_classification(V)
-  window = fptt_jax.windows.window_at(fptt_jax.cut(S, num_windows=1), jnp.int32(0), jnp.full(B, S))
+  windows = fptt_jax.cut(S, num_windows=1)
+  window = fptt_jax.windows.window_at(windows, jnp.int32(0), fptt_jax.windows.valid_steps(windows, B, jnp.full(B, S)))
   nll = -np.log(np.take_along_axis(p, y[..., None], -1)).mean()
   assert loss.apply(log_p, jnp.asarray(y), window, ())[0] == pytest.approx(nll, rel=1e-5)
 

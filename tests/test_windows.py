@@ -14,6 +14,12 @@ from fptt_jax import windows as windows_lib
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
 
 
+def at(windows: fptt_jax.Windows, k: int | jax.Array, lengths: jax.Array | None) -> fptt_jax.Window:
+  """The k-th window of a batch with these lengths; None for two sequences of all T steps."""
+  batch_size = 2 if lengths is None else len(lengths)
+  return windows_lib.window_at(windows, jnp.int32(k), windows_lib.valid_steps(windows, batch_size, lengths))
+
+
 @st.composite
 def steps_and_windows(draw) -> tuple[int, int]:
   num_steps = draw(st.integers(1, 2000))
@@ -101,7 +107,7 @@ def test_masks_of_all_windows_sum_to_the_lengths(shape, data):
   windows = fptt_jax.cut(num_steps, num_windows=num_windows)
   seen = np.zeros((num_steps, 3), int)
   for k in range(num_windows):
-    window = windows_lib.window_at(windows, jnp.int32(k), jnp.asarray(lengths))
+    window = at(windows, k, jnp.asarray(lengths))
     chex.assert_shape(window.mask, (windows.size, 3))
     chex.assert_type(window.mask, bool)
     assert (int(window.start), int(window.end)) == (windows.starts[k], windows.ends[k])
@@ -115,9 +121,9 @@ def test_masks_of_all_windows_sum_to_the_lengths(shape, data):
 def test_window_is_the_same_under_a_traced_index():
   """k may be traced (a scan's counter): the window equals the one of the plain number."""
   windows, lengths = fptt_jax.cut(10, num_windows=4), jnp.array([10, 3], jnp.int32)
-  masks = jax.jit(jax.vmap(lambda k: windows_lib.window_at(windows, k, lengths).mask))(jnp.arange(4))
+  masks = jax.jit(jax.vmap(lambda k: at(windows, k, lengths).mask))(jnp.arange(4))
   for k in range(4):
-    np.testing.assert_array_equal(masks[k], windows_lib.window_at(windows, jnp.int32(k), lengths).mask)
+    np.testing.assert_array_equal(masks[k], at(windows, k, lengths).mask)
 
 
 def test_slice_cuts_the_windows_steps():
@@ -129,10 +135,10 @@ def test_slice_cuts_the_windows_steps():
   uneven = fptt_jax.cut(10, num_windows=4)
   expected = x[2:5].copy()
   expected[2, 1] = 0
-  np.testing.assert_array_equal(windows_lib.window_at(uneven, jnp.int32(1), lengths).slice(jnp.asarray(x)), expected)
-  short = windows_lib.window_at(uneven, jnp.int32(0), jnp.full(2, 10, jnp.int32), ragged=False).slice(jnp.asarray(x[:, 0:2, 0]))
+  np.testing.assert_array_equal(at(uneven, 1, lengths).slice(jnp.asarray(x)), expected)
+  short = at(uneven, 0, None).slice(jnp.asarray(x[:, 0:2, 0]))
   np.testing.assert_array_equal(short, [x[0, :, 0], x[1, :, 0], [0, 0]])
-  even = windows_lib.window_at(fptt_jax.cut(10, num_windows=5), jnp.int32(1), jnp.full(2, 10, jnp.int32), ragged=False)
+  even = at(fptt_jax.cut(10, num_windows=5), 1, None)
   assert not even.masked
   np.testing.assert_array_equal(even.slice(jnp.asarray(x)), x[2:4])
 
@@ -140,7 +146,7 @@ def test_slice_cuts_the_windows_steps():
 @pytest.mark.parametrize('shape', [(9, 2), (11, 2), (2, 10), (10, 3), (10,)])
 def test_slice_refuses_arrays_of_another_length(shape):
   """A shorter array's slice would be clamped, so silently shifted."""
-  window = windows_lib.window_at(fptt_jax.cut(10, num_windows=4), jnp.int32(1), jnp.full(2, 10, jnp.int32))
+  window = at(fptt_jax.cut(10, num_windows=4), 1, jnp.full(2, 10, jnp.int32))
   with pytest.raises(ValueError, match=r'expected a time-major array \[T, B, \.\.\.\] = \(10, 2\), got shape '):
     window.slice(jnp.zeros(shape))
   with pytest.raises(TypeError, match=r'what a window is cut out of, such as targets, must be an array, got NoneType\.'):

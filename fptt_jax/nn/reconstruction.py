@@ -77,7 +77,7 @@ class Reconstruction(nnx.Module):
   def __call__(
     self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
   ) -> tuple[Any, jax.Array | Penalised]:
-    """Runs a window; the valid steps of `mask` come first."""
+    """Runs a window."""
     x = check_inputs(self, x, self.in_features)
     if key is None:
       result: tuple[Any, jax.Array] = self.layer(state, x, mask, None)
@@ -90,13 +90,14 @@ class Reconstruction(nnx.Module):
     layer_key, anchor_key = jax.random.split(key)
     new_state, y = self.layer(state, x, mask, layer_key)
     valid = jnp.full(batch_size, num_steps) if mask is None else mask.sum(0)
-    error = jax.vmap(lambda k: self._error(state, x, valid, layer_key, k))(jax.random.split(anchor_key, self.anchors)).mean(0)
+    seen = x if mask is None else _valid_first(x, mask)
+    error = jax.vmap(lambda k: self._error(state, seen, valid, layer_key, k))(jax.random.split(anchor_key, self.anchors)).mean(0)
     counted = valid >= self.segment
     mean = jnp.sum(error, where=counted) / jnp.maximum(counted.sum(), 1).astype(error.dtype)
     return new_state, Penalised(y, jnp.full((num_steps, batch_size), self.weight * mean))
 
   def _error(self, state: Any, x: jax.Array, valid: jax.Array, layer_key: jax.Array, key: jax.Array) -> jax.Array:
-    """Mean squared error [B] of one sub-sequence each, seen from one anchor each."""
+    """Mean squared error [B] of one sub-sequence each, seen from one anchor each; the `valid` steps of x come first."""
     anchor_key, start_key, decoder_key = jax.random.split(key, 3)
     anchor = jax.random.randint(anchor_key, valid.shape, self.segment, jnp.maximum(valid, self.segment) + 1)
     start = jax.random.randint(start_key, valid.shape, 0, anchor - self.segment + 1)
@@ -106,3 +107,9 @@ class Reconstruction(nnx.Module):
     inputs = jnp.take_along_axis(x, steps[..., None], axis=0)
     _, y = self.decoder(anchored, inputs[:-1], None, decoder_key)
     return jnp.square(self.readout(y) - jax.lax.stop_gradient(inputs[1:])).mean((0, 2))
+
+
+def _valid_first(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Inputs [S, B, D] with each sequence's valid steps at its beginning, in their order."""
+  order = jnp.argsort(~mask, axis=0, stable=True)
+  return jnp.take_along_axis(x, order[..., None], axis=0)

@@ -150,7 +150,8 @@ class TemporalActivationPenalty(Stateless):
 
   The release applies it to the last recurrent layer's raw outputs, before their dropout. A window of S steps has S - 1 differences
   and the release takes their mean, while the trainer takes a penalty's mean over all valid steps: so the differences are weighed
-  by (valid steps) / (valid differences), S/(S-1) in a full window, and the first step has none.
+  by (valid steps) / (valid differences), S/(S-1) in a full window, and the first step has none. Across masked steps the difference
+  is to the last valid step before them.
 
   Args:
     beta: β >= 0.
@@ -169,8 +170,17 @@ class TemporalActivationPenalty(Stateless):
     if key is None:
       return state, x
     valid = jnp.ones(x.shape[:2], bool) if mask is None else mask
-    differences = jnp.pad(_mean_square(x[1:] - x[:-1]), ((1, 0), (0, 0)))
-    weight = valid.sum().astype(differences.dtype) / jnp.maximum(valid[1:].sum(), 1).astype(differences.dtype)
+    if mask is None:
+      before, counted = x[:-1], valid[1:]
+    else:
+      # The number of the last valid step up to each, -1 where there is none yet.
+      steps = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+      number = jax.lax.cummax(jnp.where(mask, steps, -1), axis=0)[:-1]
+      before = jnp.take_along_axis(x, jnp.maximum(number, 0)[..., None], axis=0)
+      counted = mask[1:] & (number >= 0)
+    squares = jnp.where(counted, _mean_square(x[1:] - before), 0)
+    differences = jnp.pad(squares, ((1, 0), (0, 0)))
+    weight = valid.sum().astype(differences.dtype) / jnp.maximum(counted.sum(), 1).astype(differences.dtype)
     return state, Penalised(x, self.beta * weight * differences)
 
 
