@@ -180,8 +180,17 @@ def _measure_last_steps(
   def value_of(row: jax.Array) -> jax.Array:
     take = lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, row, 1, axis)
     length = take(window.lengths, 0)
+    step = window.start + window.last[row]
     last_step = window._replace(
-      size=1, masked=False, start=length[0] - 1, end=length[0], lengths=length, mask=jnp.ones((1, 1), bool), axis=None
+      size=1,
+      masked=False,
+      start=step,
+      end=step + 1,
+      lengths=length,
+      seen=length,
+      active=jnp.ones(1, bool),
+      mask=jnp.ones((1, 1), bool),
+      axis=None,
     )
     of_row = jax.tree.map(lambda leaf: take(leaf, int(_has_time_axis(leaf, window))), targets)
     return function(take(last_outputs, 1), of_row, last_step)
@@ -311,9 +320,9 @@ def terminal_classification(
 
   def check(targets: Any, valid: np.ndarray) -> None:
     labels, ids = _labels_and_ids(targets, by_example, valid.shape[1])
-    _check_integers('labels', labels, valid.any(0), num_classes)
+    _check_integers('labels', labels, _rows(valid), num_classes)
     if num_examples is not None:
-      _check_integers('example ids', ids, valid.any(0), num_examples)
+      _check_integers('example ids', ids, _rows(valid), num_examples)
 
   return Loss(init, apply, measure, end_epoch, check, last_only=True)
 
@@ -346,7 +355,7 @@ def terminal_regression() -> Loss:
     return totals_where(_progress(window, squared.dtype)[1], {'loss': squared})
 
   def check(targets: Any, valid: np.ndarray) -> None:
-    _check_floats('targets', targets, valid.any(0))
+    _check_floats('targets', targets, _rows(valid))
 
   return Loss(lambda num_windows: (), apply, measure, check=check, last_only=True)
 
@@ -466,6 +475,11 @@ def _require_floats(name: str, values: jax.Array) -> None:
 def _require_features(outputs: jax.Array, features: int) -> None:
   if outputs.ndim != 3 or outputs.shape[-1] != features:
     raise ValueError(f'the loss expected model outputs of shape [S, B, {features}], got {outputs.shape}.')
+
+
+def _rows(valid: np.ndarray) -> np.ndarray:
+  """Which sequences have a valid step, bool [B], of bool [T, B]."""
+  return np.any(valid, axis=0, keepdims=True)[0]
 
 
 def _check_integers(name: str, values: Any, valid: np.ndarray, limit: int) -> None:

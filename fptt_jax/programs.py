@@ -77,7 +77,8 @@ def population(trainer: Trainer, *, own_batches: bool = False, mesh: jax.shardin
 
   Returns:
     A :class:`fptt_jax.Trainer`. `init` takes R keys, [R]; every leaf of the state, of the metrics, and of `evaluate`'s parameters,
-    totals and hidden state has a leading axis of length R. `evaluate` takes one batch for all. Values of batches are not looked at
+    totals and hidden state has a leading axis of length R. `evaluate` takes one batch for all, and so does `predict`, whose
+    outputs are [R, T, B, ...] (or [R, B, T, ...]). Values of batches are not looked at
     where each member has its own: see `fptt_jax.check_batch`.
 
     Members differ in a hyper-parameter that is in the optimiser's state: wrap what makes the optimiser in
@@ -149,12 +150,36 @@ def population(trainer: Trainer, *, own_batches: bool = False, mesh: jax.shardin
       check_members('hidden', hidden, number)
     return shared_out(jax.vmap(trainer.evaluate, in_axes=(0, None, 0)), (members, PartitionSpec(), members))(params, batch, hidden)
 
+  def predict(
+    params: Params,
+    inputs: Any,
+    lengths: jax.typing.ArrayLike | None = None,
+    mask: jax.typing.ArrayLike | None = None,
+    hidden: Hidden | None = None,
+    *,
+    batch_major: bool = False,
+    return_hidden: bool = False,
+  ) -> Any:
+    number = check_members('params', params)
+    if jax.tree.leaves(hidden):
+      check_members('hidden', hidden, number)
+    one = functools.partial(trainer.predict, batch_major=batch_major, return_hidden=return_hidden)
+    run = jax.vmap(one, in_axes=(0, None, None, None, 0))
+    shared: Any = PartitionSpec()
+    return shared_out(run, (members, shared, shared, shared, members))(params, inputs, lengths, mask, hidden)
+
   def end_epoch(state: TrainState) -> TrainState:
     check_members('state', state)
     result: TrainState = shared_out(jax.vmap(trainer.end_epoch), (members,))(state)
     return result
 
-  return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), jax.jit(end_epoch))
+  return Trainer(
+    init,
+    jax.jit(step, donate_argnums=0),
+    jax.jit(evaluate),
+    jax.jit(end_epoch),
+    jax.jit(predict, static_argnames=('batch_major', 'return_hidden')),
+  )
 
 
 def _check_trainer(trainer: Trainer) -> None:

@@ -30,9 +30,10 @@ from fptt_jax.chunks import Judged, judge, steps_at_once
 from fptt_jax.devices import check_divisible, one_axis
 from fptt_jax.losses import Loss, LossState, Totals
 from fptt_jax.methods import METHODS, Method, Plan, plan
+from fptt_jax.micro_batches import in_micro_batches
 from fptt_jax.sharding import batch_specs, gather_shards, mean_over_devices, named, place, shard_specs, sum_over_devices
 from fptt_jax.transformation import find_states, lambda_norm
-from fptt_jax.windows import ValidSteps, Window, Windows, cut, valid_steps, window_at
+from fptt_jax.windows import ValidSteps, Window, Windows, cut, valid_steps, window_at, write_window
 
 Params = Any
 Hidden = Any
@@ -92,6 +93,7 @@ class Batch(NamedTuple):
       >>> batch.inputs.shape
       (20, 8, 1)
     """
+    lengths, mask = _lengths_and_mask(lengths, mask)
     swap = lambda x: x.swapaxes(0, 1)
     leaf: Any
     for path, leaf in jax.tree.leaves_with_path(inputs):
@@ -199,6 +201,8 @@ class StepMetrics(NamedTuple):
     totals: what the loss measures, summed over the sequence; see `fptt_jax.means`.
     skipped: bool [U], the updates that `skip_nonfinite` left out; their loss and norm stand as they were seen.
     lambda_norm: float32 [], global norm of λ after the sequence, 0 without `fptt`.
+    outputs: [T, B, ...], the model's outputs as each window was first seen, before its update (in the last inner step), zeros at
+      masked steps; None unless the trainer was made with `return_outputs`.
   """
 
   loss: jax.Array
@@ -206,6 +210,7 @@ class StepMetrics(NamedTuple):
   totals: Totals
   skipped: jax.Array
   lambda_norm: jax.Array
+  outputs: jax.Array | None = None
 
 
 class Trainer(NamedTuple):
@@ -218,12 +223,18 @@ class Trainer(NamedTuple):
     evaluate: (params, batch, hidden=None) -> (totals, hidden), compiled, without dropout; `hidden` None starts from the model's
       initial state. Windows of about √T steps bound its memory, whatever the method.
     end_epoch: (state) -> state with the loss's end-of-epoch work done and the hidden state back at the start.
+    predict: (params, inputs, lengths=None, mask=None, hidden=None, *, batch_major=False, return_hidden=False) -> outputs
+      [T, B, ...] of all steps, compiled once for each shape, without dropout. Any T will do: windows of about √T steps bound the
+      memory beside the outputs. Inputs, lengths and mask are those of a :class:`Batch`; outputs at masked steps are 0. `hidden`
+      None starts from the model's initial state. With `batch_major`, inputs, mask and outputs are [B, T, ...]. With
+      `return_hidden` it returns (outputs, hidden), from which a next call goes on.
   """
 
   init: Callable[[jax.Array, Batch], TrainState]
   step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
   evaluate: Callable[..., tuple[Totals, Hidden]]
   end_epoch: Callable[[TrainState], TrainState]
+  predict: Callable[..., Any]
 
 
 def trainer(
@@ -242,6 +253,8 @@ def trainer(
   mesh: jax.sharding.Mesh | None = None,
   shard_params: bool = False,
   readout_steps: int | None = None,
+  return_outputs: bool = False,
+  micro_batches: int = 1,
 ) -> Trainer:
   """Builds the train step of a recurrent model, forward through time.
 
@@ -276,6 +289,14 @@ def trainer(
       and the loss a `per_step`. By default all of a window, unless on a CPU the readout would make an array of more than 32 MiB:
       then as many as make 10 MiB. It changes rounding, memory and time, which for large vocabularies both fall, and such an
       objective has no forward-mode derivative. A number of S or more: all.
+    return_outputs: put the model's outputs of all T steps into `StepMetrics.outputs`. It costs their memory, [T, B, ...], and the
+      readout of all steps, where otherwise a `last_only` loss needs a window's last one and `readout_steps` a few at a time (so it
+      does not go with that option). What dropout draws after the last recurrent layer may differ.
+    micro_batches: in how many parts a window's rows are run, one after the other, of which the batch size (each device's share of
+      it) must be a multiple. A window then needs about the memory of one part, beside the model's outputs, and one more forward
+      pass. Loss, gradient and metrics are the whole batch's, up to rounding, and there is one update, as without; dropout draws
+      other noise. Outputs with a `split` are read out S/micro_batches steps at a time unless `readout_steps` says otherwise.
+      Ragged batches do not go with models that return penalties.
 
   Returns:
     A :class:`Trainer`. Steps that a mask leaves out change neither state, loss nor gradient; a window in which no sequence of a
@@ -311,6 +332,10 @@ def trainer(
   weights, carry_hidden = _checked_weights(loss_weights), check_flag('carry_hidden', carry_hidden)
   skip_nonfinite, shard_params = check_flag('skip_nonfinite', skip_nonfinite), check_flag('shard_params', shard_params)
   readout_steps = _checked_readout_steps(readout_steps, model, loss)
+  micro_batches = check_size('micro_batches', micro_batches)
+  if check_flag('return_outputs', return_outputs) and readout_steps is not None:
+    raise ValueError(f'return_outputs=True keeps all steps and does not go with readout_steps, got readout_steps={readout_steps}.')
+  training_model = _in_parts(model, micro_batches)
 
   axis = None
   if mesh is not None:
@@ -354,9 +379,15 @@ def trainer(
       key=run_key,
       step_count=jnp.zeros([], jnp.int32),
     )
+    check_rows(batch_size)
+    return placed(state)
+
+  def check_rows(batch_size: int) -> None:
     if mesh is not None:
       check_divisible('the batch size B', batch_size, mesh)
-    return placed(state)
+    share = batch_size if mesh is None else batch_size // mesh.size
+    if share % micro_batches:
+      raise ValueError(f'micro_batches must divide the {share} rows of a batch (on each device), got {micro_batches}.')
 
   def state_specs(state: TrainState) -> Any:
     """How a state lies on the devices: the hidden state's rows with their sequences, all else on each, or in shards."""
@@ -374,10 +405,12 @@ def trainer(
     _, batch_size = _check_shapes(batch)
     _check_type('state', state, TrainState)
     _check_state(state, jax.eval_shape(init, state.key, batch))
+    check_rows(batch_size)
     if mesh is None:
       return run_windows(state, batch)
-    check_divisible('the batch size B', batch_size, mesh)
-    specs = (state_specs(state), PartitionSpec())
+    every: Any = PartitionSpec()
+    columns: Any = PartitionSpec(None, axis) if return_outputs else None
+    specs = (state_specs(state), StepMetrics(every, every, every, every, every, columns))
     if shard_params:
       return jax.lax.with_sharding_constraint(run_windows(state, batch), named(specs, mesh))
     if not carry_hidden:
@@ -405,7 +438,9 @@ def trainer(
         raise ValueError(f"method 'tbptt_final' differentiates the last steps before T and takes no ragged batch: got {field}.")
     specs = state_specs(state)
 
-    def on_shares(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+    columns: Any = PartitionSpec(None, axis)
+
+    def on_shares(function: Callable[..., Any], out_specs: Any, others_specs: Any) -> Callable[..., Any]:
       """A function of whole parameters and of one device's share of the rest as one of what lies on the devices."""
       if axis is None or not shard_params:
         return function
@@ -414,7 +449,7 @@ def trainer(
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         return function(gather_shards(params, specs.params, axis), hidden, batch, key, others)
 
-      in_specs = (specs.params, specs.hidden, batch_specs(batch, axis, _targets_by_row(loss)), PartitionSpec(), PartitionSpec())
+      in_specs = (specs.params, specs.hidden, batch_specs(batch, axis, _targets_by_row(loss)), PartitionSpec(), others_specs)
       return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def share_prefix(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, _: Any) -> Hidden:
@@ -424,35 +459,50 @@ def trainer(
 
     def share_gradient(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, others: Any) -> tuple[Any, ...]:
       """(objective, gradient, what came of the windows) of one update; the means over the devices, the totals to be summed."""
-      loss_state, rows, first_loss_state = others
-      objective = _objective(model, loss, batch, windows, updates, weights, first_loss_state, key, axis, readout_steps)
-      run = lambda p: objective(p, hidden, loss_state, rows)
-      (value, (hidden_next, loss_state, totals)), grads = jax.value_and_grad(run, has_aux=True)(params)
+      (loss_state, rows, first_loss_state), outputs = others
+      at_once = readout_steps
+      if micro_batches > 1 and at_once is None:
+        at_once = -(-windows.size // micro_batches)
+      objective = _objective(
+        training_model, loss, batch, windows, updates, weights, first_loss_state, key, axis, at_once, micro_batches
+      )
+      run = lambda p: objective(p, hidden, loss_state, rows, outputs)
+      (value, (hidden_next, loss_state, totals, outputs)), grads = jax.value_and_grad(run, has_aux=True)(params)
       value, grads = mean_over_devices((value, grads), (PartitionSpec(), specs.params), axis)
       if shard_params:
         totals = jax.tree.map(lambda t: t[None], totals)
-      return value, grads, (hidden_next, loss_state, totals)
+      return value, grads, (hidden_next, loss_state, totals, outputs)
 
-    gradient = on_shares(share_gradient, (PartitionSpec(), specs.params, (specs.hidden, PartitionSpec(), PartitionSpec(axis))))
+    gradient = on_shares(
+      share_gradient,
+      (PartitionSpec(), specs.params, (specs.hidden, PartitionSpec(), PartitionSpec(axis), columns)),
+      (PartitionSpec(), columns),
+    )
     start = hidden
     if windows.starts[0] > 0:
-      start = on_shares(share_prefix, specs.hidden)(state.params, hidden, batch, key, ())
+      start = on_shares(share_prefix, specs.hidden, PartitionSpec())(state.params, hidden, batch, key, ())
 
-    valid, active = valid_steps(windows, batch_size, batch.lengths, batch.mask), None
-    if valid.ragged:
-      occupied = valid.occupied(windows)
+    first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
+    valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
+    occupied, longest = valid.occupied(), None
+    if occupied is not None:
       if outer is not None:
         occupied = jax.lax.pmax(occupied.astype(jnp.int32), outer) > 0
-      active = (occupied[updates.windows] & updates.records).any(1)
+      occupied = (occupied[updates.windows] & updates.records).any(1)
+    elif valid.ragged:
+      longest = jnp.max(jnp.asarray(batch.lengths))
+      longest = longest if outer is None else jax.lax.pmax(longest, outer)
 
-    def body(carry: tuple[Any, ...], per_update: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def body(carried: tuple[Any, Any], per_update: tuple[Any, ...]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+      carry, outputs = carried
       params, opt_state, hidden, loss_state = carry
-      step_rows, active = per_update
+      step_rows, first, occupied = per_update
+      active = occupied if longest is None else longest > first
       hidden = jax.lax.stop_gradient(start if updates.restarts else hidden)
 
       def inner_step(params: Params, opt_state: optax.OptState) -> tuple[Any, ...]:
         """One optimiser step on this update's objective, always from the same hidden state."""
-        run = lambda p: gradient(p, hidden, batch, key, (loss_state, step_rows, state.loss_state))
+        run = lambda p: gradient(p, hidden, batch, key, ((loss_state, step_rows, state.loss_state), outputs))
         value, grads, aux = run(params)
         changes, opt_state = optimizer.update(
           grads, opt_state, params, value=value, grad_fn=lambda p: run(p)[1], inner_steps=inner_steps
@@ -466,24 +516,26 @@ def trainer(
       new_params, new_opt_state, early = params, opt_state, None
       if inner_steps > 1:
         (new_params, new_opt_state), early = jax.lax.scan(early_step, (params, opt_state), length=inner_steps - 1)
-      new_params, new_opt_state, seen, (new_hidden, new_loss_state, totals) = inner_step(new_params, new_opt_state)
+      new_params, new_opt_state, seen, (new_hidden, new_loss_state, totals, outputs) = inner_step(new_params, new_opt_state)
       if active is not None:  # No valid step: no update. By where: a cond would copy the carry.
         new_params, new_opt_state = optax.tree.where(active, (new_params, new_opt_state), (params, opt_state))
       new, skip = (new_params, new_opt_state, new_hidden, new_loss_state), None
       if skip_nonfinite:
         skip = ~_all_finite((seen, early, lambda_norm(new_opt_state)))
         new, totals = optax.tree.where(skip, (carry, optax.tree.zeros_like(totals)), (new, totals))
-      return new, (*seen, totals, skip)
+      return (new, outputs), (*seen, totals, skip)
 
     carry = (state.params, state.opt_state, hidden, state.loss_state)
     rows = (jnp.asarray(updates.windows), jnp.asarray(updates.coefficients), jnp.asarray(updates.records))
-    (params, opt_state, hidden, loss_state), (values, norms, totals, skips) = jax.lax.scan(body, carry, (rows, active))
+    outputs = _no_outputs(model, state.params, hidden, batch, windows.size) if return_outputs else None
+    (carry, outputs), (values, norms, totals, skips) = jax.lax.scan(body, (carry, outputs), (rows, first_window, occupied))
+    params, opt_state, hidden, loss_state = carry
     next_state = TrainState(
       params, opt_state, jax.lax.stop_gradient(hidden), loss_state, state.key, optax.safe_increment(state.step_count)
     )
     totals = sum_over_devices(jax.tree.map(lambda t: t.sum((0, 1) if shard_params else 0), totals), outer)
     skipped = jnp.zeros(len(values), bool) if skips is None else skips
-    return next_state, StepMetrics(values, norms, totals, skipped, lambda_norm(opt_state))
+    return next_state, StepMetrics(values, norms, totals, skipped, lambda_norm(opt_state), outputs)
 
   def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> tuple[Totals, Hidden]:
     batch = _with_mask(batch)
@@ -515,13 +567,47 @@ def trainer(
     hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.num_windows))
     return sum_over_devices(jax.tree.map(lambda t: t.sum(0), totals), axis), hidden
 
+  def predict(
+    params: Params,
+    inputs: Any,
+    lengths: jax.typing.ArrayLike | None = None,
+    mask: jax.typing.ArrayLike | None = None,
+    hidden: Hidden | None = None,
+    *,
+    batch_major: bool = False,
+    return_hidden: bool = False,
+  ) -> Any:
+    batch_major, return_hidden = check_flag('batch_major', batch_major), check_flag('return_hidden', return_hidden)
+    batch = Batch.from_batch_major(inputs, (), lengths, mask) if batch_major else Batch(inputs, (), lengths, mask)
+    batch = _with_mask(batch)
+    _, batch_size = _check_shapes(batch)
+    check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
+    if hidden is None:
+      hidden = model.initial_state(batch_size)
+    _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
+    run = lambda params, batch, hidden: _predict(model, params, batch, hidden)
+    if mesh is not None:
+      split = axis if batch_size % mesh.size == 0 else None  # Else each device does the whole.
+      rows: Any = PartitionSpec(split)
+      specs = (PartitionSpec(), batch_specs(batch, split, _targets_by_row(loss)), rows)
+      run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(None, split), rows), check_vma=False)
+    outputs, hidden = run(params, batch, hidden)
+    outputs = outputs.swapaxes(0, 1) if batch_major else outputs
+    return (outputs, hidden) if return_hidden else outputs
+
   def end_epoch(state: TrainState) -> TrainState:
     _check_type('state', state, TrainState)
     leaves = jax.tree.leaves(state.hidden)
     hidden = _own(model.initial_state(leaves[0].shape[0])) if leaves else state.hidden
     return placed(state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden))
 
-  return Trainer(init, jax.jit(step, donate_argnums=0), jax.jit(evaluate), end_epoch)
+  return Trainer(
+    init,
+    jax.jit(step, donate_argnums=0),
+    jax.jit(evaluate),
+    end_epoch,
+    jax.jit(predict, static_argnames=('batch_major', 'return_hidden')),
+  )
 
 
 def _targets_by_row(loss: Loss) -> bool:
@@ -531,6 +617,46 @@ def _targets_by_row(loss: Loss) -> bool:
 
 def _all_finite(tree: Any) -> jax.Array:
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _in_parts(model: Model, micro_batches: int) -> Model:
+  """The model as it is trained: its rows in parts, one after the other."""
+  if micro_batches == 1:
+    return model
+  apply_last, split = model.apply_last, model.split
+  if apply_last is not None:
+    apply_last = in_micro_batches(apply_last, micro_batches)
+  if split is not None:
+    split = split._replace(features=in_micro_batches(split.features, micro_batches))
+  return model._replace(apply=in_micro_batches(model.apply, micro_batches), apply_last=apply_last, split=split)
+
+
+def _no_outputs(model: Model, params: Params, hidden: Hidden, batch: Batch, size: int) -> jax.Array:
+  """Zeros [T, B, ...] in the place of what the model will return, in windows of `size` steps."""
+  x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:size], batch.inputs)
+  _, outputs = jax.eval_shape(lambda params, hidden, x: model.apply(params, hidden, x, None, None), params, hidden, x)
+  shape: Any = outputs.outputs if isinstance(outputs, Penalised) else outputs
+  return jnp.zeros((_check_inputs(batch.inputs)[0], *shape.shape[1:]), shape.dtype)
+
+
+def _predict(model: Model, params: Params, batch: Batch, hidden: Hidden) -> tuple[jax.Array, Hidden]:
+  """(outputs [T, B, ...], hidden state after them), in windows of about √T steps."""
+  num_steps, batch_size = _check_inputs(batch.inputs)
+  windows = cut(num_steps)
+  valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
+
+  def body(carry: tuple[Hidden, jax.Array], k: jax.Array) -> tuple[tuple[Hidden, jax.Array], None]:
+    hidden, sequence = carry
+    window = window_at(windows, k, valid)
+    x = jax.tree.map(lambda leaf: window.slice(jnp.asarray(leaf)), batch.inputs)
+    new_hidden, outputs = model.apply(params, hidden, x, window.mask if window.masked else None, None)
+    outputs = outputs.outputs if isinstance(outputs, Penalised) else outputs
+    _check_hidden(new_hidden, hidden, 'the hidden state that model.apply returns')
+    return (new_hidden, write_window(sequence, outputs, window)), None
+
+  start = (hidden, _no_outputs(model, params, hidden, batch, windows.size))
+  (hidden, outputs), _ = jax.lax.scan(body, start, jnp.arange(windows.num_windows))
+  return outputs, hidden
 
 
 def _objective(
@@ -544,19 +670,24 @@ def _objective(
   key: jax.Array,
   axis: str | None,
   readout_steps: int | None,
-) -> Callable[..., tuple[jax.Array, tuple[Hidden, LossState, Totals]]]:
+  micro_batches: int,
+) -> Callable[..., tuple[jax.Array, tuple[Hidden, LossState, Totals, jax.Array | None]]]:
   """The scalar one update descends: the weighted losses of the windows it runs through, from a given hidden state."""
   factors = jnp.asarray(np.ones(windows.num_windows) if weights is None else weights)
   valid = valid_steps(windows, _check_shapes(batch)[1], batch.lengths, batch.mask)
 
   def objective(
-    params: Params, hidden: Hidden, loss_state: LossState, rows: tuple[jax.Array, jax.Array, jax.Array]
-  ) -> tuple[jax.Array, tuple[Hidden, LossState, Totals]]:
-    def body(carry: tuple[Hidden, LossState], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-      hidden, loss_state = carry
+    params: Params,
+    hidden: Hidden,
+    loss_state: LossState,
+    rows: tuple[jax.Array, jax.Array, jax.Array],
+    sequence: jax.Array | None,
+  ) -> tuple[jax.Array, tuple[Hidden, LossState, Totals, jax.Array | None]]:
+    def body(carry: tuple[Any, ...], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+      hidden, loss_state, sequence = carry
       k, coefficient, record = row
       hidden, (outputs, penalty), window = _run_window(
-        model, loss, params, hidden, batch, windows, valid, k, key, axis, readout_steps
+        model, loss, params, hidden, batch, windows, valid, k, key, axis, readout_steps, whole=sequence is not None
       )
       if isinstance(outputs, Judged):
         (value, totals), new_loss_state = outputs, loss_state
@@ -570,15 +701,26 @@ def _objective(
       if not updates.records.all():
         new_loss_state = optax.tree.where(record, new_loss_state, loss_state)
         totals = jax.tree.map(lambda t: jnp.where(record, t, 0), totals)
+      if sequence is not None:
+        assert not isinstance(outputs, Judged)
+        recorded = None if updates.records.all() else record
+        sequence = write_window(sequence, jax.lax.stop_gradient(outputs), window, recorded)
       if penalty is not None:
+        if micro_batches > 1 and window.ragged:
+          raise ValueError(
+            f'micro_batches > 1 takes no ragged batches with a model that returns penalties, which may be means over the rows '
+            f'they see: got micro_batches={micro_batches} and lengths or a mask.'
+          )
         value += window.mean(penalty, window.mask).astype(value.dtype)
-      return (hidden, new_loss_state), ((coefficient * factors[k]).astype(value.dtype) * value, totals)
+      return (hidden, new_loss_state, sequence), ((coefficient * factors[k]).astype(value.dtype) * value, totals)
 
     if rows[0].shape[0] == 1:  # The usual case: one window an update, no inner loop.
-      carry, (value, totals) = body((hidden, loss_state), jax.tree.map(lambda r: r[0], rows))
-      return value, (*carry, totals)
-    carry, (values, totals) = jax.lax.scan(body, (hidden, loss_state), rows)
-    return values.sum(), (*carry, jax.tree.map(lambda t: t.sum(0), totals))
+      carry, (value, totals) = body((hidden, loss_state, sequence), jax.tree.map(lambda r: r[0], rows))
+      hidden, loss_state, sequence = carry
+      return value, (hidden, loss_state, totals, sequence)
+    carry, (values, totals) = jax.lax.scan(body, (hidden, loss_state, sequence), rows)
+    hidden, loss_state, sequence = carry
+    return values.sum(), (hidden, loss_state, jax.tree.map(lambda t: t.sum(0), totals), sequence)
 
   return objective
 
@@ -595,11 +737,12 @@ def _run_window(
   key: jax.Array | None,
   axis: str | None,
   readout_steps: int | None,
+  whole: bool = False,
 ) -> tuple[Hidden, tuple[jax.Array | Judged, jax.Array | None], Window]:
   """Runs the model through the `k`-th window: (hidden state after it, (outputs, penalty or None), the window).
 
   The outputs are [S, B, ...], or [1, B, ...], those of each sequence's last valid step, where loss and model are content with them;
-  where they are computed a few steps at a time, what the loss says of them is returned instead.
+  where they are computed a few steps at a time, what the loss says of them is returned instead. `whole` asks for all steps' ones.
   """
   window = window_at(windows, k, valid, axis)
   x = jax.tree.map(lambda leaf: window.slice(jnp.asarray(leaf)), batch.inputs)
@@ -607,9 +750,9 @@ def _run_window(
   key = None if key is None else jax.random.fold_in(key, k)
   split, per_step, steps = model.split, loss.per_step, windows.size
   at_once = steps
-  if split is not None and per_step is not None:
+  if split is not None and per_step is not None and not whole:
     at_once = _steps_at_once(split, params, hidden, x, mask, key, windows.size, readout_steps)
-  if loss.last_only and model.apply_last is not None:
+  if loss.last_only and model.apply_last is not None and not whole:
     steps = 1
     new_hidden, outputs = model.apply_last(params, hidden, x, mask, key, window.last)
   elif split is None or at_once == steps:
@@ -896,12 +1039,19 @@ def _check_inputs(inputs: Any) -> tuple[int, int]:
   return first[0], first[1]
 
 
+def _lengths_and_mask(lengths: Any, mask: Any) -> tuple[Any, Any]:
+  """Both in their places, if a mask was given in the place of the lengths."""
+  if mask is None and getattr(lengths, 'ndim', 0) == 2 and lengths.dtype == bool:
+    return None, lengths
+  return lengths, mask
+
+
 def _with_mask(batch: Batch) -> Batch:
   """The batch with a mask that was given in the place of the lengths where it belongs."""
-  lengths: Any = batch.lengths if isinstance(batch, Batch) else None
-  if lengths is None or batch.mask is not None or getattr(lengths, 'ndim', 0) != 2 or lengths.dtype != bool:
+  if not isinstance(batch, Batch):
     return batch
-  return batch._replace(lengths=None, mask=lengths)
+  lengths, mask = _lengths_and_mask(batch.lengths, batch.mask)
+  return batch._replace(lengths=lengths, mask=mask)
 
 
 def _check_hidden(got: Hidden, expected: Hidden, which: str) -> None:

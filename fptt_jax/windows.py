@@ -85,6 +85,7 @@ class Window(NamedTuple):
     end: int32 [], one past the window's last step.
     lengths: int32 [B], number of valid steps of each whole sequence (T where the batch is not ragged).
     seen: int32 [B], number of valid steps of each sequence up to the window's end.
+    active: bool [B], whether each sequence has a valid step in the window.
     mask: bool [S, B], which steps of the window are real.
     axis: name of the mesh axis over which the batch is split, B being this device's share; None where it is whole.
   """
@@ -99,6 +100,7 @@ class Window(NamedTuple):
   end: jax.Array
   lengths: jax.Array
   seen: jax.Array
+  active: jax.Array
   mask: jax.Array
   axis: str | None = None
 
@@ -127,11 +129,6 @@ class Window(NamedTuple):
   def total(self, sums: jax.Array) -> jax.Array:
     """Sums over the whole batch, given those over this device's share of it."""
     return sums if self.axis is None else jax.lax.psum(sums, self.axis)
-
-  @property
-  def active(self) -> jax.Array:
-    """Whether each sequence has a valid step in the window, bool [B]."""
-    return self.mask.any(0)
 
   @property
   def ended(self) -> jax.Array:
@@ -164,6 +161,27 @@ class Window(NamedTuple):
     return jnp.where(self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)), x, jnp.zeros([], x.dtype))
 
 
+def write_window(sequence: jax.Array, outputs: jax.Array, window: Window, record: jax.Array | None = None) -> jax.Array:
+  """Puts a window's outputs where they belong in those of the whole sequence; zeros at masked steps.
+
+  Windows must come in order: a window that is one step shorter also writes a zero into the step after it, over which the
+  next window writes.
+
+  Args:
+    sequence: [T, B, ...].
+    outputs: [S, B, ...].
+    window: the window they are of.
+    record: bool [], whether to write at all; None means yes.
+  """
+  if window.masked:
+    mask = window.mask.reshape(*window.mask.shape, *[1] * (outputs.ndim - 2))
+    outputs = jnp.where(mask, outputs, jnp.zeros([], outputs.dtype))
+  if record is not None:
+    before = jax.lax.dynamic_slice_in_dim(sequence, window.start, window.size, axis=0)
+    outputs = jnp.where(record, outputs, before)
+  return jax.lax.dynamic_update_slice_in_dim(sequence, outputs, window.start, axis=0)
+
+
 def take_steps(x: jax.Array, step: jax.Array | int) -> jax.Array:
   """One step of each sequence: x [S, B, ...] -> [1, B, ...], at `step`, an int or int [B]."""
   if isinstance(step, int):
@@ -177,7 +195,7 @@ class ValidSteps(NamedTuple):
   Attributes:
     lengths: int32 [B], number of valid steps of each sequence.
     mask: bool [T, B], which steps are valid; None where these are the first `lengths`.
-    seen: int32 [K, B], number of valid steps up to the end of each window; None with `mask`.
+    seen: int32 [K, B], number of valid steps up to the end of each window; None where `mask` is.
     ragged: whether any step may be masked.
   """
 
@@ -186,10 +204,10 @@ class ValidSteps(NamedTuple):
   seen: jax.Array | None
   ragged: bool
 
-  def occupied(self, windows: Windows) -> jax.Array:
-    """Whether any sequence has a valid step in each window, bool [K]."""
+  def occupied(self) -> jax.Array | None:
+    """Whether any sequence has a valid step in each window, bool [K]; None without a mask, where `lengths` tell."""
     if self.seen is None:
-      return jnp.max(self.lengths) > jnp.asarray(windows.starts)
+      return None
     before = jnp.concatenate([jnp.zeros_like(self.seen[:1]), self.seen[:-1]])
     return (self.seen > before).any(1)
 
@@ -229,10 +247,10 @@ def window_at(windows: Windows, k: jax.Array, valid: ValidSteps, axis: str | Non
   steps = start + jnp.arange(windows.size, dtype=jnp.int32)
   if valid.mask is None or valid.seen is None:
     mask = (steps < end)[:, None] & (steps[:, None] < valid.lengths[None, :])
-    seen = jnp.minimum(valid.lengths, end)
+    seen, active = jnp.minimum(valid.lengths, end), valid.lengths > start
   else:
     mask = (steps < end)[:, None] & jax.lax.dynamic_slice_in_dim(valid.mask, start, windows.size, axis=0)
-    seen = valid.seen[k]
+    seen, active = valid.seen[k], mask.any(0)
   return Window(
     k=k,
     num_windows=windows.num_windows,
@@ -244,6 +262,7 @@ def window_at(windows: Windows, k: jax.Array, valid: ValidSteps, axis: str | Non
     end=end,
     lengths=valid.lengths,
     seen=seen,
+    active=active,
     mask=mask,
     axis=axis,
   )

@@ -87,6 +87,7 @@ def by_hand(
       end=end,
       lengths=lengths,
       seen=jnp.minimum(lengths, end),
+      active=mask.any(0),
       mask=mask,
     )
 
