@@ -180,7 +180,7 @@ def _measure_last_steps(
   def value_of(row: jax.Array) -> jax.Array:
     take = lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, row, 1, axis)
     length = take(window.lengths, 0)
-    step = window.start + window.last[row]
+    step = window.start + jnp.asarray(window.last)[row]
     last_step = window._replace(
       size=1,
       masked=False,

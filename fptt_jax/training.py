@@ -263,6 +263,9 @@ def trainer(
     loss: see `fptt_jax.losses`.
     optimizer: any optax transformation; for FPTT `fptt(base)`, or a chain around it. It is called with the extra arguments
       `value` (the objective), `grad_fn` (params -> gradient of the same objective from the same hidden state) and `inner_steps`.
+      `optax.contrib.reduce_on_plateau` sees a value per update: to count sequences, give it `accumulation_size` = K (for methods
+      with an update per window; times `inner_steps`) and put it inside, `fptt(optax.chain(base, plateau))`. It then compares the
+      means of K objectives; a window without a valid step is no update and is not counted.
     method: a name in `METHODS` or a `Method`. 'fptt' and 'tbptt' run the same step: the regulariser is in the optimiser, which has
       to contain `fptt` for the one and not for the other.
     num_windows: K. Default round(√T), the paper's; or give

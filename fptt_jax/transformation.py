@@ -207,6 +207,17 @@ def fptt_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
 
   Raises:
     ValueError: there is no FPTTState in `opt_state`, or its W̄ does not fit `params`.
+
+  Example:
+    With `flax.training.train_state.TrainState` these are `state.opt_state` and `state.params`; with `nnx.Optimizer`:
+
+    >>> import optax, fptt_jax
+    >>> from flax import nnx
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> optimizer = nnx.Optimizer(model, fptt_jax.fptt(optax.adam(1e-3)), wrt=nnx.Param)
+    >>> w_bar = fptt_jax.fptt_eval_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+    >>> evaluated = nnx.clone(model)
+    >>> nnx.update(evaluated, w_bar)
   """
   summary = params
   for state in _fptt_states(opt_state):
@@ -229,6 +240,16 @@ def fptt_restart(opt_state: optax.OptState, params: optax.Params) -> tuple[optax
 
   Raises:
     ValueError: as for :func:`fptt_eval_params`.
+
+  Example:
+    With flax's `TrainState`, `state.replace(params=params, opt_state=opt_state)` of what this returns; with `nnx.Optimizer`:
+
+    >>> import optax, fptt_jax
+    >>> from flax import nnx
+    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    >>> optimizer = nnx.Optimizer(model, fptt_jax.fptt(optax.adam(1e-3)), wrt=nnx.Param)
+    >>> params, optimizer.opt_state = fptt_jax.fptt_restart(optimizer.opt_state, nnx.state(model, nnx.Param))
+    >>> nnx.update(model, params)
   """
   params_next = fptt_eval_params(opt_state, params)
 
@@ -238,7 +259,7 @@ def fptt_restart(opt_state: optax.OptState, params: optax.Params) -> tuple[optax
     w_bar = jax.tree.map(
       lambda w, p: w if _is_masked(w) else jnp.array(p, dtype=w.dtype, copy=True),
       node.w_bar,
-      params_next,
+      _in_structure_of(node.w_bar, params_next),
       is_leaf=_is_masked,
     )
     return node._replace(w_bar=w_bar, lam=optax.tree.zeros_like(node.lam))
@@ -401,8 +422,20 @@ def _fptt_states(opt_state: optax.OptState) -> list[FPTTState]:
   return states
 
 
+def _in_structure_of(like: Any, tree: Any) -> Any:
+  """`tree` in the structure of `like`, if only the types of their nodes differ; else `tree` itself.
+
+  `nnx.Optimizer` keeps W̄ and λ in variables of a type of its own, in the places of the parameters' variables.
+  """
+  leaves, paths = jax.tree.leaves(tree), [path for path, _ in jax.tree.leaves_with_path(tree)]
+  if paths != [path for path, _ in jax.tree.leaves_with_path(like)]:
+    return tree
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
 def _overlay(w_bar: optax.Params, params: optax.Params) -> optax.Params:
   """`w_bar` where it has leaves, `params` (leaf or whole subtree) where it is masked."""
+  w_bar = _in_structure_of(params, w_bar)
 
   def leaf(w: Any, p: Any) -> Any:
     if _is_masked(w):

@@ -262,3 +262,18 @@ def test_check_batch_looks_at_valid_steps_alone():
   for bad in (spoiled(batch, MASK)._replace(mask=~MASK), batch._replace(targets=labels)):
     with pytest.raises(ValueError, match=r'NaN|-100'):
       fptt_jax.check_batch(bad, loss)
+
+
+def test_an_own_terminal_loss_is_evaluated_at_the_last_valid_step():
+  """Of any mask, where the function looks at each sequence's last step: that of the sequence without the masked steps."""
+
+  def error(outputs, targets, window):
+    last = outputs[0] if outputs.shape[0] == 1 else fptt_jax.windows.take_steps(outputs, window.last)[0]
+    return window.mean(jnp.square(last[:, 0] - targets), window.active)
+
+  trainer = fptt_jax.trainer(ELMAN, losses.from_function(error, terminal=True), optax.sgd(0.1), method='tbptt')
+  batch = problems.regression_batch(T, B, D)
+  totals, _ = trainer.evaluate(ELMAN_PARAMS, spoiled(batch, MASK))
+  alone = [trainer.evaluate(ELMAN_PARAMS, row)[0]['loss'] for row in per_row(MASK, batch, False)]
+  assert int(totals['count']) == 2
+  np.testing.assert_allclose(totals['loss'], sum(alone), rtol=1e-5)
