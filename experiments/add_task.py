@@ -85,6 +85,11 @@ def make_model(config: Config) -> fptt_jax.Model:
   )
 
 
+def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
+  """Make the model of a folder; its data are drawn, and need no description."""
+  return make_model(config)
+
+
 def make_trainer(config: Config, method: str, members: int) -> tuple[fptt_jax.Trainer, recipe.Meshes]:
   """The trainer of one run, and devices for so many."""
   _, updates = recipe.updates_a_sequence(config, method, config.seq_len)
@@ -131,9 +136,10 @@ def train(chosen: list[Member], folder: Path) -> None:
         break
       save(step, state)
   group.close()
+  params = group.unstack(recipe.evaluation_params(config, method, state))
   for number, (member, run) in enumerate(zip(chosen, group.runs, strict=False)):
     lost = {'lost': group.lost[number]} if number in group.lost else {}
-    end(folder, member, summarise(num_windows, run.rows) | sizes(config) | lost)
+    end(folder, member, summarise(num_windows, run.rows) | sizes(config) | lost, None if lost else params[number])
 
 
 def train_interval(

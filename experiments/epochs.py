@@ -169,7 +169,8 @@ def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, e
     group.wait()  # What comes now may take long, and be stopped; and the others' checkpoints tell that this run was beside them.
     for number in numbers - ended:
       lost = {'lost': group.lost[number]} if number in group.lost else {}
-      end(folder, chosen[number], extra | _summary(config, task, group.runs[number], records[number], best[number]) | lost)
+      summary = extra | _summary(config, task, group.runs[number], records[number], best[number]) | lost
+      end(folder, chosen[number], summary, best[number] if records[number].best_epoch else None)
     ended.update(numbers)
 
   def save(state: fptt_jax.TrainState, diverged: Collection[int] = ()) -> None:

@@ -22,6 +22,8 @@ import fptt_jax
 from fptt_jax import nn
 
 EVALUATION_BATCH = 1000
+DESCRIBED = ('data_dir', 'num_steps', 'features', 'num_classes', 'moments', 'order')
+"""What data.json says of the images, see :func:`describe`."""
 SPLIT_SEED = 0
 
 
@@ -164,6 +166,24 @@ def make_model(config: Config, num_steps: int, features: int, num_classes: int) 
   return nn.from_nnx(build)
 
 
+def describe(config: Config, sequences: Sequences) -> dict[str, Any]:
+  """Describe the images for data.json: what a trained model needs to know of them."""
+  num_steps, features = sequences.shape
+  return {
+    'data_dir': config.data_dir,
+    'num_steps': num_steps,
+    'features': features,
+    'num_classes': sequences.num_classes,
+    'moments': sequences.moments,
+    'order': None if sequences.order is None else sequences.order.tolist(),
+  }
+
+
+def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
+  """Make the model of a folder with this data.json."""
+  return make_model(config, data['num_steps'], data['features'], data['num_classes'])
+
+
 def make_task(config: Config, sequences: Sequences, method: str, members: int) -> epochs.Task:
   """What the loop over epochs needs, for so many runs side by side."""
   num_steps, features = sequences.shape
@@ -240,8 +260,7 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   sequences, fingerprint = load(config)
   options.checked(check_fit, config, sequences.shape[0])
   path = runs.open_workdir(folder, 'images', config, images_sha256=fingerprint)
-  if sequences.order is not None:
-    processes.told(runs.write_json, path / 'permutation.json', sequences.order.tolist())
+  processes.told(runs.write_json, path / 'data.json', describe(config, sequences))
   num_steps, features = sequences.shape
   sizes = ' / '.join(f'{len(part.labels):,}' for part in sequences.splits)
   print(f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} {config.hidden}; writing to {path}')

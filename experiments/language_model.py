@@ -29,7 +29,7 @@ from flax import nnx
 import jax
 import numpy as np
 
-from experiments import cells, data, dynamic_evaluation, epochs, options, processes, recipe, runs, streams
+from experiments import cells, data, dynamic_evaluation, epochs, options, processes, recipe, runs, sampling, streams, trained_runs
 from experiments.data import Text
 from experiments.members import Member, train_all
 from experiments.options import check, option
@@ -37,6 +37,8 @@ from experiments.streams import Place
 import fptt_jax
 from fptt_jax import nn
 
+DESCRIBED = ('data_dir', 'vocabulary')
+"""What data.json says of the text."""
 EVALUATION_STEPS = 4096
 SPREAD = 15
 """How many steps a sequence of random length may have beyond T: three standard deviations."""
@@ -136,11 +138,20 @@ class Config(epochs.EpochRecipe):
   temporal_penalty: float = option(0.0, 'factor of the mean square of their changes from step to step (TAR)')
   dynamic_evaluation: bool = option(False, 'test once more with dynamic evaluation, tuned on the validation text')
   dynamic_tokens: int = option(0, 'tokens of the validation text to tune dynamic evaluation on; 0 for all')
+  sample: int = option(0, 'draw so many tokens from the run in --workdir (its best one), instead of training')
+  prompt: str = option('', 'what the text drawn by --sample begins with')
+  temperature: float = option(1.0, 'divides the logits of --sample; 0 takes the most probable token each time')
+  sample_seed: int = option(0, 'seed of --sample')
   workdir: str = option('', 'folder of the run; default runs/language_model-TIME. The same command and folder resume a run')
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    given = bool(self.data_dir) or not self.task.startswith('text')
+    check(self.sample >= 0, 'sample', self.sample, 'an integer >= 0')
+    check(self.sample == 0 or bool(self.workdir), 'workdir', self.workdir, 'the folder of a trained run with --sample')
+    check(not self.prompt or self.sample > 0, 'prompt', self.prompt, 'given with --sample')
+    check(0 <= self.temperature < math.inf, 'temperature', self.temperature, 'a finite number >= 0')
+    check(self.sample_seed >= 0, 'sample_seed', self.sample_seed, 'an integer >= 0')
+    given = bool(self.data_dir or self.sample) or not self.task.startswith('text')
     check(given, 'data_dir', self.data_dir, f'given with --task={self.task!r}')
     check('tbptt_final' not in self.method, 'method', self.method, 'without tbptt_final, which takes no padded last sequence')
     for name in ('seq_len', 'batch_size', 'embedding', 'hidden', 'layers'):
@@ -204,6 +215,11 @@ def make_model(config: Config, vocabulary_size: int) -> fptt_jax.Model:
     return nn.Stack(*layers)
 
   return nn.from_nnx(build)
+
+
+def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
+  """Make the model of a folder with this data.json."""
+  return make_model(config, len(data['vocabulary']))
 
 
 def random_places(config: Config, length: int, rng: np.random.Generator) -> Iterator[tuple[Place, float]]:
@@ -323,6 +339,8 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   """Trains by each method from each seed: (the folder, a summary each)."""
   text = data.load_text(SOURCES[config.task], config.data_dir)
   path = runs.open_workdir(folder, 'language_model', config, text_sha256=data.fingerprint(text))
+  described = {'data_dir': config.data_dir, 'vocabulary': text.vocabulary}
+  processes.told(runs.write_json, path / 'data.json', described)
   text = text._replace(train=text.train[: config.train_tokens or None])
   kind = 'characters' if config.by_characters else 'words'
   print(
@@ -333,8 +351,27 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   return path, train_all(config, path, size, lambda chosen: train(text, chosen, path))
 
 
+def print_sample(config: Config) -> None:
+  """Print a text drawn from the run in --workdir."""
+  trained = trained_runs.load_run(config.workdir)
+  if trained.script != 'language_model':
+    raise options.UserError(f'--workdir={config.workdir} holds a run of {trained.script}, not a language model.')
+  print(
+    sampling.sample_text(
+      trained,
+      config.sample,
+      prompt=config.prompt,
+      temperature=config.temperature,
+      seed=config.sample_seed,
+    )
+  )
+
+
 def main(config: Config) -> None:
-  """Trains and reports."""
+  """Train and report, or draw text from a trained run."""
+  if config.sample:
+    print_sample(config)
+    return
   processes.join(config.coordinator, config.num_processes, config.process_id)
   folder, summaries = run(config, config.workdir)
   score, label = ('valid_bpc', 'validation bits per character') if config.by_characters else ('valid_ppl', 'validation perplexity')

@@ -102,8 +102,17 @@ def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Call
   return [{name: value for name, value in result.items() if name != 'config_sha256'} for result in results]
 
 
-def end(folder: Path, member: Member, summary: dict[str, Any]) -> None:
-  """Keeps what a run came to; under the same configuration it will not be trained again."""
+def end(folder: Path, member: Member, summary: dict[str, Any], params: Any) -> None:
+  """Keep what a run came to; under the same configuration it is not trained again.
+
+  Args:
+    folder: the --workdir.
+    member: the run.
+    summary: what it came to.
+    params: the parameters that this is measured at; None if the run has none.
+  """
+  if params is not None:
+    runs.write_parameters(folder / member.name, params)
   described = {'method': member.method, 'seed': member.seed, **member.varied, **summary}
   processes.told(lambda: runs.write_json(_result(folder, member), {**described, 'config_sha256': runs.config_sha256(folder)}))
 
@@ -117,7 +126,7 @@ def warn(text: str) -> None:
 def has_ended(folder: Path, member: Member) -> bool:
   """Whether a run has come to its end under the folder's configuration."""
   result = _result(folder, member)
-  return result.exists() and runs.read_json(result).get('config_sha256') == runs.config_sha256(folder)
+  return runs.exists(result) and runs.read_json(result).get('config_sha256') == runs.config_sha256(folder)
 
 
 def _result(folder: Path, member: Member) -> Path:

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 import dataclasses
+import difflib
+import io
 import math
 import os
 from pathlib import Path
+import re
 import shlex
 import sys
+import threading
 import time
 import traceback
 from typing import Any, NoReturn
@@ -24,6 +28,8 @@ flags.disclaim_key_flags()
 
 PLACES = ('workdir', 'data_dir', 'coordinator', 'process_id')
 """Flags that say where a process runs, which means nothing on another machine."""
+PATIENCE = 5.0
+"""Seconds that what runs in the background is given when the process ends by an error."""
 MOST_RUNS = 10_000
 """So many seeds or combinations of a grid are no slip of the pen."""
 
@@ -59,6 +65,7 @@ def run(
     presets: by value of the flag 'task', other defaults of other flags; what the command line gives goes before them.
     workdir: (configuration) -> the folder where none is given.
   """
+  _show_any_letter()
   fields = dataclasses.fields(config_class)
   for field in fields:
     _define(field)
@@ -66,9 +73,9 @@ def run(
   def parsed(argv: list[str]) -> None:
     fptt_jax.cpu_setup()
     if len(argv) > 1:
-      raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+      raise SystemExit(f'error: {_stray(argv[1], config_class)} See --help.')
     if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
+      logging.set_verbosity(logging.FATAL)  # orbax prints tracebacks of errors that are raised as well
     try:
       settings = {field.name: _read(field, flags.FLAGS[field.name].value) for field in fields}
       if presets:
@@ -97,7 +104,94 @@ def run(
         traceback.print_exc()
       _leave(f'error: {error}\nIf another process has ended, start all of them again; they go on by\n  {shlex.join(again)}', 1)
 
-  app.run(parsed)
+  app.run(parsed, flags_parser=lambda argv: _parse_flags(argv, config_class))
+
+
+def _show_any_letter() -> None:
+  """Escape letters that the terminal's encoding lacks, in place of failing at them."""
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='backslashreplace')
+
+
+def _parse_flags(argv: list[str], config_class: Any) -> list[str]:
+  """Parse the command line.
+
+  Args:
+    argv: the command line, the program's name first.
+    config_class: a dataclass of :func:`option` fields.
+
+  Returns:
+    The program's name and the words that are no flags.
+
+  Raises:
+    SystemExit: a flag is unknown, or its value is not one that it can have.
+  """
+  try:
+    remaining: list[str] = flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    raise SystemExit(f'error: {_unknown_flag(error.flagname, config_class)} See --help.') from error
+  except flags.Error as error:
+    raise SystemExit(f'error: {_illegal_value(str(error), config_class)} See --help.') from error
+  return remaining
+
+
+def _unknown_flag(name: str, config_class: Any) -> str:
+  """Say that there is no such flag, and which one is the nearest."""
+  names = []
+  for field in dataclasses.fields(config_class):
+    names.append(field.name)
+    if isinstance(field.default, bool):
+      names.append(f'no{field.name}')
+  inside = [known for known in names if name in known or known in name]
+  described = [
+    field.name for field in dataclasses.fields(config_class) if field.metadata['help'].startswith(name.replace('_', ' '))
+  ]
+  near = difflib.get_close_matches(name, names, 1) or inside[:1] or described[:1]
+  near = near or difflib.get_close_matches(name, names, 1, cutoff=0.4)
+  return f'there is no --{name}.' + (f' Did you mean --{near[0]}?' if near else '')
+
+
+def _illegal_value(text: str, config_class: Any) -> str:
+  """Say what a flag's value must be.
+
+  Args:
+    text: absl's message.
+    config_class: a dataclass of :func:`option` fields, of which `COMPARABLE` names those
+      that --grid takes.
+  """
+  match = re.fullmatch(r'flag --(\w+)=(.*?): .*', text, re.DOTALL)
+  fields = {field.name: field for field in dataclasses.fields(config_class)}
+  if match is None or match[1] not in fields:
+    return text.splitlines()[0].rstrip('.') + '.'
+  name, value = match.groups()
+  field = fields[name]
+  if field.metadata['choices']:
+    expected = f'one of {", ".join(field.metadata["choices"])}'
+  else:
+    expected = {bool: 'true or false', int: 'an integer', float: 'a number', str: 'a text'}[_kind(field)]
+  hint = ''
+  values = [part for part in re.split(r'[,:;\s\[\]()]+', value) if part]
+  if len(values) > 1:
+    hint = ' It takes one value.'
+    if name in getattr(config_class, 'COMPARABLE', ()):
+      hint = f' To compare several values, give --grid={name}={":".join(values)}.'
+  return f'--{name} must be {expected}, got {value!r}.{hint}'
+
+
+def _stray(word: str, config_class: Any) -> str:
+  """Say that a word of the command line belongs to no flag, and what was meant."""
+  fields = {field.name: field for field in dataclasses.fields(config_class)}
+  before = sys.argv[sys.argv.index(word) - 1] if word in sys.argv[1:] else ''
+  name = before.lstrip('-').partition('=')[0]
+  if word.partition('=')[0] in fields:
+    hint = f'Did you mean --{word}?'
+  elif name in fields and isinstance(fields[name].default, bool):
+    hint = f'Did you mean --{name}={word}, or --no{name}?'
+  else:
+    hint = 'Settings are --NAME=VALUE; several values are separated by commas, without blanks.'
+  shown = word if len(word) <= 60 else f'{word[:60]}...'
+  return f'{shown!r} belongs to no flag. {hint}'
 
 
 def _script() -> str:
@@ -128,9 +222,22 @@ def command() -> str | None:
 
 
 def _leave(text: str, code: int) -> NoReturn:
-  """Ends this process with a last word; at once if it is one of several, since an orderly end waits for the others."""
+  """End this process with a last word, whatever waits in the background.
+
+  An orderly end of one of several processes waits for the others, and after a checkpoint
+  that could not be written orbax's threads wait for minutes.
+
+  Args:
+    text: what to say.
+    code: the exit code.
+  """
   _tell(text)
-  if jax.process_count() > 1:
+  deadline = time.monotonic() + PATIENCE
+  others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+  for thread in others:
+    if not thread.daemon and jax.process_count() == 1:
+      thread.join(max(0.0, deadline - time.monotonic()))
+  if jax.process_count() > 1 or any(thread.is_alive() and not thread.daemon for thread in others):
     sys.stdout.flush()
     os._exit(code)
   raise SystemExit(code)

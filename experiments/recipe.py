@@ -4,7 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import itertools
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 import warnings
 
 import jax
@@ -32,6 +32,9 @@ BUSY = 4096
 @dataclasses.dataclass(frozen=True)
 class Recipe:
   """How a model is trained, apart from the task."""
+
+  COMPARABLE: ClassVar[tuple[str, ...]] = tuple(HYPERPARAMETERS)
+  """Settings that --grid takes several values of."""
 
   method: tuple[str, ...] = option(('fptt',), f'methods to train by, one after the other: {", ".join(METHODS)}')
   seeds: tuple[int, ...] = option((0,), 'seeds, one run each: 0,1,2 or 0:3')

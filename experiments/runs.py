@@ -6,9 +6,12 @@ WORKDIR/NAME/checkpoints/  the whole carry, so that the same command goes on whe
 WORKDIR/NAME/broken/       checkpoints that could not be read again
 WORKDIR/NAME/lock          held by the process that trains it
 WORKDIR/NAME/result.json   what this run came to; there when it has ended
+WORKDIR/NAME/parameters.npz  the parameters that it is measured at, for experiments.load_run
+WORKDIR/data.json          what a model has to know of its data, such as the vocabulary
 WORKDIR/summary.json       what came out, and on which machine
 """
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
@@ -20,8 +23,12 @@ import os
 from pathlib import Path
 import platform
 import subprocess
+import tempfile
+import textwrap
 import time
-from typing import Any, NoReturn, TextIO
+from typing import IO, Any, Literal, NoReturn
+import zipfile
+import zlib
 
 import filelock
 import jax
@@ -37,6 +44,7 @@ import fptt_jax
 
 NO_SETTINGS = (
   *('workdir', 'data_dir', 'devices', 'population', 'chunk', 'host_data', 'keep', 'checkpoint_minutes', 'override_resume'),
+  *('sample', 'prompt', 'temperature', 'sample_seed'),
   *('data_parallel', 'shard_params', 'coordinator', 'num_processes', 'process_id'),
 )
 """Where and how a run runs, which is not what it is: it may go on otherwise."""
@@ -48,8 +56,37 @@ RECORDED = {'seconds', 'lines', 'config_sha256', 'arrays', 'sha256'}
 """What is kept beside each carry, whatever the script adds."""
 
 
+PARAMETERS = 'parameters.npz'
+"""Name of the file of a run's best parameters."""
+
+
 class Broken(Exception):
   """A checkpoint cannot be read, or does not hold what was saved; it has been set aside, and the text says so."""
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+  """An event loop that lets all tasks end before it closes.
+
+  Orbax reads all arrays at once in a loop of its own and closes it at the first error; each
+  read that ends later prints a traceback, "Event loop is closed".
+  """
+
+  def close(self) -> None:
+    """Wait for the tasks, whatever becomes of them, and close the loop."""
+    while not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+      self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    super().close()
+
+
+@contextlib.contextmanager
+def _patient_loops() -> Iterator[None]:
+  """Make event loops that wait; orbax takes none from outside."""
+  make_loop = asyncio.new_event_loop
+  asyncio.new_event_loop = _PatientLoop
+  try:
+    yield
+  finally:
+    asyncio.new_event_loop = make_loop
 
 
 class Run:
@@ -66,6 +103,8 @@ class Run:
     with self._writing():
       options = ocp.CheckpointManagerOptions(max_to_keep=keep)
       self._checkpoints = ocp.CheckpointManager((folder / 'checkpoints').absolute(), options=options)
+      with tempfile.TemporaryFile(dir=folder / 'checkpoints'):
+        pass  # Orbax tells only after the first interval that it cannot write there.
     self._seconds_before = 0.0
     self._started = time.perf_counter()
 
@@ -106,7 +145,8 @@ class Run:
   def _read(self, step: int, **arguments: Any) -> Any:
     found, reason = None, ''
     try:
-      found = self._checkpoints.restore(step, args=ocp.args.Composite(**arguments))
+      with _patient_loops():
+        found = self._checkpoints.restore(step, args=ocp.args.Composite(**arguments))
     except (MemoryError, jax.errors.JaxRuntimeError):  # Not the checkpoint's fault.
       raise
     except Exception as error:  # Of many types, one for each way to be broken.
@@ -135,7 +175,7 @@ class Run:
 
   def _check_fits(self, step: int, record: dict[str, Any], carry: Any) -> None:
     """Whether the checkpoint was saved under the folder's configuration, and holds arrays of the same shapes."""
-    config = read_json(self.folder.parent / 'config.json')
+    config = read_config(self.folder.parent)
     known = [config['sha256'], *(override['sha256'] for override in config['overrides'])]
     which = f'{self.folder}: the checkpoint after step {step}'
     if record['config_sha256'] not in known:
@@ -157,7 +197,7 @@ class Run:
     return row
 
   def _append(self, row: dict[str, Any]) -> None:
-    with self._writing(), (self.folder / 'metrics.jsonl').open('a') as file:
+    with self._writing(), (self.folder / 'metrics.jsonl').open('a', encoding='utf-8') as file:
       file.write(json.dumps(row) + '\n')
       file.flush()
       os.fsync(file.fileno())  # A checkpoint saved after it, which counts on it, outlives a power cut.
@@ -207,7 +247,8 @@ class Run:
 
 def _reason(error: Exception) -> str:
   """The first line of what an exception says, or what it is."""
-  return next(iter(str(error).splitlines()), type(error).__name__)
+  line = next(iter(str(error).splitlines()), type(error).__name__)
+  return textwrap.shorten(line, 300, placeholder=' ...').rstrip('.')
 
 
 def describe(carry: Any) -> dict[str, str]:
@@ -252,8 +293,8 @@ def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
   path, overrides = folder / 'config.json', []
   try:
     if path.exists():
-      found = read_json(path)
-      overrides = found.get('overrides', [])
+      found = read_config(folder)
+      overrides = found['overrides']
       differ = differences(_settings(found), _settings(described))
       if differ and not override:
         raise UserError(
@@ -262,7 +303,7 @@ def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
         )
       if differ:
         print(f'{folder} goes on with other settings than before; {"; ".join(differ)}')
-        overrides = [*overrides, {'sha256': found.get('sha256'), 'differences': differ}]
+        overrides = [*overrides, {'sha256': found['sha256'], 'differences': differ}]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {**described, 'overrides': overrides})
   except OSError as error:
@@ -306,14 +347,47 @@ def locked(folders: Sequence[Path]) -> Iterator[None]:
 
 def config_sha256(folder: Path) -> str:
   """Hash of the configuration that a folder's runs have."""
-  found: str = read_json(folder / 'config.json')['sha256']
+  found: str = read_config(folder)['sha256']
   return found
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+  """Read a folder's config.json.
+
+  Args:
+    folder: a --workdir.
+
+  Returns:
+    The settings, with 'sha256' and 'overrides'.
+
+  Raises:
+    UserError: the file cannot be read, or is not one that a script wrote.
+  """
+  path = folder / 'config.json'
+  config = read_json(path, ('script', 'sha256', 'overrides'))
+  overrides = config['overrides']
+  whole = isinstance(overrides, list) and all(isinstance(override, dict) and 'sha256' in override for override in overrides)
+  if not whole:
+    raise _damaged(str(path), '"overrides" is not a list of earlier settings')
+  return config
+
+
 def saved_steps(folder: Path) -> list[int]:
-  """Steps after which a run was saved, in order; what a killed process left half-made is not among them."""
-  steps = (entry.name for entry in (folder / 'checkpoints').glob('*'))
-  return sorted(int(name) for name in steps if name.isdigit())
+  """List the steps after which a run was saved, in order.
+
+  What a killed process left half-made is not among them.
+
+  Raises:
+    UserError: the folder of the checkpoints is there and cannot be read.
+  """
+  path = folder / 'checkpoints'
+  try:
+    names = os.listdir(path)
+  except FileNotFoundError:
+    return []
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}.') from error
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def saved_beside(folder: Path, step: int) -> dict[str, Any]:
@@ -328,7 +402,7 @@ def saved_beside(folder: Path, step: int) -> dict[str, Any]:
 def write_summary(folder: Path, runs: list[dict[str, Any]], best: str | None = None) -> None:
   """Writes what came out, which run was the best, and what they ran on."""
   chosen = {} if best is None else {'best': best}
-  write_json(folder / 'summary.json', {'config': read_json(folder / 'config.json'), **chosen, 'runs': runs, **machine()})
+  write_json(folder / 'summary.json', {'config': read_config(folder), **chosen, 'runs': runs, **machine()})
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -455,35 +529,76 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-  """The whole lines of a JSONL file; a last line cut off by a kill is left out.
+  """Read the whole lines of a metrics file; a last line cut off by a kill is left out.
+
+  Args:
+    path: the file; one that is not there has no lines.
+
+  Returns:
+    A row per line.
 
   Raises:
-    UserError: a line is no JSON.
+    UserError: the file cannot be read, or a line is not a row of metrics.
   """
-  if not path.exists():
+  if not exists(path):
     return []
   rows = []
-  for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+  for number, line in enumerate(_read_bytes(path).splitlines(keepends=True), start=1):
     if line.endswith(b'\n'):
-      rows.append(_parsed(line, f'line {number} of {path}'))
+      rows.append(_parsed(line, f'line {number} of {path}', ('step', 'seconds')))
   return rows
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A file's content.
+def read_json(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
+  """Read a JSON file that holds an object.
+
+  Args:
+    path: the file.
+    names: what the object must have.
+
+  Returns:
+    The object.
 
   Raises:
-    UserError: it is no JSON.
+    UserError: the file cannot be read, or holds something else.
   """
-  return _parsed(path.read_bytes(), str(path))
+  return _parsed(_read_bytes(path), str(path), names)
 
 
-def _parsed(text: bytes, which: str) -> dict[str, Any]:
+def exists(path: Path) -> bool:
+  """Return whether a file is there.
+
+  Raises:
+    UserError: the folder that it would be in cannot be read.
+  """
   try:
-    content: dict[str, Any] = json.loads(text)
-  except ValueError as error:
-    raise UserError(f'{which} is damaged: {error}. Put it back, or choose another --workdir.') from error
+    return path.exists()
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}.') from error
+
+
+def _read_bytes(path: Path) -> bytes:
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}.') from error
+
+
+def _parsed(text: bytes, which: str, names: Sequence[str]) -> dict[str, Any]:
+  try:
+    content = json.loads(text.decode())
+  except (ValueError, RecursionError) as error:
+    raise _damaged(which, str(error)) from error
+  if not isinstance(content, dict):
+    raise _damaged(which, f'it holds {json.dumps(content)[:40]}, not an object')
+  missing = [name for name in names if name not in content]
+  if missing:
+    raise _damaged(which, f'it has no "{missing[0]}"')
   return content
+
+
+def _damaged(which: str, reason: str) -> UserError:
+  return UserError(f'{which} is damaged: {reason}. Put it back, or choose another --workdir.')
 
 
 def make_folder(path: str) -> Path:
@@ -498,6 +613,59 @@ def make_folder(path: str) -> Path:
   except OSError as error:
     raise UserError(f'cannot write to --workdir={folder}: {error}') from error
   return folder
+
+
+def write_parameters(folder: Path, params: Any) -> None:
+  """Write a run's best parameters; in several processes all call it, the first one writes.
+
+  Args:
+    folder: the run's folder.
+    params: a tree of arrays.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  leaves = jax.tree.leaves_with_path(params)
+  arrays = {jax.tree_util.keystr(place): processes.whole(leaf) for place, leaf in leaves}
+  path = folder / PARAMETERS
+
+  def write() -> None:
+    with _user_errors(path), replaced(path, 'wb') as file:
+      np.savez(file, **arrays, config_sha256=np.array(config_sha256(folder.parent)))
+
+  processes.told(write)
+
+
+def read_parameters(folder: Path, template: Any, config_sha256: str) -> Any:
+  """Read what :func:`write_parameters` wrote.
+
+  Args:
+    folder: the run's folder.
+    template: a tree of arrays, or of shapes and dtypes, as the parameters have.
+    config_sha256: hash of the configuration that they are of.
+
+  Returns:
+    A tree like `template`, of JAX arrays.
+
+  Raises:
+    UserError: the file is not there, damaged or of another model.
+  """
+  path = folder / PARAMETERS
+  try:
+    with path.open('rb') as raw, np.load(raw) as file:
+      arrays = {name: file[name] for name in file.files}
+  except FileNotFoundError as error:
+    raise UserError(f'there is no {path}: put it back, or train this run again.') from error
+  except (OSError, EOFError, ValueError, LookupError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    raise UserError(f'{path} is damaged: {_reason(error)}. Put it back, or train this run again.') from error
+  found = str(arrays.pop('config_sha256', ''))
+  if found != config_sha256:
+    raise UserError(f'{path} is of another configuration than config.json: put it back, or train this run again.')
+  differ = differences(describe(template), {name: f'{leaf.dtype}{list(leaf.shape)}' for name, leaf in arrays.items()})
+  if differ:
+    raise UserError(f'{path} does not fit the model of config.json; {"; ".join(differ[:3])}.')
+  fetch = lambda place, leaf: jax.numpy.asarray(arrays[jax.tree_util.keystr(place)])
+  return jax.tree.map_with_path(fetch, template)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -524,9 +692,9 @@ def _user_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[TextIO]:
-  """A file that takes the place of `path` when it is complete."""
+def replaced(path: Path, mode: Literal['w', 'wb'] = 'w') -> Iterator[IO[Any]]:
+  """Open a file, of text or bytes, that takes the place of `path` when it is complete."""
   temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('w') as file:
+  with temporary.open(mode, encoding='utf-8' if mode == 'w' else None) as file:
     yield file
   temporary.replace(path)

@@ -94,7 +94,7 @@ def test_the_permutation_is_fixed_and_kept_with_the_run(tmp_path: Path, monkeypa
   monkeypatch.setattr(data, 'load_images', lambda name, data_dir: pictures)
   config = images.Config(**{**TINY, 'task': 'permuted', 'row': False, 'permutation_seed': 3, 'epochs': 1, 'method': ('bptt',)})
   path, _ = images.run(config, str(tmp_path / 'run'))
-  order = json.loads((path / 'permutation.json').read_text())
+  order = json.loads((path / 'data.json').read_text())['order']
   assert sorted(order) == list(range(25))
   assert order != list(range(25))
   sequences, _ = images.load(config)
