@@ -198,8 +198,9 @@ def settings_of(run: Path, result: dict[str, Any]) -> dict[str, Any]:
     del settings['overrides']
   for name in grid_names(config):
     settings[name] = result[name] if name in result else grid_value(run.name, name)
-  if (run.parent / 'permutation.json').exists():
-    settings['permutation'] = runs.read_json(run.parent / 'permutation.json')
+  described = run.parent / 'data.json'
+  if described.exists() and (order := runs.read_json(described).get('order')) is not None:
+    settings['permutation'] = order
   return settings
 
 
