@@ -23,6 +23,7 @@ import os
 from pathlib import Path
 import platform
 import subprocess
+import sys
 import tempfile
 import textwrap
 import time
@@ -277,6 +278,7 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
     UserError: the folder holds runs of another configuration, or cannot be written.
   """
   folder = Path(workdir).absolute()
+  _check_letters(folder)
   described = {'script': script, **json.loads(json.dumps(dataclasses.asdict(config))), **identity}
   for name in NO_SETTINGS:
     described.pop(name, None)
@@ -286,6 +288,20 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   if processes.agreed(processes.told(lambda: settings) != settings):
     raise UserError('the processes were started with different settings; only --process_id and folders may differ.')
   return Path(processes.told(_claim, folder, described, config.override_resume))
+
+
+def _check_letters(folder: Path) -> None:
+  """Raise if orbax cannot take a folder's name.
+
+  It takes Unicode; of bytes that the locale's encoding lacks Python makes something else.
+  """
+  try:
+    str(folder).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'--workdir={folder} has letters that the encoding {sys.getfilesystemencoding()} lacks: '
+      'choose another name, or set PYTHONUTF8=1.'
+    ) from error
 
 
 def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
@@ -545,7 +561,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
   rows = []
   for number, line in enumerate(_read_bytes(path).splitlines(keepends=True), start=1):
     if line.endswith(b'\n'):
-      rows.append(_parsed(line, f'line {number} of {path}', ('step', 'seconds')))
+      rows.append(_parsed(line, f'line {number} of {path}', ('step',)))
   return rows
 
 
@@ -584,17 +600,39 @@ def _read_bytes(path: Path) -> bytes:
     raise UserError(f'cannot read {path}: {error.strerror}.') from error
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+  """Read a JSON file that holds a list of objects.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The objects.
+
+  Raises:
+    UserError: the file cannot be read, or holds something else.
+  """
+  content = _json(_read_bytes(path), str(path))
+  if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+    raise _damaged(str(path), f'it holds {json.dumps(content)[:40]}, not a list of objects')
+  return content
+
+
 def _parsed(text: bytes, which: str, names: Sequence[str]) -> dict[str, Any]:
-  try:
-    content = json.loads(text.decode())
-  except (ValueError, RecursionError) as error:
-    raise _damaged(which, str(error)) from error
+  content = _json(text, which)
   if not isinstance(content, dict):
     raise _damaged(which, f'it holds {json.dumps(content)[:40]}, not an object')
   missing = [name for name in names if name not in content]
   if missing:
     raise _damaged(which, f'it has no "{missing[0]}"')
   return content
+
+
+def _json(text: bytes, which: str) -> Any:
+  try:
+    return json.loads(text.decode())
+  except (ValueError, RecursionError) as error:
+    raise _damaged(which, str(error)) from error
 
 
 def _damaged(which: str, reason: str) -> UserError:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def convergence_study(scale: str, folder: Path) -> None:
       if not path.exists():  # Each is run once.
         rows = convergence.study(chosen, recipe.make_optimizer(chosen, 'fptt'), seed=0)
         runs.write_json(path, rows)
-      studies[name] = json.loads(path.read_text())
+      studies[name] = runs.read_rows(path)
   convergence.plot(folder / 'convergence.png', studies)
   keep('convergence', scale, [{'run': name, **rows[-1]} for name, rows in studies.items()], folder)
 

@@ -256,8 +256,7 @@ def report_lines(report: dict[str, Any], folder: Path) -> Iterator[tuple[dict[st
   """The lines of a report, each with its curves, which are in files of their own."""
   for line in report.get('lines', ()):
     path = folder / f'{line.get("run")}-{report.get("scale")}.json'
-    along: Any = runs.read_json(path) if path.exists() else []
-    yield line, columns(along)
+    yield line, columns(runs.read_rows(path)) if path.exists() else {}
   for varied, lines in report.get('growth', {}).items():
     for line in lines:
       yield {'varied': varied, **line}, {}
