@@ -24,7 +24,7 @@ from fptt_jax.windows import Window, Windows, cut
 if typing.TYPE_CHECKING:
   from fptt_jax import nn as nn
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'
 
 __all__ = (
   'ALGORITHM_2',

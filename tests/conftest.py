@@ -26,5 +26,5 @@ def strict_dtypes() -> Iterator[None]:
 @pytest.fixture
 def x64() -> Iterator[None]:
   """float64 for the length of one test."""
-  with jax.enable_x64(True):
+  with problems.default_float64():
     yield

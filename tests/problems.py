@@ -1,6 +1,7 @@
 """Small problems that several tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 from typing import Any
 
 from flax import nnx
@@ -18,6 +19,24 @@ if tuple(map(int, jax.__version__.split('.')[:2])) > (0, 10):  # Later ones have
   del AS_FOR_USERS['xla_cpu_use_fusion_emitters'], QUICK['xla_cpu_use_fusion_emitters']
 QUICK_FLAGS = ' '.join(f'--{name}={str(value).lower()}' for name, value in QUICK.items())
 """The same as `XLA_FLAGS`."""
+
+
+@contextlib.contextmanager
+def default_float64(enabled: bool = True) -> Iterator[None]:
+  """Lets arrays of 64 bits exist, or not, within the context.
+
+  JAX names its own context manager for this `jax.experimental.enable_x64` in old releases
+  and `jax.enable_x64` in new ones; the option has one name in all of them.
+
+  Args:
+    enabled: Whether float64 and int64 are allowed.
+  """
+  before = jax.config.read('jax_enable_x64')
+  jax.config.update('jax_enable_x64', enabled)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_x64', before)
 
 
 def quick(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,6 @@ import json
 import os
 
 from golden import cases
-import jax
 import numpy as np
 import problems
 import pytest
@@ -23,7 +22,7 @@ def same_machine() -> bool:
 def test_recorded_run_comes_out_the_same(name: str, dtype: str) -> None:
   """Digest, traces, temporary memory and collectives; elsewhere numbers to 1e-6."""
   expected = RECORDED['cases'][f'{name}-{dtype}']
-  with jax.enable_x64(dtype == 'float64'):
+  with problems.default_float64(dtype == 'float64'):
     record, arrays = cases.run(cases.CASES[name], dtype)
   if same_machine():
     assert record == expected

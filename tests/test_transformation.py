@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import optax
+from problems import default_float64
 import pytest
 
 from fptt_jax import ALGORITHM_2, RELEASE, FPTTState, fptt, fptt_eval_params, fptt_restart
@@ -634,7 +635,7 @@ def test_gradient_accumulation(name):
 @pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64], ids=lambda d: jnp.dtype(d).name)
 def test_state_is_stable(base, dtype):
   """The state is arrays without weak types, and `update` returns the shapes and dtypes it got (or `lax.cond` would refuse)."""
-  with jax.enable_x64(dtype == jnp.float64):
+  with default_float64(dtype == jnp.float64):
     tx, params = fptt(base), random_tree(0, dtype=dtype)
     state = tx.init(params)
     assert all(isinstance(leaf, jax.Array) and not leaf.weak_type for leaf in jax.tree.leaves(state))
@@ -814,15 +815,15 @@ def trees_of_a_run(tx: optax.GradientTransformation, params: Any) -> list[Any]:
 @pytest.mark.parametrize('inner_steps', [1, 2])
 @pytest.mark.parametrize('estimate', ['running', 'explicit', 'lagged'])
 def test_shardings_are_kept(estimate, inner_steps):
-  """On a mesh of 4 x 2 devices (traced only, so none is needed) W̄ and λ are laid out like the parameters, always."""
-  mesh = AbstractMesh((4, 2), ('x', 'y'), axis_types=(AxisType.Explicit,) * 2)
+  """On a mesh of 4 x 2 devices W̄ and λ are laid out like the parameters, always."""
+  mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Explicit,) * 2)
   specs = {'w': PartitionSpec('x', 'y'), 'b': PartitionSpec('y')}
   params = {
     name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, specs[name]))
     for name, shape in (('w', (8, 6)), ('b', (6,)))
   }
   tx = fptt(optax.adam(0.1), gradient_estimate=estimate, inner_steps=inner_steps)
-  with use_abstract_mesh(mesh):
+  with jax.set_mesh(mesh):
     trees = jax.eval_shape(functools.partial(trees_of_a_run, tx), params)
   for tree in trees:
     assert {name: leaf.sharding.spec for name, leaf in tree.items()} == specs

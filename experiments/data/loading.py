@@ -164,7 +164,10 @@ def _prepared(
   try:
     from experiments.data import builders
   except ModuleNotFoundError as error:
-    advice = "install it with pip install 'fptt-jax[experiments]', or give as --data_dir a .npz of python -m experiments.data."
+    advice = (
+      "install what the scripts need with pip install -e '.[experiments]' in the folder that holds pyproject.toml, "
+      'or give as --data_dir a .npz file made by python -m experiments.data.'
+    )
     raise UserError(f'{source.name} is read through tensorflow-datasets ({error}): {advice}') from error
   folder = Path(os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')).expanduser()  # the rule of tensorflow-datasets
   try:

@@ -20,7 +20,7 @@ def main() -> None:
   jax.config.update('jax_num_cpu_devices', 8)
   records, arrays = {}, {}
   for dtype in ('float32', 'float64'):
-    with jax.enable_x64(dtype == 'float64'):
+    with problems.default_float64(dtype == 'float64'):
       for name, case in cases.CASES.items():
         key = f'{name}-{dtype}'
         records[key], found = cases.run(case, dtype)
