@@ -340,8 +340,6 @@ def terminal_regression() -> Loss:
     if targets.ndim not in (1, 2) or targets.shape[0] != window.mask.shape[1]:
       raise ValueError(f'terminal_regression expected targets [B] or [B, O] with B={window.mask.shape[1]}, got {targets.shape}.')
     expected = targets.reshape(targets.shape[0], -1)
-    if window.masked:  # A sequence without valid steps may have NaN as its target, which would come back as a NaN gradient.
-      expected = jnp.where(window.active[:, None], expected, 0)
     predicted = _last_outputs(outputs, window, expected.shape[-1])
     return jnp.mean(jnp.square(predicted - expected), axis=-1)
 

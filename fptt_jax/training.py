@@ -154,7 +154,8 @@ class Model(NamedTuple):
   Attributes:
     init: (key) -> params.
     initial_state: (batch_size) -> hidden state before the first step, a tree of arrays [B, ...].
-    apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state, outputs [S, B, ...]), a whole window. A step
+    apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state, outputs [S, B, ...]), a whole window. x is
+      an array or a tree of them, as the batch's inputs are, 0 at masked steps, which may be anywhere. A step
       whose mask is False leaves the state as it is; mask None means that all steps are real. key None means evaluation: no
       dropout. In place of the outputs it may return :class:`Penalised` ones.
     apply_last: as `apply`, with one more argument: each sequence's last valid step in the window, an int or int [B], the outputs
@@ -389,7 +390,7 @@ def trainer(
     if mesh is not None:
       check_divisible('the batch size B', batch_size, mesh)
     share = batch_size if mesh is None else batch_size // mesh.size
-    if share % micro_batches:
+    if micro_batches > 1 and share % micro_batches:
       raise ValueError(f'micro_batches must divide the {share} rows of a batch (on each device), got {micro_batches}.')
 
   def state_specs(state: TrainState) -> Any:
@@ -487,6 +488,7 @@ def trainer(
 
     first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
     valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
+    batch = _without_idle_targets(batch, valid, loss)
     occupied, longest = valid.occupied(), None
     if occupied is not None:
       if outer is not None:
@@ -562,6 +564,7 @@ def trainer(
     num_steps, batch_size = _check_shapes(batch)
     windows = cut(num_steps)
     valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
+    batch = _without_idle_targets(batch, valid, loss)
 
     def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, Totals]:
       hidden, (outputs, _), window = _run_window(model, loss, params, hidden, batch, windows, valid, k, None, axis, readout_steps)
@@ -620,6 +623,22 @@ def _targets_by_row(loss: Loss) -> bool:
 
 def _all_finite(tree: Any) -> jax.Array:
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _without_idle_targets(batch: Batch, valid: ValidSteps, loss: Loss) -> Batch:
+  """Puts 0 in the place of targets [B, ...] of sequences that a mask leaves without any valid step.
+
+  They may be anything: NaN there would come back as a NaN gradient, although it counts for nothing.
+  """
+  if batch.mask is None or not _targets_by_row(loss):
+    return batch
+
+  def cleared(leaf: Any) -> jax.Array:
+    target = jnp.asarray(leaf)
+    counts = (valid.lengths > 0).reshape(-1, *[1] * (target.ndim - 1))
+    return jnp.where(counts, target, jnp.zeros([], target.dtype))
+
+  return batch._replace(targets=jax.tree.map(cleared, batch.targets))
 
 
 def _in_parts(model: Model, micro_batches: int) -> Model:

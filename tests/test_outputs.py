@@ -36,8 +36,7 @@ def by_hand(batch: Batch) -> np.ndarray:
   return np.stack(outputs), hidden
 
 
-@pytest.mark.parametrize('num_steps', [1, 7, 9])
-@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize(('num_steps', 'masked'), [(1, False), (7, True), (9, False)])
 def test_predict_gives_the_outputs_of_all_steps(num_steps, masked):
   """In order, whatever T; zeros at masked steps; time-major or batch-major; with the hidden state after them."""
   batch = problems.tagging_batch(num_steps, B, D, C)
@@ -132,8 +131,10 @@ def test_predict_refuses_what_does_not_fit(arguments, error, message):
 # Outputs of a step.
 
 
-@pytest.mark.parametrize('method', ['tbptt', 'bptt', 'bptt_aux', 'ftrl', 'tbptt_final'])
-@pytest.mark.parametrize('last_only', [False, True])
+@pytest.mark.parametrize(
+  ('method', 'last_only'),
+  [('tbptt', False), ('bptt', True), ('bptt_aux', False), ('ftrl', True), ('tbptt_final', False)],
+)
 def test_step_returns_outputs_on_request(method, last_only):
   """Uneven windows, masked steps: what `predict` gives, where the rate is 0; the state is what it is without the request."""
   options = {'bptt': {}, 'tbptt_final': {'final_steps': 3}}.get(method, {'num_windows': 3})
@@ -210,9 +211,16 @@ def test_outputs_do_not_go_with_readout_steps():
 # Micro-batches.
 
 
-@pytest.mark.parametrize('parts', [2, 4])
-@pytest.mark.parametrize('kind', ['tagging', 'terminal', 'example', 'own loss'])
-@pytest.mark.parametrize('method', ['fptt', 'bptt_aux', 'ftrl'])
+@pytest.mark.parametrize(
+  ('parts', 'kind', 'method'),
+  [
+    (2, 'tagging', 'fptt'),
+    (4, 'tagging', 'ftrl'),
+    (4, 'terminal', 'fptt'),
+    (2, 'example', 'bptt_aux'),
+    (2, 'own loss', 'fptt'),
+  ],
+)
 def test_micro_batches_give_the_whole_batchs_numbers(parts, kind, method):
   """Two steps of a ragged batch whose rows have unlike lengths: state, tables and metrics agree up to rounding."""
   loss = {

@@ -391,6 +391,8 @@ class Stack(nnx.Module):
   """Layers one after the other: recurrent ones, flax's per-step cells, `nnx.Dropout`, and anything that acts on each step alone
   (`nnx.Embed`, `nnx.Linear`, an activation function).
 
+  The first layer may be one of your own that takes a tree of inputs (tokens and features, say) and returns one array.
+
   Its state is a tuple of the recurrent layers' states. Dropout layers draw a fresh mask for each step and unit and are off in
   evaluation (key None). Penalties that layers return with their outputs (:class:`fptt_jax.Penalised`) are summed. The layers at its
   end that act on each step alone are its readout, which the trainer may run on a few steps at a time (`readout_steps`).
