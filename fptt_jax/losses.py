@@ -172,7 +172,7 @@ def _measure_last_steps(
   last_outputs = take_steps(outputs, window.last)
   _, ended, _ = _progress(window, jnp.dtype(jnp.float32))
   if not window.ragged:  # All sequences end together, so the function sees them together.
-    last_step = window._replace(size=1, masked=False, start=window.end - 1, mask=jnp.ones_like(window.mask[:1]))
+    last_step = window._replace(size=1, masked=False, start=window.end - 1, last=0, mask=jnp.ones_like(window.mask[:1]))
     value = function(last_outputs, targets, last_step)
     count = jnp.sum(ended, dtype=jnp.int32)
     return {'count': count, 'loss': jnp.where(count > 0, count.astype(jnp.float32) * value, 0)}
@@ -189,6 +189,7 @@ def _measure_last_steps(
       lengths=length,
       seen=length,
       active=jnp.ones(1, bool),
+      last=0,
       mask=jnp.ones((1, 1), bool),
       axis=None,
     )

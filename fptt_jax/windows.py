@@ -86,6 +86,8 @@ class Window(NamedTuple):
     lengths: int32 [B], number of valid steps of each whole sequence (T where the batch is not ragged).
     seen: int32 [B], number of valid steps of each sequence up to the window's end.
     active: bool [B], whether each sequence has a valid step in the window.
+    last: each sequence's last valid step in the window, int32 [B], counted from its start, 0 without one; the number S - 1 where
+      nothing is masked.
     mask: bool [S, B], which steps of the window are real.
     axis: name of the mesh axis over which the batch is split, B being this device's share; None where it is whole.
   """
@@ -101,6 +103,7 @@ class Window(NamedTuple):
   lengths: jax.Array
   seen: jax.Array
   active: jax.Array
+  last: jax.Array | int
   mask: jax.Array
   axis: str | None = None
 
@@ -134,14 +137,6 @@ class Window(NamedTuple):
   def ended(self) -> jax.Array:
     """Whether each sequence has its last valid step in the window, bool [B]."""
     return self.active & (self.seen == self.lengths)
-
-  @property
-  def last(self) -> jax.Array | int:
-    """Each sequence's last valid step in the window, int32 [B]; 0 without one, the number S - 1 where nothing is masked."""
-    if not self.masked:
-      return self.size - 1
-    steps = jnp.arange(self.size, dtype=jnp.int32)[:, None]
-    return jnp.max(jnp.where(self.mask, steps, 0), axis=0)
 
   def slice(self, x: jax.Array) -> jax.Array:
     """The window's S steps of a time-major array [T, B, ...]; zero where `mask` is False.
@@ -245,24 +240,28 @@ def window_at(windows: Windows, k: jax.Array, valid: ValidSteps, axis: str | Non
   """Returns the `k`-th window of a batch with the given valid steps."""
   start, end = jnp.asarray(windows.starts)[k], jnp.asarray(windows.ends)[k]
   steps = start + jnp.arange(windows.size, dtype=jnp.int32)
+  masked = valid.ragged or not windows.even
   if valid.mask is None or valid.seen is None:
     mask = (steps < end)[:, None] & (steps[:, None] < valid.lengths[None, :])
     seen, active = jnp.minimum(valid.lengths, end), valid.lengths > start
+    last = jnp.clip(seen - start - 1, 0, windows.size - 1)
   else:
     mask = (steps < end)[:, None] & jax.lax.dynamic_slice_in_dim(valid.mask, start, windows.size, axis=0)
     seen, active = valid.seen[k], mask.any(0)
+    last = jnp.max(jnp.where(mask, (steps - start)[:, None], 0), axis=0)
   return Window(
     k=k,
     num_windows=windows.num_windows,
     num_steps=int(windows.ends[-1]),
     size=windows.size,
     ragged=valid.ragged,
-    masked=valid.ragged or not windows.even,
+    masked=masked,
     start=start,
     end=end,
     lengths=valid.lengths,
     seen=seen,
     active=active,
+    last=last if masked else windows.size - 1,
     mask=mask,
     axis=axis,
   )

@@ -39,6 +39,7 @@ def window(k: int, cuts: list[int], lengths: list[int]) -> fptt_jax.Window:
     lengths=number(lengths),
     seen=number(np.minimum(lengths, cuts[k + 1])),
     active=jnp.asarray(mask.any(0)),
+    last=number(np.clip(np.minimum(lengths, cuts[k + 1]) - cuts[k] - 1, 0, size - 1)),
     mask=jnp.asarray(mask),
   )
 
@@ -366,13 +367,15 @@ def _measure(name, size, place, outputs, targets):
   key = (name, size, place.num_windows)
   if key not in _COMPILED:
     _COMPILED[key] = jax.jit(
-      lambda k, start, end, lengths, seen, active, mask, outputs, targets: loss.measure(
+      lambda k, start, end, lengths, seen, active, last, mask, outputs, targets: loss.measure(
         jax.lax.dynamic_slice_in_dim(outputs, start, size),
         targets,
-        place._replace(k=k, start=start, end=end, lengths=lengths, seen=seen, active=active, mask=mask),
+        place._replace(k=k, start=start, end=end, lengths=lengths, seen=seen, active=active, last=last, mask=mask),
       )
     )
-  return _COMPILED[key](place.k, place.start, place.end, place.lengths, place.seen, place.active, place.mask, outputs, targets)
+  return _COMPILED[key](
+    place.k, place.start, place.end, place.lengths, place.seen, place.active, place.last, place.mask, outputs, targets
+  )
 
 
 def test_from_function_hands_over_what_it_gets():

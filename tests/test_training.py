@@ -88,6 +88,7 @@ def by_hand(
       lengths=lengths,
       seen=jnp.minimum(lengths, end),
       active=mask.any(0),
+      last=jnp.clip(jnp.minimum(lengths, end) - start - 1, 0, len(x) - 1) if batch.lengths is not None else len(x) - 1,
       mask=mask,
     )
 
