@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from experiments import add_task, runs
+from experiments.members import Member, has_ended
 from experiments.options import UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -184,6 +185,107 @@ def test_metrics_that_are_gone_or_damaged_are_not_made_up_for(tmp_path: Path) ->
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(UserError, match=r'config\.json is damaged'):
     runs.open_workdir(str(tmp_path), 'add_task', add_task.Config())
+
+
+@pytest.mark.parametrize('damage', [lambda path: path.write_bytes(b''), lambda path: path.unlink(), flip])
+def test_nothing_more_is_printed_of_a_broken_checkpoint(
+  tmp_path: Path, damage: Callable[[Path], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+  """All arrays of many broken: reads that end after the first error has no loop to tell, and say nothing."""
+  carry = {f'w{number}': jnp.full((300, 30), number, jnp.float32) for number in range(40)}
+  runs.open_workdir(str(tmp_path), 'add_task', add_task.Config())
+  run = runs.Run(tmp_path / 'run')
+  for step in (1, 2):
+    run.log(step, loss=1.0)
+    run.save(step, carry)
+  run.close()
+  for path in sorted((tmp_path / 'run' / 'checkpoints' / '2' / 'carry').rglob('d/*')):
+    damage(path)
+  capfd.readouterr()
+  with pytest.raises(runs.Broken):
+    runs.Run(tmp_path / 'run').restore(2, carry)
+  gc.collect()
+  shown = capfd.readouterr()
+  assert 'Traceback' not in shown.out + shown.err
+  assert 'Event loop' not in shown.out + shown.err
+
+
+KINDS = ['[1]', '3', 'null', '"text"', 'true', '{}', '', '{"step": 1', '\0\0', '\ufeff{}', '[' * 100_000]
+
+
+@pytest.mark.parametrize('content', KINDS, ids=[content[:9] for content in KINDS])
+@pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl', 'result.json'])
+def test_json_of_another_kind_is_refused(name: str, content: str, tmp_path: Path) -> None:
+  """Whatever it holds: one line with the file's name. A result of no configuration is none: the run goes on."""
+  member = Member(add_task.Config(), 'fptt', 0, {})
+  folder = runs.open_workdir(str(tmp_path), 'add_task', member.config) / member.name
+  folder.mkdir()
+  path = tmp_path / name if name == 'config.json' else folder / name
+  path.write_text(content + '\n', encoding='utf-8')
+  read: dict[str, Callable[[], Any]] = {
+    'config.json': lambda: runs.open_workdir(str(tmp_path), 'add_task', add_task.Config()),
+    'metrics.jsonl': lambda: runs.read_jsonl(folder / name),
+    'result.json': lambda: has_ended(tmp_path, member),
+  }
+  if (name, content) == ('result.json', '{}'):
+    assert not has_ended(tmp_path, member)
+    return
+  with pytest.raises(UserError, match=rf'{name} is damaged: ') as caught:
+    read[name]()
+  assert '\n' not in str(caught.value)
+  assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl', 'result.json'])
+def test_a_folder_in_a_file_s_place_is_refused(name: str, tmp_path: Path) -> None:
+  """As is what may not be read."""
+  (tmp_path / name).mkdir()
+  read = runs.read_jsonl if name.endswith('l') else runs.read_json
+  with pytest.raises(UserError, match=rf'cannot read .*{name}: Is a directory'):
+    read(tmp_path / name)
+
+
+def test_checkpoints_that_cannot_be_written_are_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """A folder that is read-only while those around it are not; the tests' user may write everywhere."""
+  folder = saved_run(tmp_path, 1)
+
+  def refuse(dir: Path) -> Any:
+    raise PermissionError(13, 'Permission denied', str(dir))
+
+  monkeypatch.setattr(runs.tempfile, 'TemporaryFile', refuse)
+  with pytest.raises(UserError, match=r'cannot write to .*checkpoints.*step 1 is whole'):
+    runs.Run(folder)
+
+
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(tmp_path: Path) -> None:
+  """A file or an unreadable folder in their place: the run does not start anew."""
+  folder = saved_run(tmp_path, 1)
+  shutil.rmtree(folder / 'checkpoints')
+  assert runs.saved_steps(folder) == []
+  (folder / 'checkpoints').write_text('')
+  with pytest.raises(UserError, match=r'cannot read .*checkpoints: Not a directory'):
+    runs.saved_steps(folder)
+
+
+def test_files_that_may_not_be_looked_at_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Made under umask 0777: neither taken for missing nor a traceback."""
+
+  def refuse(path: Path, **options: Any) -> Any:
+    raise PermissionError(13, 'Permission denied', str(path))
+
+  monkeypatch.setattr(Path, 'stat', refuse)
+  with pytest.raises(UserError, match=r'cannot read .*metrics\.jsonl: Permission denied'):
+    runs.read_jsonl(tmp_path / 'metrics.jsonl')
+  monkeypatch.setattr(Path, 'open', refuse)
+  monkeypatch.setattr(Path, 'read_bytes', refuse)
+  with pytest.raises(UserError, match=r'cannot read .*config\.json: Permission denied'):
+    runs.read_config(tmp_path)
+
+
+def test_a_folder_of_bytes_without_letters_is_refused(tmp_path: Path) -> None:
+  """Orbax could not take it."""
+  with pytest.raises(UserError, match=r'--workdir=.*PYTHONUTF8'):
+    runs.open_workdir(str(tmp_path / 'K\udcff'), 'add_task', add_task.Config())
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
