@@ -1,32 +1,67 @@
-"""The adding problem (Hochreiter & Schmidhuber 1997): FPTT against its rivals, as in Figs. 1-3 of the paper.
+"""The adding problem (Hochreiter & Schmidhuber 1997): FPTT and its rivals.
 
-A sequence has two rows: numbers uniform in [0, 1], and two markers, one in each half. The target is the sum of the two marked
-numbers; always answering 1 gives a mean squared error of 1/6 = 0.167. Every batch is drawn afresh.
+A sequence has two rows: numbers uniform in [0, 1], and two markers, one in each half. The
+target is the sum of the two marked numbers; always answering 1 gives a mean squared error
+of 1/6 = 0.167. Every batch is drawn afresh.
 
-The defaults run on two CPU cores in about seven minutes: T=120, an LSTM of 128, batch 128, K=11. The paper's settings are
---seq_len=200|500|750|1000 --nodecay.
+By default each method trains at a learning rate and momentum of its own, chosen from a
+declared grid on draws of another seed (see `experiments.rates`); --lr and --momentum hold
+for all methods, and --tune searches the grid again. The methods are compared by their
+mean test error over the last quarter of the evaluations, not by a curve's last point.
+The defaults take a few minutes on two CPU cores: T=120, an LSTM of 128, batch 128, K=11,
+1,000 batches. The paper's settings (Figs. 1-3) are --seq_len=200|500|750|1000 --nodecay
+--batches=3000 --lr=1e-3 --momentum=0.9.
 """
 
 from collections.abc import Callable, Iterable
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+import statistics
+import time
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tabulate import tabulate
 from tqdm import tqdm
 
-from experiments import cells, options, processes, recipe, runs
-from experiments.members import Member, Population, chunks, end, remaining, train_all
+from experiments import cells, options, processes, rates, recipe, reporting, runs
+from experiments.members import (
+  Member,
+  Population,
+  chunks,
+  end,
+  has_ended,
+  members,
+  remaining,
+  short,
+  train_all,
+)
 from experiments.options import check, option
+from experiments.rates import Rates
+from experiments.reporting import Curve, Plot
 import fptt_jax
 from fptt_jax import nn
 
 CHANCE = 1 / 6
+SOLVED = 0.01
+PROBE_BATCHES = 3
+"""Batches that are timed before the start, after one that compiles."""
+UNTUNED_RATE = 1e-3
+"""Learning rate of what the table of tuned rates does not have."""
+TUNED = rates.read_table()
+PLOT = Plot(
+  'convergence.png',
+  'Adding problem',
+  'test_mse',
+  'test MSE',
+  (('step', 'batches'), ('updates', 'updates'), ('seconds', 'seconds')),
+  (('chance', CHANCE), ('solved', SOLVED)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +69,23 @@ class Config(recipe.Recipe):
   """Settings of the adding problem."""
 
   method: tuple[str, ...] = option(('fptt', 'tbptt', 'bptt'), f'methods, one after the other: {", ".join(recipe.METHODS)}')
+  lr: float | None = option(None, "learning rate of all methods; default: each method's own, tuned one")
+  momentum: float | None = option(
+    None,
+    "decay of the first moment of all methods, adam's b1 or sgd's heavy ball; may be "
+    "negative; default: each method's own, tuned one",
+  )
+  tune: bool = option(False, 'search rate and momentum of each method on draws of another seed, and stop')
   alpha: float = option(0.1, 'strength of the tie of W to its summary')
   clip: float = option(1.0, 'largest global norm of the gradient; 0 does not clip')
   seq_len: int = option(120, 'T, steps of a sequence')
   hidden: int = option(128, 'H, LSTM units')
   batch_size: int = option(128, 'B, fresh sequences a batch')
-  batches: int = option(3000, 'training batches; each gives K updates, or one')
+  batches: int = option(1000, 'training batches; each gives K updates, or one')
   forget_bias: float = option(1.0, "initial bias of the LSTM's forget gate")
   decay: bool = option(True, 'decay the learning rate to 0 over the run along a half cosine (False: constant, as in the paper)')
   test_size: int = option(1024, 'sequences of the test set, drawn independently')
-  eval_every: int = option(100, 'batches between evaluations, which are also checkpoints')
+  eval_every: int = option(50, 'batches between evaluations, which are also checkpoints')
   workdir: str = option('', 'folder of the run; default runs/add_task-TIME. The same command and folder resume a run')
 
   def __post_init__(self) -> None:
@@ -53,6 +95,39 @@ class Config(recipe.Recipe):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
     check(self.seq_len >= 2, 'seq_len', self.seq_len, 'at least 2 (a marker in each half)')
     self.check_length(self.seq_len)
+    self._check_tuning()
+
+  def _check_tuning(self) -> None:
+    """Raises if --tune is given with what it chooses, or if its seed is reported on."""
+    for name, unset in (('lr', None), ('momentum', None), ('grid', ()), ('seeds', (0,))):
+      value = getattr(self, name)
+      check(not self.tune or value == unset, name, value, 'left out with --tune')
+    check(not self.tune or self.optimizer == 'adam', 'optimizer', self.optimizer, "'adam' with --tune")
+    expected = f'without {rates.SEED}, on whose draws the rates were chosen, or give --lr and --momentum'
+    check(rates.SEED not in self.seeds or not self.missing, 'seeds', self.seeds, expected)
+
+  @property
+  def missing(self) -> list[str]:
+    """Which of rate and momentum are each method's own."""
+    chosen = [variant for _, variant in self.variants()]
+    names = {'lr': 'learning rate', 'momentum': 'momentum'}
+    return [name for field, name in names.items() if any(getattr(variant, field) is None for variant in chosen)]
+
+  @property
+  def tuned_methods(self) -> list[str]:
+    """Those of the methods whose missing settings are tuned ones."""
+    return [name for name in self.method if self.optimizer == 'adam' and name in TUNED.methods]
+
+  def for_method(self, method: str) -> 'Config':
+    """Returns the settings with the method's own rate and momentum where none are given."""
+    tuned = method in TUNED.methods and self.optimizer == 'adam'
+    usual = Rates(UNTUNED_RATE, self.first_moment)
+    own = TUNED.methods[method] if tuned else usual
+    return dataclasses.replace(
+      self,
+      lr=own.lr if self.lr is None else self.lr,
+      momentum=own.momentum if self.momentum is None else self.momentum,
+    )
 
 
 def draw_batch(key: jax.Array, seq_len: int, batch_size: int) -> fptt_jax.Batch:
@@ -99,8 +174,14 @@ def make_trainer(config: Config, method: str, members: int) -> tuple[fptt_jax.Tr
   return recipe.make_trainer(config, method, make_model(config), loss, config.seq_len, decay=decay, mesh=meshes.batch), meshes
 
 
-def train(chosen: list[Member], folder: Path) -> None:
-  """Trains runs of one method side by side, and keeps what came of each."""
+def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> None:
+  """Trains runs of one method side by side, and keeps what came of each.
+
+  Args:
+    chosen: the runs.
+    folder: the folder of their folders.
+    evaluated: is called after each evaluation of a run.
+  """
   config, method = chosen[0].config, chosen[0].method
   num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
   trainer, meshes = make_trainer(config, method, len(chosen))
@@ -109,7 +190,7 @@ def train(chosen: list[Member], folder: Path) -> None:
   tests = [processes.alike(draw(test_key, config.seq_len, config.test_size)) for _, _, test_key in keys]
   read = lambda _, data: draw_batch(jax.random.wrap_key_data(data), config.seq_len, config.batch_size)
 
-  group = Population(trainer, read, (), chosen, folder, meshes)
+  group = Population(trainer, read, (), chosen, folder, meshes, evaluated=evaluated)
   first, (state, _), saved = group.start(
     [init_key for init_key, _, _ in keys], [batch_keys(data_key, np.zeros(1, int))[0] for _, data_key, _ in keys]
   )
@@ -139,7 +220,9 @@ def train(chosen: list[Member], folder: Path) -> None:
   params = group.unstack(recipe.evaluation_params(config, method, state))
   for number, (member, run) in enumerate(zip(chosen, group.runs, strict=False)):
     lost = {'lost': group.lost[number]} if number in group.lost else {}
-    end(folder, member, summarise(num_windows, run.rows) | sizes(config) | lost, None if lost else params[number])
+    settings = {'lr': member.config.lr, 'momentum': member.config.momentum}
+    summary = settings | summarize(num_windows, run.rows) | sizes(config) | lost
+    end(folder, member, summary, None if lost else params[number])
 
 
 def train_interval(
@@ -185,7 +268,9 @@ def log(
   """Writes down an evaluation of one run, with means over the last batch's updates, those that were made: the row."""
   made = ~np.asarray(metrics.skipped[-1, number])
   mean = lambda values: float(np.where(made, values[-1, number], 0).sum() / max(1, made.sum()))
-  return group.runs[number].log(
+  return group.log(
+    number,
+    step,
     step,
     updates=updates,
     train_loss=mean(metrics.loss),
@@ -207,16 +292,17 @@ def line(member: Member, row: dict[str, Any], lost: str | None) -> str:
   )
 
 
-def summarise(num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """What a run came to, from its metrics."""
-  errors = [(row['test_mse'], row['step']) for row in rows if row['test_mse'] is not None]
-  solved = [step for error, step in errors if error < 0.01]
+def summarize(num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """Returns what a run came to, from its metrics."""
+  finite = [row for row in rows if row['test_mse'] is not None]
+  solved = [row['step'] for row in finite if row['test_mse'] < SOLVED]
+  late = [row['test_mse'] for row in rows if row['step'] > 0.75 * rows[-1]['step']]
   return {
     'K': num_windows,
     'batches': rows[-1]['step'],
     'updates': rows[-1]['updates'],
     'test_mse': rows[-1]['test_mse'],
-    'best_mse': min(errors)[0] if errors else None,
+    'last_quarter_mse': None if None in late else statistics.fmean(late),
     'below_0.01_at': solved[0] if solved else None,
     'seconds': rows[-1]['seconds'],
   }
@@ -228,21 +314,212 @@ def sizes(config: Config) -> dict[str, int]:
   return {'parameters': cells.count(params), 'recurrent_parameters': cells.recurrent_parameters('lstm', (2, config.hidden))}
 
 
-def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed: (the folder, a summary each)."""
-  path = runs.open_workdir(folder, 'add_task', config)
-  print(f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}; writing to {path}')
+def open_folder(config: Config, folder: str) -> Path:
+  """Makes the folder of the runs, or checks that it is of the same configuration."""
+  identity = {}
+  if config.missing:  # Another table of tuned rates makes other runs.
+    identity['tuned_rates'] = str({name: tuple(own) for name, own in TUNED.methods.items()})
+  path = runs.open_workdir(folder, 'add_task', config, **identity)
+  print(
+    f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}, '
+    f'{config.batches:,} batches per run; writing to {path}'
+  )
+  return path
+
+
+def train_runs(config: Config, folder: Path, plot: Plot | None = None) -> list[dict[str, Any]]:
+  """Trains by each method from each seed, drawing `plot` meanwhile: a summary per run."""
   size = recipe.population_size(config, config.batch_size, config.hidden)
-  return path, train_all(config, path, size, lambda chosen: train(chosen, path))
+  evaluated = reporting.live(folder, config, plot)
+  return train_all(config, folder, size, lambda chosen: train(chosen, folder, evaluated))
+
+
+def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
+  """Trains by each method from each seed: (the folder, a summary per run)."""
+  path = open_folder(config, folder)
+  return path, train_runs(config, path)
+
+
+def announce(config: Config, folder: Path) -> None:
+  """Prints which runs are still to be trained, and for about how long."""
+  left = [member for member in members(config) if not has_ended(folder, member)]
+  if not left:
+    return
+  print(f'to train, one after the other, {rates_in_words(config)}:')
+  size = recipe.population_size(config, config.batch_size, config.hidden)
+  total = 0.0
+  for method in dict.fromkeys(member.method for member in left):
+    chosen = [member for member in left if member.method == method]
+    seconds = estimate(chosen, folder, min(size or len(chosen), len(chosen)))
+    total += seconds
+    for member in chosen:
+      print(f'  {member.label}: {settings_in_words(member.config)}')
+    print(f'  {method} takes about {duration(seconds)}', flush=True)
+  print(f'about {duration(total)} in all, if the machine stays as busy as it is')
+
+
+def estimate(chosen: list[Member], folder: Path, together: int) -> float:
+  """Returns about how many seconds runs of one method will take, from a few timed batches.
+
+  Args:
+    chosen: the runs.
+    folder: the folder of their folders, whose checkpoints tell what is done already.
+    together: runs per program; the estimate is too high where they run side by side.
+  """
+  config, key = chosen[0].config, jax.random.key(0)
+  trainer, _ = make_trainer(config, chosen[0].method, together)
+  batch = draw_batch(key, config.seq_len, config.batch_size)
+  state = trainer.init(key, jax.eval_shape(lambda: batch))  # Looks at shapes alone.
+  seconds = []
+  for _ in range(1 + PROBE_BATCHES):
+    started = time.perf_counter()
+    state, metrics = trainer.step(state, batch)
+    jax.block_until_ready((state, metrics))
+    seconds.append(time.perf_counter() - started)
+  done = [max(runs.saved_steps(folder / member.name), default=0) for member in chosen]
+  batches = len(chosen) * config.batches - sum(done)
+  return len(chosen) * seconds[0] + batches * statistics.median(seconds[1:])
+
+
+def duration(seconds: float) -> str:
+  """Returns a duration in words."""
+  minutes, rest = divmod(round(seconds), 60)
+  return f'{minutes} min {rest} s' if minutes else f'{rest} s'
+
+
+def settings_in_words(config: Config) -> str:
+  """Returns the rate and momentum of a run."""
+  return f'lr {short(config.lr)}, momentum {short(config.momentum)}'
+
+
+def rates_in_words(config: Config) -> str:
+  """Returns where the learning rates and momenta come from."""
+  if not config.missing:
+    return 'at the learning rate and momentum that were given'
+  what = ' and '.join(config.missing)
+  tuned = config.tuned_methods
+  if not tuned:
+    return f'at a default {what}, untuned'
+  text = f'each at its own {what}, chosen on draws of seed {rates.SEED}'
+  others = [method for method in config.method if method not in tuned]
+  if others:
+    text += f' (but {", ".join(others)}: untuned)'
+  differ = [
+    f'{name} {value!r}, here {getattr(config, name)!r}' for name, value in TUNED.settings.items() if getattr(config, name) != value
+  ]
+  return text + (f' at other settings ({"; ".join(differ)})' if differ else '')
+
+
+class Result(NamedTuple):
+  """What the runs of one method and point of the grid came to.
+
+  Attributes:
+    name: the method, and the settings out of the grid.
+    settings: rate and momentum in words.
+    scores: of each seed, the mean test MSE over the last quarter of the evaluations;
+      None of a run that diverged.
+  """
+
+  name: str
+  settings: str
+  scores: list[float | None]
+
+  @property
+  def mean(self) -> float | None:
+    """Mean over the seeds, None if one of them diverged."""
+    finite = [score for score in self.scores if score is not None]
+    return statistics.fmean(finite) if len(finite) == len(self.scores) else None
+
+  def __str__(self) -> str:
+    return ('none (diverged)' if self.mean is None else f'{self.mean:.4f}') + f' for {self.name}'
+
+
+def conclusion(config: Config, summaries: list[dict[str, Any]]) -> str:
+  """Returns two sentences: what was compared, and what was seen."""
+  results: dict[str, Result] = {}
+  for member, summary in zip(members(config), summaries, strict=True):
+    name = member.name.replace(f'-seed{member.seed}', '')
+    result = results.setdefault(name, Result(name, settings_in_words(member.config), []))
+    result.scores.append(summary['last_quarter_mse'])
+  listing = ', '.join(f'{one.name} ({one.settings})' for one in results.values())
+  compared = (
+    f'Compared: {listing} on the adding problem at T={config.seq_len}, '
+    f'{config.batches:,} batches of {config.batch_size} per run, {rates_in_words(config)}.'
+  )
+  ranked = sorted((one for one in results.values() if one.mean is not None), key=lambda one: one.mean)
+  ranked += [one for one in results.values() if one.mean is None]
+  measure = 'mean test MSE over the last quarter of the evaluations'
+  seen = f'Seen: the {measure} was {", ".join(map(str, ranked))}, chance being {CHANCE:.3f}'
+  return f'{compared}\n{seen}{_reservation(config, ranked)}.'
+
+
+def _reservation(config: Config, ranked: list[Result]) -> str:
+  """Returns what a reader has to bear in mind about the order of the results."""
+  if len(ranked) == 1:
+    return '; nothing else was run to compare it with'
+  if len(config.seeds) == 1:
+    return '; this is one seed, and another one may order them otherwise'
+  worst = float('inf')
+  columns = zip(*([worst if s is None else s for s in one.scores] for one in ranked), strict=True)
+  wins = sum(scores[0] < min(scores[1:]) for scores in columns)
+  return f'; {ranked[0].name} was the lowest from {wins} of {len(config.seeds)} seeds'
+
+
+def tune(config: Config) -> None:
+  """Searches the grid for each method, prints what was tried, and writes rates.json."""
+  folder = runs.make_folder(config.workdir)
+  found: dict[str, Any] = {}
+  for method in config.method:
+    point = lambda chosen, method=method: trial(config, method, chosen, folder / method)
+    found[method] = rates.entry(*rates.search(point))
+    if processes.is_first():
+      runs.write_json(folder / 'rates.json', rates.table(config, found))
+  if not processes.is_first():
+    return
+  tried = [[method, *one.values()] for method, row in found.items() for one in row['tried']]
+  header = ['method', 'lr', 'momentum', 'mean MSE of the last quarter']
+  print(tabulate(tried, header, floatfmt='.4g', missingval='diverged'))
+  draw_tuning(folder / 'rates.png', found)
+  for method, row in found.items():
+    print(f'{method}: lr {row["lr"]:g}, momentum {row["momentum"]:g}')
+  name = rates.FILE.name
+  print(f'{folder / "rates.json"} takes the place of experiments/{name} if you copy it there')
+
+
+def trial(config: Config, method: str, point: Rates, folder: Path) -> float | None:
+  """Trains at one point of the grid, unless that was done before, and returns its score."""
+  grid = (f'lr={short(point.lr)}', f'momentum={short(point.momentum)}')
+  chosen = dataclasses.replace(config, tune=False, method=(method,), seeds=(rates.SEED,), grid=grid)
+  _, [summary] = run(chosen, str(folder))
+  return summary['last_quarter_mse']
+
+
+def draw_tuning(path: Path, found: dict[str, Any]) -> None:
+  """Draws the scores of all points against the learning rate."""
+  curves = []
+  for method, row in found.items():
+    for momentum in rates.MOMENTA:
+      points = [one for one in row['tried'] if one['momentum'] == momentum]
+      x, y = [one['lr'] for one in points], [one['score'] for one in points]
+      curves.append(Curve(f'{method}, momentum {momentum:g}', method, x, y))
+  title, marks = 'Adding problem: tuning', {'chance': CHANCE, 'solved': SOLVED}
+  ylabel = 'mean MSE of the last quarter'
+  reporting.plot_curves(path, {'learning rate': curves}, title, ylabel, marks, 'log')
 
 
 def main(config: Config) -> None:
-  """Trains and reports."""
+  """Trains and reports, or tunes."""
   processes.join(config.coordinator, config.num_processes, config.process_id)
-  folder, summaries = run(config, config.workdir)
-  marks = {'chance': CHANCE, 'solved': 0.01}
-  runs.report(folder, summaries, 'test_mse', 'convergence.png', 'batches', 'test MSE', marks, digits=4)
-  print(f'chance {CHANCE:.3f} (answering 1); test MSE is the one after the last batch')
+  if config.tune:
+    tune(config)
+    return
+  folder = open_folder(config, config.workdir)
+  if jax.process_count() == 1:
+    announce(config, folder)
+  plot = PLOT._replace(title=f'{PLOT.title}, T={config.seq_len}, LSTM {config.hidden}')
+  summaries = train_runs(config, folder, plot)
+  reporting.report(folder, config, summaries, plot, 'last_quarter_mse', digits=4)
+  print(conclusion(config, summaries))
 
 
 if __name__ == '__main__':

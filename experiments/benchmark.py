@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from tabulate import tabulate
 
-from experiments import cost, options, recipe, rivals, runs
+from experiments import cost, options, recipe, reporting, rivals, runs
 from experiments.options import check, option
 from experiments.rivals import Case
 import fptt_jax
@@ -385,7 +385,7 @@ def plot_population(path: Path, rows: list[dict[str, Any]]) -> None:
   axes.set(xlabel='R, members side by side', ylabel='throughput / that of one alone', xscale='log', yscale='log')
   axes.grid(alpha=0.3, which='both')
   axes.legend()
-  runs.save_figure(figure, path)
+  reporting.save_figure(figure, path)
 
 
 def update_steps(rows: list[dict[str, Any]], num_steps: int) -> float:
@@ -410,7 +410,7 @@ def plot_rivals(path: Path, rows: list[dict[str, Any]]) -> None:
   axes.set_xticks(np.arange(len(cases)) + 0.4, cases)
   axes.grid(alpha=0.3, axis='y', which='both')
   axes.legend()
-  runs.save_figure(figure, path)
+  reporting.save_figure(figure, path)
 
 
 def fitted(growth: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
@@ -430,7 +430,7 @@ def plot_growth(path: Path, growth: dict[str, list[dict[str, Any]]]) -> None:
     axes.set(xlabel=name, xscale='log', yscale='log')
     axes.grid(alpha=0.3, which='both')
     axes.legend()
-  runs.save_figure(figure, path)
+  reporting.save_figure(figure, path)
 
 
 def main(config: Config) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import add_task, runs
+from experiments import add_task, reporting
 import fptt_jax
 from fptt_jax.transformation import find_states
 
@@ -192,4 +192,4 @@ def plot(path: Path, studies: dict[str, Sequence[dict[str, float]]]) -> None:
     axes.grid(alpha=0.3, which='both')
   panels[0].legend()
   figure.delaxes(figure.axes[-1])
-  runs.save_figure(figure, path)
+  reporting.save_figure(figure, path)

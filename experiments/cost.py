@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from scipy import stats
 
-from experiments import add_task, recipe, runs
+from experiments import add_task, recipe, reporting
 import fptt_jax
 
 FTRL_STEPS = 64
@@ -193,4 +193,4 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3, which='both')
     axes.legend()
-  runs.save_figure(figure, path)
+  reporting.save_figure(figure, path)

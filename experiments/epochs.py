@@ -148,13 +148,22 @@ class Record(NamedTuple):
     )
 
 
-def train(config: EpochRecipe, task: Task, chosen: list[Member], folder: Path, extra: dict[str, Any]) -> None:
-  """Trains runs of one method side by side, a checkpoint an epoch or more, and keeps what came of each, `extra` beside it.
+def train(
+  config: EpochRecipe,
+  task: Task,
+  chosen: list[Member],
+  folder: Path,
+  extra: dict[str, Any],
+  evaluated: Callable[[], None],
+) -> None:
+  """Trains runs of one method side by side, a checkpoint per epoch or more, and keeps what came of each, `extra` beside it.
+
+  `evaluated` is called after each evaluation of a run.
 
   The weights that are tested are those of the epoch with the best validation score. A run that diverges, or whose learning rate has
   fallen below the least, ends; the others go on.
   """
-  group = Population(task.trainer, task.read, task.source, chosen, folder, task.meshes, task.split, task.fetch)
+  group = Population(task.trainer, task.read, task.source, chosen, folder, task.meshes, task.split, task.fetch, evaluated)
   keys = [jax.random.key(member.seed) for member in chosen]
   items = [jax.tree.map(lambda leaf: leaf[0], next(task.portions(1, member.seed)).items) for member in chosen]
   batches, (state, best_params), saved = group.start(keys, items, lambda state: jax.tree.map(jnp.copy, state.params))
@@ -224,7 +233,7 @@ def _evaluate(
       f'valid_{task.score}': task.validate(member_params),
     }
     lr = group.members[number].config.lr * record.lr_factor
-    row = group.runs[number].log(epoch, updates=record.updates, lr=lr, **scores)
+    row = group.log(number, epoch, record.batches, updates=record.updates, lr=lr, **scores)
     bar.write(_line(group.members[number], task.score, row, group.lost.get(number)))
     if None in row.values() or number in group.lost:
       diverged.add(number)
@@ -293,7 +302,7 @@ def _train_epoch(
   def settle() -> None:
     """Takes what was seen into the records."""
     for metrics, updates in seen:
-      group.look(metrics, records[0].batches)
+      group.look(metrics, records[0].batches, updates)
       metrics = jax.tree.map(np.asarray, metrics)
       for number, record in enumerate(records):
         own = jax.tree.map(lambda leaf, number=number: leaf[:, number], metrics)

@@ -4,7 +4,7 @@ An image is read pixel by pixel (T=784 or 1024), with --row row by row (T=28 or 
 defaults are the authors' release's: LSTM 128, Adam 1e-3 divided by 10 after epochs 50, 75 and 90 of 200, clip 1, alpha 0.1, K=10.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import math
 from pathlib import Path
@@ -14,10 +14,11 @@ from flax import nnx
 import jax
 import numpy as np
 
-from experiments import cells, data, epochs, options, processes, recipe, runs
+from experiments import cells, data, epochs, options, processes, recipe, reporting, runs
 from experiments.data import Examples, Splits
 from experiments.members import Member, train_all
 from experiments.options import check, option
+from experiments.reporting import Plot
 import fptt_jax
 from fptt_jax import nn
 
@@ -244,7 +245,7 @@ def percent(totals: dict[str, float]) -> float:
   return 100 * totals['accuracy'] / totals['count']
 
 
-def train(sequences: Sequences, chosen: list[Member], folder: Path) -> None:
+def train(sequences: Sequences, chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> None:
   """Trains runs of one method side by side, and keeps what came of each."""
   num_steps, features = sequences.shape
   config, method = chosen[0].config, chosen[0].method
@@ -252,11 +253,11 @@ def train(sequences: Sequences, chosen: list[Member], folder: Path) -> None:
     'K': recipe.updates_a_sequence(config, method, num_steps)[0],
     'recurrent_parameters': cells.recurrent_parameters(config.cell, widths(config, features)),
   }
-  epochs.train(config, make_task(config, sequences, method, len(chosen)), chosen, folder, extra)
+  epochs.train(config, make_task(config, sequences, method, len(chosen)), chosen, folder, extra, evaluated)
 
 
-def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed: (the folder, a summary each)."""
+def run(config: Config, folder: str, plot: Plot | None = None) -> tuple[Path, list[dict[str, Any]]]:
+  """Trains by each method from each seed, drawing `plot` meanwhile: (the folder, a summary each)."""
   sequences, fingerprint = load(config)
   options.checked(check_fit, config, sequences.shape[0])
   path = runs.open_workdir(folder, 'images', config, images_sha256=fingerprint)
@@ -265,14 +266,18 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
   sizes = ' / '.join(f'{len(part.labels):,}' for part in sequences.splits)
   print(f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} {config.hidden}; writing to {path}')
   size = recipe.population_size(config, config.batch_size, config.hidden)
-  return path, train_all(config, path, size, lambda chosen: train(sequences, chosen, path))
+  evaluated = reporting.live(path, config, plot)
+  return path, train_all(config, path, size, lambda chosen: train(sequences, chosen, path, evaluated))
 
 
 def main(config: Config) -> None:
   """Trains and reports."""
   processes.join(config.coordinator, config.num_processes, config.process_id)
-  folder, summaries = run(config, config.workdir)
-  runs.report(folder, summaries, 'valid_accuracy', 'accuracy.png', 'epoch', 'validation accuracy, %', {}, digits=2, best=max)
+  title = f'{config.task}, {config.cell} {config.hidden}'
+  label = 'validation accuracy, %'
+  plot = Plot('accuracy.png', title, 'valid_accuracy', label, (('step', 'epoch'),))
+  folder, summaries = run(config, config.workdir, plot)
+  reporting.report(folder, config, summaries, plot, 'valid_accuracy', digits=2, best=max)
 
 
 if __name__ == '__main__':

@@ -87,7 +87,9 @@ def add(label: str, scale: str, method: str, **settings: Any) -> Entry:
     'short': dict(decay=True),
     'full': {},
   }
-  return Entry(label, add_task, add_task.Config(**{'method': (method,), 'decay': False} | reduced[scale] | settings), ERROR)
+  paper = dict(lr=1e-3, momentum=0.9, decay=False, batches=3000, eval_every=100)
+  config = add_task.Config(**{'method': (method,)} | paper | reduced[scale] | settings)
+  return Entry(label, add_task, config, ERROR)
 
 
 def image(

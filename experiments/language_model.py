@@ -18,7 +18,7 @@ counts; by words the end of a line is the word <eos>. What the training text has
 <unk> in the other two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import itertools
 import math
@@ -29,10 +29,24 @@ from flax import nnx
 import jax
 import numpy as np
 
-from experiments import cells, data, dynamic_evaluation, epochs, options, processes, recipe, runs, sampling, streams, trained_runs
+from experiments import (
+  cells,
+  data,
+  dynamic_evaluation,
+  epochs,
+  options,
+  processes,
+  recipe,
+  reporting,
+  runs,
+  sampling,
+  streams,
+  trained_runs,
+)
 from experiments.data import Text
 from experiments.members import Member, train_all
 from experiments.options import check, option
+from experiments.reporting import Plot
 from experiments.streams import Place
 import fptt_jax
 from fptt_jax import nn
@@ -325,18 +339,18 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
   )
 
 
-def train(text: Text, chosen: list[Member], folder: Path) -> None:
+def train(text: Text, chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> None:
   """Trains runs of one method side by side, and keeps what came of each."""
   config, method = chosen[0].config, chosen[0].method
   extra = {
     'K': recipe.updates_a_sequence(config, method, config.padded_len)[0],
     'recurrent_parameters': cells.recurrent_parameters(config.cell, widths(config)),
   }
-  epochs.train(config, make_task(config, text, method, len(chosen)), chosen, folder, extra)
+  epochs.train(config, make_task(config, text, method, len(chosen)), chosen, folder, extra, evaluated)
 
 
-def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed: (the folder, a summary each)."""
+def run(config: Config, folder: str, plot: Plot | None = None) -> tuple[Path, list[dict[str, Any]]]:
+  """Trains by each method from each seed, drawing `plot` meanwhile: (the folder, a summary each)."""
   text = data.load_text(SOURCES[config.task], config.data_dir)
   path = runs.open_workdir(folder, 'language_model', config, text_sha256=data.fingerprint(text))
   described = {'data_dir': config.data_dir, 'vocabulary': text.vocabulary}
@@ -348,7 +362,8 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
     f'T={config.seq_len}, {config.layers} x {config.cell} {config.hidden}, batch {config.batch_size}; writing to {path}'
   )
   size = 1 if config.random_lengths else recipe.population_size(config, config.batch_size, config.hidden)
-  return path, train_all(config, path, size, lambda chosen: train(text, chosen, path))
+  evaluated = reporting.live(path, config, plot)
+  return path, train_all(config, path, size, lambda chosen: train(text, chosen, path, evaluated))
 
 
 def print_sample(config: Config) -> None:
@@ -373,9 +388,12 @@ def main(config: Config) -> None:
     print_sample(config)
     return
   processes.join(config.coordinator, config.num_processes, config.process_id)
-  folder, summaries = run(config, config.workdir)
   score, label = ('valid_bpc', 'validation bits per character') if config.by_characters else ('valid_ppl', 'validation perplexity')
-  runs.report(folder, summaries, score, f'{score}.png', 'epoch', label, {}, digits=3 if config.by_characters else 2)
+  title = f'{config.task}, {config.layers} x {config.cell} {config.hidden}'
+  plot = Plot(f'{score}.png', title, score, label, (('step', 'epoch'),))
+  folder, summaries = run(config, config.workdir, plot)
+  digits = 3 if config.by_characters else 2
+  reporting.report(folder, config, summaries, plot, score, digits=digits)
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from experiments import processes, recipe, runs, stopping
+from experiments.loggers import TensorBoard
 import fptt_jax
 
 REMEMBERED = 1000
@@ -60,7 +61,12 @@ def short(value: float) -> str:
 def members(config: recipe.Recipe) -> list[Member]:
   """All runs that a configuration asks for."""
   variants = config.variants()
-  return [Member(chosen, method, seed, varied) for method in config.method for varied, chosen in variants for seed in config.seeds]
+  return [
+    Member(chosen.for_method(method), method, seed, varied)
+    for method in config.method
+    for varied, chosen in variants
+    for seed in config.seeds
+  ]
 
 
 def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Callable[[list[Member]], None]) -> list[dict[str, Any]]:
@@ -195,8 +201,15 @@ class Population:
     meshes: recipe.Meshes,
     split: bool = False,
     fetch: Callable[[Any], Any] | None = None,
+    evaluated: Callable[[], None] = lambda: None,
   ):
-    """Args beside those of :class:`experiments.epochs.Task`: members: the runs; folder: where their folders are."""
+    """Takes, beside what :class:`experiments.epochs.Task` has:
+
+    Args:
+      members: the runs.
+      folder: where their folders are.
+      evaluated: is called after each evaluation of a run.
+    """
     own = [member for member in members if not member.stand_in]
     for member in own[1:]:  # Of the first the trainer's optimiser is made, and warned about.
       recipe.warn_if_unstable(member.config, member.method)
@@ -204,6 +217,8 @@ class Population:
     self._norms: list[list[tuple[float, float]]] = [[] for _ in own]
     self._warned: set[int] = set()
     self.runs = [runs.Run(folder / member.name, members[0].config.keep) for member in own]
+    self._evaluated = evaluated
+    self._loggers: list[TensorBoard] = []  # One per run, or none.
     self._saved, self._interval = time.monotonic(), 60 * members[0].config.checkpoint_minutes
     self._alone = len(members) == 1
     self._trainer, self._read, self._fetch, self._meshes = trainer, read, fetch, meshes
@@ -246,6 +261,8 @@ class Population:
       settings = processes.alike({name: jnp.asarray(value, jnp.float32) for name, value in named.items()})
       carries.append((state._replace(opt_state=optax.tree.set(state.opt_state, **settings)), other))
       records.append(record)
+    if self.members[0].config.logger == 'tensorboard' and processes.is_first():
+      self._loggers = [TensorBoard(run.folder, step) for run in self.runs]
     for _ in self.stand_ins:
       carries.append(carries[0])
       records.append(records[0])
@@ -265,8 +282,14 @@ class Population:
     state, metrics = self._steps(state, self.source, together)
     return state, jax.tree.map(lambda leaf: leaf[:, None], metrics) if self._alone else metrics
 
-  def look(self, metrics: fptt_jax.StepMetrics, batches: int) -> None:
-    """Notes which runs are lost after these N batches, `batches` having gone before, and warns of a lambda that runs away."""
+  def look(self, metrics: fptt_jax.StepMetrics, batches: int, windows: np.ndarray | None = None) -> None:
+    """Notes which runs are lost after these N batches, gives the loggers what was measured, and warns of a lambda that runs away.
+
+    Args:
+      metrics: what the batches' steps saw, with leading axes [N, R].
+      batches: batches that have gone before.
+      windows: int [N], updates of each batch that have sequences in them; None for all.
+    """
     metrics = jax.tree.map(np.asarray, metrics)
     for number, member in enumerate(self.members):
       if number in self.lost or number in self.stand_ins:
@@ -276,6 +299,7 @@ class Population:
       if found is not None:
         self.lost[number] = found
         continue
+      self._log_means(number, own, batches, windows)
       norms = self._norms[number]
       norms.extend(zip(own.lambda_norm.tolist(), own.grad_norm.max(1).tolist(), strict=True))
       del norms[:-REMEMBERED]
@@ -285,6 +309,47 @@ class Population:
         known = '' if radius is None else f", the recursion's spectral radius {radius:.3g}"
         text = f'lambda runs away: its norm is {lambdas[-1]:.3g} after batch {batches + len(own.loss):,}{known}; lower lr * alpha'
         warn(f'{member.label}: {text}')
+
+  def _log_means(
+    self,
+    number: int,
+    metrics: fptt_jax.StepMetrics,
+    batches: int,
+    windows: np.ndarray | None,
+  ) -> None:
+    """Gives a run's logger the means over the updates of N batches that were made."""
+    made = ~metrics.skipped
+    if windows is not None:
+      made &= np.arange(made.shape[1]) < windows[:, None]
+    if not self._loggers or not made.any():
+      return
+    scalars = {
+      'train/loss': metrics.loss[made].mean(dtype=np.float64),
+      'train/grad_norm': metrics.grad_norm[made].mean(dtype=np.float64),
+    }
+    if fptt_jax.METHODS[self.members[number].method].regularised:
+      scalars['train/lambda_norm'] = metrics.lambda_norm[-1]
+    self._loggers[number].log(batches + len(made), scalars)
+
+  def log(self, number: int, step: int, batches: int, **metrics: Any) -> dict[str, Any]:
+    """Writes down an evaluation of one run.
+
+    Args:
+      number: which run.
+      step: what the metrics' lines count: batches or epochs.
+      batches: batches so far.
+      **metrics: what was measured.
+
+    Returns:
+      The line of metrics.jsonl.
+    """
+    row = self.runs[number].log(step, **metrics)
+    if self._loggers:
+      finite = {name: value for name, value in row.items() if value is not None}
+      scalars = {f'evaluation/{name}': value for name, value in finite.items()}
+      self._loggers[number].log(batches, scalars)
+    self._evaluated()
+    return row
 
   def all_lost(self, going: Iterable[int]) -> bool:
     """Whether none of these runs, by number, is worth going on with."""
@@ -321,6 +386,8 @@ class Population:
       Stopped: a signal asked for it; all is saved.
     """
     self.wait()
+    for logger in self._loggers:
+      logger.flush()  # What a checkpoint follows is on the disk before it.
     for number, member_carry in enumerate(self.unstack(carry)):
       if number in records and number not in self.lost:
         self.runs[number].save(step, member_carry, places=len(self.members), **records[number])
@@ -340,5 +407,7 @@ class Population:
 
   def close(self) -> None:
     """Waits for the last checkpoints; nothing more is saved."""
+    for logger in self._loggers:
+      logger.close()
     for run in self.runs:
       run.close()

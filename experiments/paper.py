@@ -18,9 +18,10 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from experiments import items, options, runs, smoke, studies
+from experiments import add_task, items, options, reporting, runs, smoke, studies
 from experiments.items import Entry
 from experiments.options import UserError, check, option
+from experiments.reporting import Curve
 import fptt_jax
 
 TUNE_SEED = 1000
@@ -108,7 +109,7 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
   A grid whose best rate is its lowest or highest is extended on that side until the best lies inside.
   """
   rows: dict[items.Score, list[list[Any]]] = {}
-  curves: dict[items.Score, dict[str, Any]] = {}
+  curves: dict[items.Score, list[Curve]] = {}
   for entry in entries:
     trials = [trial for windows in entry.windows or (None,) for trial in try_rates(entry, windows, folder)]
     rows.setdefault(entry.score, []).extend(list(trial.values()) for trial in trials)
@@ -121,10 +122,11 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
     for windows in dict.fromkeys(trial['num_windows'] for trial in finite):
       points = sorted((trial['lr'], trial['score']) for trial in finite if trial['num_windows'] == windows)
       label = entry.label if windows is None else f'{entry.label}, K={windows}'
-      curves.setdefault(entry.score, {})[label] = [tuple(map(list, zip(*points, strict=True)))]
+      rates, scores = zip(*points, strict=True)
+      curves.setdefault(entry.score, []).append(Curve(label, entry.config.method[0], rates, scores))
   for score, lines in curves.items():
-    label = f'of the runs that tuned: {score.label}'
-    runs.plot_curves(folder / f'tuning-{score.choose}.png', lines, 'learning rate', label, {}, xscale='log')
+    title, panels = f'{config.item}, scale {config.scale}: tuning', {'learning rate': lines}
+    reporting.plot_curves(folder / f'tuning-{score.choose}.png', panels, title, score.label, {}, xscale='log')
   for score, tries in rows.items():
     header = ['line', 'learning rate', 'K', score.choose.replace('_', ' ')]
     print(tabulate(tries, header, floatfmt='.4g', missingval='diverged'))
@@ -206,13 +208,11 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
     name = f'{config.item}-{score.test}'
     runs.write_text(folder / f'{name}.txt', '\n'.join([f'{config.item}, scale {config.scale}', text, *quotes]) + '\n')
     runs.write_json(folder / f'{name}.json', {'item': config.item, 'scale': config.scale, 'lines': table, 'quoted': quoted})
-    curves = {}
-    for entry, summaries in pairs:
-      files = [folder / entry.label / summary['run'] / 'metrics.jsonl' for summary in summaries]
-      rows = [runs.read_jsonl(file) for file in files]
-      curves[entry.label] = [([row['step'] for row in run], [row[score.curve] for row in run]) for run in rows]
     step = 'batches' if score is items.ERROR else 'epoch'
-    runs.plot_curves(folder / f'{name}.png', curves, step, score.label, {'chance': 1 / 6} if score is items.ERROR else {})
+    marks = {'chance': add_task.CHANCE} if score is items.ERROR else {}
+    panels = {step: learning_curves(folder, pairs, score.curve)}
+    title = f'{config.item}, scale {config.scale}'
+    reporting.plot_curves(folder / f'{name}.png', panels, title, score.label, marks)
   if quotes:
     print('\n'.join(quotes))
   if config.scale == 'short':
@@ -220,6 +220,17 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
   elif config.scale != 'full':
     print(f"scale {config.scale}: reduced settings, not the paper's; its numbers stand beside --scale=full only")
   print(f'tables, plots and the runs are in {folder}')
+
+
+def learning_curves(folder: Path, results: list[tuple[Entry, list[dict[str, Any]]]], metric: str) -> list[Curve]:
+  """Returns one curve of a metric per run of each line."""
+  curves = []
+  for entry, summaries in results:
+    for summary in summaries:
+      rows = runs.read_jsonl(folder / entry.label / summary['run'] / 'metrics.jsonl')
+      x, y = [row['step'] for row in rows], [row[metric] for row in rows]
+      curves.append(Curve(entry.label, entry.config.method[0], x, y))
+  return curves
 
 
 def read_tuned(folder: Path) -> dict[str, Any]:

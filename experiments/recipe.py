@@ -10,6 +10,7 @@ import warnings
 import jax
 import optax
 
+from experiments.loggers import LOGGERS, is_available
 from experiments.options import MOST_RUNS, check, check_fields, checked, option
 import fptt_jax
 
@@ -80,17 +81,20 @@ class Recipe:
   keep: int = option(2, 'checkpoints to keep of each run, the last ones; each holds the weights of the best epoch as well')
   checkpoint_minutes: float = option(10.0, 'minutes after which a run is saved also before its epoch or interval has ended')
   override_resume: bool = option(False, 'go on with the runs in --workdir under other settings than they began with')
+  logger: str = option('none', 'also write curves, within an epoch too, for this program', LOGGERS)
   evaluate_at: str = option('w', 'evaluate at the weights or at their summary (fptt only)', ('w', 'w_bar'))
 
   def __post_init__(self) -> None:
     check_fields(self)
+    installed = is_available(self.logger)
+    check(installed, 'logger', self.logger, "'none' without tensorboardX: pip install tensorboardX")
     check(bool(self.method) and set(self.method) <= set(METHODS), 'method', self.method, f'out of {", ".join(METHODS)}')
     check(bool(self.seeds) and min(self.seeds, default=-1) >= 0, 'seeds', self.seeds, 'integers >= 0')
     check(self.num_windows is None or self.num_windows >= 1, 'num_windows', self.num_windows, 'at least 1')
     check(len(set(self.method)) == len(self.method), 'method', self.method, 'named once each')
     check(len(set(self.seeds)) == len(self.seeds), 'seeds', self.seeds, 'different from each other')
     check(self.final_steps is None or self.final_steps >= 1, 'final_steps', self.final_steps, 'at least 1')
-    check(0 < self.lr < math.inf, 'lr', self.lr, 'a finite number > 0')
+    check(self.lr is None or 0 < self.lr < math.inf, 'lr', self.lr, 'a finite number > 0')
     check(-1 < self.first_moment < 1, 'momentum', self.momentum, 'in (-1, 1)')
     check(0 <= self.weight_decay < math.inf, 'weight_decay', self.weight_decay, 'a finite number >= 0')
     check(self.alpha_warmup >= 0, 'alpha_warmup', self.alpha_warmup, 'an integer >= 0')
@@ -114,7 +118,7 @@ class Recipe:
     with warnings.catch_warnings():  # Raises on FPTT options of no meaning; warnings come when it is used.
       warnings.simplefilter('ignore')
       try:
-        regularise(self, optax.sgd(self.lr), self.alpha, self.beta, self.kappa)
+        regularise(self, optax.identity(), self.alpha, self.beta, self.kappa)
       except ValueError as error:
         raise ValueError(f'--{error}') from error
     self.variants()
@@ -124,6 +128,10 @@ class Recipe:
     """Decay of the first moment: what is given, or the base optimizer's usual one."""
     usual = {'adam': 0.9, 'sgd': 0.0}
     return usual[self.optimizer] if self.momentum is None else self.momentum
+
+  def for_method(self, method: str) -> 'Recipe':
+    """Returns the settings for one method, with all that depends on it filled in."""
+    return self
 
   def variants(self) -> list[tuple[dict[str, float], 'Recipe']]:
     """The combinations of the grid, each with its configuration; without a grid ({}, this one).
@@ -165,6 +173,7 @@ def make_optimizer(recipe: Recipe, method: str, decay: optax.Schedule | None = N
 
   Warns when FPTT's own recursion would grow: the advisor's radius at the initial learning rate is above 1.
   """
+  recipe = recipe.for_method(method)
   regularised = fptt_jax.METHODS[method].regularised
   warn_if_unstable(recipe, method)
 
@@ -200,6 +209,7 @@ def make_optimizer(recipe: Recipe, method: str, decay: optax.Schedule | None = N
 
 def hyperparameters(recipe: Recipe, method: str) -> dict[str, float]:
   """What a method's optimiser holds in its state, by the names it has there."""
+  recipe = recipe.for_method(method)
   names = [name for name in HYPERPARAMETERS if fptt_jax.METHODS[method].regularised or name not in REGULARISER]
   values = {name: recipe.first_moment if name == 'momentum' else getattr(recipe, name) for name in names}
   return {HYPERPARAMETERS[name]: value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, metrics, checkpoints, summary and plot.
+"""A run's folder: its configuration, metrics, checkpoints and summary.
 
 WORKDIR/config.json        what was asked for
 WORKDIR/NAME/metrics.jsonl one line an interval (NAME is method, seed and values out of a grid)
@@ -12,7 +12,7 @@ WORKDIR/summary.json       what came out, and on which machine
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -33,11 +33,8 @@ import zlib
 
 import filelock
 import jax
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 import numpy as np
 import orbax.checkpoint as ocp
-from tabulate import tabulate
 
 from experiments import processes
 from experiments.options import UserError, command
@@ -45,7 +42,7 @@ import fptt_jax
 
 NO_SETTINGS = (
   *('workdir', 'data_dir', 'devices', 'population', 'chunk', 'host_data', 'keep', 'checkpoint_minutes', 'override_resume'),
-  *('sample', 'prompt', 'temperature', 'sample_seed'),
+  *('logger', 'tune', 'sample', 'prompt', 'temperature', 'sample_seed'),
   *('data_parallel', 'shard_params', 'coordinator', 'num_processes', 'process_id'),
 )
 """Where and how a run runs, which is not what it is: it may go on otherwise."""
@@ -468,82 +465,6 @@ def _cpu() -> str | None:
   return next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), None)
 
 
-def report(
-  folder: Path,
-  summaries: list[dict[str, Any]],
-  y: str,
-  plot: str,
-  xlabel: str,
-  ylabel: str,
-  lines: dict[str, float],
-  digits: int,
-  best: Callable[..., str] = min,
-) -> None:
-  """Writes the summary, draws metric `y` of every run as FOLDER/`plot`, prints the table and the run of the `best` y: the first
-  process does."""
-  if not processes.is_first():
-    return
-  scores = {summary['run']: summary[y] for summary in summaries if summary.get(y) is not None}
-  chosen = best(scores, key=lambda name: scores[name]) if len(scores) > 1 else None
-  write_summary(folder, summaries, chosen)
-  curves: dict[str, list[tuple[list[float], list[float]]]] = {}
-  for summary in summaries:
-    rows = read_jsonl(folder / summary['run'] / 'metrics.jsonl')
-    line = summary['run'].replace(f'-seed{summary["seed"]}', '')
-    curves.setdefault(line, []).append(([row['step'] for row in rows], [row[y] for row in rows]))
-  plot_curves(folder / plot, curves, xlabel, ylabel, lines)
-  names = dict.fromkeys(name for summary in summaries for name in summary if name not in ('run', 'lost'))
-  rows = [[summary.get(name) for name in names] for summary in summaries]
-  print(tabulate(rows, [name.replace('_', ' ') for name in names], floatfmt=f'.{digits}f', missingval='-'))
-  for summary in summaries:
-    if 'lost' in summary:
-      print(f'{summary["run"]} diverged: {summary["lost"]}')
-  if chosen is not None:
-    print(f'best {y.replace("_", " ")}: {chosen}')
-  print(f'metrics, summary.json and {plot} are in {folder}')
-
-
-def plot_curves(
-  path: Path,
-  curves: Mapping[str, Sequence[tuple[list[float], list[float]]]],
-  xlabel: str,
-  ylabel: str,
-  lines: dict[str, float],
-  xscale: str = 'linear',
-) -> None:
-  """One colour a method, one thin line a seed; `lines` are horizontal marks. What is in % has a linear axis, all else a log one."""
-  figure = Figure(figsize=(7, max(4.5, 0.3 * len(curves))), layout='constrained')
-  axes = figure.subplots()
-  for number, (name, runs) in enumerate(curves.items()):
-    for seed, (x, y) in enumerate(runs):
-      style = ('-', '--', ':')[number // 10 % 3]
-      axes.plot(
-        x, y, style, color=f'C{number % 10}', label=name if seed == 0 else None, linewidth=1.5, marker='.' if len(x) < 4 else None
-      )
-  for number, (name, value) in enumerate(lines.items()):
-    axes.axhline(value, color='0.5', linestyle=('--', ':')[number % 2], linewidth=1, label=name)
-  axes.set(xlabel=xlabel, ylabel=ylabel, yscale='linear' if ylabel.endswith('%') else 'log', xscale=xscale)
-  if xscale == 'linear':
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-  axes.grid(alpha=0.3, which='both')
-  if len(curves) > 6:  # Beside the curves, not over them.
-    figure.set_figwidth(10)
-    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5))
-  else:
-    axes.legend()
-  save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-  """Writes a plot.
-
-  Raises:
-    UserError: it cannot be written.
-  """
-  with _user_errors(path):
-    figure.savefig(path, dpi=120)
-
-
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
   """Read the whole lines of a metrics file; a last line cut off by a kill is left out.
 
@@ -668,7 +589,7 @@ def write_parameters(folder: Path, params: Any) -> None:
   path = folder / PARAMETERS
 
   def write() -> None:
-    with _user_errors(path), replaced(path, 'wb') as file:
+    with user_errors(path), replaced(path, 'wb') as file:
       np.savez(file, **arrays, config_sha256=np.array(config_sha256(folder.parent)))
 
   processes.told(write)
@@ -717,12 +638,12 @@ def write_text(path: Path, text: str) -> None:
   Raises:
     UserError: it cannot be written.
   """
-  with _user_errors(path), replaced(path) as file:
+  with user_errors(path), replaced(path) as file:
     file.write(text)
 
 
 @contextlib.contextmanager
-def _user_errors(path: Path) -> Iterator[None]:
+def user_errors(path: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:

@@ -55,11 +55,12 @@ def convergence_study(scale: str, folder: Path) -> None:
     'cpu': dict(seq_len=60, num_windows=6, hidden=64, batch_size=64, batches=2000),
     'full': dict(seq_len=200, num_windows=10, batches=10_000),
   }[scale]
-  config = add_task.Config(method=('fptt',), **settings)
+  config = add_task.Config(method=('fptt',), **{'eval_every': 100} | settings)
   studies = {}
   for alpha in (0.5,) if scale == 'smoke' else (0.1, 0.5):
-    for optimizer, lr in (('adam', 1e-3), ('sgd', 0.1)):
-      chosen = dataclasses.replace(config, alpha=alpha, optimizer=optimizer, lr=lr)
+    for optimizer, lr, momentum in (('adam', 1e-3, 0.9), ('sgd', 0.1, 0.0)):
+      given = dict(alpha=alpha, optimizer=optimizer, lr=lr, momentum=momentum)
+      chosen = dataclasses.replace(config, **given)
       name = f'{optimizer}-alpha{alpha}'
       path = folder / f'{name}-{scale}.json'
       if not path.exists():  # Each is run once.

@@ -58,8 +58,9 @@ def test_every_method_runs_and_writes_its_folder(tmp_path: Path, capsys: pytest.
   assert json.loads((folder / 'config.json').read_text())['seq_len'] == 12
   printed = capsys.readouterr().out
   assert str(folder) in printed
-  assert 'chance 0.167' in printed
-  assert f'best test mse: {min(summary["runs"], key=lambda run: run["test_mse"])["run"]}\n' in printed
+  assert 'chance being 0.167' in printed
+  best = min(summary['runs'], key=lambda run: run['last_quarter_mse'])
+  assert f'best last quarter mse: {best["run"]}\n' in printed
 
 
 @pytest.mark.parametrize('method', ['fptt', 'bptt'])
@@ -107,8 +108,8 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
   config = add_task.Config(workdir=str(tmp_path), **TINY)
   runs.open_workdir(config.workdir, 'add_task', config)
   assert runs.open_workdir(config.workdir, 'add_task', config) == tmp_path
-  other = dataclasses.replace(config, lr=0.5)
-  with pytest.raises(options.UserError, match=r'another configuration; lr: was 0.001, now 0.5\. Choose another --workdir'):
+  other = dataclasses.replace(config, clip=0.5)
+  with pytest.raises(options.UserError, match=r'another configuration; clip: was 1.0, now 0.5\. Choose another --workdir'):
     runs.open_workdir(config.workdir, 'add_task', other)
   (tmp_path / 'file').write_text('')
   with pytest.raises(options.UserError, match='cannot write to --workdir'):

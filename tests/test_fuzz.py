@@ -1031,7 +1031,10 @@ def flag_values(field: dataclasses.Field) -> st.SearchStrategy[Any]:
     return st.booleans()
   if isinstance(default, int) or 'int' in str(field.type):
     return (st.none() | INTEGERS) if default is None else INTEGERS
-  return FLOATS if isinstance(default, float) else TEXTS | st.sampled_from(['x.npz', 'folder'])
+  is_float = isinstance(default, float) or (default is None and 'float' in str(field.type))
+  if is_float:
+    return (st.none() | FLOATS) if default is None else FLOATS
+  return TEXTS | st.sampled_from(['x.npz', 'folder'])
 
 
 @st.composite

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import add_task, runs
+from experiments import add_task, reporting, runs
 from experiments.members import Member, has_ended
 from experiments.options import UserError
 
@@ -392,9 +392,10 @@ def test_two_commands_in_one_folder_do_not_train_the_same_run(tmp_path: Path) ->
 
 def test_a_full_disk_while_a_plot_is_drawn(tmp_path: Path) -> None:
   """One line, as for all other files."""
-  (tmp_path / 'plot.png').symlink_to('/dev/full')
+  (tmp_path / 'plot.png.tmp').symlink_to('/dev/full')
+  curve = reporting.Curve('fptt', 'fptt', [1, 2], [0.1, 0.2])
   with pytest.raises(UserError, match=r'cannot write .*/plot\.png: .*No space left on device\. The same command'):
-    runs.plot_curves(tmp_path / 'plot.png', {'fptt': [([1, 2], [0.1, 0.2])]}, 'batches', 'MSE', {})
+    reporting.plot_curves(tmp_path / 'plot.png', {'batches': [curve]}, 'Adding problem', 'MSE', {})
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
