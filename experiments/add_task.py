@@ -407,7 +407,11 @@ def rates_in_words(config: Config) -> str:
   differ = [
     f'{name} {value!r}, here {getattr(config, name)!r}' for name, value in TUNED.settings.items() if getattr(config, name) != value
   ]
-  return text + (f' at other settings ({"; ".join(differ)})' if differ else '')
+  text += f' at other settings ({"; ".join(differ)})' if differ else ''
+  open_ended = [method for method in tuned if method in TUNED.unsettled]
+  if open_ended:
+    text += f' (the best rate of {", ".join(open_ended)} is at the edge of what was tried)'
+  return text
 
 
 class Result(NamedTuple):

@@ -104,10 +104,12 @@ class Table(NamedTuple):
   Attributes:
     settings: the adding problem's settings that the search was made at.
     methods: the chosen point by method.
+    unsettled: methods whose chosen rate is the lowest or highest that was tried.
   """
 
   settings: dict[str, Any]
   methods: dict[str, Rates]
+  unsettled: tuple[str, ...]
 
 
 def table(config: Any, methods: dict[str, Any]) -> dict[str, Any]:
@@ -129,4 +131,5 @@ def read_table(path: Path = FILE) -> Table:
   content = json.loads(path.read_text())
   methods = content['methods'].items()
   points = {name: Rates(row['lr'], row['momentum']) for name, row in methods}
-  return Table(content['settings'], points)
+  unsettled = tuple(name for name, row in methods if not row['inside'])
+  return Table(content['settings'], points, unsettled)

@@ -80,13 +80,18 @@ def test_each_method_has_its_own_rates_unless_they_are_given() -> None:
       assert float(found['momentum']) == pytest.approx(expected[member.method].momentum)
 
 
-def test_what_the_table_does_not_have_is_said_to_be_untuned() -> None:
+def test_what_the_table_does_not_have_is_said_to_be_untuned(monkeypatch: pytest.MonkeyPatch) -> None:
   """Other methods, other optimizers, other settings."""
   assert 'untuned' in add_task.rates_in_words(add_task.Config(optimizer='sgd'))
   assert 'ogd: untuned' in add_task.rates_in_words(add_task.Config(method=('fptt', 'ogd')))
   assert 'seq_len 120, here 60' in add_task.rates_in_words(add_task.Config(seq_len=60))
   assert 'given' in add_task.rates_in_words(add_task.Config(lr=0.1, momentum=0.0))
+  edge = add_task.TUNED._replace(unsettled=('tbptt',))
+  monkeypatch.setattr(add_task, 'TUNED', edge)
+  assert 'the best rate of tbptt is at the edge' in add_task.rates_in_words(add_task.Config())
+  monkeypatch.setattr(add_task, 'TUNED', edge._replace(unsettled=()))
   plain = add_task.rates_in_words(add_task.Config())
+  assert 'edge' not in plain
   assert f'seed {rates.SEED}' in plain
   assert 'other settings' not in plain
   [sgd] = members(add_task.Config(method=('ogd',), optimizer='sgd'))

@@ -162,7 +162,7 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
   summary = runs.read_json(path) if path.exists() else {'runs': []}
   result = read_result(run, summary['runs'])
   settings = settings_of(run, result)
-  given = (*NO_NUMBERS, *grid_names(runs.read_json(run.parent / 'config.json')))
+  given = (*NO_NUMBERS, *own_names(runs.read_json(run.parent / 'config.json'), result))
   numbers = {name: value for name, value in result.items() if name not in given}
   status = 'unfinished' if not result else 'diverged' if 'lost' in result else 'done'
   return Row(
@@ -196,12 +196,19 @@ def settings_of(run: Path, result: dict[str, Any]) -> dict[str, Any]:
   settings |= {name: value for name, value in config.items() if name not in NO_SETTINGS}
   if not settings.get('overrides', True):
     del settings['overrides']
-  for name in grid_names(config):
+  for name in own_names(config, result):
     settings[name] = result[name] if name in result else grid_value(run.name, name)
   described = run.parent / 'data.json'
   if described.exists() and (order := runs.read_json(described).get('order')) is not None:
     settings['permutation'] = order
   return settings
+
+
+def own_names(config: dict[str, Any], result: dict[str, Any]) -> list[str]:
+  """The settings of a run that its command does not say: out of a grid, or of its method."""
+  tuned = ('lr', 'momentum') if 'tuned_rates' in config else ()
+  unsaid = [name for name in tuned if config.get(name) is None and name in result]
+  return list(dict.fromkeys([*grid_names(config), *unsaid]))
 
 
 def grid_names(config: dict[str, Any]) -> list[str]:

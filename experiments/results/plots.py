@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import add_task, benchmark, convergence, cost, items, runs
+from experiments import add_task, benchmark, convergence, cost, items, reporting, runs
 from experiments.items import Score
+from experiments.reporting import Curve
 from experiments.results import store, tables
 from experiments.results.store import Row
 
@@ -41,15 +42,13 @@ def draw_curves(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
   """The score of every run along its training, a plot per score."""
   drawn = []
   for score, of_score in tables.by_score(rows).items():
-    curves: dict[str, list[tuple[list[float], list[float]]]] = {}
-    for row in of_score:
-      if row.curves:
-        curve = (row.curves['step'], row.curves[score.curve])
-        curves.setdefault(row.line, []).append(curve)
+    curves = [
+      Curve(row.line, row.settings['method'], row.curves['step'], row.curves[score.curve]) for row in of_score if row.curves
+    ]
     if curves:
       drawn.append(out / f'{stem}-{score.test}.png')
       unit, marks = axis_of(score)
-      runs.plot_curves(drawn[-1], curves, unit, score.label, marks)
+      reporting.plot_curves(drawn[-1], {unit: curves}, stem, score.label, marks)
   return drawn
 
 
@@ -64,15 +63,19 @@ def draw_tuning(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
   """The score of every rate that was tried, a plot per score."""
   drawn = []
   for score, of_score in tables.by_score(rows).items():
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in of_score:
       value = row.numbers.get(score.choose)
       if value is not None:
-        lines.setdefault(row.line, []).append((row.settings['lr'], value))
-    curves = {line: [([rate for rate, _ in sorted(tries)], [value for _, value in sorted(tries)])] for line, tries in lines.items()}
+        lines.setdefault((row.line, row.settings['method']), []).append((row.settings['lr'], value))
+    curves = []
+    for (line, method), tries in lines.items():
+      rates, values = zip(*sorted(tries), strict=True)
+      curves.append(Curve(line, method, rates, values))
     if curves:
       drawn.append(out / f'{stem}-tuning-{score.choose}.png')
-      runs.plot_curves(drawn[-1], curves, 'learning rate', score.label, {}, xscale='log')
+      panels, title = {'learning rate': curves}, f'{stem}: tuning'
+      reporting.plot_curves(drawn[-1], panels, title, score.label, {}, xscale='log')
   return drawn
 
 
