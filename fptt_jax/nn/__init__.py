@@ -1,6 +1,6 @@
 """Recurrent models in Flax NNX, and the adapters that turn NNX and Linen modules into the pure functions a train step takes."""
 
-from fptt_jax.nn.adapters import float32_params, from_linen, from_nnx
+from fptt_jax.nn.adapters import float32_params, from_linen, from_nnx, to_nnx
 from fptt_jax.nn.cells import LRU, FastGRNN, IncrementalRNN, IndRNN, LRUState
 from fptt_jax.nn.layers import GRU, LSTM, RNN, AntisymmetricRNN, Lift, LSTMState, Stack
 from fptt_jax.nn.readouts import MixtureOfSoftmaxes, TiedReadout
@@ -39,6 +39,7 @@ __all__ = (
   'from_linen',
   'from_nnx',
   'from_torch',
+  'to_nnx',
 )
 
 

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from typing import Any
+import warnings
 
 from flax import linen, nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fptt_jax.checks import check_dtype, check_size
+from fptt_jax.checks import check_dtype, check_like, check_size
 from fptt_jax.nn.checks import check_batch_size
+from fptt_jax.nn.inspection import example_inputs, is_known, referred_arrays, unknown_layers
 from fptt_jax.nn.layers import Stack, as_windowed, scan_steps
+from fptt_jax.probe import MOST_PARAMETERS, check_model, check_state_rows, is_checked, mark_checked
 from fptt_jax.training import Model, Split
 
 
@@ -42,23 +46,19 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
       f'from_nnx takes a function (rngs) -> module, so that init can draw new parameters; got {type(build).__name__}.'
     )
   make = lambda key: as_windowed(build(nnx.Rngs(key)))
-  parts: Any = nnx.split(nnx.eval_shape(make, jax.random.key(0)), nnx.Param, nnx.RngState, ...)
-  graph, abstract_params, streams, other = parts
-  if jax.tree.leaves(other):
-    kept = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(other)})
-    raise TypeError(f'from_nnx takes modules whose only state is nnx.Param (and random streams), got one that also keeps {kept}.')
+  graph, abstract_params, streams, constants = _take_apart(make)
 
   def init(key: jax.Array) -> Any:
     return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
 
   def initial_state(batch_size: int) -> Any:
-    return nnx.merge(graph, abstract_params, streams).initial_state(batch_size)
+    return nnx.merge(graph, abstract_params, streams, constants).initial_state(batch_size)
 
   def module(params: Any, key: jax.Array | None) -> Any:
     """The module with these parameters, in evaluation without a key."""
     weights = jax.tree.map(lambda leaf: leaf, abstract_params)  # A copy: the next line writes into it.
     nnx.replace_by_pure_dict(weights, params)
-    merged: Any = nnx.merge(graph, weights, _seeded(streams, key))
+    merged: Any = nnx.merge(graph, weights, _seeded(streams, key), constants)
     if key is None:
       merged.eval()
     else:
@@ -68,10 +68,19 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   def apply(
     params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None, *last: jax.Array | int
   ) -> tuple[Any, jax.Array]:
-    result: tuple[Any, jax.Array] = module(params, key)(state, x, mask, key, *last)
+    merged = module(params, key)
+    if known:
+      result: tuple[Any, jax.Array] = merged(state, x, mask, key, *last)
+      return result
+    before = _arrays(merged)
+    result = merged(state, x, mask, key, *last)
+    _refuse_changes(before, _arrays(merged))
     return result
 
-  model, abstract = Model(init, initial_state, apply), nnx.merge(graph, abstract_params, streams)
+  abstract = nnx.merge(graph, abstract_params, streams, constants)
+  known = is_known(abstract)
+  model = Model(init, initial_state, apply)
+  _check(model, abstract, known)
   if not isinstance(abstract, Stack):
     return model
   model = model._replace(apply_last=apply)
@@ -117,8 +126,6 @@ def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax
 
   def init(key: jax.Array) -> Any:
     variables = module.init(key, initial_state(1), jnp.zeros((1, *features_shape), dtype))
-    if set(variables) - {'params'}:
-      raise TypeError(f"from_linen takes modules whose only collection is 'params', got one that has {sorted(variables)}.")
     return variables.get('params', {})
 
   def apply(params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> tuple[Any, jax.Array]:
@@ -129,7 +136,59 @@ def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax
 
     return scan_steps(step, state, (x, None if key is None else jax.random.split(key, x.shape[0])), mask)
 
-  return Model(init, initial_state, apply)
+  check_state_rows(type(module).__name__, initial_state)
+  _refuse_collections(module, initial_state, jax.ShapeDtypeStruct((1, *features_shape), dtype))
+  model = Model(init, initial_state, apply)
+  if type(module) in KNOWN_LINEN_CELLS:
+    mark_checked(apply)
+  return model
+
+
+KNOWN_LINEN_CELLS = (linen.GRUCell, linen.LSTMCell, linen.OptimizedLSTMCell, linen.SimpleCell, linen.MGUCell)
+
+
+def _refuse_collections(module: linen.Module, initial_state: Callable[[int], Any], x: jax.ShapeDtypeStruct) -> None:
+  """Raises a TypeError if a Linen module has collections beside its parameters."""
+  run = lambda key, x: module.init(key, initial_state(1), x)
+  collections = jax.eval_shape(run, jax.random.key(0), x)
+  others = sorted(set(collections) - {'params'})
+  if not others:
+    return
+  advice = 'Carry such state in the hidden state.'
+  if 'batch_stats' in others:
+    advice = 'In place of batch normalization use LayerNorm, which keeps no running statistics.'
+  raise TypeError(f"from_linen takes modules whose only collection is 'params', got one that has {others}. {advice}")
+
+
+def to_nnx(build: Callable[[nnx.Rngs], nnx.Module], params: Any) -> nnx.Module:
+  """Puts trained parameters into a module of the kind that :func:`from_nnx` was given.
+
+  Args:
+    build: the function that `from_nnx` was given.
+    params: parameters of its model, such as `state.params` or the result of :func:`fptt_jax.fptt_eval_params`.
+
+  Returns:
+    What `build` makes, a layer or a cell of your own say, with these parameters.
+
+  Raises:
+    ValueError: the parameters are not those of such a module.
+
+  Example:
+    >>> import jax
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> build = lambda rngs: nnx.GRUCell(2, 3, rngs=rngs)
+    >>> params = nn.from_nnx(build).init(jax.random.key(0))
+    >>> cell = nn.to_nnx(build, params)
+    >>> carry, y = cell(jax.numpy.zeros((1, 3)), jax.numpy.ones((1, 2)))
+  """
+  module = build(nnx.Rngs(0))
+  windowed = as_windowed(module)  # It holds the same variables, so that the module is updated with it.
+  state = nnx.state(windowed, nnx.Param)
+  check_like('params', params, nnx.to_pure_dict(state), 'as build makes them')
+  nnx.replace_by_pure_dict(state, params)
+  nnx.update(windowed, state)
+  return module
 
 
 def float32_params(model: Model) -> Model:
@@ -167,13 +226,98 @@ def float32_params(model: Model) -> Model:
   def cast(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda params, *args: function(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, drawn), *args)
 
+  apply = cast(model.apply)
+  if is_checked(model.apply):
+    mark_checked(apply)
   return Model(
     init=lambda key: jax.tree.map(keep, model.init(key)),
     initial_state=model.initial_state,
-    apply=cast(model.apply),
+    apply=apply,
     apply_last=model.apply_last and cast(model.apply_last),
     split=model.split and Split(cast(model.split.features), cast(model.split.readout)),
   )
+
+
+def _take_apart(make: Callable[[jax.Array], Any]) -> tuple[Any, Any, Any, Any]:
+  """Returns a module's graph, its abstract parameters, its random streams and its constants.
+
+  Nothing is computed but the constants, and only if there are some.
+  """
+  key = jax.random.key(0)
+  abstract = nnx.eval_shape(make, key)
+  parts: Any = nnx.split(abstract, nnx.Param, nnx.RngState, ...)
+  graph, params, streams, constants = parts
+  _refuse_variables(constants)
+  referred = list(referred_arrays(abstract))
+  for place, found in referred:
+    if isinstance(found, nnx.Module | nnx.Variable):
+      raise TypeError(
+        f'the function or object at {place} refers to the {type(found).__name__} it was made with, whose parameters would '
+        'not be trained there: make it an nnx.Module that has it as an attribute.'
+      )
+  if not referred and not jax.tree.leaves(constants):
+    return graph, params, streams, constants
+  with jax.ensure_compile_time_eval():
+    module, other = make(key), make(jax.random.key(1))
+    values = dict(enumerate(referred_arrays(module)))
+    for number, (place, found) in enumerate(referred_arrays(other)):
+      if number not in values or not np.array_equal(values[number][1], found):
+        raise TypeError(
+          f'the array at {place} is drawn from rngs, but is no nnx.Param: init could not draw it anew. Make it an nnx.Param, '
+          'or draw it from a key of its own, such as jax.random.key(0).'
+        )
+    parts = nnx.split(module, nnx.Param, nnx.RngState, ...)
+  return parts[0], params, streams, parts[3]
+
+
+def _refuse_variables(state: Any) -> None:
+  """Raises a TypeError if a module keeps state that a train step does not carry."""
+  kept = {'.'.join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state) if isinstance(leaf, nnx.Variable)}
+  if not kept:
+    return
+  places = ', '.join(f'{type(variable).__name__} at {place}' for place, variable in kept.items())
+  advice = 'Carry it in the hidden state, or make a constant a plain array.'
+  if any(isinstance(variable, nnx.BatchStat) for variable in kept.values()):
+    advice = 'In place of batch normalization use nnx.LayerNorm, which keeps no running statistics.'
+  raise TypeError(f'from_nnx takes modules whose only state is nnx.Param (and random streams), got {places}. {advice}')
+
+
+def _arrays(module: nnx.Module) -> dict[Any, Any]:
+  """Returns the arrays of a module by their path, without those of its random streams."""
+  parts: Any = nnx.split(module, nnx.RngState, ...)
+  flat = nnx.to_flat_state(parts[2])
+  return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
+
+
+def _refuse_changes(before: dict[Any, Any], after: dict[Any, Any]) -> None:
+  """Raises a TypeError if a module's call replaced one of its arrays: the next window would not see it."""
+  for path, array in before.items():
+    if path in after and after[path] is not array:
+      place = '.'.join(map(str, path))
+      raise TypeError(f'the module changes its array at {place} when it is called: carry it in the hidden state instead.')
+
+
+def _check(model: Model, module: Any, known: bool) -> None:
+  """Checks a model once when it is made: rows in its state, state at all, and by a probe what unknown layers do."""
+  name = type(module).__name__
+  check_state_rows(name, model.initial_state)
+  if not jax.tree.leaves(jax.eval_shape(lambda: model.initial_state(1))):
+    warnings.warn(
+      f'{name} carries no hidden state: nothing is remembered from step to step. Put a recurrent layer or a per-step cell '
+      'into it, such as nn.LSTM or nnx.GRUCell.',
+      UserWarning,
+      stacklevel=3,
+    )
+  if known:
+    mark_checked(model.apply)
+    return
+  inputs = example_inputs(module)
+  sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))]
+  if inputs is None or sum(sizes) > MOST_PARAMETERS:
+    return  # The trainer probes it when it sees a batch.
+  with jax.ensure_compile_time_eval():
+    params = jax.jit(model.init)(jax.random.key(0))
+  check_model(model, params, inputs, f'{name} with {", ".join(unknown_layers(module))}')
 
 
 def _seeded(streams: Any, key: jax.Array | None) -> Any:

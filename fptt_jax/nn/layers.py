@@ -50,7 +50,8 @@ def scan_steps(step: Step, state: Any, x: Any, mask: jax.Array | None) -> tuple[
   def body(state: Any, inputs: tuple[Any, jax.Array | None]) -> tuple[Any, jax.Array]:
     x_t, mask_t = inputs
     new_state, y_t = step(state, x_t)
-    new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)  # Inputs may be of more bits.
+    # Inputs may be of more bits. Keys have no other dtype to be cast to.
+    new_state = jax.tree.map(lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), new_state, state)
     if mask_t is not None:
       keep = lambda new, old: jnp.where(mask_t.reshape(-1, *[1] * (new.ndim - 1)), new, old)
       new_state = jax.tree.map(keep, new_state, state)
@@ -361,35 +362,87 @@ class AntisymmetricRNN(Recurrent):
 
 
 class Lift(nnx.Module):
-  """A per-step cell of flax's protocol, (carry, x_t) -> (carry, y_t) with `initialize_carry`, run over windows."""
+  """Runs a per-step cell of flax's protocol over windows.
+
+  Args:
+    cell: an `nnx.Module`, (carry, x_t [B, D]) -> (carry, y_t), with `initialize_carry(input_shape, rngs)`. It may be one
+      of flax's cells or a module with several of them and a readout inside. `initialize_carry` is given (B, D), where D
+      is the cell's `in_features`. A cell without `in_features` is given (B, 1), so that its carry may not depend on D.
+
+  Raises:
+    TypeError: `cell` is no such module, its carry depends on features it does not tell, or it owns random streams.
+  """
 
   def __init__(self, cell: Any):
-    if not isinstance(cell, nnx.Module) or not hasattr(cell, 'initialize_carry') or not hasattr(cell, 'in_features'):
-      raise TypeError(
-        f'a per-step cell must be an nnx.Module with initialize_carry that tells its in_features, got {type(cell).__name__}.'
-      )
+    if not isinstance(cell, nnx.Module) or not hasattr(cell, 'initialize_carry'):
+      raise TypeError(f'a per-step cell must be an nnx.Module with initialize_carry, got {type(cell).__name__}.')
     if jax.tree.leaves(nnx.state(cell, nnx.RngState)):
       raise TypeError(
         f'a per-step cell may not own random streams, got {type(cell).__name__}, which does: put noise between layers instead.'
       )
     self.cell = cell
+    features = getattr(cell, 'in_features', None)
+    self.in_features = features if isinstance(features, int) else None
+    if self.in_features is None:
+      _check_carry_without_features(cell)
 
   def initial_state(self, batch_size: int) -> Any:
-    """The cell's own initial carry."""
-    return self.cell.initialize_carry((check_batch_size(batch_size), self.cell.in_features), nnx.Rngs(0))
+    """Returns the cell's own initial carry."""
+    features = 1 if self.in_features is None else self.in_features
+    return self.cell.initialize_carry((check_batch_size(batch_size), features), nnx.Rngs(0))
 
   def __call__(
     self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
   ) -> tuple[Any, jax.Array]:
     """Runs a window step by step."""
-    x = check_inputs(self, x, self.cell.in_features)
+    if self.in_features is not None:
+      x = check_inputs(self, x, self.in_features)
     check_window(self, state, x, mask)
     return scan_steps(self.cell, state, x, mask)
 
 
+def _check_carry_without_features(cell: Any) -> None:
+  """Raises a TypeError if the carry of a cell without `in_features` depends on the inputs' features."""
+  shapes = []
+  for features in (1, 2):
+    try:
+      carry = jax.eval_shape(lambda size=features: cell.initialize_carry((2, size), nnx.Rngs(0)))
+    except Exception as error:
+      raise TypeError(
+        f'initialize_carry of {type(cell).__name__} failed for the input shape (2, {features}): {error} Give the cell '
+        'an attribute in_features, the D of its inputs [B, D].'
+      ) from error
+    shapes.append(carry)
+  if shapes[0] != shapes[1]:
+    raise TypeError(
+      f'a per-step cell whose carry depends on D, the features of its inputs [B, D], must tell them as in_features, got '
+      f'{type(cell).__name__} without.'
+    )
+
+
+def without_own_loop(layer: Any) -> Any:
+  """Returns the cell of an `nnx.RNN`, whose own loop would restart it in each window; other layers as they are.
+
+  Raises:
+    TypeError: the loop runs backward in time, or has parameters of their own for each step.
+  """
+  if isinstance(layer, nnx.Bidirectional):
+    raise TypeError(
+      'nnx.Bidirectional reads later steps, which no window forward through time has: use its forward cell alone, such '
+      'as nn.LSTM(in_features, hidden_features, rngs=rngs).'
+    )
+  if not isinstance(layer, nnx.RNN):
+    return layer
+  if layer.reverse:
+    raise TypeError('nnx.RNN(reverse=True) reads later steps, which no window forward through time has: leave out reverse.')
+  if any(isinstance(axis, int) for axis in layer.state_axes.values()):
+    raise TypeError(f'nnx.RNN(state_axes={layer.state_axes}) has its own state for each step, which no window has.')
+  return layer.cell
+
+
 class Stack(nnx.Module):
   """Layers one after the other: recurrent ones, flax's per-step cells, `nnx.Dropout`, and anything that acts on each step alone
-  (`nnx.Embed`, `nnx.Linear`, an activation function).
+  (`nnx.Embed`, `nnx.Linear`, an activation function). Of an `nnx.RNN` its cell is taken, whose carry becomes part of the state.
 
   The first layer may be one of your own that takes a tree of inputs (tokens and features, say) and returns one array.
 
@@ -412,6 +465,7 @@ class Stack(nnx.Module):
     for layer in layers:
       if isinstance(layer, type) or not callable(layer):
         raise TypeError(f'layers of a Stack must be modules or functions, got {layer!r}.')
+    layers = tuple(without_own_loop(layer) for layer in layers)
     self.layers = nnx.List([Lift(layer) if _is_cell(layer) else layer for layer in layers])
 
   def initial_state(self, batch_size: int) -> tuple[Any, ...]:
@@ -517,7 +571,8 @@ def _is_cell(layer: Any) -> bool:
 
 
 def as_windowed(module: nnx.Module) -> Any:
-  """`module` itself if it runs windows, lifted if it is a per-step cell."""
+  """`module` itself if it runs windows, lifted if it is a per-step cell or an `nnx.RNN` around one."""
+  module = without_own_loop(module)
   if isinstance(module, nnx.Module) and is_recurrent(module):
     return module
   if isinstance(module, nnx.Module) and _is_cell(module):
