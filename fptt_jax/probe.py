@@ -26,6 +26,11 @@ MOST_PARAMETERS = 50_000_000
 TOLERANCE = 2000.0
 """Differences above so many roundings are not rounding: 2e-4 of the scale in float32. At most 1/8 for short dtypes."""
 
+
+class HiddenMemoryError(TypeError):
+  """A model keeps memory outside the hidden state; raised while it is traced."""
+
+
 _checked: weakref.WeakKeyDictionary[Callable[..., Any], set[Any]] = weakref.WeakKeyDictionary()
 """What each model's `apply` was probed with, so that it is probed once."""
 _ALL = 'all'
@@ -46,7 +51,7 @@ def is_checked(function: Callable[..., Any]) -> bool:
   return _ALL in _checked.get(function, ())
 
 
-def check_state_rows(name: str, initial_state: Callable[[int], Tree]) -> None:
+def check_state_rows(name: str, initial_state: Callable[[int], Tree], sizes: tuple[int, ...] = (ROWS, ROWS + 1)) -> None:
   """Checks that every leaf of the hidden state has a leading axis of rows.
 
   Masks, meshes and ragged batches treat the hidden state row by row, so a counter or a key for the whole batch cannot
@@ -55,18 +60,16 @@ def check_state_rows(name: str, initial_state: Callable[[int], Tree]) -> None:
   Args:
     name: what the hidden state belongs to, for the error.
     initial_state: (batch_size) -> hidden state.
+    sizes: the batch sizes to look at.
 
   Raises:
     TypeError: a leaf has no such axis.
   """
-  sizes = (ROWS, ROWS + 1)
-  states = [jax.eval_shape(lambda size=size: initial_state(size)) for size in sizes]
-  for path, leaf in jax.tree.leaves_with_path(states[0]):
-    if leaf.shape[:1] != sizes[:1]:
-      _refuse_leaf(name, path, leaf)
-  for path, leaf in jax.tree.leaves_with_path(states[1]):
-    if leaf.shape[:1] != sizes[1:]:
-      _refuse_leaf(name, path, leaf)
+  for size in sizes:
+    state = jax.eval_shape(functools.partial(initial_state, size))
+    for path, leaf in jax.tree.leaves_with_path(state):
+      if leaf.shape[:1] != (size,):
+        _refuse_leaf(name, path, leaf)
 
 
 def _refuse_leaf(name: str, path: Any, leaf: Any) -> None:
@@ -104,6 +107,26 @@ def check_model(model: Any, params: Tree, inputs: Tree, name: str = 'model') -> 
     _judge(differences, name)
 
 
+def check_new_model(model: Any, inputs: Tree, name: str) -> None:
+  """Probes a model when it is made, as :func:`check_model` does, with parameters drawn for it.
+
+  Args:
+    model: a :class:`fptt_jax.Model`.
+    inputs: as for :func:`check_model`.
+    name: what the model is called in errors.
+
+  Raises:
+    TypeError: as for :func:`check_model`.
+  """
+  key = jax.random.key(0)
+  abstract = jax.tree.leaves(jax.eval_shape(model.init, key))
+  if sum(leaf.size for leaf in abstract) > MOST_PARAMETERS:
+    return  # Drawing so many takes long.
+  with jax.ensure_compile_time_eval():
+    params = jax.jit(model.init)(key)
+  check_model(model, params, inputs, name)
+
+
 def _known(function: Callable[..., Any]) -> set[Any]:
   try:
     return _checked.setdefault(function, set())
@@ -126,6 +149,8 @@ def _measure(model: Any, params: Tree, inputs: Tree) -> dict[str, Any] | None:
     # A new function each time: the compiled probe, and the model with it, is not kept.
     probe = functools.partial(_probe, model.initial_state, model.apply)
     differences = jax.jit(probe)(params, x, other)
+  except HiddenMemoryError:
+    raise
   except Exception:
     # The window may be too short for the model, or the inputs not what it wants: the step says so in its own words.
     return None
@@ -158,21 +183,31 @@ def _probe(
   def first_row_changed(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.concatenate([b[:, :1], a[:, 1:]], 1)
 
+  def last_row_changed(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.concatenate([a[:, :-1], b[:, -1:]], 1)
+
   def last_step_changed(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.concatenate([a[:-1], b[-1:]], 0)
 
-  variants = [x, jax.tree.map(first_row_changed, x, other), jax.tree.map(last_step_changed, x, other)]
+  changes = (first_row_changed, last_row_changed, last_step_changed)
+  variants = [x, *(jax.tree.map(change, x, other) for change in changes)]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants)
-  states, outputs = jax.lax.map(lambda variant: run(start, variant), stacked)  # Traced once for all three.
-  half = STEPS // 2
-  halves = jax.tree.map(lambda leaf: leaf.reshape(2, half, *leaf.shape[1:]), x)
+  # Traced once for all variants.
+  states, (y, y_first, y_last, y_step) = jax.lax.map(lambda variant: run(start, variant), stacked)
+  state, state_first, state_last = (jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(3))
+  halves = jax.tree.map(lambda leaf: leaf.reshape(2, STEPS // 2, *leaf.shape[1:]), x)
   end, in_halves = jax.lax.scan(run, start, halves)
   in_halves = in_halves.reshape(STEPS, *in_halves.shape[2:])
-  y, y_row, y_step = outputs
-  state, state_row = (jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(2))
-  rows_of = lambda tree: jax.tree.map(lambda leaf: leaf[1:], tree)
+
+  def rows(y: jax.Array, state: Tree, chosen: slice) -> Tree:
+    return y[:, chosen], jax.tree.map(lambda leaf: leaf[chosen], state)
+
+  others, before = slice(1, None), slice(None, -1)
   return {
-    'rows': _difference((y[:, 1:], rows_of(state)), (y_row[:, 1:], rows_of(state_row))),
+    'rows': jnp.maximum(
+      _difference(rows(y, state, others), rows(y_first, state_first, others)),
+      _difference(rows(y, state, before), rows(y_last, state_last, before)),
+    ),
     'steps': _difference(y[:-1], y_step[:-1]),
     'halves': _difference((y, state), (in_halves, end)),
   }
@@ -198,7 +233,7 @@ def _difference(a: Tree, b: Tree) -> jax.Array:
 
 def _judge(differences: dict[str, float], name: str) -> None:
   if differences['rows'] > TOLERANCE:
-    what = 'mixes the rows of a batch: another first row changes the outputs or the state of other rows'
+    what = 'mixes the rows of a batch: another row changes the outputs or the state of the others'
   elif differences['steps'] > TOLERANCE:
     what = 'looks ahead: another last step changes the outputs of earlier steps'
   elif differences['halves'] > TOLERANCE:

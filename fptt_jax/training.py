@@ -31,6 +31,7 @@ from fptt_jax.devices import check_divisible, one_axis
 from fptt_jax.losses import Loss, LossState, Totals
 from fptt_jax.methods import METHODS, Method, Plan, plan
 from fptt_jax.micro_batches import in_micro_batches
+from fptt_jax.probe import check_model, check_state_rows
 from fptt_jax.sharding import batch_specs, gather_shards, mean_over_devices, named, place, shard_specs, sum_over_devices
 from fptt_jax.transformation import find_states, lambda_norm
 from fptt_jax.windows import ValidSteps, Window, Windows, cut, valid_steps, window_at, write_window
@@ -219,7 +220,8 @@ class Trainer(NamedTuple):
 
   Attributes:
     init: (key, batch) -> TrainState. A concrete batch is looked at by :func:`check_batch`; otherwise only its shapes are used, and
-      `jax.ShapeDtypeStruct` leaves will do.
+      `jax.ShapeDtypeStruct` leaves will do. It also runs a model of unknown layers once on a few small windows and refuses one
+      that mixes the rows of a batch, looks ahead, or keeps memory outside the hidden state.
     step: (state, batch) -> (state, StepMetrics), compiled once for each batch shape; the old state is donated.
     evaluate: (params, batch, hidden=None) -> (totals, hidden), compiled, without dropout; `hidden` None starts from the model's
       initial state. Windows of about √T steps bound its memory, whatever the method.
@@ -370,6 +372,8 @@ def trainer(
     if all(_at_hand(leaf) for leaf in jax.tree.leaves(batch)):
       check_batch(batch, loss)
     params = _own(model.init(init_key))
+    check_state_rows('model.initial_state', model.initial_state, (batch_size,))
+    check_model(model, params, batch.inputs)
     opt_state = optimizer.init(params)
     if bool(find_states(opt_state)) != method.regularised:
       if method.regularised:

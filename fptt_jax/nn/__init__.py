@@ -2,6 +2,7 @@
 
 from fptt_jax.nn.adapters import float32_params, from_linen, from_nnx, to_nnx
 from fptt_jax.nn.cells import LRU, FastGRNN, IncrementalRNN, IndRNN, LRUState
+from fptt_jax.nn.foreign import from_equinox, from_haiku
 from fptt_jax.nn.layers import GRU, LSTM, RNN, AntisymmetricRNN, Lift, LSTMState, Stack
 from fptt_jax.nn.readouts import MixtureOfSoftmaxes, TiedReadout
 from fptt_jax.nn.reconstruction import Reconstruction
@@ -36,6 +37,8 @@ __all__ = (
   'TiedReadout',
   'WeightDrop',
   'float32_params',
+  'from_equinox',
+  'from_haiku',
   'from_linen',
   'from_nnx',
   'from_torch',

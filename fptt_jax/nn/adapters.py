@@ -13,7 +13,7 @@ from fptt_jax.checks import check_dtype, check_like, check_size
 from fptt_jax.nn.checks import check_batch_size
 from fptt_jax.nn.inspection import example_inputs, is_known, referred_arrays, unknown_layers
 from fptt_jax.nn.layers import Stack, as_windowed, scan_steps
-from fptt_jax.probe import MOST_PARAMETERS, check_model, check_state_rows, is_checked, mark_checked
+from fptt_jax.probe import HiddenMemoryError, check_new_model, check_state_rows, is_checked, mark_checked
 from fptt_jax.training import Model, Split
 
 
@@ -139,12 +139,8 @@ def from_linen(module: linen.Module, features_shape: tuple[int, ...], dtype: jax
   check_state_rows(type(module).__name__, initial_state)
   _refuse_collections(module, initial_state, jax.ShapeDtypeStruct((1, *features_shape), dtype))
   model = Model(init, initial_state, apply)
-  if type(module) in KNOWN_LINEN_CELLS:
-    mark_checked(apply)
+  check_new_model(model, jax.ShapeDtypeStruct((1, 1, *features_shape), dtype), type(module).__name__)
   return model
-
-
-KNOWN_LINEN_CELLS = (linen.GRUCell, linen.LSTMCell, linen.OptimizedLSTMCell, linen.SimpleCell, linen.MGUCell)
 
 
 def _refuse_collections(module: linen.Module, initial_state: Callable[[int], Any], x: jax.ShapeDtypeStruct) -> None:
@@ -283,18 +279,18 @@ def _refuse_variables(state: Any) -> None:
 
 
 def _arrays(module: nnx.Module) -> dict[Any, Any]:
-  """Returns the arrays of a module by their path, without those of its random streams."""
-  parts: Any = nnx.split(module, nnx.RngState, ...)
+  """Returns the arrays of a module by their path, without random streams and what `sow` keeps for inspection."""
+  parts: Any = nnx.split(module, (nnx.RngState, nnx.Intermediate), ...)
   flat = nnx.to_flat_state(parts[2])
   return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
 
 
 def _refuse_changes(before: dict[Any, Any], after: dict[Any, Any]) -> None:
-  """Raises a TypeError if a module's call replaced one of its arrays: the next window would not see it."""
-  for path, array in before.items():
-    if path in after and after[path] is not array:
+  """Raises if a module's call replaced or added one of its arrays: the next window would not see it."""
+  for path, array in after.items():
+    if path not in before or before[path] is not array:
       place = '.'.join(map(str, path))
-      raise TypeError(f'the module changes its array at {place} when it is called: carry it in the hidden state instead.')
+      raise HiddenMemoryError(f'the module writes to {place} when it is called: carry such memory in the hidden state instead.')
 
 
 def _check(model: Model, module: Any, known: bool) -> None:
@@ -312,12 +308,8 @@ def _check(model: Model, module: Any, known: bool) -> None:
     mark_checked(model.apply)
     return
   inputs = example_inputs(module)
-  sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))]
-  if inputs is None or sum(sizes) > MOST_PARAMETERS:
-    return  # The trainer probes it when it sees a batch.
-  with jax.ensure_compile_time_eval():
-    params = jax.jit(model.init)(jax.random.key(0))
-  check_model(model, params, inputs, f'{name} with {", ".join(unknown_layers(module))}')
+  if inputs is not None:  # Else the trainer probes it when it sees a batch.
+    check_new_model(model, inputs, f'{name} with {", ".join(unknown_layers(module))}')
 
 
 def _seeded(streams: Any, key: jax.Array | None) -> Any:
