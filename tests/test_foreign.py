@@ -263,7 +263,7 @@ class Constants(nnx.Module):
     self.number = 7.0
     self.table = nnx.data({'a': jnp.full(1, 11.0)})
     self.items = nnx.List([jnp.full(1, 13.0)])
-    factor = jnp.full(1, 17.0)
+    factor = jnp.full((1, 1, 1), 17.0)
     self.function = lambda x: x * factor
 
   def __call__(self, x: jax.Array) -> jax.Array:
