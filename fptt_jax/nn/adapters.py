@@ -278,17 +278,16 @@ def _refuse_variables(state: Any) -> None:
   raise TypeError(f'from_nnx takes modules whose only state is nnx.Param (and random streams), got {places}. {advice}')
 
 
-def _arrays(module: nnx.Module) -> dict[Any, Any]:
+def _arrays(module: nnx.Module) -> dict[Any, list[Any]]:
   """Returns the arrays of a module by their path, without random streams and what `sow` keeps for inspection."""
   parts: Any = nnx.split(module, (nnx.RngState, nnx.Intermediate), ...)
-  flat = nnx.to_flat_state(parts[2])
-  return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
+  return {path: jax.tree.leaves(leaf) for path, leaf in nnx.to_flat_state(parts[2])}
 
 
-def _refuse_changes(before: dict[Any, Any], after: dict[Any, Any]) -> None:
+def _refuse_changes(before: dict[Any, list[Any]], after: dict[Any, list[Any]]) -> None:
   """Raises if a module's call replaced or added one of its arrays: the next window would not see it."""
-  for path, array in after.items():
-    if path not in before or before[path] is not array:
+  for path, arrays in after.items():
+    if list(map(id, before.get(path, ()))) != list(map(id, arrays)):
       place = '.'.join(map(str, path))
       raise HiddenMemoryError(f'the module writes to {place} when it is called: carry such memory in the hidden state instead.')
 

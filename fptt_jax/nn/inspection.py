@@ -87,8 +87,8 @@ def referred_arrays(module: nnx.Module) -> Iterator[tuple[str, Any]]:
   That is arrays among its attributes and, within functions and plain objects among them, arrays, modules and variables,
   which NNX neither finds nor replaces.
   """
-  for path, node in nnx.iter_modules(module):
-    for name, value in vars(node).items():
+  for path, node in nnx.iter_graph(module):
+    for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
       if name.startswith('_pytree'):
         continue
       place = '.'.join(map(str, (*path, name)))
