@@ -89,7 +89,7 @@ def referred_arrays(module: nnx.Module) -> Iterator[tuple[str, Any]]:
   """
   for path, node in nnx.iter_graph(module):
     for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
-      if name.startswith('_pytree'):
+      if str(name).startswith('_pytree'):  # The names within a list may be numbers.
         continue
       place = '.'.join(map(str, (*path, name)))
       for found in _referred(value, False, set()):
