@@ -343,7 +343,7 @@ def test_a_full_disk_when_a_run_has_ended(tmp_path: Path) -> None:
 
 def test_other_settings_by_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
   """Refused, with what differs; or taken, said and kept: the learning rate is the new one, a run that had ended goes on."""
-  config = add_task.Config(optimizer='sgd', decay=False, **TINY)
+  config = add_task.Config(optimizer='sgd', lr=1e-3, decay=False, **TINY)
   add_task.run(config, str(tmp_path))
   before = runs.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
   other = dataclasses.replace(config, batches=8, lr=1e-30)
