@@ -49,6 +49,19 @@ Totals = dict[str, jax.Array]
 DIVERGENCES = ('class_ema', 'last_epoch', 'example', 'uniform', 'none')
 
 
+class Memory(NamedTuple):
+  """A loss's `apply` in two parts, for a loss state so large that a window may only write the part that it changes.
+
+  Attributes:
+    observe: (outputs, targets, window, loss_state) -> (scalar objective, note). The note is what is to be remembered of the window,
+      a tree of arrays that are the same on all devices.
+    write: (loss_state, note, keep) -> new loss state; the old one where `keep`, True or a bool [], is False.
+  """
+
+  observe: Callable[[jax.Array, Any, Window, LossState], tuple[jax.Array, Any]]
+  write: Callable[[LossState, Any, jax.Array | bool], LossState]
+
+
 class Loss(NamedTuple):
   """A loss as pure functions. :func:`from_function` makes one of a single function of your own.
 
@@ -65,6 +78,7 @@ class Loss(NamedTuple):
       any s steps, each by itself; where `apply` is the mean of 'loss' over the window's valid steps, `measure` the sums of all over
       them, and there is no loss state. Outputs may then be computed a few steps at a time (:mod:`fptt_jax.chunks`). Else None.
     terminal: whether targets are [B, ...] for certain, even where their shape could be [T, B, ...].
+    memory: `apply` in two parts, one after the other; None where the loss state is small.
   """
 
   init: Callable[[int], LossState]
@@ -75,6 +89,7 @@ class Loss(NamedTuple):
   last_only: bool = False
   per_step: Callable[[jax.Array, Any], dict[str, jax.Array]] | None = None
   terminal: bool = False
+  memory: Memory | None = None
 
 
 def from_function(
@@ -269,41 +284,57 @@ def terminal_classification(
       return {'q': jnp.full((num_examples, num_windows, num_classes), uniform, float)}
     return {}
 
-  def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
+  def observe(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, Any]:
     labels, ids = _labels_and_ids(targets, by_example, window.mask.shape[1])
     log_p = jax.nn.log_softmax(_at_least_float32(_last_outputs(outputs, window, num_classes)))
     active, _, beta = _progress(window, log_p.dtype)
     cross_entropy = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
     if divergence == 'none':
-      return window.mean(beta * cross_entropy, active), loss_state
+      return window.mean(beta * cross_entropy, active), ()
     p, k = jax.lax.stop_gradient(jnp.exp(log_p)), window.k
-    q: jax.Array | float
+    note: tuple[jax.Array, ...] = ()
     if divergence == 'uniform':
-      q = uniform
+      q = jnp.full_like(log_p, uniform)
     elif by_example:
-      table = loss_state['q']
-      q = table[ids, k]
-      seen = jnp.where(active[:, None], p.astype(table.dtype), q)
-      all_ids, all_seen = window.gather((ids, seen))
-      loss_state = {'q': table.at[all_ids, k].set(all_seen)}
+      q = loss_state['q'][ids, k]
+      seen = jnp.where(active[:, None], p.astype(q.dtype), q)
+      note = (k, *window.gather((ids, seen)))
     else:
+      rows = loss_state['q'][k]
       q = loss_state['q'][k, labels]
-      loss_state = _remember(p, labels, active, window, loss_state)
-    per_sequence = beta * cross_entropy - (1 - beta) * jnp.sum(jnp.asarray(q, log_p.dtype) * log_p, axis=-1)
-    return window.mean(per_sequence, active), loss_state
+      note = (k, *_new_rows(p, labels, active, window, rows))
+    per_sequence = beta * cross_entropy - (1 - beta) * jnp.sum(q.astype(log_p.dtype) * log_p, axis=-1)
+    objective = window.mean(per_sequence, active)
+    if divergence == 'class_ema':
+      moved, seen = note[1:]
+      note = (k, jnp.where(seen & _true_after(jax.lax.stop_gradient(objective)), moved, rows))
+    return objective, note
 
-  def _remember(p: jax.Array, labels: jax.Array, active: jax.Array, window: Window, loss_state: LossState) -> LossState:
-    """Takes the predictions p [B, C] of a window into the per-class tables."""
-    k, dtype = window.k, loss_state['q'].dtype
-    members = jax.nn.one_hot(labels, num_classes, dtype=dtype) * active[:, None].astype(dtype)
-    ones = jnp.ones((*labels.shape, 1), dtype)
-    both = window.total(members.T @ jnp.concatenate([p.astype(dtype), ones], -1))  # One sum over the devices, not two.
+  def _new_rows(p: jax.Array, labels: jax.Array, active: jax.Array, window: Window, rows: jax.Array) -> tuple[jax.Array, ...]:
+    """What the per-class tables get of the predictions p [B, C] of a window, whose part of Q is `rows` [C, C]."""
+    members = jax.nn.one_hot(labels, num_classes, dtype=rows.dtype) * active[:, None].astype(rows.dtype)
+    ones = jnp.ones((*labels.shape, 1), rows.dtype)
+    both = window.total(members.T @ jnp.concatenate([p.astype(rows.dtype), ones], -1))  # One sum over the devices, not two.
     sums, counts = both[:, :-1], both[:, -1]
     if divergence == 'last_epoch':
+      return sums, counts
+    moved = ema_decay * rows + (1 - ema_decay) * sums / jnp.maximum(counts, 1)[:, None]
+    return moved, counts[:, None] > 0
+
+  def write(loss_state: LossState, note: Any, keep: jax.Array | bool) -> LossState:
+    if divergence in ('uniform', 'none'):
+      return loss_state
+    k, *news = note
+    if divergence == 'last_epoch':
+      sums, counts = (_where(keep, new, jnp.zeros_like(new)) for new in news)
       return loss_state | {'sum': loss_state['sum'].at[k].add(sums), 'count': loss_state['count'].at[k].add(counts)}
-    q = loss_state['q'][k]
-    moved = ema_decay * q + (1 - ema_decay) * sums / jnp.maximum(counts, 1)[:, None]
-    return {'q': loss_state['q'].at[k].set(jnp.where(counts[:, None] > 0, moved, q))}
+    table = loss_state['q']
+    place = (news[0], k) if by_example else k
+    return {'q': table.at[place].set(_where(keep, news[-1], table[place]))}
+
+  def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
+    objective, note = observe(outputs, targets, window, loss_state)
+    return objective, write(loss_state, note, True)
 
   def end_epoch(loss_state: LossState) -> LossState:
     if divergence != 'last_epoch':
@@ -325,7 +356,7 @@ def terminal_classification(
     if num_examples is not None:
       _check_integers('example ids', ids, _rows(valid), num_examples)
 
-  return Loss(init, apply, measure, end_epoch, check, last_only=True)
+  return Loss(init, apply, measure, end_epoch, check, last_only=True, memory=Memory(observe, write))
 
 
 def terminal_regression() -> Loss:
@@ -433,6 +464,19 @@ def _last_outputs(outputs: jax.Array, window: Window, features: int) -> jax.Arra
   """Outputs [B, features] at each sequence's last valid step in the window."""
   _require_features(outputs, features)
   return (outputs if outputs.shape[0] == 1 else take_steps(outputs, window.last))[0]
+
+
+def _where(keep: jax.Array | bool, new: jax.Array, old: jax.Array) -> jax.Array:
+  return new if keep is True else jnp.where(keep, new, old)
+
+
+def _true_after(number: jax.Array) -> jax.Array:
+  """Returns True, but not before `number` is known.
+
+  A large table that is written once this is known has been read for `number` before. Without that order XLA copies the table in
+  each window. It drops optimization barriers on a CPU before it looks for the order.
+  """
+  return (number <= 0) | (number >= 0) | jnp.isnan(number)
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

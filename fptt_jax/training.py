@@ -466,7 +466,10 @@ def trainer(
       return model.apply(params, hidden, prefix, None, jax.random.fold_in(key, windows.num_windows))[0]
 
     def share_gradient(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, others: Any) -> tuple[Any, ...]:
-      """(objective, gradient, what came of the windows) of one update; the means over the devices, the totals to be summed."""
+      """(objective, gradient, what came of the windows) of one update; the means over the devices, the totals to be summed.
+
+      Of a loss with a `memory`, an update of one window gives the note in place of the new loss state.
+      """
       (loss_state, rows, first_loss_state), outputs = others
       at_once = readout_steps
       if micro_batches > 1 and at_once is None:
@@ -490,6 +493,7 @@ def trainer(
     if windows.starts[0] > 0:
       start = on_shares(share_prefix, specs.hidden, PartitionSpec())(state.params, hidden, batch, key, ())
 
+    num_seen = updates.windows.shape[1]
     first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
     valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
     batch = _without_idle_targets(batch, valid, loss)
@@ -528,10 +532,18 @@ def trainer(
       new_params, new_opt_state, seen, (new_hidden, new_loss_state, totals, outputs) = inner_step(new_params, new_opt_state)
       if active is not None:  # No valid step: no update. By where: a cond would copy the carry.
         new_params, new_opt_state = optax.tree.where(active, (new_params, new_opt_state), (params, opt_state))
-      new, skip = (new_params, new_opt_state, new_hidden, new_loss_state), None
+      skip = None
       if skip_nonfinite:
         skip = ~_all_finite((seen, early, lambda_norm(new_opt_state)))
-        new, totals = optax.tree.where(skip, (carry, optax.tree.zeros_like(totals)), (new, totals))
+      if loss.memory is not None and num_seen == 1:
+        keep = True if skip is None else ~skip
+        new_loss_state = loss.memory.write(loss_state, new_loss_state, keep)
+      elif skip is not None:
+        new_loss_state = optax.tree.where(skip, loss_state, new_loss_state)
+      moved = (new_params, new_opt_state, new_hidden)
+      if skip is not None:
+        moved, totals = optax.tree.where(skip, (carry[:3], optax.tree.zeros_like(totals)), (moved, totals))
+      new = (*moved, new_loss_state)
       return (new, outputs), (*seen, totals, skip)
 
     carry = (state.params, state.opt_state, hidden, state.loss_state)
@@ -701,6 +713,8 @@ def _objective(
   """The scalar one update descends: the weighted losses of the windows it runs through, from a given hidden state."""
   factors = jnp.asarray(np.ones(windows.num_windows) if weights is None else weights)
   valid = valid_steps(windows, _check_shapes(batch)[1], batch.lengths, batch.mask)
+  num_seen = updates.windows.shape[1]
+  apply = loss.apply if loss.memory is None else loss.memory.observe
 
   def objective(
     params: Params,
@@ -718,14 +732,18 @@ def _objective(
       if isinstance(outputs, Judged):
         (value, totals), new_loss_state = outputs, loss_state
       else:
-        value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
+        value, new_loss_state = apply(outputs, batch.targets, window, loss_state)
         totals = loss.measure(jax.lax.stop_gradient(outputs), batch.targets, window)
         if not updates.records.all():
           # A window seen before has moved the loss state already: its loss is that of the sequence's start, as when first seen.
-          value, _ = loss.apply(outputs, batch.targets, window, initial_loss_state)
+          value, _ = apply(outputs, batch.targets, window, initial_loss_state)
       value = _scalar(value)
-      if not updates.records.all():
+      if loss.memory is not None and num_seen > 1:
+        keep = True if updates.records.all() else record
+        new_loss_state = loss.memory.write(loss_state, new_loss_state, keep)
+      elif not updates.records.all():
         new_loss_state = optax.tree.where(record, new_loss_state, loss_state)
+      if not updates.records.all():
         totals = jax.tree.map(lambda t: jnp.where(record, t, 0), totals)
       if sequence is not None:
         assert not isinstance(outputs, Judged)
@@ -740,7 +758,7 @@ def _objective(
         value += window.mean(penalty, window.mask).astype(value.dtype)
       return (hidden, new_loss_state, sequence), ((coefficient * factors[k]).astype(value.dtype) * value, totals)
 
-    if rows[0].shape[0] == 1:  # The usual case: one window an update, no inner loop.
+    if num_seen == 1:  # The usual case: one window an update, no inner loop.
       carry, (value, totals) = body((hidden, loss_state, sequence), jax.tree.map(lambda r: r[0], rows))
       hidden, loss_state, sequence = carry
       return value, (hidden, loss_state, totals, sequence)

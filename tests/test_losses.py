@@ -1,6 +1,7 @@
 """Losses against the same formulas in NumPy, on numbers small enough to follow by hand."""
 
 import contextlib
+import re
 
 import chex
 from hypothesis import given, settings
@@ -613,3 +614,22 @@ def test_check_accepts_what_the_losses_run_on(name):
   if name != 'from_function':
     with pytest.raises(ValueError, match=r'must have|expected targets'):
       loss.check(np.asarray(targets), np.ones((6, 3), bool))
+
+
+@pytest.mark.parametrize('skip_nonfinite', [False, True])
+@pytest.mark.parametrize('divergence', ['class_ema', 'last_epoch', 'example'])
+def test_a_window_writes_its_part_of_a_table_in_place(divergence, skip_nonfinite):
+  """The compiled step neither copies the table nor selects one of two, so its time is linear in the number of windows."""
+  classes, num_examples, num_windows = 48, 90, 5
+  loss = losses.terminal_classification(
+    classes, divergence=divergence, num_examples=num_examples if divergence == 'example' else None
+  )
+  batch = fptt_jax.Batch(np.zeros((10, 3, 2), np.float32), targets_for(divergence, np.arange(3)))
+  trainer = fptt_jax.trainer(
+    problems.elman(out=classes), loss, optax.sgd(0.1), method='tbptt', num_windows=num_windows, skip_nonfinite=skip_nonfinite
+  )
+  state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
+  text = problems.optimised(trainer.step.lower(state, batch)).as_text()
+  [shape] = {leaf.shape for leaf in jax.tree.leaves(state.loss_state) if leaf.ndim == 3}
+  whole = re.findall(rf'= f32\[{",".join(map(str, shape))}\]\S* (copy|select)\(', text)
+  assert not whole
