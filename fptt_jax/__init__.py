@@ -15,8 +15,9 @@ from fptt_jax.devices import cpu_setup
 from fptt_jax.health import check_finite, find_nonfinite, lambda_diverges
 from fptt_jax.losses import Loss, means
 from fptt_jax.methods import METHODS, Method
-from fptt_jax.programs import population, scan_steps
+from fptt_jax.programs import population, scan_steps, take_member
 from fptt_jax.stability import spectral_radius
+from fptt_jax.states import state_from_arrays, state_to_arrays
 from fptt_jax.training import Batch, Model, Penalised, Split, StepMetrics, Trainer, TrainState, check_batch, global_batch, trainer
 from fptt_jax.transformation import ALGORITHM_2, RELEASE, FPTTState, fptt, fptt_eval_params, fptt_restart
 from fptt_jax.windows import Window, Windows, cut
@@ -57,6 +58,9 @@ __all__ = (
   'population',
   'scan_steps',
   'spectral_radius',
+  'state_from_arrays',
+  'state_to_arrays',
+  'take_member',
   'trainer',
 )
 

@@ -110,6 +110,25 @@ def check_array(name: str, value: Any) -> Any:
   return value
 
 
+def as_key(name: str, value: Any) -> Any:
+  """Return a key, or keys, as typed ones, given those or their data for the default implementation.
+
+  Raises:
+    TypeError: it is neither.
+  """
+  if not isinstance(value, ARRAYS):
+    raise TypeError(f'{name} must be a PRNG key, jax.random.key(seed), got {type(value).__name__}.')
+  if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+    return value
+  words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+  if value.dtype != jnp.uint32 or value.shape[-1:] != words:
+    raise TypeError(
+      f'{name} must be a PRNG key, jax.random.key(seed), or the data uint32{list(words)} of one of the default '
+      f'implementation, got {value.dtype}{list(value.shape)}: jax.random.wrap_key_data makes keys of other data.'
+    )
+  return jax.random.wrap_key_data(jnp.asarray(value))
+
+
 def check_arrays(name: str, tree: Any) -> None:
   """A TypeError that names it unless the leaves of `tree` are arrays or numbers."""
   for leaf in jax.tree.leaves(tree):
@@ -128,8 +147,55 @@ def shapes(tree: Any) -> Any:
   return jax.tree.map(shape, tree)
 
 
-def check_like(name: str, got: Any, expected: Any, whose: str, exactly: bool = False) -> None:
-  """A ValueError that names the first difference unless two trees have the same structure, shapes and kinds of numbers.
+def leaf_paths(tree: Any) -> list[str]:
+  """Return where each leaf of a tree is, such as 'layers/0/kernel'.
+
+  A key, an index and a field's name read alike: paths outlive formats that know no integer
+  keys or named tuples.
+  """
+
+  def entry(key: Any) -> str:
+    for field in ('key', 'idx', 'name'):
+      if hasattr(key, field):
+        return str(getattr(key, field))
+    return str(key)
+
+  return ['/'.join(map(entry, path)) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def arrange_like(name: str, got: Any, expected: Any, whose: str) -> Any:
+  """Return the leaves of `got` in the structure of `expected`, matched by :func:`leaf_paths`.
+
+  Args:
+    name: what it is.
+    got: a tree, or a flat dict from paths to leaves.
+    expected: another.
+    whose: why that is expected: 'as init makes it'.
+
+  Raises:
+    ValueError: their leaves are not at the same places; names the first that are not.
+  """
+  structure: Any = jax.tree.structure(expected)
+  if jax.tree.structure(got) == structure:
+    return got
+  found = dict(zip(leaf_paths(got), jax.tree.leaves(got), strict=True))
+  paths = leaf_paths(expected)
+  missing = [path for path in paths if path not in found]
+  unexpected = [path for path in found if path not in paths]
+  if missing or unexpected or len(found) != len(paths):
+    parts = [
+      f'{which} {", ".join(map(repr, some[:3]))}{f" and {len(some) - 3} more" if some[3:] else ""}'
+      for which, some in (('missing', missing), ('unexpected', unexpected))
+      if some
+    ]
+    raise ValueError(
+      f'{name} must have its leaves at the places of {whose.removeprefix("as ")}: {"; ".join(parts) or "some are there twice"}.'
+    )
+  return structure.unflatten([found[path] for path in paths])
+
+
+def check_like(name: str, got: Any, expected: Any, whose: str, exactly: bool = False) -> Any:
+  """Return `got` in the structure of `expected`, if it has the same leaves, shapes and kinds of numbers.
 
   Args:
     name: what is checked.
@@ -137,14 +203,16 @@ def check_like(name: str, got: Any, expected: Any, whose: str, exactly: bool = F
     expected: another.
     whose: why that is expected: 'as init makes it'.
     exactly: whether dtypes are to be the same, too.
+
+  Raises:
+    ValueError: names the first difference.
   """
-  structures: list[Any] = [jax.tree.structure(tree) for tree in (got, expected)]
-  if structures[0] != structures[1]:
-    raise ValueError(f'{name} must have the structure {structures[1]}, {whose}, got {structures[0]}.')
+  got = arrange_like(name, got, expected, whose)
   for (path, leaf), like in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
     if _described(leaf, exactly) != _described(like, exactly):
       where = f'{name}{jax.tree_util.keystr(path)}'
       raise ValueError(f'{where} must be {_described(like)}, {whose}, got {_described(leaf)}.')
+  return got
 
 
 def _described(leaf: Any, exactly: bool = True) -> str:

@@ -173,7 +173,9 @@ def _part(
 ) -> tuple[jax.Array, Totals]:
   """A chunk's part of the mean and of the totals."""
   values = per_step(run(features, key, *weights), targets)
-  return jnp.sum(values['loss'], where=mask) / count.astype(values['loss'].dtype), totals_where(mask, values)
+  wide = at_least_float32(values['loss'].dtype)
+  loss = jnp.sum(values['loss'], where=mask, dtype=wide) / count.astype(wide)
+  return loss, totals_where(mask, values)
 
 
 def _sum(parts: tuple[jax.Array, Totals]) -> Judged:

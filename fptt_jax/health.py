@@ -13,7 +13,8 @@ def check_finite(metrics: StepMetrics, *, first_update: int = 0, radius: float |
   """Raises where :func:`find_nonfinite` finds something, which is the error's message; same arguments.
 
   Raises:
-    FloatingPointError: a loss or gradient norm is not finite and its update was not skipped.
+    FloatingPointError: a loss or gradient norm is not finite and its update was not skipped, or
+      targets or lengths are out of range.
     ValueError, TypeError: as :func:`find_nonfinite`.
   """
   found = find_nonfinite(metrics, first_update=first_update, radius=radius)
@@ -22,7 +23,8 @@ def check_finite(metrics: StepMetrics, *, first_update: int = 0, radius: float |
 
 
 def find_nonfinite(metrics: StepMetrics, *, first_update: int = 0, radius: float | None = None) -> str | None:
-  """Describes the first update whose loss or gradient norm is not finite and that was not skipped.
+  """Describe the first update whose loss or gradient norm is not finite and that was not skipped, or whose targets or lengths
+  are out of range.
 
   Args:
     metrics: of one run, concrete: of a step, or of N steps with a leading axis, as `fptt_jax.scan_steps` gives them. Of a
@@ -32,7 +34,8 @@ def find_nonfinite(metrics: StepMetrics, *, first_update: int = 0, radius: float
 
   Returns:
     None where all is finite; else a sentence: where, the loss and the gradient norm, those of the last finite update before, the
-    norm of λ where there is one, the radius where given.
+    norm of λ where there is one, the radius where given. Of targets or lengths out of range (`StepMetrics.invalid`) just where:
+    such an update was not applied.
 
   Raises:
     ValueError: metrics with other axes, or a number outside its range.
@@ -60,10 +63,13 @@ def find_nonfinite(metrics: StepMetrics, *, first_update: int = 0, radius: float
       'metrics must be of one run: loss, grad_norm and skipped (booleans) [U] or [N, U], lambda_norm of each batch; '
       f'got {got}, skipped {skipped.dtype} {skipped.shape}.'
     )
+  invalid = np.zeros(shape, bool) if metrics.invalid is None else np.asarray(metrics.invalid)
+  if invalid.shape != shape or invalid.dtype != bool:
+    raise ValueError(f'metrics.invalid must be booleans {shape} or None, got {invalid.dtype} {invalid.shape}.')
   num_batches, num_updates = shape if len(shape) == 2 else (1, *shape)
   losses, norms, lambdas = (array.ravel() for array in numbers.values())
   finite = np.isfinite(losses) & np.isfinite(norms)
-  fine = finite | skipped.ravel()
+  fine = (finite | skipped.ravel()) & ~invalid.ravel()
   if fine.all():
     return None
 
@@ -73,6 +79,8 @@ def find_nonfinite(metrics: StepMetrics, *, first_update: int = 0, radius: float
   where = f'window {window} of {num_updates} (update {first_update + at})'
   if len(shape) == 2:
     where = f'batch {batch} of {num_batches}, {where}'
+  if invalid.flat[at]:
+    return f'targets or lengths are out of range in {where}, which was not applied: fptt_jax.check_batch tells more.'
   if np.isfinite(losses[at]):
     parts = [f'gradient norm is {norm} in {where}: loss {loss}']
   else:

@@ -5,7 +5,7 @@ tasks have one label a sequence and build an intermediate loss for every window 
 sequence-to-sequence tasks have a label each step. Whatever a loss remembers between windows is a tree in the carry.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import math
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import optax
 
 from fptt_jax.checks import (
   MOST,
-  as_number,
+  as_floats,
   check_array,
   check_callable,
   check_choice,
@@ -79,6 +79,10 @@ class Loss(NamedTuple):
       them, and there is no loss state. Outputs may then be computed a few steps at a time (:mod:`fptt_jax.chunks`). Else None.
     terminal: whether targets are [B, ...] for certain, even where their shape could be [T, B, ...].
     memory: `apply` in two parts, one after the other; None where the loss state is small.
+    valid: (targets, mask bool [T, B]) -> bool [], traced: whether the targets are in range
+      where they count; `mask` says which steps are real. The train step leaves a batch
+      for which it is False out, and tells so in `StepMetrics.invalid`. None: targets are
+      not looked at.
   """
 
   init: Callable[[int], LossState]
@@ -90,6 +94,7 @@ class Loss(NamedTuple):
   per_step: Callable[[jax.Array, Any], dict[str, jax.Array]] | None = None
   terminal: bool = False
   memory: Memory | None = None
+  valid: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
 def from_function(
@@ -138,8 +143,10 @@ def from_function(
     if _is_terminal(terminal, targets, window.num_steps, window.mask.shape[1]):
       return _measure_last_steps(function, outputs, targets, window)
     steps = window.mask.sum()
-    weight = steps.astype(jnp.float32)
-    return {'count': steps, 'loss': jnp.where(steps > 0, weight * function(outputs, targets, window), 0)}
+    value = jnp.asarray(function(outputs, targets, window))
+    wide = jnp.promote_types(value.dtype, jnp.float32)
+    total = jnp.where(steps > 0, steps.astype(wide) * value.astype(wide), 0)
+    return {'count': steps, 'loss': total}
 
   def check(targets: Any, valid: np.ndarray) -> None:
     if measure is None:
@@ -220,18 +227,27 @@ def _has_time_axis(leaf: jax.Array, window: Window) -> bool:
   return num_steps != batch_size and leaf.shape[:2] == (num_steps, batch_size)
 
 
-def means(totals: Totals) -> dict[str, float]:
-  """Means of measured totals, on the host: {'loss': 0.31, 'accuracy': 0.9}; 'count' is left out.
+def means(totals: Totals) -> dict[str, Any]:
+  """Divide measured totals by their count, on the host; 'count' itself is left out.
+
+  Args:
+    totals: Sums by name and 'count': numbers, or arrays [R] of the members of a population.
+
+  Returns:
+    {'loss': 0.31, 'accuracy': 0.9}; of a population float64 arrays [R], one mean per member. NaN where nothing was counted.
 
   Raises:
-    TypeError: they are no dict of numbers with a 'count': those of a population are to be taken member by member.
+    TypeError: `totals` is no dict of real numbers, or of arrays of one shape, with a 'count'.
   """
-  numbers = {name: as_number(total) for name, total in totals.items()} if isinstance(totals, Mapping) else {}
-  sums = {name: number for name, number in numbers.items() if number is not None}
-  if 'count' not in sums or len(sums) < len(numbers):
-    raise TypeError(f"totals must be a dict of numbers with a 'count', got {totals!r}.")
-  count = sums.pop('count')
-  return {name: total / count if count else math.nan for name, total in sums.items()}
+  try:
+    sums = {name: as_floats(name, total) for name, total in totals.items()}
+    if len({total.shape for total in sums.values()}) != 1:
+      raise ValueError('not of one shape')
+    count = sums.pop('count')
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise TypeError(f"totals must be a dict of numbers, or of arrays of one shape, with a 'count', got {totals!r}.") from error
+  counted = np.where(count > 0, count, np.nan)
+  return {name: total / counted if count.ndim else float(total / counted) for name, total in sums.items()}
 
 
 # Terminal tasks: one target a sequence.
@@ -350,13 +366,20 @@ def terminal_classification(
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     return totals_where(ended, {'loss': cross_entropy, 'accuracy': logits.argmax(-1).astype(labels.dtype) == labels})
 
+  def valid(targets: Any, mask: jax.Array) -> jax.Array:
+    labels, ids = _labels_and_ids(targets, by_example, mask.shape[1])
+    in_range = _in_range(labels, num_classes)
+    if num_examples is not None:
+      in_range &= _in_range(ids, num_examples)
+    return jnp.all(in_range | ~mask.any(0))
+
   def check(targets: Any, valid: np.ndarray) -> None:
     labels, ids = _labels_and_ids(targets, by_example, valid.shape[1])
     _check_integers('labels', labels, _rows(valid), num_classes)
     if num_examples is not None:
       _check_integers('example ids', ids, _rows(valid), num_examples)
 
-  return Loss(init, apply, measure, end_epoch, check, last_only=True, memory=Memory(observe, write))
+  return Loss(init, apply, measure, end_epoch, check, last_only=True, memory=Memory(observe, write), valid=valid)
 
 
 def terminal_regression() -> Loss:
@@ -373,7 +396,7 @@ def terminal_regression() -> Loss:
       raise ValueError(f'terminal_regression expected targets [B] or [B, O] with B={window.mask.shape[1]}, got {targets.shape}.')
     expected = targets.reshape(targets.shape[0], -1)
     predicted = _last_outputs(outputs, window, expected.shape[-1])
-    return jnp.mean(jnp.square(predicted - expected), axis=-1)
+    return jnp.mean(_squared_error(predicted, expected), axis=-1)
 
   def apply(outputs: jax.Array, targets: Any, window: Window, loss_state: LossState) -> tuple[jax.Array, LossState]:
     squared = error(outputs, targets, window)
@@ -414,6 +437,7 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
     if labels.ndim != 2:
       raise ValueError(f'sequence_classification expected targets [T, B], got [T, B, ...] with a window of shape {labels.shape}.')
     _require_features(outputs, num_classes)
+    labels = _widened(labels)
     logits = _at_least_float32(outputs)
     extra = {'accuracy': logits.argmax(-1).astype(labels.dtype) == labels} if accuracy else {}
     return {'loss': optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), **extra}
@@ -421,7 +445,13 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
   def check(targets: Any, valid: np.ndarray) -> None:
     _check_integers('targets', targets, valid, num_classes)
 
-  return _mean_of_steps(per_step, check)
+  def valid(targets: Any, mask: jax.Array) -> jax.Array:
+    _require_integers('targets', targets)
+    if targets.shape != mask.shape:
+      raise ValueError(f'targets must be [T, B] = {mask.shape}, got shape {targets.shape}.')
+    return jnp.all(_in_range(targets, num_classes) | ~mask)
+
+  return _mean_of_steps(per_step, check)._replace(valid=valid)
 
 
 def sequence_regression() -> Loss:
@@ -434,7 +464,8 @@ def sequence_regression() -> Loss:
         f'sequence_regression needs targets [T, B, O] like the outputs: got a window of targets {expected.shape} and outputs '
         f'{outputs.shape}.'
       )
-    return {'loss': jnp.square(outputs - expected).reshape(*outputs.shape[:2], -1).mean(-1)}
+    squared = _squared_error(outputs, expected)
+    return {'loss': squared.reshape(*outputs.shape[:2], -1).mean(-1)}
 
   def check(targets: Any, valid: np.ndarray) -> None:
     _check_floats('targets', targets, valid)
@@ -479,8 +510,25 @@ def _true_after(number: jax.Array) -> jax.Array:
   return (number <= 0) | (number >= 0) | jnp.isnan(number)
 
 
+def _widened(indices: jax.Array) -> jax.Array:
+  """Return indices in at least 32 bits: fewer may not hold the number of classes."""
+  return indices if jnp.iinfo(indices.dtype).bits >= 32 else jnp.asarray(indices, jnp.int32)
+
+
+def _in_range(indices: jax.Array, limit: int) -> jax.Array:
+  """Return bool, elementwise: whether indices lie in 0..limit-1."""
+  indices = _widened(indices)
+  return (indices >= 0) & (indices < limit)
+
+
 def _at_least_float32(x: jax.Array) -> jax.Array:
   return x.astype(at_least_float32(x.dtype))
+
+
+def _squared_error(predicted: jax.Array, expected: jax.Array) -> jax.Array:
+  """Return (predicted - expected)² elementwise, in at least float32."""
+  # float16 holds no square of a difference above 256.
+  return jnp.square(_at_least_float32(predicted) - _at_least_float32(expected))
 
 
 def totals_where(where: jax.Array, values: dict[str, jax.Array]) -> Totals:
@@ -496,7 +544,7 @@ def _labels_and_ids(targets: Any, by_example: bool, batch_size: int) -> tuple[ja
     raise ValueError(f'terminal_classification expected targets to be {expected}, got shapes {shapes(targets)}.')
   _require_integers('labels', pair[0])
   _require_integers('example ids', pair[1])
-  return pair
+  return _widened(pair[0]), _widened(pair[1])
 
 
 def _check_classes(num_classes: Any) -> int:
@@ -535,7 +583,10 @@ def _check_integers(name: str, values: Any, valid: np.ndarray, limit: int) -> No
     return
   low, high = int(values[valid].min()), int(values[valid].max())
   if low < 0 or high >= limit:
-    raise ValueError(f'{name} must lie in 0..{limit - 1}, got values from {low} to {high}.')
+    message = f'{name} must lie in 0..{limit - 1}, got values from {low} to {high}.'
+    if low < 0:
+      message += ' No negative number marks what to ignore: give lengths.'
+    raise ValueError(message)
 
 
 def _check_floats(name: str, values: Any, valid: np.ndarray) -> None:

@@ -100,12 +100,11 @@ def check_model(model: Any, params: Tree, inputs: Tree, name: str = 'model') -> 
   shapes = tuple((leaf.shape[2:], jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(inputs))
   if not _can_probe(model, params) or shapes in _known(model.apply):
     return
-  differences = _measure(model, params, inputs)
-  if differences is None:
-    return
-  if not any(isinstance(value, jax.core.Tracer) for value in differences.values()):
-    _known(model.apply).add(shapes)
-    _judge({key: float(value) for key, value in differences.items()}, name)
+  with jax.ensure_compile_time_eval():
+    differences = _measure(model, params, inputs)
+  _known(model.apply).add(shapes)
+  if differences is not None:
+    _judge(differences, name)
 
 
 def check_new_model(model: Any, inputs: Tree, name: str) -> None:
@@ -123,7 +122,9 @@ def check_new_model(model: Any, inputs: Tree, name: str) -> None:
   abstract = jax.tree.leaves(jax.eval_shape(model.init, key))
   if sum(leaf.size for leaf in abstract) > MOST_PARAMETERS:
     return  # Drawing so many takes long.
-  check_model(model, jax.jit(model.init)(key), inputs, name)
+  with jax.ensure_compile_time_eval():
+    params = jax.jit(model.init)(key)
+  check_model(model, params, inputs, name)
 
 
 def _known(function: Callable[..., Any]) -> set[Any]:
@@ -147,13 +148,13 @@ def _measure(model: Any, params: Tree, inputs: Tree) -> dict[str, Any] | None:
   try:
     # A new function each time: the compiled probe, and the model with it, is not kept.
     probe = functools.partial(_probe, model.initial_state, model.apply)
-    differences: dict[str, Any] = jax.jit(probe)(params, x, other)
+    differences = jax.jit(probe)(params, x, other)
   except HiddenMemoryError:
     raise
   except Exception:
     # The window may be too short for the model, or the inputs not what it wants: the step says so in its own words.
     return None
-  return differences
+  return {key: float(value) for key, value in differences.items()}
 
 
 def _draw(leaf: Any, seed: int) -> np.ndarray:

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fptt_jax.checks import check_array, check_callable, check_flag, shapes
+from fptt_jax.checks import arrange_like, as_key, check_array, check_callable, check_flag, check_integer, shapes
+from fptt_jax.compiled import Compiled
 from fptt_jax.devices import check_divisible, one_axis
 from fptt_jax.training import Batch, Hidden, Params, StepMetrics, Trainer, TrainState
 
 
 def scan_steps(
-  trainer: Trainer, read: Callable[[Any, Any], Batch] = lambda source, item: item
+  trainer: Trainer, read: Callable[[Any, Any], Batch] = lambda source, item: item, *, donate: bool | None = None
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]:
   """Compiles N train steps into one program: an epoch, say, without a word to the host in between.
 
@@ -22,6 +23,7 @@ def scan_steps(
     trainer: what :func:`fptt_jax.trainer` or :func:`population` made.
     read: (source, item) -> Batch, traced: what it does (gathering rows, scaling bytes to floats, drawing noise) is part of the
       program. Default: the items are batches.
+    donate: whether the old state is donated, as :class:`fptt_jax.Trainer` says. None: as the trainer does.
 
   Returns:
     (state, source, items) -> (state, StepMetrics [N, ...]). `source` is a tree of arrays that all steps read, such as a data set
@@ -55,12 +57,14 @@ def scan_steps(
   _check_trainer(trainer)
   check_callable('read', read)
 
-  @functools.partial(jax.jit, donate_argnums=0)
   def run(state: TrainState, source: Any, items: Any) -> tuple[TrainState, StepMetrics]:
     _leading_axis('items', items)
+    first = read(source, jax.tree.map(lambda item: item[0], items))
+    like, _ = jax.eval_shape(trainer.step, state, first)
+    state = arrange_like('state', state._replace(key=as_key('state.key', state.key)), like, 'as a step returns it')
     return jax.lax.scan(lambda state, item: trainer.step(state, read(source, item)), state, items)
 
-  return run
+  return Compiled(run, donate=trainer.donate if donate is None else check_flag('donate', donate))
 
 
 def population(trainer: Trainer, *, own_batches: bool = False, mesh: jax.sharding.Mesh | None = None) -> Trainer:
@@ -128,7 +132,8 @@ def population(trainer: Trainer, *, own_batches: bool = False, mesh: jax.shardin
     return found
 
   def init(keys: jax.Array, batch: Batch) -> TrainState:
-    if jnp.ndim(check_array('keys', keys)) != 1:
+    keys = as_key('keys', keys)
+    if jnp.ndim(keys) != 1:
       raise ValueError(f'init of a population takes one key for each member, [R]; got shape {keys.shape}.')
     number = check_members('keys', keys)
     if own_batches:
@@ -175,11 +180,41 @@ def population(trainer: Trainer, *, own_batches: bool = False, mesh: jax.shardin
 
   return Trainer(
     init,
-    jax.jit(step, donate_argnums=0),
-    jax.jit(evaluate),
-    jax.jit(end_epoch),
-    jax.jit(predict, static_argnames=('batch_major', 'return_hidden')),
+    Compiled(step, donate=trainer.donate),
+    Compiled(evaluate),
+    Compiled(end_epoch),
+    Compiled(predict, static_argnames=('batch_major', 'return_hidden')),
+    trainer.donate,
   )
+
+
+def take_member(tree: Any, member: int, *, axis: int = 0) -> Any:
+  """Return what one member of a population has.
+
+  Args:
+    tree: A state, parameters, totals, hidden state or metrics of all R members: arrays with an axis of length R.
+    member: The number r of the member, 0..R-1.
+    axis: Which axis is of length R: 0 for what a population's functions return, 1 for the metrics [N, R, ...] of N
+      steps in one program.
+
+  Returns:
+    The tree with that axis taken out, of copies: a later step of the population does not delete them.
+
+  Raises:
+    ValueError: `member` or `axis` is out of range, or the arrays have axes of different lengths.
+
+  Example:
+    >>> import jax.numpy as jnp, fptt_jax
+    >>> fptt_jax.take_member({'w': jnp.array([[1.0, 2.0], [3.0, 4.0]])}, 1)
+    {'w': Array([3., 4.], dtype=float32)}
+  """
+  axis = check_integer('axis', axis, 0, 1, '0 or 1')
+  lengths = {jnp.shape(leaf)[axis : axis + 1] for leaf in jax.tree.leaves(tree)}
+  if len(lengths) != 1 or () in lengths:
+    raise ValueError(f'tree must have an axis {axis} of one length in all arrays, got shapes {shapes(tree)}.')
+  [(number,)] = lengths
+  member = check_integer('member', member, 0, number - 1, f'the number of one of the R={number} members, 0..{number - 1}')
+  return jax.tree.map(lambda leaf: leaf[member] if axis == 0 else leaf[:, member], tree)
 
 
 def _check_trainer(trainer: Trainer) -> None:

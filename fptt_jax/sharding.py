@@ -11,6 +11,8 @@ from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fptt_jax.transformation import at_least_float32
+
 JOINED = 4096
 """Gradients of at most so many numbers are joined for the mean over devices."""
 
@@ -78,7 +80,10 @@ def mean_over_devices(tree: Any, specs: Any, axis: str | None) -> Any:
   """
   if axis is None:
     return tree
+  # A sum of finite float16 numbers may be infinite: the mean is taken in float32.
   leaves, structure = jax.tree.flatten(tree)
+  dtypes = [leaf.dtype for leaf in leaves]
+  leaves = [leaf.astype(at_least_float32(leaf.dtype)) for leaf in leaves]
   whole = [number for number, cut in enumerate(_cuts(tree, specs)) if cut is None]
   small = [number for number in whole if leaves[number].size <= JOINED]
   large = [number for number in whole if leaves[number].size > JOINED]
@@ -94,7 +99,8 @@ def mean_over_devices(tree: Any, specs: Any, axis: str | None) -> Any:
     return ravel_pytree([part[0] for part in parts])[1](jax.lax.psum_scatter(rows, axis) / n)
 
   alone = lambda leaf, cut: jax.lax.psum_scatter(leaf, axis, scatter_dimension=cut, tiled=True) / n
-  return _of_shards(jax.tree.unflatten(structure, leaves), specs, together, alone)
+  means = jax.tree.leaves(_of_shards(jax.tree.unflatten(structure, leaves), specs, together, alone))
+  return jax.tree.unflatten(structure, [mean.astype(dtype) for mean, dtype in zip(means, dtypes, strict=True)])
 
 
 def sum_over_devices(tree: Any, axis: str | None) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
@@ -16,6 +17,8 @@ import optax
 from fptt_jax.checks import (
   HUGE,
   MOST,
+  arrange_like,
+  as_key,
   as_number,
   check_array,
   check_arrays,
@@ -24,17 +27,28 @@ from fptt_jax.checks import (
   check_integer,
   check_like,
   check_size,
+  leaf_paths,
   shapes,
 )
 from fptt_jax.chunks import Judged, judge, steps_at_once
+from fptt_jax.compiled import Compiled, explain_deleted
 from fptt_jax.devices import check_divisible, one_axis
 from fptt_jax.losses import Loss, LossState, Totals
 from fptt_jax.methods import METHODS, Method, Plan, plan
 from fptt_jax.micro_batches import in_micro_batches
 from fptt_jax.probe import check_model, check_state_rows
 from fptt_jax.sharding import batch_specs, gather_shards, mean_over_devices, named, place, shard_specs, sum_over_devices
-from fptt_jax.transformation import find_states, lambda_norm
-from fptt_jax.windows import ValidSteps, Window, Windows, cut, valid_steps, window_at, write_window
+from fptt_jax.transformation import accepted, at_least_float32, find_states, lambda_norm
+from fptt_jax.windows import (
+  ValidSteps,
+  Window,
+  Windows,
+  cut,
+  lengths_in_range,
+  valid_steps,
+  window_at,
+  write_window,
+)
 
 Params = Any
 Hidden = Any
@@ -201,10 +215,15 @@ class StepMetrics(NamedTuple):
     loss: [U], the objective of each update (U = K, or 1 for one update a sequence), before the update.
     grad_norm: [U], global norm of the loss gradient, before clipping and without the regulariser.
     totals: what the loss measures, summed over the sequence; see `fptt_jax.means`.
-    skipped: bool [U], the updates that `skip_nonfinite` left out; their loss and norm stand as they were seen.
+    skipped: bool [U], the updates that `skip_nonfinite` left out, whose loss and norm stand as
+      they were seen, and those of `invalid`.
     lambda_norm: float32 [], global norm of λ after the sequence, 0 without `fptt`.
     outputs: [T, B, ...], the model's outputs as each window was first seen, before its update (in the last inner step), zeros at
       masked steps; None unless the trainer was made with `return_outputs`.
+    invalid: bool [U], all True if a target (a label, an example id) or a length of the batch
+      is out of range. Then nothing but `step_count` moves, with or without
+      `skip_nonfinite`: all updates count as skipped, too, their loss and norm are NaN,
+      and the totals are of nothing.
   """
 
   loss: jax.Array
@@ -213,6 +232,7 @@ class StepMetrics(NamedTuple):
   skipped: jax.Array
   lambda_norm: jax.Array
   outputs: jax.Array | None = None
+  invalid: jax.Array | None = None
 
 
 class Trainer(NamedTuple):
@@ -222,7 +242,8 @@ class Trainer(NamedTuple):
     init: (key, batch) -> TrainState. A concrete batch is looked at by :func:`check_batch`; otherwise only its shapes are used, and
       `jax.ShapeDtypeStruct` leaves will do. It also runs a model of unknown layers once on a few small windows and refuses one
       that mixes the rows of a batch, looks ahead, or keeps memory outside the hidden state.
-    step: (state, batch) -> (state, StepMetrics), compiled once for each batch shape; the old state is donated.
+    step: (state, batch) -> (state, StepMetrics), compiled once for each batch shape; the old state is donated
+      unless the trainer was made with `donate=False`.
     evaluate: (params, batch, hidden=None) -> (totals, hidden), compiled, without dropout; `hidden` None starts from the model's
       initial state. Windows of about √T steps bound its memory, whatever the method.
     end_epoch: (state) -> state with the loss's end-of-epoch work done and the hidden state back at the start.
@@ -231,6 +252,12 @@ class Trainer(NamedTuple):
       memory beside the outputs. Inputs, lengths and mask are those of a :class:`Batch`; outputs at masked steps are 0. `hidden`
       None starts from the model's initial state. With `batch_major`, inputs, mask and outputs are [B, T, ...]. With
       `return_hidden` it returns (outputs, hidden), from which a next call goes on.
+    donate: whether `step` gives the old state's memory to the new one. The old state's arrays are then gone, those
+      among them that were put there under a name of their own, too: keep copies, or choose `donate=False`.
+
+  `step`, `evaluate` and `predict` also take a state or parameters as other programs give them back: of NumPy arrays,
+  with integer keys as texts ('0' for 0), as dicts for named tuples, with the key as its data. They return JAX's arrays
+  in the structure that `init` makes.
   """
 
   init: Callable[[jax.Array, Batch], TrainState]
@@ -238,6 +265,7 @@ class Trainer(NamedTuple):
   evaluate: Callable[..., tuple[Totals, Hidden]]
   end_epoch: Callable[[TrainState], TrainState]
   predict: Callable[..., Any]
+  donate: bool = True
 
 
 def trainer(
@@ -257,6 +285,7 @@ def trainer(
   shard_params: bool = False,
   readout_steps: int | None = None,
   return_outputs: bool = False,
+  donate: bool = True,
   micro_batches: int = 1,
 ) -> Trainer:
   """Builds the train step of a recurrent model, forward through time.
@@ -265,7 +294,9 @@ def trainer(
     model: the model's pure functions.
     loss: see `fptt_jax.losses`.
     optimizer: any optax transformation; for FPTT `fptt(base)`, or a chain around it. It is called with the extra arguments
-      `value` (the objective), `grad_fn` (params -> gradient of the same objective from the same hidden state) and `inner_steps`.
+      `value` (the objective), `grad` (its gradient), `value_fn` (params -> the same objective from the same
+      hidden state), `grad_fn` (params and, if it likes, a number that is not used -> its gradient) and
+      `inner_steps`, or those of them that its `update` takes.
       `optax.contrib.reduce_on_plateau` sees a value per update: to count sequences, give it `accumulation_size` = K (for methods
       with an update per window; times `inner_steps`) and put it inside, `fptt(optax.chain(base, plateau))`. It then compares the
       means of K objectives; a window without a valid step is no update and is not counted.
@@ -295,6 +326,8 @@ def trainer(
       and the loss a `per_step`. By default all of a window, unless on a CPU the readout would make an array of more than 32 MiB:
       then as many as make 10 MiB. It changes rounding, memory and time, which for large vocabularies both fall, and such an
       objective has no forward-mode derivative. A number of S or more: all.
+    donate: let `step` use the old state's memory for the new one. False keeps old states alive, at the price of a
+      second one's memory; `scan_steps` and `population` do as the trainer does.
     return_outputs: put the model's outputs of all T steps into `StepMetrics.outputs`. It costs their memory, [T, B, ...], and the
       readout of all steps, where otherwise a `last_only` loss needs a window's last one and `readout_steps` a few at a time (so it
       does not go with that option). What dropout draws after the last recurrent layer may differ.
@@ -336,6 +369,7 @@ def trainer(
   name, method, final_steps, inner_steps = _resolve(method, num_windows, window_size, final_steps, inner_steps)
   optimizer = optax.with_extra_args_support(optimizer)
   weights, carry_hidden = _checked_weights(loss_weights), check_flag('carry_hidden', carry_hidden)
+  donate = check_flag('donate', donate)
   skip_nonfinite, shard_params = check_flag('skip_nonfinite', skip_nonfinite), check_flag('shard_params', shard_params)
   readout_steps = _checked_readout_steps(readout_steps, model, loss)
   micro_batches = check_size('micro_batches', micro_batches)
@@ -367,14 +401,17 @@ def trainer(
   def init(key: jax.Array, batch: Batch) -> TrainState:
     batch = _with_mask(batch)
     num_steps, batch_size = _check_shapes(batch)
-    _check_key(key)
+    key = as_key('key', key)
+    if key.shape != ():
+      raise ValueError(f'key must be one key, got shape {key.shape}.')
     init_key, run_key = jax.random.split(key)
     if all(_at_hand(leaf) for leaf in jax.tree.leaves(batch)):
       check_batch(batch, loss)
     params = _own(model.init(init_key))
     check_state_rows('model.initial_state', model.initial_state, (batch_size,))
     check_model(model, params, batch.inputs)
-    opt_state = optimizer.init(params)
+    # Some optimizers keep the parameters they start from: what is donated must not be there twice.
+    opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
     if bool(find_states(opt_state)) != method.regularised:
       if method.regularised:
         raise ValueError(f"method {name!r} needs fptt(...) around the optimiser, got one without; without it this is 'tbptt'.")
@@ -412,13 +449,14 @@ def trainer(
     batch = _with_mask(batch)
     _, batch_size = _check_shapes(batch)
     _check_type('state', state, TrainState)
-    _check_state(state, jax.eval_shape(init, state.key, batch))
+    state = state._replace(key=as_key('state.key', state.key))
+    state = _checked_state(state, jax.eval_shape(init, state.key, batch))
     check_rows(batch_size)
     if mesh is None:
       return run_windows(state, batch)
     every: Any = PartitionSpec()
     columns: Any = PartitionSpec(None, axis) if return_outputs else None
-    specs = (state_specs(state), StepMetrics(every, every, every, every, every, columns))
+    specs = (state_specs(state), StepMetrics(every, every, every, every, every, columns, every))
     if shard_params:
       return jax.lax.with_sharding_constraint(run_windows(state, batch), named(specs, mesh))
     if not carry_hidden:
@@ -479,6 +517,8 @@ def trainer(
       )
       run = lambda p: objective(p, hidden, loss_state, rows, outputs)
       (value, (hidden_next, loss_state, totals, outputs)), grads = jax.value_and_grad(run, has_aux=True)(params)
+      # Of a complex parameter JAX returns the conjugate of the direction of ascent, which optax expects.
+      grads = jax.tree.map(jnp.conj, grads)
       value, grads = mean_over_devices((value, grads), (PartitionSpec(), specs.params), axis)
       if shard_params:
         totals = jax.tree.map(lambda t: t[None], totals)
@@ -503,7 +543,7 @@ def trainer(
         occupied = jax.lax.pmax(occupied.astype(jnp.int32), outer) > 0
       occupied = (occupied[updates.windows] & updates.records).any(1)
     elif valid.ragged:
-      longest = jnp.max(jnp.asarray(batch.lengths))
+      longest = jnp.max(jnp.asarray(batch.lengths, jnp.int32))
       longest = longest if outer is None else jax.lax.pmax(longest, outer)
 
     def body(carried: tuple[Any, Any], per_update: tuple[Any, ...]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
@@ -517,10 +557,15 @@ def trainer(
         """One optimiser step on this update's objective, always from the same hidden state."""
         run = lambda p: gradient(p, hidden, batch, key, ((loss_state, step_rows, state.loss_state), outputs))
         value, grads, aux = run(params)
-        changes, opt_state = optimizer.update(
-          grads, opt_state, params, value=value, grad_fn=lambda p: run(p)[1], inner_steps=inner_steps
-        )
-        return optax.apply_updates(params, changes), opt_state, (value, optax.tree.norm(grads)), aux
+        extra_args = {
+          'value': value,
+          'grad': grads,
+          'value_fn': _value_fn(run),
+          'grad_fn': lambda p, step=None: run(p)[1],
+          'inner_steps': inner_steps,
+        }
+        changes, opt_state = optimizer.update(grads, opt_state, params, **accepted(optimizer.update, extra_args))
+        return optax.apply_updates(params, changes), opt_state, (value, _norm(grads)), aux
 
       def early_step(moved: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], Any]:
         params, opt_state, seen, _ = inner_step(*moved)
@@ -549,19 +594,24 @@ def trainer(
     carry = (state.params, state.opt_state, hidden, state.loss_state)
     rows = (jnp.asarray(updates.windows), jnp.asarray(updates.coefficients), jnp.asarray(updates.records))
     outputs = _no_outputs(model, state.params, hidden, batch, windows.size) if return_outputs else None
-    (carry, outputs), (values, norms, totals, skips) = jax.lax.scan(body, (carry, outputs), (rows, first_window, occupied))
+    run = lambda carried: jax.lax.scan(body, carried, (rows, first_window, occupied))
+    in_range = _in_range(loss, batch, outer)
+    carried = (carry, outputs)
+    (carry, outputs), seen = run(carried) if in_range is None else _run_if(in_range, run, carried)
+    values, norms, totals, skips = seen
     params, opt_state, hidden, loss_state = carry
     next_state = TrainState(
       params, opt_state, jax.lax.stop_gradient(hidden), loss_state, state.key, optax.safe_increment(state.step_count)
     )
     totals = sum_over_devices(jax.tree.map(lambda t: t.sum((0, 1) if shard_params else 0), totals), outer)
-    skipped = jnp.zeros(len(values), bool) if skips is None else skips
-    return next_state, StepMetrics(values, norms, totals, skipped, lambda_norm(opt_state), outputs)
+    invalid = jnp.zeros(values.shape, bool) if in_range is None else jnp.broadcast_to(~in_range, values.shape)
+    skipped = invalid if skips is None else invalid | skips
+    return next_state, StepMetrics(values, norms, totals, skipped, lambda_norm(opt_state), outputs, invalid)
 
   def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> tuple[Totals, Hidden]:
     batch = _with_mask(batch)
     _, batch_size = _check_shapes(batch)
-    check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
+    params = check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
     if hidden is None:
       hidden = model.initial_state(batch_size)
     _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
@@ -587,7 +637,13 @@ def trainer(
       return hidden, outputs.totals if isinstance(outputs, Judged) else loss.measure(outputs, batch.targets, window)
 
     hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.num_windows))
-    return sum_over_devices(jax.tree.map(lambda t: t.sum(0), totals), axis), hidden
+    totals = jax.tree.map(lambda t: t.sum(0), totals)
+    in_range = _in_range(loss, batch, None)
+    if in_range is not None:
+      # No mean may pass for one of targets or lengths that mean nothing.
+      spoiled = lambda t: jnp.where(in_range, t, jnp.nan) if jnp.issubdtype(t.dtype, jnp.floating) else t
+      totals = jax.tree.map(spoiled, totals)
+    return sum_over_devices(totals, axis), hidden
 
   def predict(
     params: Params,
@@ -603,7 +659,7 @@ def trainer(
     batch = Batch.from_batch_major(inputs, (), lengths, mask) if batch_major else Batch(inputs, (), lengths, mask)
     batch = _with_mask(batch)
     _, batch_size = _check_shapes(batch)
-    check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
+    params = check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
     if hidden is None:
       hidden = model.initial_state(batch_size)
     _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
@@ -619,22 +675,59 @@ def trainer(
 
   def end_epoch(state: TrainState) -> TrainState:
     _check_type('state', state, TrainState)
+    explain_deleted('end_epoch', (state,))
     leaves = jax.tree.leaves(state.hidden)
     hidden = _own(model.initial_state(leaves[0].shape[0])) if leaves else state.hidden
     return placed(state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden))
 
   return Trainer(
     init,
-    jax.jit(step, donate_argnums=0),
-    jax.jit(evaluate),
+    Compiled(step, donate=donate),
+    Compiled(evaluate),
     end_epoch,
-    jax.jit(predict, static_argnames=('batch_major', 'return_hidden')),
+    Compiled(predict, static_argnames=('batch_major', 'return_hidden')),
+    donate,
   )
 
 
 def _targets_by_row(loss: Loss) -> bool:
   """Returns whether a loss is certain that its targets are [B, ...]."""
   return loss.last_only or loss.terminal
+
+
+def _value_fn(run: Callable[[Params], tuple[Any, ...]]) -> Callable[[Params], jax.Array]:
+  """Return an objective whose gradient is the one that `run` finds, with its mean over the devices.
+
+  Args:
+    run: (params) -> (value, gradient, ...).
+  """
+
+  @jax.custom_vjp
+  def objective(params: Params) -> jax.Array:
+    value: jax.Array = run(params)[0]
+    return value
+
+  def forward(params: Params) -> tuple[jax.Array, Params]:
+    value, grads, _ = run(params)
+    return value, grads
+
+  def backward(grads: Params, cotangent: jax.Array) -> tuple[Params]:
+    # In JAX's convention, in which the gradient of a complex parameter is the conjugate of optax's.
+    return (jax.tree.map(lambda g: jnp.conj(g) * cotangent.astype(g.dtype), grads),)
+
+  def value_fn(params: Params, *, grad_fn: Any = None, inner_steps: Any = None) -> jax.Array:
+    # Optax's line searches refuse extra arguments that the function they search along does not take.
+    del grad_fn, inner_steps
+    value: jax.Array = objective(params)
+    return value
+
+  objective.defvjp(forward, backward)
+  return value_fn
+
+
+def _norm(grads: Params) -> jax.Array:
+  """Return the global norm [] in at least float32: float16 holds no square above 65,504."""
+  return optax.tree.norm(jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads))
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -767,6 +860,45 @@ def _objective(
     return values.sum(), (hidden, loss_state, jax.tree.map(lambda t: t.sum(0), totals), sequence)
 
   return objective
+
+
+def _in_range(loss: Loss, batch: Batch, axis: str | None) -> jax.Array | None:
+  """Return bool [], whether all targets and lengths are in range; None where none can be out of it.
+
+  Args:
+    loss: the loss, whose `valid` looks at the targets.
+    batch: a device's share of the batch, or all of it.
+    axis: name of the mesh axis over which all devices are to be asked, None for this share alone.
+  """
+  num_steps, batch_size = jax.tree.leaves(batch.inputs)[0].shape[:2]
+  mask = jnp.ones((num_steps, batch_size), bool) if batch.mask is None else jnp.asarray(batch.mask)
+  valid = []
+  if batch.lengths is not None:
+    lengths = jnp.asarray(batch.lengths, jnp.int32)
+    valid.append(lengths_in_range(lengths, num_steps))
+    mask &= jnp.arange(num_steps)[:, None] < lengths[None, :]
+  if loss.valid is not None:
+    valid.append(loss.valid(batch.targets, mask))
+  if not valid:
+    return None
+  here = jnp.stack(valid).all()
+  return here if axis is None else jax.lax.pmin(here.astype(jnp.int32), axis) > 0
+
+
+def _run_if(valid: jax.Array, run: Callable[[Any], Any], carry: Any) -> Any:
+  """Return (carry, what was seen) of `run`; without running, if not valid, the carry as it is and numbers that say so."""
+  jaxpr, shape = jax.make_jaxpr(run, return_shape=True)(carry)  # Traced once, for both branches.
+  structure: Any = jax.tree.structure(shape)
+
+  def train(carry: Any) -> Any:
+    return structure.unflatten(jax.extend.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(carry)))
+
+  def refuse(carry: Any) -> Any:
+    _, (values, norms, totals, skips) = shape
+    nan = lambda like: jnp.full(like.shape, jnp.nan, like.dtype)
+    return carry, (nan(values), nan(norms), optax.tree.zeros_like(totals), optax.tree.zeros_like(skips))
+
+  return jax.lax.cond(valid, train, refuse, carry)
 
 
 def _run_window(
@@ -989,7 +1121,7 @@ def _check_types(model: Model, loss: Loss, optimizer: optax.GradientTransformati
     raise TypeError(f'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for your own), got {loss!r}.')
   if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
     raise TypeError(f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.')
-  optional = {'model.apply_last': model.apply_last, 'loss.per_step': loss.per_step}
+  optional = {'model.apply_last': model.apply_last, 'loss.per_step': loss.per_step, 'loss.valid': loss.valid}
   functions = {f'model.{name}': getattr(model, name) for name in ('init', 'initial_state', 'apply')}
   functions |= {f'loss.{name}': getattr(loss, name) for name in ('init', 'apply', 'measure', 'end_epoch', 'check')}
   functions |= {name: part for name, part in optional.items() if part is not None}
@@ -1004,18 +1136,15 @@ def _check_type(name: str, value: Any, expected: type) -> None:
     raise TypeError(f'{name} must be a fptt_jax.{expected.__name__}, got {type(value).__name__}.')
 
 
-def _check_key(key: Any) -> None:
-  if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    got = getattr(key, 'dtype', type(key).__name__)
-    raise TypeError(f'key must be a typed PRNG key, jax.random.key(seed); got {got}.')
-  if key.shape != ():
-    raise ValueError(f'key must be one key, got shape {key.shape}.')
-
-
-def _check_state(state: TrainState, expected: TrainState) -> None:
-  """Raises unless all but the hidden state is as `init` makes it."""
-  for name in ('params', 'opt_state', 'loss_state', 'step_count'):
-    check_like(f'state.{name}', getattr(state, name), getattr(expected, name), 'as init makes it for this batch')
+def _checked_state(state: TrainState, expected: TrainState) -> TrainState:
+  """Return the state in the structure in which `init` makes it; raise unless all but the hidden state is like that."""
+  whose = 'as init makes it for this batch'
+  names = ('params', 'opt_state', 'loss_state', 'step_count')
+  checked = {name: check_like(f'state.{name}', getattr(state, name), getattr(expected, name), whose) for name in names}
+  hidden = state.hidden
+  if sorted(leaf_paths(hidden)) == sorted(leaf_paths(expected.hidden)):
+    hidden = arrange_like('state.hidden', hidden, expected.hidden, whose)
+  return state._replace(hidden=hidden, **checked)
 
 
 def _at_hand(x: Any) -> bool:
@@ -1035,7 +1164,8 @@ def _scalar(value: Any) -> jax.Array:
   if not isinstance(value, jax.Array) or value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
     got = f'{value.dtype}{list(value.shape)}' if isinstance(value, jax.Array) else type(value).__name__
     raise ValueError(f'a loss must return one floating-point number a window, got {got}.')
-  return value
+  # The sum over windows may be beyond float16, and half a precision loses small weights of windows.
+  return value.astype(at_least_float32(value.dtype))
 
 
 def _check_shapes(batch: Batch) -> tuple[int, int]:

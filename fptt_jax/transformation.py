@@ -5,6 +5,7 @@ live in :class:`FPTTState`; the window's own loss and the hidden state are none 
 """
 
 from collections.abc import Callable, Mapping
+import inspect
 from types import MappingProxyType
 from typing import Any, NamedTuple
 import warnings
@@ -151,7 +152,7 @@ def fptt(
       # Copies, so that a jitted step may donate both the parameters and the state.
       w_bar=jax.tree.map(lambda p: jnp.array(p, dtype=_state_dtype(p, state_dtype), copy=True), params),
       lam=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_state_dtype(p, state_dtype)), params),
-      base_optimizer_state=base.init(params),
+      base_optimizer_state=jax.tree.map(jnp.copy, base.init(params)),
     )
 
   def update_fn(
@@ -169,7 +170,7 @@ def fptt(
     alpha_t, beta_t, kappa_t, rho_t = (h(window_count) if callable(h) else h for h in (alpha, beta, kappa, rho))
 
     regularised = _regularised_gradient(grads, params, state.w_bar, state.lam, alpha_t, kappa_t, c * (1 - rho_t))
-    updates, base_state = base.update(regularised, state.base_optimizer_state, params, **extra_args)
+    updates, base_state = base.update(regularised, state.base_optimizer_state, params, **accepted(base.update, extra_args))
     updates = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), updates, grads)
     # The rounded W_{t+1}, exactly as the caller will see it: bfloat16 parameters lose part of the update.
     params_next = optax.apply_updates(params, updates)
@@ -399,6 +400,15 @@ def _is_masked(node: Any) -> bool:
 
 def _is_state(node: Any) -> bool:
   return isinstance(node, FPTTState)
+
+
+def accepted(update: Callable[..., Any], extra_args: Mapping[str, Any]) -> dict[str, Any]:
+  """Return those of the extra arguments that an optimizer's `update` takes."""
+  parameters = inspect.signature(update).parameters.values()
+  if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    return dict(extra_args)
+  names = {parameter.name for parameter in parameters}
+  return {name: value for name, value in extra_args.items() if name in names}
 
 
 def find_states(opt_state: optax.OptState) -> list[FPTTState]:

@@ -115,8 +115,13 @@ class Window(NamedTuple):
     Args:
       values: float [B] or [S, B].
       where: bool of the same shape; may vary from row to row only in ragged batches (`active`, `ended`, `mask`).
+
+    Returns:
+      [], in the dtype of the values but at least float32.
     """
-    return jnp.sum(values, where=where) / self.divisor(where, values.dtype)
+    # float16 holds neither the sum of many values nor a count above 65,504.
+    wide = jnp.promote_types(values.dtype, jnp.float32)
+    return jnp.sum(values, where=where, dtype=wide) / self.divisor(where, wide)
 
   def divisor(self, where: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """What `mean` divides by: how many values count, 1 where none does."""
@@ -175,6 +180,11 @@ def write_window(sequence: jax.Array, outputs: jax.Array, window: Window, record
     before = jax.lax.dynamic_slice_in_dim(sequence, window.start, window.size, axis=0)
     outputs = jnp.where(record, outputs, before)
   return jax.lax.dynamic_update_slice_in_dim(sequence, outputs, window.start, axis=0)
+
+
+def lengths_in_range(lengths: jax.Array, num_steps: int) -> jax.Array:
+  """Return bool [], whether all lengths, int [B], lie in 1..T."""
+  return jnp.all((lengths >= 1) & (lengths <= num_steps))
 
 
 def take_steps(x: jax.Array, step: jax.Array | int) -> jax.Array:

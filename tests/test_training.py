@@ -1098,10 +1098,10 @@ def test_truncated_final_loss_takes_no_ragged_batch():
     trainer.step(trainer.init(jax.random.key(0), GOOD), GOOD._replace(lengths=np.array([6, 5], np.int32)))
 
 
-@pytest.mark.parametrize('key', [np.zeros(2, np.uint32), 0])
-def test_untyped_keys_are_refused(key):
-  """Only jax.random.key's typed keys; raw words and seeds are told so."""
-  with pytest.raises(TypeError, match=r'key must be a typed PRNG key, jax\.random\.key\(seed\)'):
+@pytest.mark.parametrize('key', [np.zeros(3, np.uint32), np.zeros(2, np.int32), 0])
+def test_what_is_no_key_is_refused(key):
+  """Seeds, and words that are no key's data."""
+  with pytest.raises(TypeError, match=r'key must be a PRNG key, jax\.random\.key\(seed\)'):
     make().init(key, GOOD)
 
 
