@@ -117,7 +117,7 @@ def by_hand(
     values, norms, totals = [*values, value], [*norms, norm], [*totals, measured]
   totals, skipped = jax.tree.map(lambda *t: sum(t), *totals), np.zeros(len(values), bool)
   lambda_norm = optax.tree.norm([state.lam for state in find_states(opt_state)]).astype(jnp.float32)
-  metrics = fptt_jax.StepMetrics(jnp.stack(values), jnp.stack(norms), totals, skipped, lambda_norm)
+  metrics = fptt_jax.StepMetrics(jnp.stack(values), jnp.stack(norms), totals, skipped, lambda_norm, invalid=skipped)
   return state._replace(
     params=params, opt_state=opt_state, hidden=hidden, loss_state=loss_state, step_count=state.step_count + 1
   ), metrics
