@@ -612,9 +612,10 @@ def test_outputs_of_the_last_step_are_those_of_the_whole_window(layers, readout,
   step = step if isinstance(step, int) else jnp.asarray(step)
   end, whole = quick(model.apply)(params, state, x, mask, KEY)
   last_end, last = quick(lambda *args: model.apply_last(*args, step))(params, state, x, mask, KEY)
-  chex.assert_trees_all_equal(last_end, end)
+  # Two programs: some releases of XLA round their sums differently.
+  chex.assert_trees_all_close(last_end, end, rtol=0, atol=1e-6)
   if isinstance(whole, fptt_jax.Penalised):
-    chex.assert_trees_all_equal(last.penalty, whole.penalty)
+    chex.assert_trees_all_close(last.penalty, whole.penalty, rtol=1e-6)
     whole, last = whole.outputs, last.outputs
   np.testing.assert_allclose(last[0], whole[step, jnp.arange(3)], rtol=0, atol=1e-6)  # Numbers of about 1, sums of 4 products.
 
