@@ -353,7 +353,7 @@ def announce(config: Config, folder: Path) -> None:
     seconds = estimate(chosen, folder, min(size or len(chosen), len(chosen)))
     total += seconds
     for member in chosen:
-      print(f'  {member.label}: {settings_in_words(member.config)}')
+      print(f'  {member.label.strip()}: {settings_in_words(member.config)}')
     print(f'  {method} takes about {duration(seconds)}', flush=True)
   print(f'about {duration(total)} in all, if the machine stays as busy as it is')
 

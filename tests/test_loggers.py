@@ -15,7 +15,7 @@ from test_images import make_config
 from experiments import add_task, images, loggers, runs
 import fptt_jax
 
-TINY = dict(seq_len=12, num_windows=3, hidden=4, batch_size=8, batches=6, eval_every=2, test_size=16, chunk=1)
+TINY = dict(seq_len=12, num_windows=2, hidden=4, batch_size=8, batches=6, eval_every=2, test_size=16, chunk=1)
 STARTED = 1
 """A session log's status that tells TensorBoard to drop what was written later."""
 
