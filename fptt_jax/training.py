@@ -168,7 +168,8 @@ class Model(NamedTuple):
 
   Attributes:
     init: (key) -> params.
-    initial_state: (batch_size) -> hidden state before the first step, a tree of arrays [B, ...].
+    initial_state: (batch_size) -> hidden state before the first step, a tree of arrays [B, ...]. Where there is a
+      `learned_initial_state`, only its shapes and dtypes are used.
     apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state, outputs [S, B, ...]), a whole window. x is
       an array or a tree of them, as the batch's inputs are, 0 at masked steps, which may be anywhere. A step
       whose mask is False leaves the state as it is; mask None means that all steps are real. key None means evaluation: no
@@ -179,6 +180,8 @@ class Model(NamedTuple):
       are `last_only`; None where a model cannot.
     split: `apply` in two parts, the readout being one. Used with losses that have a `per_step`, see `readout_steps` of
       :func:`trainer`; None where a model has no such part.
+    learned_initial_state: (params, batch_size) -> hidden state before the first step, of floating-point arrays, where it is
+      trained with the parameters; None where it is constant. A window that starts a sequence has a gradient with respect to it.
   """
 
   init: Callable[[jax.Array], Params]
@@ -186,6 +189,21 @@ class Model(NamedTuple):
   apply: Callable[[Params, Hidden, jax.Array, jax.Array | None, jax.Array | None], tuple[Hidden, jax.Array | Penalised]]
   apply_last: Callable[..., tuple[Hidden, jax.Array | Penalised]] | None = None
   split: Split | None = None
+  learned_initial_state: Callable[[Params, int], Hidden] | None = None
+
+  def start(self, params: Params, batch_size: int) -> Hidden:
+    """Makes the hidden state before the first step.
+
+    Args:
+      params: the model's parameters.
+      batch_size: B.
+
+    Returns:
+      A tree of arrays [B, ...], as `learned_initial_state` gives it or, without one, `initial_state`.
+    """
+    if self.learned_initial_state is None:
+      return self.initial_state(batch_size)
+    return self.learned_initial_state(params, batch_size)
 
 
 class TrainState(NamedTuple):
@@ -308,7 +326,8 @@ def trainer(
       of the one before). Default: each sequence starts from the model's initial state.
     loss_weights: [K], finite factors of the windows' losses. Default all 1.
     inner_steps: gradient steps a window, each from the window's own initial hidden state; `fptt` must have the same number. The
-      hidden state carried on is the one of the last inner step's pass.
+      hidden state carried on is the one of the last inner step's pass. 'ftrl' passes through the sequence at each window, even if
+      no sequence is left: then the pass has the parameters as they are after the last update.
     final_steps: k of 'tbptt_final': how many of the last steps are differentiated.
     skip_nonfinite: leave out an update whose objective, gradient (its global norm) or new λ is not finite, in any of its inner
       steps: parameters, optimiser state, hidden and loss state stay what they were before it, and what it measured is left out of
@@ -409,6 +428,9 @@ def trainer(
       check_batch(batch, loss)
     params = _own(model.init(init_key))
     check_state_rows('model.initial_state', model.initial_state, (batch_size,))
+    if model.learned_initial_state is not None:
+      learned = jax.eval_shape(lambda p: model.start(p, batch_size), params)
+      _check_hidden(learned, jax.eval_shape(lambda: model.initial_state(batch_size)), 'what model.learned_initial_state returns')
     check_model(model, params, batch.inputs)
     # Some optimizers keep the parameters they start from: what is donated must not be there twice.
     opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
@@ -419,7 +441,7 @@ def trainer(
     state = TrainState(
       params=params,
       opt_state=opt_state,
-      hidden=_own(model.initial_state(batch_size)),
+      hidden=_own(model.start(params, batch_size)),
       loss_state=_own(loss.init(cut_windows(num_steps).num_windows)),
       key=run_key,
       step_count=jnp.zeros([], jnp.int32),
@@ -461,7 +483,7 @@ def trainer(
       return jax.lax.with_sharding_constraint(run_windows(state, batch), named(specs, mesh))
     if not carry_hidden:
       # Rows may start differently: the whole batch's initial state is made here, and each device gets its rows of it.
-      state = state._replace(hidden=_own(model.initial_state(batch_size)))
+      state = state._replace(hidden=_own(model.start(state.params, batch_size)))
     in_specs = (specs[0], batch_specs(batch, axis, _targets_by_row(loss)))
     return jax.shard_map(run_windows, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False)(state, batch)
 
@@ -478,7 +500,10 @@ def trainer(
       hidden = state.hidden
       _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the carried hidden state')
     else:
-      hidden = _own(model.initial_state(batch_size))
+      hidden = _own(model.start(state.params, batch_size))
+    fresh = None
+    if model.learned_initial_state is not None and windows.starts[0] == 0:
+      fresh = _starts_here(model, state.params, hidden, outer) if carry_hidden else jnp.ones(batch_size, bool)
     for field in ('lengths', 'mask'):
       if method.final_steps_only and getattr(batch, field) is not None:
         raise ValueError(f"method 'tbptt_final' differentiates the last steps before T and takes no ragged batch: got {field}.")
@@ -503,19 +528,23 @@ def trainer(
       prefix = jax.tree.map(lambda x: jnp.asarray(x)[: windows.starts[0]], batch.inputs)
       return model.apply(params, hidden, prefix, None, jax.random.fold_in(key, windows.num_windows))[0]
 
-    def share_gradient(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, others: Any) -> tuple[Any, ...]:
+    def share_gradient(
+      params: Params, started: tuple[Hidden, jax.Array | None], batch: Batch, key: jax.Array, others: Any
+    ) -> tuple[Any, ...]:
       """(objective, gradient, what came of the windows) of one update; the means over the devices, the totals to be summed.
 
       Of a loss with a `memory`, an update of one window gives the note in place of the new loss state.
       """
       (loss_state, rows, first_loss_state), outputs = others
+      hidden, fresh = started
       at_once = readout_steps
       if micro_batches > 1 and at_once is None:
         at_once = -(-windows.size // micro_batches)
       objective = _objective(
         training_model, loss, batch, windows, updates, weights, first_loss_state, key, axis, at_once, micro_batches
       )
-      run = lambda p: objective(p, hidden, loss_state, rows, outputs)
+      start = lambda p: hidden if fresh is None else _with_start(model, p, hidden, fresh, axis)
+      run = lambda p: objective(p, start(p), loss_state, rows, outputs)
       (value, (hidden_next, loss_state, totals, outputs)), grads = jax.value_and_grad(run, has_aux=True)(params)
       # Of a complex parameter JAX returns the conjugate of the direction of ascent, which optax expects.
       grads = jax.tree.map(jnp.conj, grads)
@@ -552,10 +581,11 @@ def trainer(
       step_rows, first, occupied = per_update
       active = occupied if longest is None else longest > first
       hidden = jax.lax.stop_gradient(start if updates.restarts else hidden)
+      started = hidden, None if fresh is None else fresh & (step_rows[0][0] == 0)
 
       def inner_step(params: Params, opt_state: optax.OptState) -> tuple[Any, ...]:
         """One optimiser step on this update's objective, always from the same hidden state."""
-        run = lambda p: gradient(p, hidden, batch, key, ((loss_state, step_rows, state.loss_state), outputs))
+        run = lambda p: gradient(p, started, batch, key, ((loss_state, step_rows, state.loss_state), outputs))
         value, grads, aux = run(params)
         extra_args = {
           'value': value,
@@ -569,6 +599,8 @@ def trainer(
 
       def early_step(moved: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], Any]:
         params, opt_state, seen, _ = inner_step(*moved)
+        if active is not None and updates.restarts:  # The last pass starts anew and is not to see parameters that are put back.
+          params, opt_state = optax.tree.where(active, (params, opt_state), moved)
         return (params, opt_state), seen if skip_nonfinite else None
 
       new_params, new_opt_state, early = params, opt_state, None
@@ -613,7 +645,7 @@ def trainer(
     _, batch_size = _check_shapes(batch)
     params = check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
     if hidden is None:
-      hidden = model.initial_state(batch_size)
+      hidden = model.start(params, batch_size)
     _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
     if mesh is None:
       return share_evaluate(params, batch, hidden, None)
@@ -661,7 +693,7 @@ def trainer(
     _, batch_size = _check_shapes(batch)
     params = check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
     if hidden is None:
-      hidden = model.initial_state(batch_size)
+      hidden = model.start(params, batch_size)
     _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
     run = lambda params, batch, hidden: _predict(model, params, batch, hidden)
     if mesh is not None:
@@ -677,7 +709,7 @@ def trainer(
     _check_type('state', state, TrainState)
     explain_deleted('end_epoch', (state,))
     leaves = jax.tree.leaves(state.hidden)
-    hidden = _own(model.initial_state(leaves[0].shape[0])) if leaves else state.hidden
+    hidden = _own(model.start(state.params, leaves[0].shape[0])) if leaves else state.hidden
     return placed(state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden))
 
   return Trainer(
@@ -688,6 +720,29 @@ def trainer(
     Compiled(predict, static_argnames=('batch_major', 'return_hidden')),
     donate,
   )
+
+
+def _start_rows(model: Model, params: Params, rows: int, axis: str | None) -> Hidden:
+  """Returns a device's rows of the whole batch's initial state."""
+  if axis is None:
+    return model.start(params, rows)
+  whole = model.start(params, rows * jax.lax.axis_size(axis))
+  first = jax.lax.axis_index(axis) * rows
+  return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, rows), whole)
+
+
+def _starts_here(model: Model, params: Params, hidden: Hidden, axis: str | None) -> jax.Array:
+  """Returns which rows of a carried hidden state still are the initial one, bool [B]: their sequences start in this batch."""
+  leaves = jax.tree.leaves(hidden)
+  starts = jax.tree.leaves(_start_rows(model, params, leaves[0].shape[0], axis))
+  same = [(leaf == start).reshape(len(leaf), -1).all(1) for leaf, start in zip(leaves, starts, strict=True)]
+  return jnp.stack(same).all(0)
+
+
+def _with_start(model: Model, params: Params, hidden: Hidden, fresh: jax.Array, axis: str | None) -> Hidden:
+  """Puts the initial state that `params` make into the rows that are `fresh`."""
+  put = lambda start, old: jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), start.astype(old.dtype), old)
+  return jax.tree.map(put, _start_rows(model, params, len(fresh), axis), hidden)
 
 
 def _targets_by_row(loss: Loss) -> bool:
@@ -1121,7 +1176,8 @@ def _check_types(model: Model, loss: Loss, optimizer: optax.GradientTransformati
     raise TypeError(f'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for your own), got {loss!r}.')
   if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
     raise TypeError(f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.')
-  optional = {'model.apply_last': model.apply_last, 'loss.per_step': loss.per_step, 'loss.valid': loss.valid}
+  optional = {'model.learned_initial_state': model.learned_initial_state}
+  optional |= {'model.apply_last': model.apply_last, 'loss.per_step': loss.per_step, 'loss.valid': loss.valid}
   functions = {f'model.{name}': getattr(model, name) for name in ('init', 'initial_state', 'apply')}
   functions |= {f'loss.{name}': getattr(loss, name) for name in ('init', 'apply', 'measure', 'end_epoch', 'check')}
   functions |= {name: part for name, part in optional.items() if part is not None}

@@ -3,7 +3,7 @@
 from fptt_jax.nn.adapters import float32_params, from_linen, from_nnx, to_nnx
 from fptt_jax.nn.cells import LRU, FastGRNN, IncrementalRNN, IndRNN, LRUState
 from fptt_jax.nn.foreign import from_equinox, from_haiku
-from fptt_jax.nn.layers import GRU, LSTM, RNN, AntisymmetricRNN, Lift, LSTMState, Stack
+from fptt_jax.nn.layers import GRU, LSTM, RNN, AntisymmetricRNN, LearnedInitialState, Lift, LSTMState, Stack
 from fptt_jax.nn.readouts import MixtureOfSoftmaxes, TiedReadout
 from fptt_jax.nn.reconstruction import Reconstruction
 from fptt_jax.nn.regularisation import (
@@ -27,6 +27,7 @@ __all__ = (
   'LRUState',
   'LSTM',
   'LSTMState',
+  'LearnedInitialState',
   'Lift',
   'LockedDropout',
   'MixtureOfSoftmaxes',

@@ -25,7 +25,8 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
       `fptt_jax.nn` do, or is a per-step cell such as `nnx.GRUCell`, which must tell its `in_features` and own no random streams.
 
   Returns:
-    The model; its params are a nested dict of the module's `nnx.Param` values. `init` may be traced (jit, vmap over seeds).
+    The model; its params are a nested dict of the module's `nnx.Param` values. `init` may be traced (jit, vmap over seeds). If the
+    module's initial state depends on its parameters, the model has a `learned_initial_state`.
 
   Raises:
     TypeError: `build` is a module rather than a function, the module has no recurrent interface, or keeps state that is neither a
@@ -51,8 +52,14 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   def init(key: jax.Array) -> Any:
     return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
 
+  def start(params: Any, batch_size: int) -> Any:
+    return module(params, None).initial_state(batch_size)
+
   def initial_state(batch_size: int) -> Any:
-    return nnx.merge(graph, abstract_params, streams, constants).initial_state(batch_size)
+    if not learned:
+      return nnx.merge(graph, abstract_params, streams, constants).initial_state(batch_size)
+    shapes = jax.eval_shape(lambda params: start(params, batch_size), nnx.to_pure_dict(abstract_params))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
   def module(params: Any, key: jax.Array | None) -> Any:
     """The module with these parameters, in evaluation without a key."""
@@ -79,7 +86,8 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
 
   abstract = nnx.merge(graph, abstract_params, streams, constants)
   known = is_known(abstract)
-  model = Model(init, initial_state, apply)
+  learned = _reads_params(lambda params: start(params, 1), nnx.to_pure_dict(abstract_params))
+  model = Model(init, initial_state, apply, learned_initial_state=start if learned else None)
   _check(model, abstract, known)
   if not isinstance(abstract, Stack):
     return model
@@ -231,7 +239,16 @@ def float32_params(model: Model) -> Model:
     apply=apply,
     apply_last=model.apply_last and cast(model.apply_last),
     split=model.split and Split(cast(model.split.features), cast(model.split.readout)),
+    learned_initial_state=model.learned_initial_state and cast(model.learned_initial_state),
   )
+
+
+def _reads_params(function: Callable[[Any], Any], params: Any) -> bool:
+  """Returns whether a function reads its parameters, or returns some of them."""
+  jaxpr = jax.make_jaxpr(function)(params).jaxpr
+  read = [variable for equation in jaxpr.eqns for variable in equation.invars] + list(jaxpr.outvars)
+  names = {id(variable) for variable in read}
+  return any(id(variable) in names for variable in jaxpr.invars)
 
 
 def _take_apart(make: Callable[[jax.Array], Any]) -> tuple[Any, Any, Any, Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax.nn.cells import LRU, FastGRNN, IncrementalRNN, IndRNN
-from fptt_jax.nn.layers import GRU, LSTM, RNN, AntisymmetricRNN, Lift, Recurrent, Stack
+from fptt_jax.nn.layers import GRU, LSTM, RNN, AntisymmetricRNN, LearnedInitialState, Lift, Recurrent, Stack
 from fptt_jax.nn.readouts import MixtureOfSoftmaxes, TiedReadout
 from fptt_jax.nn.reconstruction import Reconstruction
 from fptt_jax.nn.regularisation import (
@@ -43,7 +43,7 @@ def is_known(layer: Any) -> bool:
   """Returns whether a layer needs no probe, because it and all layers in it are known."""
   if type(layer) is Stack:
     return all(is_known(inner) for inner in layer.layers)
-  if type(layer) in (WeightDrop, Reconstruction):
+  if type(layer) in (LearnedInitialState, WeightDrop, Reconstruction):
     return is_known(layer.layer)
   if type(layer) is Lift:
     functions = [value for name, value in vars(layer.cell).items() if name.endswith('_fn')]
@@ -66,7 +66,7 @@ def unknown_layers(layer: Any) -> list[str]:
 def example_inputs(module: Any) -> jax.ShapeDtypeStruct | None:
   """Returns inputs [1, 1, ...] that the module takes, by its first layer that tells; None if none does."""
   for layer in module.layers if isinstance(module, Stack) else [module]:
-    while isinstance(layer, WeightDrop | Reconstruction):
+    while isinstance(layer, LearnedInitialState | WeightDrop | Reconstruction):
       layer = layer.layer
     embed = layer.embed if isinstance(layer, EmbeddingDropout) else layer
     if isinstance(embed, nnx.Embed):

@@ -440,6 +440,57 @@ def without_own_loop(layer: Any) -> Any:
   return layer.cell
 
 
+class LearnedInitialState(nnx.Module):
+  """A recurrent layer whose state before the first step is trained with its parameters.
+
+  One initial state is learned for all sequences: each floating-point array [B, ...] of the layer's state gets a parameter [...],
+  which starts as the layer's own initial state does (mostly zeros). Integers in the state, such as counters, start as before.
+
+  The gradient reaches it from the windows in which sequences start: the first one, all windows of 'ftrl' and 'bptt_aux', with
+  `carry_hidden` the first window after `init` and `end_epoch`; with 'tbptt_final' only where all steps are differentiated.
+
+  Args:
+    layer: what runs windows, or a per-step cell of flax.
+
+  Raises:
+    TypeError: `layer` is neither, or has no floating-point state.
+
+  Example:
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> model = nn.from_nnx(lambda rngs: nn.Stack(nn.LearnedInitialState(nn.LSTM(1, 16, rngs=rngs)), nnx.Linear(16, 3, rngs=rngs)))
+  """
+
+  def __init__(self, layer: Any):
+    self.layer = as_windowed(layer)
+    leaves = jax.tree.leaves(self.layer.initial_state(1))
+    self.initial = nnx.List([nnx.Param(jnp.asarray(leaf)[0]) for leaf in leaves if _is_float(leaf)])
+    if not self.initial:
+      raise TypeError(f'layer must have a floating-point state, whose start can be learned, got {type(self.layer).__name__}.')
+
+  def initial_state(self, batch_size: int) -> Any:
+    """Makes the learned state before the first step, the same for each row."""
+    leaves, structure = jax.tree.flatten(self.layer.initial_state(batch_size))
+    learned = iter(self.initial)
+    rows = [jnp.broadcast_to(next(learned)[...], leaf.shape) if _is_float(leaf) else leaf for leaf in leaves]
+    return jax.tree.unflatten(structure, rows)
+
+  def last_output(self, state: Any) -> jax.Array | None:
+    """See :class:`Recurrent`."""
+    return self.layer.last_output(state) if isinstance(self.layer, Recurrent) else None
+
+  def __call__(
+    self, state: Any, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
+  ) -> tuple[Any, jax.Array | Penalised]:
+    """Runs a window as the layer does."""
+    result: tuple[Any, jax.Array | Penalised] = self.layer(state, x, mask, key)
+    return result
+
+
+def _is_float(leaf: Any) -> bool:
+  return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
 class Stack(nnx.Module):
   """Layers one after the other: recurrent ones, flax's per-step cells, `nnx.Dropout`, and anything that acts on each step alone
   (`nnx.Embed`, `nnx.Linear`, an activation function). Of an `nnx.RNN` its cell is taken, whose carry becomes part of the state.
@@ -489,7 +540,7 @@ class Stack(nnx.Module):
     if last is not None:
       layer: Any = self.layers[last_recurrent]
       # Outputs that nobody reads need not be written down, nor their gradient.
-      output = layer.last_output(new_state[-1]) if isinstance(layer, Recurrent) else None
+      output = layer.last_output(new_state[-1]) if isinstance(layer, Recurrent | LearnedInitialState) else None
       x = take_steps(x, last) if output is None else output[None]
     _, x, _ = self._run(last_recurrent + 1, len(self.layers), (), x, mask, key)
     return new_state, _penalised(x, penalties)
