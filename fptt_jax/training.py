@@ -1176,7 +1176,7 @@ def _check_types(model: Model, loss: Loss, optimizer: optax.GradientTransformati
     raise TypeError(f'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for your own), got {loss!r}.')
   if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
     raise TypeError(f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.')
-  optional = {'model.learned_initial_state': model.learned_initial_state}
+  optional: dict[str, Any] = {'model.learned_initial_state': model.learned_initial_state}
   optional |= {'model.apply_last': model.apply_last, 'loss.per_step': loss.per_step, 'loss.valid': loss.valid}
   functions = {f'model.{name}': getattr(model, name) for name in ('init', 'initial_state', 'apply')}
   functions |= {f'loss.{name}': getattr(loss, name) for name in ('init', 'apply', 'measure', 'end_epoch', 'check')}
