@@ -38,7 +38,7 @@ from fptt_jax.methods import METHODS, Method, Plan, plan
 from fptt_jax.micro_batches import in_micro_batches
 from fptt_jax.probe import check_model, check_state_rows
 from fptt_jax.sharding import batch_specs, gather_shards, mean_over_devices, named, place, shard_specs, sum_over_devices
-from fptt_jax.transformation import accepted, at_least_float32, find_states, lambda_norm
+from fptt_jax.transformation import accepted, at_least_float32, check_nothing_follows, find_states, lambda_norm
 from fptt_jax.windows import (
   ValidSteps,
   Window,
@@ -417,6 +417,8 @@ def trainer(
       raise ValueError(f'loss_weights must have one factor for each of the K={windows.num_windows} windows, got {len(weights)}.')
     return windows
 
+  probed: list[bool] = []
+
   def init(key: jax.Array, batch: Batch) -> TrainState:
     batch = _with_mask(batch)
     num_steps, batch_size = _check_shapes(batch)
@@ -434,6 +436,9 @@ def trainer(
     check_model(model, params, batch.inputs)
     # Some optimizers keep the parameters they start from: what is donated must not be there twice.
     opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
+    if not probed:  # Once for each trainer: init is traced again for each shape of a batch.
+      check_nothing_follows(optimizer, jax.tree.map(jnp.copy, params), _any_extra_args(inner_steps))
+      probed.append(True)
     if bool(find_states(opt_state)) != method.regularised:
       if method.regularised:
         raise ValueError(f"method {name!r} needs fptt(...) around the optimiser, got one without; without it this is 'tbptt'.")
@@ -748,6 +753,21 @@ def _with_start(model: Model, params: Params, hidden: Hidden, fresh: jax.Array, 
 def _targets_by_row(loss: Loss) -> bool:
   """Returns whether a loss is certain that its targets are [B, ...]."""
   return loss.last_only or loss.terminal
+
+
+def _any_extra_args(inner_steps: int) -> dict[str, Any]:
+  """Return extra arguments such as an optimizer's update gets, of any values."""
+
+  def value_fn(params: Params, *, grad_fn: Any = None, inner_steps: Any = None) -> jax.Array:
+    del grad_fn, inner_steps
+    return optax.tree.norm(params, squared=True).astype(jnp.float32)
+
+  return {
+    'value': jnp.ones([]),
+    'value_fn': value_fn,
+    'grad_fn': lambda params, step=None: params,
+    'inner_steps': inner_steps,
+  }
 
 
 def _value_fn(run: Callable[[Params], tuple[Any, ...]]) -> Callable[[Params], jax.Array]:

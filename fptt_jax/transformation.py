@@ -12,6 +12,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fptt_jax.checks import ARRAYS, HUGE, TINY, check_choice, check_dtype, check_number, check_size, shapes
@@ -88,8 +89,9 @@ def fptt(
 
   Compose it like this: gradient clipping before it (`optax.chain(clip, fptt(base))`) clips the loss gradient; inside
   (`fptt(optax.chain(clip, base))`) it clips loss plus regulariser, as the authors' release does. `MultiSteps(fptt(base))` and
-  `apply_if_finite(fptt(base), n)` are right, the reverse nestings are not: λ and W̄ would move on skipped steps. Nothing may
-  change the updates after `fptt`. With 'explicit' keep the clipping inside: λ is the gradient `grad_fn` returns, unclipped, and
+  `apply_if_finite(fptt(base), n)` are right, the reverse nestings are refused: λ and W̄ would move on skipped steps. Nothing may
+  change the updates after `fptt`; a trainer refuses an optimizer that does, in a loop of your own nothing can
+  see to it. With 'explicit' keep the clipping inside: λ is the gradient `grad_fn` returns, unclipped, and
   against a g_t clipped before it is of another scale. `optax.masked` lets the raw gradient of left-out leaves through (they
   move!): to freeze them use `optax.partition` with `optax.set_to_zero()`.
 
@@ -113,7 +115,8 @@ def fptt(
     An `optax.GradientTransformationExtraArgs`; updates have the gradients' dtype.
 
   Raises:
-    ValueError: an option or hyper-parameter outside its range (checked here unless it is traced; a schedule at window 0), or
+    ValueError: an option or hyper-parameter outside its range (checked here unless it is traced; of a schedule in the first 65,536
+      windows and some up to the millionth; where it is found later, the update is NaN), or
       `update` called without params or with trees that do not fit each other, or 'explicit' without `grad_fn` or under
       `optax.masked`/`optax.partition`.
     TypeError: `base_optimizer` is no transformation, or `init` on parameters or `update` on gradients that are not floating point,
@@ -147,12 +150,14 @@ def fptt(
   c = CORRECTIONS[correction]
 
   def init_fn(params: optax.Params) -> FPTTState:
+    base_state = base.init(params)
+    _check_base_state(base_state)
     return FPTTState(
       step_count=jnp.zeros([], jnp.int32),
       # Copies, so that a jitted step may donate both the parameters and the state.
       w_bar=jax.tree.map(lambda p: jnp.array(p, dtype=_state_dtype(p, state_dtype), copy=True), params),
       lam=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_state_dtype(p, state_dtype)), params),
-      base_optimizer_state=jax.tree.map(jnp.copy, base.init(params)),
+      base_optimizer_state=jax.tree.map(jnp.copy, base_state),
     )
 
   def update_fn(
@@ -167,10 +172,17 @@ def fptt(
         f'fptt was built with inner_steps={inner_steps}, got a caller that takes inner_steps={callers_steps} a window.'
       )
     window_count = state.step_count // jnp.asarray(inner_steps, jnp.int32)
-    alpha_t, beta_t, kappa_t, rho_t = (h(window_count) if callable(h) else h for h in (alpha, beta, kappa, rho))
+    hyperparameters = {'alpha': alpha, 'beta': beta, 'kappa': kappa, 'rho': rho}
+    alpha_t, beta_t, kappa_t, rho_t = (_value_at(name, h, window_count) for name, h in hyperparameters.items())
 
-    regularised = _regularised_gradient(grads, params, state.w_bar, state.lam, alpha_t, kappa_t, c * (1 - rho_t))
-    updates, base_state = base.update(regularised, state.base_optimizer_state, params, **accepted(base.update, extra_args))
+    regularise = lambda g, p: _regularised_gradient(g, p, state.w_bar, state.lam, alpha_t, kappa_t, c * (1 - rho_t))
+    regularised = regularise(grads, params)
+    base_args = dict(extra_args)
+    if 'grad' in extra_args:
+      base_args['grad'] = regularised
+    if extra_args.get('grad_fn') is not None:  # What the base optimizer descends has the regularizer in it.
+      base_args['grad_fn'] = lambda p, step=None: regularise(extra_args['grad_fn'](p), p)
+    updates, base_state = base.update(regularised, state.base_optimizer_state, params, **accepted(base.update, base_args))
     updates = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), updates, grads)
     # The rounded W_{t+1}, exactly as the caller will see it: bfloat16 parameters lose part of the update.
     params_next = optax.apply_updates(params, updates)
@@ -190,6 +202,8 @@ def fptt(
     if not one_step:
       lam_next = optax.tree.where(ends_window, lam_next, state.lam)
       w_bar_next = optax.tree.where(ends_window, w_bar_next, state.w_bar)
+    for seen in _RECORDS:
+      seen.extend(jax.tree.leaves(updates))
     return updates, FPTTState(optax.safe_increment(state.step_count), w_bar_next, lam_next, base_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -463,6 +477,85 @@ def _overlay(w_bar: optax.Params, params: optax.Params) -> optax.Params:
     ) from error
 
 
+_RECORDS: list[list[Any]] = []
+"""What every `fptt` puts its updates into, for :func:`check_nothing_follows`."""
+
+
+def check_nothing_follows(
+  optimizer: optax.GradientTransformationExtraArgs, params: optax.Params, extra_args: Mapping[str, Any]
+) -> None:
+  """Raise if updates are changed after `fptt`, which would follow weights that never were.
+
+  It traces one update, computing nothing: what `fptt` returned has to come out of the optimizer as it is.
+
+  Args:
+    optimizer: Any optimizer; one without `fptt` passes if it can be called.
+    params: The parameters, or their shapes.
+    extra_args: The extra arguments of its update.
+
+  Raises:
+    ValueError: Updates are changed.
+    TypeError: The optimizer asks for other extra arguments.
+  """
+  changed = False
+
+  def update(params: optax.Params) -> optax.Updates:
+    nonlocal changed
+    state = optimizer.init(params)
+    seen: list[Any] = []
+    _RECORDS.append(seen)
+    try:
+      given = accepted(optimizer.update, {**extra_args, 'grad': params})
+      updates, _ = optimizer.update(params, state, params, **given)
+    finally:
+      _RECORDS.remove(seen)
+    # These two apply updates or leave them out, by branches, and change nothing else.
+    branches = (optax.MultiStepsState, optax.ApplyIfFiniteState)
+    branch = any(isinstance(node, branches) for node in _nodes(state, branches))
+    returned = {id(leaf) for leaf in jax.tree.leaves(updates)}
+    changed = not branch and any(id(leaf) not in returned for leaf in seen)
+    return updates
+
+  try:
+    jax.eval_shape(update, params)
+  except TypeError as error:
+    raise TypeError(
+      f'optimizer cannot be used by a trainer, which calls its update with those of {sorted(extra_args)} that it takes: {error}'
+    ) from error
+  if changed:
+    raise ValueError(
+      'optimizer changes the updates after fptt(...), whose W̄ and λ would follow weights that were never applied: put the '
+      'rest inside, fptt(optax.chain(base, rest)), or in front, optax.chain(first, fptt(base)).'
+    )
+
+
+def _nodes(state: Any, kinds: tuple[type, ...]) -> list[Any]:
+  """Return the nodes of an optimizer's state that are of some kinds, or leaves."""
+  return jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+
+
+def _check_base_state(state: optax.OptState) -> None:
+  """Raise if the optimizer within `fptt` leaves steps out, or searches along the loss without the regularizer."""
+  refused = {
+    optax.MultiStepsState: 'MultiSteps must be around fptt, MultiSteps(fptt(base), n): λ and W̄ would move on calls without a step',
+    optax.ApplyIfFiniteState: 'apply_if_finite must be around fptt: λ and W̄ would move on calls without a step',
+    optax.ScaleByZoomLinesearchState: 'a line search does not go into fptt: it would see the loss without the regularizer',
+    optax.ScaleByBacktrackingLinesearchState: 'a line search does not go into fptt: it would see the loss without the regularizer',
+  }
+  for node in _nodes(state, tuple(refused)):
+    if type(node) in refused:
+      raise ValueError(f'base_optimizer got a {type(node).__name__}: {refused[type(node)]}.')
+
+
+def _value_at(name: str, value: Hyperparameter, window: jax.Array) -> jax.typing.ArrayLike:
+  """Return a hyperparameter's value at a window; NaN, which nobody can miss, in place of one that is out of range."""
+  if isinstance(value, float):  # Checked when it was given.
+    return value
+  low, high, _ = RANGES[name]
+  now = jnp.asarray(value(window) if callable(value) else value)
+  return jnp.where((now >= low) & (now <= high), now, jnp.nan)
+
+
 RANGES = {
   'alpha': (TINY, HUGE, 'a finite number > 0'),
   'beta': (TINY, 1.0, 'a number in (0, 1]'),
@@ -483,6 +576,8 @@ def _checked_hyperparameters(hyperparameters: Mapping[str, Hyperparameter]) -> l
     low, high, expected = RANGES[name]
     which = f'{name} at window 0' if callable(value) else name
     number = check_number(which, first, low, high, f'{expected} or a schedule')
+    if callable(value):
+      _check_schedule(name, value)
     if name == 'beta' and number > 0.5:
       warnings.warn(
         f'fptt with beta={number:g} > 0.5 extrapolates: W̄ weighs its old value by 1 - 2 beta = {1 - 2 * number:g}, and momentum '
@@ -491,6 +586,20 @@ def _checked_hyperparameters(hyperparameters: Mapping[str, Hyperparameter]) -> l
       )
     checked.append(value if callable(value) else number)
   return checked
+
+
+def _check_schedule(name: str, schedule: Callable[[jax.Array], jax.typing.ArrayLike]) -> None:
+  """Raise unless a schedule stays in its range in the first 65,536 windows, and at some hundreds up to the millionth."""
+  windows = np.unique(np.concatenate([np.arange(2**16), np.geomspace(2**16, 10**6, 512)]).astype(np.int32))
+  low, high, expected = RANGES[name]
+  try:
+    values = np.asarray(jax.vmap(schedule)(jnp.asarray(windows)), np.float64)
+  except jax.errors.ConcretizationTypeError:  # It takes plain numbers alone: a table, say, of unknown length.
+    return
+  bad = ~((values >= low) & (values <= high))
+  if bad.any():
+    first = int(bad.argmax())
+    raise ValueError(f'{name} at window {windows[first]} must be {expected}, got {values[first]:g} from the schedule.')
 
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:

@@ -1215,11 +1215,10 @@ def test_inner_steps_of_trainer_and_optimiser_must_agree(built, taken):
   """Otherwise λ and W̄ would move on other calls than those that end a window."""
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), fptt_jax.fptt(optax.sgd(0.1), inner_steps=built))
   trainer = fptt_jax.trainer(problems.elman(), losses.terminal_regression(), optimizer, inner_steps=taken)
-  state = jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
   with pytest.raises(
     ValueError, match=rf'fptt was built with inner_steps={built}, got a caller that takes inner_steps={taken} a window'
   ):
-    jax.eval_shape(trainer.step, state, GOOD)
+    jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
 
 
 def test_multi_steps_with_the_explicit_gradient():
