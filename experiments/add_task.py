@@ -1,16 +1,17 @@
 """The adding problem (Hochreiter & Schmidhuber 1997): FPTT and its rivals.
 
-A sequence has two rows: numbers uniform in [0, 1], and two markers, one in each half. The
-target is the sum of the two marked numbers; always answering 1 gives a mean squared error
-of 1/6 = 0.167. Every batch is drawn afresh.
+A sequence has two rows: numbers uniform in [0, 1], and two markers, one in each half.
+The target is the sum of the two marked numbers; always answering 1 gives a mean squared
+error of 1/6 = 0.167. Every batch is drawn afresh.
 
 By default each method trains at a learning rate and momentum of its own, chosen from a
-declared grid on draws of another seed (see `experiments.rates`); --lr and --momentum hold
-for all methods, and --tune searches the grid again. The methods are compared by their
-mean test error over the last quarter of the evaluations, not by a curve's last point.
-The defaults take a few minutes on two CPU cores: T=120, an LSTM of 128, batch 128, K=11,
-1,000 batches. The paper's settings (Figs. 1-3) are --seq_len=200|500|750|1000 --nodecay
---batches=3000 --lr=1e-3 --momentum=0.9.
+declared grid on draws of another seed (see `experiments.rates`); --lr and --momentum
+hold for all methods, and --tune searches the grid again. The methods are compared by
+their mean test error over the last quarter of the evaluations, not by a curve's last
+point.
+The defaults take a few minutes on two CPU cores: T=120, an LSTM of 128, batch 128,
+K=11, 1,000 batches. The paper's settings (Figs. 1-3) are --seq_len=200|500|750|1000
+--nodecay --batches=3000 --lr=1e-3 --momentum=0.9.
 """
 
 from collections.abc import Callable, Iterable
@@ -68,14 +69,21 @@ PLOT = Plot(
 class Config(recipe.Recipe):
   """Settings of the adding problem."""
 
-  method: tuple[str, ...] = option(('fptt', 'tbptt', 'bptt'), f'methods, one after the other: {", ".join(recipe.METHODS)}')
-  lr: float | None = option(None, "learning rate of all methods; default: each method's own, tuned one")
+  method: tuple[str, ...] = option(
+    ('fptt', 'tbptt', 'bptt'),
+    f'methods, one after the other: {", ".join(recipe.METHODS)}',
+  )
+  lr: float | None = option(
+    None, "learning rate of all methods; default: each method's own, tuned one"
+  )
   momentum: float | None = option(
     None,
     "decay of the first moment of all methods, adam's b1 or sgd's heavy ball; may be "
     "negative; default: each method's own, tuned one",
   )
-  tune: bool = option(False, 'search rate and momentum of each method on draws of another seed, and stop')
+  tune: bool = option(
+    False, 'search rate and momentum of each method on draws of another seed, and stop'
+  )
   alpha: float = option(0.1, 'strength of the tie of W to its summary')
   clip: float = option(1.0, 'largest global norm of the gradient; 0 does not clip')
   seq_len: int = option(120, 'T, steps of a sequence')
@@ -83,43 +91,80 @@ class Config(recipe.Recipe):
   batch_size: int = option(128, 'B, fresh sequences a batch')
   batches: int = option(1000, 'training batches; each gives K updates, or one')
   forget_bias: float = option(1.0, "initial bias of the LSTM's forget gate")
-  decay: bool = option(True, 'decay the learning rate to 0 over the run along a half cosine (False: constant, as in the paper)')
+  decay: bool = option(
+    True,
+    'decay the learning rate to 0 over the run along a half cosine (False: constant, '
+    'as in the paper)',
+  )
   test_size: int = option(1024, 'sequences of the test set, drawn independently')
-  eval_every: int = option(50, 'batches between evaluations, which are also checkpoints')
-  workdir: str = option('', 'folder of the run; default runs/add_task-TIME. The same command and folder resume a run')
+  eval_every: int = option(
+    50, 'batches between evaluations, which are also checkpoints'
+  )
+  workdir: str = option(
+    '',
+    'folder of the run; default runs/add_task-TIME. The same command and folder resume '
+    'a run',
+  )
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    check(math.isfinite(self.forget_bias), 'forget_bias', self.forget_bias, 'a finite number')
+    check(
+      math.isfinite(self.forget_bias),
+      'forget_bias',
+      self.forget_bias,
+      'a finite number',
+    )
     for name in ('hidden', 'batch_size', 'batches', 'test_size', 'eval_every'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
-    check(self.seq_len >= 2, 'seq_len', self.seq_len, 'at least 2 (a marker in each half)')
+    check(
+      self.seq_len >= 2, 'seq_len', self.seq_len, 'at least 2 (a marker in each half)'
+    )
     self.check_length(self.seq_len)
     self._check_tuning()
 
   def _check_tuning(self) -> None:
     """Raises if --tune is given with what it chooses, or if its seed is reported on."""
-    for name, unset in (('lr', None), ('momentum', None), ('grid', ()), ('seeds', (0,))):
+    for name, unset in (
+      ('lr', None),
+      ('momentum', None),
+      ('grid', ()),
+      ('seeds', (0,)),
+    ):
       value = getattr(self, name)
       check(not self.tune or value == unset, name, value, 'left out with --tune')
-    check(not self.tune or self.optimizer == 'adam', 'optimizer', self.optimizer, "'adam' with --tune")
+    check(
+      not self.tune or self.optimizer == 'adam',
+      'optimizer',
+      self.optimizer,
+      "'adam' with --tune",
+    )
     expected = f'without {rates.SEED}, on whose draws the rates were chosen, or give --lr and --momentum'
-    check(rates.SEED not in self.seeds or not self.missing, 'seeds', self.seeds, expected)
+    check(
+      rates.SEED not in self.seeds or not self.missing, 'seeds', self.seeds, expected
+    )
 
   @property
   def missing(self) -> list[str]:
     """Which of rate and momentum are each method's own."""
     chosen = [variant for _, variant in self.variants()]
     names = {'lr': 'learning rate', 'momentum': 'momentum'}
-    return [name for field, name in names.items() if any(getattr(variant, field) is None for variant in chosen)]
+    return [
+      name
+      for field, name in names.items()
+      if any(getattr(variant, field) is None for variant in chosen)
+    ]
 
   @property
   def tuned_methods(self) -> list[str]:
     """Those of the methods whose missing settings are tuned ones."""
-    return [name for name in self.method if self.optimizer == 'adam' and name in TUNED.methods]
+    return [
+      name for name in self.method if self.optimizer == 'adam' and name in TUNED.methods
+    ]
 
   def for_method(self, method: str) -> 'Config':
-    """Returns the settings with the method's own rate and momentum where none are given."""
+    """Returns the settings with the method's own rate and momentum where none are
+    given.
+    """
     tuned = method in TUNED.methods and self.optimizer == 'adam'
     usual = Rates(UNTUNED_RATE, self.first_moment)
     own = TUNED.methods[method] if tuned else usual
@@ -131,19 +176,25 @@ class Config(recipe.Recipe):
 
 
 def draw_batch(key: jax.Array, seq_len: int, batch_size: int) -> fptt_jax.Batch:
-  """Draws inputs [T, B, 2] (value, marker) and targets [B]; one marker in each half of the sequence."""
+  """Draws inputs [T, B, 2] (value, marker) and targets [B]; one marker in each half of
+  the sequence.
+  """
   value_key, first_key, second_key = jax.random.split(key, 3)
   values = jax.random.uniform(value_key, (seq_len, batch_size), jnp.float32)
   first = jax.random.randint(first_key, (batch_size,), 0, seq_len // 2)
   second = jax.random.randint(second_key, (batch_size,), seq_len // 2, seq_len)
   steps = jnp.arange(seq_len)[:, None]
   markers = ((steps == first[None]) | (steps == second[None])).astype(values.dtype)
-  return fptt_jax.Batch(jnp.stack([values, markers], axis=-1), jnp.sum(values * markers, axis=0))
+  return fptt_jax.Batch(
+    jnp.stack([values, markers], axis=-1), jnp.sum(values * markers, axis=0)
+  )
 
 
 @jax.jit
 def _batch_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
-  return jax.random.key_data(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers))
+  return jax.random.key_data(
+    jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+  )
 
 
 def batch_keys(key: jax.Array, numbers: np.ndarray) -> np.ndarray:
@@ -154,8 +205,9 @@ def batch_keys(key: jax.Array, numbers: np.ndarray) -> np.ndarray:
 def make_model(config: Config) -> fptt_jax.Model:
   """One LSTM and a linear readout."""
   return nn.from_nnx(
-    lambda rngs: nn.Stack(
-      nn.LSTM(2, config.hidden, forget_bias=config.forget_bias, rngs=rngs), nnx.Linear(config.hidden, 1, rngs=rngs)
+    lambda rngs: nn.Sequential(
+      nn.LSTM(2, config.hidden, forget_bias=config.forget_bias, rngs=rngs),
+      nnx.Linear(config.hidden, 1, rngs=rngs),
     )
   )
 
@@ -165,13 +217,30 @@ def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
   return make_model(config)
 
 
-def make_trainer(config: Config, method: str, members: int) -> tuple[fptt_jax.Trainer, recipe.Meshes]:
+def make_trainer(
+  config: Config, method: str, members: int
+) -> tuple[fptt_jax.Trainer, recipe.Meshes]:
   """The trainer of one run, and devices for so many."""
   _, updates = recipe.updates_a_sequence(config, method, config.seq_len)
-  decay = optax.cosine_decay_schedule(1.0, config.batches * updates) if config.decay else None
-  loss, steps = fptt_jax.losses.terminal_regression(), recipe.window_steps(config, method, config.seq_len)
-  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, members)
-  return recipe.make_trainer(config, method, make_model(config), loss, config.seq_len, decay=decay, mesh=meshes.batch), meshes
+  decay = (
+    optax.cosine_decay_schedule(1.0, config.batches * updates) if config.decay else None
+  )
+  loss, steps = (
+    fptt_jax.losses.terminal_regression(),
+    recipe.window_steps(config, method, config.seq_len),
+  )
+  meshes = recipe.choose_meshes(
+    config, config.batch_size, config.hidden, steps, members
+  )
+  return recipe.make_trainer(
+    config,
+    method,
+    make_model(config),
+    loss,
+    config.seq_len,
+    decay=decay,
+    mesh=meshes.batch,
+  ), meshes
 
 
 def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> None:
@@ -187,32 +256,61 @@ def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> 
   trainer, meshes = make_trainer(config, method, len(chosen))
   keys = [jax.random.split(jax.random.key(member.seed), 3) for member in chosen]
   draw = jax.jit(draw_batch, static_argnums=(1, 2))
-  tests = [processes.alike(draw(test_key, config.seq_len, config.test_size)) for _, _, test_key in keys]
-  read = lambda _, data: draw_batch(jax.random.wrap_key_data(data), config.seq_len, config.batch_size)
+  tests = [
+    processes.alike(draw(test_key, config.seq_len, config.test_size))
+    for _, _, test_key in keys
+  ]
+  read = lambda _, data: draw_batch(
+    jax.random.wrap_key_data(data), config.seq_len, config.batch_size
+  )
 
   group = Population(trainer, read, (), chosen, folder, meshes, evaluated=evaluated)
   first, (state, _), saved = group.start(
-    [init_key for init_key, _, _ in keys], [batch_keys(data_key, np.zeros(1, int))[0] for _, data_key, _ in keys]
+    [init_key for init_key, _, _ in keys],
+    [batch_keys(data_key, np.zeros(1, int))[0] for _, data_key, _ in keys],
   )
-  going, skipped = list(range(len(group.runs))), [record.get('skipped', 0) for record in saved]
+  going, skipped = (
+    list(range(len(group.runs))),
+    [record.get('skipped', 0) for record in saved],
+  )
 
   def save(step: int, state: fptt_jax.TrainState) -> None:
-    group.save(step, (state, ()), {number: {'skipped': skipped[number]} for number in going})
+    group.save(
+      step, (state, ()), {number: {'skipped': skipped[number]} for number in going}
+    )
 
-  with tqdm(total=config.batches, initial=first, desc=method, unit='batch', disable=None) as bar:
+  with tqdm(
+    total=config.batches, initial=first, desc=method, unit='batch', disable=None
+  ) as bar:
     for start in range(0, config.batches, config.eval_every):
       numbers = np.arange(start, min(start + config.eval_every, config.batches)) + 1
       if numbers[-1] <= first:
         continue
-      items = lambda part, numbers=numbers: [batch_keys(data_key, numbers[part]) for _, data_key, _ in keys]
+      items = lambda part, numbers=numbers: [
+        batch_keys(data_key, numbers[part]) for _, data_key, _ in keys
+      ]
       parts = remaining(chunks(len(numbers), config.chunk), first - start)
-      state, metrics, step = train_interval(group, state, start, parts, items, going, skipped, save, bar)
+      state, metrics, step = train_interval(
+        group, state, start, parts, items, going, skipped, save, bar
+      )
       params = group.unstack(recipe.evaluation_params(config, method, state))
       for number in going:
         totals, _ = trainer.evaluate(params[number], tests[number])
-        row = log(group, number, step, step * updates - skipped[number], skipped[number], metrics, fptt_jax.means(totals)['loss'])
+        row = log(
+          group,
+          number,
+          step,
+          step * updates - skipped[number],
+          skipped[number],
+          metrics,
+          fptt_jax.compute_metrics(totals)['loss'],
+        )
         bar.write(line(chosen[number], row, group.lost.get(number)))
-      going = [number for number in going if number not in group.lost and None not in group.runs[number].rows[-1].values()]
+      going = [
+        number
+        for number in going
+        if number not in group.lost and None not in group.runs[number].rows[-1].values()
+      ]
       if not going:
         break
       save(step, state)
@@ -236,8 +334,8 @@ def train_interval(
   save: Callable[[int, fptt_jax.TrainState], None],
   bar: tqdm,
 ) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics, int]:
-  """Trains on the batches after `start` that are in `parts`, a program each: state, metrics of the last part, the last batch's
-  number. What is skipped is added up."""
+  """Trains on the batches after `start` that are in `parts`, a program each: state,
+  metrics of the last part, the last batch's number. What is skipped is added up."""
   seen: list[tuple[fptt_jax.StepMetrics, int]] = []
 
   def settle() -> None:
@@ -245,7 +343,10 @@ def train_interval(
     for metrics, batches in seen:
       group.look(metrics, batches)
       for number in going:
-        skipped[number] += int(np.sum(metrics.skipped[:, number])) * group.members[number].config.inner_steps
+        skipped[number] += (
+          int(np.sum(metrics.skipped[:, number]))
+          * group.members[number].config.inner_steps
+        )
     seen.clear()
 
   for part in parts:
@@ -263,11 +364,21 @@ def train_interval(
 
 
 def log(
-  group: Population, number: int, step: int, updates: int, skipped: int, metrics: fptt_jax.StepMetrics, test_mse: float
+  group: Population,
+  number: int,
+  step: int,
+  updates: int,
+  skipped: int,
+  metrics: fptt_jax.StepMetrics,
+  test_mse: float,
 ) -> dict[str, Any]:
-  """Writes down an evaluation of one run, with means over the last batch's updates, those that were made: the row."""
+  """Writes down an evaluation of one run, with means over the last batch's updates,
+  those that were made: the row.
+  """
   made = ~np.asarray(metrics.skipped[-1, number])
-  mean = lambda values: float(np.where(made, values[-1, number], 0).sum() / max(1, made.sum()))
+  mean = lambda values: float(
+    np.where(made, values[-1, number], 0).sum() / max(1, made.sum())
+  )
   return group.log(
     number,
     step,
@@ -275,7 +386,9 @@ def log(
     updates=updates,
     train_loss=mean(metrics.loss),
     grad_norm=mean(metrics.grad_norm),
-    **({'skipped': skipped} if group.members[number].config.nonfinite == 'skip' else {}),
+    **(
+      {'skipped': skipped} if group.members[number].config.nonfinite == 'skip' else {}
+    ),
     test_mse=test_mse,
   )
 
@@ -287,7 +400,8 @@ def line(member: Member, row: dict[str, Any], lost: str | None) -> str:
     return start + f'diverged: {lost or "the test MSE is not finite"}'
   skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
   return (
-    f'{start}updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  test MSE {row["test_mse"]:.4f}  '
+    f'{start}updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  test MSE '
+    f'{row["test_mse"]:.4f}  '
     f'{skipped}{row["seconds"]:.0f} s'
   )
 
@@ -311,27 +425,39 @@ def summarize(num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def sizes(config: Config) -> dict[str, int]:
   """Numbers of parameters: all, and the LSTM's."""
   params = jax.eval_shape(make_model(config).init, jax.random.key(0))
-  return {'parameters': cells.count(params), 'recurrent_parameters': cells.recurrent_parameters('lstm', (2, config.hidden))}
+  return {
+    'parameters': cells.count(params),
+    'recurrent_parameters': cells.recurrent_parameters('lstm', (2, config.hidden)),
+  }
 
 
 def open_folder(config: Config, folder: str) -> Path:
   """Makes the folder of the runs, or checks that it is of the same configuration."""
   identity = {}
   if config.missing:  # Another table of tuned rates makes other runs.
-    identity['tuned_rates'] = str({name: tuple(own) for name, own in TUNED.methods.items()})
+    identity['tuned_rates'] = str(
+      {name: tuple(own) for name, own in TUNED.methods.items()}
+    )
   path = runs.open_workdir(folder, 'add_task', config, **identity)
   print(
-    f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch {config.batch_size}, '
+    f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch '
+    f'{config.batch_size}, '
     f'{config.batches:,} batches per run; writing to {path}'
   )
   return path
 
 
-def train_runs(config: Config, folder: Path, plot: Plot | None = None) -> list[dict[str, Any]]:
-  """Trains by each method from each seed, drawing `plot` meanwhile: a summary per run."""
+def train_runs(
+  config: Config, folder: Path, plot: Plot | None = None
+) -> list[dict[str, Any]]:
+  """Trains by each method from each seed, drawing `plot` meanwhile: a summary per
+  run.
+  """
   size = recipe.population_size(config, config.batch_size, config.hidden)
   evaluated = reporting.live(folder, config, plot)
-  return train_all(config, folder, size, lambda chosen: train(chosen, folder, evaluated))
+  return train_all(
+    config, folder, size, lambda chosen: train(chosen, folder, evaluated)
+  )
 
 
 def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
@@ -359,7 +485,8 @@ def announce(config: Config, folder: Path) -> None:
 
 
 def estimate(chosen: list[Member], folder: Path, together: int) -> float:
-  """Returns about how many seconds runs of one method will take, from a few timed batches.
+  """Returns about how many seconds runs of one method will take, from a few timed
+  batches.
 
   Args:
     chosen: the runs.
@@ -405,12 +532,16 @@ def rates_in_words(config: Config) -> str:
   if others:
     text += f' (but {", ".join(others)}: untuned)'
   differ = [
-    f'{name} {value!r}, here {getattr(config, name)!r}' for name, value in TUNED.settings.items() if getattr(config, name) != value
+    f'{name} {value!r}, here {getattr(config, name)!r}'
+    for name, value in TUNED.settings.items()
+    if getattr(config, name) != value
   ]
   text += f' at other settings ({"; ".join(differ)})' if differ else ''
   open_ended = [method for method in tuned if method in TUNED.unsettled]
   if open_ended:
-    text += f' (the best rate of {", ".join(open_ended)} is at the edge of what was tried)'
+    text += (
+      f' (the best rate of {", ".join(open_ended)} is at the edge of what was tried)'
+    )
   return text
 
 
@@ -435,7 +566,9 @@ class Result(NamedTuple):
     return statistics.fmean(finite) if len(finite) == len(self.scores) else None
 
   def __str__(self) -> str:
-    return ('none (diverged)' if self.mean is None else f'{self.mean:.4f}') + f' for {self.name}'
+    return (
+      'none (diverged)' if self.mean is None else f'{self.mean:.4f}'
+    ) + f' for {self.name}'
 
 
 def conclusion(config: Config, summaries: list[dict[str, Any]]) -> str:
@@ -443,17 +576,24 @@ def conclusion(config: Config, summaries: list[dict[str, Any]]) -> str:
   results: dict[str, Result] = {}
   for member, summary in zip(members(config), summaries, strict=True):
     name = member.name.replace(f'-seed{member.seed}', '')
-    result = results.setdefault(name, Result(name, settings_in_words(member.config), []))
+    result = results.setdefault(
+      name, Result(name, settings_in_words(member.config), [])
+    )
     result.scores.append(summary['last_quarter_mse'])
   listing = ', '.join(f'{one.name} ({one.settings})' for one in results.values())
   compared = (
     f'Compared: {listing} on the adding problem at T={config.seq_len}, '
-    f'{config.batches:,} batches of {config.batch_size} per run, {rates_in_words(config)}.'
+    f'{config.batches:,} batches of {config.batch_size} per run, '
+    f'{rates_in_words(config)}.'
   )
-  ranked = sorted((one for one in results.values() if one.mean is not None), key=lambda one: one.mean)
+  ranked = sorted(
+    (one for one in results.values() if one.mean is not None), key=lambda one: one.mean
+  )
   ranked += [one for one in results.values() if one.mean is None]
   measure = 'mean test MSE over the last quarter of the evaluations'
-  seen = f'Seen: the {measure} was {", ".join(map(str, ranked))}, chance being {CHANCE:.3f}'
+  seen = (
+    f'Seen: the {measure} was {", ".join(map(str, ranked))}, chance being {CHANCE:.3f}'
+  )
   return f'{compared}\n{seen}{_reservation(config, ranked)}.'
 
 
@@ -464,7 +604,9 @@ def _reservation(config: Config, ranked: list[Result]) -> str:
   if len(config.seeds) == 1:
     return '; this is one seed, and another one may order them otherwise'
   worst = float('inf')
-  columns = zip(*([worst if s is None else s for s in one.scores] for one in ranked), strict=True)
+  columns = zip(
+    *([worst if s is None else s for s in one.scores] for one in ranked), strict=True
+  )
   wins = sum(scores[0] < min(scores[1:]) for scores in columns)
   return f'; {ranked[0].name} was the lowest from {wins} of {len(config.seeds)} seeds'
 
@@ -480,20 +622,29 @@ def tune(config: Config) -> None:
       runs.write_json(folder / 'rates.json', rates.table(config, found))
   if not processes.is_first():
     return
-  tried = [[method, *one.values()] for method, row in found.items() for one in row['tried']]
+  tried = [
+    [method, *one.values()] for method, row in found.items() for one in row['tried']
+  ]
   header = ['method', 'lr', 'momentum', 'mean MSE of the last quarter']
   print(tabulate(tried, header, floatfmt='.4g', missingval='diverged'))
   draw_tuning(folder / 'rates.png', found)
   for method, row in found.items():
     print(f'{method}: lr {row["lr"]:g}, momentum {row["momentum"]:g}')
   name = rates.FILE.name
-  print(f'{folder / "rates.json"} takes the place of experiments/{name} if you copy it there')
+  print(
+    f'{folder / "rates.json"} takes the place of experiments/{name} if you copy it '
+    'there'
+  )
 
 
 def trial(config: Config, method: str, point: Rates, folder: Path) -> float | None:
-  """Trains at one point of the grid, unless that was done before, and returns its score."""
+  """Trains at one point of the grid, unless that was done before, and returns its
+  score.
+  """
   grid = (f'lr={short(point.lr)}', f'momentum={short(point.momentum)}')
-  chosen = dataclasses.replace(config, tune=False, method=(method,), seeds=(rates.SEED,), grid=grid)
+  chosen = dataclasses.replace(
+    config, tune=False, method=(method,), seeds=(rates.SEED,), grid=grid
+  )
   _, [summary] = run(chosen, str(folder))
   return summary['last_quarter_mse']
 

@@ -1,7 +1,9 @@
-"""Images as sequences: pixel MNIST, permuted MNIST, pixel CIFAR-10 (paper, Sec. 4.4, Tables 2, 3 and 6).
+"""Images as sequences: pixel MNIST, permuted MNIST, pixel CIFAR-10 (paper, Sec. 4.4,
+Tables 2, 3 and 6).
 
-An image is read pixel by pixel (T=784 or 1024), with --row row by row (T=28 or 32), and classified after its last step. The
-defaults are the authors' release's: LSTM 128, Adam 1e-3 divided by 10 after epochs 50, 75 and 90 of 200, clip 1, alpha 0.1, K=10.
+An image is read pixel by pixel (T=784 or 1024), with --row row by row (T=28 or 32), and
+classified after its last step. The defaults are the authors' release's: LSTM 128, Adam
+1e-3 divided by 10 after epochs 50, 75 and 90 of 200, clip 1, alpha 0.1, K=10.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,13 +41,21 @@ class Config(epochs.EpochRecipe):
   )
   data_dir: str = option(
     '',
-    'folder with the official files; or a .npz with the arrays train_images and test_images, uint8 [N, height, width, '
-    'channels], and train_labels and test_labels, int32 [N], from 0; default a prepared copy or a download',
+    'folder with the official files; or a .npz with the arrays train_images and '
+    'test_images, uint8 [N, height, width, '
+    'channels], and train_labels and test_labels, int32 [N], from 0; default a '
+    'prepared copy or a download',
   )
   host_data: bool = option(
-    False, "keep the images in the host's memory, hand them over chunk by chunk: for more than a device holds"
+    False,
+    "keep the images in the host's memory, hand them over chunk by chunk: for more "
+    'than a device holds',
   )
-  row: bool = option(False, 'a row of the image a step instead of a pixel: quick, and another task than the paper has')
+  row: bool = option(
+    False,
+    'a row of the image a step instead of a pixel: quick, and another task than the '
+    'paper has',
+  )
   permutation_seed: int = option(0, "draws the fixed order of steps of 'permuted'")
   train_size: int = option(0, 'use only so many training images; 0 for all')
   valid_size: int = option(5000, 'training images held out to validate on')
@@ -53,35 +63,76 @@ class Config(epochs.EpochRecipe):
   hidden: int = option(128, 'H, units of a recurrent layer')
   layers: int = option(1, 'recurrent layers')
   forget_bias: float = option(1.0, "initial bias of the LSTM's forget gate")
-  readout_hidden: int = option(0, 'units of a hidden layer (relu) in the readout; 0 for a linear readout')
+  readout_hidden: int = option(
+    0, 'units of a hidden layer (relu) in the readout; 0 for a linear readout'
+  )
   dropout: float = option(0.0, 'on the outputs of the last recurrent layer')
   divergence: str = option(
-    'class_ema', 'what Q of the divergence term is', ('class_ema', 'last_epoch', 'example', 'uniform', 'none')
+    'class_ema',
+    'what Q of the divergence term is',
+    ('class_ema', 'last_epoch', 'example', 'uniform', 'none'),
   )
   reconstruction: float = option(
-    0.0, "weight of r-LSTM's auxiliary loss, which reconstructs inputs before a random step; 0 is none"
+    0.0,
+    "weight of r-LSTM's auxiliary loss, which reconstructs inputs before a random "
+    'step; 0 is none',
   )
   reconstruction_segment: int = option(0, 'steps to reconstruct; default T/10')
-  num_windows: int | None = option(10, 'K, updates a sequence, for methods that do not fix it')
+  num_windows: int | None = option(
+    10, 'K, updates a sequence, for methods that do not fix it'
+  )
   alpha: float = option(0.1, 'strength of the tie of W to its summary')
   clip: float = option(1.0, 'largest global norm of the gradient; 0 does not clip')
   batch_size: int = option(128, 'B')
   epochs: int = option(200, 'passes over the training images')
-  milestones: tuple[int, ...] = option((50, 75, 90), 'epochs after which the learning rate is divided by milestone_factor')
-  workdir: str = option('', 'folder of the run; default runs/images-TIME. The same command and folder resume a run')
+  milestones: tuple[int, ...] = option(
+    (50, 75, 90), 'epochs after which the learning rate is divided by milestone_factor'
+  )
+  workdir: str = option(
+    '',
+    'folder of the run; default runs/images-TIME. The same command and folder resume a '
+    'run',
+  )
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    check(math.isfinite(self.forget_bias), 'forget_bias', self.forget_bias, 'a finite number')
+    check(
+      math.isfinite(self.forget_bias),
+      'forget_bias',
+      self.forget_bias,
+      'a finite number',
+    )
     for name in ('hidden', 'layers', 'batch_size', 'valid_size'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
-    check(self.layers <= 100, 'layers', self.layers, 'at most 100: they are written out')
-    for name in ('permutation_seed', 'train_size', 'readout_hidden', 'reconstruction_segment'):
+    check(
+      self.layers <= 100, 'layers', self.layers, 'at most 100: they are written out'
+    )
+    for name in (
+      'permutation_seed',
+      'train_size',
+      'readout_hidden',
+      'reconstruction_segment',
+    ):
       check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
-    check(self.reconstruction_segment != 1, 'reconstruction_segment', self.reconstruction_segment, '0 or at least 2')
+    check(
+      self.reconstruction_segment != 1,
+      'reconstruction_segment',
+      self.reconstruction_segment,
+      '0 or at least 2',
+    )
     check(0 <= self.dropout < 1, 'dropout', self.dropout, 'in [0, 1)')
-    check(0 <= self.reconstruction < math.inf, 'reconstruction', self.reconstruction, 'a finite number >= 0')
-    check(self.task != 'arrays' or self.data_dir.endswith('.npz'), 'data_dir', self.data_dir, "a .npz with --task='arrays'")
+    check(
+      0 <= self.reconstruction < math.inf,
+      'reconstruction',
+      self.reconstruction,
+      'a finite number >= 0',
+    )
+    check(
+      self.task != 'arrays' or self.data_dir.endswith('.npz'),
+      'data_dir',
+      self.data_dir,
+      "a .npz with --task='arrays'",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +141,7 @@ class Sequences:
 
   Attributes:
     splits: images and labels.
-    moments: mean and standard deviation they are normalised by.
+    moments: mean and standard deviation they are normalized by.
     rows: whether a step is a row.
     order: int [T], the fixed order of the steps, or None.
     num_classes: C.
@@ -103,13 +154,20 @@ class Sequences:
   num_classes: int
 
   def read(self, images: Any, labels: Any, ids: Any) -> fptt_jax.Batch:
-    """Examples [B, ...] time-major; with their numbers where the loss wants them, else None. Traced."""
-    return fptt_jax.Batch(data.to_sequences(images, self.moments, self.rows, self.order), labels if ids is None else (labels, ids))
+    """Examples [B, ...] time-major; with their numbers where the loss wants them, else
+    None. Traced.
+    """
+    return fptt_jax.Batch(
+      data.to_sequences(images, self.moments, self.rows, self.order),
+      labels if ids is None else (labels, ids),
+    )
 
   @property
   def shape(self) -> tuple[int, int]:
     """(T, D)."""
-    sequence = data.to_sequences(self.splits.train.images[:1], self.moments, self.rows, None)
+    sequence = data.to_sequences(
+      self.splits.train.images[:1], self.moments, self.rows, None
+    )
     return sequence.shape[0], sequence.shape[2]
 
 
@@ -120,11 +178,15 @@ def load(config: Config) -> tuple[Sequences, str]:
   fingerprint = data.fingerprint(images)
   splits = data.hold_out(images, config.valid_size, SPLIT_SEED)
   if config.train_size:
-    splits = splits._replace(train=Examples(*(part[: config.train_size] for part in splits.train)))
+    splits = splits._replace(
+      train=Examples(*(part[: config.train_size] for part in splits.train))
+    )
   num_classes = max(2, 1 + int(images.train_labels.max()))
   sequences = Sequences(splits, data.MOMENTS[name], config.row, None, num_classes)
   if config.task == 'permuted':
-    sequences = dataclasses.replace(sequences, order=data.permutation(sequences.shape[0], config.permutation_seed))
+    sequences = dataclasses.replace(
+      sequences, order=data.permutation(sequences.shape[0], config.permutation_seed)
+    )
   return sequences, fingerprint
 
 
@@ -134,13 +196,25 @@ def segment(config: Config, num_steps: int) -> int:
 
 
 def check_fit(config: Config, num_steps: int) -> None:
-  """Raises if K, final_steps or the reconstruction do not fit sequences of `num_steps` steps."""
+  """Raises if K, truncation_steps or the reconstruction do not fit sequences of
+  `num_steps` steps.
+  """
   config.check_length(num_steps)
   for method in config.method if config.reconstruction else ():
     size = num_steps // recipe.updates_a_sequence(config, method, num_steps)[0]
     expected = f"at most {size}, the shortest window's steps by method {method!r}"
-    check(segment(config, num_steps) <= size, 'reconstruction_segment', segment(config, num_steps), expected)
-    check(method != 'tbptt_final', 'reconstruction', config.reconstruction, "0 with the method 'tbptt_final'")
+    check(
+      segment(config, num_steps) <= size,
+      'reconstruction_segment',
+      segment(config, num_steps),
+      expected,
+    )
+    check(
+      method != 'tbptt_final',
+      'reconstruction',
+      config.reconstruction,
+      "0 with the method 'tbptt_final'",
+    )
 
 
 def widths(config: Config, features: int) -> list[int]:
@@ -148,21 +222,32 @@ def widths(config: Config, features: int) -> list[int]:
   return [features, *[config.hidden] * config.layers]
 
 
-def make_model(config: Config, num_steps: int, features: int, num_classes: int) -> fptt_jax.Model:
+def make_model(
+  config: Config, num_steps: int, features: int, num_classes: int
+) -> fptt_jax.Model:
   """Recurrent layers and a readout."""
 
-  def build(rngs: nnx.Rngs) -> nn.Stack:
-    layers = [cells.CELLS[config.cell](width, config.hidden, config.forget_bias, rngs) for width in widths(config, features)[:-1]]
+  def build(rngs: nnx.Rngs) -> nn.Sequential:
+    layers = [
+      cells.CELLS[config.cell](width, config.hidden, config.forget_bias, rngs)
+      for width in widths(config, features)[:-1]
+    ]
     if config.reconstruction:
       layers[0] = nn.Reconstruction(
-        layers[0], features, segment=segment(config, num_steps), weight=config.reconstruction, rngs=rngs
+        layers[0],
+        features,
+        segment=segment(config, num_steps),
+        weight=config.reconstruction,
+        rngs=rngs,
       )
     if config.dropout:
       layers.append(nnx.Dropout(config.dropout))
     if config.readout_hidden:
       layers += [nnx.Linear(config.hidden, config.readout_hidden, rngs=rngs), nnx.relu]
-    layers.append(nnx.Linear(config.readout_hidden or config.hidden, num_classes, rngs=rngs))
-    return nn.Stack(*layers)
+    layers.append(
+      nnx.Linear(config.readout_hidden or config.hidden, num_classes, rngs=rngs)
+    )
+    return nn.Sequential(*layers)
 
   return nn.from_nnx(build)
 
@@ -185,34 +270,55 @@ def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
   return make_model(config, data['num_steps'], data['features'], data['num_classes'])
 
 
-def make_task(config: Config, sequences: Sequences, method: str, members: int) -> epochs.Task:
+def make_task(
+  config: Config, sequences: Sequences, method: str, members: int
+) -> epochs.Task:
   """What the loop over epochs needs, for so many runs side by side."""
   num_steps, features = sequences.shape
   size = len(sequences.splits.train.labels)
   by_example = config.divergence == 'example'
   loss = fptt_jax.losses.terminal_classification(
-    sequences.num_classes, divergence=config.divergence, num_examples=size if by_example else None
+    sequences.num_classes,
+    divergence=config.divergence,
+    num_examples=size if by_example else None,
   )
   model = make_model(config, num_steps, features, sequences.num_classes)
   steps = recipe.window_steps(config, method, num_steps)
-  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, members)
+  meshes = recipe.choose_meshes(
+    config, config.batch_size, config.hidden, steps, members
+  )
   wrap = epochs.averaging_wrapper(config)
   count = size // config.batch_size
   if not count:
-    raise options.UserError(f'--batch_size must be at most the {size} training images, got {config.batch_size}.')
+    raise options.UserError(
+      f'--batch_size must be at most the {size} training images, got '
+      f'{config.batch_size}.'
+    )
   updates = recipe.updates_a_sequence(config, method, num_steps)[1]
   decay = epochs.decay_schedule(config, count * updates)
-  trainer = recipe.make_trainer(config, method, model, loss, num_steps, decay=decay, mesh=meshes.batch, wrap=wrap)
+  trainer = recipe.make_trainer(
+    config, method, model, loss, num_steps, decay=decay, mesh=meshes.batch, wrap=wrap
+  )
   updates //= config.inner_steps
   images, labels = sequences.splits.train
-  pick = lambda images, labels, chosen: (images[chosen], labels[chosen], chosen if by_example else None)
+  pick = lambda images, labels, chosen: (
+    images[chosen],
+    labels[chosen],
+    chosen if by_example else None,
+  )
   on_host = config.host_data or jax.process_count() > 1
-  read = (lambda _, rows: sequences.read(*rows)) if on_host else (lambda source, chosen: sequences.read(*pick(*source, chosen)))
+  read = (
+    (lambda _, rows: sequences.read(*rows))
+    if on_host
+    else (lambda source, chosen: sequences.read(*pick(*source, chosen)))
+  )
   read_now = jax.jit(sequences.read)
 
   def portions(epoch: int, seed: int) -> Iterator[epochs.Portion]:
     order = np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
-    yield epochs.Portion(order[: count * config.batch_size].reshape(count, -1), np.full(count, updates))
+    yield epochs.Portion(
+      order[: count * config.batch_size].reshape(count, -1), np.full(count, updates)
+    )
 
   def accuracy(params: Any, examples: Examples) -> float:
     sums = {'accuracy': 0.0, 'count': 0}
@@ -245,29 +351,52 @@ def percent(totals: dict[str, float]) -> float:
   return 100 * totals['accuracy'] / totals['count']
 
 
-def train(sequences: Sequences, chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> None:
+def train(
+  sequences: Sequences,
+  chosen: list[Member],
+  folder: Path,
+  evaluated: Callable[[], None],
+) -> None:
   """Trains runs of one method side by side, and keeps what came of each."""
   num_steps, features = sequences.shape
   config, method = chosen[0].config, chosen[0].method
   extra = {
     'K': recipe.updates_a_sequence(config, method, num_steps)[0],
-    'recurrent_parameters': cells.recurrent_parameters(config.cell, widths(config, features)),
+    'recurrent_parameters': cells.recurrent_parameters(
+      config.cell, widths(config, features)
+    ),
   }
-  epochs.train(config, make_task(config, sequences, method, len(chosen)), chosen, folder, extra, evaluated)
+  epochs.train(
+    config,
+    make_task(config, sequences, method, len(chosen)),
+    chosen,
+    folder,
+    extra,
+    evaluated,
+  )
 
 
-def run(config: Config, folder: str, plot: Plot | None = None) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed, drawing `plot` meanwhile: (the folder, a summary each)."""
+def run(
+  config: Config, folder: str, plot: Plot | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+  """Trains by each method from each seed, drawing `plot` meanwhile: (the folder, a
+  summary each).
+  """
   sequences, fingerprint = load(config)
   options.checked(check_fit, config, sequences.shape[0])
   path = runs.open_workdir(folder, 'images', config, images_sha256=fingerprint)
   processes.told(runs.write_json, path / 'data.json', describe(config, sequences))
   num_steps, features = sequences.shape
   sizes = ' / '.join(f'{len(part.labels):,}' for part in sequences.splits)
-  print(f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} {config.hidden}; writing to {path}')
+  print(
+    f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} '
+    f'{config.hidden}; writing to {path}'
+  )
   size = recipe.population_size(config, config.batch_size, config.hidden)
   evaluated = reporting.live(path, config, plot)
-  return path, train_all(config, path, size, lambda chosen: train(sequences, chosen, path, evaluated))
+  return path, train_all(
+    config, path, size, lambda chosen: train(sequences, chosen, path, evaluated)
+  )
 
 
 def main(config: Config) -> None:
@@ -277,7 +406,9 @@ def main(config: Config) -> None:
   label = 'validation accuracy, %'
   plot = Plot('accuracy.png', title, 'valid_accuracy', label, (('step', 'epoch'),))
   folder, summaries = run(config, config.workdir, plot)
-  reporting.report(folder, config, summaries, plot, 'valid_accuracy', digits=2, best=max)
+  reporting.report(
+    folder, config, summaries, plot, 'valid_accuracy', digits=2, best=max
+  )
 
 
 if __name__ == '__main__':

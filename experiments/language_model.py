@@ -1,21 +1,26 @@
-"""Language modelling on Penn Treebank, trained forward through time (paper, Sec. 4.3, Tables 4 and 5).
+"""Language modelling on Penn Treebank, trained forward through time (paper, Sec. 4.3,
+Tables 4 and 5).
 
-The text is read as B streams side by side; each sequence of T tokens continues the one before, hidden state carried on. The score
-is measured on the validation text after each epoch, and once, at the best epoch's weights, on the test text: perplexity of words,
+The text is read as B streams side by side; each sequence of T tokens continues the one
+before, hidden state carried on. The score is measured on the validation text after each
+epoch, and once, at the best epoch's weights, on the test text: perplexity of words,
 bits per character. --task sets the other defaults:
 
-  ptb300  the authors' release for PTB-300: words, T=300, K=6, one LSTM of 256 (525,000 parameters; the paper says 210,000), SGD 2.0
+  ptb300  the authors' release for PTB-300: words, T=300, K=6, one LSTM of 256 (525,000
+  parameters; the paper says 210,000), SGD 2.0
           with momentum 0.9, divided by 4 on a plateau, alpha 0.5, kappa 2, 100 epochs
-  ptb_c   characters: AWD-LSTM 3 x 1000 (last 200, tied), T=150, K=3, Adam 2e-3, alpha 0.2, kappa 2
-  ptb_w   words: AWD-LSTM 3 x 960 (last 620) with a mixture of 15 softmaxes, T=70, K=3, SGD 20 then averaged, alpha 0.2, kappa 2,
-          beta 0.7
-  text, text_c   a text of your own in UTF-8, by words or by characters, with the settings of ptb300
+  ptb_c   characters: AWD-LSTM 3 x 1000 (last 200, tied), T=150, K=3, Adam 2e-3, alpha
+    0.2, kappa 2
+  ptb_w   words: AWD-LSTM 3 x 960 (last 620) with a mixture of 15 softmaxes, T=70, K=3,
+          SGD 20 then averaged, alpha 0.2, kappa 2, beta 0.7
+  text, text_c   a text of your own in UTF-8, by words or by characters, with the
+  settings of ptb300
 
-A text of your own is a folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt, or one file,
-as in --task=text_c --data_dir=book.txt. The first 90 % of a file are the training text, the next
-5 % the validation text, the last 5 % the test text. By characters every character of the file
-counts; by words the end of a line is the word <eos>. What the training text has not is read as
-<unk> in the other two.
+A text of your own is a folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt, or
+one file, as in --task=text_c --data_dir=book.txt. The first 90 % of a file are the
+training text, the next 5 % the validation text, the last 5 % the test text. By
+characters every character of the file counts; by words the end of a line is the word
+<eos>. What the training text has not is read as <unk> in the other two.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,10 +60,25 @@ DESCRIBED = ('data_dir', 'vocabulary')
 """What data.json says of the text."""
 EVALUATION_STEPS = 4096
 SPREAD = 15
-"""How many steps a sequence of random length may have beyond T: three standard deviations."""
+"""How many steps a sequence of random length may have beyond T: three standard
+deviations.
+"""
 
-SOURCES = {'ptb300': 'ptb', 'ptb_w': 'ptb', 'ptb_c': 'ptb_chars', 'text': 'text', 'text_c': 'text_chars'}
-AWD: dict[str, Any] = dict(layers=3, tied=True, locked=True, activation_penalty=2.0, temporal_penalty=1.0, weight_decay=1.2e-6)
+SOURCES = {
+  'ptb300': 'ptb',
+  'ptb_w': 'ptb',
+  'ptb_c': 'ptb_chars',
+  'text': 'text',
+  'text_c': 'text_chars',
+}
+AWD: dict[str, Any] = dict(
+  layers=3,
+  tied=True,
+  locked=True,
+  activation_penalty=2.0,
+  temporal_penalty=1.0,
+  weight_decay=1.2e-6,
+)
 TASKS: dict[str, dict[str, Any]] = {
   'ptb_c': dict(
     **AWD,
@@ -107,8 +127,8 @@ TASKS: dict[str, dict[str, Any]] = {
     dynamic_evaluation=True,
   ),
 }
-"""Defaults that a task changes: the release's at full size, but for PTB-w's last LSTM, whose 620 units make the paper's 22 million
-parameters."""
+"""Defaults that a task changes: the release's at full size, but for PTB-w's last LSTM,
+whose 620 units make the paper's 22 million parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,21 +138,38 @@ class Config(epochs.EpochRecipe):
   task: str = option('ptb300', 'text and defaults, see above', tuple(SOURCES))
   data_dir: str = option(
     '',
-    'folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt (or .gz); or a .npz with the token ids train, valid, test, '
-    'int32 [N], from 0, and the tokens vocabulary, str [V]; or, with --task=text or text_c, one text file, split '
+    'folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt (or .gz); or a .npz with '
+    'the token ids train, valid, test, '
+    'int32 [N], from 0, and the tokens vocabulary, str [V]; or, with --task=text or '
+    'text_c, one text file, split '
     'in order 90 / 5 / 5 %; default a download of Penn Treebank',
   )
-  train_tokens: int = option(0, 'use only so many tokens of the training text; 0 for all')
-  num_windows: int | None = option(6, 'K, updates a sequence, for methods that do not fix it')
+  train_tokens: int = option(
+    0, 'use only so many tokens of the training text; 0 for all'
+  )
+  num_windows: int | None = option(
+    6, 'K, updates a sequence, for methods that do not fix it'
+  )
   kappa: float = option(2.0, 'scale of the quadratic term')
-  optimizer: str = option('sgd', 'base optimiser', ('adam', 'sgd'))
+  optimizer: str = option('sgd', 'base optimizer', ('adam', 'sgd'))
   lr: float = option(2.0, 'learning rate')
-  momentum: float | None = option(0.9, "decay of the first moment: b1 of 'adam', heavy-ball momentum of 'sgd'. May be negative")
+  momentum: float | None = option(
+    0.9,
+    "decay of the first moment: b1 of 'adam', heavy-ball momentum of 'sgd'. May be "
+    'negative',
+  )
   epochs: int = option(100, 'passes over the training text')
-  plateau_factor: float = option(4.0, 'divides the learning rate after an epoch without a better validation score; 1 does not')
+  plateau_factor: float = option(
+    4.0,
+    'divides the learning rate after an epoch without a better validation score; 1 '
+    'does not',
+  )
   min_lr: float = option(1e-3, 'stop when the learning rate has fallen below this')
   seq_len: int = option(300, 'T, tokens of a sequence')
-  random_lengths: bool = option(False, 'draw lengths near T, sometimes T/2, the learning rate in proportion (AWD-LSTM)')
+  random_lengths: bool = option(
+    False,
+    'draw lengths near T, sometimes T/2, the learning rate in proportion (AWD-LSTM)',
+  )
   batch_size: int = option(128, 'B, parallel streams of training text')
   embedding: int = option(256, 'size of the token vectors')
   cell: str = option('lstm', 'recurrent layer', tuple(cells.CELLS))
@@ -141,50 +178,115 @@ class Config(epochs.EpochRecipe):
   last_hidden: int = option(0, 'units of the last one; default H')
   tied: bool = option(False, 'the readout shares the token vectors')
   experts: int = option(0, 'softmaxes that the readout mixes; 0 for one plain softmax')
-  locked: bool = option(False, 'dropout masks last a window (variational) rather than one step')
+  locked: bool = option(
+    False, 'dropout masks last a window (variational) rather than one step'
+  )
   dropout: float = option(0.2, 'on the outputs of the last recurrent layer')
   hidden_dropout: float = option(0.0, 'on the outputs of the others')
   input_dropout: float = option(0.2, 'on the token vectors')
   embedding_dropout: float = option(0.0, 'on whole tokens of the vocabulary, a window')
   latent_dropout: float = option(0.0, "on the mixture's latent vectors")
   weight_dropout: float = option(0.0, 'on recurrent matrices, a window')
-  activation_penalty: float = option(0.0, 'factor of the mean square of the last outputs, dropped out (AR)')
-  temporal_penalty: float = option(0.0, 'factor of the mean square of their changes from step to step (TAR)')
-  dynamic_evaluation: bool = option(False, 'test once more with dynamic evaluation, tuned on the validation text')
-  dynamic_tokens: int = option(0, 'tokens of the validation text to tune dynamic evaluation on; 0 for all')
-  sample: int = option(0, 'draw so many tokens from the run in --workdir (its best one), instead of training')
+  activation_penalty: float = option(
+    0.0, 'factor of the mean square of the last outputs, dropped out (AR)'
+  )
+  temporal_penalty: float = option(
+    0.0, 'factor of the mean square of their changes from step to step (TAR)'
+  )
+  dynamic_evaluation: bool = option(
+    False, 'test once more with dynamic evaluation, tuned on the validation text'
+  )
+  dynamic_tokens: int = option(
+    0, 'tokens of the validation text to tune dynamic evaluation on; 0 for all'
+  )
+  sample: int = option(
+    0,
+    'draw so many tokens from the run in --workdir (its best one), instead of training',
+  )
   prompt: str = option('', 'what the text drawn by --sample begins with')
-  temperature: float = option(1.0, 'divides the logits of --sample; 0 takes the most probable token each time')
+  temperature: float = option(
+    1.0, 'divides the logits of --sample; 0 takes the most probable token each time'
+  )
   sample_seed: int = option(0, 'seed of --sample')
-  workdir: str = option('', 'folder of the run; default runs/language_model-TIME. The same command and folder resume a run')
+  workdir: str = option(
+    '',
+    'folder of the run; default runs/language_model-TIME. The same command and folder '
+    'resume a run',
+  )
 
   def __post_init__(self) -> None:
     super().__post_init__()
     check(self.sample >= 0, 'sample', self.sample, 'an integer >= 0')
-    check(self.sample == 0 or bool(self.workdir), 'workdir', self.workdir, 'the folder of a trained run with --sample')
-    check(not self.prompt or self.sample > 0, 'prompt', self.prompt, 'given with --sample')
-    check(0 <= self.temperature < math.inf, 'temperature', self.temperature, 'a finite number >= 0')
+    check(
+      self.sample == 0 or bool(self.workdir),
+      'workdir',
+      self.workdir,
+      'the folder of a trained run with --sample',
+    )
+    check(
+      not self.prompt or self.sample > 0, 'prompt', self.prompt, 'given with --sample'
+    )
+    check(
+      0 <= self.temperature < math.inf,
+      'temperature',
+      self.temperature,
+      'a finite number >= 0',
+    )
     check(self.sample_seed >= 0, 'sample_seed', self.sample_seed, 'an integer >= 0')
     given = bool(self.data_dir or self.sample) or not self.task.startswith('text')
     check(given, 'data_dir', self.data_dir, f'given with --task={self.task!r}')
-    check('tbptt_final' not in self.method, 'method', self.method, 'without tbptt_final, which takes no padded last sequence')
+    check(
+      'tbptt_final' not in self.method,
+      'method',
+      self.method,
+      'without tbptt_final, which takes no padded last sequence',
+    )
     for name in ('seq_len', 'batch_size', 'embedding', 'hidden', 'layers'):
       check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
-    check(self.layers <= 100, 'layers', self.layers, 'at most 100: they are written out')
+    check(
+      self.layers <= 100, 'layers', self.layers, 'at most 100: they are written out'
+    )
     for name in ('train_tokens', 'last_hidden', 'experts', 'dynamic_tokens'):
       check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
-    for name in ('dropout', 'hidden_dropout', 'input_dropout', 'embedding_dropout', 'latent_dropout', 'weight_dropout'):
+    for name in (
+      'dropout',
+      'hidden_dropout',
+      'input_dropout',
+      'embedding_dropout',
+      'latent_dropout',
+      'weight_dropout',
+    ):
       check(0 <= getattr(self, name) < 1, name, getattr(self, name), 'in [0, 1)')
     for name in ('activation_penalty', 'temporal_penalty'):
-      check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), 'a finite number >= 0')
+      check(
+        0 <= getattr(self, name) < math.inf,
+        name,
+        getattr(self, name),
+        'a finite number >= 0',
+      )
     dropped = self.weight_dropout == 0 or self.cell in cells.WITH_W_H
-    check(dropped, 'weight_dropout', self.weight_dropout, f'0 with --cell={self.cell}, which is not {", ".join(cells.WITH_W_H)}')
+    check(
+      dropped,
+      'weight_dropout',
+      self.weight_dropout,
+      f'0 with --cell={self.cell}, which is not {", ".join(cells.WITH_W_H)}',
+    )
     last = self.last_hidden or self.hidden
     fits = not self.tied or self.experts > 0 or last == self.embedding
-    check(fits, 'last_hidden', last, f'the embedding size {self.embedding} with --tied and without --experts')
+    check(
+      fits,
+      'last_hidden',
+      last,
+      f'the embedding size {self.embedding} with --tied and without --experts',
+    )
     check(self.tied or not self.experts, 'experts', self.experts, '0 without --tied')
     together = self.population > 1 and self.random_lengths
-    check(not together, 'population', self.population, '0 or 1 with --random_lengths, whose batches differ from run to run')
+    check(
+      not together,
+      'population',
+      self.population,
+      '0 or 1 with --random_lengths, whose batches differ from run to run',
+    )
     self.check_length(self.padded_len)
 
   @property
@@ -200,33 +302,51 @@ class Config(epochs.EpochRecipe):
 
 def widths(config: Config) -> list[int]:
   """Features of the token vectors, then of each recurrent layer."""
-  return [config.embedding, *[config.hidden] * (config.layers - 1), config.last_hidden or config.hidden]
+  return [
+    config.embedding,
+    *[config.hidden] * (config.layers - 1),
+    config.last_hidden or config.hidden,
+  ]
 
 
 def make_model(config: Config, vocabulary_size: int) -> fptt_jax.Model:
-  """Token vectors, recurrent layers and a readout, with the dropouts and penalties of AWD-LSTM (Merity et al. 2018) where they are
-  above 0."""
+  """Token vectors, recurrent layers and a readout, with the dropouts and penalties of
+  AWD-LSTM (Merity et al. 2018) where they are above 0."""
   dropout = nn.LockedDropout if config.locked else nnx.Dropout
 
-  def build(rngs: nnx.Rngs) -> nn.Stack:
+  def build(rngs: nnx.Rngs) -> nn.Sequential:
     embed = nnx.Embed(vocabulary_size, config.embedding, rngs=rngs)
-    layers: list[Any] = [nn.EmbeddingDropout(embed, config.embedding_dropout) if config.embedding_dropout else embed]
+    layers: list[Any] = [
+      nn.EmbeddingDropout(embed, config.embedding_dropout)
+      if config.embedding_dropout
+      else embed
+    ]
     layers.append(dropout(config.input_dropout))
-    for number, (features, hidden) in enumerate(itertools.pairwise(widths(config)), start=1):
+    for number, (features, hidden) in enumerate(
+      itertools.pairwise(widths(config)), start=1
+    ):
       layer = cells.CELLS[config.cell](features, hidden, None, rngs)
-      layers.append(nn.WeightDrop(layer, config.weight_dropout) if config.weight_dropout else layer)
+      layers.append(
+        nn.WeightDrop(layer, config.weight_dropout) if config.weight_dropout else layer
+      )
       if number == config.layers and config.temporal_penalty:
         layers.append(nn.TemporalActivationPenalty(config.temporal_penalty))
-      layers.append(dropout(config.dropout if number == config.layers else config.hidden_dropout))
+      layers.append(
+        dropout(config.dropout if number == config.layers else config.hidden_dropout)
+      )
     if config.activation_penalty:
       layers.append(nn.ActivationPenalty(config.activation_penalty))
     if config.experts:
-      layers.append(nn.MixtureOfSoftmaxes(hidden, embed, config.experts, dropout=config.latent_dropout, rngs=rngs))
+      layers.append(
+        nn.MixtureOfSoftmaxes(
+          hidden, embed, config.experts, dropout=config.latent_dropout, rngs=rngs
+        )
+      )
     elif config.tied:
       layers.append(nn.TiedReadout(embed))
     else:
       layers.append(nnx.Linear(hidden, vocabulary_size, rngs=rngs))
-    return nn.Stack(*layers)
+    return nn.Sequential(*layers)
 
   return nn.from_nnx(build)
 
@@ -236,21 +356,33 @@ def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
   return make_model(config, len(data['vocabulary']))
 
 
-def random_places(config: Config, length: int, rng: np.random.Generator) -> Iterator[tuple[Place, float]]:
-  """Cuts streams into batches of random lengths (AWD-LSTM): normal around T with deviation 5, with probability 0.05 around T/2;
-  with each the factor of the learning rate, its length over T.
+def random_places(
+  config: Config, length: int, rng: np.random.Generator
+) -> Iterator[tuple[Place, float]]:
+  """Cuts streams into batches of random lengths (AWD-LSTM): normal around T with
+  deviation 5, with probability 0.05 around T/2; with each the factor of the learning
+  rate, its length over T.
   """
   start = 0
   while start < length - 1:
     mean = config.seq_len / (2 if rng.random() < 0.05 else 1)
-    drawn = int(np.clip(round(rng.normal(mean, 5)), min(5, config.seq_len), config.padded_len))
+    drawn = int(
+      np.clip(round(rng.normal(mean, 5)), min(5, config.seq_len), config.padded_len)
+    )
     steps = min(drawn, length - 1 - start)
-    yield Place(np.array([start], np.int32), np.array([steps], np.int32)), steps / config.seq_len
+    yield (
+      Place(np.array([start], np.int32), np.array([steps], np.int32)),
+      steps / config.seq_len,
+    )
     start += steps
 
 
-def portions(config: Config, method: str, length: int, seed: int, epoch: int) -> Iterator[epochs.Portion]:
-  """An epoch's batches, with the updates they give and the factor of the learning rate."""
+def portions(
+  config: Config, method: str, length: int, seed: int, epoch: int
+) -> Iterator[epochs.Portion]:
+  """An epoch's batches, with the updates they give and the factor of the learning
+  rate.
+  """
   if config.random_lengths:
     pairs = random_places(config, length, np.random.default_rng((seed, epoch)))
   else:
@@ -260,15 +392,22 @@ def portions(config: Config, method: str, length: int, seed: int, epoch: int) ->
 
 
 def active_updates(config: Config, method: str, place: Place) -> np.ndarray:
-  """Updates that each batch gives: K or one, fewer where a padded batch ends before the last windows."""
+  """Updates that each batch gives: K or one, fewer where a padded batch ends before the
+  last windows.
+  """
   num_windows, updates = recipe.updates_a_sequence(config, method, config.padded_len)
   if place.steps is None or updates == config.inner_steps:
     return np.full(len(place.start), updates // config.inner_steps)
-  return (fptt_jax.cut(config.padded_len, num_windows=num_windows).starts[None, :] < place.steps[:, None]).sum(1)
+  return (
+    fptt_jax.make_windows(config.padded_len, num_windows=num_windows).starts[None, :]
+    < place.steps[:, None]
+  ).sum(1)
 
 
 def nats(trainer: fptt_jax.Trainer, params: Any, tokens: np.ndarray) -> float:
-  """Mean cross-entropy a token of a whole text read as one stream, hidden state carried from beginning to end."""
+  """Mean cross-entropy a token of a whole text read as one stream, hidden state carried
+  from beginning to end.
+  """
   hidden, sums = None, {'loss': 0.0, 'count': 0}
   for batch in streams.sequences(tokens, EVALUATION_STEPS, 1):
     if hidden is None:
@@ -286,16 +425,30 @@ def to_score(config: Config, mean_nats: float) -> float:
   return math.exp(mean_nats) if mean_nats < 700 else math.inf
 
 
-def adapted(config: Config, model: fptt_jax.Model, loss: fptt_jax.Loss, params: Any, text: Text) -> tuple[float, float]:
-  """(validation, test) cross-entropy by dynamic evaluation, its settings chosen on the validation text."""
+def adapted(
+  config: Config, model: fptt_jax.Model, loss: fptt_jax.Loss, params: Any, text: Text
+) -> tuple[float, float]:
+  """(validation, test) cross-entropy by dynamic evaluation, its settings chosen on the
+  validation text.
+  """
   segment = 20 if config.by_characters else dynamic_evaluation.SEGMENT
   steps = -(-config.seq_len // segment) * segment
-  training = processes.until_stopped(streams.sequences(text.train, steps, config.batch_size))
-  rms = dynamic_evaluation.gradient_statistics(model, loss, params, training, segment=segment)
+  training = processes.until_stopped(
+    streams.sequences(text.train, steps, config.batch_size)
+  )
+  rms = dynamic_evaluation.gradient_statistics(
+    model, loss, params, training, segment=segment
+  )
   evaluate = dynamic_evaluation.evaluator(model, loss, params, rms, segment=segment)
-  read = lambda tokens: list(streams.sequences(tokens, EVALUATION_STEPS // segment * segment, 1))
-  heeding = lambda batches, *settings: evaluate(processes.until_stopped(batches), *settings)
-  best = dynamic_evaluation.tune(heeding, read(text.valid[: config.dynamic_tokens or None]))[0]
+  read = lambda tokens: list(
+    streams.sequences(tokens, EVALUATION_STEPS // segment * segment, 1)
+  )
+  heeding = lambda batches, *settings: evaluate(
+    processes.until_stopped(batches), *settings
+  )
+  best = dynamic_evaluation.tune(
+    heeding, read(text.valid[: config.dynamic_tokens or None])
+  )[0]
   return best.nats, heeding(read(text.test), best.learning_rate, best.decay)
 
 
@@ -304,22 +457,40 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
   model = make_model(config, len(text.vocabulary))
   loss = fptt_jax.losses.sequence_classification(len(text.vocabulary))
   steps = recipe.window_steps(config, method, config.padded_len)
-  meshes = recipe.choose_meshes(config, config.batch_size, config.hidden, steps, members)
+  meshes = recipe.choose_meshes(
+    config, config.batch_size, config.hidden, steps, members
+  )
   wrap = epochs.averaging_wrapper(config)
   score = 'bpc' if config.by_characters else 'ppl'
   side_by_side = streams.streams(text.train, config.batch_size)
   num_batches = -(-(len(side_by_side) - 1) // config.seq_len)
-  decay = epochs.decay_schedule(config, num_batches * recipe.updates_a_sequence(config, method, config.padded_len)[1])
+  decay = epochs.decay_schedule(
+    config,
+    num_batches * recipe.updates_a_sequence(config, method, config.padded_len)[1],
+  )
   trainer = recipe.make_trainer(
-    config, method, model, loss, config.padded_len, decay=decay, mesh=meshes.batch, carry_hidden=True, wrap=wrap
+    config,
+    method,
+    model,
+    loss,
+    config.padded_len,
+    decay=decay,
+    mesh=meshes.batch,
+    carry_hidden=True,
+    wrap=wrap,
   )
 
   def test(params: Any) -> dict[str, float]:
     scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
     if config.dynamic_evaluation:
-      here = jax.device_put(jax.tree.map(processes.whole, params), jax.local_devices()[0])
+      here = jax.device_put(
+        jax.tree.map(processes.whole, params), jax.local_devices()[0]
+      )
       best, found = adapted(config, model, loss, here, text)
-      scores |= {f'dynamic_valid_{score}': to_score(config, best), f'dynamic_test_{score}': to_score(config, found)}
+      scores |= {
+        f'dynamic_valid_{score}': to_score(config, best),
+        f'dynamic_test_{score}': to_score(config, found),
+      }
     return scores
 
   return epochs.Task(
@@ -329,7 +500,9 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
     split=True,
     fetch=None,
     meshes=meshes,
-    portions=lambda epoch, seed: portions(config, method, len(side_by_side), seed, epoch),
+    portions=lambda epoch, seed: portions(
+      config, method, len(side_by_side), seed, epoch
+    ),
     num_batches=num_batches,
     validate=lambda params: to_score(config, nats(trainer, params, text.valid)),
     test=test,
@@ -339,38 +512,64 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
   )
 
 
-def train(text: Text, chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> None:
+def train(
+  text: Text, chosen: list[Member], folder: Path, evaluated: Callable[[], None]
+) -> None:
   """Trains runs of one method side by side, and keeps what came of each."""
   config, method = chosen[0].config, chosen[0].method
   extra = {
     'K': recipe.updates_a_sequence(config, method, config.padded_len)[0],
     'recurrent_parameters': cells.recurrent_parameters(config.cell, widths(config)),
   }
-  epochs.train(config, make_task(config, text, method, len(chosen)), chosen, folder, extra, evaluated)
+  epochs.train(
+    config,
+    make_task(config, text, method, len(chosen)),
+    chosen,
+    folder,
+    extra,
+    evaluated,
+  )
 
 
-def run(config: Config, folder: str, plot: Plot | None = None) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed, drawing `plot` meanwhile: (the folder, a summary each)."""
+def run(
+  config: Config, folder: str, plot: Plot | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+  """Trains by each method from each seed, drawing `plot` meanwhile: (the folder, a
+  summary each).
+  """
   text = data.load_text(SOURCES[config.task], config.data_dir)
-  path = runs.open_workdir(folder, 'language_model', config, text_sha256=data.fingerprint(text))
+  path = runs.open_workdir(
+    folder, 'language_model', config, text_sha256=data.fingerprint(text)
+  )
   described = {'data_dir': config.data_dir, 'vocabulary': text.vocabulary}
   processes.told(runs.write_json, path / 'data.json', described)
   text = text._replace(train=text.train[: config.train_tokens or None])
   kind = 'characters' if config.by_characters else 'words'
   print(
-    f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} {kind}, vocabulary {len(text.vocabulary):,}; '
-    f'T={config.seq_len}, {config.layers} x {config.cell} {config.hidden}, batch {config.batch_size}; writing to {path}'
+    f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} '
+    f'{kind}, vocabulary {len(text.vocabulary):,}; '
+    f'T={config.seq_len}, {config.layers} x {config.cell} {config.hidden}, batch '
+    f'{config.batch_size}; writing to {path}'
   )
-  size = 1 if config.random_lengths else recipe.population_size(config, config.batch_size, config.hidden)
+  size = (
+    1
+    if config.random_lengths
+    else recipe.population_size(config, config.batch_size, config.hidden)
+  )
   evaluated = reporting.live(path, config, plot)
-  return path, train_all(config, path, size, lambda chosen: train(text, chosen, path, evaluated))
+  return path, train_all(
+    config, path, size, lambda chosen: train(text, chosen, path, evaluated)
+  )
 
 
 def print_sample(config: Config) -> None:
   """Print a text drawn from the run in --workdir."""
   trained = trained_runs.load_run(config.workdir)
   if trained.script != 'language_model':
-    raise options.UserError(f'--workdir={config.workdir} holds a run of {trained.script}, not a language model.')
+    raise options.UserError(
+      f'--workdir={config.workdir} holds a run of {trained.script}, not a language '
+      'model.'
+    )
   print(
     sampling.sample_text(
       trained,
@@ -388,7 +587,11 @@ def main(config: Config) -> None:
     print_sample(config)
     return
   processes.join(config.coordinator, config.num_processes, config.process_id)
-  score, label = ('valid_bpc', 'validation bits per character') if config.by_characters else ('valid_ppl', 'validation perplexity')
+  score, label = (
+    ('valid_bpc', 'validation bits per character')
+    if config.by_characters
+    else ('valid_ppl', 'validation perplexity')
+  )
   title = f'{config.task}, {config.layers} x {config.cell} {config.hidden}'
   plot = Plot(f'{score}.png', title, score, label, (('step', 'epoch'),))
   folder, summaries = run(config, config.workdir, plot)

@@ -1,6 +1,7 @@
 """Runs that are trained side by side, by one program: seeds, and values out of a grid.
 
-Each has its folder, its metrics and its checkpoints as if it were alone, so a run may go on with others than it began with.
+Each has its folder, its metrics and its checkpoints as if it were alone, so a run may
+go on with others than it began with.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +33,8 @@ class Member(NamedTuple):
     method: its method.
     seed: its seed.
     varied: which settings are out of the grid.
-    stand_in: whether it only fills a program up, in place of a run that has ended: nothing of it is kept.
+    stand_in: whether it only fills a program up, in place of a run that has ended:
+      nothing of it is kept.
   """
 
   config: Any
@@ -44,12 +46,23 @@ class Member(NamedTuple):
   @property
   def name(self) -> str:
     """Name of its folder."""
-    return '-'.join([self.method, f'seed{self.seed}', *(f'{name}{short(value)}' for name, value in self.varied.items())])
+    return '-'.join(
+      [
+        self.method,
+        f'seed{self.seed}',
+        *(f'{name}{short(value)}' for name, value in self.varied.items()),
+      ]
+    )
 
   @property
   def label(self) -> str:
     """What is shown of it."""
-    return ' '.join([f'{self.method:>11} seed {self.seed}', *(f'{name} {short(value)}' for name, value in self.varied.items())])
+    return ' '.join(
+      [
+        f'{self.method:>11} seed {self.seed}',
+        *(f'{name} {short(value)}' for name, value in self.varied.items()),
+      ]
+    )
 
 
 def short(value: float) -> str:
@@ -69,14 +82,21 @@ def members(config: recipe.Recipe) -> list[Member]:
   ]
 
 
-def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Callable[[list[Member]], None]) -> list[dict[str, Any]]:
-  """Trains what has not ended before and returns the summary of each run; 'run' in it is the name of its folder.
+def train_all(
+  config: recipe.Recipe,
+  folder: Path,
+  size: int | None,
+  train: Callable[[list[Member]], None],
+) -> list[dict[str, Any]]:
+  """Trains what has not ended before and returns the summary of each run; 'run' in it
+  is the name of its folder.
 
   Args:
     config: what is asked for.
     folder: where the runs' folders are.
     size: how many runs of a method to train at once; None for all.
-    train: trains runs of one method; each is ended by :func:`end`, but for those that stand in for others.
+    train: trains runs of one method; each is ended by :func:`end`, but for those that
+      stand in for others.
 
   Raises:
     Stopped: a signal asked for it, be it after the last batch; all is saved.
@@ -84,11 +104,19 @@ def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Call
   everyone = members(config)
 
   def next_group(method: str) -> tuple[list[int], int]:
-    """Who is trained next, by number, and in a program of how many; nobody when all have ended."""
-    waiting = [n for n, member in enumerate(everyone) if member.method == method and not has_ended(folder, member)]
+    """Who is trained next, by number, and in a program of how many; nobody when all
+    have ended.
+    """
+    waiting = [
+      n
+      for n, member in enumerate(everyone)
+      if member.method == method and not has_ended(folder, member)
+    ]
     if not waiting:
       return [], 0
-    chosen, places = groups([starts(folder / everyone[number].name) for number in waiting], size)[0]
+    chosen, places = groups(
+      [starts(folder / everyone[number].name) for number in waiting], size
+    )[0]
     return [waiting[number] for number in chosen], places
 
   with stopping.heeded():
@@ -99,13 +127,25 @@ def train_all(config: recipe.Recipe, folder: Path, size: int | None, train: Call
         chosen = [everyone[number] for number in group[0]]
         try:
           with runs.locked([folder / member.name for member in chosen]):
-            train(chosen + [chosen[0]._replace(stand_in=True)] * (group[1] - len(chosen)))
+            train(
+              chosen + [chosen[0]._replace(stand_in=True)] * (group[1] - len(chosen))
+            )
         except runs.Broken as broken:  # Set aside: what is left is looked at anew.
           warn(str(broken))
-    if asked := processes.stopped_by():  # Too late for the last run, not for what the caller would do next.
+    if (
+      asked := processes.stopped_by()
+    ):  # Too late for the last run, not for what the caller would do next.
       raise stopping.Stopped(f'stopped by {asked}, all these runs have ended')
-  results = processes.told(lambda: [{'run': member.name, **runs.read_json(_result(folder, member))} for member in everyone])
-  return [{name: value for name, value in result.items() if name != 'config_sha256'} for result in results]
+  results = processes.told(
+    lambda: [
+      {'run': member.name, **runs.read_json(_result(folder, member))}
+      for member in everyone
+    ]
+  )
+  return [
+    {name: value for name, value in result.items() if name != 'config_sha256'}
+    for result in results
+  ]
 
 
 def end(folder: Path, member: Member, summary: dict[str, Any], params: Any) -> None:
@@ -120,7 +160,12 @@ def end(folder: Path, member: Member, summary: dict[str, Any], params: Any) -> N
   if params is not None:
     runs.write_parameters(folder / member.name, params)
   described = {'method': member.method, 'seed': member.seed, **member.varied, **summary}
-  processes.told(lambda: runs.write_json(_result(folder, member), {**described, 'config_sha256': runs.config_sha256(folder)}))
+  processes.told(
+    lambda: runs.write_json(
+      _result(folder, member),
+      {**described, 'config_sha256': runs.config_sha256(folder)},
+    )
+  )
 
 
 def warn(text: str) -> None:
@@ -132,7 +177,9 @@ def warn(text: str) -> None:
 def has_ended(folder: Path, member: Member) -> bool:
   """Whether a run has come to its end under the folder's configuration."""
   result = _result(folder, member)
-  return runs.exists(result) and runs.read_json(result).get('config_sha256') == runs.config_sha256(folder)
+  return runs.exists(result) and runs.read_json(result).get(
+    'config_sha256'
+  ) == runs.config_sha256(folder)
 
 
 def _result(folder: Path, member: Member) -> Path:
@@ -140,23 +187,35 @@ def _result(folder: Path, member: Member) -> Path:
 
 
 def starts(folder: Path) -> dict[int, int]:
-  """Steps that a run may go on from, and how many runs were in the program until then: steps after which it was saved, and 0 (of 0)
-  when at most one checkpoint has ever been written."""
-  saved = {step: runs.saved_beside(folder, step).get('places', 1) for step in runs.saved_steps(folder)}
+  """Steps that a run may go on from, and how many runs were in the program until then:
+  steps after which it was saved, and 0 (of 0) when at most one checkpoint has ever been
+  written.
+  """
+  saved = {
+    step: runs.saved_beside(folder, step).get('places', 1)
+    for step in runs.saved_steps(folder)
+  }
   return saved if len(saved) > 1 or (folder / 'broken').exists() else {0: 0, **saved}
 
 
-def groups(saved: list[dict[int, int]], size: int | None) -> list[tuple[list[int], int]]:
-  """Which runs to train together, by number, all of which can go on from the same step, and in a program of how many: of as many as
-  before, whoever has ended since, so that they round as before. At most `size`.
+def groups(
+  saved: list[dict[int, int]], size: int | None
+) -> list[tuple[list[int], int]]:
+  """Which runs to train together, by number, all of which can go on from the same step,
+  and in a program of how many: of as many as before, whoever has ended since, so that
+  they round as before. At most `size`.
 
-  A process may have been killed while it saved its runs: some are one interval ahead, and go back to where the others are.
+  A process may have been killed while it saved its runs: some are one interval ahead,
+    and go back to where the others are.
 
   Args:
     saved: what :func:`starts` tells of each run.
   """
   last = [max(steps) for steps in saved]
-  left, chosen = sorted(range(len(saved)), key=lambda number: (last[number], number)), []
+  left, chosen = (
+    sorted(range(len(saved)), key=lambda number: (last[number], number)),
+    [],
+  )
   while left:
     common = last[left[0]]
     places = saved[left[0]][common]
@@ -167,28 +226,35 @@ def groups(saved: list[dict[int, int]], size: int | None) -> list[tuple[list[int
 
 
 def chunks(number: int, size: int) -> list[np.ndarray]:
-  """0..N-1 cut into parts of at most `size`, 0 for all, of as few lengths as can be: each length is a program to compile."""
+  """0..N-1 cut into parts of at most `size`, 0 for all, of as few lengths as can be:
+  each length is a program to compile.
+  """
   return np.array_split(np.arange(number), -(-number // size) if size else 1)
 
 
 def remaining(parts: list[np.ndarray], done: int) -> Iterator[np.ndarray]:
-  """What is left of the parts of 0..N-1 when the first `done` numbers are: the same parts, whenever it was that they were left."""
+  """What is left of the parts of 0..N-1 when the first `done` numbers are: the same
+  parts, whenever it was that they were left.
+  """
   for part in parts:
     if part[-1] >= done:
       yield part[part >= done]
 
 
 class Population:
-  """Runs of one method and the program that trains them. What is a list here has an entry for each.
+  """Runs of one method and the program that trains them. What is a list here has an
+  entry for each.
 
   A run by itself is not stacked: its program is the plain one.
 
   Attributes:
     members: the runs, those that stand in for others last.
     runs: the folders of those that do not.
-    source: what all batches are read from, on the device or on each of them, or split over them.
+    source: what all batches are read from, on the device or on each of them, or split
+      over them.
     end_epoch: as the trainer's, of what is stacked.
-    lost: of the runs, by number, whose loss or gradient is no longer finite: where that began.
+    lost: of the runs, by number, whose loss or gradient is no longer finite: where that
+      began.
   """
 
   def __init__(
@@ -211,19 +277,32 @@ class Population:
       evaluated: is called after each evaluation of a run.
     """
     own = [member for member in members if not member.stand_in]
-    for member in own[1:]:  # Of the first the trainer's optimiser is made, and warned about.
+    for member in own[
+      1:
+    ]:  # Of the first the trainer's optimizer is made, and warned about.
       recipe.warn_if_unstable(member.config, member.method)
     self.members, self.lost = members, dict[int, str]()
     self._norms: list[list[tuple[float, float]]] = [[] for _ in own]
     self._warned: set[int] = set()
-    self.runs = [runs.Run(folder / member.name, members[0].config.keep) for member in own]
+    self.runs = [
+      runs.Run(folder / member.name, members[0].config.keep) for member in own
+    ]
     self._evaluated = evaluated
     self._loggers: list[TensorBoard] = []  # One per run, or none.
-    self._saved, self._interval = time.monotonic(), 60 * members[0].config.checkpoint_minutes
+    self._saved, self._interval = (
+      time.monotonic(),
+      60 * members[0].config.checkpoint_minutes,
+    )
     self._alone = len(members) == 1
     self._trainer, self._read, self._fetch, self._meshes = trainer, read, fetch, meshes
-    many = trainer if self._alone else fptt_jax.population(trainer, own_batches=True, mesh=meshes.members)
-    self._steps = fptt_jax.scan_steps(many, read if self._alone else jax.vmap(read, in_axes=(None, 0)))
+    many = (
+      trainer
+      if self._alone
+      else fptt_jax.vmap_trainer(trainer, own_batches=True, mesh=meshes.members)
+    )
+    self._steps = fptt_jax.scan_train_steps(
+      many, read if self._alone else jax.vmap(read, in_axes=(None, 0))
+    )
     self.end_epoch = many.end_epoch
     self.source = self._placed(source, split)
 
@@ -236,13 +315,27 @@ class Population:
     mesh = self._meshes.batch or self._meshes.members
     if mesh is None:
       return jax.device_put(source)
-    place = NamedSharding(mesh, PartitionSpec(None, 'devices') if split and self._meshes.batch else PartitionSpec())
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index]), source)
+    place = NamedSharding(
+      mesh,
+      PartitionSpec(None, 'devices')
+      if split and self._meshes.batch
+      else PartitionSpec(),
+    )
+    return jax.tree.map(
+      lambda leaf: jax.make_array_from_callback(
+        leaf.shape, place, lambda index: leaf[index]
+      ),
+      source,
+    )
 
   def start(
-    self, keys: list[jax.Array], items: list[Any], beside: Callable[[fptt_jax.TrainState], Any] = lambda state: ()
+    self,
+    keys: list[jax.Array],
+    items: list[Any],
+    beside: Callable[[fptt_jax.TrainState], Any] = lambda state: (),
   ) -> tuple[int, tuple[fptt_jax.TrainState, Any], list[dict[str, Any]]]:
-    """(step, (state, what is saved beside it), records) that all go on from, with the hyper-parameters of each configuration.
+    """(step, (state, what is saved beside it), records) that all go on from, with the
+    hyper-parameters of each configuration.
 
     Args:
       keys: each run's PRNG key.
@@ -252,14 +345,24 @@ class Population:
     saved = processes.told(lambda: [runs.saved_steps(run.folder) for run in self.runs])
     step = min(steps[-1] if steps else 0 for steps in saved)
     carries, records = [], []
-    for member, run, key, item in zip(self.members, self.runs, keys, items, strict=False):
-      batch = lambda source, item=item: self._read(source, item if self._fetch is None else self._fetch(item))
+    for member, run, key, item in zip(
+      self.members, self.runs, keys, items, strict=False
+    ):
+      batch = lambda source, item=item: self._read(
+        source, item if self._fetch is None else self._fetch(item)
+      )
       shapes = jax.process_count() > 1
-      state = self._trainer.init(key, jax.eval_shape(batch, self.source) if shapes else batch(self.source))
+      state = self._trainer.init(
+        key, jax.eval_shape(batch, self.source) if shapes else batch(self.source)
+      )
       (state, other), record = run.restore(step, (state, beside(state)))
       named = recipe.hyperparameters(member.config, member.method)
-      settings = processes.alike({name: jnp.asarray(value, jnp.float32) for name, value in named.items()})
-      carries.append((state._replace(opt_state=optax.tree.set(state.opt_state, **settings)), other))
+      settings = processes.alike(
+        {name: jnp.asarray(value, jnp.float32) for name, value in named.items()}
+      )
+      carries.append(
+        (state._replace(opt_state=optax.tree.set(state.opt_state, **settings)), other)
+      )
       records.append(record)
     if self.members[0].config.logger == 'tensorboard' and processes.is_first():
       self._loggers = [TensorBoard(run.folder, step) for run in self.runs]
@@ -268,22 +371,49 @@ class Population:
       records.append(records[0])
     if recipe.over_all_devices(self.members[0].config):
       leaves = jax.tree.leaves((state.params, state.opt_state))
-      here = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves) / 1e6
+      here = (
+        sum(
+          math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+          for leaf in leaves
+        )
+        / 1e6
+      )
       whole = sum(leaf.nbytes for leaf in leaves) / 1e6
-      print(f'weights and optimiser state: {whole:.3g} MB, {here:.3g} MB on each of {jax.device_count()} devices')
+      print(
+        f'weights and optimizer state: {whole:.3g} MB, {here:.3g} MB on each of '
+        f'{jax.device_count()} devices'
+      )
     return step, self.stack(carries), records
 
-  def steps(self, state: fptt_jax.TrainState, items: list[Any]) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
-    """N steps of each run, one program: items with a leading axis of length N; metrics have leading axes [N, R]."""
+  def steps(
+    self, state: fptt_jax.TrainState, items: list[Any]
+  ) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
+    """N steps of each run, one program: items with a leading axis of length N; metrics
+    have leading axes [N, R].
+    """
     if self._fetch is not None:
       several = jax.process_count() > 1
-      items = [processes.rows(self._fetch, item, self._meshes.batch) if several else self._fetch(item) for item in items]
-    together = items[0] if self._alone else jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *items)
+      items = [
+        processes.rows(self._fetch, item, self._meshes.batch)
+        if several
+        else self._fetch(item)
+        for item in items
+      ]
+    together = (
+      items[0]
+      if self._alone
+      else jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *items)
+    )
     state, metrics = self._steps(state, self.source, together)
-    return state, jax.tree.map(lambda leaf: leaf[:, None], metrics) if self._alone else metrics
+    return state, jax.tree.map(
+      lambda leaf: leaf[:, None], metrics
+    ) if self._alone else metrics
 
-  def look(self, metrics: fptt_jax.StepMetrics, batches: int, windows: np.ndarray | None = None) -> None:
-    """Notes which runs are lost after these N batches, gives the loggers what was measured, and warns of a lambda that runs away.
+  def look(
+    self, metrics: fptt_jax.StepMetrics, batches: int, windows: np.ndarray | None = None
+  ) -> None:
+    """Notes which runs are lost after these N batches, gives the loggers what was
+    measured, and warns of a lambda that runs away.
 
     Args:
       metrics: what the batches' steps saw, with leading axes [N, R].
@@ -294,19 +424,30 @@ class Population:
     for number, member in enumerate(self.members):
       if number in self.lost or number in self.stand_ins:
         continue
-      own, radius = jax.tree.map(lambda leaf, number=number: leaf[:, number], metrics), recipe.radius(member.config, member.method)
-      found = fptt_jax.find_nonfinite(own, first_update=batches * own.loss.shape[1], radius=radius)
+      own, radius = (
+        jax.tree.map(lambda leaf, number=number: leaf[:, number], metrics),
+        recipe.radius(member.config, member.method),
+      )
+      found = fptt_jax.find_nonfinite(
+        own, first_update=batches * own.loss.shape[1], radius=radius
+      )
       if found is not None:
         self.lost[number] = found
         continue
       self._log_means(number, own, batches, windows)
       norms = self._norms[number]
-      norms.extend(zip(own.lambda_norm.tolist(), own.grad_norm.max(1).tolist(), strict=True))
+      norms.extend(
+        zip(own.lambda_norm.tolist(), own.grad_norm.max(1).tolist(), strict=True)
+      )
       del norms[:-REMEMBERED]
       lambdas, gradients = np.array(norms).T
-      if number not in self._warned and fptt_jax.lambda_diverges(lambdas, gradients[:, None]):
+      if number not in self._warned and fptt_jax.lambda_diverges(
+        lambdas, gradients[:, None]
+      ):
         self._warned.add(number)
-        known = '' if radius is None else f", the recursion's spectral radius {radius:.3g}"
+        known = (
+          '' if radius is None else f", the recursion's spectral radius {radius:.3g}"
+        )
         text = f'lambda runs away: its norm is {lambdas[-1]:.3g} after batch {batches + len(own.loss):,}{known}; lower lr * alpha'
         warn(f'{member.label}: {text}')
 
@@ -327,7 +468,7 @@ class Population:
       'train/loss': metrics.loss[made].mean(dtype=np.float64),
       'train/grad_norm': metrics.grad_norm[made].mean(dtype=np.float64),
     }
-    if fptt_jax.METHODS[self.members[number].method].regularised:
+    if fptt_jax.METHODS[self.members[number].method].regularized:
       scalars['train/lambda_norm'] = metrics.lambda_norm[-1]
     self._loggers[number].log(batches + len(made), scalars)
 
@@ -367,18 +508,29 @@ class Population:
     """What the program takes of what each run has."""
     if self._alone:
       return trees[0]
-    stacked, mesh = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), self._meshes.members
-    return stacked if mesh is None else jax.device_put(stacked, NamedSharding(mesh, PartitionSpec('devices')))
+    stacked, mesh = (
+      jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),
+      self._meshes.members,
+    )
+    return (
+      stacked
+      if mesh is None
+      else jax.device_put(stacked, NamedSharding(mesh, PartitionSpec('devices')))
+    )
 
   def unstack(self, tree: Any) -> list[Any]:
     """What each run has of what the program gives."""
     if self._alone:
       return [tree]
     tree = jax.device_put(tree, jax.local_devices()[0])
-    return [jax.tree.map(lambda leaf, number=number: leaf[number], tree) for number in range(len(self.members))]
+    return [
+      jax.tree.map(lambda leaf, number=number: leaf[number], tree)
+      for number in range(len(self.members))
+    ]
 
   def save(self, step: int, carry: Any, records: dict[int, dict[str, Any]]) -> None:
-    """Saves the runs that have a record, by number, in the background: none before all have been saved the last time.
+    """Saves the runs that have a record, by number, in the background: none before all
+    have been saved the last time.
 
     A run that is lost keeps the checkpoint from before.
 
@@ -390,7 +542,9 @@ class Population:
       logger.flush()  # What a checkpoint follows is on the disk before it.
     for number, member_carry in enumerate(self.unstack(carry)):
       if number in records and number not in self.lost:
-        self.runs[number].save(step, member_carry, places=len(self.members), **records[number])
+        self.runs[number].save(
+          step, member_carry, places=len(self.members), **records[number]
+        )
     self._saved = time.monotonic()
     if asked := processes.stopped_by():
       self.close()
@@ -402,8 +556,13 @@ class Population:
       run.wait()
 
   def due(self) -> bool:
-    """Whether to save before the interval has ended: a signal or the clock asks for it."""
-    return processes.agreed(stopping.requested() is not None or time.monotonic() - self._saved > self._interval)
+    """Whether to save before the interval has ended: a signal or the clock asks for
+    it.
+    """
+    return processes.agreed(
+      stopping.requested() is not None
+      or time.monotonic() - self._saved > self._interval
+    )
 
   def close(self) -> None:
     """Waits for the last checkpoints; nothing more is saved."""

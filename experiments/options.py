@@ -1,4 +1,6 @@
-"""Configurations as dataclasses, and the absl flags made from them: a setting is declared in one place."""
+"""Configurations as dataclasses, and the absl flags made from them: a setting is
+declared in one place.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -20,7 +22,7 @@ import jax
 
 from experiments import stopping
 import fptt_jax
-from fptt_jax.checks import HUGE, MOST, TINY, as_number
+from fptt_jax.checks import FLOAT32_MAX, FLOAT32_TINY, INT32_MAX, as_number
 
 # The flags belong to the script that defines them, so that its --help shows them.
 flags.disclaim_key_flags()
@@ -29,7 +31,9 @@ flags.disclaim_key_flags()
 PLACES = ('workdir', 'data_dir', 'coordinator', 'process_id')
 """Flags that say where a process runs, which means nothing on another machine."""
 PATIENCE = 5.0
-"""Seconds that what runs in the background is given when the process ends by an error."""
+"""Seconds that what runs in the background is given when the process ends by an
+error.
+"""
 MOST_RUNS = 10_000
 """So many seeds or combinations of a grid are no slip of the pen."""
 
@@ -39,7 +43,9 @@ class UserError(Exception):
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-  """A dataclass field that is also a flag. A tuple as default makes a comma-separated list."""
+  """A dataclass field that is also a flag. A tuple as default makes a comma-separated
+  list.
+  """
   return dataclasses.field(default=default, metadata={'help': text, 'choices': choices})
 
 
@@ -54,15 +60,18 @@ def run(
   presets: dict[str, dict[str, Any]] | None = None,
   workdir: Callable[[Any], str] = dated_folder,
 ) -> None:
-  """Defines a flag for each field of `config_class`, parses the command line, and calls `main` with the configuration.
+  """Defines a flag for each field of `config_class`, parses the command line, and calls
+  `main` with the configuration.
 
-  A run that a signal has stopped ends with the exit code of `experiments.stopping`, one that Ctrl-C has cut off with 130, one that
-  cannot go on with 1; each says how to go on.
+  A run that a signal has stopped ends with the exit code of `experiments.stopping`, one
+  that Ctrl-C has cut off with 130, one that cannot go on with 1; each says how to go
+  on.
 
   Args:
     main: takes the configuration.
     config_class: a dataclass of :func:`option` fields.
-    presets: by value of the flag 'task', other defaults of other flags; what the command line gives goes before them.
+    presets: by value of the flag 'task', other defaults of other flags; what the
+      command line gives goes before them.
     workdir: (configuration) -> the folder where none is given.
   """
   _show_any_letter()
@@ -71,16 +80,22 @@ def run(
     _define(field)
 
   def parsed(argv: list[str]) -> None:
-    fptt_jax.cpu_setup()
+    fptt_jax.use_cpu_devices()
     if len(argv) > 1:
       raise SystemExit(f'error: {_stray(argv[1], config_class)} See --help.')
     if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.FATAL)  # orbax prints tracebacks of errors that are raised as well
+      logging.set_verbosity(
+        logging.FATAL
+      )  # orbax prints tracebacks of errors that are raised as well
     try:
-      settings = {field.name: _read(field, flags.FLAGS[field.name].value) for field in fields}
+      settings = {
+        field.name: _read(field, flags.FLAGS[field.name].value) for field in fields
+      }
       if presets:
         preset = presets.get(settings['task'], {})
-        settings |= {name: value for name, value in preset.items() if not flags.FLAGS[name].present}
+        settings |= {
+          name: value for name, value in preset.items() if not flags.FLAGS[name].present
+        }
       config = config_class(**settings)
     except ValueError as error:
       raise SystemExit(f'error: {error} See --help.') from error
@@ -96,13 +111,21 @@ def run(
       _tell(f'{stopped}; go on by\n  {shlex.join(again)}')
       raise SystemExit(stopping.EXIT_CODE) from stopped
     except KeyboardInterrupt:
-      _leave(f'cut off by Ctrl-C; what was saved is used again by\n  {shlex.join(again)}', 130)
+      _leave(
+        f'cut off by Ctrl-C; what was saved is used again by\n  {shlex.join(again)}',
+        130,
+      )
     except Exception as error:
       if jax.process_count() == 1:
         raise
-      if not isinstance(error, jax.errors.JaxRuntimeError):  # Those come of others' ends.
+      if not isinstance(
+        error, jax.errors.JaxRuntimeError
+      ):  # Those come of others' ends.
         traceback.print_exc()
-      _leave(f'error: {error}\nIf another process has ended, start all of them again; they go on by\n  {shlex.join(again)}', 1)
+      _leave(
+        f'error: {error}\nIf another process has ended, start all of them again; they go on by\n  {shlex.join(again)}',
+        1,
+      )
 
   app.run(parsed, flags_parser=lambda argv: _parse_flags(argv, config_class))
 
@@ -130,9 +153,13 @@ def _parse_flags(argv: list[str], config_class: Any) -> list[str]:
   try:
     remaining: list[str] = flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    raise SystemExit(f'error: {_unknown_flag(error.flagname, config_class)} See --help.') from error
+    raise SystemExit(
+      f'error: {_unknown_flag(error.flagname, config_class)} See --help.'
+    ) from error
   except flags.Error as error:
-    raise SystemExit(f'error: {_illegal_value(str(error), config_class)} See --help.') from error
+    raise SystemExit(
+      f'error: {_illegal_value(str(error), config_class)} See --help.'
+    ) from error
   return remaining
 
 
@@ -145,7 +172,9 @@ def _unknown_flag(name: str, config_class: Any) -> str:
       names.append(f'no{field.name}')
   inside = [known for known in names if name in known or known in name]
   described = [
-    field.name for field in dataclasses.fields(config_class) if field.metadata['help'].startswith(name.replace('_', ' '))
+    field.name
+    for field in dataclasses.fields(config_class)
+    if field.metadata['help'].startswith(name.replace('_', ' '))
   ]
   near = difflib.get_close_matches(name, names, 1) or inside[:1] or described[:1]
   near = near or difflib.get_close_matches(name, names, 1, cutoff=0.4)
@@ -157,8 +186,8 @@ def _illegal_value(text: str, config_class: Any) -> str:
 
   Args:
     text: absl's message.
-    config_class: a dataclass of :func:`option` fields, of which `COMPARABLE` names those
-      that --grid takes.
+    config_class: a dataclass of :func:`option` fields, of which `COMPARABLE` names
+      those that --grid takes.
   """
   match = re.fullmatch(r'flag --(\w+)=(.*?): .*', text, re.DOTALL)
   fields = {field.name: field for field in dataclasses.fields(config_class)}
@@ -169,7 +198,12 @@ def _illegal_value(text: str, config_class: Any) -> str:
   if field.metadata['choices']:
     expected = f'one of {", ".join(field.metadata["choices"])}'
   else:
-    expected = {bool: 'true or false', int: 'an integer', float: 'a number', str: 'a text'}[_kind(field)]
+    expected = {
+      bool: 'true or false',
+      int: 'an integer',
+      float: 'a number',
+      str: 'a text',
+    }[_kind(field)]
   hint = ''
   values = [part for part in re.split(r'[,:;\s\[\]()]+', value) if part]
   if len(values) > 1:
@@ -224,8 +258,8 @@ def command() -> str | None:
 def _leave(text: str, code: int) -> NoReturn:
   """End this process with a last word, whatever waits in the background.
 
-  An orderly end of one of several processes waits for the others, and after a checkpoint
-  that could not be written orbax's threads wait for minutes.
+  An orderly end of one of several processes waits for the others, and after a
+  checkpoint that could not be written orbax's threads wait for minutes.
 
   Args:
     text: what to say.
@@ -233,11 +267,15 @@ def _leave(text: str, code: int) -> NoReturn:
   """
   _tell(text)
   deadline = time.monotonic() + PATIENCE
-  others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+  others = [
+    thread for thread in threading.enumerate() if thread is not threading.main_thread()
+  ]
   for thread in others:
     if not thread.daemon and jax.process_count() == 1:
       thread.join(max(0.0, deadline - time.monotonic()))
-  if jax.process_count() > 1 or any(thread.is_alive() and not thread.daemon for thread in others):
+  if jax.process_count() > 1 or any(
+    thread.is_alive() and not thread.daemon for thread in others
+  ):
     sys.stdout.flush()
     os._exit(code)
   raise SystemExit(code)
@@ -248,13 +286,22 @@ def _tell(text: str) -> None:
 
 
 def _define(field: Any) -> None:
-  text, choices, default = field.metadata['help'], field.metadata['choices'], field.default
+  text, choices, default = (
+    field.metadata['help'],
+    field.metadata['choices'],
+    field.default,
+  )
   if isinstance(default, tuple):
     flags.DEFINE_list(field.name, [str(value) for value in default], text)
   elif choices:
     flags.DEFINE_enum(field.name, default, list(choices), text)
   else:
-    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    define = {
+      bool: flags.DEFINE_bool,
+      int: flags.DEFINE_integer,
+      float: flags.DEFINE_float,
+      str: flags.DEFINE_string,
+    }
     define[_kind(field)](field.name, default, text)
 
 
@@ -266,7 +313,9 @@ def _kind(field: Any) -> type:
 
 
 def _read(field: Any, value: Any) -> Any:
-  """A list flag's strings as a tuple of the default's type; '0:3' stands for 0, 1, 2."""
+  """A list flag's strings as a tuple of the default's type; '0:3' stands for 0, 1,
+  2.
+  """
   if not isinstance(field.default, tuple):
     return value
   if 'int' not in str(field.type):
@@ -274,7 +323,9 @@ def _read(field: Any, value: Any) -> Any:
   items: list[int] = []
   for text in value:
     parts = [part.strip() for part in text.split(':')]
-    are_integers = len(parts) <= 2 and all(part.isdecimal() and len(part) <= len(str(MOST)) for part in parts)
+    are_integers = len(parts) <= 2 and all(
+      part.isdecimal() and len(part) <= len(str(INT32_MAX)) for part in parts
+    )
     numbers = [int(part) for part in parts] if are_integers else []
     found = range(*numbers) if len(numbers) == 2 else numbers
     check(len(found) > 0, field.name, text, 'integers, or a range such as 0:3')
@@ -284,7 +335,9 @@ def _read(field: Any, value: Any) -> Any:
 
 
 def check_fields(config: Any) -> None:
-  """Raises unless each setting is what its flag can be: of its type, one of its choices, and a number that 32 bits hold."""
+  """Raises unless each setting is what its flag can be: of its type, one of its
+  choices, and a number that 32 bits hold.
+  """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if isinstance(field.default, tuple):
@@ -299,16 +352,35 @@ def check_fields(config: Any) -> None:
 def _check_field(field: Any, kind: type, value: Any) -> None:
   choices = field.metadata['choices']
   if choices:
-    check(isinstance(value, str) and value in choices, field.name, value, f'one of {", ".join(choices)}')
+    check(
+      isinstance(value, str) and value in choices,
+      field.name,
+      value,
+      f'one of {", ".join(choices)}',
+    )
   elif kind is int:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
-    check(is_integer and abs(value) <= MOST, field.name, value, f'an integer of at most {MOST}')
+    check(
+      is_integer and abs(value) <= INT32_MAX,
+      field.name,
+      value,
+      f'an integer of at most {INT32_MAX}',
+    )
   elif kind is float:
     number = as_number(value)
-    held = number is not None and (number == 0 or not math.isfinite(number) or TINY <= abs(number) <= HUGE)
+    held = number is not None and (
+      number == 0
+      or not math.isfinite(number)
+      or FLOAT32_TINY <= abs(number) <= FLOAT32_MAX
+    )
     check(held, field.name, value, 'a number that float32 holds')
   else:
-    check(isinstance(value, kind), field.name, value, {bool: 'true or false', str: 'a text'}[kind])
+    check(
+      isinstance(value, kind),
+      field.name,
+      value,
+      {bool: 'true or false', str: 'a text'}[kind],
+    )
 
 
 def check(condition: bool, name: str, got: Any, expected: str) -> None:
@@ -318,7 +390,9 @@ def check(condition: bool, name: str, got: Any, expected: str) -> None:
 
 
 def checked(function: Callable[..., Any], *args: Any) -> Any:
-  """`function(*args)`, its ValueError turned into one line for the user: for checks that need the data."""
+  """`function(*args)`, its ValueError turned into one line for the user: for checks
+  that need the data.
+  """
   try:
     return function(*args)
   except ValueError as error:

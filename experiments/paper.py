@@ -2,11 +2,13 @@
 
     python -m experiments.paper --item=table6 --scale=cpu
 
-An item is a list of runs, each in a folder of its own: stop it at any time, the same command goes on. --tune first tries the
-declared learning rates on each line (at scale 'short' also numbers of windows), chosen by validation, and later runs of the item in
-the same folder use what was found.
-It ends with a table (mean, ± half the width of its 95 % confidence interval over the seeds, beside the number that the paper has,
-measured or quoted, and an independent replication's where the setting is theirs) as text, JSON and plot.
+An item is a list of runs, each in a folder of its own: stop it at any time, the same
+command goes on. --tune first tries the declared learning rates on each line (at scale
+'short' also numbers of windows), chosen by validation, and later runs of the item in
+the same folder use what was found. It ends with a table (mean, ± half the width of its
+95 % confidence interval over the seeds, beside the number that the paper has, measured
+or quoted, and an independent replication's where the setting is theirs) as text, JSON
+and plot.
 """
 
 import dataclasses
@@ -37,36 +39,90 @@ class Config:
   item: str = option('fig2', 'figure, table or study', (*items.ITEMS, *studies.STUDIES))
   scale: str = option(
     'cpu',
-    "'full': the paper's setting; 'short': its model, data and length in fewer epochs, rate annealed to 0; 'cpu': reduced, for two "
+    "'full': the paper's setting; 'short': its model, data and length in fewer epochs, "
+    "rate annealed to 0; 'cpu': reduced, for two "
     "cores; 'smoke': seconds, means nothing",
     items.SCALES,
   )
-  methods: tuple[str, ...] = option(('all',), f'only lines of these methods: {", ".join(fptt_jax.METHODS)}')
-  lines: tuple[str, ...] = option(('all',), 'only the lines of these names, as the table shows them')
-  seeds: tuple[int, ...] = option((0,), 'seeds, one run each: 0,1,2 or 0:3')
-  tune: bool = option(False, 'try the declared learning rates, choose by validation, and stop')
-  override_resume: bool = option(False, 'go on with the runs in --workdir under other settings than they began with')
-  data_dir: str = option(
-    '', 'folder with the official data files (or mnist/, cifar10/, ptb/ in it); default a prepared copy or a download'
+  methods: tuple[str, ...] = option(
+    ('all',), f'only lines of these methods: {", ".join(fptt_jax.METHODS)}'
   )
-  workdir: str = option('', 'folder; default runs/ITEM-SCALE, so that the same command resumes')
+  lines: tuple[str, ...] = option(
+    ('all',), 'only the lines of these names, as the table shows them'
+  )
+  seeds: tuple[int, ...] = option((0,), 'seeds, one run each: 0,1,2 or 0:3')
+  tune: bool = option(
+    False, 'try the declared learning rates, choose by validation, and stop'
+  )
+  allow_config_change: bool = option(
+    False, 'go on with the runs in --workdir under other settings than they began with'
+  )
+  data_dir: str = option(
+    '',
+    'folder with the official data files (or mnist/, cifar10/, ptb/ in it); default a '
+    'prepared copy or a download',
+  )
+  workdir: str = option(
+    '', 'folder; default runs/ITEM-SCALE, so that the same command resumes'
+  )
 
   def __post_init__(self) -> None:
     options.check_fields(self)
     known = {'all', *fptt_jax.METHODS}
-    check(set(self.methods) <= known, 'methods', self.methods, f'out of {", ".join(sorted(known))}')
-    check(bool(self.seeds) and min(self.seeds, default=-1) >= 0, 'seeds', self.seeds, 'integers >= 0')
-    check(TUNE_SEED not in self.seeds, 'seeds', self.seeds, f'without {TUNE_SEED}, which tuning draws from')
-    check(len(set(self.seeds)) == len(self.seeds), 'seeds', self.seeds, 'different from each other')
+    check(
+      set(self.methods) <= known,
+      'methods',
+      self.methods,
+      f'out of {", ".join(sorted(known))}',
+    )
+    check(
+      bool(self.seeds) and min(self.seeds, default=-1) >= 0,
+      'seeds',
+      self.seeds,
+      'integers >= 0',
+    )
+    check(
+      TUNE_SEED not in self.seeds,
+      'seeds',
+      self.seeds,
+      f'without {TUNE_SEED}, which tuning draws from',
+    )
+    check(
+      len(set(self.seeds)) == len(self.seeds),
+      'seeds',
+      self.seeds,
+      'different from each other',
+    )
     if self.item in studies.STUDIES:
-      check(self.scale != 'short', 'scale', self.scale, f'another one with --item={self.item}, which trains nothing to an end')
-      for name, only in (('methods', ('all',)), ('lines', ('all',)), ('seeds', (0,)), ('override_resume', False)):
-        check(getattr(self, name) == only, name, getattr(self, name), f'left out with --item={self.item}, which is one study')
-    check(self.item in items.ITEMS or not self.tune, 'tune', self.tune, f'false with --item={self.item}, which has nothing to tune')
+      check(
+        self.scale != 'short',
+        'scale',
+        self.scale,
+        f'another one with --item={self.item}, which trains nothing to an end',
+      )
+      for name, only in (
+        ('methods', ('all',)),
+        ('lines', ('all',)),
+        ('seeds', (0,)),
+        ('allow_config_change', False),
+      ):
+        check(
+          getattr(self, name) == only,
+          name,
+          getattr(self, name),
+          f'left out with --item={self.item}, which is one study',
+        )
+    check(
+      self.item in items.ITEMS or not self.tune,
+      'tune',
+      self.tune,
+      f'false with --item={self.item}, which has nothing to tune',
+    )
 
 
 def chosen_entries(config: Config, folder: Path) -> list[Entry]:
-  """The item's lines that are asked for, with the data's place and the settings tuned before.
+  """The item's lines that are asked for, with the data's place and the settings tuned
+  before.
 
   Raises:
     UserError: a name that is no line, or nothing left.
@@ -75,17 +131,34 @@ def chosen_entries(config: Config, folder: Path) -> list[Entry]:
   labels = [entry.label for entry in entries]
   unknown = sorted(set(config.lines) - {'all', *labels})
   if unknown:
-    raise UserError(f'--lines must be out of {", ".join(labels)}, got {", ".join(unknown)}.')
-  wanted = lambda entry: 'all' in config.methods or entry.config.method[0] in config.methods
-  entries = [entry for entry in entries if wanted(entry) and ('all' in config.lines or entry.label in config.lines)]
+    raise UserError(
+      f'--lines must be out of {", ".join(labels)}, got {", ".join(unknown)}.'
+    )
+  wanted = lambda entry: (
+    'all' in config.methods or entry.config.method[0] in config.methods
+  )
+  entries = [
+    entry
+    for entry in entries
+    if wanted(entry) and ('all' in config.lines or entry.label in config.lines)
+  ]
   if not entries:
-    raise UserError(f'--methods={",".join(config.methods)} and --lines={",".join(config.lines)} leave no line of {config.item}.')
-  tuned = {} if config.tune else read_tuned(folder)  # The grid is that of the declared setting, every time.
-  place = smoke.data_files(folder / 'data') if config.scale == 'smoke' else dict.fromkeys(('images', 'text'), config.data_dir)
+    raise UserError(
+      f'--methods={",".join(config.methods)} and --lines={",".join(config.lines)} '
+      f'leave no line of {config.item}.'
+    )
+  tuned = (
+    {} if config.tune else read_tuned(folder)
+  )  # The grid is that of the declared setting, every time.
+  place = (
+    smoke.data_files(folder / 'data')
+    if config.scale == 'smoke'
+    else dict.fromkeys(('images', 'text'), config.data_dir)
+  )
   kinds = {'experiments.images': 'images', 'experiments.language_model': 'text'}
 
   def prepared(entry: Entry) -> Entry:
-    settings: dict[str, Any] = dict(override_resume=config.override_resume)
+    settings: dict[str, Any] = dict(allow_config_change=config.allow_config_change)
     if entry.label in tuned:
       found = tuned[entry.label]
       settings |= {name: found[name] for name in ('lr', 'num_windows') if name in found}
@@ -104,48 +177,89 @@ def run_entry(entry: Entry, config: Any, folder: Path) -> list[dict[str, Any]]:
 
 
 def tune(config: Config, entries: list[Entry], folder: Path) -> None:
-  """Tries each line's rates, and numbers of windows, from a seed of its own; writes tuned.json, the curves and a table.
+  """Tries each line's rates, and numbers of windows, from a seed of its own; writes
+  tuned.json, the curves and a table.
 
-  A grid whose best rate is its lowest or highest is extended on that side until the best lies inside.
+  A grid whose best rate is its lowest or highest is extended on that side until the
+  best lies inside.
   """
   rows: dict[items.Score, list[list[Any]]] = {}
   curves: dict[items.Score, list[Curve]] = {}
   for entry in entries:
-    trials = [trial for windows in entry.windows or (None,) for trial in try_rates(entry, windows, folder)]
+    trials = [
+      trial
+      for windows in entry.windows or (None,)
+      for trial in try_rates(entry, windows, folder)
+    ]
     rows.setdefault(entry.score, []).extend(list(trial.values()) for trial in trials)
     finite = [trial for trial in trials if trial['score'] is not None]
     if not finite:
       continue
     best = best_trial(entry, finite)
     chosen = {'lr': best['lr'], entry.score.choose: best['score'], 'tried': trials}
-    runs.write_json(folder / 'tuned.json', read_tuned(folder) | {entry.label: chosen | windows_of(best)})
+    runs.write_json(
+      folder / 'tuned.json',
+      read_tuned(folder) | {entry.label: chosen | windows_of(best)},
+    )
     for windows in dict.fromkeys(trial['num_windows'] for trial in finite):
-      points = sorted((trial['lr'], trial['score']) for trial in finite if trial['num_windows'] == windows)
+      points = sorted(
+        (trial['lr'], trial['score'])
+        for trial in finite
+        if trial['num_windows'] == windows
+      )
       label = entry.label if windows is None else f'{entry.label}, K={windows}'
       rates, scores = zip(*points, strict=True)
-      curves.setdefault(entry.score, []).append(Curve(label, entry.config.method[0], rates, scores))
+      curves.setdefault(entry.score, []).append(
+        Curve(label, entry.config.method[0], rates, scores)
+      )
   for score, lines in curves.items():
-    title, panels = f'{config.item}, scale {config.scale}: tuning', {'learning rate': lines}
-    reporting.plot_curves(folder / f'tuning-{score.choose}.png', panels, title, score.label, {}, xscale='log')
+    title, panels = (
+      f'{config.item}, scale {config.scale}: tuning',
+      {'learning rate': lines},
+    )
+    reporting.plot_curves(
+      folder / f'tuning-{score.choose}.png',
+      panels,
+      title,
+      score.label,
+      {},
+      xscale='log',
+    )
   for score, tries in rows.items():
     header = ['line', 'learning rate', 'K', score.choose.replace('_', ' ')]
     print(tabulate(tries, header, floatfmt='.4g', missingval='diverged'))
-  print(f'chosen settings are in {folder / "tuned.json"}; the same command without --tune uses them')
+  print(
+    f'chosen settings are in {folder / "tuned.json"}; the same command without --tune '
+    'uses them'
+  )
 
 
-def try_rates(entry: Entry, num_windows: int | None, folder: Path) -> list[dict[str, Any]]:
-  """Runs one line's learning rates, by one number of windows, until the best lies inside: a dict per trial."""
+def try_rates(
+  entry: Entry, num_windows: int | None, folder: Path
+) -> list[dict[str, Any]]:
+  """Runs one line's learning rates, by one number of windows, until the best lies
+  inside: a dict per trial.
+  """
   name = entry.label if num_windows is None else f'{entry.label}-K{num_windows}'
   rates = set(items.first_rates(entry))
   while True:
-    config = dataclasses.replace(items.grid(entry, sorted(rates, reverse=True), num_windows), seeds=(TUNE_SEED,))
+    config = dataclasses.replace(
+      items.grid(entry, sorted(rates, reverse=True), num_windows), seeds=(TUNE_SEED,)
+    )
     summaries = run_entry(entry, config, folder / 'tune' / name)
     trials = [
-      {'line': entry.label, 'lr': summary['lr'], 'num_windows': num_windows, 'score': summary[entry.score.choose]}
+      {
+        'line': entry.label,
+        'lr': summary['lr'],
+        'num_windows': num_windows,
+        'score': summary[entry.score.choose],
+      }
       for summary in summaries
     ]
     finite = [trial for trial in trials if trial['score'] is not None]
-    more = items.next_rate(entry, rates, best_trial(entry, finite)['lr']) if finite else None
+    more = (
+      items.next_rate(entry, rates, best_trial(entry, finite)['lr']) if finite else None
+    )
     if more is None or len(rates) >= MOST_RATES:
       return trials
     rates.add(more)
@@ -153,7 +267,9 @@ def try_rates(entry: Entry, num_windows: int | None, folder: Path) -> list[dict[
 
 def best_trial(entry: Entry, trials: list[dict[str, Any]]) -> dict[str, Any]:
   """Returns the trial of the best score."""
-  return (max if entry.score.higher_is_better else min)(trials, key=lambda trial: trial['score'])
+  return (max if entry.score.higher_is_better else min)(
+    trials, key=lambda trial: trial['score']
+  )
 
 
 def windows_of(trial: dict[str, Any]) -> dict[str, int]:
@@ -162,18 +278,33 @@ def windows_of(trial: dict[str, Any]) -> dict[str, int]:
 
 
 def interval(values: list[float]) -> float | None:
-  """Half the width of the 95 % confidence interval of the mean (Student's t); None for fewer than two values."""
+  """Half the width of the 95 % confidence interval of the mean (Student's t); None for
+  fewer than two values.
+  """
   if len(values) < 2:
     return None
-  return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+  return float(
+    stats.t.ppf(0.975, len(values) - 1)
+    * np.std(values, ddof=1)
+    / math.sqrt(len(values))
+  )
 
 
-def line(entry: Entry, summaries: list[dict[str, Any]], measures: list[str]) -> dict[str, Any]:
-  """A line of the table, of all its seeds; `measures` are names in their summaries, which those of diverged runs may lack."""
+def line(
+  entry: Entry, summaries: list[dict[str, Any]], measures: list[str]
+) -> dict[str, Any]:
+  """A line of the table, of all its seeds; `measures` are names in their summaries,
+  which those of diverged runs may lack.
+  """
   measured: dict[str, Any] = {}
   for measure in measures:
-    values = [summary[measure] for summary in summaries if summary.get(measure) is not None]
-    measured |= {measure: float(np.mean(values)) if values else None, f'± {measure}': interval(values)}
+    values = [
+      summary[measure] for summary in summaries if summary.get(measure) is not None
+    ]
+    measured |= {
+      measure: float(np.mean(values)) if values else None,
+      f'± {measure}': interval(values),
+    }
   return {
     'line': entry.label,
     'method': entry.config.method[0],
@@ -190,24 +321,47 @@ def line(entry: Entry, summaries: list[dict[str, Any]], measures: list[str]) -> 
   }
 
 
-def report(config: Config, entries: list[Entry], results: list[list[dict[str, Any]]], folder: Path) -> None:
+def report(
+  config: Config,
+  entries: list[Entry],
+  results: list[list[dict[str, Any]]],
+  folder: Path,
+) -> None:
   """Table as text and JSON, and the curves."""
   quoted = items.QUOTED.get(config.item, {}) if config.scale == 'full' else {}
   quotes = [
-    f'the paper quotes, {measure}: ' + ', '.join(f'{name} {number:g}' for name, number in systems.items())
+    f'the paper quotes, {measure}: '
+    + ', '.join(f'{name} {number:g}' for name, number in systems.items())
     for measure, systems in quoted.items()
   ]
   for score in dict.fromkeys(entry.score for entry in entries):
-    pairs = [(entry, summaries) for entry, summaries in zip(entries, results, strict=True) if entry.score == score]
-    known = {name for _, summaries in pairs for summary in summaries for name in summary}
+    pairs = [
+      (entry, summaries)
+      for entry, summaries in zip(entries, results, strict=True)
+      if entry.score == score
+    ]
+    known = {
+      name for _, summaries in pairs for summary in summaries for name in summary
+    }
     measures = [name for name in (score.test, f'dynamic_{score.test}') if name in known]
     table = [line(entry, summaries, measures) for entry, summaries in pairs]
     formats = ['g' if name == 'lr' else f'.{score.digits}f' for name in table[0]]
-    text = tabulate([list(row.values()) for row in table], list(table[0]), floatfmt=formats, missingval='-')
+    text = tabulate(
+      [list(row.values()) for row in table],
+      list(table[0]),
+      floatfmt=formats,
+      missingval='-',
+    )
     print(text)
     name = f'{config.item}-{score.test}'
-    runs.write_text(folder / f'{name}.txt', '\n'.join([f'{config.item}, scale {config.scale}', text, *quotes]) + '\n')
-    runs.write_json(folder / f'{name}.json', {'item': config.item, 'scale': config.scale, 'lines': table, 'quoted': quoted})
+    runs.write_text(
+      folder / f'{name}.txt',
+      '\n'.join([f'{config.item}, scale {config.scale}', text, *quotes]) + '\n',
+    )
+    runs.write_json(
+      folder / f'{name}.json',
+      {'item': config.item, 'scale': config.scale, 'lines': table, 'quoted': quoted},
+    )
     step = 'batches' if score is items.ERROR else 'epoch'
     marks = {'chance': add_task.CHANCE} if score is items.ERROR else {}
     panels = {step: learning_curves(folder, pairs, score.curve)}
@@ -216,13 +370,21 @@ def report(config: Config, entries: list[Entry], results: list[list[dict[str, An
   if quotes:
     print('\n'.join(quotes))
   if config.scale == 'short':
-    print("scale short: the paper's model, data and length in fewer epochs; its numbers are of other schedules")
+    print(
+      "scale short: the paper's model, data and length in fewer epochs; its numbers "
+      'are of other schedules'
+    )
   elif config.scale != 'full':
-    print(f"scale {config.scale}: reduced settings, not the paper's; its numbers stand beside --scale=full only")
+    print(
+      f"scale {config.scale}: reduced settings, not the paper's; its numbers stand "
+      'beside --scale=full only'
+    )
   print(f'tables, plots and the runs are in {folder}')
 
 
-def learning_curves(folder: Path, results: list[tuple[Entry, list[dict[str, Any]]]], metric: str) -> list[Curve]:
+def learning_curves(
+  folder: Path, results: list[tuple[Entry, list[dict[str, Any]]]], metric: str
+) -> list[Curve]:
   """Returns one curve of a metric per run of each line."""
   curves = []
   for entry, summaries in results:
@@ -252,7 +414,13 @@ def main(config: Config) -> None:
   results = []
   for entry in entries:
     print(f'--- {config.item}: {entry.label}', flush=True)
-    results.append(run_entry(entry, dataclasses.replace(entry.config, seeds=config.seeds), folder / entry.label))
+    results.append(
+      run_entry(
+        entry,
+        dataclasses.replace(entry.config, seeds=config.seeds),
+        folder / entry.label,
+      )
+    )
   report(config, entries, results, folder)
 
 

@@ -1,8 +1,9 @@
-"""Learning rates and momenta of the adding problem: a declared grid, searched per method.
+"""Learning rates and momenta of the adding problem: a declared grid, searched per
+method.
 
 The search starts at `START` and moves to the first neighbor that is better: the other
-momentum, the next higher rate, the next lower rate. It ends when every neighbor has been
-tried and none is better, so the chosen rate lies inside the rates that were tried.
+momentum, the next higher rate, the next lower rate. It ends when every neighbor has
+been tried and none is better, so the chosen rate lies inside the rates that were tried.
 """
 
 from collections.abc import Callable, Iterator

@@ -24,7 +24,9 @@ MARKERS = (None, 'o', 's', '^', 'x')
 REDRAW_SECONDS = 5.0
 """Least time between two drawings of a plot whose runs are still being trained."""
 REDRAW_SHARE = 20
-"""Drawing while runs are being trained takes at most one part of so many of the time."""
+"""Drawing while runs are being trained takes at most one part of so many of the
+time.
+"""
 
 
 class Curve(NamedTuple):
@@ -147,9 +149,15 @@ def curves_figure(
   width = 7.0 if len(panels) == 1 else 4.6 * len(panels)
   beside = len(panels) > 1 or len(labels) + len(marks) > 6
   height = max(4.5, 0.3 * len(labels))
-  figure = Figure(figsize=(width + (2.5 if beside else 0), height), layout='constrained')
+  figure = Figure(
+    figsize=(width + (2.5 if beside else 0), height), layout='constrained'
+  )
   figure.suptitle(title)
-  for axes, (xlabel, curves) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True):
+  for axes, (xlabel, curves) in zip(
+    figure.subplots(1, len(panels), sharey=True, squeeze=False)[0],
+    panels.items(),
+    strict=True,
+  ):
     _draw_panel(axes, curves, marks)
     yscale = 'linear' if ylabel.endswith('%') else 'log'
     axes.set(xlabel=xlabel, yscale=yscale, xscale=xscale)
@@ -243,7 +251,9 @@ def report(
   chosen = best(scores, key=lambda name: scores[name]) if len(scores) > 1 else None
   runs.write_summary(folder, summaries, chosen)
   draw(folder, config, plot)
-  names = dict.fromkeys(name for summary in summaries for name in summary if name not in ('run', 'lost'))
+  names = dict.fromkeys(
+    name for summary in summaries for name in summary if name not in ('run', 'lost')
+  )
   formats = ['g' if name in recipe.HYPERPARAMETERS else f'.{digits}f' for name in names]
   rows = [[summary.get(name) for name in names] for summary in summaries]
   headers = [name.replace('_', ' ') for name in names]

@@ -1,7 +1,9 @@
-"""The same FPTT by other means, for the benchmark: PyTorch, and flax without a scan over windows.
+"""The same FPTT by other means, for the benchmark: PyTorch, and flax without a scan
+over windows.
 
-Each function makes a `step(inputs [T, B, ...], targets)` that trains on one batch and returns the windows' losses. All minimise
-what `fptt_jax` minimises there, clip the regularised gradient to norm 1 and take Adam's steps. K has to divide T.
+Each function makes a `step(inputs [T, B, ...], targets)` that trains on one batch and
+returns the windows' losses. All minimise what `fptt_jax` minimises there, clip the
+regularized gradient to norm 1 and take Adam's steps. K has to divide T.
 """
 
 from collections.abc import Callable
@@ -32,7 +34,8 @@ class Case(NamedTuple):
     hidden: H.
     outputs: C classes or V words; 1 for regression.
     words: whether it is a language model: tokens in, a label each step. Else terminal.
-    batches: those of an epoch of the real task; 0 where an epoch's time is of no interest.
+    batches: those of an epoch of the real task; 0 where an epoch's time is of no
+      interest.
   """
 
   name: str
@@ -56,7 +59,9 @@ def draw(case: Case) -> tuple[np.ndarray, np.ndarray]:
   rng = np.random.default_rng(0)
   steps = (case.num_steps, case.batch_size)
   if case.words:
-    tokens = rng.integers(0, case.outputs, (case.num_steps + 1, case.batch_size)).astype(np.int32)
+    tokens = rng.integers(
+      0, case.outputs, (case.num_steps + 1, case.batch_size)
+    ).astype(np.int32)
     return tokens[:-1], tokens[1:]
   inputs = rng.uniform(size=(*steps, case.features)).astype(np.float32)
   if case.outputs == 1:
@@ -76,9 +81,13 @@ def make_loss(case: Case) -> fptt_jax.Loss:
 def make_model(case: Case, cell: Callable[[nnx.Rngs], Any]) -> fptt_jax.Model:
   """An embedding for words, the cell, a readout."""
 
-  def build(rngs: nnx.Rngs) -> nn.Stack:
-    embedding = [nnx.Embed(case.outputs, case.features, rngs=rngs)] if case.words else []
-    return nn.Stack(*embedding, cell(rngs), nnx.Linear(case.hidden, case.outputs, rngs=rngs))
+  def build(rngs: nnx.Rngs) -> nn.Sequential:
+    embedding = (
+      [nnx.Embed(case.outputs, case.features, rngs=rngs)] if case.words else []
+    )
+    return nn.Sequential(
+      *embedding, cell(rngs), nnx.Linear(case.hidden, case.outputs, rngs=rngs)
+    )
 
   return nn.from_nnx(build)
 
@@ -90,35 +99,60 @@ def flax_cell(case: Case) -> Callable[[nnx.Rngs], Any]:
 
 def make_optimizer() -> optax.GradientTransformation:
   """FPTT around clipped Adam."""
-  return fptt_jax.fptt(optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(LR)), alpha=ALPHA, beta=BETA)
+  return fptt_jax.fptt(
+    optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(LR)), alpha=ALPHA, beta=BETA
+  )
 
 
 def flax_loop(case: Case, params: Any = None) -> Callable[..., Any]:
-  """Flax's cell in a scan over the steps of a window, compiled; the windows in a Python loop. `params` are what it starts from."""
+  """Flax's cell in a scan over the steps of a window, compiled; the windows in a Python
+  loop. `params` are what it starts from.
+  """
   model, optimizer = make_model(case, flax_cell(case)), make_optimizer()
   params = model.init(jax.random.key(0)) if params is None else params
   carry = [params, optimizer.init(params)]
 
-  def loss(params: Any, hidden: Any, x: jax.Array, targets: jax.Array, beta: jax.Array) -> tuple[jax.Array, Any]:
+  def loss(
+    params: Any, hidden: Any, x: jax.Array, targets: jax.Array, beta: jax.Array
+  ) -> tuple[jax.Array, Any]:
     hidden, outputs = model.apply(params, hidden, x, None, None)
     if case.words:
-      return optax.losses.softmax_cross_entropy_with_integer_labels(outputs, targets).mean(), hidden
+      return optax.losses.softmax_cross_entropy_with_integer_labels(
+        outputs, targets
+      ).mean(), hidden
     if case.outputs == 1:
       return beta * jnp.mean(jnp.square(outputs[-1, :, 0] - targets)), hidden
-    return beta * optax.losses.softmax_cross_entropy_with_integer_labels(outputs[-1], targets).mean(), hidden
+    return beta * optax.losses.softmax_cross_entropy_with_integer_labels(
+      outputs[-1], targets
+    ).mean(), hidden
 
   @jax.jit
-  def window(params: Any, opt_state: Any, hidden: Any, inputs: jax.Array, targets: jax.Array, start: np.int32) -> tuple[Any, ...]:
+  def window(
+    params: Any,
+    opt_state: Any,
+    hidden: Any,
+    inputs: jax.Array,
+    targets: jax.Array,
+    start: np.int32,
+  ) -> tuple[Any, ...]:
     cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, case.size)
-    x, labels, beta = cut(inputs), cut(targets) if case.words else targets, (start + case.size) / case.num_steps
-    (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(params, hidden, x, labels, beta)
+    x, labels, beta = (
+      cut(inputs),
+      cut(targets) if case.words else targets,
+      (start + case.size) / case.num_steps,
+    )
+    (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(
+      params, hidden, x, labels, beta
+    )
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, hidden, value
 
   def step(inputs: Any, targets: Any) -> list[jax.Array]:
     hidden, values = model.initial_state(case.batch_size), []
     for start in range(0, case.num_steps, case.size):
-      *carry[:], hidden, value = window(*carry, hidden, inputs, targets, np.int32(start))
+      *carry[:], hidden, value = window(
+        *carry, hidden, inputs, targets, np.int32(start)
+      )
       values.append(value)
     return jax.block_until_ready(values)
 
@@ -133,13 +167,16 @@ def tensors(inputs: np.ndarray, targets: np.ndarray, device: str) -> tuple[Any, 
   return x, labels.long() if labels.dtype == torch.int32 else labels
 
 
-def torch_loop(case: Case, kind: str, weights: Any = None, device: str = 'cpu') -> Callable[..., Any]:
+def torch_loop(
+  case: Case, kind: str, weights: Any = None, device: str = 'cpu'
+) -> Callable[..., Any]:
   """PyTorch; the step takes what `tensors` makes.
 
   Args:
     case: what is trained.
-    kind: 'plain': as people write it; 'optimised': without a host's look at each loss, updates of all parameters at once and a
-      fused Adam; 'graph': as optimised, the whole batch captured as one CUDA graph and replayed.
+    kind: 'plain': as people write it; 'optimized': without a host's look at each loss,
+      updates of all parameters at once and a fused Adam; 'graph': as optimized, the
+      whole batch captured as one CUDA graph and replayed.
     weights: parameters of `fptt_jax`'s model of the case to start from.
     device: 'cpu' or 'cuda'; 'graph' needs the latter.
 
@@ -148,9 +185,16 @@ def torch_loop(case: Case, kind: str, weights: Any = None, device: str = 'cpu') 
   """
   import torch
 
-  optimised = kind != 'plain'
-  embedding = torch.nn.Embedding(case.outputs, case.features) if case.words else torch.nn.Identity()
-  lstm, readout = torch.nn.LSTM(case.features, case.hidden), torch.nn.Linear(case.hidden, case.outputs)
+  optimized = kind != 'plain'
+  embedding = (
+    torch.nn.Embedding(case.outputs, case.features)
+    if case.words
+    else torch.nn.Identity()
+  )
+  lstm, readout = (
+    torch.nn.LSTM(case.features, case.hidden),
+    torch.nn.Linear(case.hidden, case.outputs),
+  )
   parameters = [*embedding.parameters(), *lstm.parameters(), *readout.parameters()]
   if weights is not None:
     _load_torch(torch, weights, embedding, lstm, readout)
@@ -159,7 +203,11 @@ def torch_loop(case: Case, kind: str, weights: Any = None, device: str = 'cpu') 
   for module in (embedding, lstm, readout):
     module.to(device)
   parameters = [parameter for parameter in parameters if parameter.requires_grad]
-  adam = torch.optim.Adam(parameters, LR, fused=True, capturable=kind == 'graph') if optimised else torch.optim.Adam(parameters, LR)
+  adam = (
+    torch.optim.Adam(parameters, LR, fused=True, capturable=kind == 'graph')
+    if optimized
+    else torch.optim.Adam(parameters, LR)
+  )
   summary = [parameter.detach().clone() for parameter in parameters]
   lam = [torch.zeros_like(parameter) for parameter in parameters]
 
@@ -192,7 +240,7 @@ def torch_loop(case: Case, kind: str, weights: Any = None, device: str = 'cpu') 
     torch._foreach_add_(summary, parameters, alpha=BETA)
     torch._foreach_sub_(summary, lam, alpha=BETA / ALPHA)
 
-  update = update_all if optimised else update_each
+  update = update_all if optimized else update_each
 
   def windows(x: Any, labels: Any) -> list[Any]:
     hidden, values = None, []
@@ -200,26 +248,36 @@ def torch_loop(case: Case, kind: str, weights: Any = None, device: str = 'cpu') 
       end = min(start + case.size, case.num_steps)
       outputs, hidden = lstm(embedding(x[start:end]), hidden)
       value = loss(
-        readout(outputs if case.words else outputs[-1]), labels[start:end] if case.words else labels, end / case.num_steps
+        readout(outputs if case.words else outputs[-1]),
+        labels[start:end] if case.words else labels,
+        end / case.num_steps,
       )
       adam.zero_grad(set_to_none=True)
       value.backward()
       update()
       hidden = tuple(part.detach() for part in hidden)
-      values.append(value.detach() if optimised else value.item())
+      values.append(value.detach() if optimized else value.item())
     return values
 
-  run = _captured(torch, windows, tensors(*draw(case), device)) if kind == 'graph' else windows
+  run = (
+    _captured(torch, windows, tensors(*draw(case), device))
+    if kind == 'graph'
+    else windows
+  )
 
   def step(inputs: Any, targets: Any) -> list[float]:
     values = run(inputs, targets)
-    return torch.stack(values).tolist() if optimised else values
+    return torch.stack(values).tolist() if optimized else values
 
   return step
 
 
-def _captured(torch: Any, function: Callable[..., list[Any]], example: tuple[Any, ...]) -> Callable[..., list[Any]]:
-  """A function of tensors as one CUDA graph. It is run a few times first, as capturing asks: what it trains has moved by then."""
+def _captured(
+  torch: Any, function: Callable[..., list[Any]], example: tuple[Any, ...]
+) -> Callable[..., list[Any]]:
+  """A function of tensors as one CUDA graph. It is run a few times first, as capturing
+  asks: what it trains has moved by then.
+  """
   places = [tensor.clone() for tensor in example]
   stream = torch.cuda.Stream()
   stream.wait_stream(torch.cuda.current_stream())
@@ -240,12 +298,22 @@ def _captured(torch: Any, function: Callable[..., list[Any]], example: tuple[Any
   return run
 
 
-def _load_torch(torch: Any, weights: Any, embedding: Any, lstm: Any, readout: Any) -> None:
-  """Puts the weights of a model of `make_model` with `fptt_jax.nn.LSTM` into torch's modules."""
+def _load_torch(
+  torch: Any, weights: Any, embedding: Any, lstm: Any, readout: Any
+) -> None:
+  """Puts the weights of a model of `make_model` with `fptt_jax.nn.LSTM` into torch's
+  modules.
+  """
   tensor = lambda array: torch.from_numpy(np.array(array))
   layers = [weights['layers'][number] for number in sorted(weights['layers'])]
   if len(layers) == 3:
     embedding.weight.data = tensor(layers[0]['embedding'])
-  lstm.weight_ih_l0.data, lstm.weight_hh_l0.data = tensor(layers[-2]['w_x'].T), tensor(layers[-2]['w_h'].T)
+  lstm.weight_ih_l0.data, lstm.weight_hh_l0.data = (
+    tensor(layers[-2]['w_x'].T),
+    tensor(layers[-2]['w_h'].T),
+  )
   lstm.bias_ih_l0.data = tensor(layers[-2]['bias'])
-  readout.weight.data, readout.bias.data = tensor(layers[-1]['kernel'].T), tensor(layers[-1]['bias'])
+  readout.weight.data, readout.bias.data = (
+    tensor(layers[-1]['kernel'].T),
+    tensor(layers[-1]['bias']),
+  )

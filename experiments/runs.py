@@ -1,14 +1,14 @@
 """A run's folder: its configuration, metrics, checkpoints and summary.
 
-WORKDIR/config.json        what was asked for
-WORKDIR/NAME/metrics.jsonl one line an interval (NAME is method, seed and values out of a grid)
-WORKDIR/NAME/checkpoints/  the whole carry, so that the same command goes on where a killed run stopped
-WORKDIR/NAME/broken/       checkpoints that could not be read again
-WORKDIR/NAME/lock          held by the process that trains it
-WORKDIR/NAME/result.json   what this run came to; there when it has ended
-WORKDIR/NAME/parameters.npz  the parameters that it is measured at, for experiments.load_run
-WORKDIR/data.json          what a model has to know of its data, such as the vocabulary
-WORKDIR/summary.json       what came out, and on which machine
+WORKDIR/config.json        what was asked for WORKDIR/NAME/metrics.jsonl one line an
+interval (NAME is method, seed and values out of a grid) WORKDIR/NAME/checkpoints/  the
+whole carry, so that the same command goes on where a killed run stopped
+WORKDIR/NAME/broken/       checkpoints that could not be read again WORKDIR/NAME/lock
+held by the process that trains it WORKDIR/NAME/result.json   what this run came to;
+there when it has ended WORKDIR/NAME/parameters.npz  the parameters that it is measured
+at, for experiments.load_run WORKDIR/data.json          what a model has to know of its
+data, such as the vocabulary WORKDIR/summary.json       what came out, and on which
+machine
 """
 
 import asyncio
@@ -41,13 +41,25 @@ from experiments.options import UserError, command
 import fptt_jax
 
 NO_SETTINGS = (
-  *('workdir', 'data_dir', 'devices', 'population', 'chunk', 'host_data', 'keep', 'checkpoint_minutes', 'override_resume'),
+  *(
+    'workdir',
+    'data_dir',
+    'devices',
+    'population',
+    'chunk',
+    'host_data',
+    'keep',
+    'checkpoint_minutes',
+    'allow_config_change',
+  ),
   *('logger', 'tune', 'sample', 'prompt', 'temperature', 'sample_seed'),
   *('data_parallel', 'shard_params', 'coordinator', 'num_processes', 'process_id'),
 )
 """Where and how a run runs, which is not what it is: it may go on otherwise."""
 JOINING = ('method', 'seeds', 'grid')
-"""What may differ from command to command in one folder: each run has a folder of its own there."""
+"""What may differ from command to command in one folder: each run has a folder of its
+own there.
+"""
 
 
 RECORDED = {'seconds', 'lines', 'config_sha256', 'arrays', 'sha256'}
@@ -59,14 +71,16 @@ PARAMETERS = 'parameters.npz'
 
 
 class Broken(Exception):
-  """A checkpoint cannot be read, or does not hold what was saved; it has been set aside, and the text says so."""
+  """A checkpoint cannot be read, or does not hold what was saved; it has been set
+  aside, and the text says so.
+  """
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):
   """An event loop that lets all tasks end before it closes.
 
-  Orbax reads all arrays at once in a loop of its own and closes it at the first error; each
-  read that ends later prints a traceback, "Event loop is closed".
+  Orbax reads all arrays at once in a loop of its own and closes it at the first error;
+  each read that ends later prints a traceback, "Event loop is closed".
   """
 
   def close(self) -> None:
@@ -88,7 +102,8 @@ def _patient_loops() -> Iterator[None]:
 
 
 class Run:
-  """One training run (a method and a seed) in its own folder, below that of :func:`open_workdir`.
+  """One training run (a method and a seed) in its own folder, below that of
+  :func:`open_workdir`.
 
   Attributes:
     folder: where it writes.
@@ -100,7 +115,9 @@ class Run:
     self.rows: list[dict[str, Any]] = []
     with self._writing():
       options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-      self._checkpoints = ocp.CheckpointManager((folder / 'checkpoints').absolute(), options=options)
+      self._checkpoints = ocp.CheckpointManager(
+        (folder / 'checkpoints').absolute(), options=options
+      )
       with tempfile.TemporaryFile(dir=folder / 'checkpoints'):
         pass  # Orbax tells only after the first interval that it cannot write there.
     self._seconds_before = 0.0
@@ -113,7 +130,8 @@ class Run:
 
     Raises:
       Broken: the checkpoint does not hold what was saved.
-      UserError: it is of another configuration or shape than `carry`, or its metrics are gone.
+      UserError: it is of another configuration or shape than `carry`, or its metrics
+        are gone.
     """
     record = self._read(step, record=ocp.args.JsonRestore()).record if step else {}
     if step:
@@ -135,7 +153,10 @@ class Run:
     metrics = self.folder / 'metrics.jsonl'
     rows = read_jsonl(metrics)
     if len(rows) < lines:
-      raise UserError(f'{metrics} has {len(rows)} lines, the checkpoint after step {step} was saved after {lines}: put it back.')
+      raise UserError(
+        f'{metrics} has {len(rows)} lines, the checkpoint after step {step} was saved '
+        f'after {lines}: put it back.'
+      )
     with self._writing(), replaced(metrics) as file:
       file.writelines(json.dumps(row) + '\n' for row in rows[:lines])
     return rows[:lines]
@@ -160,9 +181,13 @@ class Run:
     before = [saved for saved in saved_steps(self.folder) if saved != step]
     which = f'{self.folder}: the checkpoint after step {step} is broken ({reason})'
     if not before:
-      raise UserError(f'{which}, and there is no other. Delete {self.folder} to start this run anew.')
+      raise UserError(
+        f'{which}, and there is no other. Delete {self.folder} to start this run anew.'
+      )
     target = Path(processes.told(self._move, step)).relative_to(self.folder)
-    raise Broken(f'{which}; set aside as {target}, going on from the one after step {before[-1]}')
+    raise Broken(
+      f'{which}; set aside as {target}, going on from the one after step {before[-1]}'
+    )
 
   def _move(self, step: int) -> str:
     target = self.folder / 'broken' / f'{step}-{time.strftime("%Y%m%d-%H%M%S")}'
@@ -172,33 +197,50 @@ class Run:
     return str(target)
 
   def _check_fits(self, step: int, record: dict[str, Any], carry: Any) -> None:
-    """Whether the checkpoint was saved under the folder's configuration, and holds arrays of the same shapes."""
+    """Whether the checkpoint was saved under the folder's configuration, and holds
+    arrays of the same shapes.
+    """
     config = read_config(self.folder.parent)
-    known = [config['sha256'], *(override['sha256'] for override in config['overrides'])]
+    known = [
+      config['sha256'],
+      *(override['sha256'] for override in config['overrides']),
+    ]
     which = f'{self.folder}: the checkpoint after step {step}'
     if record['config_sha256'] not in known:
-      raise UserError(f'{which} was saved under a configuration that config.json does not name.')
+      raise UserError(
+        f'{which} was saved under a configuration that config.json does not name.'
+      )
     differ = differences(record['arrays'], describe(carry))
     if differ:
       more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
-      back = ' To go back: the settings that "overrides" of config.json say there were, with --override_resume.'
+      back = ' To go back: the settings that "overrides" of config.json say there were, with --allow_config_change.'
       raise UserError(
-        f'{which} does not fit this model and optimiser; {"; ".join(differ[:3])}{more}.{back if config["overrides"] else ""}'
+        f'{which} does not fit this model and optimizer; '
+        f'{"; ".join(differ[:3])}{more}.{back if config["overrides"] else ""}'
       )
 
   def log(self, step: int, **metrics: Any) -> dict[str, Any]:
-    """Appends a line to metrics.jsonl; `seconds` is the wall-clock, restarts included; numbers that are not finite become null."""
-    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    """Appends a line to metrics.jsonl; `seconds` is the wall-clock, restarts included;
+    numbers that are not finite become null.
+    """
+    finite = {
+      name: value if math.isfinite(value) else None for name, value in metrics.items()
+    }
     row = {'step': step, 'seconds': round(self.seconds, 2), **finite}
     self.rows.append(row)
     processes.told(self._append, row)
     return row
 
   def _append(self, row: dict[str, Any]) -> None:
-    with self._writing(), (self.folder / 'metrics.jsonl').open('a', encoding='utf-8') as file:
+    with (
+      self._writing(),
+      (self.folder / 'metrics.jsonl').open('a', encoding='utf-8') as file,
+    ):
       file.write(json.dumps(row) + '\n')
       file.flush()
-      os.fsync(file.fileno())  # A checkpoint saved after it, which counts on it, outlives a power cut.
+      os.fsync(
+        file.fileno()
+      )  # A checkpoint saved after it, which counts on it, outlives a power cut.
 
   def save(self, step: int, carry: Any, **record: Any) -> None:
     """Saves the carry after `step`, in the background."""
@@ -209,7 +251,10 @@ class Run:
       'arrays': describe(carry),
       'sha256': fingerprint(carry),
     }
-    arguments = ocp.args.Composite(carry=ocp.args.StandardSave(carry), record=ocp.args.JsonSave({**described, **record}))
+    arguments = ocp.args.Composite(
+      carry=ocp.args.StandardSave(carry),
+      record=ocp.args.JsonSave({**described, **record}),
+    )
     with self._writing():
       self._checkpoints.save(step, args=arguments)
 
@@ -239,8 +284,14 @@ class Run:
       yield
     except (OSError, ValueError) as error:  # tensorstore's, too, are ValueErrors.
       last = max(saved_steps(self.folder), default=0)
-      state = f'The checkpoint after step {last} is whole: the same command goes on from it.' if last else 'There is no checkpoint.'
-      raise UserError(f'cannot write to {self.folder}: {_reason(error)}. {state}') from error
+      state = (
+        f'The checkpoint after step {last} is whole: the same command goes on from it.'
+        if last
+        else 'There is no checkpoint.'
+      )
+      raise UserError(
+        f'cannot write to {self.folder}: {_reason(error)}. {state}'
+      ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -252,23 +303,32 @@ def _reason(error: Exception) -> str:
 def describe(carry: Any) -> dict[str, str]:
   """Shape and dtype of each array, by where it is in the tree."""
   leaves = jax.tree.leaves_with_path(carry)
-  return {jax.tree_util.keystr(path): f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in leaves}
+  return {
+    jax.tree_util.keystr(path): f'{leaf.dtype}{list(leaf.shape)}'
+    for path, leaf in leaves
+  }
 
 
 def fingerprint(carry: Any) -> str:
   """SHA-256 of all numbers in a tree of arrays, which file formats do not all check."""
   found = hashlib.sha256()
   for leaf in jax.tree.leaves(carry):
-    numbers = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    numbers = (
+      jax.random.key_data(leaf)
+      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+      else leaf
+    )
     found.update(np.ascontiguousarray(processes.whole(numbers)).view(np.uint8))
   return found.hexdigest()
 
 
 def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Path:
-  """Makes the folder and writes config.json, or checks that the folder was made with the same configuration.
+  """Makes the folder and writes config.json, or checks that the folder was made with
+  the same configuration.
 
-  Other methods, seeds and values of a grid may join those that are there: each run has its own folder. `identity` says what else
-  makes it the same run, such as a hash of the data. With `config.override_resume` other settings are taken, and config.json says
+  Other methods, seeds and values of a grid may join those that are there: each run has
+  its own folder. `identity` says what else makes it the same run, such as a hash of the
+  data. With `config.allow_config_change` other settings are taken, and config.json says
   which were there before.
 
   Raises:
@@ -276,33 +336,50 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   """
   folder = Path(workdir).absolute()
   _check_letters(folder)
-  described = {'script': script, **json.loads(json.dumps(dataclasses.asdict(config))), **identity}
+  described = {
+    'script': script,
+    **json.loads(json.dumps(dataclasses.asdict(config))),
+    **identity,
+  }
   for name in NO_SETTINGS:
     described.pop(name, None)
-  described['sha256'] = hashlib.sha256(json.dumps(_settings(described), sort_keys=True).encode()).hexdigest()
-  alike = {name: value for name, value in dataclasses.asdict(config).items() if name not in ('workdir', 'data_dir', 'process_id')}
+  described['sha256'] = hashlib.sha256(
+    json.dumps(_settings(described), sort_keys=True).encode()
+  ).hexdigest()
+  alike = {
+    name: value
+    for name, value in dataclasses.asdict(config).items()
+    if name not in ('workdir', 'data_dir', 'process_id')
+  }
   settings = json.loads(json.dumps(alike))
   if processes.agreed(processes.told(lambda: settings) != settings):
-    raise UserError('the processes were started with different settings; only --process_id and folders may differ.')
-  return Path(processes.told(_claim, folder, described, config.override_resume))
+    raise UserError(
+      'the processes were started with different settings; only --process_id and '
+      'folders may differ.'
+    )
+  return Path(processes.told(_claim, folder, described, config.allow_config_change))
 
 
 def _check_letters(folder: Path) -> None:
   """Raise if orbax cannot take a folder's name.
 
-  It takes Unicode; of bytes that the locale's encoding lacks Python makes something else.
+  It takes Unicode; of bytes that the locale's encoding lacks Python makes something
+  else.
   """
   try:
     str(folder).encode()
   except UnicodeEncodeError as error:
     raise UserError(
-      f'--workdir={folder} has letters that the encoding {sys.getfilesystemencoding()} lacks: '
+      f'--workdir={folder} has letters that the encoding {sys.getfilesystemencoding()} '
+      'lacks: '
       'choose another name, or set PYTHONUTF8=1.'
     ) from error
 
 
 def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
-  """Writes config.json, or checks what is there; the folder is the first process's: those of others may have another date."""
+  """Writes config.json, or checks what is there; the folder is the first process's:
+  those of others may have another date.
+  """
   path, overrides = folder / 'config.json', []
   try:
     if path.exists():
@@ -311,8 +388,9 @@ def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
       differ = differences(_settings(found), _settings(described))
       if differ and not override:
         raise UserError(
-          f'{folder} holds runs of another configuration; {"; ".join(differ)}. Choose another --workdir, or go on with '
-          'these runs by --override_resume.'
+          f'{folder} holds runs of another configuration; {"; ".join(differ)}. Choose '
+          'another --workdir, or go on with '
+          'these runs by --allow_config_change.'
         )
       if differ:
         print(f'{folder} goes on with other settings than before; {"; ".join(differ)}')
@@ -326,18 +404,27 @@ def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
 
 def _settings(described: dict[str, Any]) -> dict[str, Any]:
   """What makes the runs of a folder what they are."""
-  return {name: value for name, value in described.items() if name not in (*JOINING, 'sha256', 'overrides')}
+  return {
+    name: value
+    for name, value in described.items()
+    if name not in (*JOINING, 'sha256', 'overrides')
+  }
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """What two descriptions do not agree in."""
   names = sorted({*was, *now})
-  return [f'{name}: was {was.get(name)!r}, now {now.get(name)!r}' for name in names if was.get(name) != now.get(name)]
+  return [
+    f'{name}: was {was.get(name)!r}, now {now.get(name)!r}'
+    for name in names
+    if was.get(name) != now.get(name)
+  ]
 
 
 @contextlib.contextmanager
 def locked(folders: Sequence[Path]) -> Iterator[None]:
-  """Keeps runs to this process, and those beside it, until they have been trained; a process that dies lets go of them.
+  """Keeps runs to this process, and those beside it, until they have been trained; a
+  process that dies lets go of them.
 
   Raises:
     UserError: they are being trained elsewhere, or a folder cannot be written.
@@ -350,7 +437,10 @@ def locked(folders: Sequence[Path]) -> Iterator[None]:
           folder.mkdir(exist_ok=True)
           held.enter_context(filelock.FileLock(folder / 'lock', timeout=0))
         except filelock.Timeout as error:
-          raise UserError(f'{folder} is being trained by another command; wait for it, or choose another --workdir.') from error
+          raise UserError(
+            f'{folder} is being trained by another command; wait for it, or choose '
+            'another --workdir.'
+          ) from error
         except OSError as error:
           raise UserError(f'cannot write to {folder}: {error}') from error
 
@@ -379,7 +469,9 @@ def read_config(folder: Path) -> dict[str, Any]:
   path = folder / 'config.json'
   config = read_json(path, ('script', 'sha256', 'overrides'))
   overrides = config['overrides']
-  whole = isinstance(overrides, list) and all(isinstance(override, dict) and 'sha256' in override for override in overrides)
+  whole = isinstance(overrides, list) and all(
+    isinstance(override, dict) and 'sha256' in override for override in overrides
+  )
   if not whole:
     raise _damaged(str(path), '"overrides" is not a list of earlier settings')
   return config
@@ -406,16 +498,23 @@ def saved_steps(folder: Path) -> list[int]:
 def saved_beside(folder: Path, step: int) -> dict[str, Any]:
   """What was recorded beside the carry after that step; {} if that cannot be read."""
   try:
-    record = json.loads((folder / 'checkpoints' / str(step) / 'record' / 'metadata').read_bytes())
+    record = json.loads(
+      (folder / 'checkpoints' / str(step) / 'record' / 'metadata').read_bytes()
+    )
   except (OSError, ValueError):
     return {}
   return record if isinstance(record, dict) else {}
 
 
-def write_summary(folder: Path, runs: list[dict[str, Any]], best: str | None = None) -> None:
+def write_summary(
+  folder: Path, runs: list[dict[str, Any]], best: str | None = None
+) -> None:
   """Writes what came out, which run was the best, and what they ran on."""
   chosen = {} if best is None else {'best': best}
-  write_json(folder / 'summary.json', {'config': read_config(folder), **chosen, 'runs': runs, **machine()})
+  write_json(
+    folder / 'summary.json',
+    {'config': read_config(folder), **chosen, 'runs': runs, **machine()},
+  )
 
 
 def machine(*packages: str) -> dict[str, Any]:
@@ -448,9 +547,22 @@ def machine(*packages: str) -> dict[str, Any]:
 
 def _commit() -> str | None:
   """The revision of this code, '-dirty' if files differ; None outside a repository."""
-  describe_command = ['git', 'describe', '--always', '--dirty', '--exclude=*', '--abbrev=12']
+  describe_command = [
+    'git',
+    'describe',
+    '--always',
+    '--dirty',
+    '--exclude=*',
+    '--abbrev=12',
+  ]
   try:
-    found = subprocess.run(describe_command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+      describe_command,
+      cwd=Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
   except (OSError, subprocess.CalledProcessError):
     return None
   return found.stdout.strip()
@@ -462,7 +574,10 @@ def _cpu() -> str | None:
     lines = Path('/proc/cpuinfo').read_text().splitlines()
   except OSError:
     return platform.processor() or None
-  return next((line.partition(':')[2].strip() for line in lines if line.startswith('model name')), None)
+  return next(
+    (line.partition(':')[2].strip() for line in lines if line.startswith('model name')),
+    None,
+  )
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -535,7 +650,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
   """
   content = _json(_read_bytes(path), str(path))
   if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-    raise _damaged(str(path), f'it holds {json.dumps(content)[:40]}, not a list of objects')
+    raise _damaged(
+      str(path), f'it holds {json.dumps(content)[:40]}, not a list of objects'
+    )
   return content
 
 
@@ -557,7 +674,9 @@ def _json(text: bytes, which: str) -> Any:
 
 
 def _damaged(which: str, reason: str) -> UserError:
-  return UserError(f'{which} is damaged: {reason}. Put it back, or choose another --workdir.')
+  return UserError(
+    f'{which} is damaged: {reason}. Put it back, or choose another --workdir.'
+  )
 
 
 def make_folder(path: str) -> Path:
@@ -575,7 +694,8 @@ def make_folder(path: str) -> Path:
 
 
 def write_parameters(folder: Path, params: Any) -> None:
-  """Write a run's best parameters; in several processes all call it, the first one writes.
+  """Write a run's best parameters; in several processes all call it, the first one
+  writes.
 
   Args:
     folder: the run's folder.
@@ -585,7 +705,9 @@ def write_parameters(folder: Path, params: Any) -> None:
     UserError: the file cannot be written.
   """
   leaves = jax.tree.leaves_with_path(params)
-  arrays = {jax.tree_util.keystr(place): processes.whole(leaf) for place, leaf in leaves}
+  arrays = {
+    jax.tree_util.keystr(place): processes.whole(leaf) for place, leaf in leaves
+  }
   path = folder / PARAMETERS
 
   def write() -> None:
@@ -614,15 +736,35 @@ def read_parameters(folder: Path, template: Any, config_sha256: str) -> Any:
     with path.open('rb') as raw, np.load(raw) as file:
       arrays = {name: file[name] for name in file.files}
   except FileNotFoundError as error:
-    raise UserError(f'there is no {path}: put it back, or train this run again.') from error
-  except (OSError, EOFError, ValueError, LookupError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-    raise UserError(f'{path} is damaged: {_reason(error)}. Put it back, or train this run again.') from error
+    raise UserError(
+      f'there is no {path}: put it back, or train this run again.'
+    ) from error
+  except (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
+    raise UserError(
+      f'{path} is damaged: {_reason(error)}. Put it back, or train this run again.'
+    ) from error
   found = str(arrays.pop('config_sha256', ''))
   if found != config_sha256:
-    raise UserError(f'{path} is of another configuration than config.json: put it back, or train this run again.')
-  differ = differences(describe(template), {name: f'{leaf.dtype}{list(leaf.shape)}' for name, leaf in arrays.items()})
+    raise UserError(
+      f'{path} is of another configuration than config.json: put it back, or train '
+      'this run again.'
+    )
+  differ = differences(
+    describe(template),
+    {name: f'{leaf.dtype}{list(leaf.shape)}' for name, leaf in arrays.items()},
+  )
   if differ:
-    raise UserError(f'{path} does not fit the model of config.json; {"; ".join(differ[:3])}.')
+    raise UserError(
+      f'{path} does not fit the model of config.json; {"; ".join(differ[:3])}.'
+    )
   fetch = lambda place, leaf: jax.numpy.asarray(arrays[jax.tree_util.keystr(place)])
   return jax.tree.map_with_path(fetch, template)
 
@@ -647,12 +789,16 @@ def user_errors(path: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise UserError(f'cannot write {path}: {error}. The same command goes on from what is saved.') from error
+    raise UserError(
+      f'cannot write {path}: {error}. The same command goes on from what is saved.'
+    ) from error
 
 
 @contextlib.contextmanager
 def replaced(path: Path, mode: Literal['w', 'wb'] = 'w') -> Iterator[IO[Any]]:
-  """Open a file, of text or bytes, that takes the place of `path` when it is complete."""
+  """Open a file, of text or bytes, that takes the place of `path` when it is
+  complete.
+  """
   temporary = path.with_name(path.name + '.tmp')
   with temporary.open(mode, encoding='utf-8' if mode == 'w' else None) as file:
     yield file

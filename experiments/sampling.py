@@ -11,7 +11,14 @@ from experiments.trained_runs import TrainedRun
 import fptt_jax
 
 
-def sample_text(run: TrainedRun, number: int, *, prompt: str = '', temperature: float = 1.0, seed: int = 0) -> str:
+def sample_text(
+  run: TrainedRun,
+  number: int,
+  *,
+  prompt: str = '',
+  temperature: float = 1.0,
+  seed: int = 0,
+) -> str:
   """Draw a text, token by token.
 
   Args:
@@ -31,7 +38,9 @@ def sample_text(run: TrainedRun, number: int, *, prompt: str = '', temperature: 
   given = text.encode_prompt(prompt, vocabulary, by_characters)
   start = vocabulary.index(text.END_OF_LINE) if text.END_OF_LINE in vocabulary else 0
   tokens = jnp.asarray(given or [start], jnp.int32)
-  draw = jax.jit(functools.partial(draw_tokens, run.model), static_argnames=('number', 'greedy'))
+  draw = jax.jit(
+    functools.partial(draw_tokens, run.model), static_argnames=('number', 'greedy')
+  )
   drawn = draw(
     run.params,
     tokens,
@@ -70,12 +79,20 @@ def draw_tokens(
 
   def read(state: Any, tokens: jax.Array) -> tuple[Any, jax.Array]:
     state, outputs = model.apply(params, state, tokens[:, None], None, None)
-    logits = outputs.outputs if isinstance(outputs, fptt_jax.Penalised) else outputs
+    logits = (
+      outputs.outputs if isinstance(outputs, fptt_jax.OutputsWithPenalty) else outputs
+    )
     return state, logits[-1, 0]
 
-  def draw(carry: tuple[Any, jax.Array], key: jax.Array) -> tuple[tuple[Any, jax.Array], jax.Array]:
+  def draw(
+    carry: tuple[Any, jax.Array], key: jax.Array
+  ) -> tuple[tuple[Any, jax.Array], jax.Array]:
     state, logits = carry
-    token = jnp.argmax(logits) if greedy else jax.random.categorical(key, logits / temperature)
+    token = (
+      jnp.argmax(logits)
+      if greedy
+      else jax.random.categorical(key, logits / temperature)
+    )
     return read(state, token[None]), token.astype(jnp.int32)
 
   start = read(model.initial_state(1), prompt)

@@ -1,4 +1,6 @@
-"""Ending a run from outside: SIGTERM and Ctrl-C are answered after the batches under way, with everything saved."""
+"""Ending a run from outside: SIGTERM and Ctrl-C are answered after the batches under
+way, with everything saved.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -8,7 +10,9 @@ import threading
 from types import FrameType
 
 EXIT_CODE = 75
-"""How a process ends that a signal stopped and that can go on: EX_TEMPFAIL of sysexits.h, "try again"."""
+"""How a process ends that a signal stopped and that can go on: EX_TEMPFAIL of
+sysexits.h, "try again".
+"""
 
 _noted: list[str] = []
 
@@ -19,8 +23,12 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
-  """A first SIGTERM or Ctrl-C is noted, for the loop inside to look at :func:`requested`; a second one acts at once, as always."""
-  if threading.current_thread() is not threading.main_thread():  # Others are sent no signals.
+  """A first SIGTERM or Ctrl-C is noted, for the loop inside to look at
+  :func:`requested`; a second one acts at once, as always.
+  """
+  if (
+    threading.current_thread() is not threading.main_thread()
+  ):  # Others are sent no signals.
     yield
     return
 
@@ -28,9 +36,16 @@ def heeded() -> Iterator[None]:
     _noted.append(signal.Signals(number).name)
     restore()
     # Not print: the signal may have come in the middle of one.
-    os.write(2, f'\n{_noted[-1]}: stopping after the batches under way; once more stops at once\n'.encode())
+    os.write(
+      2,
+      f'\n{_noted[-1]}: stopping after the batches under way; once more stops at once\n'.encode(),
+    )
 
-  heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]  # As nohup does.
+  heard = [
+    number
+    for number in (signal.SIGTERM, signal.SIGINT)
+    if signal.getsignal(number) != signal.SIG_IGN
+  ]  # As nohup does.
   before = {number: signal.signal(number, note) for number in heard}
 
   def restore() -> None:

@@ -25,8 +25,8 @@ class TrainedRun:
     script: the script that trained it, 'add_task', 'images' or 'language_model'.
     config: the run's settings, those out of a grid among them.
     model: the model.
-    params: the parameters that the run's results are measured at: those of the epoch with
-      the best validation score, on the adding problem those after the last batch.
+    params: the parameters that the run's results are measured at: those of the epoch
+      with the best validation score, on the adding problem those after the last batch.
     result: what the run came to, as in result.json.
     vocabulary: of a language model, the V token strings by id.
     moments: of images, mean and standard deviation that pixels are normalized by.
@@ -64,19 +64,35 @@ def load_run(folder: str | Path) -> TrainedRun:
     raise UserError(f'{path} has not ended: the command that began it goes on with it.')
   result = runs.read_json(path / 'result.json', ('method', 'seed', 'config_sha256'))
   if result['config_sha256'] != described['sha256']:
-    raise UserError(f'{path} has not ended under the settings of config.json: start its command again.')
+    raise UserError(
+      f'{path} has not ended under the settings of config.json: start its command '
+      'again.'
+    )
   if described['script'] not in SCRIPTS:
-    raise UserError(f'{workdir} is no folder of {", ".join(SCRIPTS)}, but of {described["script"]!r}.')
+    raise UserError(
+      f'{workdir} is no folder of {", ".join(SCRIPTS)}, but of {described["script"]!r}.'
+    )
   script = importlib.import_module(f'experiments.{described["script"]}')
-  data = {} if described['script'] == 'add_task' else runs.read_json(workdir / 'data.json', script.DESCRIBED)
+  data = (
+    {}
+    if described['script'] == 'add_task'
+    else runs.read_json(workdir / 'data.json', script.DESCRIBED)
+  )
   try:
     config = _configuration(script, described, result, data)
     model = script.model_of(config, data)
     template = jax.eval_shape(model.init, jax.random.key(0))
   except (TypeError, ValueError) as error:
-    raise UserError(f'{workdir}: config.json or data.json is damaged: {error}') from error
-  if not (path / runs.PARAMETERS).exists() and ('lost' in result or result.get('best_epoch') == 0):
-    raise UserError(f'{path} has diverged and left no parameters: {result.get("lost", "no score is finite")}.')
+    raise UserError(
+      f'{workdir}: config.json or data.json is damaged: {error}'
+    ) from error
+  if not (path / runs.PARAMETERS).exists() and (
+    'lost' in result or result.get('best_epoch') == 0
+  ):
+    raise UserError(
+      f'{path} has diverged and left no parameters: '
+      f'{result.get("lost", "no score is finite")}.'
+    )
   params = runs.read_parameters(path, template, described['sha256'])
   return TrainedRun(
     folder=path,
@@ -102,17 +118,23 @@ def _find(path: Path) -> tuple[Path, Path]:
   started = sorted(place.parent for place in path.glob('*/lock'))
   ended = [place for place in started if (place / 'result.json').is_file()]
   if not ended:
-    raise UserError(f'no run in {path} has ended: the command that began them goes on with them.')
+    raise UserError(
+      f'no run in {path} has ended: the command that began them goes on with them.'
+    )
   if len(ended) > 1 and (path / 'summary.json').exists():
     best = runs.read_json(path / 'summary.json').get('best')
     ended = [place for place in ended if place.name == best] or ended
   if len(ended) > 1:
     names = ', '.join(place.name for place in ended)
-    raise UserError(f'{path} holds several runs: give the folder of one of them, {names}.')
+    raise UserError(
+      f'{path} holds several runs: give the folder of one of them, {names}.'
+    )
   return path, ended[0]
 
 
-def _configuration(script: Any, described: dict[str, Any], result: dict[str, Any], data: dict[str, Any]) -> Any:
+def _configuration(
+  script: Any, described: dict[str, Any], result: dict[str, Any], data: dict[str, Any]
+) -> Any:
   """Make the configuration of one run from the files of its folder.
 
   Raises:

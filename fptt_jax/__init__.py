@@ -1,9 +1,12 @@
-"""Training recurrent networks forward through time (FPTT, Kag & Saligrama, ICML 2021) in JAX.
+"""Training recurrent networks forward through time (FPTT, Kag & Saligrama, ICML 2021)
+in JAX.
 
-One legend everywhere: T steps, K windows, S steps a window, B batch, D features, H hidden, C classes, V vocabulary; arrays are
-time-major. `fptt_jax.nn` holds models and the adapters for Flax; nothing else here imports Flax.
+One legend everywhere: T steps, K windows, S steps a window, B batch, D features, H
+hidden, C classes, V vocabulary; arrays are time-major. `fptt_jax.nn` holds models and
+the adapters for Flax; nothing else here imports Flax.
 
-The public modules are `fptt_jax`, `fptt_jax.losses` and `fptt_jax.nn`. `fptt_jax.nn` is imported when it is first used.
+The public modules are `fptt_jax`, `fptt_jax.losses` and `fptt_jax.nn`. `fptt_jax.nn` is
+imported when it is first used.
 """
 
 import importlib
@@ -11,16 +14,34 @@ import types
 import typing
 
 from fptt_jax import losses
-from fptt_jax.devices import cpu_setup
-from fptt_jax.health import check_finite, find_nonfinite, lambda_diverges
-from fptt_jax.losses import Loss, means
+from fptt_jax.devices import use_cpu_devices
+from fptt_jax.health import find_nonfinite, lambda_diverges, raise_if_nonfinite
+from fptt_jax.losses import Loss, compute_metrics
 from fptt_jax.methods import METHODS, Method
-from fptt_jax.programs import population, scan_steps, take_member
+from fptt_jax.programs import scan_train_steps, take_member, vmap_trainer
 from fptt_jax.stability import spectral_radius
 from fptt_jax.states import state_from_arrays, state_to_arrays
-from fptt_jax.training import Batch, Model, Penalised, Split, StepMetrics, Trainer, TrainState, check_batch, global_batch, trainer
-from fptt_jax.transformation import ALGORITHM_2, RELEASE, FPTTState, fptt, fptt_eval_params, fptt_restart
-from fptt_jax.windows import Window, Windows, cut
+from fptt_jax.training import (
+  Batch,
+  FeaturesAndReadout,
+  Model,
+  OutputsWithPenalty,
+  StepMetrics,
+  Trainer,
+  TrainState,
+  make_global_batch,
+  make_trainer,
+  validate_batch,
+)
+from fptt_jax.transformation import (
+  ALGORITHM_2,
+  RELEASE,
+  FPTTState,
+  fptt,
+  fptt_eval_params,
+  fptt_restart,
+)
+from fptt_jax.windows import WindowPlan, WindowView, make_windows
 
 if typing.TYPE_CHECKING:
   from fptt_jax import nn as nn
@@ -36,32 +57,32 @@ __all__ = (
   'Loss',
   'Method',
   'Model',
-  'Penalised',
-  'Split',
+  'OutputsWithPenalty',
+  'FeaturesAndReadout',
   'StepMetrics',
   'TrainState',
   'Trainer',
-  'Window',
-  'Windows',
-  'check_batch',
-  'check_finite',
-  'cpu_setup',
-  'cut',
+  'WindowView',
+  'WindowPlan',
+  'validate_batch',
+  'raise_if_nonfinite',
+  'use_cpu_devices',
+  'make_windows',
   'find_nonfinite',
   'fptt',
   'fptt_eval_params',
   'fptt_restart',
-  'global_batch',
+  'make_global_batch',
   'lambda_diverges',
   'losses',
-  'means',
-  'population',
-  'scan_steps',
+  'compute_metrics',
+  'vmap_trainer',
+  'scan_train_steps',
   'spectral_radius',
   'state_from_arrays',
   'state_to_arrays',
   'take_member',
-  'trainer',
+  'make_trainer',
 )
 
 

@@ -1,4 +1,6 @@
-"""Compiled functions that say what became of a donated array, and take arrays of any byte order."""
+"""Compiled functions that say what became of a donated array, and take arrays of any
+byte order.
+"""
 
 from collections.abc import Callable
 import functools
@@ -15,7 +17,13 @@ class Compiled:
     donates: whether the arrays of the first argument are given up to the function.
   """
 
-  def __init__(self, function: Callable[..., Any], *, donate: bool = False, static_argnames: tuple[str, ...] = ()) -> None:
+  def __init__(
+    self,
+    function: Callable[..., Any],
+    *,
+    donate: bool = False,
+    static_argnames: tuple[str, ...] = (),
+  ) -> None:
     """Jit the function.
 
     Args:
@@ -26,7 +34,9 @@ class Compiled:
     functools.update_wrapper(self, function)
     self.donates = donate
     donated = 0 if donate else ()
-    self._function = jax.jit(function, donate_argnums=donated, static_argnames=static_argnames)
+    self._function = jax.jit(
+      function, donate_argnums=donated, static_argnames=static_argnames
+    )
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """Call the jitted function."""
@@ -57,8 +67,8 @@ def explain_deleted(called: str, trees: Any, error: Exception | None = None) -> 
     error: what was raised for it.
 
   Raises:
-    RuntimeError: an array was deleted, which donation does, or (if `error` is of that) is
-      there twice.
+    RuntimeError: an array was deleted, which donation does, or (if `error` is of that)
+      is there twice.
   """
   advice = 'Keep a copy, jax.tree.map(jnp.copy, state), before the step, or make the trainer with donate=False.'
   leaves = [
@@ -69,7 +79,8 @@ def explain_deleted(called: str, trees: Any, error: Exception | None = None) -> 
   for path, leaf in leaves:
     if leaf.is_deleted():
       raise RuntimeError(
-        f'{called} was given an array that no longer exists, {_place(path)}: it was donated to '
+        f'{called} was given an array that no longer exists, {_place(path)}: it was '
+        'donated to '
         f'an earlier step, which has used its memory for the new state. {advice}'
       ) from None
   if error is None or 'donate the same buffer' not in str(error):
@@ -79,14 +90,17 @@ def explain_deleted(called: str, trees: Any, error: Exception | None = None) -> 
     if id(leaf) in seen:
       raise RuntimeError(
         f'{called} was given one array in two places, {_place(seen[id(leaf)])} and '
-        f'{_place(path)}, and cannot have it donated twice: give it a copy, jnp.copy(array), in '
+        f'{_place(path)}, and cannot have it donated twice: give it a copy, '
+        'jnp.copy(array), in '
         'one of them, or make the trainer with donate=False.'
       ) from None
     seen[id(leaf)] = path
 
 
 def _place(path: tuple[Any, ...]) -> str:
-  """Return where in its argument a leaf is, such as `.params['w']`; the argument itself for none."""
+  """Return where in its argument a leaf is, such as `.params['w']`; the argument itself
+  for none.
+  """
   return jax.tree_util.keystr(path[1:]) or 'the argument itself'
 
 

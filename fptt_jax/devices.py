@@ -7,11 +7,13 @@ import jax
 from fptt_jax.checks import check_integer
 
 
-def cpu_setup(num_devices: int | None = None) -> None:
-  """Lets JAX see the CPU as several devices, for `trainer(mesh=...)` to split a batch over.
+def use_cpu_devices(num_devices: int | None = None) -> None:
+  """Lets JAX see the CPU as several devices, for `make_trainer(mesh=...)` to split a
+  batch over.
 
-  It pays for small networks: much of their step XLA runs on one thread a device. Call it before anything makes JAX look for
-  devices; where that has happened already it does nothing, silently. Other backends are not affected.
+  It pays for small networks: much of their step XLA runs on one thread a device. Call
+  it before anything makes JAX look for devices; where that has happened already it does
+  nothing, silently. Other backends are not affected.
 
   Args:
     num_devices: how many; default as many as the process may use cores.
@@ -20,8 +22,14 @@ def cpu_setup(num_devices: int | None = None) -> None:
     ValueError: num_devices is no integer from 1 to 1024: each has threads of its own.
   """
   if num_devices is None:
-    num_devices = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  num_devices = check_integer('num_devices', num_devices, 1, 1024, 'an integer from 1 to 1024')
+    num_devices = (
+      len(os.sched_getaffinity(0))
+      if hasattr(os, 'sched_getaffinity')
+      else os.cpu_count() or 1
+    )
+  num_devices = check_integer(
+    'num_devices', num_devices, 1, 1024, 'an integer from 1 to 1024'
+  )
   try:
     jax.config.update('jax_num_cpu_devices', num_devices)
   except RuntimeError:  # Too late: JAX knows its devices.
@@ -38,11 +46,16 @@ def one_axis(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, str]:
   if not isinstance(mesh, jax.sharding.Mesh):
     raise TypeError(f'mesh must be a jax.sharding.Mesh or None, got {mesh!r}.')
   if len(mesh.axis_names) != 1:
-    raise ValueError(f'mesh must have one axis, over which the work is split, got {mesh.axis_names}.')
+    raise ValueError(
+      f'mesh must have one axis, over which the work is split, got {mesh.axis_names}.'
+    )
   return jax.sharding.Mesh(mesh.devices, mesh.axis_names), str(mesh.axis_names[0])
 
 
 def check_divisible(which: str, number: int, mesh: jax.sharding.Mesh) -> None:
   """Raises a ValueError unless each device of the mesh gets as many."""
   if number % mesh.size:
-    raise ValueError(f'{which} must be a multiple of the {mesh.size} devices it is split over, got {number}.')
+    raise ValueError(
+      f'{which} must be a multiple of the {mesh.size} devices it is split over, got '
+      f'{number}.'
+    )

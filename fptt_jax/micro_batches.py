@@ -1,8 +1,11 @@
-"""A batch's rows a few at a time within each window, so that a window needs less memory.
+"""A batch's rows a few at a time within each window, so that a window needs less
+memory.
 
-The model alone is run part by part; the loss sees the outputs of the whole batch. So whatever a loss does with a batch
-(means over valid steps, tables of predictions) is right without any weights, and the gradients of the parts add up to that
-of the whole batch. The price is a second forward pass: a part's intermediate values are computed again when its gradient is.
+The model alone is run part by part; the loss sees the outputs of the whole batch. So
+whatever a loss does with a batch (means over valid steps, tables of predictions) is
+right without any weights, and the gradients of the parts add up to that
+of the whole batch. The price is a second forward pass: a part's intermediate values are
+  computed again when its gradient is.
 """
 
 from collections.abc import Callable
@@ -13,30 +16,43 @@ import jax.numpy as jnp
 
 
 def in_micro_batches(function: Callable[..., Any], parts: int) -> Callable[..., Any]:
-  """Makes a model's `apply`, `apply_last` or `split.features` run over equal parts of the rows, one after the other.
+  """Makes a model's `apply`, `apply_last` or `split.features` run over equal parts of
+  the rows, one after the other.
 
   Args:
-    function: (params, state, x [S, B, ...], mask [S, B] or None, key or None, ...) -> (state, outputs [S, B, ...]).
+    function: (params, state, x [S, B, ...], mask [S, B] or None, key or None, ...) ->
+      (state, outputs [S, B, ...]).
     parts: how many parts; B must be a multiple.
 
   Returns:
     A function of the same arguments and results. Each part draws from a key of its own.
   """
 
-  def run(params: Any, state: Any, x: Any, mask: jax.Array | None, key: jax.Array | None, *last: Any) -> Any:
+  def run(
+    params: Any,
+    state: Any,
+    x: Any,
+    mask: jax.Array | None,
+    key: jax.Array | None,
+    *last: Any,
+  ) -> Any:
     rows = jax.tree.leaves(x)[0].shape[1]
     size = rows // parts
 
     def one_part(_: None, part: tuple[jax.Array, Any]) -> tuple[None, Any]:
       number, part_state = part
       columns, positions = (
-        jax.tree.map(lambda leaf: _rows_of(leaf, number, size, axis), tree) for tree, axis in (((x, mask), 1), (last, 0))
+        jax.tree.map(lambda leaf: _rows_of(leaf, number, size, axis), tree)
+        for tree, axis in (((x, mask), 1), (last, 0))
       )
       part_key = None if key is None else jax.random.fold_in(key, number)
       return None, function(params, part_state, *columns, part_key, *positions)
 
-    states = jax.tree.map(lambda leaf: leaf.reshape(parts, size, *leaf.shape[1:]), state)
-    # Within a scan nothing could be merged with what is computed again, so that needs no guard.
+    states = jax.tree.map(
+      lambda leaf: leaf.reshape(parts, size, *leaf.shape[1:]), state
+    )
+    # Within a scan nothing could be merged with what is computed again, so that needs
+    # no guard.
     one_part = jax.checkpoint(one_part, prevent_cse=False)
     _, (states, outputs) = jax.lax.scan(one_part, None, (jnp.arange(parts), states))
     state = jax.tree.map(lambda leaf: leaf.reshape(rows, *leaf.shape[2:]), states)

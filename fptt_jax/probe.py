@@ -1,7 +1,9 @@
-"""Checks on a model that only a run can tell: rows apart, no look ahead, and no memory but the hidden state.
+"""Checks on a model that only a run can tell: rows apart, no look ahead, and no memory
+but the hidden state.
 
-A train step cuts sequences into windows and carries nothing but the hidden state from one to the next. A layer that
-mixes the rows of a batch, reads later steps or restarts in each window would train without an error, towards
+A train step cuts sequences into windows and carries nothing but the hidden state from
+one to the next. A layer that mixes the rows of a batch, reads later steps or restarts
+in each window would train without an error, towards
 something else. :func:`check_model` therefore runs a model once on a few small windows.
 """
 
@@ -24,25 +26,32 @@ MOST_PARAMETERS = 50_000_000
 """A model with more parameters is not probed: the probe may take seconds there."""
 
 TOLERANCE = 2000.0
-"""Differences above so many roundings are not rounding: 2e-4 of the scale in float32. At most 1/8 for short dtypes."""
+"""Differences above so many roundings are not rounding: 2e-4 of the scale in float32.
+At most 1/8 for short dtypes.
+"""
 
 
 class HiddenMemoryError(TypeError):
   """A model keeps memory outside the hidden state; raised while it is traced."""
 
 
-_checked: weakref.WeakKeyDictionary[Callable[..., Any], set[Any]] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[Callable[..., Any], set[Any]] = (
+  weakref.WeakKeyDictionary()
+)
 """What each model's `apply` was probed with, so that it is probed once."""
 _ALL = 'all'
 
 ADVICE = (
-  'Use layers that act on each step of each row alone (nnx.Linear, nnx.LayerNorm, functions of one step), or a cell '
+  'Use layers that act on each step of each row alone (nnx.Linear, nnx.LayerNorm, '
+  'functions of one step), or a cell '
   'that carries its memory in the hidden state, (carry, x) -> (carry, y).'
 )
 
 
 def mark_checked(function: Callable[..., Any]) -> None:
-  """Records that a model with this `apply` needs no probe, because all of its layers are known."""
+  """Records that a model with this `apply` needs no probe, because all of its layers
+  are known.
+  """
   _checked.setdefault(function, set()).add(_ALL)
 
 
@@ -51,11 +60,15 @@ def is_checked(function: Callable[..., Any]) -> bool:
   return _ALL in _checked.get(function, ())
 
 
-def check_state_rows(name: str, initial_state: Callable[[int], Tree], sizes: tuple[int, ...] = (ROWS, ROWS + 1)) -> None:
+def check_state_rows(
+  name: str,
+  initial_state: Callable[[int], Tree],
+  sizes: tuple[int, ...] = (ROWS, ROWS + 1),
+) -> None:
   """Checks that every leaf of the hidden state has a leading axis of rows.
 
-  Masks, meshes and ragged batches treat the hidden state row by row, so a counter or a key for the whole batch cannot
-  be part of it.
+  Masks, meshes and ragged batches treat the hidden state row by row, so a counter or a
+  key for the whole batch cannot be part of it.
 
   Args:
     name: what the hidden state belongs to, for the error.
@@ -75,40 +88,48 @@ def check_state_rows(name: str, initial_state: Callable[[int], Tree], sizes: tup
 def _refuse_leaf(name: str, path: Any, leaf: Any) -> None:
   where = jax.tree_util.keystr(path) or 'the state itself'
   raise TypeError(
-    f'{name}: every array of the hidden state must have shape [B, ...], one entry per row, got {leaf.dtype}'
-    f'{list(leaf.shape)} at {where}. Give a counter or a scalar one entry per row, such as '
+    f'{name}: every array of the hidden state must have shape [B, ...], one entry per '
+    f'row, got {leaf.dtype}'
+    f'{list(leaf.shape)} at {where}. Give a counter or a scalar one entry per row, '
+    'such as '
     'jnp.zeros(batch_size, jnp.int32), and update all entries alike.'
   )
 
 
 def check_model(model: Any, params: Tree, inputs: Tree, name: str = 'model') -> None:
-  """Runs a model on small windows in evaluation mode and refuses what windows would change.
+  """Runs a model on small windows in evaluation mode and refuses what windows would
+  change.
 
-  The probe is compiled once per `model.apply` and shape of inputs. It is skipped where values cannot be looked at
-  (inside a traced function), for very large models, and where the model cannot run a window of so few steps.
+  The probe is compiled once per `model.apply` and shape of inputs. It is skipped where
+  values cannot be looked at (inside a traced function), for very large models, and
+  where the model cannot run a window of so few steps.
 
   Args:
     model: a :class:`fptt_jax.Model`.
     params: its parameters, concrete arrays.
-    inputs: a tree of arrays or `jax.ShapeDtypeStruct` [T, B, ...], of which shapes and dtypes are used.
+    inputs: a tree of arrays or `jax.ShapeDtypeStruct` [T, B, ...], of which shapes and
+      dtypes are used.
     name: what the model is called in errors.
 
   Raises:
-    TypeError: rows depend on each other, a step depends on later ones, or two halves of a window, the state carried
-      between them, give something else than the whole.
+    TypeError: rows depend on each other, a step depends on later ones, or two halves of
+      a window, the state carried between them, give something else than the whole.
   """
-  shapes = tuple((leaf.shape[2:], jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(inputs))
+  shapes = tuple(
+    (leaf.shape[2:], jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(inputs)
+  )
   if not _can_probe(model, params) or shapes in _known(model.apply):
     return
   with jax.ensure_compile_time_eval():
     differences = _measure(model, params, inputs)
   _known(model.apply).add(shapes)
   if differences is not None:
-    _judge(differences, name)
+    _chunked_loss(differences, name)
 
 
 def check_new_model(model: Any, inputs: Tree, name: str) -> None:
-  """Probes a model when it is made, as :func:`check_model` does, with parameters drawn for it.
+  """Probes a model when it is made, as :func:`check_model` does, with parameters drawn
+  for it.
 
   Args:
     model: a :class:`fptt_jax.Model`.
@@ -136,13 +157,25 @@ def _known(function: Callable[..., Any]) -> set[Any]:
 
 def _can_probe(model: Any, params: Tree) -> bool:
   leaves = jax.tree.leaves(params)
-  concrete = not any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves)
-  at_hand = all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable for leaf in leaves) if concrete else False
-  return at_hand and _ALL not in _known(model.apply) and sum(np.size(leaf) for leaf in leaves) <= MOST_PARAMETERS
+  concrete = not any(
+    isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves
+  )
+  at_hand = (
+    all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable for leaf in leaves)
+    if concrete
+    else False
+  )
+  return (
+    at_hand
+    and _ALL not in _known(model.apply)
+    and sum(np.size(leaf) for leaf in leaves) <= MOST_PARAMETERS
+  )
 
 
 def _measure(model: Any, params: Tree, inputs: Tree) -> dict[str, Any] | None:
-  """Returns the differences that the checks are about, relative to their scale, or None where the model cannot run."""
+  """Returns the differences that the checks are about, relative to their scale, or None
+  where the model cannot run.
+  """
   x = jax.tree.map(lambda leaf: _draw(leaf, 0), inputs)
   other = jax.tree.map(lambda leaf: _draw(leaf, 1), inputs)
   try:
@@ -152,13 +185,16 @@ def _measure(model: Any, params: Tree, inputs: Tree) -> dict[str, Any] | None:
   except HiddenMemoryError:
     raise
   except Exception:
-    # The window may be too short for the model, or the inputs not what it wants: the step says so in its own words.
+    # The window may be too short for the model, or the inputs not what it wants: the
+    # step says so in its own words.
     return None
   return {key: float(value) for key, value in differences.items()}
 
 
 def _draw(leaf: Any, seed: int) -> np.ndarray:
-  """Returns inputs [STEPS, ROWS, ...]: normal numbers, or tokens 0 and 1, the two seeds' tokens being different."""
+  """Returns inputs [STEPS, ROWS, ...]: normal numbers, or tokens 0 and 1, the two
+  seeds' tokens being different.
+  """
   shape = (STEPS, ROWS, *leaf.shape[2:])
   if jnp.issubdtype(leaf.dtype, jnp.floating):
     return np.random.default_rng(seed).normal(size=shape).astype(leaf.dtype)
@@ -173,7 +209,9 @@ def _probe(
   x: Tree,
   other: Tree,
 ) -> dict[str, jax.Array]:
-  """Returns the largest differences, relative to the outputs' scale; NaN where the outputs are not finite."""
+  """Returns the largest differences, relative to the outputs' scale; NaN where the
+  outputs are not finite.
+  """
   start = initial_state(ROWS)
 
   def run(state: Tree, x: Tree) -> tuple[Tree, jax.Array]:
@@ -193,8 +231,12 @@ def _probe(
   variants = [x, *(jax.tree.map(change, x, other) for change in changes)]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants)
   # Traced once for all variants.
-  states, (y, y_first, y_last, y_step) = jax.lax.map(lambda variant: run(start, variant), stacked)
-  state, state_first, state_last = (jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(3))
+  states, (y, y_first, y_last, y_step) = jax.lax.map(
+    lambda variant: run(start, variant), stacked
+  )
+  state, state_first, state_last = (
+    jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(3)
+  )
   halves = jax.tree.map(lambda leaf: leaf.reshape(2, STEPS // 2, *leaf.shape[1:]), x)
   end, in_halves = jax.lax.scan(run, start, halves)
   in_halves = in_halves.reshape(STEPS, *in_halves.shape[2:])
@@ -214,7 +256,9 @@ def _probe(
 
 
 def _difference(a: Tree, b: Tree) -> jax.Array:
-  """Returns the largest difference of two trees' numbers, each relative to its array's scale and rounding."""
+  """Returns the largest difference of two trees' numbers, each relative to its array's
+  scale and rounding.
+  """
   worst = jnp.zeros([])
   for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     if jnp.issubdtype(left.dtype, jax.dtypes.prng_key):
@@ -231,14 +275,15 @@ def _difference(a: Tree, b: Tree) -> jax.Array:
   return worst
 
 
-def _judge(differences: dict[str, float], name: str) -> None:
+def _chunked_loss(differences: dict[str, float], name: str) -> None:
   if differences['rows'] > TOLERANCE:
     what = 'mixes the rows of a batch: another row changes the outputs or the state of the others'
   elif differences['steps'] > TOLERANCE:
     what = 'looks ahead: another last step changes the outputs of earlier steps'
   elif differences['halves'] > TOLERANCE:
     what = (
-      'keeps memory outside the hidden state, or restarts in each window: a window of four steps gives something else '
+      'keeps memory outside the hidden state, or restarts in each window: a window of '
+      'four steps gives something else '
       'than its two halves with the state carried'
     )
   else:

@@ -1,4 +1,6 @@
-"""Train states as plain NumPy arrays, for files that know neither named tuples nor keys."""
+"""Train states as plain NumPy arrays, for files that know neither named tuples nor
+keys.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +18,8 @@ def state_to_arrays(state: Any) -> dict[str, np.ndarray]:
   Args:
     state: A tree of concrete arrays. PRNG keys become their data.
 
-  Returns:
-    {'params/layers/0/kernel': array, ..., 'key': uint32 array}, as `numpy.savez`, `pickle` or
-    `flax.serialization.msgpack_serialize` take them.
+  Returns: {'params/layers/0/kernel': array, ..., 'key': uint32 array}, as
+    `numpy.savez`, `pickle` or `flax.serialization.msgpack_serialize` take them.
 
   Example:
     >>> import jax.numpy as jnp, fptt_jax
@@ -29,23 +30,27 @@ def state_to_arrays(state: Any) -> dict[str, np.ndarray]:
   def as_array(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
-  return dict(zip(leaf_paths(state), map(as_array, jax.tree.leaves(state)), strict=True))
+  return dict(
+    zip(leaf_paths(state), map(as_array, jax.tree.leaves(state)), strict=True)
+  )
 
 
 def state_from_arrays(template: Any, arrays: Mapping[str, Any]) -> Any:
   """Return the state that :func:`state_to_arrays` was given.
 
   Args:
-    template: A state of the same structure, such as a fresh one, or its shapes as `jax.eval_shape(trainer.init, key, batch)`
-      gives them.
-    arrays: What :func:`state_to_arrays` returned, or `numpy.load` or `flax.serialization.msgpack_restore` of it; also a
-      nested tree, such as a state that was restored without a template.
+    template: A state of the same structure, such as a fresh one, or its shapes as
+      `jax.eval_shape(trainer.init, key, batch)` gives them.
+    arrays: What :func:`state_to_arrays` returned, or `numpy.load` or
+      `flax.serialization.msgpack_restore` of it; also a nested tree, such as a state
+      that was restored without a template.
 
   Returns:
     A tree like `template`, of JAX's arrays. Keys are of the template's implementation.
 
   Raises:
-    ValueError: Paths are missing or unexpected, or an array has another shape or kind of numbers; named by path.
+    ValueError: Paths are missing or unexpected, or an array has another shape or kind
+      of numbers; named by path.
   """
   name, whose = 'arrays', 'as the template has it'
   tree = arrange_like(name, {path: arrays[path] for path in arrays}, template, whose)

@@ -1,7 +1,8 @@
-"""The train step: one scan over the windows of a sequence, an optimiser update in each.
+"""The train step: one scan over the windows of a sequence, an optimizer update in each.
 
-The data's way: a time-major :class:`Batch` is cut into K windows; in each, the model runs over S steps from the carried hidden
-state, the loss gives a scalar, its gradient goes to the optimiser, and everything that changed is carried to the next window.
+The data's way: a time-major :class:`Batch` is cut into K windows; in each, the model
+runs over S steps from the carried hidden state, the loss gives a scalar, its gradient
+goes to the optimizer, and everything that changed is carried to the next window.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +16,8 @@ import numpy as np
 import optax
 
 from fptt_jax.checks import (
-  HUGE,
-  MOST,
+  FLOAT32_MAX,
+  INT32_MAX,
   arrange_like,
   as_key,
   as_number,
@@ -30,21 +31,35 @@ from fptt_jax.checks import (
   leaf_paths,
   shapes,
 )
-from fptt_jax.chunks import Judged, judge, steps_at_once
+from fptt_jax.chunks import WindowLoss, chunked_loss, steps_at_once
 from fptt_jax.compiled import Compiled, explain_deleted
 from fptt_jax.devices import check_divisible, one_axis
-from fptt_jax.losses import Loss, LossState, Totals
+from fptt_jax.losses import Loss, LossState, MetricSums
 from fptt_jax.methods import METHODS, Method, Plan, plan
 from fptt_jax.micro_batches import in_micro_batches
 from fptt_jax.probe import check_model, check_state_rows
-from fptt_jax.sharding import batch_specs, gather_shards, mean_over_devices, named, place, shard_specs, sum_over_devices
-from fptt_jax.transformation import accepted, at_least_float32, check_nothing_follows, find_states, lambda_norm
+from fptt_jax.sharding import (
+  batch_specs,
+  gather_shards,
+  mean_over_devices,
+  named,
+  place,
+  shard_specs,
+  sum_over_devices,
+)
+from fptt_jax.transformation import (
+  accepted,
+  at_least_float32,
+  check_nothing_follows,
+  find_states,
+  lambda_norm,
+)
 from fptt_jax.windows import (
   ValidSteps,
-  Window,
-  Windows,
-  cut,
+  WindowPlan,
+  WindowView,
   lengths_in_range,
+  make_windows,
   valid_steps,
   window_at,
   write_window,
@@ -58,16 +73,21 @@ class Batch(NamedTuple):
   """A batch of sequences, time-major.
 
   Attributes:
-    inputs: [T, B, ...], float features or int tokens; or a tree of such arrays (tokens and features together, say), which the model
-      is given as a tree, each array cut to the window.
-    targets: whatever the loss takes: [B] or [B, O] for terminal tasks, [T, B] or [T, B, O] for sequence-to-sequence ones.
-    lengths: int [B], valid steps of each sequence, 1..T; None where all have T. What inputs hold past them is ignored. An array
-      bool [T, B] in this place is taken as the mask.
-    mask: bool [T, B], which steps are valid: for padding in front, or holes. None where all before the sequence's end are; with
-      both, a step is valid that is valid by both. What inputs and targets hold at other steps is ignored.
+    inputs: [T, B, ...], float features or int tokens; or a tree of such arrays (tokens
+      and features together, say), which the model is given as a tree, each array cut to
+      the window.
+    targets: whatever the loss takes: [B] or [B, O] for terminal tasks, [T, B] or [T, B,
+      O] for sequence-to-sequence ones.
+    lengths: int [B], valid steps of each sequence, 1..T; None where all have T. What
+      inputs hold past them is ignored. An array bool [T, B] in this place is taken as
+      the mask.
+    mask: bool [T, B], which steps are valid: for padding in front, or holes. None where
+      all before the sequence's end are; with both, a step is valid that is valid by
+      both. What inputs and targets hold at other steps is ignored.
 
-  A masked step leaves hidden state, loss and gradient alone: within a window, and in evaluation throughout, the numbers are those
-  of the sequence without it. A sequence ends at its last valid step. One without any valid step contributes nothing.
+  A masked step leaves hidden state, loss and gradient alone: within a window, and in
+  evaluation throughout, the numbers are those of the sequence without it. A sequence
+  ends at its last valid step. One without any valid step contributes nothing.
   """
 
   inputs: Any
@@ -85,21 +105,24 @@ class Batch(NamedTuple):
     *,
     targets_have_time: bool | None = None,
   ) -> 'Batch':
-    """Makes a batch of arrays whose first axis is the batch's, by exchanging the first two axes.
+    """Makes a batch of arrays whose first axis is the batch's, by exchanging the first
+    two axes.
 
     Args:
       inputs: [B, T, ...], or a tree of such arrays.
-      targets: [B] or [B, O], which are left as they are, or [B, T, ...]; or a tree of such arrays.
+      targets: [B] or [B, O], which are left as they are, or [B, T, ...]; or a tree of
+        such arrays.
       lengths: int [B] or None.
       mask: bool [B, T] or None.
-      targets_have_time: whether targets are [B, T, ...]. It may be left out only where shapes leave no doubt: where no array of
-        them has T as its second axis.
+      targets_have_time: whether targets are [B, T, ...]. It may be left out only where
+        shapes leave no doubt: where no array of them has T as its second axis.
 
     Returns:
       The time-major :class:`Batch`. NumPy arrays are not copied.
 
     Raises:
-      ValueError: shapes that do not fit, or `targets_have_time` left out where an array [B, O] could have O = T.
+      ValueError: shapes that do not fit, or `targets_have_time` left out where an array
+        [B, O] could have O = T.
       TypeError: inputs or targets are no arrays.
 
     Example:
@@ -114,7 +137,9 @@ class Batch(NamedTuple):
     for path, leaf in jax.tree.leaves_with_path(inputs):
       name = f'inputs{jax.tree_util.keystr(path)}'
       if check_array(name, leaf).ndim < 2:
-        raise ValueError(f'{name} must be batch-major [B, T, ...], got shape {leaf.shape}.')
+        raise ValueError(
+          f'{name} must be batch-major [B, T, ...], got shape {leaf.shape}.'
+        )
     swapped = jax.tree.map(swap, inputs)
     num_steps, batch_size = _check_inputs(swapped)
     leaves = [check_array('targets', leaf) for leaf in jax.tree.leaves(targets)]
@@ -122,44 +147,56 @@ class Batch(NamedTuple):
     if targets_have_time is None:
       if any(timed):
         raise ValueError(
-          f'targets_have_time must be True or False for targets of shape {shapes(targets)}, whose second axis may be the T='
+          'targets_have_time must be True or False for targets of shape '
+          f'{shapes(targets)}, whose second axis may be the T='
           f'{num_steps} steps or as many outputs: got None.'
         )
     elif check_flag('targets_have_time', targets_have_time):
       if not all(timed):
-        raise ValueError(f'targets with targets_have_time=True must be [B, T, ...], got shape {shapes(targets)}.')
+        raise ValueError(
+          'targets with targets_have_time=True must be [B, T, ...], got shape '
+          f'{shapes(targets)}.'
+        )
       targets = jax.tree.map(swap, targets)
     if mask is not None:
       rows: Any = check_array('mask', mask)
       if rows.shape != (batch_size, num_steps):
-        raise ValueError(f'mask must have shape [B, T] = {(batch_size, num_steps)}, got {rows.shape}.')
+        raise ValueError(
+          f'mask must have shape [B, T] = {(batch_size, num_steps)}, got {rows.shape}.'
+        )
       mask = swap(rows)
     return cls(swapped, targets, lengths, mask)
 
 
-class Penalised(NamedTuple):
-  """What a model's `apply` may return in place of plain outputs: outputs with a penalty of the model's own on them.
+class OutputsWithPenalty(NamedTuple):
+  """What a model's `apply` may return in place of plain outputs: outputs with a penalty
+  of the model's own on them.
 
   Attributes:
     outputs: [S, B, ...], what the loss sees.
-    penalty: float [S, B], added to the window's objective as its mean over the valid steps. Evaluation leaves it out.
+    penalty: float [S, B], added to the window's objective as its mean over the valid
+      steps. Evaluation leaves it out.
   """
 
   outputs: jax.Array
   penalty: jax.Array
 
 
-class Split(NamedTuple):
+class FeaturesAndReadout(NamedTuple):
   """A model's `apply` in two parts; one after the other they are to give what it gives.
 
   Attributes:
-    features: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state, features [S, B, ...]), which may be
-      :class:`Penalised`.
-    readout: (params, features [s, B, ...], key or None) -> outputs [s, B, ...], of any s of the window's steps, each by itself. It
-      is given the window's key for whichever of its steps.
+    features: (params, state, x [S, B, ...], mask [S, B] or None, key or None) ->
+      (state, features [S, B, ...]), which may be :class:`OutputsWithPenalty`.
+    readout: (params, features [s, B, ...], key or None) -> outputs [s, B, ...], of any
+      s of the window's steps, each by itself. It is given the window's key for
+      whichever of its steps.
   """
 
-  features: Callable[[Params, Hidden, jax.Array, jax.Array | None, jax.Array | None], tuple[Hidden, jax.Array | Penalised]]
+  features: Callable[
+    [Params, Hidden, jax.Array, jax.Array | None, jax.Array | None],
+    tuple[Hidden, jax.Array | OutputsWithPenalty],
+  ]
   readout: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
 
 
@@ -168,27 +205,37 @@ class Model(NamedTuple):
 
   Attributes:
     init: (key) -> params.
-    initial_state: (batch_size) -> hidden state before the first step, a tree of arrays [B, ...]. Where there is a
-      `learned_initial_state`, only its shapes and dtypes are used.
-    apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state, outputs [S, B, ...]), a whole window. x is
-      an array or a tree of them, as the batch's inputs are, 0 at masked steps, which may be anywhere. A step
-      whose mask is False leaves the state as it is; mask None means that all steps are real. key None means evaluation: no
-      dropout. In place of the outputs it may return :class:`Penalised` ones.
-    apply_last: as `apply`, with one more argument: each sequence's last valid step in the window, an int or int [B], the outputs
-      of which are all that is wanted; (params, state, x, mask, key, last) -> (state, outputs [1, B, ...]). Of a sequence without
-      steps in the window they mean nothing. What follows the last recurrent layer is computed there alone. Used with losses that
-      are `last_only`; None where a model cannot.
-    split: `apply` in two parts, the readout being one. Used with losses that have a `per_step`, see `readout_steps` of
-      :func:`trainer`; None where a model has no such part.
-    learned_initial_state: (params, batch_size) -> hidden state before the first step, of floating-point arrays, where it is
-      trained with the parameters; None where it is constant. A window that starts a sequence has a gradient with respect to it.
+    initial_state: (batch_size) -> hidden state before the first step, a tree of arrays
+      [B, ...]. Where there is a `learned_initial_state`, only its shapes and dtypes are
+      used.
+    apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state,
+      outputs [S, B, ...]), a whole window. x is an array or a tree of them, as the
+      batch's inputs are, 0 at masked steps, which may be anywhere. A step whose mask is
+      False leaves the state as it is; mask None means that all steps are real. key None
+      means evaluation: no dropout. In place of the outputs it may return
+      :class:`OutputsWithPenalty` ones.
+    apply_last: as `apply`, with one more argument: each sequence's last valid step in
+      the window, an int or int [B], the outputs of which are all that is wanted;
+      (params, state, x, mask, key, last) -> (state, outputs [1, B, ...]). Of a sequence
+      without steps in the window they mean nothing. What follows the last recurrent
+      layer is computed there alone. Used with losses that are `last_only`; None where a
+      model cannot.
+    split: `apply` in two parts, the readout being one. Used with losses that have a
+      `per_step`, see `readout_chunk` of :func:`make_trainer`; None where a model has no
+      such part.
+    learned_initial_state: (params, batch_size) -> hidden state before the first step,
+      of floating-point arrays, where it is trained with the parameters; None where it
+      is constant. A window that starts a sequence has a gradient with respect to it.
   """
 
   init: Callable[[jax.Array], Params]
   initial_state: Callable[[int], Hidden]
-  apply: Callable[[Params, Hidden, jax.Array, jax.Array | None, jax.Array | None], tuple[Hidden, jax.Array | Penalised]]
-  apply_last: Callable[..., tuple[Hidden, jax.Array | Penalised]] | None = None
-  split: Split | None = None
+  apply: Callable[
+    [Params, Hidden, jax.Array, jax.Array | None, jax.Array | None],
+    tuple[Hidden, jax.Array | OutputsWithPenalty],
+  ]
+  apply_last: Callable[..., tuple[Hidden, jax.Array | OutputsWithPenalty]] | None = None
+  split: FeaturesAndReadout | None = None
   learned_initial_state: Callable[[Params, int], Hidden] | None = None
 
   def start(self, params: Params, batch_size: int) -> Hidden:
@@ -198,8 +245,8 @@ class Model(NamedTuple):
       params: the model's parameters.
       batch_size: B.
 
-    Returns:
-      A tree of arrays [B, ...], as `learned_initial_state` gives it or, without one, `initial_state`.
+    Returns: A tree of arrays [B, ...], as `learned_initial_state` gives it or, without
+      one, `initial_state`.
     """
     if self.learned_initial_state is None:
       return self.initial_state(batch_size)
@@ -211,10 +258,12 @@ class TrainState(NamedTuple):
 
   Attributes:
     params: W. Moved by each update.
-    opt_state: the optimiser's; holds W̄ and λ under `fptt`. Moved by each update.
-    hidden: [B, ...], the hidden state after the last window. Moved by each window; read again only with `carry_hidden`.
+    opt_state: the optimizer's; holds W̄ and λ under `fptt`. Moved by each update.
+    hidden: [B, ...], the hidden state after the last window. Moved by each window; read
+      again only with `carry_hidden`.
     loss_state: what the loss remembers (Q tables). Moved by each window.
-    key: typed PRNG key, never moved: a window's key is folded in from `step_count` and the window's index.
+    key: typed PRNG key, never moved: a window's key is folded in from `step_count` and
+      the window's index.
     step_count: int32 [], sequences (batches) so far.
   """
 
@@ -230,23 +279,27 @@ class StepMetrics(NamedTuple):
   """What one step saw.
 
   Attributes:
-    loss: [U], the objective of each update (U = K, or 1 for one update a sequence), before the update.
-    grad_norm: [U], global norm of the loss gradient, before clipping and without the regulariser.
-    totals: what the loss measures, summed over the sequence; see `fptt_jax.means`.
-    skipped: bool [U], the updates that `skip_nonfinite` left out, whose loss and norm stand as
-      they were seen, and those of `invalid`.
+    loss: [U], the objective of each update (U = K, or 1 for one update a sequence),
+      before the update.
+    grad_norm: [U], global norm of the loss gradient, before clipping and without the
+      regularizer.
+    totals: what the loss measures, summed over the sequence; see
+      `fptt_jax.compute_metrics`.
+    skipped: bool [U], the updates that `skip_nonfinite` left out, whose loss and norm
+      stand as they were seen, and those of `invalid`.
     lambda_norm: float32 [], global norm of λ after the sequence, 0 without `fptt`.
-    outputs: [T, B, ...], the model's outputs as each window was first seen, before its update (in the last inner step), zeros at
-      masked steps; None unless the trainer was made with `return_outputs`.
-    invalid: bool [U], all True if a target (a label, an example id) or a length of the batch
-      is out of range. Then nothing but `step_count` moves, with or without
+    outputs: [T, B, ...], the model's outputs as each window was first seen, before its
+      update (in the last inner step), zeros at masked steps; None unless the trainer
+      was made with `return_outputs`.
+    invalid: bool [U], all True if a target (a label, an example id) or a length of the
+      batch is out of range. Then nothing but `step_count` moves, with or without
       `skip_nonfinite`: all updates count as skipped, too, their loss and norm are NaN,
       and the totals are of nothing.
   """
 
   loss: jax.Array
   grad_norm: jax.Array
-  totals: Totals
+  totals: MetricSums
   skipped: jax.Array
   lambda_norm: jax.Array
   outputs: jax.Array | None = None
@@ -254,39 +307,48 @@ class StepMetrics(NamedTuple):
 
 
 class Trainer(NamedTuple):
-  """The functions :func:`trainer` makes.
+  """The functions :func:`make_trainer` makes.
 
   Attributes:
-    init: (key, batch) -> TrainState. A concrete batch is looked at by :func:`check_batch`; otherwise only its shapes are used, and
-      `jax.ShapeDtypeStruct` leaves will do. It also runs a model of unknown layers once on a few small windows and refuses one
-      that mixes the rows of a batch, looks ahead, or keeps memory outside the hidden state.
-    step: (state, batch) -> (state, StepMetrics), compiled once for each batch shape; the old state is donated
-      unless the trainer was made with `donate=False`.
-    evaluate: (params, batch, hidden=None) -> (totals, hidden), compiled, without dropout; `hidden` None starts from the model's
-      initial state. Windows of about √T steps bound its memory, whatever the method.
-    end_epoch: (state) -> state with the loss's end-of-epoch work done and the hidden state back at the start.
-    predict: (params, inputs, lengths=None, mask=None, hidden=None, *, batch_major=False, return_hidden=False) -> outputs
-      [T, B, ...] of all steps, compiled once for each shape, without dropout. Any T will do: windows of about √T steps bound the
-      memory beside the outputs. Inputs, lengths and mask are those of a :class:`Batch`; outputs at masked steps are 0. `hidden`
-      None starts from the model's initial state. With `batch_major`, inputs, mask and outputs are [B, T, ...]. With
-      `return_hidden` it returns (outputs, hidden), from which a next call goes on.
-    donate: whether `step` gives the old state's memory to the new one. The old state's arrays are then gone, those
-      among them that were put there under a name of their own, too: keep copies, or choose `donate=False`.
+    init: (key, batch) -> TrainState. A concrete batch is looked at by
+      :func:`validate_batch`; otherwise only its shapes are used, and
+      `jax.ShapeDtypeStruct` leaves will do. It also runs a model of unknown layers once
+      on a few small windows and refuses one that mixes the rows of a batch, looks
+      ahead, or keeps memory outside the hidden state.
+    step: (state, batch) -> (state, StepMetrics), compiled once for each batch shape;
+      the old state is donated unless the trainer was made with `donate=False`.
+    evaluate: (params, batch, hidden=None) -> (totals, hidden), compiled, without
+      dropout; `hidden` None starts from the model's initial state. WindowPlan of about
+      √T steps bound its memory, whatever the method.
+    end_epoch: (state) -> state with the loss's end-of-epoch work done and the hidden
+      state back at the start.
+    predict: (params, inputs, lengths=None, mask=None, hidden=None, *,
+      batch_major=False, return_hidden=False) -> outputs [T, B, ...] of all steps,
+      compiled once for each shape, without dropout. Any T will do: windows of about √T
+      steps bound the memory beside the outputs. Inputs, lengths and mask are those of a
+      :class:`Batch`; outputs at masked steps are 0. `hidden` None starts from the
+      model's initial state. With `batch_major`, inputs, mask and outputs are [B, T,
+      ...]. With `return_hidden` it returns (outputs, hidden), from which a next call
+      goes on.
+    donate: whether `step` gives the old state's memory to the new one. The old state's
+      arrays are then gone, those among them that were put there under a name of their
+      own, too: keep copies, or choose `donate=False`.
 
-  `step`, `evaluate` and `predict` also take a state or parameters as other programs give them back: of NumPy arrays,
-  with integer keys as texts ('0' for 0), as dicts for named tuples, with the key as its data. They return JAX's arrays
-  in the structure that `init` makes.
+  `step`, `evaluate` and `predict` also take a state or parameters as other programs
+  give them back: of NumPy arrays, with integer keys as texts ('0' for 0), as dicts for
+  named tuples, with the key as its data. They return JAX's arrays in the structure that
+  `init` makes.
   """
 
   init: Callable[[jax.Array, Batch], TrainState]
   step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-  evaluate: Callable[..., tuple[Totals, Hidden]]
+  evaluate: Callable[..., tuple[MetricSums, Hidden]]
   end_epoch: Callable[[TrainState], TrainState]
   predict: Callable[..., Any]
   donate: bool = True
 
 
-def trainer(
+def make_trainer(
   model: Model,
   loss: Loss,
   optimizer: optax.GradientTransformation,
@@ -297,11 +359,11 @@ def trainer(
   carry_hidden: bool = False,
   loss_weights: Sequence[float] | np.ndarray | None = None,
   inner_steps: int = 1,
-  final_steps: int | None = None,
+  truncation_steps: int | None = None,
   skip_nonfinite: bool = False,
   mesh: jax.sharding.Mesh | None = None,
   shard_params: bool = False,
-  readout_steps: int | None = None,
+  readout_chunk: int | None = None,
   return_outputs: bool = False,
   donate: bool = True,
   micro_batches: int = 1,
@@ -311,64 +373,88 @@ def trainer(
   Args:
     model: the model's pure functions.
     loss: see `fptt_jax.losses`.
-    optimizer: any optax transformation; for FPTT `fptt(base)`, or a chain around it. It is called with the extra arguments
-      `value` (the objective), `grad` (its gradient), `value_fn` (params -> the same objective from the same
-      hidden state), `grad_fn` (params and, if it likes, a number that is not used -> its gradient) and
+    optimizer: any optax transformation; for FPTT `fptt(base)`, or a chain around it. It
+      is called with the extra arguments `value` (the objective), `grad` (its gradient),
+      `value_fn` (params -> the same objective from the same hidden state), `grad_fn`
+      (params and, if it likes, a number that is not used -> its gradient) and
       `inner_steps`, or those of them that its `update` takes.
-      `optax.contrib.reduce_on_plateau` sees a value per update: to count sequences, give it `accumulation_size` = K (for methods
-      with an update per window; times `inner_steps`) and put it inside, `fptt(optax.chain(base, plateau))`. It then compares the
-      means of K objectives; a window without a valid step is no update and is not counted.
-    method: a name in `METHODS` or a `Method`. 'fptt' and 'tbptt' run the same step: the regulariser is in the optimiser, which has
-      to contain `fptt` for the one and not for the other.
+      `optax.contrib.reduce_on_plateau` sees a value per update: to count sequences,
+      give it `accumulation_size` = K (for methods with an update per window; times
+      `inner_steps`) and put it inside, `fptt(optax.chain(base, plateau))`. It then
+      compares the means of K objectives; a window without a valid step is no update and
+      is not counted.
+    method: a name in `METHODS` or a `Method`. 'fptt' and 'tbptt' run the same step: the
+      regularizer is in the optimizer, which has to contain `fptt` for the one and not
+      for the other.
     num_windows: K. Default round(√T), the paper's; or give
-    window_size: the longest window's steps S. Methods that fix K (bptt, tbptt_final, ogd) take neither.
-    carry_hidden: start a batch from the hidden state the last one ended with (language modelling: row b of a batch continues row b
-      of the one before). Default: each sequence starts from the model's initial state.
+    window_size: the longest window's steps S. Methods that fix K (bptt, tbptt_final,
+      ogd) take neither.
+    carry_hidden: start a batch from the hidden state the last one ended with (language
+      modelling: row b of a batch continues row b of the one before). Default: each
+      sequence starts from the model's initial state.
     loss_weights: [K], finite factors of the windows' losses. Default all 1.
-    inner_steps: gradient steps a window, each from the window's own initial hidden state; `fptt` must have the same number. The
-      hidden state carried on is the one of the last inner step's pass. 'ftrl' passes through the sequence at each window, even if
-      no sequence is left: then the pass has the parameters as they are after the last update.
-    final_steps: k of 'tbptt_final': how many of the last steps are differentiated.
-    skip_nonfinite: leave out an update whose objective, gradient (its global norm) or new λ is not finite, in any of its inner
-      steps: parameters, optimiser state, hidden and loss state stay what they were before it, and what it measured is left out of
-      the totals; `StepMetrics.skipped` tells. 'ftrl' goes through all windows in each update, so a bad one skips them all. Each
-      window takes a few more passes over what may have to be kept, a large table of the loss included.
-    mesh: devices, along one axis, to split the batch over: each runs its share of the sequences, and after each window there is one
-      mean over the devices, of the gradient and the objective together. Parameters and optimiser state are the same on all. The
-      batch size must be a multiple of their number. Dropout draws other noise than on one device. A loss of your own is given a
-      share of the batch and its mean over the devices is taken; `window.mean` makes that right for ragged batches too. The devices
-      may belong to several processes: see `fptt_jax.global_batch`.
-    shard_params: split parameters and optimiser state (W, W̄, λ and the base optimiser's) over the mesh, too: of each array a
-      device keeps its share along the first axis that their number divides, the whole where there is none. In each window the
-      parameters are gathered once and each device gets the mean gradient of its share, which any optimiser moves.
-    readout_steps: how many steps' outputs are computed at a time, with their loss and its gradient, where the model has a `split`
-      and the loss a `per_step`. By default all of a window, unless on a CPU the readout would make an array of more than 32 MiB:
-      then as many as make 10 MiB. It changes rounding, memory and time, which for large vocabularies both fall, and such an
-      objective has no forward-mode derivative. A number of S or more: all.
-    donate: let `step` use the old state's memory for the new one. False keeps old states alive, at the price of a
-      second one's memory; `scan_steps` and `population` do as the trainer does.
-    return_outputs: put the model's outputs of all T steps into `StepMetrics.outputs`. It costs their memory, [T, B, ...], and the
-      readout of all steps, where otherwise a `last_only` loss needs a window's last one and `readout_steps` a few at a time (so it
-      does not go with that option). What dropout draws after the last recurrent layer may differ.
-    micro_batches: in how many parts a window's rows are run, one after the other, of which the batch size (each device's share of
-      it) must be a multiple. A window then needs about the memory of one part, beside the model's outputs, and one more forward
-      pass. Loss, gradient and metrics are the whole batch's, up to rounding, and there is one update, as without; dropout draws
-      other noise. Outputs with a `split` are read out S/micro_batches steps at a time unless `readout_steps` says otherwise.
-      Ragged batches do not go with models that return penalties.
+    inner_steps: gradient steps a window, each from the window's own initial hidden
+      state; `fptt` must have the same number. The hidden state carried on is the one of
+      the last inner step's pass. 'ftrl' passes through the sequence at each window,
+      even if no sequence is left: then the pass has the parameters as they are after
+      the last update.
+    truncation_steps: k of 'tbptt_final': how many of the last steps are differentiated.
+    skip_nonfinite: leave out an update whose objective, gradient (its global norm) or
+      new λ is not finite, in any of its inner steps: parameters, optimizer state,
+      hidden and loss state stay what they were before it, and what it measured is left
+      out of the totals; `StepMetrics.skipped` tells. 'ftrl' goes through all windows in
+      each update, so a bad one skips them all. Each window takes a few more passes over
+      what may have to be kept, a large table of the loss included.
+    mesh: devices, along one axis, to split the batch over: each runs its share of the
+      sequences, and after each window there is one mean over the devices, of the
+      gradient and the objective together. Parameters and optimizer state are the same
+      on all. The batch size must be a multiple of their number. Dropout draws other
+      noise than on one device. A loss of your own is given a share of the batch and its
+      mean over the devices is taken; `window.mean` makes that right for ragged batches
+      too. The devices may belong to several processes: see
+      `fptt_jax.make_global_batch`.
+    shard_params: split parameters and optimizer state (W, W̄, λ and the base
+      optimizer's) over the mesh, too: of each array a device keeps its share along the
+      first axis that their number divides, the whole where there is none. In each
+      window the parameters are gathered once and each device gets the mean gradient of
+      its share, which any optimizer moves.
+    readout_chunk: how many steps' outputs are computed at a time, with their loss and
+      its gradient, where the model has a `split` and the loss a `per_step`. By default
+      all of a window, unless on a CPU the readout would make an array of more than 32
+      MiB: then as many as make 10 MiB. It changes rounding, memory and time, which for
+      large vocabularies both fall, and such an objective has no forward-mode
+      derivative. A number of S or more: all.
+    donate: let `step` use the old state's memory for the new one. False keeps old
+      states alive, at the price of a second one's memory; `scan_train_steps` and
+      `population` do as the trainer does.
+    return_outputs: put the model's outputs of all T steps into `StepMetrics.outputs`.
+      It costs their memory, [T, B, ...], and the readout of all steps, where otherwise
+      a `last_only` loss needs a window's last one and `readout_chunk` a few at a time
+      (so it does not go with that option). What dropout draws after the last recurrent
+      layer may differ.
+    micro_batches: in how many parts a window's rows are run, one after the other, of
+      which the batch size (each device's share of it) must be a multiple. A window then
+      needs about the memory of one part, beside the model's outputs, and one more
+      forward pass. Loss, gradient and metrics are the whole batch's, up to rounding,
+      and there is one update, as without; dropout draws other noise. Outputs with a
+      `split` are read out S/micro_batches steps at a time unless `readout_chunk` says
+      otherwise. Ragged batches do not go with models that return penalties.
 
   Returns:
-    A :class:`Trainer`. Steps that a mask leaves out change neither state, loss nor gradient; a window in which no sequence of a
-    ragged batch has a valid step changes nothing at all, parameters and optimiser included.
+    A :class:`Trainer`. Steps that a mask leaves out change neither state, loss nor
+    gradient; a window in which no sequence of a ragged batch has a valid step changes
+    nothing at all, parameters and optimizer included.
 
-  To start from weights of your own (imported ones, say), give them as the model's: `model._replace(init=lambda key: params)`.
+  To start from weights of your own (imported ones, say), give them as the model's:
+  `model._replace(init=lambda key: params)`.
 
   Example:
     >>> import jax, optax, fptt_jax
     >>> from flax import nnx
     >>> from fptt_jax import nn
-    >>> model = nn.from_nnx(lambda rngs: nn.Stack(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)))
+    >>> model = nn.from_nnx(lambda rngs: nn.Sequential(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)))
     >>> optimizer = fptt_jax.fptt(optax.adam(1e-3), alpha=0.1)
-    >>> trainer = fptt_jax.trainer(model, fptt_jax.losses.terminal_regression(), optimizer, num_windows=4)
+    >>> trainer = fptt_jax.make_trainer(model, fptt_jax.losses.terminal_regression(), optimizer, num_windows=4)
     >>> batch = fptt_jax.Batch(jax.numpy.ones((20, 8, 1)), jax.numpy.ones(8))
     >>> state = trainer.init(jax.random.key(0), batch)
     >>> state, metrics = trainer.step(state, batch)
@@ -379,42 +465,74 @@ def trainer(
     Kag and Saligrama, ICML 2021: Algorithms 1 and 2, "FPTT-K" and Table 3.
 
   Raises:
-    ValueError, TypeError: an argument outside its range (here), or a batch whose shapes or dtypes do not fit (when a step is
-      traced). Values inside arrays are not looked at in compiled code: see :func:`check_batch`.
+    ValueError, TypeError: an argument outside its range (here), or a batch whose shapes
+      or dtypes do not fit (when a step is traced). Values inside arrays are not looked
+      at in compiled code: see :func:`validate_batch`.
   """
   _check_types(model, loss, optimizer)
-  if isinstance(optimizer, optax.MultiSteps):  # Not a transformation itself, and its own conversion drops extra arguments.
+  if isinstance(
+    optimizer, optax.MultiSteps
+  ):  # Not a transformation itself, and its own conversion drops extra arguments.
     optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
-  name, method, final_steps, inner_steps = _resolve(method, num_windows, window_size, final_steps, inner_steps)
+  name, method, truncation_steps, inner_steps = _resolve(
+    method, num_windows, window_size, truncation_steps, inner_steps
+  )
   optimizer = optax.with_extra_args_support(optimizer)
-  weights, carry_hidden = _checked_weights(loss_weights), check_flag('carry_hidden', carry_hidden)
+  weights, carry_hidden = (
+    _checked_weights(loss_weights),
+    check_flag('carry_hidden', carry_hidden),
+  )
   donate = check_flag('donate', donate)
-  skip_nonfinite, shard_params = check_flag('skip_nonfinite', skip_nonfinite), check_flag('shard_params', shard_params)
-  readout_steps = _checked_readout_steps(readout_steps, model, loss)
+  skip_nonfinite, shard_params = (
+    check_flag('skip_nonfinite', skip_nonfinite),
+    check_flag('shard_params', shard_params),
+  )
+  readout_chunk = _checked_readout_steps(readout_chunk, model, loss)
   micro_batches = check_size('micro_batches', micro_batches)
-  if check_flag('return_outputs', return_outputs) and readout_steps is not None:
-    raise ValueError(f'return_outputs=True keeps all steps and does not go with readout_steps, got readout_steps={readout_steps}.')
+  if check_flag('return_outputs', return_outputs) and readout_chunk is not None:
+    raise ValueError(
+      'return_outputs=True keeps all steps and does not go with readout_chunk, got '
+      f'readout_chunk={readout_chunk}.'
+    )
   training_model = _in_parts(model, micro_batches)
 
   axis = None
   if mesh is not None:
     mesh, axis = one_axis(mesh)
   elif shard_params:
-    raise ValueError('shard_params=True needs a mesh, over whose devices the parameters are split: got mesh=None.')
+    raise ValueError(
+      'shard_params=True needs a mesh, over whose devices the parameters are split: '
+      'got mesh=None.'
+    )
 
-  def cut_windows(num_steps: int) -> Windows:
-    """Where the windows lie in a sequence of `num_steps`; tbptt_final's single one starts `final_steps` before the end."""
-    if method.final_steps_only:
-      assert final_steps is not None
-      if final_steps > num_steps:
-        raise ValueError(f'final_steps must be at most the sequence length T={num_steps}, got {final_steps}.')
-      windows = cut(final_steps, num_windows=1).shifted(num_steps - final_steps)
+  def cut_windows(num_steps: int) -> WindowPlan:
+    """Where the windows lie in a sequence of `num_steps`; tbptt_final's single one
+    starts `truncation_steps` before the end.
+    """
+    if method.truncated:
+      assert truncation_steps is not None
+      if truncation_steps > num_steps:
+        raise ValueError(
+          f'truncation_steps must be at most the sequence length T={num_steps}, got '
+          f'{truncation_steps}.'
+        )
+      windows = make_windows(truncation_steps, num_windows=1).shifted(
+        num_steps - truncation_steps
+      )
     elif method.num_windows is not None:
-      windows = cut(num_steps, num_windows=num_steps if method.num_windows == 'T' else int(method.num_windows))
+      windows = make_windows(
+        num_steps,
+        num_windows=num_steps if method.num_windows == 'T' else int(method.num_windows),
+      )
     else:
-      windows = cut(num_steps, num_windows=num_windows, window_size=window_size)
+      windows = make_windows(
+        num_steps, num_windows=num_windows, window_size=window_size
+      )
     if weights is not None and len(weights) != windows.num_windows:
-      raise ValueError(f'loss_weights must have one factor for each of the K={windows.num_windows} windows, got {len(weights)}.')
+      raise ValueError(
+        f'loss_weights must have one factor for each of the K={windows.num_windows} '
+        f'windows, got {len(weights)}.'
+      )
     return windows
 
   probed: list[bool] = []
@@ -427,22 +545,36 @@ def trainer(
       raise ValueError(f'key must be one key, got shape {key.shape}.')
     init_key, run_key = jax.random.split(key)
     if all(_at_hand(leaf) for leaf in jax.tree.leaves(batch)):
-      check_batch(batch, loss)
+      validate_batch(batch, loss)
     params = _own(model.init(init_key))
     check_state_rows('model.initial_state', model.initial_state, (batch_size,))
     if model.learned_initial_state is not None:
       learned = jax.eval_shape(lambda p: model.start(p, batch_size), params)
-      _check_hidden(learned, jax.eval_shape(lambda: model.initial_state(batch_size)), 'what model.learned_initial_state returns')
+      _check_hidden(
+        learned,
+        jax.eval_shape(lambda: model.initial_state(batch_size)),
+        'what model.learned_initial_state returns',
+      )
     check_model(model, params, batch.inputs)
-    # Some optimizers keep the parameters they start from: what is donated must not be there twice.
+    # Some optimizers keep the parameters they start from: what is donated must not be
+    # there twice.
     opt_state = jax.tree.map(jnp.copy, optimizer.init(params))
-    if not probed:  # Once for each trainer: init is traced again for each shape of a batch.
-      check_nothing_follows(optimizer, jax.tree.map(jnp.copy, params), _any_extra_args(inner_steps))
+    if (
+      not probed
+    ):  # Once for each trainer: init is traced again for each shape of a batch.
+      check_nothing_follows(
+        optimizer, jax.tree.map(jnp.copy, params), _any_extra_args(inner_steps)
+      )
       probed.append(True)
-    if bool(find_states(opt_state)) != method.regularised:
-      if method.regularised:
-        raise ValueError(f"method {name!r} needs fptt(...) around the optimiser, got one without; without it this is 'tbptt'.")
-      raise ValueError(f'method {name!r} has no regulariser, got an optimiser with fptt(...) in it.')
+    if bool(find_states(opt_state)) != method.regularized:
+      if method.regularized:
+        raise ValueError(
+          f'method {name!r} needs fptt(...) around the optimizer, got one without; '
+          "without it this is 'tbptt'."
+        )
+      raise ValueError(
+        f'method {name!r} has no regularizer, got an optimizer with fptt(...) in it.'
+      )
     state = TrainState(
       params=params,
       opt_state=opt_state,
@@ -459,14 +591,22 @@ def trainer(
       check_divisible('the batch size B', batch_size, mesh)
     share = batch_size if mesh is None else batch_size // mesh.size
     if micro_batches > 1 and share % micro_batches:
-      raise ValueError(f'micro_batches must divide the {share} rows of a batch (on each device), got {micro_batches}.')
+      raise ValueError(
+        f'micro_batches must divide the {share} rows of a batch (on each device), got '
+        f'{micro_batches}.'
+      )
 
   def state_specs(state: TrainState) -> Any:
-    """How a state lies on the devices: the hidden state's rows with their sequences, all else on each, or in shards."""
+    """How a state lies on the devices: the hidden state's rows with their sequences,
+    all else on each, or in shards.
+    """
     specs: Any = [PartitionSpec()] * 6
     specs = TrainState(*specs)._replace(hidden=PartitionSpec(axis))
     if mesh is not None and shard_params:
-      specs = specs._replace(params=shard_specs(state.params, mesh), opt_state=shard_specs(state.opt_state, mesh))
+      specs = specs._replace(
+        params=shard_specs(state.params, mesh),
+        opt_state=shard_specs(state.opt_state, mesh),
+      )
     return specs
 
   def placed(state: TrainState) -> TrainState:
@@ -483,17 +623,27 @@ def trainer(
       return run_windows(state, batch)
     every: Any = PartitionSpec()
     columns: Any = PartitionSpec(None, axis) if return_outputs else None
-    specs = (state_specs(state), StepMetrics(every, every, every, every, every, columns, every))
+    specs = (
+      state_specs(state),
+      StepMetrics(every, every, every, every, every, columns, every),
+    )
     if shard_params:
-      return jax.lax.with_sharding_constraint(run_windows(state, batch), named(specs, mesh))
+      return jax.lax.with_sharding_constraint(
+        run_windows(state, batch), named(specs, mesh)
+      )
     if not carry_hidden:
-      # Rows may start differently: the whole batch's initial state is made here, and each device gets its rows of it.
+      # Rows may start differently: the whole batch's initial state is made here, and
+      # each device gets its rows of it.
       state = state._replace(hidden=_own(model.start(state.params, batch_size)))
     in_specs = (specs[0], batch_specs(batch, axis, _targets_by_row(loss)))
-    return jax.shard_map(run_windows, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False)(state, batch)
+    return jax.shard_map(
+      run_windows, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False
+    )(state, batch)
 
   def run_windows(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    """A step on one device's share of the batch; with `shard_params` on all of it, and only what runs the model is on shares."""
+    """A step on one device's share of the batch; with `shard_params` on all of it, and
+    only what runs the model is on shares.
+    """
     num_steps, batch_size = _check_shapes(batch)
     windows = cut_windows(num_steps)
     updates = plan(method, windows.num_windows)
@@ -503,72 +653,134 @@ def trainer(
       key = jax.random.fold_in(key, jax.lax.axis_index(outer))
     if carry_hidden or outer is not None:
       hidden = state.hidden
-      _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the carried hidden state')
+      _check_hidden(
+        hidden,
+        jax.eval_shape(lambda: model.initial_state(batch_size)),
+        'the carried hidden state',
+      )
     else:
       hidden = _own(model.start(state.params, batch_size))
     fresh = None
     if model.learned_initial_state is not None and windows.starts[0] == 0:
-      fresh = _starts_here(model, state.params, hidden, outer) if carry_hidden else jnp.ones(batch_size, bool)
+      fresh = (
+        _starts_here(model, state.params, hidden, outer)
+        if carry_hidden
+        else jnp.ones(batch_size, bool)
+      )
     for field in ('lengths', 'mask'):
-      if method.final_steps_only and getattr(batch, field) is not None:
-        raise ValueError(f"method 'tbptt_final' differentiates the last steps before T and takes no ragged batch: got {field}.")
+      if method.truncated and getattr(batch, field) is not None:
+        raise ValueError(
+          "method 'tbptt_final' differentiates the last steps before T and takes no "
+          f'ragged batch: got {field}.'
+        )
     specs = state_specs(state)
 
     columns: Any = PartitionSpec(None, axis)
 
-    def on_shares(function: Callable[..., Any], out_specs: Any, others_specs: Any) -> Callable[..., Any]:
-      """A function of whole parameters and of one device's share of the rest as one of what lies on the devices."""
+    def on_shares(
+      function: Callable[..., Any], out_specs: Any, others_specs: Any
+    ) -> Callable[..., Any]:
+      """A function of whole parameters and of one device's share of the rest as one of
+      what lies on the devices.
+      """
       if axis is None or not shard_params:
         return function
 
-      def run(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, others: Any) -> Any:
+      def run(
+        params: Params, hidden: Hidden, batch: Batch, key: jax.Array, others: Any
+      ) -> Any:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        return function(gather_shards(params, specs.params, axis), hidden, batch, key, others)
+        return function(
+          gather_shards(params, specs.params, axis), hidden, batch, key, others
+        )
 
-      in_specs = (specs.params, specs.hidden, batch_specs(batch, axis, _targets_by_row(loss)), PartitionSpec(), others_specs)
-      return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+      in_specs = (
+        specs.params,
+        specs.hidden,
+        batch_specs(batch, axis, _targets_by_row(loss)),
+        PartitionSpec(),
+        others_specs,
+      )
+      return jax.shard_map(
+        run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+      )
 
-    def share_prefix(params: Params, hidden: Hidden, batch: Batch, key: jax.Array, _: Any) -> Hidden:
+    def share_prefix(
+      params: Params, hidden: Hidden, batch: Batch, key: jax.Array, _: Any
+    ) -> Hidden:
       """The hidden state before the first window."""
       prefix = jax.tree.map(lambda x: jnp.asarray(x)[: windows.starts[0]], batch.inputs)
-      return model.apply(params, hidden, prefix, None, jax.random.fold_in(key, windows.num_windows))[0]
+      return model.apply(
+        params, hidden, prefix, None, jax.random.fold_in(key, windows.num_windows)
+      )[0]
 
     def share_gradient(
-      params: Params, started: tuple[Hidden, jax.Array | None], batch: Batch, key: jax.Array, others: Any
+      params: Params,
+      started: tuple[Hidden, jax.Array | None],
+      batch: Batch,
+      key: jax.Array,
+      others: Any,
     ) -> tuple[Any, ...]:
-      """(objective, gradient, what came of the windows) of one update; the means over the devices, the totals to be summed.
+      """(objective, gradient, what came of the windows) of one update; the means over
+      the devices, the totals to be summed.
 
-      Of a loss with a `memory`, an update of one window gives the note in place of the new loss state.
+      Of a loss with a `memory`, an update of one window gives the note in place of the
+      new loss state.
       """
       (loss_state, rows, first_loss_state), outputs = others
       hidden, fresh = started
-      at_once = readout_steps
+      at_once = readout_chunk
       if micro_batches > 1 and at_once is None:
         at_once = -(-windows.size // micro_batches)
       objective = _objective(
-        training_model, loss, batch, windows, updates, weights, first_loss_state, key, axis, at_once, micro_batches
+        training_model,
+        loss,
+        batch,
+        windows,
+        updates,
+        weights,
+        first_loss_state,
+        key,
+        axis,
+        at_once,
+        micro_batches,
       )
-      start = lambda p: hidden if fresh is None else _with_start(model, p, hidden, fresh, axis)
+      start = lambda p: (
+        hidden if fresh is None else _with_start(model, p, hidden, fresh, axis)
+      )
       run = lambda p: objective(p, start(p), loss_state, rows, outputs)
-      (value, (hidden_next, loss_state, totals, outputs)), grads = jax.value_and_grad(run, has_aux=True)(params)
-      # Of a complex parameter JAX returns the conjugate of the direction of ascent, which optax expects.
+      (value, (hidden_next, loss_state, totals, outputs)), grads = jax.value_and_grad(
+        run, has_aux=True
+      )(params)
+      # Of a complex parameter JAX returns the conjugate of the direction of ascent,
+      # which optax expects.
       grads = jax.tree.map(jnp.conj, grads)
-      value, grads = mean_over_devices((value, grads), (PartitionSpec(), specs.params), axis)
+      value, grads = mean_over_devices(
+        (value, grads), (PartitionSpec(), specs.params), axis
+      )
       if shard_params:
         totals = jax.tree.map(lambda t: t[None], totals)
       return value, grads, (hidden_next, loss_state, totals, outputs)
 
     gradient = on_shares(
       share_gradient,
-      (PartitionSpec(), specs.params, (specs.hidden, PartitionSpec(), PartitionSpec(axis), columns)),
+      (
+        PartitionSpec(),
+        specs.params,
+        (specs.hidden, PartitionSpec(), PartitionSpec(axis), columns),
+      ),
       (PartitionSpec(), columns),
     )
     start = hidden
     if windows.starts[0] > 0:
-      start = on_shares(share_prefix, specs.hidden, PartitionSpec())(state.params, hidden, batch, key, ())
+      start = on_shares(share_prefix, specs.hidden, PartitionSpec())(
+        state.params, hidden, batch, key, ()
+      )
 
     num_seen = updates.windows.shape[1]
-    first_window = jnp.asarray(windows.starts if method.update_each_window else windows.starts[:1])
+    first_window = jnp.asarray(
+      windows.starts if method.update_each_window else windows.starts[:1]
+    )
     valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
     batch = _without_idle_targets(batch, valid, loss)
     occupied, longest = valid.occupied(), None
@@ -580,7 +792,9 @@ def trainer(
       longest = jnp.max(jnp.asarray(batch.lengths, jnp.int32))
       longest = longest if outer is None else jax.lax.pmax(longest, outer)
 
-    def body(carried: tuple[Any, Any], per_update: tuple[Any, ...]) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
+    def body(
+      carried: tuple[Any, Any], per_update: tuple[Any, ...]
+    ) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
       carry, outputs = carried
       params, opt_state, hidden, loss_state = carry
       step_rows, first, occupied = per_update
@@ -589,8 +803,12 @@ def trainer(
       started = hidden, None if fresh is None else fresh & (step_rows[0][0] == 0)
 
       def inner_step(params: Params, opt_state: optax.OptState) -> tuple[Any, ...]:
-        """One optimiser step on this update's objective, always from the same hidden state."""
-        run = lambda p: gradient(p, started, batch, key, ((loss_state, step_rows, state.loss_state), outputs))
+        """One optimizer step on this update's objective, always from the same hidden
+        state.
+        """
+        run = lambda p: gradient(
+          p, started, batch, key, ((loss_state, step_rows, state.loss_state), outputs)
+        )
         value, grads, aux = run(params)
         extra_args = {
           'value': value,
@@ -599,21 +817,38 @@ def trainer(
           'grad_fn': lambda p, step=None: run(p)[1],
           'inner_steps': inner_steps,
         }
-        changes, opt_state = optimizer.update(grads, opt_state, params, **accepted(optimizer.update, extra_args))
-        return optax.apply_updates(params, changes), opt_state, (value, _norm(grads)), aux
+        changes, opt_state = optimizer.update(
+          grads, opt_state, params, **accepted(optimizer.update, extra_args)
+        )
+        return (
+          optax.apply_updates(params, changes),
+          opt_state,
+          (value, _norm(grads)),
+          aux,
+        )
 
       def early_step(moved: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], Any]:
         params, opt_state, seen, _ = inner_step(*moved)
-        if active is not None and updates.restarts:  # The last pass starts anew and is not to see parameters that are put back.
+        if (
+          active is not None and updates.restarts
+        ):  # The last pass starts anew and is not to see parameters that are put back.
           params, opt_state = optax.tree.where(active, (params, opt_state), moved)
         return (params, opt_state), seen if skip_nonfinite else None
 
       new_params, new_opt_state, early = params, opt_state, None
       if inner_steps > 1:
-        (new_params, new_opt_state), early = jax.lax.scan(early_step, (params, opt_state), length=inner_steps - 1)
-      new_params, new_opt_state, seen, (new_hidden, new_loss_state, totals, outputs) = inner_step(new_params, new_opt_state)
-      if active is not None:  # No valid step: no update. By where: a cond would copy the carry.
-        new_params, new_opt_state = optax.tree.where(active, (new_params, new_opt_state), (params, opt_state))
+        (new_params, new_opt_state), early = jax.lax.scan(
+          early_step, (params, opt_state), length=inner_steps - 1
+        )
+      new_params, new_opt_state, seen, (new_hidden, new_loss_state, totals, outputs) = (
+        inner_step(new_params, new_opt_state)
+      )
+      if (
+        active is not None
+      ):  # No valid step: no update. By where: a cond would copy the carry.
+        new_params, new_opt_state = optax.tree.where(
+          active, (new_params, new_opt_state), (params, opt_state)
+        )
       skip = None
       if skip_nonfinite:
         skip = ~_all_finite((seen, early, lambda_norm(new_opt_state)))
@@ -624,61 +859,111 @@ def trainer(
         new_loss_state = optax.tree.where(skip, loss_state, new_loss_state)
       moved = (new_params, new_opt_state, new_hidden)
       if skip is not None:
-        moved, totals = optax.tree.where(skip, (carry[:3], optax.tree.zeros_like(totals)), (moved, totals))
+        moved, totals = optax.tree.where(
+          skip, (carry[:3], optax.tree.zeros_like(totals)), (moved, totals)
+        )
       new = (*moved, new_loss_state)
       return (new, outputs), (*seen, totals, skip)
 
     carry = (state.params, state.opt_state, hidden, state.loss_state)
-    rows = (jnp.asarray(updates.windows), jnp.asarray(updates.coefficients), jnp.asarray(updates.records))
-    outputs = _no_outputs(model, state.params, hidden, batch, windows.size) if return_outputs else None
+    rows = (
+      jnp.asarray(updates.windows),
+      jnp.asarray(updates.coefficients),
+      jnp.asarray(updates.records),
+    )
+    outputs = (
+      _no_outputs(model, state.params, hidden, batch, windows.size)
+      if return_outputs
+      else None
+    )
     run = lambda carried: jax.lax.scan(body, carried, (rows, first_window, occupied))
     in_range = _in_range(loss, batch, outer)
     carried = (carry, outputs)
-    (carry, outputs), seen = run(carried) if in_range is None else _run_if(in_range, run, carried)
+    (carry, outputs), seen = (
+      run(carried) if in_range is None else _run_if(in_range, run, carried)
+    )
     values, norms, totals, skips = seen
     params, opt_state, hidden, loss_state = carry
     next_state = TrainState(
-      params, opt_state, jax.lax.stop_gradient(hidden), loss_state, state.key, optax.safe_increment(state.step_count)
+      params,
+      opt_state,
+      jax.lax.stop_gradient(hidden),
+      loss_state,
+      state.key,
+      optax.safe_increment(state.step_count),
     )
-    totals = sum_over_devices(jax.tree.map(lambda t: t.sum((0, 1) if shard_params else 0), totals), outer)
-    invalid = jnp.zeros(values.shape, bool) if in_range is None else jnp.broadcast_to(~in_range, values.shape)
+    totals = sum_over_devices(
+      jax.tree.map(lambda t: t.sum((0, 1) if shard_params else 0), totals), outer
+    )
+    invalid = (
+      jnp.zeros(values.shape, bool)
+      if in_range is None
+      else jnp.broadcast_to(~in_range, values.shape)
+    )
     skipped = invalid if skips is None else invalid | skips
-    return next_state, StepMetrics(values, norms, totals, skipped, lambda_norm(opt_state), outputs, invalid)
+    return next_state, StepMetrics(
+      values, norms, totals, skipped, lambda_norm(opt_state), outputs, invalid
+    )
 
-  def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> tuple[Totals, Hidden]:
+  def evaluate(
+    params: Params, batch: Batch, hidden: Hidden | None = None
+  ) -> tuple[MetricSums, Hidden]:
     batch = _with_mask(batch)
     _, batch_size = _check_shapes(batch)
-    params = check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
+    params = check_like(
+      'params',
+      params,
+      jax.eval_shape(model.init, jax.random.key(0)),
+      'as model.init makes it',
+    )
     if hidden is None:
       hidden = model.start(params, batch_size)
-    _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
+    _check_hidden(
+      hidden,
+      jax.eval_shape(lambda: model.initial_state(batch_size)),
+      'the given hidden state',
+    )
     if mesh is None:
       return share_evaluate(params, batch, hidden, None)
-    split = axis if batch_size % mesh.size == 0 else None  # Else each device does the whole.
+    split = (
+      axis if batch_size % mesh.size == 0 else None
+    )  # Else each device does the whole.
     rows: Any = PartitionSpec(split)
     in_specs = (PartitionSpec(), batch_specs(batch, split, _targets_by_row(loss)), rows)
     run = lambda params, batch, hidden: share_evaluate(params, batch, hidden, split)
-    return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=(PartitionSpec(), rows), check_vma=False)(
-      params, batch, hidden
-    )
+    return jax.shard_map(
+      run,
+      mesh=mesh,
+      in_specs=in_specs,
+      out_specs=(PartitionSpec(), rows),
+      check_vma=False,
+    )(params, batch, hidden)
 
-  def share_evaluate(params: Params, batch: Batch, hidden: Hidden, axis: str | None) -> tuple[Totals, Hidden]:
+  def share_evaluate(
+    params: Params, batch: Batch, hidden: Hidden, axis: str | None
+  ) -> tuple[MetricSums, Hidden]:
     """Evaluation on one device's share of the batch, or all of it."""
     num_steps, batch_size = _check_shapes(batch)
-    windows = cut(num_steps)
+    windows = make_windows(num_steps)
     valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
     batch = _without_idle_targets(batch, valid, loss)
 
-    def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, Totals]:
-      hidden, (outputs, _), window = _run_window(model, loss, params, hidden, batch, windows, valid, k, None, axis, readout_steps)
-      return hidden, outputs.totals if isinstance(outputs, Judged) else loss.measure(outputs, batch.targets, window)
+    def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, MetricSums]:
+      hidden, (outputs, _), window = _run_window(
+        model, loss, params, hidden, batch, windows, valid, k, None, axis, readout_chunk
+      )
+      return hidden, outputs.totals if isinstance(
+        outputs, WindowLoss
+      ) else loss.measure(outputs, batch.targets, window)
 
     hidden, totals = jax.lax.scan(body, hidden, jnp.arange(windows.num_windows))
     totals = jax.tree.map(lambda t: t.sum(0), totals)
     in_range = _in_range(loss, batch, None)
     if in_range is not None:
       # No mean may pass for one of targets or lengths that mean nothing.
-      spoiled = lambda t: jnp.where(in_range, t, jnp.nan) if jnp.issubdtype(t.dtype, jnp.floating) else t
+      spoiled = lambda t: (
+        jnp.where(in_range, t, jnp.nan) if jnp.issubdtype(t.dtype, jnp.floating) else t
+      )
       totals = jax.tree.map(spoiled, totals)
     return sum_over_devices(totals, axis), hidden
 
@@ -692,20 +977,44 @@ def trainer(
     batch_major: bool = False,
     return_hidden: bool = False,
   ) -> Any:
-    batch_major, return_hidden = check_flag('batch_major', batch_major), check_flag('return_hidden', return_hidden)
-    batch = Batch.from_batch_major(inputs, (), lengths, mask) if batch_major else Batch(inputs, (), lengths, mask)
+    batch_major, return_hidden = (
+      check_flag('batch_major', batch_major),
+      check_flag('return_hidden', return_hidden),
+    )
+    batch = (
+      Batch.from_batch_major(inputs, (), lengths, mask)
+      if batch_major
+      else Batch(inputs, (), lengths, mask)
+    )
     batch = _with_mask(batch)
     _, batch_size = _check_shapes(batch)
-    params = check_like('params', params, jax.eval_shape(model.init, jax.random.key(0)), 'as model.init makes it')
+    params = check_like(
+      'params',
+      params,
+      jax.eval_shape(model.init, jax.random.key(0)),
+      'as model.init makes it',
+    )
     if hidden is None:
       hidden = model.start(params, batch_size)
-    _check_hidden(hidden, jax.eval_shape(lambda: model.initial_state(batch_size)), 'the given hidden state')
+    _check_hidden(
+      hidden,
+      jax.eval_shape(lambda: model.initial_state(batch_size)),
+      'the given hidden state',
+    )
     run = lambda params, batch, hidden: _predict(model, params, batch, hidden)
     if mesh is not None:
-      split = axis if batch_size % mesh.size == 0 else None  # Else each device does the whole.
+      split = (
+        axis if batch_size % mesh.size == 0 else None
+      )  # Else each device does the whole.
       rows: Any = PartitionSpec(split)
       specs = (PartitionSpec(), batch_specs(batch, split, _targets_by_row(loss)), rows)
-      run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(None, split), rows), check_vma=False)
+      run = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(PartitionSpec(None, split), rows),
+        check_vma=False,
+      )
     outputs, hidden = run(params, batch, hidden)
     outputs = outputs.swapaxes(0, 1) if batch_major else outputs
     return (outputs, hidden) if return_hidden else outputs
@@ -714,8 +1023,12 @@ def trainer(
     _check_type('state', state, TrainState)
     explain_deleted('end_epoch', (state,))
     leaves = jax.tree.leaves(state.hidden)
-    hidden = _own(model.start(state.params, leaves[0].shape[0])) if leaves else state.hidden
-    return placed(state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden))
+    hidden = (
+      _own(model.start(state.params, leaves[0].shape[0])) if leaves else state.hidden
+    )
+    return placed(
+      state._replace(loss_state=loss.end_epoch(state.loss_state), hidden=hidden)
+    )
 
   return Trainer(
     init,
@@ -733,20 +1046,33 @@ def _start_rows(model: Model, params: Params, rows: int, axis: str | None) -> Hi
     return model.start(params, rows)
   whole = model.start(params, rows * jax.lax.axis_size(axis))
   first = jax.lax.axis_index(axis) * rows
-  return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, rows), whole)
+  return jax.tree.map(
+    lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, rows), whole
+  )
 
 
-def _starts_here(model: Model, params: Params, hidden: Hidden, axis: str | None) -> jax.Array:
-  """Returns which rows of a carried hidden state still are the initial one, bool [B]: their sequences start in this batch."""
+def _starts_here(
+  model: Model, params: Params, hidden: Hidden, axis: str | None
+) -> jax.Array:
+  """Returns which rows of a carried hidden state still are the initial one, bool [B]:
+  their sequences start in this batch.
+  """
   leaves = jax.tree.leaves(hidden)
   starts = jax.tree.leaves(_start_rows(model, params, leaves[0].shape[0], axis))
-  same = [(leaf == start).reshape(len(leaf), -1).all(1) for leaf, start in zip(leaves, starts, strict=True)]
+  same = [
+    (leaf == start).reshape(len(leaf), -1).all(1)
+    for leaf, start in zip(leaves, starts, strict=True)
+  ]
   return jnp.stack(same).all(0)
 
 
-def _with_start(model: Model, params: Params, hidden: Hidden, fresh: jax.Array, axis: str | None) -> Hidden:
+def _with_start(
+  model: Model, params: Params, hidden: Hidden, fresh: jax.Array, axis: str | None
+) -> Hidden:
   """Puts the initial state that `params` make into the rows that are `fresh`."""
-  put = lambda start, old: jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), start.astype(old.dtype), old)
+  put = lambda start, old: jnp.where(
+    fresh.reshape(-1, *[1] * (old.ndim - 1)), start.astype(old.dtype), old
+  )
   return jax.tree.map(put, _start_rows(model, params, len(fresh), axis), hidden)
 
 
@@ -758,7 +1084,9 @@ def _targets_by_row(loss: Loss) -> bool:
 def _any_extra_args(inner_steps: int) -> dict[str, Any]:
   """Return extra arguments such as an optimizer's update gets, of any values."""
 
-  def value_fn(params: Params, *, grad_fn: Any = None, inner_steps: Any = None) -> jax.Array:
+  def value_fn(
+    params: Params, *, grad_fn: Any = None, inner_steps: Any = None
+  ) -> jax.Array:
     del grad_fn, inner_steps
     return optax.tree.norm(params, squared=True).astype(jnp.float32)
 
@@ -770,8 +1098,11 @@ def _any_extra_args(inner_steps: int) -> dict[str, Any]:
   }
 
 
-def _value_fn(run: Callable[[Params], tuple[Any, ...]]) -> Callable[[Params], jax.Array]:
-  """Return an objective whose gradient is the one that `run` finds, with its mean over the devices.
+def _value_fn(
+  run: Callable[[Params], tuple[Any, ...]],
+) -> Callable[[Params], jax.Array]:
+  """Return an objective whose gradient is the one that `run` finds, with its mean over
+  the devices.
 
   Args:
     run: (params) -> (value, gradient, ...).
@@ -787,11 +1118,15 @@ def _value_fn(run: Callable[[Params], tuple[Any, ...]]) -> Callable[[Params], ja
     return value, grads
 
   def backward(grads: Params, cotangent: jax.Array) -> tuple[Params]:
-    # In JAX's convention, in which the gradient of a complex parameter is the conjugate of optax's.
+    # In JAX's convention, in which the gradient of a complex parameter is the conjugate
+    # of optax's.
     return (jax.tree.map(lambda g: jnp.conj(g) * cotangent.astype(g.dtype), grads),)
 
-  def value_fn(params: Params, *, grad_fn: Any = None, inner_steps: Any = None) -> jax.Array:
-    # Optax's line searches refuse extra arguments that the function they search along does not take.
+  def value_fn(
+    params: Params, *, grad_fn: Any = None, inner_steps: Any = None
+  ) -> jax.Array:
+    # Optax's line searches refuse extra arguments that the function they search along
+    # does not take.
     del grad_fn, inner_steps
     value: jax.Array = objective(params)
     return value
@@ -801,8 +1136,12 @@ def _value_fn(run: Callable[[Params], tuple[Any, ...]]) -> Callable[[Params], ja
 
 
 def _norm(grads: Params) -> jax.Array:
-  """Return the global norm [] in at least float32: float16 holds no square above 65,504."""
-  return optax.tree.norm(jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads))
+  """Return the global norm [] in at least float32: float16 holds no square above
+  65,504.
+  """
+  return optax.tree.norm(
+    jax.tree.map(lambda g: g.astype(at_least_float32(g.dtype)), grads)
+  )
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -810,9 +1149,11 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _without_idle_targets(batch: Batch, valid: ValidSteps, loss: Loss) -> Batch:
-  """Puts 0 in the place of targets [B, ...] of sequences that a mask leaves without any valid step.
+  """Puts 0 in the place of targets [B, ...] of sequences that a mask leaves without any
+  valid step.
 
-  They may be anything: NaN there would come back as a NaN gradient, although it counts for nothing.
+  They may be anything: NaN there would come back as a NaN gradient, although it counts
+    for nothing.
   """
   if batch.mask is None or not _targets_by_row(loss):
     return batch
@@ -834,29 +1175,48 @@ def _in_parts(model: Model, micro_batches: int) -> Model:
     apply_last = in_micro_batches(apply_last, micro_batches)
   if split is not None:
     split = split._replace(features=in_micro_batches(split.features, micro_batches))
-  return model._replace(apply=in_micro_batches(model.apply, micro_batches), apply_last=apply_last, split=split)
+  return model._replace(
+    apply=in_micro_batches(model.apply, micro_batches),
+    apply_last=apply_last,
+    split=split,
+  )
 
 
-def _no_outputs(model: Model, params: Params, hidden: Hidden, batch: Batch, size: int) -> jax.Array:
-  """Zeros [T, B, ...] in the place of what the model will return, in windows of `size` steps."""
+def _no_outputs(
+  model: Model, params: Params, hidden: Hidden, batch: Batch, size: int
+) -> jax.Array:
+  """Zeros [T, B, ...] in the place of what the model will return, in windows of `size`
+  steps.
+  """
   x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[:size], batch.inputs)
-  _, outputs = jax.eval_shape(lambda params, hidden, x: model.apply(params, hidden, x, None, None), params, hidden, x)
-  shape: Any = outputs.outputs if isinstance(outputs, Penalised) else outputs
+  _, outputs = jax.eval_shape(
+    lambda params, hidden, x: model.apply(params, hidden, x, None, None),
+    params,
+    hidden,
+    x,
+  )
+  shape: Any = outputs.outputs if isinstance(outputs, OutputsWithPenalty) else outputs
   return jnp.zeros((_check_inputs(batch.inputs)[0], *shape.shape[1:]), shape.dtype)
 
 
-def _predict(model: Model, params: Params, batch: Batch, hidden: Hidden) -> tuple[jax.Array, Hidden]:
+def _predict(
+  model: Model, params: Params, batch: Batch, hidden: Hidden
+) -> tuple[jax.Array, Hidden]:
   """(outputs [T, B, ...], hidden state after them), in windows of about √T steps."""
   num_steps, batch_size = _check_inputs(batch.inputs)
-  windows = cut(num_steps)
+  windows = make_windows(num_steps)
   valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
 
-  def body(carry: tuple[Hidden, jax.Array], k: jax.Array) -> tuple[tuple[Hidden, jax.Array], None]:
+  def body(
+    carry: tuple[Hidden, jax.Array], k: jax.Array
+  ) -> tuple[tuple[Hidden, jax.Array], None]:
     hidden, sequence = carry
     window = window_at(windows, k, valid)
     x = jax.tree.map(lambda leaf: window.slice(jnp.asarray(leaf)), batch.inputs)
-    new_hidden, outputs = model.apply(params, hidden, x, window.mask if window.masked else None, None)
-    outputs = outputs.outputs if isinstance(outputs, Penalised) else outputs
+    new_hidden, outputs = model.apply(
+      params, hidden, x, window.mask if window.masked else None, None
+    )
+    outputs = outputs.outputs if isinstance(outputs, OutputsWithPenalty) else outputs
     _check_hidden(new_hidden, hidden, 'the hidden state that model.apply returns')
     return (new_hidden, write_window(sequence, outputs, window)), None
 
@@ -869,16 +1229,20 @@ def _objective(
   model: Model,
   loss: Loss,
   batch: Batch,
-  windows: Windows,
+  windows: WindowPlan,
   updates: Plan,
   weights: np.ndarray | None,
   initial_loss_state: LossState,
   key: jax.Array,
   axis: str | None,
-  readout_steps: int | None,
+  readout_chunk: int | None,
   micro_batches: int,
-) -> Callable[..., tuple[jax.Array, tuple[Hidden, LossState, Totals, jax.Array | None]]]:
-  """The scalar one update descends: the weighted losses of the windows it runs through, from a given hidden state."""
+) -> Callable[
+  ..., tuple[jax.Array, tuple[Hidden, LossState, MetricSums, jax.Array | None]]
+]:
+  """The scalar one update descends: the weighted losses of the windows it runs through,
+  from a given hidden state.
+  """
   factors = jnp.asarray(np.ones(windows.num_windows) if weights is None else weights)
   valid = valid_steps(windows, _check_shapes(batch)[1], batch.lengths, batch.mask)
   num_seen = updates.windows.shape[1]
@@ -890,20 +1254,32 @@ def _objective(
     loss_state: LossState,
     rows: tuple[jax.Array, jax.Array, jax.Array],
     sequence: jax.Array | None,
-  ) -> tuple[jax.Array, tuple[Hidden, LossState, Totals, jax.Array | None]]:
+  ) -> tuple[jax.Array, tuple[Hidden, LossState, MetricSums, jax.Array | None]]:
     def body(carry: tuple[Any, ...], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
       hidden, loss_state, sequence = carry
       k, coefficient, record = row
       hidden, (outputs, penalty), window = _run_window(
-        model, loss, params, hidden, batch, windows, valid, k, key, axis, readout_steps, whole=sequence is not None
+        model,
+        loss,
+        params,
+        hidden,
+        batch,
+        windows,
+        valid,
+        k,
+        key,
+        axis,
+        readout_chunk,
+        whole=sequence is not None,
       )
-      if isinstance(outputs, Judged):
+      if isinstance(outputs, WindowLoss):
         (value, totals), new_loss_state = outputs, loss_state
       else:
         value, new_loss_state = apply(outputs, batch.targets, window, loss_state)
         totals = loss.measure(jax.lax.stop_gradient(outputs), batch.targets, window)
         if not updates.records.all():
-          # A window seen before has moved the loss state already: its loss is that of the sequence's start, as when first seen.
+          # A window seen before has moved the loss state already: its loss is that of
+          # the sequence's start, as when first seen.
           value, _ = apply(outputs, batch.targets, window, initial_loss_state)
       value = _scalar(value)
       if loss.memory is not None and num_seen > 1:
@@ -914,39 +1290,58 @@ def _objective(
       if not updates.records.all():
         totals = jax.tree.map(lambda t: jnp.where(record, t, 0), totals)
       if sequence is not None:
-        assert not isinstance(outputs, Judged)
+        assert not isinstance(outputs, WindowLoss)
         recorded = None if updates.records.all() else record
-        sequence = write_window(sequence, jax.lax.stop_gradient(outputs), window, recorded)
+        sequence = write_window(
+          sequence, jax.lax.stop_gradient(outputs), window, recorded
+        )
       if penalty is not None:
         if micro_batches > 1 and window.ragged:
           raise ValueError(
-            f'micro_batches > 1 takes no ragged batches with a model that returns penalties, which may be means over the rows '
+            'micro_batches > 1 takes no ragged batches with a model that returns '
+            'penalties, which may be means over the rows '
             f'they see: got micro_batches={micro_batches} and lengths or a mask.'
           )
         value += window.mean(penalty, window.mask).astype(value.dtype)
-      return (hidden, new_loss_state, sequence), ((coefficient * factors[k]).astype(value.dtype) * value, totals)
+      return (hidden, new_loss_state, sequence), (
+        (coefficient * factors[k]).astype(value.dtype) * value,
+        totals,
+      )
 
     if num_seen == 1:  # The usual case: one window an update, no inner loop.
-      carry, (value, totals) = body((hidden, loss_state, sequence), jax.tree.map(lambda r: r[0], rows))
+      carry, (value, totals) = body(
+        (hidden, loss_state, sequence), jax.tree.map(lambda r: r[0], rows)
+      )
       hidden, loss_state, sequence = carry
       return value, (hidden, loss_state, totals, sequence)
     carry, (values, totals) = jax.lax.scan(body, (hidden, loss_state, sequence), rows)
     hidden, loss_state, sequence = carry
-    return values.sum(), (hidden, loss_state, jax.tree.map(lambda t: t.sum(0), totals), sequence)
+    return values.sum(), (
+      hidden,
+      loss_state,
+      jax.tree.map(lambda t: t.sum(0), totals),
+      sequence,
+    )
 
   return objective
 
 
 def _in_range(loss: Loss, batch: Batch, axis: str | None) -> jax.Array | None:
-  """Return bool [], whether all targets and lengths are in range; None where none can be out of it.
+  """Return bool [], whether all targets and lengths are in range; None where none can
+  be out of it.
 
   Args:
     loss: the loss, whose `valid` looks at the targets.
     batch: a device's share of the batch, or all of it.
-    axis: name of the mesh axis over which all devices are to be asked, None for this share alone.
+    axis: name of the mesh axis over which all devices are to be asked, None for this
+      share alone.
   """
   num_steps, batch_size = jax.tree.leaves(batch.inputs)[0].shape[:2]
-  mask = jnp.ones((num_steps, batch_size), bool) if batch.mask is None else jnp.asarray(batch.mask)
+  mask = (
+    jnp.ones((num_steps, batch_size), bool)
+    if batch.mask is None
+    else jnp.asarray(batch.mask)
+  )
   valid = []
   if batch.lengths is not None:
     lengths = jnp.asarray(batch.lengths, jnp.int32)
@@ -961,17 +1356,28 @@ def _in_range(loss: Loss, batch: Batch, axis: str | None) -> jax.Array | None:
 
 
 def _run_if(valid: jax.Array, run: Callable[[Any], Any], carry: Any) -> Any:
-  """Return (carry, what was seen) of `run`; without running, if not valid, the carry as it is and numbers that say so."""
-  jaxpr, shape = jax.make_jaxpr(run, return_shape=True)(carry)  # Traced once, for both branches.
+  """Return (carry, what was seen) of `run`; without running, if not valid, the carry as
+  it is and numbers that say so.
+  """
+  jaxpr, shape = jax.make_jaxpr(run, return_shape=True)(
+    carry
+  )  # Traced once, for both branches.
   structure: Any = jax.tree.structure(shape)
 
   def train(carry: Any) -> Any:
-    return structure.unflatten(jax.extend.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(carry)))
+    return structure.unflatten(
+      jax.extend.core.jaxpr_as_fun(jaxpr)(*jax.tree.leaves(carry))
+    )
 
   def refuse(carry: Any) -> Any:
     _, (values, norms, totals, skips) = shape
     nan = lambda like: jnp.full(like.shape, jnp.nan, like.dtype)
-    return carry, (nan(values), nan(norms), optax.tree.zeros_like(totals), optax.tree.zeros_like(skips))
+    return carry, (
+      nan(values),
+      nan(norms),
+      optax.tree.zeros_like(totals),
+      optax.tree.zeros_like(skips),
+    )
 
   return jax.lax.cond(valid, train, refuse, carry)
 
@@ -982,18 +1388,21 @@ def _run_window(
   params: Params,
   hidden: Hidden,
   batch: Batch,
-  windows: Windows,
+  windows: WindowPlan,
   valid: ValidSteps,
   k: jax.Array,
   key: jax.Array | None,
   axis: str | None,
-  readout_steps: int | None,
+  readout_chunk: int | None,
   whole: bool = False,
-) -> tuple[Hidden, tuple[jax.Array | Judged, jax.Array | None], Window]:
-  """Runs the model through the `k`-th window: (hidden state after it, (outputs, penalty or None), the window).
+) -> tuple[Hidden, tuple[jax.Array | WindowLoss, jax.Array | None], WindowView]:
+  """Runs the model through the `k`-th window: (hidden state after it, (outputs, penalty
+  or None), the window).
 
-  The outputs are [S, B, ...], or [1, B, ...], those of each sequence's last valid step, where loss and model are content with them;
-  where they are computed a few steps at a time, what the loss says of them is returned instead. `whole` asks for all steps' ones.
+  The outputs are [S, B, ...], or [1, B, ...], those of each sequence's last valid step,
+  where loss and model are content with them; where they are computed a few steps at a
+  time, what the loss says of them is returned instead. `whole` asks for all steps'
+  ones.
   """
   window = window_at(windows, k, valid, axis)
   x = jax.tree.map(lambda leaf: window.slice(jnp.asarray(leaf)), batch.inputs)
@@ -1002,7 +1411,9 @@ def _run_window(
   split, per_step, steps = model.split, loss.per_step, windows.size
   at_once = steps
   if split is not None and per_step is not None and not whole:
-    at_once = _steps_at_once(split, params, hidden, x, mask, key, windows.size, readout_steps)
+    at_once = _steps_at_once(
+      split, params, hidden, x, mask, key, windows.size, readout_chunk
+    )
   if loss.last_only and model.apply_last is not None and not whole:
     steps = 1
     new_hidden, outputs = model.apply_last(params, hidden, x, mask, key, window.last)
@@ -1010,21 +1421,39 @@ def _run_window(
     new_hidden, outputs = model.apply(params, hidden, x, mask, key)
   else:
     new_hidden, outputs = split.features(params, hidden, x, mask, key)
-  outputs, penalty = outputs if isinstance(outputs, Penalised) else (outputs, None)
+  outputs, penalty = (
+    outputs if isinstance(outputs, OutputsWithPenalty) else (outputs, None)
+  )
   _check_hidden(new_hidden, hidden, 'the hidden state that model.apply returns')
   check_array('the outputs that model.apply returns', outputs)
   if outputs.shape[:2] != (steps, batch_size):
-    raise ValueError(f'the model must return outputs [S, B, ...] = {(steps, batch_size)} + features, got shape {outputs.shape}.')
+    raise ValueError(
+      f'the model must return outputs [S, B, ...] = {(steps, batch_size)} + features, '
+      f'got shape {outputs.shape}.'
+    )
   if penalty is not None and penalty.shape != window.mask.shape:
-    raise ValueError(f'the penalty that model.apply returns must be [S, B] = {window.mask.shape}, got shape {penalty.shape}.')
+    raise ValueError(
+      f'the penalty that model.apply returns must be [S, B] = {window.mask.shape}, got '
+      f'shape {penalty.shape}.'
+    )
   if split is not None and per_step is not None and at_once < steps:
-    judged = judge(split.readout, per_step, params, outputs, batch.targets, window, key, steps=at_once, evaluating=key is None)
-    return new_hidden, (judged, penalty), window
+    window_loss = chunked_loss(
+      split.readout,
+      per_step,
+      params,
+      outputs,
+      batch.targets,
+      window,
+      key,
+      steps=at_once,
+      evaluating=key is None,
+    )
+    return new_hidden, (window_loss, penalty), window
   return new_hidden, (outputs, penalty), window
 
 
 def _steps_at_once(
-  split: Split,
+  split: FeaturesAndReadout,
   params: Params,
   hidden: Hidden,
   x: Any,
@@ -1037,74 +1466,108 @@ def _steps_at_once(
   if given is None and jax.default_backend() != 'cpu':
     return num_steps
   shape: Any = jax.eval_shape(split.features, params, hidden, x, mask, key)[1]
-  features: Any = shape.outputs if isinstance(shape, Penalised) else shape
-  if not isinstance(features, jax.ShapeDtypeStruct):  # All layers are the readout: these are the inputs, a tree.
+  features: Any = shape.outputs if isinstance(shape, OutputsWithPenalty) else shape
+  if not isinstance(
+    features, jax.ShapeDtypeStruct
+  ):  # All layers are the readout: these are the inputs, a tree.
     return num_steps
-  if not jnp.issubdtype(features.dtype, jnp.floating):  # Tokens: there is no gradient with respect to them.
+  if not jnp.issubdtype(
+    features.dtype, jnp.floating
+  ):  # Tokens: there is no gradient with respect to them.
     return num_steps
-  return steps_at_once(split.readout, params, features, key) if given is None else min(given, num_steps)
+  return (
+    steps_at_once(split.readout, params, features, key)
+    if given is None
+    else min(given, num_steps)
+  )
 
 
-def check_batch(batch: Batch, loss: Loss) -> None:
-  """Looks at a batch's values, which compiled code cannot: call it on a data set once, on the host.
+def validate_batch(batch: Batch, loss: Loss) -> None:
+  """Looks at a batch's values, which compiled code cannot: call it on a data set once,
+  on the host.
 
   Args:
     batch: concrete arrays.
     loss: the loss whose targets the batch holds.
 
   Raises:
-    ValueError: NaN or infinite inputs at valid steps, lengths outside 1..T, labels outside 0..C-1, wrong shapes.
-    TypeError: labels or lengths that are not integers, targets that are not floating point, arrays that are traced or abstract.
+    ValueError: NaN or infinite inputs at valid steps, lengths outside 1..T, labels
+      outside 0..C-1, wrong shapes.
+    TypeError: labels or lengths that are not integers, targets that are not floating
+      point, arrays that are traced or abstract.
   """
   batch = _with_mask(batch)
   num_steps, batch_size = _check_shapes(batch)
   _check_type('loss', loss, Loss)
-  if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(batch)):
-    raise TypeError(f'check_batch looks at values and needs concrete arrays, got {batch!r}.')
+  if any(
+    isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+    for leaf in jax.tree.leaves(batch)
+  ):
+    raise TypeError(
+      f'validate_batch looks at values and needs concrete arrays, got {batch!r}.'
+    )
   valid = np.ones((num_steps, batch_size), bool)
   if batch.lengths is not None:
     lengths = np.asarray(batch.lengths)
     if lengths.min() < 1 or lengths.max() > num_steps:
-      raise ValueError(f'lengths must lie in 1..T={num_steps}, got values from {lengths.min()} to {lengths.max()}.')
+      raise ValueError(
+        f'lengths must lie in 1..T={num_steps}, got values from {lengths.min()} to '
+        f'{lengths.max()}.'
+      )
     valid = np.arange(num_steps)[:, None] < lengths
   if batch.mask is not None:
     valid = valid & np.asarray(batch.mask)
   for path, leaf in jax.tree.leaves_with_path(batch.inputs):
     inputs = np.asarray(leaf)
-    if jnp.issubdtype(inputs.dtype, jnp.floating) and not np.isfinite(inputs[valid]).all():
-      bad = np.argwhere(~np.isfinite(inputs.reshape(num_steps, batch_size, -1)).all(-1) & valid)
+    if (
+      jnp.issubdtype(inputs.dtype, jnp.floating)
+      and not np.isfinite(inputs[valid]).all()
+    ):
+      bad = np.argwhere(
+        ~np.isfinite(inputs.reshape(num_steps, batch_size, -1)).all(-1) & valid
+      )
       name, place = f'inputs{jax.tree_util.keystr(path)}', tuple(bad[0].tolist())
-      raise ValueError(f'{name} must be finite, got NaN or infinity in {len(bad)} places, the first at (step, row) {place}.')
+      raise ValueError(
+        f'{name} must be finite, got NaN or infinity in {len(bad)} places, the first '
+        f'at (step, row) {place}.'
+      )
   loss.check(batch.targets, valid)
 
 
-def global_batch(batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: bool = False) -> Batch:
-  """One batch of the rows that every process has, split over the devices of all of them.
+def make_global_batch(
+  batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: bool = False
+) -> Batch:
+  """One batch of the rows that every process has, split over the devices of all of
+  them.
 
-  With `jax.distributed` each process calls the same functions in the same order: `trainer(mesh=...)` with a mesh over
-  `jax.devices()`, `init` with the same key, `step` with what this returns. Metrics and totals are whole on every process:
-  `np.asarray` reads them. The hidden state and what `shard_params` splits are not: all processes together write a checkpoint of
-  them, by orbax say. What all have alike, such as the source that `scan_steps` reads from, may be handed over as NumPy arrays.
+  With `jax.distributed` each process calls the same functions in the same order:
+  `make_trainer(mesh=...)` with a mesh over `jax.devices()`, `init` with the same key,
+  `step` with what this returns. Metrics and totals are whole on every process:
+  `np.asarray` reads them. The hidden state and what `shard_params` splits are not: all
+  processes together write a checkpoint of them, by orbax say. What all have alike, such
+  as the source that `scan_train_steps` reads from, may be handed over as NumPy arrays.
 
   Args:
-    batch: this process's rows, B / (number of processes) of them, in NumPy arrays. The processes' rows follow one another as their
-      devices do in the mesh.
+    batch: this process's rows, B / (number of processes) of them, in NumPy arrays. The
+      processes' rows follow one another as their devices do in the mesh.
     loss: the loss whose targets the batch holds.
     mesh: the trainer's.
-    stacked: whether all leaves have a leading axis of length N, as `scan_steps` takes batches.
+    stacked: whether all leaves have a leading axis of length N, as `scan_train_steps`
+      takes batches.
 
   Returns:
     The batch of B rows. On a single process that is the same batch, put on the mesh.
 
   Raises:
-    ValueError: the rows are no multiple of this process's devices, or shapes do not fit.
+    ValueError: the rows are no multiple of this process's devices, or shapes do not
+      fit.
     TypeError: as for the step, or arrays whose values are not at hand.
 
   Example:
     >>> import jax, numpy as np, fptt_jax
     >>> mesh = jax.sharding.Mesh(jax.devices(), ('batch',))  # After jax.distributed.initialize(...), all processes'.
     >>> mine = fptt_jax.Batch(np.ones((20, 8, 1), np.float32), np.ones(8, np.float32))
-    >>> batch = fptt_jax.global_batch(mine, fptt_jax.losses.terminal_regression(), mesh)
+    >>> batch = fptt_jax.make_global_batch(mine, fptt_jax.losses.terminal_regression(), mesh)
     >>> batch.inputs.shape[1] == 8 * jax.process_count()
     True
   """
@@ -1118,7 +1581,10 @@ def global_batch(batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: 
   if check_flag('stacked', stacked):
     lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
     if len(lengths) != 1 or 0 in lengths:
-      raise ValueError(f'with stacked=True all arrays must have a leading axis of one length N >= 1, got {shapes(batch)}.')
+      raise ValueError(
+        'with stacked=True all arrays must have a leading axis of one length N >= 1, '
+        f'got {shapes(batch)}.'
+      )
     one = jax.tree.map(lambda x: x[0], batch)
   one = _with_mask(one)
   if one.mask is not None and batch.mask is None:
@@ -1126,54 +1592,91 @@ def global_batch(batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: 
   _, rows = _check_shapes(one)
   devices = len(mesh.local_devices)
   if rows % devices:
-    raise ValueError(f"a process's rows must be a multiple of its {devices} devices in the mesh, got {rows}.")
+    raise ValueError(
+      f"a process's rows must be a multiple of its {devices} devices in the mesh, got "
+      f'{rows}.'
+    )
   specs = batch_specs(one, axis, _targets_by_row(loss))
-  for leaf, spec in zip(jax.tree.leaves(one.targets), jax.tree.leaves(specs.targets), strict=True):
+  for leaf, spec in zip(
+    jax.tree.leaves(one.targets), jax.tree.leaves(specs.targets), strict=True
+  ):
     if leaf.shape[len(spec) - 1] != rows:
-      raise ValueError(f'targets must be [B, ...], or [T, B, ...] for sequence losses, with B={rows}; got shape {leaf.shape}.')
+      raise ValueError(
+        f'targets must be [B, ...], or [T, B, ...] for sequence losses, with B={rows}; '
+        f'got shape {leaf.shape}.'
+      )
   if stacked:
     specs = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs)
   return jax.make_array_from_process_local_data(named(specs, mesh), batch)
 
 
 def _resolve(
-  method: str | Method, num_windows: int | None, window_size: int | None, final_steps: int | None, inner_steps: int
+  method: str | Method,
+  num_windows: int | None,
+  window_size: int | None,
+  truncation_steps: int | None,
+  inner_steps: int,
 ) -> tuple[str, Method, int | None, int]:
-  """The name and the Method meant, `final_steps` and `inner_steps`, after checking that the options go with it."""
+  """The name and the Method meant, `truncation_steps` and `inner_steps`, after checking
+  that the options go with it.
+  """
   if isinstance(method, Method):
     name = 'custom'
-    for flag in ('regularised', 'update_each_window', 'whole_gradient', 'final_steps_only'):
+    for flag in ('regularized', 'update_each_window', 'whole_gradient', 'truncated'):
       check_flag(f'method.{flag}', getattr(method, flag))
     windows = method.num_windows
     if windows is not None and not (isinstance(windows, str) and windows == 'T'):
-      method = method._replace(num_windows=check_integer('method.num_windows', windows, 1, MOST, "an integer >= 1, 'T' or None"))
+      method = method._replace(
+        num_windows=check_integer(
+          'method.num_windows', windows, 1, INT32_MAX, "an integer >= 1, 'T' or None"
+        )
+      )
   elif isinstance(method, str) and method in METHODS:
     name, method = method, METHODS[method]
   else:
-    raise ValueError(f'method must be one of {list(METHODS)} or a Method, got {method!r}.')
+    raise ValueError(
+      f'method must be one of {list(METHODS)} or a Method, got {method!r}.'
+    )
   if num_windows is not None and window_size is not None:
-    raise ValueError(f'give num_windows or window_size, not both: got num_windows={num_windows} and window_size={window_size}.')
+    raise ValueError(
+      f'give num_windows or window_size, not both: got num_windows={num_windows} and '
+      f'window_size={window_size}.'
+    )
   for option, value in (('num_windows', num_windows), ('window_size', window_size)):
     if value is not None and method.num_windows is not None:
-      raise ValueError(f'method {name!r} fixes K={method.num_windows}: leave out {option}, got {option}={value}.')
+      raise ValueError(
+        f'method {name!r} fixes K={method.num_windows}: leave out {option}, got '
+        f'{option}={value}.'
+      )
     if value is not None:
       check_size(option, value)
-  if method.final_steps_only != (final_steps is not None):
-    raise ValueError(f"final_steps goes with the method 'tbptt_final': got final_steps={final_steps} and method {name!r}.")
-  if final_steps is not None:
-    final_steps = check_size('final_steps', final_steps)
-  return name, method, final_steps, check_size('inner_steps', inner_steps)
+  if method.truncated != (truncation_steps is not None):
+    raise ValueError(
+      "truncation_steps goes with the method 'tbptt_final': got "
+      f'truncation_steps={truncation_steps} and method {name!r}.'
+    )
+  if truncation_steps is not None:
+    truncation_steps = check_size('truncation_steps', truncation_steps)
+  return name, method, truncation_steps, check_size('inner_steps', inner_steps)
 
 
-def _checked_readout_steps(readout_steps: int | None, model: Model, loss: Loss) -> int | None:
+def _checked_readout_steps(
+  readout_chunk: int | None, model: Model, loss: Loss
+) -> int | None:
   """A size, or None, that goes with model and loss."""
-  if readout_steps is None:
+  if readout_chunk is None:
     return None
-  readout_steps = check_size('readout_steps', readout_steps)
-  for part, which, given in (('a model', 'split', model.split), ('a loss', 'per_step', loss.per_step)):
+  readout_chunk = check_size('readout_chunk', readout_chunk)
+  for part, which, given in (
+    ('a model', 'split', model.split),
+    ('a loss', 'per_step', loss.per_step),
+  ):
     if given is None:
-      raise ValueError(f'readout_steps goes with {part} that has a {which}: got readout_steps={readout_steps} and {which} None.')
-  return readout_steps
+      raise ValueError(
+        f'readout_chunk goes with {part} that has a {which}: got '
+        f'readout_chunk={readout_chunk} and {which} None.'
+      )
+  return readout_chunk
 
 
 def _checked_weights(loss_weights: Any) -> np.ndarray | None:
@@ -1181,42 +1684,80 @@ def _checked_weights(loss_weights: Any) -> np.ndarray | None:
   if loss_weights is None:
     return None
   is_array = isinstance(loss_weights, np.ndarray | jax.Array) and loss_weights.ndim == 1
-  is_list = isinstance(loss_weights, Sequence) and not isinstance(loss_weights, str | bytes | bytearray)
-  weights = [as_number(weight) for weight in loss_weights] if is_array or is_list else []
-  finite = [weight for weight in weights if weight is not None and abs(weight) <= HUGE]
+  is_list = isinstance(loss_weights, Sequence) and not isinstance(
+    loss_weights, str | bytes | bytearray
+  )
+  weights = (
+    [as_number(weight) for weight in loss_weights] if is_array or is_list else []
+  )
+  finite = [
+    weight for weight in weights if weight is not None and abs(weight) <= FLOAT32_MAX
+  ]
   if not finite or len(finite) < len(weights):
     raise ValueError(f'loss_weights must be K finite numbers, got {loss_weights!r}.')
   return np.array(finite)
 
 
-def _check_types(model: Model, loss: Loss, optimizer: optax.GradientTransformation) -> None:
+def _check_types(
+  model: Model, loss: Loss, optimizer: optax.GradientTransformation
+) -> None:
   if not isinstance(model, Model):
-    raise TypeError(f'model must be a fptt_jax.Model, as fptt_jax.nn.from_nnx makes one, got {type(model).__name__}.')
+    raise TypeError(
+      'model must be a fptt_jax.Model, as fptt_jax.nn.from_nnx makes one, got '
+      f'{type(model).__name__}.'
+    )
   if not isinstance(loss, Loss):
-    raise TypeError(f'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for your own), got {loss!r}.')
+    raise TypeError(
+      'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for '
+      f'your own), got {loss!r}.'
+    )
   if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
-    raise TypeError(f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.')
-  optional: dict[str, Any] = {'model.learned_initial_state': model.learned_initial_state}
-  optional |= {'model.apply_last': model.apply_last, 'loss.per_step': loss.per_step, 'loss.valid': loss.valid}
-  functions = {f'model.{name}': getattr(model, name) for name in ('init', 'initial_state', 'apply')}
-  functions |= {f'loss.{name}': getattr(loss, name) for name in ('init', 'apply', 'measure', 'end_epoch', 'check')}
+    raise TypeError(
+      f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.'
+    )
+  optional: dict[str, Any] = {
+    'model.learned_initial_state': model.learned_initial_state
+  }
+  optional |= {
+    'model.apply_last': model.apply_last,
+    'loss.per_step': loss.per_step,
+    'loss.valid': loss.valid,
+  }
+  functions = {
+    f'model.{name}': getattr(model, name) for name in ('init', 'initial_state', 'apply')
+  }
+  functions |= {
+    f'loss.{name}': getattr(loss, name)
+    for name in ('init', 'apply', 'measure', 'end_epoch', 'check')
+  }
   functions |= {name: part for name, part in optional.items() if part is not None}
   for name, function in functions.items():
     check_callable(name, function)
-  if model.split is not None and not isinstance(model.split, Split):
-    raise TypeError(f'model.split must be a fptt_jax.Split or None, got {model.split!r}.')
+  if model.split is not None and not isinstance(model.split, FeaturesAndReadout):
+    raise TypeError(
+      f'model.split must be a fptt_jax.FeaturesAndReadout or None, got {model.split!r}.'
+    )
 
 
 def _check_type(name: str, value: Any, expected: type) -> None:
   if not isinstance(value, expected):
-    raise TypeError(f'{name} must be a fptt_jax.{expected.__name__}, got {type(value).__name__}.')
+    raise TypeError(
+      f'{name} must be a fptt_jax.{expected.__name__}, got {type(value).__name__}.'
+    )
 
 
 def _checked_state(state: TrainState, expected: TrainState) -> TrainState:
-  """Return the state in the structure in which `init` makes it; raise unless all but the hidden state is like that."""
+  """Return the state in the structure in which `init` makes it; raise unless all but
+  the hidden state is like that.
+  """
   whose = 'as init makes it for this batch'
   names = ('params', 'opt_state', 'loss_state', 'step_count')
-  checked = {name: check_like(f'state.{name}', getattr(state, name), getattr(expected, name), whose) for name in names}
+  checked = {
+    name: check_like(
+      f'state.{name}', getattr(state, name), getattr(expected, name), whose
+    )
+    for name in names
+  }
   hidden = state.hidden
   if sorted(leaf_paths(hidden)) == sorted(leaf_paths(expected.hidden)):
     hidden = arrange_like('state.hidden', hidden, expected.hidden, whose)
@@ -1224,12 +1765,20 @@ def _checked_state(state: TrainState, expected: TrainState) -> TrainState:
 
 
 def _at_hand(x: Any) -> bool:
-  """Whether it is an array whose values can be looked at here: neither traced nor in part another process's."""
-  return isinstance(x, np.ndarray) or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_fully_addressable)
+  """Whether it is an array whose values can be looked at here: neither traced nor in
+  part another process's.
+  """
+  return isinstance(x, np.ndarray) or (
+    isinstance(x, jax.Array)
+    and not isinstance(x, jax.core.Tracer)
+    and x.is_fully_addressable
+  )
 
 
 def _own(tree: Any) -> Any:
-  """Copies, strongly typed: a state may be donated, and its types never change from step to step."""
+  """Copies, strongly typed: a state may be donated, and its types never change from
+  step to step.
+  """
   check_arrays('what model and loss make', tree)
   return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
 
@@ -1237,40 +1786,65 @@ def _own(tree: Any) -> Any:
 def _scalar(value: Any) -> jax.Array:
   if isinstance(value, jax.Array | np.ndarray | np.generic | float):
     value = jnp.asarray(value)
-  if not isinstance(value, jax.Array) or value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
-    got = f'{value.dtype}{list(value.shape)}' if isinstance(value, jax.Array) else type(value).__name__
-    raise ValueError(f'a loss must return one floating-point number a window, got {got}.')
-  # The sum over windows may be beyond float16, and half a precision loses small weights of windows.
+  if (
+    not isinstance(value, jax.Array)
+    or value.ndim
+    or not jnp.issubdtype(value.dtype, jnp.floating)
+  ):
+    got = (
+      f'{value.dtype}{list(value.shape)}'
+      if isinstance(value, jax.Array)
+      else type(value).__name__
+    )
+    raise ValueError(
+      f'a loss must return one floating-point number a window, got {got}.'
+    )
+  # The sum over windows may be beyond float16, and half a precision loses small weights
+  # of windows.
   return value.astype(at_least_float32(value.dtype))
 
 
 def _check_shapes(batch: Batch) -> tuple[int, int]:
   """(T, B) of a batch, after checking what shapes and dtypes alone can tell."""
   if not isinstance(batch, Batch):
-    raise TypeError(f'batch must be a fptt_jax.Batch(inputs, targets, lengths=None), got {type(batch).__name__}.')
+    raise TypeError(
+      'batch must be a fptt_jax.Batch(inputs, targets, lengths=None), got '
+      f'{type(batch).__name__}.'
+    )
   num_steps, batch_size = _check_inputs(batch.inputs)
   if batch.lengths is not None:
     lengths = check_array('lengths', batch.lengths)
     if lengths.shape != (batch_size,):
       raise ValueError(
-        f'lengths must have shape [B] = ({batch_size},), or be a mask bool [T, B]; got {lengths.dtype}{list(lengths.shape)}.'
+        f'lengths must have shape [B] = ({batch_size},), or be a mask bool [T, B]; got '
+        f'{lengths.dtype}{list(lengths.shape)}.'
       )
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
       raise TypeError(f'lengths must be integers, got {lengths.dtype}.')
   if batch.mask is not None:
     mask = check_array('mask', batch.mask)
     if mask.shape != (num_steps, batch_size) or mask.dtype != bool:
-      raise ValueError(f'mask must be bool [T, B] = bool{[num_steps, batch_size]}, got {mask.dtype}{list(mask.shape)}.')
+      raise ValueError(
+        f'mask must be bool [T, B] = bool{[num_steps, batch_size]}, got '
+        f'{mask.dtype}{list(mask.shape)}.'
+      )
   for leaf in jax.tree.leaves(batch.targets):
-    if getattr(check_array('targets', leaf).dtype, 'kind', '') in tuple('OSUMm'):  # A dtype of keys has none.
+    if getattr(check_array('targets', leaf).dtype, 'kind', '') in tuple(
+      'OSUMm'
+    ):  # A dtype of keys has none.
       raise TypeError(f'targets must be numbers, got dtype {leaf.dtype}.')
     if batch_size not in leaf.shape[:2]:
-      raise ValueError(f'targets must be [B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}; got shape {leaf.shape}.')
+      raise ValueError(
+        f'targets must be [B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}; '
+        f'got shape {leaf.shape}.'
+      )
   return num_steps, batch_size
 
 
 def _check_inputs(inputs: Any) -> tuple[int, int]:
-  """(T, B) of a tree of inputs [T, B, ...], after checking that all its arrays agree in them."""
+  """(T, B) of a tree of inputs [T, B, ...], after checking that all its arrays agree in
+  them.
+  """
   first: tuple[int, ...] | None = None
   for path, leaf in jax.tree.leaves_with_path(inputs):
     name = f'inputs{jax.tree_util.keystr(path)}'
@@ -1278,14 +1852,28 @@ def _check_inputs(inputs: Any) -> tuple[int, int]:
     if len(shape) < 2:
       raise ValueError(f'{name} must be time-major [T, B, ...], got shape {shape}.')
     if shape[0] < 1 or shape[1] < 1:
-      raise ValueError(f'{name} need at least one step and one sequence, got an empty batch [T, B, ...] = {shape}.')
-    if not (jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.issubdtype(leaf.dtype, jnp.integer)):
-      raise TypeError(f'{name} must be floating point (features) or integers (tokens), got {leaf.dtype}.')
+      raise ValueError(
+        f'{name} need at least one step and one sequence, got an empty batch [T, B, '
+        f'...] = {shape}.'
+      )
+    if not (
+      jnp.issubdtype(leaf.dtype, jnp.floating)
+      or jnp.issubdtype(leaf.dtype, jnp.integer)
+    ):
+      raise TypeError(
+        f'{name} must be floating point (features) or integers (tokens), got '
+        f'{leaf.dtype}.'
+      )
     first = first or shape[:2]
     if shape[:2] != first:
-      raise ValueError(f'{name} must have the same [T, B] = {first} as the other inputs, got shape {shape}.')
+      raise ValueError(
+        f'{name} must have the same [T, B] = {first} as the other inputs, got shape '
+        f'{shape}.'
+      )
   if first is None:
-    raise ValueError(f'inputs must be an array [T, B, ...] or a tree of them, got {inputs!r}.')
+    raise ValueError(
+      f'inputs must be an array [T, B, ...] or a tree of them, got {inputs!r}.'
+    )
   return first[0], first[1]
 
 
@@ -1297,7 +1885,9 @@ def _lengths_and_mask(lengths: Any, mask: Any) -> tuple[Any, Any]:
 
 
 def _with_mask(batch: Batch) -> Batch:
-  """The batch with a mask that was given in the place of the lengths where it belongs."""
+  """The batch with a mask that was given in the place of the lengths where it
+  belongs.
+  """
   if not isinstance(batch, Batch):
     return batch
   lengths, mask = _lengths_and_mask(batch.lengths, batch.mask)
@@ -1310,6 +1900,7 @@ def _check_hidden(got: Hidden, expected: Hidden, which: str) -> None:
 
   if describe(got) != describe(expected):
     raise ValueError(
-      f"{which} must have the structure, shapes and dtypes of the model's initial state for this batch, {describe(expected)}; "
+      f"{which} must have the structure, shapes and dtypes of the model's initial "
+      f'state for this batch, {describe(expected)}; '
       f'got {describe(got)}.'
     )

@@ -1,7 +1,8 @@
 """Cutting T time steps into K windows whose lengths differ by at most one step.
 
-Every window is laid out on S = ceil(T/K) steps. The windows that are one step shorter read one step of the window after them,
-masked out. The last window is always a full one, so no slice ever passes the end and no array is padded or copied.
+Every window is laid out on S = ceil(T/K) steps. The windows that are one step shorter
+read one step of the window after them, masked out. The last window is always a full
+one, so no slice ever passes the end and no array is padded or copied.
 """
 
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ import numpy as np
 from fptt_jax.checks import check_array, check_integer, check_size
 
 
-class Windows(NamedTuple):
-  """Where the windows of a sequence lie (plain integers and NumPy arrays, fixed at trace time).
+class WindowPlan(NamedTuple):
+  """Where the windows of a sequence lie (plain integers and NumPy arrays, fixed at
+  trace time).
 
   Attributes:
     size: S, steps of the longest window.
@@ -36,42 +38,52 @@ class Windows(NamedTuple):
     """Whether all windows have S steps, so that nothing needs a mask."""
     return bool((self.ends - self.starts == self.size).all())
 
-  def shifted(self, steps: int) -> 'Windows':
+  def shifted(self, steps: int) -> 'WindowPlan':
     """The same windows, `steps` later."""
-    return self._replace(starts=self.starts + np.int32(steps), ends=self.ends + np.int32(steps))
+    return self._replace(
+      starts=self.starts + np.int32(steps), ends=self.ends + np.int32(steps)
+    )
 
 
-def cut(num_steps: int, *, num_windows: int | None = None, window_size: int | None = None) -> Windows:
-  """Cuts `num_steps` into windows; by default K = round(√T), the paper's rule of thumb (Sec. 4.2).
+def make_windows(
+  num_steps: int, *, num_windows: int | None = None, window_size: int | None = None
+) -> WindowPlan:
+  """Cuts `num_steps` into windows; by default K = round(√T), the paper's rule of thumb
+  (Sec. 4.2).
 
   Args:
     num_steps: T >= 1.
-    num_windows: K, 1 <= K <= T. K = 1 is back-propagation through time (but for the regulariser), K = T an
-      update each step.
+    num_windows: K, 1 <= K <= T. K = 1 is back-propagation through time (but for the
+      regularizer), K = T an update each step.
     window_size: alternatively the longest window S, 1 <= S <= T; K = ceil(T/S).
 
   Returns:
-    The :class:`Windows`, whose lengths are floor(T/K) or ceil(T/K), spread evenly.
+    The :class:`WindowPlan`, whose lengths are floor(T/K) or ceil(T/K), spread evenly.
 
   Raises:
     ValueError: a number outside its range, or both `num_windows` and `window_size`.
   """
   num_steps = check_size('the number of time steps', num_steps)
   if num_windows is not None and window_size is not None:
-    raise ValueError(f'give num_windows or window_size, not both: got num_windows={num_windows} and window_size={window_size}.')
+    raise ValueError(
+      f'give num_windows or window_size, not both: got num_windows={num_windows} and '
+      f'window_size={window_size}.'
+    )
   expected = f'an integer between 1 and the sequence length T={num_steps}'
   if window_size is not None:
-    num_windows = -(-num_steps // check_integer('window_size', window_size, 1, num_steps, expected))
+    num_windows = -(
+      -num_steps // check_integer('window_size', window_size, 1, num_steps, expected)
+    )
   elif num_windows is None:
     num_windows = round(num_steps**0.5)
   num_windows = check_integer('num_windows', num_windows, 1, num_steps, expected)
   # floor(k T / K): the last window, T - floor((K-1) T / K), is ceil(T/K) long.
   borders = np.arange(num_windows + 1, dtype=np.int64) * num_steps // num_windows
   starts, ends = borders[:-1].astype(np.int32), borders[1:].astype(np.int32)
-  return Windows(int((ends - starts).max()), starts, ends)
+  return WindowPlan(int((ends - starts).max()), starts, ends)
 
 
-class Window(NamedTuple):
+class WindowView(NamedTuple):
   """One window of a batch, as a loss sees it. Fields that are arrays may be traced.
 
   Attributes:
@@ -79,17 +91,21 @@ class Window(NamedTuple):
     num_windows: K.
     num_steps: T.
     size: S.
-    ragged: whether sequences may have masked steps: they end before T, or the batch has a mask.
-    masked: whether any step of any window may be masked; False where all windows are even and the batch is not ragged.
+    ragged: whether sequences may have masked steps: they end before T, or the batch has
+      a mask.
+    masked: whether any step of any window may be masked; False where all windows are
+      even and the batch is not ragged.
     start: int32 [], the window's first step, counted from 0.
     end: int32 [], one past the window's last step.
-    lengths: int32 [B], number of valid steps of each whole sequence (T where the batch is not ragged).
+    lengths: int32 [B], number of valid steps of each whole sequence (T where the batch
+      is not ragged).
     seen: int32 [B], number of valid steps of each sequence up to the window's end.
     active: bool [B], whether each sequence has a valid step in the window.
-    last: each sequence's last valid step in the window, int32 [B], counted from its start, 0 without one; the number S - 1 where
-      nothing is masked.
+    last: each sequence's last valid step in the window, int32 [B], counted from its
+      start, 0 without one; the number S - 1 where nothing is masked.
     mask: bool [S, B], which steps of the window are real.
-    axis: name of the mesh axis over which the batch is split, B being this device's share; None where it is whole.
+    axis: name of the mesh axis over which the batch is split, B being this device's
+      share; None where it is whole.
   """
 
   k: jax.Array
@@ -108,13 +124,15 @@ class Window(NamedTuple):
   axis: str | None = None
 
   def mean(self, values: jax.Array, where: jax.Array) -> jax.Array:
-    """Mean of the values where they count, 0 where none does: over the whole batch, if the mean over the devices is taken of it.
+    """Mean of the values where they count, 0 where none does: over the whole batch, if
+    the mean over the devices is taken of it.
 
     A device of a split batch divides by the devices' mean count, not by its own.
 
     Args:
       values: float [B] or [S, B].
-      where: bool of the same shape; may vary from row to row only in ragged batches (`active`, `ended`, `mask`).
+      where: bool of the same shape; may vary from row to row only in ragged batches
+        (`active`, `ended`, `mask`).
 
     Returns:
       [], in the dtype of the values but at least float32.
@@ -132,7 +150,9 @@ class Window(NamedTuple):
 
   def gather(self, rows: Any) -> Any:
     """A tree of arrays [B, ...] of the whole batch, given this device's share of it."""
-    return rows if self.axis is None else jax.lax.all_gather(rows, self.axis, tiled=True)
+    return (
+      rows if self.axis is None else jax.lax.all_gather(rows, self.axis, tiled=True)
+    )
 
   def total(self, sums: jax.Array) -> jax.Array:
     """Sums over the whole batch, given those over this device's share of it."""
@@ -144,9 +164,11 @@ class Window(NamedTuple):
     return self.active & (self.seen == self.lengths)
 
   def slice(self, x: jax.Array) -> jax.Array:
-    """The window's S steps of a time-major array [T, B, ...]; zero where `mask` is False.
+    """The window's S steps of a time-major array [T, B, ...]; zero where `mask` is
+    False.
 
-    What lies past a sequence's end may be anything: NaN there would come back as NaN gradients, even masked out of the loss.
+    What lies past a sequence's end may be anything: NaN there would come back as NaN
+    gradients, even masked out of the loss.
 
     Raises:
       ValueError: the array is not [T, B, ...].
@@ -154,18 +176,31 @@ class Window(NamedTuple):
     """
     check_array('what a window is cut out of, such as targets,', x)
     if x.shape[:2] != (self.num_steps, self.mask.shape[1]):
-      raise ValueError(f'expected a time-major array [T, B, ...] = {(self.num_steps, self.mask.shape[1])}, got shape {x.shape}.')
+      raise ValueError(
+        'expected a time-major array [T, B, ...] = '
+        f'{(self.num_steps, self.mask.shape[1])}, got shape {x.shape}.'
+      )
     x = jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=0)
     if not self.masked:
       return x
-    return jnp.where(self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)), x, jnp.zeros([], x.dtype))
+    return jnp.where(
+      self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)),
+      x,
+      jnp.zeros([], x.dtype),
+    )
 
 
-def write_window(sequence: jax.Array, outputs: jax.Array, window: Window, record: jax.Array | None = None) -> jax.Array:
-  """Puts a window's outputs where they belong in those of the whole sequence; zeros at masked steps.
+def write_window(
+  sequence: jax.Array,
+  outputs: jax.Array,
+  window: WindowView,
+  record: jax.Array | None = None,
+) -> jax.Array:
+  """Puts a window's outputs where they belong in those of the whole sequence; zeros at
+  masked steps.
 
-  Windows must come in order: a window that is one step shorter also writes a zero into the step after it, over which the
-  next window writes.
+  WindowPlan must come in order: a window that is one step shorter also writes a zero
+  into the step after it, over which the next window writes.
 
   Args:
     sequence: [T, B, ...].
@@ -188,7 +223,9 @@ def lengths_in_range(lengths: jax.Array, num_steps: int) -> jax.Array:
 
 
 def take_steps(x: jax.Array, step: jax.Array | int) -> jax.Array:
-  """One step of each sequence: x [S, B, ...] -> [1, B, ...], at `step`, an int or int [B]."""
+  """One step of each sequence: x [S, B, ...] -> [1, B, ...], at `step`, an int or int
+  [B].
+  """
   if isinstance(step, int):
     return x[step : step + 1]
   return jnp.take_along_axis(x, step.reshape(1, -1, *[1] * (x.ndim - 2)), axis=0)
@@ -200,7 +237,8 @@ class ValidSteps(NamedTuple):
   Attributes:
     lengths: int32 [B], number of valid steps of each sequence.
     mask: bool [T, B], which steps are valid; None where these are the first `lengths`.
-    seen: int32 [K, B], number of valid steps up to the end of each window; None where `mask` is.
+    seen: int32 [K, B], number of valid steps up to the end of each window; None where
+      `mask` is.
     ragged: whether any step may be masked.
   """
 
@@ -210,7 +248,9 @@ class ValidSteps(NamedTuple):
   ragged: bool
 
   def occupied(self) -> jax.Array | None:
-    """Whether any sequence has a valid step in each window, bool [K]; None without a mask, where `lengths` tell."""
+    """Whether any sequence has a valid step in each window, bool [K]; None without a
+    mask, where `lengths` tell.
+    """
     if self.seen is None:
       return None
     before = jnp.concatenate([jnp.zeros_like(self.seen[:1]), self.seen[:-1]])
@@ -218,12 +258,13 @@ class ValidSteps(NamedTuple):
 
 
 def valid_steps(
-  windows: Windows,
+  windows: WindowPlan,
   batch_size: int,
   lengths: jax.typing.ArrayLike | None = None,
   mask: jax.typing.ArrayLike | None = None,
 ) -> ValidSteps:
-  """Counts the valid steps of a batch once, so that a window need not look at all of the mask.
+  """Counts the valid steps of a batch once, so that a window need not look at all of
+  the mask.
 
   Args:
     windows: the windows of the sequence.
@@ -240,13 +281,20 @@ def valid_steps(
     return ValidSteps(lengths, None, None, ragged)
   steps = jnp.arange(num_steps, dtype=jnp.int32)
   mask = jnp.asarray(mask) & (steps[:, None] < lengths[None, :])
-  # Scattered into windows first: a running sum over all T steps would be an array [T, B] of integers.
-  window_of_step = np.repeat(np.arange(windows.num_windows), windows.ends - windows.starts)
-  counts = jnp.zeros((windows.num_windows, batch_size), jnp.int32).at[window_of_step].add(mask)
+  # Scattered into windows first: a running sum over all T steps would be an array [T,
+  # B] of integers.
+  window_of_step = np.repeat(
+    np.arange(windows.num_windows), windows.ends - windows.starts
+  )
+  counts = (
+    jnp.zeros((windows.num_windows, batch_size), jnp.int32).at[window_of_step].add(mask)
+  )
   return ValidSteps(counts.sum(0), mask, jnp.cumsum(counts, axis=0), ragged)
 
 
-def window_at(windows: Windows, k: jax.Array, valid: ValidSteps, axis: str | None = None) -> Window:
+def window_at(
+  windows: WindowPlan, k: jax.Array, valid: ValidSteps, axis: str | None = None
+) -> WindowView:
   """Returns the `k`-th window of a batch with the given valid steps."""
   start, end = jnp.asarray(windows.starts)[k], jnp.asarray(windows.ends)[k]
   steps = start + jnp.arange(windows.size, dtype=jnp.int32)
@@ -256,10 +304,12 @@ def window_at(windows: Windows, k: jax.Array, valid: ValidSteps, axis: str | Non
     seen, active = jnp.minimum(valid.lengths, end), valid.lengths > start
     last = jnp.clip(seen - start - 1, 0, windows.size - 1)
   else:
-    mask = (steps < end)[:, None] & jax.lax.dynamic_slice_in_dim(valid.mask, start, windows.size, axis=0)
+    mask = (steps < end)[:, None] & jax.lax.dynamic_slice_in_dim(
+      valid.mask, start, windows.size, axis=0
+    )
     seen, active = valid.seen[k], mask.any(0)
     last = jnp.max(jnp.where(mask, (steps - start)[:, None], 0), axis=0)
-  return Window(
+  return WindowView(
     k=k,
     num_windows=windows.num_windows,
     num_steps=int(windows.ends[-1]),

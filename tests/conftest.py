@@ -7,10 +7,12 @@ import jax
 import problems
 import pytest
 
-# XLA_FLAGS= in the environment leaves programs as users have them, and takes twice the time.
+# XLA_FLAGS= in the environment leaves programs as users have them, and takes twice the
+# time.
 os.environ.setdefault('XLA_FLAGS', problems.QUICK_FLAGS)
 
-# Silent broadcasting between ranks is an error in every test. Strict promotion of dtypes is a fixture: optax's Adam needs it off.
+# Silent broadcasting between ranks is an error in every test. Strict promotion of
+# dtypes is a fixture: optax's Adam needs it off.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Simulated devices, for the tests that split a batch.
 jax.config.update('jax_num_cpu_devices', 8)

@@ -11,7 +11,9 @@ from experiments import runs
 
 @contextlib.contextmanager
 def interrupted_at(number: int) -> Iterator[None]:
-  """Lets a training script run until its `number`-th checkpoint, of whichever run, is to be saved: its metrics are written."""
+  """Lets a training script run until its `number`-th checkpoint, of whichever run, is
+  to be saved: its metrics are written.
+  """
   save, calls = runs.Run.save, []
 
   def interrupted_save(self: runs.Run, step: int, carry: Any, **record: Any) -> None:

@@ -12,12 +12,22 @@ import numpy as np
 import fptt_jax
 from fptt_jax import nn
 
-AS_FOR_USERS = {'xla_backend_optimization_level': 3, 'xla_cpu_use_fusion_emitters': True}
+AS_FOR_USERS = {
+  'xla_backend_optimization_level': 3,
+  'xla_cpu_use_fusion_emitters': True,
+}
 QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
-"""Options by which XLA compiles several times faster for the CPU, to slower programs: for all but speed and memory."""
-if tuple(map(int, jax.__version__.split('.')[:2])) > (0, 10):  # Later ones have one kind of fusion alone.
+"""Options by which XLA compiles several times faster for the CPU, to slower programs:
+for all but speed and memory.
+"""
+if tuple(map(int, jax.__version__.split('.')[:2])) > (
+  0,
+  10,
+):  # Later ones have one kind of fusion alone.
   del AS_FOR_USERS['xla_cpu_use_fusion_emitters'], QUICK['xla_cpu_use_fusion_emitters']
-QUICK_FLAGS = ' '.join(f'--{name}={str(value).lower()}' for name, value in QUICK.items())
+QUICK_FLAGS = ' '.join(
+  f'--{name}={str(value).lower()}' for name, value in QUICK.items()
+)
 """The same as `XLA_FLAGS`."""
 
 
@@ -25,8 +35,8 @@ QUICK_FLAGS = ' '.join(f'--{name}={str(value).lower()}' for name, value in QUICK
 def default_float64(enabled: bool = True) -> Iterator[None]:
   """Lets arrays of 64 bits exist, or not, within the context.
 
-  JAX names its own context manager for this `jax.experimental.enable_x64` in old releases
-  and `jax.enable_x64` in new ones; the option has one name in all of them.
+  JAX names its own context manager for this `jax.experimental.enable_x64` in old
+  releases and `jax.enable_x64` in new ones; the option has one name in all of them.
 
   Args:
     enabled: Whether float64 and int64 are allowed.
@@ -44,14 +54,16 @@ def quick(function: Callable[..., Any]) -> Callable[..., Any]:
   return jax.jit(function, compiler_options=QUICK)
 
 
-def optimised(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def optimized(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   """The program that a user has of it."""
-  return lowered.compile(compiler_options=AS_FOR_USERS if jax.default_backend() == 'cpu' else None)
+  return lowered.compile(
+    compiler_options=AS_FOR_USERS if jax.default_backend() == 'cpu' else None
+  )
 
 
 def quick_trainer(*args: Any, **kwargs: Any) -> fptt_jax.Trainer:
-  """`fptt_jax.trainer` compiled by `quick`; its step keeps the old state alive."""
-  return quickened(fptt_jax.trainer(*args, **kwargs))
+  """`fptt_jax.make_trainer` compiled by `quick`; its step keeps the old state alive."""
+  return quickened(fptt_jax.make_trainer(*args, **kwargs))
 
 
 def quickened(trainer: fptt_jax.Trainer) -> fptt_jax.Trainer:
@@ -60,11 +72,15 @@ def quickened(trainer: fptt_jax.Trainer) -> fptt_jax.Trainer:
 
 
 def lstm(
-  in_features: int = 2, hidden: int = 5, out: int = 1, dtype: jax.typing.DTypeLike = jnp.float32, dropout: float = 0.0
+  in_features: int = 2,
+  hidden: int = 5,
+  out: int = 1,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  dropout: float = 0.0,
 ) -> fptt_jax.Model:
   """A one-layer LSTM with a readout."""
   return nn.from_nnx(
-    lambda rngs: nn.Stack(
+    lambda rngs: nn.Sequential(
       nn.LSTM(in_features, hidden, forget_bias=1.0, param_dtype=dtype, rngs=rngs),
       nnx.Dropout(dropout),
       nnx.Linear(hidden, out, param_dtype=dtype, rngs=rngs),
@@ -72,7 +88,13 @@ def lstm(
   )
 
 
-def regression_batch(num_steps: int, batch_size: int, features: int = 2, seed: int = 0, dtype: type = np.float32) -> fptt_jax.Batch:
+def regression_batch(
+  num_steps: int,
+  batch_size: int,
+  features: int = 2,
+  seed: int = 0,
+  dtype: type = np.float32,
+) -> fptt_jax.Batch:
   """Random sequences with one real target each."""
   rng = np.random.default_rng(seed)
   inputs = rng.normal(size=(num_steps, batch_size, features)).astype(dtype)
@@ -80,16 +102,28 @@ def regression_batch(num_steps: int, batch_size: int, features: int = 2, seed: i
 
 
 def tagging_batch(
-  num_steps: int, batch_size: int, features: int = 2, classes: int = 3, seed: int = 0, dtype: type = np.float32
+  num_steps: int,
+  batch_size: int,
+  features: int = 2,
+  classes: int = 3,
+  seed: int = 0,
+  dtype: type = np.float32,
 ) -> fptt_jax.Batch:
   """Random sequences with a label each step."""
   rng = np.random.default_rng(seed)
   inputs = rng.normal(size=(num_steps, batch_size, features)).astype(dtype)
-  return fptt_jax.Batch(inputs, rng.integers(0, classes, (num_steps, batch_size)).astype(np.int32))
+  return fptt_jax.Batch(
+    inputs, rng.integers(0, classes, (num_steps, batch_size)).astype(np.int32)
+  )
 
 
 def label_batch(
-  num_steps: int, batch_size: int, features: int = 2, classes: int = 3, seed: int = 0, dtype: type = np.float32
+  num_steps: int,
+  batch_size: int,
+  features: int = 2,
+  classes: int = 3,
+  seed: int = 0,
+  dtype: type = np.float32,
 ) -> fptt_jax.Batch:
   """Random sequences with one label each."""
   rng = np.random.default_rng(seed)
@@ -98,18 +132,31 @@ def label_batch(
 
 
 def series_batch(
-  num_steps: int, batch_size: int, features: int = 2, out: int = 1, seed: int = 0, dtype: type = np.float32
+  num_steps: int,
+  batch_size: int,
+  features: int = 2,
+  out: int = 1,
+  seed: int = 0,
+  dtype: type = np.float32,
 ) -> fptt_jax.Batch:
   """Random sequences with a real target each step."""
   rng = np.random.default_rng(seed)
   inputs = rng.normal(size=(num_steps, batch_size, features)).astype(dtype)
-  return fptt_jax.Batch(inputs, rng.normal(size=(num_steps, batch_size, out)).astype(dtype))
+  return fptt_jax.Batch(
+    inputs, rng.normal(size=(num_steps, batch_size, out)).astype(dtype)
+  )
 
 
 def elman(
-  features: int = 2, hidden: int = 4, out: int = 1, dtype: jax.typing.DTypeLike = jnp.float32, dropout: float = 0.0
+  features: int = 2,
+  hidden: int = 4,
+  out: int = 1,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  dropout: float = 0.0,
 ) -> fptt_jax.Model:
-  """h' = tanh(x A + h C + b), y = h V as plain functions: quick to compile, and independent of `fptt_jax.nn` and Flax."""
+  """h' = tanh(x A + h C + b), y = h V as plain functions: quick to compile, and
+  independent of `fptt_jax.nn` and Flax.
+  """
 
   def init(key: jax.Array) -> dict[str, jax.Array]:
     a, b, c, v = jax.random.split(key, 4)
@@ -129,7 +176,13 @@ def elman(
 
     h, hs = jax.lax.scan(step, h, (x, mask))
     if dropout and key is not None:
-      hs = hs * jax.random.bernoulli(key, 1 - dropout, hs.shape).astype(hs.dtype) / (1 - dropout)
+      hs = (
+        hs
+        * jax.random.bernoulli(key, 1 - dropout, hs.shape).astype(hs.dtype)
+        / (1 - dropout)
+      )
     return h, hs @ params['v']
 
-  return fptt_jax.Model(init, lambda batch_size: jnp.zeros((batch_size, hidden), dtype), apply)
+  return fptt_jax.Model(
+    init, lambda batch_size: jnp.zeros((batch_size, hidden), dtype), apply
+  )

@@ -1,4 +1,6 @@
-"""The adding problem's script, and what every script shares: flags, run folders, resuming."""
+"""The adding problem's script, and what every script shares: flags, run folders,
+resuming.
+"""
 
 import dataclasses
 import json
@@ -17,20 +19,38 @@ import pytest
 
 from experiments import add_task, options, recipe, runs
 
-TINY = dict(seq_len=12, num_windows=3, hidden=4, batch_size=8, batches=6, eval_every=2, test_size=16)
+FLOAT32_TINY = dict(
+  seq_len=12,
+  num_windows=3,
+  hidden=4,
+  batch_size=8,
+  batches=6,
+  eval_every=2,
+  test_size=16,
+)
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
   """Metrics without the wall-clock."""
-  return [{k: v for k, v in row.items() if k != 'seconds'} for row in runs.read_jsonl(folder / 'metrics.jsonl')]
+  return [
+    {k: v for k, v in row.items() if k != 'seconds'}
+    for row in runs.read_jsonl(folder / 'metrics.jsonl')
+  ]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-  return subprocess.run([sys.executable, '-m', 'experiments.add_task', *arguments], capture_output=True, text=True, check=False)
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.add_task', *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
 
 
 def test_draw_batch_has_one_marker_in_each_half_and_their_sum_as_target() -> None:
-  """The definition of the task (Sec. 4.4), and its chance level: answering 1 errs by 1/6 on average."""
+  """The definition of the task (Sec. 4.4), and its chance level: answering 1 errs by
+  1/6 on average.
+  """
   batch = add_task.draw_batch(jax.random.key(3), 21, 4000)
   values, markers = np.asarray(batch.inputs[..., 0]), np.asarray(batch.inputs[..., 1])
   np.testing.assert_array_equal(markers[:10].sum(0), 1)
@@ -44,15 +64,32 @@ def test_draw_batch_has_one_marker_in_each_half_and_their_sum_as_target() -> Non
 def test_every_method_runs_and_writes_its_folder(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  """One command gives a table, a plot, a summary, and a line of metrics an interval, for all seven methods."""
-  config = add_task.Config(method=recipe.METHODS, final_steps=5, workdir=str(tmp_path / 'run'), **TINY)
-  monkeypatch.setattr(add_task, 'announce', lambda config, folder: None)  # Compiles all again.
+  """One command gives a table, a plot, a summary, and a line of metrics an interval,
+  for all seven methods.
+  """
+  config = add_task.Config(
+    method=recipe.METHODS,
+    truncation_steps=5,
+    workdir=str(tmp_path / 'run'),
+    **FLOAT32_TINY,
+  )
+  monkeypatch.setattr(
+    add_task, 'announce', lambda config, folder: None
+  )  # Compiles all again.
   add_task.main(config)
   folder = tmp_path / 'run'
   summary = json.loads((folder / 'summary.json').read_text())
   assert [run['method'] for run in summary['runs']] == list(recipe.METHODS)
   updates = {run['method']: run['updates'] for run in summary['runs']}
-  assert updates == {'fptt': 18, 'tbptt': 18, 'ogd': 72, 'bptt': 6, 'tbptt_final': 6, 'bptt_aux': 6, 'ftrl': 18}
+  assert updates == {
+    'fptt': 18,
+    'tbptt': 18,
+    'ogd': 72,
+    'bptt': 6,
+    'tbptt_final': 6,
+    'bptt_aux': 6,
+    'ftrl': 18,
+  }
   for method in recipe.METHODS:
     rows = read_rows(folder / f'{method}-seed0')
     assert [row['step'] for row in rows] == [2, 4, 6]
@@ -67,36 +104,66 @@ def test_every_method_runs_and_writes_its_folder(
 
 
 @pytest.mark.parametrize('method', ['fptt', 'bptt'])
-def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, method: str) -> None:
-  """A run stopped between two checkpoints, started again, ends with the very metrics and weights of a run never stopped; on two
-  devices and on one."""
+def test_interrupted_run_resumes_to_the_same_numbers(
+  tmp_path: Path, method: str
+) -> None:
+  """A run stopped between two checkpoints, started again, ends with the very metrics
+  and weights of a run never stopped; on two devices and on one."""
   devices = {'fptt': 2, 'bptt': 1}[method]
   config = add_task.Config(
-    method=(method,), seeds=(3,), optimizer='sgd', momentum=0.9, lr=0.1, decay=False, devices=devices, **TINY
+    method=(method,),
+    seeds=(3,),
+    optimizer='sgd',
+    momentum=0.9,
+    lr=0.1,
+    decay=False,
+    devices=devices,
+    **FLOAT32_TINY,
   )
   _, [whole] = add_task.run(config, str(tmp_path / 'whole'))
 
   with interrupted_at(2):
     add_task.run(config, str(tmp_path / 'cut'))
-  assert [row['step'] for row in read_rows(tmp_path / 'cut' / f'{method}-seed3')] == [2, 4]
+  assert [row['step'] for row in read_rows(tmp_path / 'cut' / f'{method}-seed3')] == [
+    2,
+    4,
+  ]
   _, [resumed] = add_task.run(config, str(tmp_path / 'cut'))
 
-  assert read_rows(tmp_path / 'cut' / f'{method}-seed3') == read_rows(tmp_path / 'whole' / f'{method}-seed3')
+  assert read_rows(tmp_path / 'cut' / f'{method}-seed3') == read_rows(
+    tmp_path / 'whole' / f'{method}-seed3'
+  )
   assert {**resumed, 'seconds': 0} == {**whole, 'seconds': 0}
-  trainer = recipe.make_trainer(config, method, add_task.make_model(config), add_task.fptt_jax.losses.terminal_regression(), 12)
+  trainer = recipe.make_trainer(
+    config,
+    method,
+    add_task.make_model(config),
+    add_task.fptt_jax.losses.terminal_regression(),
+    12,
+  )
   states = []
   for name in ('whole', 'cut'):
     run = runs.Run(tmp_path / name / f'{method}-seed3')
     assert runs.saved_steps(run.folder)[-1] == 6
-    (state, _), _ = run.restore(6, (trainer.init(jax.random.key(0), add_task.draw_batch(jax.random.key(0), 12, 8)), ()))
+    (state, _), _ = run.restore(
+      6,
+      (
+        trainer.init(jax.random.key(0), add_task.draw_batch(jax.random.key(0), 12, 8)),
+        (),
+      ),
+    )
     run.close()
     states.append(state._replace(key=jax.random.key_data(state.key)))
   chex.assert_trees_all_equal(*states)
 
 
-def test_interrupted_before_the_first_checkpoint_no_line_is_doubled(tmp_path: Path) -> None:
-  """Lines without a checkpoint behind them, a cut-off one too, go when the run starts again."""
-  config = add_task.Config(method=('bptt',), **TINY)
+def test_interrupted_before_the_first_checkpoint_no_line_is_doubled(
+  tmp_path: Path,
+) -> None:
+  """Lines without a checkpoint behind them, a cut-off one too, go when the run starts
+  again.
+  """
+  config = add_task.Config(method=('bptt',), **FLOAT32_TINY)
 
   with interrupted_at(1):
     add_task.run(config, str(tmp_path))
@@ -107,12 +174,17 @@ def test_interrupted_before_the_first_checkpoint_no_line_is_doubled(tmp_path: Pa
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
-  """Results of two configurations never mix: the message lists what differs, and nothing is written."""
-  config = add_task.Config(workdir=str(tmp_path), **TINY)
+  """Results of two configurations never mix: the message lists what differs, and
+  nothing is written.
+  """
+  config = add_task.Config(workdir=str(tmp_path), **FLOAT32_TINY)
   runs.open_workdir(config.workdir, 'add_task', config)
   assert runs.open_workdir(config.workdir, 'add_task', config) == tmp_path
   other = dataclasses.replace(config, clip=0.5)
-  with pytest.raises(options.UserError, match=r'another configuration; clip: was 1.0, now 0.5\. Choose another --workdir'):
+  with pytest.raises(
+    options.UserError,
+    match=r'another configuration; clip: was 1.0, now 0.5\. Choose another --workdir',
+  ):
     runs.open_workdir(config.workdir, 'add_task', other)
   (tmp_path / 'file').write_text('')
   with pytest.raises(options.UserError, match='cannot write to --workdir'):
@@ -130,16 +202,25 @@ def test_metrics_cut_off_by_a_kill_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
-    (dict(method=('fptp',)), r"--method must be out of fptt, tbptt, .*, got \('fptp',\)"),
+    (
+      dict(method=('fptp',)),
+      r"--method must be out of fptt, tbptt, .*, got \('fptp',\)",
+    ),
     (dict(seeds=(-1,)), '--seeds must be integers >= 0'),
     (dict(num_windows=0), '--num_windows must be at least 1, got 0'),
-    (dict(num_windows=121), 'num_windows must be an integer between 1 and the sequence length T=120, got 121'),
-    (dict(method=('tbptt_final',), final_steps=121), '--final_steps must be at most T=120, got 121'),
+    (
+      dict(num_windows=121),
+      'num_windows must be an integer between 1 and the sequence length T=120, got 121',
+    ),
+    (
+      dict(method=('tbptt_final',), truncation_steps=121),
+      '--truncation_steps must be at most T=120, got 121',
+    ),
     (dict(method=('fptt', 'fptt')), '--method must be named once each'),
     (dict(seeds=(1, 1)), '--seeds must be different from each other'),
     (
-      dict(gradient_estimate='explicit', clip_regulariser=False),
-      '--clip_regulariser must be true with --gradient_estimate=explicit',
+      dict(gradient_estimate='recomputed', clip_regularizer=False),
+      '--clip_regularizer must be true with --gradient_estimate=explicit',
     ),
     (dict(lr=0.0), '--lr must be a finite number > 0, got 0.0'),
     (dict(lr=float('nan')), '--lr must be a finite number > 0, got nan'),
@@ -151,36 +232,50 @@ def test_metrics_cut_off_by_a_kill_are_left_out(tmp_path: Path) -> None:
     (dict(inner_steps=0), 'inner_steps must be an integer >= 1'),
   ],
 )
-def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
-  """Each is refused before anything is compiled, saying what was got and what was expected."""
+def test_settings_of_no_meaning_are_refused(
+  settings: dict[str, Any], message: str
+) -> None:
+  """Each is refused before anything is compiled, saying what was got and what was
+  expected.
+  """
   with pytest.raises(ValueError, match=message):
     add_task.Config(**settings)
 
 
 def test_unstable_sgd_is_warned_about() -> None:
-  """The trainer knows the learning rate: past radius 1 the advisor speaks; below it, and for Adam, it is silent."""
+  """The trainer knows the learning rate: past radius 1 the advisor speaks; below it,
+  and for Adam, it is silent.
+  """
   unstable = add_task.Config(optimizer='sgd', lr=4.0, alpha=1.0)
-  with pytest.warns(UserWarning, match=r'lr=4, alpha=1.* spectral radius [1-9]\.\d\d > 1'):
+  with pytest.warns(
+    UserWarning, match=r'lr=4, alpha=1.* spectral radius [1-9]\.\d\d > 1'
+  ):
     recipe.make_optimizer(unstable, 'fptt')
   recipe.make_optimizer(unstable, 'tbptt')
   recipe.make_optimizer(dataclasses.replace(unstable, lr=0.5), 'fptt')
   recipe.make_optimizer(dataclasses.replace(unstable, optimizer='adam'), 'fptt')
 
 
-def draw_some_nan(key: jax.Array, seq_len: int, batch_size: int) -> add_task.fptt_jax.Batch:
+def draw_some_nan(
+  key: jax.Array, seq_len: int, batch_size: int
+) -> add_task.fptt_jax.Batch:
   """Batches as always, but for NaN in a training batch now and then."""
   batch = draw(key, seq_len, batch_size)
-  bad = (batch_size == TINY['batch_size']) & (batch.targets.max() > 1.8)
+  bad = (batch_size == FLOAT32_TINY['batch_size']) & (batch.targets.max() > 1.8)
   return batch._replace(inputs=jnp.where(bad, jnp.nan, batch.inputs))
 
 
 draw = add_task.draw_batch
 
 
-def test_what_is_not_finite_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_finite_ends_a_run(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
   """At once, not at the next evaluation; it is said where, and kept."""
   monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
-  config = add_task.Config(method=('fptt',), **{**TINY, 'batches': 40, 'eval_every': 40}, chunk=2)
+  config = add_task.Config(
+    method=('fptt',), **{**FLOAT32_TINY, 'batches': 40, 'eval_every': 40}, chunk=2
+  )
   add_task.main(dataclasses.replace(config, workdir=str(tmp_path)))
   rows = read_rows(tmp_path / 'fptt-seed0')
   assert [row['test_mse'] for row in rows] == [None]
@@ -191,26 +286,48 @@ def test_what_is_not_finite_ends_a_run(tmp_path: Path, monkeypatch: pytest.Monke
   assert capsys.readouterr().out.count(lost) == 2
 
 
-def test_what_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """A checkpoint by the clock right then: --override_resume with a lower rate goes on from finite weights."""
+def test_what_is_not_finite_is_not_saved(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """A checkpoint by the clock right then: --allow_config_change with a lower rate goes
+  on from finite weights.
+  """
   monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
-  config = add_task.Config(method=('fptt',), **{**TINY, 'batches': 40, 'eval_every': 40}, chunk=1, checkpoint_minutes=1e-9)
+  config = add_task.Config(
+    method=('fptt',),
+    **{**FLOAT32_TINY, 'batches': 40, 'eval_every': 40},
+    chunk=1,
+    checkpoint_minutes=1e-9,
+  )
   _, [summary] = add_task.run(config, str(tmp_path))
   finite = int(re.search(r'update (\d+)\)', summary['lost'])[1]) // 3
   assert runs.saved_steps(tmp_path / 'fptt-seed0')[-1] == finite
 
 
-def test_what_is_not_finite_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """The run goes on as if these batches were not; their updates are counted, through a stop and a resumption as well."""
+def test_what_is_not_finite_is_skipped(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The run goes on as if these batches were not; their updates are counted, through a
+  stop and a resumption as well.
+  """
   monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
-  config = add_task.Config(method=('fptt',), nonfinite='skip', optimizer='sgd', lr=0.1, decay=False, **{**TINY, 'batches': 40})
+  config = add_task.Config(
+    method=('fptt',),
+    nonfinite='skip',
+    optimizer='sgd',
+    lr=0.1,
+    decay=False,
+    **{**FLOAT32_TINY, 'batches': 40},
+  )
   _, [whole] = add_task.run(config, str(tmp_path / 'whole'))
   with interrupted_at(15):
     add_task.run(config, str(tmp_path / 'cut'))
   _, [resumed] = add_task.run(config, str(tmp_path / 'cut'))
   rows = read_rows(tmp_path / 'whole' / 'fptt-seed0')
   assert rows == read_rows(tmp_path / 'cut' / 'fptt-seed0')
-  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.split(jax.random.key(0), 3)[1], np.arange(1, 41))
+  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+    jax.random.split(jax.random.key(0), 3)[1], np.arange(1, 41)
+  )
   bad = int((jax.vmap(lambda key: draw(key, 12, 8))(keys).targets.max(1) > 1.8).sum())
   assert 0 < bad < 40
   assert (rows[-1]['skipped'], rows[-1]['updates']) == (3 * bad, 3 * (40 - bad))
@@ -218,14 +335,26 @@ def test_what_is_not_finite_is_skipped(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_command_line(tmp_path: Path) -> None:
-  """Help shows the flags, a bad value is one line, a range of seeds runs, and the same command again only reports."""
+  """Help shows the flags, a bad value is one line, a range of seeds runs, and the same
+  command again only reports.
+  """
   shown = command('--help')
   assert '--alpha: strength of the tie of W to its summary' in shown.stdout
   bad = command('--lr=-1')
-  assert (bad.returncode, bad.stderr.strip()) == (1, 'error: --lr must be a finite number > 0, got -1.0. See --help.')
+  assert (bad.returncode, bad.stderr.strip()) == (
+    1,
+    'error: --lr must be a finite number > 0, got -1.0. See --help.',
+  )
   letters = command('--seeds=0,x')
-  assert letters.stderr.strip() == "error: --seeds must be integers, or a range such as 0:3, got 'x'. See --help."
-  flags = [f'--{name}={value}' for name, value in TINY.items()] + ['--method=tbptt', '--seeds=0:2', f'--workdir={tmp_path}']
+  assert (
+    letters.stderr.strip()
+    == "error: --seeds must be integers, or a range such as 0:3, got 'x'. See --help."
+  )
+  flags = [f'--{name}={value}' for name, value in FLOAT32_TINY.items()] + [
+    '--method=tbptt',
+    '--seeds=0:2',
+    f'--workdir={tmp_path}',
+  ]
   first, again = command(*flags), command(*flags)
   assert first.returncode == 0, first.stderr
   assert first.stdout.count('batch      6') == 2

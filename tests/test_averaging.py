@@ -1,4 +1,6 @@
-"""Averaged SGD: a mean kept beside an optimiser it does not touch, and the trigger that starts it."""
+"""Averaged SGD: a mean kept beside an optimizer it does not touch, and the trigger that
+starts it.
+"""
 
 import chex
 import jax
@@ -8,7 +10,13 @@ import optax
 from problems import elman, quick, tagging_batch
 import pytest
 
-from experiments.averaging import AveragedState, averaged, averaged_params, start_averaging, triggered
+from experiments.averaging import (
+  AveragedState,
+  averaged,
+  averaged_params,
+  start_averaging,
+  triggered,
+)
 import fptt_jax
 
 PARAMS = {'a': jnp.array([1.0, -2.0]), 'b': jnp.array([[0.5]])}
@@ -20,14 +28,22 @@ def gradients(step: int) -> dict[str, jax.Array]:
 
 OPTIMISERS = {
   'sgd': averaged(optax.sgd(0.5)),
-  'around fptt': averaged(optax.chain(optax.clip(0.05), fptt_jax.fptt(optax.sgd(0.5, momentum=0.9), alpha=0.2))),
+  'around fptt': averaged(
+    optax.chain(
+      optax.clip(0.05), fptt_jax.fptt(optax.sgd(0.5, momentum=0.9), alpha=0.2)
+    )
+  ),
   'in a chain': optax.chain(optax.add_decayed_weights(0.1), averaged(optax.adam(0.1))),
-  'injected': optax.inject_hyperparams(lambda learning_rate: averaged(optax.sgd(learning_rate)))(learning_rate=0.5),
+  'injected': optax.inject_hyperparams(
+    lambda learning_rate: averaged(optax.sgd(learning_rate))
+  )(learning_rate=0.5),
   'around injected': averaged(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)),
 }
 BARE = {
   'sgd': optax.sgd(0.5),
-  'around fptt': optax.chain(optax.clip(0.05), fptt_jax.fptt(optax.sgd(0.5, momentum=0.9), alpha=0.2)),
+  'around fptt': optax.chain(
+    optax.clip(0.05), fptt_jax.fptt(optax.sgd(0.5, momentum=0.9), alpha=0.2)
+  ),
   'in a chain': optax.chain(optax.add_decayed_weights(0.1), optax.adam(0.1)),
   'injected': optax.sgd(0.5),
   'around injected': optax.sgd(0.5),
@@ -36,8 +52,10 @@ BARE = {
 
 @pytest.mark.parametrize('name', list(OPTIMISERS))
 def test_mean_of_the_weights_after_each_update(name: str) -> None:
-  """Three updates, then the switch, then four: the weights are those without averaging throughout; before the first averaged update
-  the current weights are returned, after it the mean of the iterates since the switch; switching on again changes nothing."""
+  """Three updates, then the switch, then four: the weights are those without averaging
+  throughout; before the first averaged update the current weights are returned, after
+  it the mean of the iterates since the switch; switching on again changes nothing.
+  """
   optimizer, bare = OPTIMISERS[name], optax.with_extra_args_support(BARE[name])
   update = quick(lambda g, s, p: optimizer.update(g, s, p))
   params, state = PARAMS, optimizer.init(PARAMS)
@@ -56,37 +74,56 @@ def test_mean_of_the_weights_after_each_update(name: str) -> None:
     if step >= 3:
       iterates.append(params)
       mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *iterates)
-      chex.assert_trees_all_close(averaged_params(state, params), mean, rtol=1e-5, atol=1e-6)
+      chex.assert_trees_all_close(
+        averaged_params(state, params), mean, rtol=1e-5, atol=1e-6
+      )
 
 
 def test_averaging_within_the_trainer() -> None:
-  """Around an fptt that needs the trainer's extra arguments (two inner steps, explicit gradients) nothing of the training changes,
-  switched on or not; fptt's own evaluation finds its state within, and the types of the state never change."""
-  model, loss, batch = elman(out=3), fptt_jax.losses.sequence_classification(3), tagging_batch(8, 4)
-  fptt = fptt_jax.fptt(optax.sgd(0.1), alpha=0.2, gradient_estimate='explicit', inner_steps=2)
-  plain = fptt_jax.trainer(model, loss, fptt, num_windows=4, inner_steps=2)
-  trainer = fptt_jax.trainer(model, loss, averaged(fptt), num_windows=4, inner_steps=2)
+  """Around an fptt that needs the trainer's extra arguments (two inner steps, explicit
+  gradients) nothing of the training changes, switched on or not; fptt's own evaluation
+  finds its state within, and the types of the state never change.
+  """
+  model, loss, batch = (
+    elman(out=3),
+    fptt_jax.losses.sequence_classification(3),
+    tagging_batch(8, 4),
+  )
+  fptt = fptt_jax.fptt(
+    optax.sgd(0.1), alpha=0.2, gradient_estimate='recomputed', inner_steps=2
+  )
+  plain = fptt_jax.make_trainer(model, loss, fptt, num_windows=4, inner_steps=2)
+  trainer = fptt_jax.make_trainer(
+    model, loss, averaged(fptt), num_windows=4, inner_steps=2
+  )
   expected = plain.init(jax.random.key(0), batch)
   state = trainer.init(jax.random.key(0), batch)
   for on in (False, True):
     if on:
       switched = start_averaging(state.opt_state)
-      assert jax.tree.map(jnp.result_type, switched) == jax.tree.map(jnp.result_type, state.opt_state)
+      assert jax.tree.map(jnp.result_type, switched) == jax.tree.map(
+        jnp.result_type, state.opt_state
+      )
       state = state._replace(opt_state=switched)
-    with jax.disable_jit():  # Operation by operation: two whole programs may be rounded differently.
+    with (
+      jax.disable_jit()
+    ):  # Operation by operation: two whole programs may be rounded differently.
       expected, _ = plain.step(expected, batch)
       state, _ = trainer.step(state, batch)
     chex.assert_trees_all_equal(state.params, expected.params)
     assert state.opt_state.averaged_count == (8 if on else 0)
   chex.assert_trees_all_equal(
-    fptt_jax.fptt_eval_params(state.opt_state, state.params), fptt_jax.fptt_eval_params(expected.opt_state, expected.params)
+    fptt_jax.fptt_eval_params(state.opt_state, state.params),
+    fptt_jax.fptt_eval_params(expected.opt_state, expected.params),
   )
   mean = averaged_params(state.opt_state, state.params)
   assert optax.tree.norm(optax.tree.sub(mean, state.params)) > 0
 
 
 def test_bfloat16_parameters_are_averaged_in_float32() -> None:
-  """256 times 1 and then 256 times 1 + 1/128 average to the number halfway; a bfloat16 mean would have stopped moving."""
+  """256 times 1 and then 256 times 1 + 1/128 average to the number halfway; a bfloat16
+  mean would have stopped moving.
+  """
   optimizer = averaged(optax.sgd(1.0))
   params = {'w': jnp.ones(1, jnp.bfloat16)}
   state = start_averaging(optimizer.init(params))
@@ -97,7 +134,9 @@ def test_bfloat16_parameters_are_averaged_in_float32() -> None:
     return (optax.apply_updates(params, updates), state), None
 
   grads = jnp.zeros(512, jnp.bfloat16).at[256].set(-1 / 128)
-  (params, state), _ = quick(lambda c, g: jax.lax.scan(body, c, g))((params, state), grads)
+  (params, state), _ = quick(lambda c, g: jax.lax.scan(body, c, g))(
+    (params, state), grads
+  )
   assert isinstance(state, AveragedState)
   assert state.mean_params['w'].item() == pytest.approx(1 + 1 / 256, abs=1e-5)
   assert averaged_params(state, params)['w'].dtype == jnp.bfloat16
@@ -107,9 +146,17 @@ def test_bfloat16_parameters_are_averaged_in_float32() -> None:
   ('losses', 'interval', 'expected'),
   [
     ([], 5, False),
-    ([5, 4, 3, 2, 1, 2], 5, False),  # nothing lies more than five epochs before the sixth
+    (
+      [5, 4, 3, 2, 1, 2],
+      5,
+      False,
+    ),  # nothing lies more than five epochs before the sixth
     ([5, 4, 3, 2, 1, 2, 6], 5, True),  # the seventh, 6, is worse than the first, 5
-    ([5, 4, 3, 2, 1, 2, 4.5], 5, False),  # it is worse than the last five but not than the first
+    (
+      [5, 4, 3, 2, 1, 2, 4.5],
+      5,
+      False,
+    ),  # it is worse than the last five but not than the first
     ([3, 4, 2], 1, False),
     ([3, 4, 5], 1, True),
     ([3, 2, 2.5, float('nan')], 1, False),
@@ -121,13 +168,20 @@ def test_trigger_by_hand(losses: list[float], interval: int, expected: bool) -> 
 
 
 def test_misuse_is_refused() -> None:
-  """A state without averaging, an update without parameters, an interval of no epochs."""
+  """A state without averaging, an update without parameters, an interval of no
+  epochs.
+  """
   state = optax.sgd(0.1).init(PARAMS)
   for call in (lambda: start_averaging(state), lambda: averaged_params(state, PARAMS)):
-    with pytest.raises(ValueError, match=r'expected the state of an optimiser wrapped in averaged\(\), got a tuple'):
+    with pytest.raises(
+      ValueError,
+      match=r'expected the state of an optimizer wrapped in averaged\(\), got a tuple',
+    ):
       call()
   optimizer = averaged(optax.sgd(0.1))
   with pytest.raises(ValueError, match='averaged needs the current parameters'):
     optimizer.update(PARAMS, optimizer.init(PARAMS))
-  with pytest.raises(ValueError, match='non_monotone_interval must be at least 1, got 0'):
+  with pytest.raises(
+    ValueError, match='non_monotone_interval must be at least 1, got 0'
+  ):
     triggered([1.0], 0)

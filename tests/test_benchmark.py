@@ -23,7 +23,9 @@ CASES = [
 def test_loop_over_windows_equals_the_trainer(case):
   """The same cell: losses of two batches agree to float32's rounding."""
   trained, data = benchmark.trained(case, rivals.flax_cell(case)), rivals.draw(case)
-  params = rivals.make_model(case, rivals.flax_cell(case)).init(jax.random.split(jax.random.key(0))[0])
+  params = rivals.make_model(case, rivals.flax_cell(case)).init(
+    jax.random.split(jax.random.key(0))[0]
+  )
   loop = rivals.flax_loop(case, params)
   for _ in range(2):
     np.testing.assert_allclose(loop(*data), trained(*data), rtol=2e-5)
@@ -32,34 +34,54 @@ def test_loop_over_windows_equals_the_trainer(case):
 def test_one_buffer_trains_the_same():
   """Losses of two batches agree to float32's rounding."""
   case = CASES[0]
-  steps = [benchmark.trained(case, benchmark.lstm_cell(case), one_buffer=flat) for flat in (False, True)]
+  steps = [
+    benchmark.trained(case, benchmark.lstm_cell(case), one_buffer=flat)
+    for flat in (False, True)
+  ]
   for _ in range(2):
     np.testing.assert_allclose(*(step(*rivals.draw(case)) for step in steps), rtol=1e-5)
 
 
-@pytest.mark.skipif(importlib.util.find_spec('torch') is None, reason='needs PyTorch, which is not a dependency')
-@pytest.mark.parametrize('kind', ['plain', 'optimised'])
+@pytest.mark.skipif(
+  importlib.util.find_spec('torch') is None,
+  reason='needs PyTorch, which is not a dependency',
+)
+@pytest.mark.parametrize('kind', ['plain', 'optimized'])
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_pytorch_equals_the_trainer(case, kind):
   """From the same weights: losses of three batches agree to float32's rounding."""
-  data, trainer = rivals.draw(case), benchmark.make_trainer(case, benchmark.lstm_cell(case))
+  data, trainer = (
+    rivals.draw(case),
+    benchmark.make_trainer(case, benchmark.lstm_cell(case)),
+  )
   state = trainer.init(jax.random.key(0), fptt_jax.Batch(*data))
   step = rivals.torch_loop(case, kind, jax.tree.map(np.array, state.params))
   for _ in range(3):
     state, metrics = trainer.step(state, fptt_jax.Batch(*data))
-    np.testing.assert_allclose(step(*rivals.tensors(*data, device='cpu')), metrics.loss, rtol=1e-5)
+    np.testing.assert_allclose(
+      step(*rivals.tensors(*data, device='cpu')), metrics.loss, rtol=1e-5
+    )
 
 
 def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
-  """All parts at a toy's size: every system of the case has its row, and tables, JSON and plots are there."""
+  """All parts at a toy's size: every system of the case has its row, and tables, JSON
+  and plots are there.
+  """
   monkeypatch.setattr(benchmark, 'PAUSE', 0)
   benchmark.main(benchmark.Config(cases=('smoke',), rounds=2, workdir=str(tmp_path)))
   lines = json.loads((tmp_path / 'rivals.json').read_text())['lines']
   names = {line['system'].partition(', threads')[0] for line in lines}
   assert {'ours', 'ours, 4 batches a program', 'flax, one jit', 'flax, a loop'} <= names
-  assert all(0 < line['min_ms'] <= line['median_ms'] <= line['max_ms'] for line in lines)
-  assert all(len(line['all_ms']) == 2 and 0 < line['peak_gflops'] < 1e4 for line in lines)
-  assert all(line['of_peak'] == pytest.approx(line['gflops'] / line['peak_gflops']) for line in lines)
+  assert all(
+    0 < line['min_ms'] <= line['median_ms'] <= line['max_ms'] for line in lines
+  )
+  assert all(
+    len(line['all_ms']) == 2 and 0 < line['peak_gflops'] < 1e4 for line in lines
+  )
+  assert all(
+    line['of_peak'] == pytest.approx(line['gflops'] / line['peak_gflops'])
+    for line in lines
+  )
   assert lines[0]['times_ours'] == 1
   content = json.loads((tmp_path / 'growth.json').read_text())
   assert set(content['exponents']) == set('TKHB')
@@ -71,7 +93,10 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
     'H': [4, 8],
     'B': [4, 8],
   }
-  assert all((tmp_path / name).stat().st_size > 5000 for name in ('rivals.png', 'growth.png', 'population.png'))
+  assert all(
+    (tmp_path / name).stat().st_size > 5000
+    for name in ('rivals.png', 'growth.png', 'population.png')
+  )
   members = json.loads((tmp_path / 'population.json').read_text())['lines']
   assert [(row['case'], row['R']) for row in members] == [('smoke', 1), ('smoke', 2)]
   assert members[0]['throughput'] == 1
@@ -80,15 +105,28 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
 
 def test_best_threads():
   """The number of threads with the least median stays."""
-  rows = {name: {'median_ms': ms} for name, ms in (('ours', 1.0), ('x, threads 1', 3.0), ('x, threads 2', 4.0))}
+  rows = {
+    name: {'median_ms': ms}
+    for name, ms in (('ours', 1.0), ('x, threads 1', 3.0), ('x, threads 2', 4.0))
+  }
   assert list(benchmark.best_threads(rows)) == ['ours', 'x, threads 1']
 
 
 def test_disturbed_calls_do_not_count():
-  """Those whose check took more than 1.3 times the quickest of all; where all were disturbed, all count."""
+  """Those whose check took more than 1.3 times the quickest of all; where all were
+  disturbed, all count.
+  """
   calls = {'a': [(3.0, 1.0), (9.0, 2.0), (5.0, 1.2)], 'b': [(7.0, 1.4), (8.0, 1.5)]}
-  rows = benchmark.undisturbed({name: [benchmark.Call(*call) for call in several] for name, several in calls.items()})
-  assert [(row['min_ms'], row['median_ms'], row['max_ms'], row['disturbed']) for row in rows.values()] == [
+  rows = benchmark.undisturbed(
+    {
+      name: [benchmark.Call(*call) for call in several]
+      for name, several in calls.items()
+    }
+  )
+  assert [
+    (row['min_ms'], row['median_ms'], row['max_ms'], row['disturbed'])
+    for row in rows.values()
+  ] == [
     (3000, 4000, 5000, 1),
     (7000, 7500, 8000, 2),
   ]
@@ -97,25 +135,41 @@ def test_disturbed_calls_do_not_count():
 
 
 def test_update_steps():
-  """Time 10 + 0.5 K at T = 100: a step takes 0.1, an update 5 of them; K = 1 is left out."""
-  rows = [{'value': k, 'median_ms': 10 + 0.5 * k} for k in (2, 10, 50)] + [{'value': 1, 'median_ms': 99.0}]
+  """Time 10 + 0.5 K at T = 100: a step takes 0.1, an update 5 of them; K = 1 is left
+  out.
+  """
+  rows = [{'value': k, 'median_ms': 10 + 0.5 * k} for k in (2, 10, 50)] + [
+    {'value': 1, 'median_ms': 99.0}
+  ]
   assert benchmark.update_steps(rows, 100) == pytest.approx(5)
 
 
 def test_flops():
-  """LSTM 8 H (H + D) a step and row, readout 2 H C a window or step, three times, but for the gradient of inputs that are data."""
+  """LSTM 8 H (H + D) a step and row, readout 2 H C a window or step, three times, but
+  for the gradient of inputs that are data.
+  """
   case = rivals.Case('', 10, 2, 3, 4, 5, 6)
-  assert benchmark.flops(case) == 3 * (3 * (10 * 8 * 5 * 9 + 2 * 2 * 5 * 6) - 10 * 8 * 5 * 4)
-  assert benchmark.flops(case._replace(words=True)) == 3 * 3 * (10 * 8 * 5 * 9 + 10 * 2 * 5 * 6)
+  assert benchmark.flops(case) == 3 * (
+    3 * (10 * 8 * 5 * 9 + 2 * 2 * 5 * 6) - 10 * 8 * 5 * 4
+  )
+  assert benchmark.flops(case._replace(words=True)) == 3 * 3 * (
+    10 * 8 * 5 * 9 + 10 * 2 * 5 * 6
+  )
 
 
 def test_what_is_not_there_is_left_out_and_said(monkeypatch):
   """Kernels and PyTorch."""
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   monkeypatch.setattr(benchmark.kernels, 'available', lambda: False)
-  reasons = {'ours, kernel': 'needs an NVIDIA GPU, and nvcc on the PATH or in $CUDA_HOME/bin', 'PyTorch': 'not installed'}
+  reasons = {
+    'ours, kernel': 'needs an NVIDIA GPU, and nvcc on the PATH or in $CUDA_HOME/bin',
+    'PyTorch': 'not installed',
+  }
   assert benchmark.left_out() == reasons
-  assert not any('PyTorch' in name or 'kernel' in name for name in benchmark.systems(benchmark.CASES['M28']))
+  assert not any(
+    'PyTorch' in name or 'kernel' in name
+    for name in benchmark.systems(benchmark.CASES['M28'])
+  )
 
 
 def test_a_rival_that_fails_is_left_out_and_said(tmp_path: Path, monkeypatch, capsys):
@@ -126,21 +180,37 @@ def test_a_rival_that_fails_is_left_out_and_said(tmp_path: Path, monkeypatch, ca
 
   monkeypatch.setattr(rivals, 'flax_loop', fail)
   monkeypatch.setattr(benchmark, 'PAUSE', 0)
-  benchmark.main(benchmark.Config(part='rivals', cases=('smoke',), rounds=1, workdir=str(tmp_path)))
+  benchmark.main(
+    benchmark.Config(part='rivals', cases=('smoke',), rounds=1, workdir=str(tmp_path))
+  )
   content = json.loads((tmp_path / 'rivals.json').read_text())
   assert content['left_out']['smoke: flax, a loop'] == 'RuntimeError: out of memory'
-  assert [line['system'] for line in content['lines'] if line['system'].startswith('flax')] == ['flax, one jit']
-  assert 'not timed: smoke: flax, a loop (RuntimeError: out of memory)\n' in capsys.readouterr().out
+  assert [
+    line['system'] for line in content['lines'] if line['system'].startswith('flax')
+  ] == ['flax, one jit']
+  assert (
+    'not timed: smoke: flax, a loop (RuntimeError: out of memory)\n'
+    in capsys.readouterr().out
+  )
 
 
 @pytest.mark.parametrize('devices', [1, 2])
 def test_batches_are_where_they_are_wanted(monkeypatch, devices):
-  """Split over the devices that 'ours' is split over, whole on all of them as a source, and on one device for the others."""
+  """Split over the devices that 'ours' is split over, whole on all of them as a source,
+  and on one device for the others.
+  """
   mesh = None if devices == 1 else jax.sharding.Mesh(jax.devices()[:2], ('devices',))
   monkeypatch.setattr(benchmark, 'split', lambda case: mesh)
-  case, rows = benchmark.CASES['smoke'], lambda name: benchmark.placed(case, name)[0].addressable_shards
-  assert [shard.data.shape for shard in rows('ours')] == [(12, 4 // devices, 1)] * devices
-  assert [shard.data.shape for shard in rows(f'ours, {benchmark.MANY_NAME}')] == [(12, 4, 1)] * devices
+  case, rows = (
+    benchmark.CASES['smoke'],
+    lambda name: benchmark.placed(case, name)[0].addressable_shards,
+  )
+  assert [shard.data.shape for shard in rows('ours')] == [
+    (12, 4 // devices, 1)
+  ] * devices
+  assert [shard.data.shape for shard in rows(f'ours, {benchmark.MANY_NAME}')] == [
+    (12, 4, 1)
+  ] * devices
   for name in ('ours, one device', 'flax, one jit'):
     assert [shard.data.shape for shard in rows(name)] == [(12, 4, 1)]
 
@@ -148,9 +218,13 @@ def test_batches_are_where_they_are_wanted(monkeypatch, devices):
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match=r'cannot write to --workdir=.*file/run'):
-    benchmark.main(benchmark.Config(cases=('smoke',), workdir=str(tmp_path / 'file' / 'run')))
+    benchmark.main(
+      benchmark.Config(cases=('smoke',), workdir=str(tmp_path / 'file' / 'run'))
+    )
 
 
 def test_unknown_cases_are_refused():
-  with pytest.raises(ValueError, match=r"--cases must be out of M28, .*, got \('M29',\)"):
+  with pytest.raises(
+    ValueError, match=r"--cases must be out of M28, .*, got \('M29',\)"
+  ):
     benchmark.Config(cases=('M29',))

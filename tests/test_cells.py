@@ -1,4 +1,6 @@
-"""FastGRNN, iRNN, IndRNN and LRU against their equations, their papers' claims and the contract of a layer."""
+"""FastGRNN, iRNN, IndRNN and LRU against their equations, their papers' claims and the
+contract of a layer.
+"""
 
 from collections.abc import Callable
 import functools
@@ -23,14 +25,20 @@ CELLS: dict[str, Callable[..., nnx.Module]] = {
   'FastGRNN': lambda **kw: FastGRNN(D, H, **kw),
   'FastGRNN low rank': lambda **kw: FastGRNN(D, H, w_rank=1, u_rank=2, **kw),
   'IncrementalRNN': lambda **kw: IncrementalRNN(D, H, eta=0.2, **kw),
-  'IncrementalRNN low rank': lambda **kw: IncrementalRNN(D, H, u_rank=2, inner_steps=1, eta=0.5, **kw),
+  'IncrementalRNN low rank': lambda **kw: IncrementalRNN(
+    D, H, u_rank=2, inner_steps=1, eta=0.5, **kw
+  ),
   'IndRNN': lambda **kw: IndRNN(D, H, **kw),
-  'IndRNN limited': lambda **kw: IndRNN(D, H, max_weight=0.4, initial_range=(-0.4, 0.4), **kw),
+  'IndRNN limited': lambda **kw: IndRNN(
+    D, H, max_weight=0.4, initial_range=(-0.4, 0.4), **kw
+  ),
   'LRU': lambda **kw: LRU(D, H, state_features=N, r_min=0.5, **kw),
   'LRU square': lambda **kw: LRU(D, D, state_features=N, **kw),
 }
 EACH_CELL = pytest.mark.parametrize('name', list(CELLS))
-ONE_OF_EACH = pytest.mark.parametrize('name', ['FastGRNN low rank', 'IncrementalRNN', 'IndRNN limited', 'LRU'])
+ONE_OF_EACH = pytest.mark.parametrize(
+  'name', ['FastGRNN low rank', 'IncrementalRNN', 'IndRNN limited', 'LRU']
+)
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 
 
@@ -44,10 +52,14 @@ def init_of(build: Callable[[nnx.Rngs], nnx.Module]) -> Any:
 
 @functools.cache
 def run_of(name: str) -> tuple[Any, Callable[..., Any]]:
-  """A cell's initial state, and its window (state, x, mask) -> (state, y), compiled once for each shape."""
+  """A cell's initial state, and its window (state, x, mask) -> (state, y), compiled
+  once for each shape.
+  """
   model = model_of(name)
   params = scattered(quick(model.init)(KEY))
-  return model.initial_state(B), quick(lambda state, x, mask: model.apply(params, state, x, mask, None))
+  return model.initial_state(B), quick(
+    lambda state, x, mask: model.apply(params, state, x, mask, None)
+  )
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -57,11 +69,16 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 def scattered(params: Any) -> Any:
   """Parameters moved a little, so that none is at a special value such as 0 or 1."""
   leaves, structure = jax.tree.flatten(params)
-  return jax.tree.unflatten(structure, [p + 0.1 * random(*p.shape, seed=i).astype(p.dtype) for i, p in enumerate(leaves)])
+  return jax.tree.unflatten(
+    structure,
+    [p + 0.1 * random(*p.shape, seed=i).astype(p.dtype) for i, p in enumerate(leaves)],
+  )
 
 
 def state_like(state: Any) -> Any:
-  return jax.tree.map(lambda s: jnp.asarray(np.abs(random(*s.shape, seed=7)), s.dtype), state)
+  return jax.tree.map(
+    lambda s: jnp.asarray(np.abs(random(*s.shape, seed=7)), s.dtype), state
+  )
 
 
 # The equations, in NumPy.
@@ -72,7 +89,9 @@ def sigmoid(x: Any) -> Any:
 
 
 def product(factors: dict[int, Any]) -> np.ndarray:
-  return functools.reduce(np.matmul, [np.asarray(factors[i]) for i in range(len(factors))])
+  return functools.reduce(
+    np.matmul, [np.asarray(factors[i]) for i in range(len(factors))]
+  )
 
 
 def fast_grnn(p: Any, h: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -85,11 +104,15 @@ def incremental(p: Any, h: np.ndarray, x: np.ndarray) -> np.ndarray:
   g = h
   for eta in np.asarray(p['eta']):
     total = g + h
-    g = g + eta * (np.maximum(product(p['w_h']).T @ total + p['w_x'].T @ x + p['bias'], 0) - total)
+    g = g + eta * (
+      np.maximum(product(p['w_h']).T @ total + p['w_x'].T @ x + p['bias'], 0) - total
+    )
   return g
 
 
-def independent(p: Any, h: np.ndarray, x: np.ndarray, limit: float = np.inf) -> np.ndarray:
+def independent(
+  p: Any, h: np.ndarray, x: np.ndarray, limit: float = np.inf
+) -> np.ndarray:
   return np.maximum(p['w_x'].T @ x + np.clip(p['u'], -limit, limit) * h + p['bias'], 0)
 
 
@@ -123,8 +146,10 @@ def test_steps_by_their_equations(name, equation):
 @pytest.mark.parametrize('name', ['LRU', 'LRU square'])
 @pytest.mark.usefixtures('x64')
 def test_lru_is_a_convolution(name):
-  """y_t = Re(C s_t) + D x_t with s_t = λ^(t+1) s + Σ_r λ^(t-r) γ B x_r, powers of complex numbers in NumPy; the skip D acts unit
-  by unit where inputs and outputs are equally many and is a matrix elsewhere."""
+  """y_t = Re(C s_t) + D x_t with s_t = λ^(t+1) s + Σ_r λ^(t-r) γ B x_r, powers of
+  complex numbers in NumPy; the skip D acts unit by unit where inputs and outputs are
+  equally many and is a matrix elsewhere.
+  """
   model = model_of(name, param_dtype=jnp.float64)
   params, x = scattered(quick(model.init)(KEY)), random(T, B, D)
   start = state_like(model.initial_state(B))
@@ -147,18 +172,28 @@ def test_lru_is_a_convolution(name):
 
 @pytest.mark.usefixtures('x64')
 def test_incremental_rnn_at_equilibrium_has_gradient_minus_identity():
-  """With enough inner steps h' solves relu((h' + h) U + x W + b) = h' + h, and ∂h'/∂h = -I; with one it is far from it."""
+  """With enough inner steps h' solves relu((h' + h) U + x W + b) = h' + h, and ∂h'/∂h =
+  -I; with one it is far from it.
+  """
   jacobians = []
   for inner_steps in (1, 30):
-    model = nn.from_nnx(lambda rngs, n=inner_steps: IncrementalRNN(D, H, inner_steps=n, eta=0.9, param_dtype=float, rngs=rngs))
+    model = nn.from_nnx(
+      lambda rngs, n=inner_steps: IncrementalRNN(
+        D, H, inner_steps=n, eta=0.9, param_dtype=float, rngs=rngs
+      )
+    )
     params = quick(model.init)(KEY)
-    step = lambda h, m=model, p=params: m.apply(p, h[None], jnp.asarray(random(1, 1, D)), None, None)[0][0]
+    step = lambda h, m=model, p=params: m.apply(
+      p, h[None], jnp.asarray(random(1, 1, D)), None, None
+    )[0][0]
     h = jnp.asarray(random(H, seed=1))
     value, jacobian = quick(lambda h, f=step: (f(h), jax.jacobian(f)(h)))(h)
     jacobians.append(np.asarray(jacobian))
   total = value + h
   drive = random(1, 1, D)[0, 0] @ params['w_x'] + params['bias']
-  np.testing.assert_allclose(np.maximum(total @ params['w_h'][0] + drive, 0), total, atol=1e-10)
+  np.testing.assert_allclose(
+    np.maximum(total @ params['w_h'][0] + drive, 0), total, atol=1e-10
+  )
   assert np.any(np.asarray(total) > 0)
   np.testing.assert_allclose(jacobians[1], -np.eye(H), atol=1e-10)
   assert np.abs(jacobians[0] + np.eye(H)).max() > 0.1
@@ -166,14 +201,20 @@ def test_incremental_rnn_at_equilibrium_has_gradient_minus_identity():
 
 @pytest.mark.usefixtures('x64')
 def test_indrnn_limit_bounds_the_growth_over_a_sequence():
-  """u = 3 limited to 2^(1/T): a state of 1 is exactly 2 after T steps without input, and the gradient of that in the stored
-  u is the one at the limit, T 2^((T-1)/T), not the 0 of a clip."""
+  """u = 3 limited to 2^(1/T): a state of 1 is exactly 2 after T steps without input,
+  and the gradient of that in the stored u is the one at the limit, T 2^((T-1)/T), not
+  the 0 of a clip.
+  """
   limit = 2 ** (1 / T)
-  model = nn.from_nnx(lambda rngs: IndRNN(1, 1, max_weight=limit, param_dtype=jnp.float64, rngs=rngs))
+  model = nn.from_nnx(
+    lambda rngs: IndRNN(1, 1, max_weight=limit, param_dtype=jnp.float64, rngs=rngs)
+  )
   params = quick(model.init)(KEY)
 
   def final(u):
-    return model.apply(params | {'u': u}, jnp.ones((1, 1)), jnp.zeros((T, 1, 1)), None, None)[0][0, 0]
+    return model.apply(
+      params | {'u': u}, jnp.ones((1, 1)), jnp.zeros((T, 1, 1)), None, None
+    )[0][0, 0]
 
   for u, end in ((3.0, 2.0), (limit, 2.0), (0.5, 0.5**T)):
     value, grad = quick(jax.value_and_grad(final))(jnp.full(1, u))
@@ -183,12 +224,16 @@ def test_indrnn_limit_bounds_the_growth_over_a_sequence():
 
 @pytest.mark.parametrize('name', ['IndRNN', 'LRU square'])
 def test_units_are_independent(name):
-  """A change of one unit's state changes its own after the next step and no other unit's."""
+  """A change of one unit's state changes its own after the next step and no other
+  unit's.
+  """
   start, run = run_of(name)
   first = np.broadcast_to(np.arange(T)[:, None] < 1, (T, B))
   start = state_like(start)
   other = jax.tree.map(lambda s: s.at[:, 1].add(5.0), start)
-  (one, _), (two, _) = (run(s, random(T, B, D).astype(np.float32), first) for s in (start, other))
+  (one, _), (two, _) = (
+    run(s, random(T, B, D).astype(np.float32), first) for s in (start, other)
+  )
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
     np.testing.assert_array_equal(np.delete(a, 1, axis=1), np.delete(b, 1, axis=1))
     assert np.all(a[:, 1] != b[:, 1])
@@ -196,19 +241,36 @@ def test_units_are_independent(name):
 
 @pytest.mark.parametrize('ring', [(0.0, 0.5), (0.95, 0.99)])
 def test_lru_keeps_the_variance_of_white_noise(ring):
-  """γ: the mean of |s|² after many steps is that of one step's drive, 1, on a ring near 0 and on one near 1."""
-  model = nn.from_nnx(lambda rngs: LRU(8, 8, state_features=64, r_min=ring[0], r_max=ring[1], rngs=rngs))
+  """γ: the mean of |s|² after many steps is that of one step's drive, 1, on a ring near
+  0 and on one near 1.
+  """
+  model = nn.from_nnx(
+    lambda rngs: LRU(8, 8, state_features=64, r_min=ring[0], r_max=ring[1], rngs=rngs)
+  )
   x = random(400, 64, 8).astype(np.float32)
-  state, _ = quick(lambda key, x: model.apply(model.init(key), model.initial_state(64), x, None, None))(KEY, x)
-  np.testing.assert_allclose(np.mean(np.square(state.re) + np.square(state.im)), 1, rtol=0.15)
+  state, _ = quick(
+    lambda key, x: model.apply(model.init(key), model.initial_state(64), x, None, None)
+  )(KEY, x)
+  np.testing.assert_allclose(
+    np.mean(np.square(state.re) + np.square(state.im)), 1, rtol=0.15
+  )
 
 
 def test_a_stack_of_indrnns_learns():
-  """Three layers and a readout under FPTT: the error of a sum over the sequence falls to a quarter within 150 steps."""
+  """Three layers and a readout under FPTT: the error of a sum over the sequence falls
+  to a quarter within 150 steps.
+  """
   limit = 2 ** (1 / 6)
   layers = lambda rngs: [IndRNN(d, 8, max_weight=limit, rngs=rngs) for d in (D, 8, 8)]
-  model = nn.from_nnx(lambda rngs: nn.Stack(*layers(rngs), nnx.Linear(8, 1, rngs=rngs)))
-  trainer = quick_trainer(model, fptt_jax.losses.terminal_regression(), fptt_jax.fptt(optax.adam(0.03), alpha=0.1), num_windows=2)
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(*layers(rngs), nnx.Linear(8, 1, rngs=rngs))
+  )
+  trainer = quick_trainer(
+    model,
+    fptt_jax.losses.terminal_regression(),
+    fptt_jax.fptt(optax.adam(0.03), alpha=0.1),
+    num_windows=2,
+  )
   x = random(6, 32, D).astype(np.float32)
   batch = fptt_jax.Batch(x, x[..., 0].sum(0))
   state = trainer.init(KEY, batch)
@@ -225,15 +287,21 @@ def test_a_stack_of_indrnns_learns():
 
 @EACH_CELL
 def test_masks_and_windows(name):
-  """Masked steps leave the state, bit for bit; each sequence's state is the one after its own valid steps; two windows joined at
-  the state are one; a later input changes no earlier output."""
+  """Masked steps leave the state, bit for bit; each sequence's state is the one after
+  its own valid steps; two windows joined at the state are one; a later input changes no
+  earlier output.
+  """
   start, run = run_of(name)
   x, lengths = random(T, B, D).astype(np.float32), [5, 2, 3]
   whole_state, whole = run(start, x, None)
   state, y = run(start, x, np.arange(T)[:, None] < lengths)
   for row, length in enumerate(lengths):
     alone, y_alone = run(start, x[:length], None)
-    chex.assert_trees_all_close(jax.tree.map(lambda s: s[row], state), jax.tree.map(lambda s: s[row], alone), **CLOSE)
+    chex.assert_trees_all_close(
+      jax.tree.map(lambda s: s[row], state),
+      jax.tree.map(lambda s: s[row], alone),
+      **CLOSE,
+    )
     np.testing.assert_allclose(y[:length, row], y_alone[:, row], **CLOSE)
     after, rest = run(alone, x[length:], None) if length < T else (alone, whole[:0])
     chex.assert_trees_all_close(after, whole_state, **CLOSE)
@@ -248,33 +316,60 @@ def test_masks_and_windows(name):
 @ONE_OF_EACH
 @pytest.mark.usefixtures('x64')
 def test_gradients_are_finite_differences(name):
-  """In each parameter, the inputs and the first state, along a random direction, through a window with a masked step."""
+  """In each parameter, the inputs and the first state, along a random direction,
+  through a window with a masked step.
+  """
   model = model_of(name, param_dtype=jnp.float64)
   params, x = scattered(quick(model.init)(KEY)), random(3, 2, D)
-  if name == 'IndRNN limited':  # Outside the limit the gradient is straight through, no derivative: tested by itself.
+  if (
+    name == 'IndRNN limited'
+    # Outside the limit the gradient is straight through, no derivative: tested by
+    # itself.
+  ):
     params['u'] = jnp.clip(params['u'], -0.3, 0.3)
   mask = np.array([[True, True], [True, False], [True, True]])
-  weights = random(3, 2, jax.eval_shape(model.apply, params, model.initial_state(2), x, mask, None)[1].shape[-1], seed=3)
+  weights = random(
+    3,
+    2,
+    jax.eval_shape(model.apply, params, model.initial_state(2), x, mask, None)[1].shape[
+      -1
+    ],
+    seed=3,
+  )
 
   def value(params, state, x):
     state, y = model.apply(params, state, x, mask, None)
-    return (y * weights).sum() + sum(jnp.square(s).sum() for s in jax.tree.leaves(state))
+    return (y * weights).sum() + sum(
+      jnp.square(s).sum() for s in jax.tree.leaves(state)
+    )
 
   at = (params, state_like(model.initial_state(2)), jnp.asarray(x))
-  value, grads = quick(value), jax.tree.leaves(quick(jax.grad(value, argnums=(0, 1, 2)))(*at))
+  value, grads = (
+    quick(value),
+    jax.tree.leaves(quick(jax.grad(value, argnums=(0, 1, 2)))(*at)),
+  )
   leaves, structure = jax.tree.flatten(at)
   for i, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
     direction = random(*leaf.shape, seed=i)
-    up, down = (value(*structure.unflatten([*leaves[:i], leaf + h * direction, *leaves[i + 1 :]])) for h in (1e-6, -1e-6))
-    np.testing.assert_allclose((up - down) / 2e-6, np.sum(grad * direction), rtol=1e-5, atol=1e-8)
+    up, down = (
+      value(*structure.unflatten([*leaves[:i], leaf + h * direction, *leaves[i + 1 :]]))
+      for h in (1e-6, -1e-6)
+    )
+    np.testing.assert_allclose(
+      (up - down) / 2e-6, np.sum(grad * direction), rtol=1e-5, atol=1e-8
+    )
     assert np.any(grad)
 
 
 @ONE_OF_EACH
 def test_initialisation_is_pure_and_may_be_mapped(name):
-  """Compiled and mapped over seeds it gives what it gives for each; different seeds differ."""
+  """Compiled and mapped over seeds it gives what it gives for each; different seeds
+  differ.
+  """
   model, keys = model_of(name), jax.random.split(KEY, 2)
-  many, one = quick(lambda keys: (jax.vmap(model.init)(keys), model.init(keys[1])))(keys)
+  many, one = quick(lambda keys: (jax.vmap(model.init)(keys), model.init(keys[1])))(
+    keys
+  )
   chex.assert_trees_all_close(jax.tree.map(lambda p: p[1], many), one, **CLOSE)
   assert any(np.any(leaf[0] != leaf[1]) for leaf in jax.tree.leaves(many))
 
@@ -283,28 +378,47 @@ def test_initialisation_is_pure_and_may_be_mapped(name):
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures('strict_dtypes')
 def test_cells_keep_their_dtype(name, dtype):
-  """Parameters, state and outputs have param_dtype, float32 inputs or not; nothing is promoted on the way."""
+  """Parameters, state and outputs have param_dtype, float32 inputs or not; nothing is
+  promoted on the way.
+  """
   model = model_of(name, param_dtype=dtype)
-  run = lambda key, x: (model.init(key), *model.apply(model.init(key), model.initial_state(B), x, None, None))
-  params, state, y = jax.eval_shape(run, KEY, jax.ShapeDtypeStruct((T, B, D), jnp.float32))
-  assert {leaf.dtype for leaf in jax.tree.leaves((params, state, y))} == {jnp.dtype(dtype)}
-  assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == jax.tree.map(lambda s: (s.shape, s.dtype), model.initial_state(B))
+  run = lambda key, x: (
+    model.init(key),
+    *model.apply(model.init(key), model.initial_state(B), x, None, None),
+  )
+  params, state, y = jax.eval_shape(
+    run, KEY, jax.ShapeDtypeStruct((T, B, D), jnp.float32)
+  )
+  assert {leaf.dtype for leaf in jax.tree.leaves((params, state, y))} == {
+    jnp.dtype(dtype)
+  }
+  assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == jax.tree.map(
+    lambda s: (s.shape, s.dtype), model.initial_state(B)
+  )
 
 
 @pytest.mark.parametrize('method', ['fptt', 'bptt'])
 @ONE_OF_EACH
 def test_cells_train(name, method):
-  """One step on a ragged batch: all numbers finite, every parameter tensor of the cell moved, the state kept in its type."""
-  model = nn.from_nnx(lambda rngs: nn.Stack(CELLS[name](rngs=rngs), nnx.Linear(H, 1, rngs=rngs)))
+  """One step on a ragged batch: all numbers finite, every parameter tensor of the cell
+  moved, the state kept in its type.
+  """
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(CELLS[name](rngs=rngs), nnx.Linear(H, 1, rngs=rngs))
+  )
   base, options = optax.adam(1e-2), {'num_windows': 2} if method == 'fptt' else {}
   optimizer = fptt_jax.fptt(base, alpha=0.1) if method == 'fptt' else base
-  trainer = quick_trainer(model, fptt_jax.losses.terminal_regression(), optimizer, method=method, **options)
+  trainer = quick_trainer(
+    model, fptt_jax.losses.terminal_regression(), optimizer, method=method, **options
+  )
   batch = regression_batch(T, B)._replace(lengths=np.array([5, 4, 2], np.int32))
   state = trainer.init(KEY, batch)
   after, metrics = trainer.step(state, batch)
   chex.assert_tree_all_finite((after.params, after.hidden, metrics))
   chex.assert_trees_all_equal_shapes_and_dtypes(after.hidden, state.hidden)
-  for old, new in zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True):
+  for old, new in zip(
+    jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True
+  ):
     assert np.any(old != new)
 
 
@@ -315,14 +429,31 @@ def test_cells_train(name, method):
   ('build', 'count'),
   [
     (lambda rngs: FastGRNN(3, 128, rngs=rngs), 3 * 128 + 128**2 + 2 * 128 + 2),
-    (lambda rngs: FastGRNN(32, 128, w_rank=4, u_rank=8, rngs=rngs), 4 * (32 + 128) + 2 * 8 * 128 + 2 * 128 + 2),
-    (lambda rngs: IncrementalRNN(1, 128, inner_steps=5, rngs=rngs), 128 * (1 + 128 + 1) + 5),
+    (
+      lambda rngs: FastGRNN(32, 128, w_rank=4, u_rank=8, rngs=rngs),
+      4 * (32 + 128) + 2 * 8 * 128 + 2 * 128 + 2,
+    ),
+    (
+      lambda rngs: IncrementalRNN(1, 128, inner_steps=5, rngs=rngs),
+      128 * (1 + 128 + 1) + 5,
+    ),
     (lambda rngs: IncrementalRNN(1, 128, u_rank=15, rngs=rngs), 4_099),
     (lambda rngs: IndRNN(3, 128, rngs=rngs), 128 * 5),
     (lambda rngs: LRU(128, 128, rngs=rngs), 128 * (4 * 128 + 3) + 128),
-    (lambda rngs: LRU(3, 128, state_features=64, rngs=rngs), 64 * (2 * 3 + 2 * 128 + 3) + 3 * 128),
+    (
+      lambda rngs: LRU(3, 128, state_features=64, rngs=rngs),
+      64 * (2 * 3 + 2 * 128 + 3) + 3 * 128,
+    ),
   ],
-  ids=['FastGRNN', 'FastGRNN low rank', 'IncrementalRNN', 'IncrementalRNN low rank', 'IndRNN', 'LRU square', 'LRU'],
+  ids=[
+    'FastGRNN',
+    'FastGRNN low rank',
+    'IncrementalRNN',
+    'IncrementalRNN low rank',
+    'IndRNN',
+    'LRU square',
+    'LRU',
+  ],
 )
 def test_parameter_counts(build, count):
   """The formulas of the docstrings."""
@@ -342,18 +473,29 @@ def assert_uniform(values: Any, low: float, high: float) -> None:
 def test_fast_grnn_initialisation():
   """Matrices and factors normal with deviation 0.1, biases 1, ζ and ν as given."""
   full = init_of(lambda rngs: FastGRNN(64, 64, rngs=rngs))
-  low = init_of(lambda rngs: FastGRNN(64, 64, w_rank=32, u_rank=16, zeta=6.0, nu=-6.0, rngs=rngs))
-  for leaf in jax.tree.leaves([params[name] for params in (full, low) for name in ('w_x', 'w_h')]):
+  low = init_of(
+    lambda rngs: FastGRNN(64, 64, w_rank=32, u_rank=16, zeta=6.0, nu=-6.0, rngs=rngs)
+  )
+  for leaf in jax.tree.leaves(
+    [params[name] for params in (full, low) for name in ('w_x', 'w_h')]
+  ):
     np.testing.assert_allclose(np.std(leaf), 0.1, rtol=0.07)
   np.testing.assert_array_equal(full['bias'], 1)
-  assert [float(params[name]) for params in (full, low) for name in ('zeta', 'nu')] == [1, -4, 6, -6]
+  assert [float(params[name]) for params in (full, low) for name in ('zeta', 'nu')] == [
+    1,
+    -4,
+    6,
+    -6,
+  ]
   assert [np.shape(low['w_x'][i]) for i in range(2)] == [(64, 32), (32, 64)]
   assert [np.shape(low['w_h'][i]) for i in range(2)] == [(64, 16), (16, 64)]
 
 
 def test_incremental_rnn_initialisation():
   """All uniform in ±1/√H, one η an inner step."""
-  params = init_of(lambda rngs: IncrementalRNN(64, 64, inner_steps=4, eta=0.125, rngs=rngs))
+  params = init_of(
+    lambda rngs: IncrementalRNN(64, 64, inner_steps=4, eta=0.125, rngs=rngs)
+  )
   assert_uniform(params['w_x'], -1 / 8, 1 / 8)
   assert_uniform(params['w_h'][0], -1 / 8, 1 / 8)
   assert np.abs(params['bias']).max() <= 1 / 8
@@ -362,7 +504,9 @@ def test_incremental_rnn_initialisation():
 
 def test_indrnn_initialisation():
   """The u uniform in the given range, input weights in He's with slope 8, bias 0."""
-  params = init_of(lambda rngs: IndRNN(64, 512, max_weight=1.01, initial_range=(0.5, 1.01), rngs=rngs))
+  params = init_of(
+    lambda rngs: IndRNN(64, 512, max_weight=1.01, initial_range=(0.5, 1.01), rngs=rngs)
+  )
   assert_uniform(params['u'], 0.5, 1.01)
   assert_uniform(params['w_x'], -((6 / 65) ** 0.5) / 8, (6 / 65) ** 0.5 / 8)
   assert not np.any(params['bias'])
@@ -370,24 +514,45 @@ def test_indrnn_initialisation():
 
 
 def test_lru_initialisation():
-  """Uniform in area on the ring, |λ|² uniform, phases uniform up to the greatest, γ² = 1 - |λ|², B, C and the skip normal."""
-  p = init_of(lambda rngs: LRU(16, 8, state_features=1024, r_min=0.5, r_max=0.9, max_phase=0.3, rngs=rngs))
+  """Uniform in area on the ring, |λ|² uniform, phases uniform up to the greatest, γ² =
+  1 - |λ|², B, C and the skip normal.
+  """
+  p = init_of(
+    lambda rngs: LRU(
+      16, 8, state_features=1024, r_min=0.5, r_max=0.9, max_phase=0.3, rngs=rngs
+    )
+  )
   modulus = np.exp(-np.exp(np.asarray(p['nu_log'], np.float64)))
   assert 0.5 - 1e-6 <= modulus.min() <= modulus.max() <= 0.9 + 1e-6
   assert_uniform(modulus**2, 0.25 - 1e-6, 0.81 + 1e-6)
   assert_uniform(np.exp(p['theta_log']), 0, 0.3)
   np.testing.assert_allclose(np.exp(2 * p['gamma_log']), 1 - modulus**2, rtol=1e-5)
-  for name, deviation in (('b_re', 32**-0.5), ('b_im', 32**-0.5), ('c_re', 1 / 32), ('c_im', 1 / 32)):
+  for name, deviation in (
+    ('b_re', 32**-0.5),
+    ('b_im', 32**-0.5),
+    ('c_re', 1 / 32),
+    ('c_im', 1 / 32),
+  ):
     np.testing.assert_allclose(np.std(p[name]), deviation, rtol=0.05)
   np.testing.assert_allclose(np.std(p['d']), 1 / 4, rtol=0.2)
-  np.testing.assert_allclose(np.std(init_of(lambda rngs: LRU(512, 512, state_features=1, rngs=rngs))['d']), 1, rtol=0.1)
+  np.testing.assert_allclose(
+    np.std(init_of(lambda rngs: LRU(512, 512, state_features=1, rngs=rngs))['d']),
+    1,
+    rtol=0.1,
+  )
 
 
 def test_lru_near_the_unit_circle_is_finite():
-  """A ring of |λ| within 1e-7 of 1, where 1 - |λ|² is 0 in float32: parameters, outputs and gradients are numbers."""
-  model = nn.from_nnx(lambda rngs: LRU(D, D, state_features=64, r_min=1 - 1e-7, r_max=1, rngs=rngs))
+  """A ring of |λ| within 1e-7 of 1, where 1 - |λ|² is 0 in float32: parameters, outputs
+  and gradients are numbers.
+  """
+  model = nn.from_nnx(
+    lambda rngs: LRU(D, D, state_features=64, r_min=1 - 1e-7, r_max=1, rngs=rngs)
+  )
   params = quick(model.init)(KEY)
-  loss = lambda p: model.apply(p, model.initial_state(B), jnp.ones((T, B, D)), None, None)[1].sum()
+  loss = lambda p: model.apply(
+    p, model.initial_state(B), jnp.ones((T, B, D)), None, None
+  )[1].sum()
   chex.assert_tree_all_finite((params, quick(jax.value_and_grad(loss))(params)))
   assert np.exp(params['gamma_log']).max() < 1e-3
 
@@ -395,10 +560,16 @@ def test_lru_near_the_unit_circle_is_finite():
 @pytest.mark.parametrize('greatest', [False, True])
 @pytest.mark.parametrize('ring', [(0.0, 1.0), (0.0, 0.5), (0.9, 1.0)])
 def test_lru_survives_the_extreme_draws(monkeypatch, ring, greatest):
-  """The least and the greatest number a uniform draw can give leave all logarithms and their exponentials finite."""
-  extreme = lambda key, shape, dtype, low, high: jnp.full(shape, np.nextafter(np.float32(high), 0) if greatest else low, dtype)
+  """The least and the greatest number a uniform draw can give leave all logarithms and
+  their exponentials finite.
+  """
+  extreme = lambda key, shape, dtype, low, high: jnp.full(
+    shape, np.nextafter(np.float32(high), 0) if greatest else low, dtype
+  )
   monkeypatch.setattr(jax.random, 'uniform', extreme)
-  params = nn.from_nnx(lambda rngs: LRU(D, D, r_min=ring[0], r_max=ring[1], rngs=rngs)).init(KEY)
+  params = nn.from_nnx(
+    lambda rngs: LRU(D, D, r_min=ring[0], r_max=ring[1], rngs=rngs)
+  ).init(KEY)
   logs = [params[name] for name in ('nu_log', 'theta_log', 'gamma_log')]
   chex.assert_tree_all_finite((logs, [jnp.exp(log) for log in logs]))
 
@@ -409,20 +580,62 @@ def test_lru_survives_the_extreme_draws(monkeypatch, ring, greatest):
 @pytest.mark.parametrize(
   ('build', 'message'),
   [
-    (lambda rngs: FastGRNN(D, H, w_rank=3, rngs=rngs), r'w_rank must be an integer from 1 to 2 or None, got 3\.'),
-    (lambda rngs: FastGRNN(D, H, u_rank=0, rngs=rngs), r'u_rank must be an integer from 1 to 4 or None, got 0\.'),
-    (lambda rngs: FastGRNN(D, H, nu=float('nan'), rngs=rngs), r'nu must be a finite number, got nan\.'),
-    (lambda rngs: FastGRNN(0, H, rngs=rngs), r'in_features must be an integer >= 1, got 0\.'),
-    (lambda rngs: IncrementalRNN(D, H, inner_steps=0, rngs=rngs), r'inner_steps must be an integer from 1 to 100, got 0\.'),
-    (lambda rngs: IncrementalRNN(D, H, eta=0.0, rngs=rngs), r'eta must be a number > 0, got 0\.0\.'),
-    (lambda rngs: IncrementalRNN(D, H, u_rank=1.5, rngs=rngs), r'u_rank must be an integer from 1 to 4 or None, got 1\.5\.'),
-    (lambda rngs: IndRNN(D, H, max_weight=-1.0, rngs=rngs), r'max_weight must be a number > 0 or None, got -1\.0\.'),
-    (lambda rngs: IndRNN(D, H, initial_range=(1.0, 0.0), rngs=rngs), r'with low <= high, got \(1\.0, 0\.0\)\.'),
-    (lambda rngs: IndRNN(D, H, max_weight=0.5, rngs=rngs), r'within ±max_weight=0\.5, got \(0\.0, 1\.0\)\.'),
-    (lambda rngs: LRU(D, H, r_min=0.9, r_max=0.9, rngs=rngs), r'0 <= r_min < r_max <= 1, got r_min=0\.9, r_max=0\.9\.'),
-    (lambda rngs: LRU(D, H, r_max=1.1, rngs=rngs), r'r_max must be in \[0, 1\], got 1\.1\.'),
-    (lambda rngs: LRU(D, H, max_phase=0.0, rngs=rngs), r'max_phase must be in \(0, 2π\], got 0\.0\.'),
-    (lambda rngs: LRU(D, H, state_features=0, rngs=rngs), r'state_features must be an integer >= 1, got 0\.'),
+    (
+      lambda rngs: FastGRNN(D, H, w_rank=3, rngs=rngs),
+      r'w_rank must be an integer from 1 to 2 or None, got 3\.',
+    ),
+    (
+      lambda rngs: FastGRNN(D, H, u_rank=0, rngs=rngs),
+      r'u_rank must be an integer from 1 to 4 or None, got 0\.',
+    ),
+    (
+      lambda rngs: FastGRNN(D, H, nu=float('nan'), rngs=rngs),
+      r'nu must be a finite number, got nan\.',
+    ),
+    (
+      lambda rngs: FastGRNN(0, H, rngs=rngs),
+      r'in_features must be an integer >= 1, got 0\.',
+    ),
+    (
+      lambda rngs: IncrementalRNN(D, H, inner_steps=0, rngs=rngs),
+      r'inner_steps must be an integer from 1 to 100, got 0\.',
+    ),
+    (
+      lambda rngs: IncrementalRNN(D, H, eta=0.0, rngs=rngs),
+      r'eta must be a number > 0, got 0\.0\.',
+    ),
+    (
+      lambda rngs: IncrementalRNN(D, H, u_rank=1.5, rngs=rngs),
+      r'u_rank must be an integer from 1 to 4 or None, got 1\.5\.',
+    ),
+    (
+      lambda rngs: IndRNN(D, H, max_weight=-1.0, rngs=rngs),
+      r'max_weight must be a number > 0 or None, got -1\.0\.',
+    ),
+    (
+      lambda rngs: IndRNN(D, H, initial_range=(1.0, 0.0), rngs=rngs),
+      r'with low <= high, got \(1\.0, 0\.0\)\.',
+    ),
+    (
+      lambda rngs: IndRNN(D, H, max_weight=0.5, rngs=rngs),
+      r'within ±max_weight=0\.5, got \(0\.0, 1\.0\)\.',
+    ),
+    (
+      lambda rngs: LRU(D, H, r_min=0.9, r_max=0.9, rngs=rngs),
+      r'0 <= r_min < r_max <= 1, got r_min=0\.9, r_max=0\.9\.',
+    ),
+    (
+      lambda rngs: LRU(D, H, r_max=1.1, rngs=rngs),
+      r'r_max must be in \[0, 1\], got 1\.1\.',
+    ),
+    (
+      lambda rngs: LRU(D, H, max_phase=0.0, rngs=rngs),
+      r'max_phase must be in \(0, 2π\], got 0\.0\.',
+    ),
+    (
+      lambda rngs: LRU(D, H, state_features=0, rngs=rngs),
+      r'state_features must be an integer >= 1, got 0\.',
+    ),
   ],
 )
 def test_impossible_cells_are_refused(build, message):
@@ -434,5 +647,12 @@ def test_impossible_cells_are_refused(build, message):
 def test_inputs_of_other_features_are_refused():
   """By the cell's name, with the shape expected."""
   model = model_of('LRU')
-  with pytest.raises(ValueError, match=r'LRU expected inputs \[S, B, 2\], got shape \(5, 3, 3\)\.'):
-    jax.eval_shape(lambda x: model.apply(model.init(KEY), LRUState(*model.initial_state(B)), x, None, None), jnp.zeros((T, B, 3)))
+  with pytest.raises(
+    ValueError, match=r'LRU expected inputs \[S, B, 2\], got shape \(5, 3, 3\)\.'
+  ):
+    jax.eval_shape(
+      lambda x: model.apply(
+        model.init(KEY), LRUState(*model.initial_state(B)), x, None, None
+      ),
+      jnp.zeros((T, B, 3)),
+    )

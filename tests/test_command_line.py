@@ -21,7 +21,9 @@ def values(monkeypatch: pytest.MonkeyPatch) -> flags.FlagValues:
   monkeypatch.setattr(options.flags, 'FLAGS', own)
   for name in ('integer', 'float', 'string', 'bool', 'enum', 'list'):
     define = getattr(flags, f'DEFINE_{name}')
-    bound = lambda *args, define=define, **kwargs: define(*args, flag_values=own, **kwargs)
+    bound = lambda *args, define=define, **kwargs: define(
+      *args, flag_values=own, **kwargs
+    )
     monkeypatch.setattr(options.flags, f'DEFINE_{name}', bound)
   return own
 
@@ -31,11 +33,15 @@ def refusal(config_class: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str)
   argv = ['add_task.py', *arguments]
   monkeypatch.setattr(sys, 'argv', argv)
   ran: list[Any] = []
-  monkeypatch.setattr(options.app, 'run', lambda main, flags_parser: main(flags_parser(argv)))
+  monkeypatch.setattr(
+    options.app, 'run', lambda main, flags_parser: main(flags_parser(argv))
+  )
   with pytest.raises(SystemExit) as caught:
     options.run(ran.append, config_class)
   assert not ran
-  text = str(caught.value.code)  # A text as the code: the process prints it and ends with 1.
+  text = str(
+    caught.value.code
+  )  # A text as the code: the process prints it and ends with 1.
   assert text.startswith('error: ')
   assert '\n' not in text
   assert len(text) < 300
@@ -70,7 +76,9 @@ def refusal(config_class: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str)
     (['--steps=3'], ['--steps', '--']),
   ],
 )
-def test_a_slip_is_said_in_one_line(arguments: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slip_is_said_in_one_line(
+  arguments: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
   """With the word and, where it can be told, what was meant."""
   text = refusal(add_task.Config, monkeypatch, *arguments)
   for part in expected:
@@ -79,27 +87,49 @@ def test_a_slip_is_said_in_one_line(arguments: list[str], expected: list[str], m
 
 @pytest.mark.usefixtures('values')
 @pytest.mark.parametrize('config_class', [images.Config, language_model.Config])
-def test_the_other_scripts_say_it_too(config_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_scripts_say_it_too(
+  config_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
   """The flags are their own."""
   assert '--grid=kappa=1:2' in refusal(config_class, monkeypatch, '--kappa=1,2')
 
 
-def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_letters_that_a_terminal_lacks_are_escaped(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   """On both streams; of folder names in bytes of no encoding, too."""
-  streams = {name: io.TextIOWrapper(io.BytesIO(), encoding='ascii') for name in ('stdout', 'stderr')}
+  streams = {
+    name: io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    for name in ('stdout', 'stderr')
+  }
   for name, stream in streams.items():
     monkeypatch.setattr(sys, name, stream)
   options._show_any_letter()
   for stream in streams.values():
     print('Köln λ \udcff', file=stream, flush=True)
-    assert stream.buffer.getvalue() == b'K\\xf6ln \\u03bb \\udcff\n'  # type: ignore[attr-defined]
+    # type: ignore[attr-defined]
+    assert stream.buffer.getvalue() == b'K\\xf6ln \\u03bb \\udcff\n'
 
 
 def test_a_script_ends_with_one_line(tmp_path: Path) -> None:
-  """A real one, in a terminal without any letters but ASCII's: its exit code, and nothing on standard output."""
-  command = [sys.executable, '-m', 'experiments.language_model', '--task=text', f'--data_dir={tmp_path / "Köln"}']
+  """A real one, in a terminal without any letters but ASCII's: its exit code, and
+  nothing on standard output.
+  """
+  command = [
+    sys.executable,
+    '-m',
+    'experiments.language_model',
+    '--task=text',
+    f'--data_dir={tmp_path / "Köln"}',
+  ]
   environment = {**os.environ, 'PYTHONIOENCODING': 'ascii'}
-  ended = subprocess.run(command, capture_output=True, env=environment, check=False, cwd=Path(__file__).parents[1])
+  ended = subprocess.run(
+    command,
+    capture_output=True,
+    env=environment,
+    check=False,
+    cwd=Path(__file__).parents[1],
+  )
   assert (ended.returncode, ended.stdout) == (1, b'')
   [line] = ended.stderr.splitlines()
   assert line.startswith(b'error: cannot read --data_dir=')

@@ -1,4 +1,6 @@
-"""The data sets: looked for, checked, prepared once, read; every kind of damage has its own line."""
+"""The data sets: looked for, checked, prepared once, read; every kind of damage has its
+own line.
+"""
 
 import gzip
 import hashlib
@@ -51,13 +53,19 @@ def write_text(folder: Path) -> Path:
 
 def idx(array: np.ndarray) -> bytes:
   """An array as a zipped idx file."""
-  header = bytes([0, 0, 8, array.ndim]) + b''.join(size.to_bytes(4, 'big') for size in array.shape)
+  header = bytes([0, 0, 8, array.ndim]) + b''.join(
+    size.to_bytes(4, 'big') for size in array.shape
+  )
   return gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0)
 
 
 @pytest.fixture
-def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, data.Images]:
-  """MNIST and CIFAR-10 of a few images in the official formats, with the hashes made to fit: (folder, what MNIST holds)."""
+def official(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, data.Images]:
+  """MNIST and CIFAR-10 of a few images in the official formats, with the hashes made to
+  fit: (folder, what MNIST holds).
+  """
   rng = np.random.default_rng(0)
   arrays = images.Images(
     rng.integers(0, 256, (30, 28, 28, 1)).astype(np.uint8),
@@ -67,31 +75,54 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dat
   )
   folder = tmp_path / 'official'
   names = list(sources.SOURCES['mnist'].files)
-  contents = [idx(arrays[0][..., 0]), idx(arrays[1]), idx(arrays[2][..., 0]), idx(arrays[3])]
+  contents = [
+    idx(arrays[0][..., 0]),
+    idx(arrays[1]),
+    idx(arrays[2][..., 0]),
+    idx(arrays[3]),
+  ]
   pixels = rng.integers(0, 256, (6, 4, 1 + 3072)).astype(np.uint8)
   pixels[:, :, 0] %= 10
-  batches = {name: part.tobytes() for name, part in zip(sources.SOURCES['cifar10'].files, pixels, strict=True)}
-  for name, files in (('mnist', dict(zip(names, contents, strict=True))), ('cifar10', batches)):
+  batches = {
+    name: part.tobytes()
+    for name, part in zip(sources.SOURCES['cifar10'].files, pixels, strict=True)
+  }
+  for name, files in (
+    ('mnist', dict(zip(names, contents, strict=True))),
+    ('cifar10', batches),
+  ):
     (folder / name).mkdir(parents=True)
     for file, content in files.items():
       (folder / name / file).write_bytes(content)
-    hashes = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
-    monkeypatch.setitem(sources.SOURCES, name, sources.SOURCES[name]._replace(files=hashes))
-    monkeypatch.setitem(images.CONTENT, name, images.content(images.decode(name, files)))
+    hashes = {
+      file: hashlib.sha256(content).hexdigest() for file, content in files.items()
+    }
+    monkeypatch.setitem(
+      sources.SOURCES, name, sources.SOURCES[name]._replace(files=hashes)
+    )
+    monkeypatch.setitem(
+      images.CONTENT, name, images.content(images.decode(name, files))
+    )
   return folder, arrays
 
 
 # Images.
 
 
-def test_images_are_prepared_once_and_read_in_the_official_order(official: tuple[Path, data.Images], prepared: Path) -> None:
-  """From the files the first time, afterwards without them; pixel for pixel what they hold."""
+def test_images_are_prepared_once_and_read_in_the_official_order(
+  official: tuple[Path, data.Images], prepared: Path
+) -> None:
+  """From the files the first time, afterwards without them; pixel for pixel what they
+  hold.
+  """
   folder, arrays = official
   first = data.load_images('mnist', folder)
   for got, expected in zip(first, arrays, strict=True):
     np.testing.assert_array_equal(got, expected)
     assert got.dtype == expected.dtype
-  stamps = {path: path.stat().st_mtime_ns for path in prepared.rglob('*') if path.is_file()}
+  stamps = {
+    path: path.stat().st_mtime_ns for path in prepared.rglob('*') if path.is_file()
+  }
   second = data.load_images('mnist')
   assert data.fingerprint(second) == data.fingerprint(first)
   assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
@@ -100,13 +131,23 @@ def test_images_are_prepared_once_and_read_in_the_official_order(official: tuple
 def test_cifar_s_planes_become_channels_from_files_or_any_archive(
   official: tuple[Path, data.Images], prepared: Path, tmp_path: Path
 ) -> None:
-  """1 label byte, then 1,024 red, green and blue bytes; the six files loose or in a .tar.gz or .tar.xz give the same."""
+  """1 label byte, then 1,024 red, green and blue bytes; the six files loose or in a
+  .tar.gz or .tar.xz give the same.
+  """
   folder, _ = official
-  record = np.frombuffer((folder / 'cifar10' / 'data_batch_1.bin').read_bytes(), np.uint8)[:3073]
+  record = np.frombuffer(
+    (folder / 'cifar10' / 'data_batch_1.bin').read_bytes(), np.uint8
+  )[:3073]
   found = data.load_images('cifar10', folder)
-  assert (found.train_images.shape, found.test_images.shape) == ((20, 32, 32, 3), (4, 32, 32, 3))
+  assert (found.train_images.shape, found.test_images.shape) == (
+    (20, 32, 32, 3),
+    (4, 32, 32, 3),
+  )
   assert found.train_labels[0] == record[0]
-  np.testing.assert_array_equal(found.train_images[0, 3, 5], record[[1 + 32 * 3 + 5 + 1024 * channel for channel in range(3)]])
+  np.testing.assert_array_equal(
+    found.train_images[0, 3, 5],
+    record[[1 + 32 * 3 + 5 + 1024 * channel for channel in range(3)]],
+  )
   for mode in ('gz', 'xz'):
     place = tmp_path / mode
     place.mkdir()
@@ -127,14 +168,19 @@ def test_cifar_s_planes_become_channels_from_files_or_any_archive(
       lambda path: path.write_bytes(path.read_bytes()[:-9]),
       r'train-labels-idx1-ubyte\.gz is not the original: its sha256 is \w{64}',
     ),
-    (lambda path: path.write_bytes(b''), r'train-labels-idx1-ubyte\.gz is not the original: its sha256 is e3b0c442'),
+    (
+      lambda path: path.write_bytes(b''),
+      r'train-labels-idx1-ubyte\.gz is not the original: its sha256 is e3b0c442',
+    ),
   ],
   ids=['missing', 'truncated', 'empty'],
 )
 def test_damaged_files_are_named_and_nothing_is_prepared(
   official: tuple[Path, data.Images], prepared: Path, damage: Any, message: str
 ) -> None:
-  """Which file, what was got, what was expected, where to get it; checked before anything is written."""
+  """Which file, what was got, what was expected, where to get it; checked before
+  anything is written.
+  """
   folder, _ = official
   damage(folder / 'mnist' / 'train-labels-idx1-ubyte.gz')
   with pytest.raises(UserError, match=message):
@@ -142,7 +188,9 @@ def test_damaged_files_are_named_and_nothing_is_prepared(
   assert not list(prepared.rglob('*.array_record*'))
 
 
-def test_a_damaged_archive_is_named(official: tuple[Path, data.Images], tmp_path: Path) -> None:
+def test_a_damaged_archive_is_named(
+  official: tuple[Path, data.Images], tmp_path: Path
+) -> None:
   """Cut off, or without one of the files."""
   folder, _ = official
   place = tmp_path / 'archive'
@@ -152,12 +200,18 @@ def test_a_damaged_archive_is_named(official: tuple[Path, data.Images], tmp_path
     archive.add(folder / 'cifar10', 'cifar-10-batches-bin')
   whole = path.read_bytes()
   path.write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(UserError, match=r'cifar-10-binary\.tar\.gz cannot be read .*https://\S*cifar-10-binary'):
+  with pytest.raises(
+    UserError,
+    match=r'cifar-10-binary\.tar\.gz cannot be read .*https://\S*cifar-10-binary',
+  ):
     data.load_images('cifar10', place)
   (folder / 'cifar10' / 'test_batch.bin').unlink()
   with tarfile.open(path, 'w:gz') as archive:
     archive.add(folder / 'cifar10', 'cifar-10-batches-bin')
-  with pytest.raises(UserError, match=r'there is no cifar-10-batches-bin/test_batch\.bin in .*tar\.gz.*https://'):
+  with pytest.raises(
+    UserError,
+    match=r'there is no cifar-10-batches-bin/test_batch\.bin in .*tar\.gz.*https://',
+  ):
     data.load_images('cifar10', place)
 
 
@@ -168,11 +222,16 @@ def test_a_prepared_copy_that_was_changed_is_refused(
   folder, _ = official
   data.load_images('mnist', folder)
   monkeypatch.setitem(images.CONTENT, 'mnist', 'another')
-  with pytest.raises(UserError, match=r'does not hold the original mnist: .* expected another; delete that folder and run again'):
+  with pytest.raises(
+    UserError,
+    match=r'does not hold the original mnist: .* expected another; delete that folder and run again',
+  ):
     data.load_images('mnist')
 
 
-def test_a_prepared_copy_that_is_damaged_is_named(official: tuple[Path, data.Images], prepared: Path) -> None:
+def test_a_prepared_copy_that_is_damaged_is_named(
+  official: tuple[Path, data.Images], prepared: Path
+) -> None:
   """Records cut off or overwritten: the folder is named, nothing is read as data."""
   folder, _ = official
   data.load_images('mnist', folder)
@@ -184,11 +243,15 @@ def test_a_prepared_copy_that_is_damaged_is_named(official: tuple[Path, data.Ima
       data.load_images('mnist')
 
 
-@pytest.mark.parametrize('content', [None, b'', b'{}'], ids=['missing', 'empty', 'blank'])
+@pytest.mark.parametrize(
+  'content', [None, b'', b'{}'], ids=['missing', 'empty', 'blank']
+)
 def test_a_prepared_copy_without_its_description_is_named(
   official: tuple[Path, data.Images], prepared: Path, content: bytes | None
 ) -> None:
-  """dataset_info.json lost or emptied: neither read as data nor taken for nothing; the message says which folder to delete."""
+  """dataset_info.json lost or emptied: neither read as data nor taken for nothing; the
+  message says which folder to delete.
+  """
   folder, _ = official
   data.load_images('mnist', folder)
   [path] = prepared.rglob('dataset_info.json')
@@ -196,35 +259,55 @@ def test_a_prepared_copy_without_its_description_is_named(
   if content is not None:
     path.write_bytes(content)
   with pytest.raises(
-    UserError, match=r'cannot prepare or read mnist .*fptt_jax/mnist is damaged, delete that folder and run again'
+    UserError,
+    match=r'cannot prepare or read mnist .*fptt_jax/mnist is damaged, delete that folder and run again',
   ):
     data.load_images('mnist', folder)
 
 
-def test_a_copy_that_tensorflow_datasets_prepared_is_used(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """Laid out like its own 'mnist' (an image a record, shuffled): the same examples in another order, under the same hash."""
+def test_a_copy_that_tensorflow_datasets_prepared_is_used(
+  prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Laid out like its own 'mnist' (an image a record, shuffled): the same examples in
+  another order, under the same hash.
+  """
   from PIL import Image
   import tensorflow_datasets as tfds
 
   rng = np.random.default_rng(0)
-  pixels, labels = rng.integers(0, 256, (9, 28, 28, 1)).astype(np.uint8), np.arange(9, dtype=np.int32)
+  pixels, labels = (
+    rng.integers(0, 256, (9, 28, 28, 1)).astype(np.uint8),
+    np.arange(9, dtype=np.int32),
+  )
 
   class Mnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version('3.0.1')
 
     def _info(self) -> Any:
-      features = {'image': tfds.features.Image(shape=(28, 28, 1)), 'label': tfds.features.ClassLabel(num_classes=10)}
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+      features = {
+        'image': tfds.features.Image(shape=(28, 28, 1)),
+        'label': tfds.features.ClassLabel(num_classes=10),
+      }
+      return tfds.core.DatasetInfo(
+        builder=self, features=tfds.features.FeaturesDict(features)
+      )
 
     def _split_generators(self, dl_manager: Any) -> Any:
-      return {'train': self._generate_examples(range(6)), 'test': self._generate_examples(range(6, 9))}
+      return {
+        'train': self._generate_examples(range(6)),
+        'test': self._generate_examples(range(6, 9)),
+      }
 
     def _generate_examples(self, numbers: range) -> Any:
-      yield from ((n, {'image': Image.fromarray(pixels[n, ..., 0]), 'label': n}) for n in numbers)
+      yield from (
+        (n, {'image': Image.fromarray(pixels[n, ..., 0]), 'label': n}) for n in numbers
+      )
 
   tfds.disable_progress_bar()
   config = tfds.download.DownloadConfig(try_download_gcs=False)
-  Mnist(data_dir=prepared).download_and_prepare(download_config=config, file_format='array_record')
+  Mnist(data_dir=prepared).download_and_prepare(
+    download_config=config, file_format='array_record'
+  )
   expected = images.Images(pixels[:6], labels[:6], pixels[6:], labels[6:])
   monkeypatch.setitem(images.CONTENT, 'mnist', images.content(expected))
   found = data.load_images('mnist')
@@ -237,7 +320,9 @@ def test_a_copy_that_tensorflow_datasets_prepared_is_used(prepared: Path, monkey
 def test_two_preparations_at_once_do_no_harm(
   official: tuple[Path, data.Images], prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """A second one begins and ends while the first is writing: the first gives way, and both read one whole copy."""
+  """A second one begins and ends while the first is writing: the first gives way, and
+  both read one whole copy.
+  """
   from experiments.data import builders
 
   folder, arrays = official
@@ -252,11 +337,17 @@ def test_two_preparations_at_once_do_no_harm(
   monkeypatch.setattr(builders.FpttJax, '_generate_examples', interrupted)
   for found in (data.load_images('mnist', folder), others[1]):
     assert data.fingerprint(found) == data.fingerprint(arrays)
-  assert [path.name for path in (prepared / 'fptt_jax' / 'mnist').iterdir()] == ['1.0.0']
+  assert [path.name for path in (prepared / 'fptt_jax' / 'mnist').iterdir()] == [
+    '1.0.0'
+  ]
 
 
-def test_preparing_that_is_killed_leaves_nothing_half_made(official: tuple[Path, data.Images], prepared: Path) -> None:
-  """A process that is ended hard between two records: the next run finds no prepared copy and makes a whole one."""
+def test_preparing_that_is_killed_leaves_nothing_half_made(
+  official: tuple[Path, data.Images], prepared: Path
+) -> None:
+  """A process that is ended hard between two records: the next run finds no prepared
+  copy and makes a whole one.
+  """
   folder, arrays = official
   script = f"""
 import os, sys
@@ -270,7 +361,9 @@ builders.FpttJax._generate_examples = dying
 files = {{name: (Path({str(folder)!r}) / 'mnist' / name).read_bytes() for name in sources.SOURCES['mnist'].files}}
 builders.write_images('mnist', images.decode('mnist', files), Path({str(prepared)!r}))
 """
-  ended = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False)
+  ended = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True, check=False
+  )
   assert ended.returncode == 9, ended.stderr
   with pytest.raises(UserError, match='cannot download'):
     data.load_images('mnist')
@@ -281,7 +374,11 @@ builders.write_images('mnist', images.decode('mnist', files), Path({str(prepared
 def test_without_network_the_error_names_files_and_addresses() -> None:
   """At once, also for the text, in a line that can be read."""
   for load, name, words in (
-    (data.load_images, 'mnist', ('train-images-idx3-ubyte.gz', 'storage.googleapis.com', '--data_dir')),
+    (
+      data.load_images,
+      'mnist',
+      ('train-images-idx3-ubyte.gz', 'storage.googleapis.com', '--data_dir'),
+    ),
     (data.load_images, 'cifar10', ('data_batch_1.bin', 'cs.toronto.edu', '--data_dir')),
     (data.load_text, 'ptb', ('ptb.train.txt', 'fit.vutbr.cz', '--data_dir')),
   ):
@@ -292,9 +389,15 @@ def test_without_network_the_error_names_files_and_addresses() -> None:
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize('name', ['mnist', 'cifar10', 'arrays', 'ptb', 'ptb_chars', 'text', 'text_chars'])
-def test_a_folder_that_is_missing_or_empty_is_said_in_a_short_line(name: str, tmp_path: Path) -> None:
-  """A place that is not there comes first, without hashes; so does one that is a dangling link, a file or empty."""
+@pytest.mark.parametrize(
+  'name', ['mnist', 'cifar10', 'arrays', 'ptb', 'ptb_chars', 'text', 'text_chars']
+)
+def test_a_folder_that_is_missing_or_empty_is_said_in_a_short_line(
+  name: str, tmp_path: Path
+) -> None:
+  """A place that is not there comes first, without hashes; so does one that is a
+  dangling link, a file or empty.
+  """
   load = data.load_images if name in loading.IMAGES else data.load_text
   (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
   for place in ('nowhere', 'link', 'nowhere.npz', 'nul\0byte'):
@@ -312,27 +415,46 @@ def test_a_folder_that_is_missing_or_empty_is_said_in_a_short_line(name: str, tm
       load(name, tmp_path / 'file')
 
 
-def test_a_download_is_checked(official: tuple[Path, data.Images], monkeypatch: pytest.MonkeyPatch) -> None:
-  """What an address answers with has to have the hash; if it has, it is prepared like files that were given."""
+def test_a_download_is_checked(
+  official: tuple[Path, data.Images], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """What an address answers with has to have the hash; if it has, it is prepared like
+  files that were given.
+  """
   folder, arrays = official
   source = sources.SOURCES['mnist']
   urls = {url: source.files[Path(url).name] for url in source.urls}
   monkeypatch.setitem(sources.SOURCES, 'mnist', source._replace(urls=urls))
-  answer = lambda url, timeout: io.BytesIO((folder / 'mnist' / Path(url).name).read_bytes())
-  monkeypatch.setattr(sources.urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(b'<html>'))
-  with pytest.raises(UserError, match=r'train-images-idx3-ubyte\.gz answers is not the official file: its sha256 is'):
+  answer = lambda url, timeout: io.BytesIO(
+    (folder / 'mnist' / Path(url).name).read_bytes()
+  )
+  monkeypatch.setattr(
+    sources.urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(b'<html>')
+  )
+  with pytest.raises(
+    UserError,
+    match=r'train-images-idx3-ubyte\.gz answers is not the official file: its sha256 is',
+  ):
     data.load_images('mnist')
   monkeypatch.setattr(sources.urllib.request, 'urlopen', answer)
-  np.testing.assert_array_equal(data.load_images('mnist').train_images, arrays.train_images)
+  np.testing.assert_array_equal(
+    data.load_images('mnist').train_images, arrays.train_images
+  )
 
 
-def test_one_file_of_arrays_does_without_tensorflow_datasets(official: tuple[Path, data.Images], tmp_path: Path) -> None:
-  """The .npz of `python -m experiments.data` is read where tensorflow_datasets cannot be imported; under an official
-  name it is checked."""
+def test_one_file_of_arrays_does_without_tensorflow_datasets(
+  official: tuple[Path, data.Images], tmp_path: Path
+) -> None:
+  """The .npz of `python -m experiments.data` is read where tensorflow_datasets cannot
+  be imported; under an official name it is checked."""
   _, arrays = official
   data.save(arrays, tmp_path / 'mnist.npz')
-  np.testing.assert_array_equal(data.load_images('mnist', tmp_path / 'mnist.npz').test_labels, arrays.test_labels)
-  data.save(arrays._replace(test_labels=arrays.test_labels[::-1].copy()), tmp_path / 'other.npz')
+  np.testing.assert_array_equal(
+    data.load_images('mnist', tmp_path / 'mnist.npz').test_labels, arrays.test_labels
+  )
+  data.save(
+    arrays._replace(test_labels=arrays.test_labels[::-1].copy()), tmp_path / 'other.npz'
+  )
   with pytest.raises(UserError, match='does not hold the original mnist'):
     data.load_images('mnist', tmp_path / 'other.npz')
   script = """
@@ -360,9 +482,18 @@ def test_arrays_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
       dict(train_images=good.train_images[..., 0]),
       r'train_images must be uint8 \[N, height, width, channels\], got uint8\[64, 6, 6\]',
     ),
-    (dict(test_images=good.test_images.astype(np.float32)), r'test_images must be uint8 .*, got float32'),
-    (dict(train_labels=good.train_labels[:3]), r'train_labels must be int32 \[N=64\] numbers from 0, got int32\[3\]'),
-    (dict(test_labels=good.test_labels - 9), r'test_labels must be int32 \[N=16\] numbers from 0'),
+    (
+      dict(test_images=good.test_images.astype(np.float32)),
+      r'test_images must be uint8 .*, got float32',
+    ),
+    (
+      dict(train_labels=good.train_labels[:3]),
+      r'train_labels must be int32 \[N=64\] numbers from 0, got int32\[3\]',
+    ),
+    (
+      dict(test_labels=good.test_labels - 9),
+      r'test_labels must be int32 \[N=16\] numbers from 0',
+    ),
   ):
     data.save(good._replace(**change), tmp_path / 'bad.npz')
     with pytest.raises(UserError, match=message):
@@ -373,7 +504,9 @@ def test_arrays_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
       data.load_images('arrays', tmp_path / 'bad.npz')
   with pytest.raises(UserError, match=r'--data_dir=.*none\.npz: No such file'):
     data.load_images('arrays', tmp_path / 'none.npz')
-  with pytest.raises(ValueError, match="must be one of mnist, cifar10, arrays, got 'minst'"):
+  with pytest.raises(
+    ValueError, match="must be one of mnist, cifar10, arrays, got 'minst'"
+  ):
     data.load_images('minst')
 
 
@@ -381,7 +514,9 @@ def test_arrays_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
 
 
 def test_pixels_come_row_after_row_and_rows_whole() -> None:
-  """Step t of an image of width w is pixel (t // w, t % w), all its channels; by rows it is row t; normalised as (x/255 - m)/s."""
+  """Step t of an image of width w is pixel (t // w, t % w), all its channels; by rows
+  it is row t; normalized as (x/255 - m)/s.
+  """
   pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 2)).astype(np.uint8)
   x = data.to_sequences(pictures, (0.25, 0.5))
   assert (x.shape, x.dtype) == ((20, 3, 2), np.float32)
@@ -390,21 +525,31 @@ def test_pixels_come_row_after_row_and_rows_whole() -> None:
   assert rows.shape == (4, 3, 10)
   np.testing.assert_allclose(rows[1, 2].reshape(5, 2), x[5:10, 2], rtol=1e-6)
   order = data.permutation(20, seed=1)
-  np.testing.assert_array_equal(data.to_sequences(pictures, (0.25, 0.5), order=order), x[order])
+  np.testing.assert_array_equal(
+    data.to_sequences(pictures, (0.25, 0.5), order=order), x[order]
+  )
   np.testing.assert_array_equal(order, data.permutation(20, seed=1))
   assert not np.array_equal(order, data.permutation(20, seed=2))
 
 
 def test_validation_images_are_held_out() -> None:
-  """Every training image is in exactly one of the two parts, with its label; by seed alone; test is untouched."""
+  """Every training image is in exactly one of the two parts, with its label; by seed
+  alone; test is untouched.
+  """
   found = smoke.images(np.random.default_rng(0))
   found = found._replace(train_labels=np.arange(64, dtype=np.int32))
   splits = data.hold_out(found, 10, seed=3)
   assert sorted([*splits.train.labels, *splits.valid.labels]) == list(range(64))
   assert len(splits.valid.labels) == 10
-  np.testing.assert_array_equal(splits.valid.images, found.train_images[splits.valid.labels])
-  np.testing.assert_array_equal(splits.valid.labels, data.hold_out(found, 10, seed=3).valid.labels)
-  assert not np.array_equal(splits.valid.labels, data.hold_out(found, 10, seed=4).valid.labels)
+  np.testing.assert_array_equal(
+    splits.valid.images, found.train_images[splits.valid.labels]
+  )
+  np.testing.assert_array_equal(
+    splits.valid.labels, data.hold_out(found, 10, seed=3).valid.labels
+  )
+  assert not np.array_equal(
+    splits.valid.labels, data.hold_out(found, 10, seed=4).valid.labels
+  )
   np.testing.assert_array_equal(splits.test.images, found.test_images)
 
 
@@ -412,7 +557,9 @@ def test_validation_images_are_held_out() -> None:
 
 
 def test_words_come_in_order_with_an_end_of_line_each(tmp_path: Path) -> None:
-  """Words split at blanks, '<eos>' ends each line, ids count up by first appearance; .gz and .npz read the same."""
+  """Words split at blanks, '<eos>' ends each line, ids count up by first appearance;
+  .gz and .npz read the same.
+  """
   found = data.load_text('text', write_text(tmp_path / 'text'))
   assert found.vocabulary == ['w0', 'w1', 'w2', 'w3', 'w4', '<eos>']
   np.testing.assert_array_equal(found.train[:10], [0, 1, 2, 3, 4, 0, 1, 5, 2, 3])
@@ -422,14 +569,19 @@ def test_words_come_in_order_with_an_end_of_line_each(tmp_path: Path) -> None:
     path.with_name(path.name + '.gz').write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
   data.save(found, tmp_path / 'text.npz')
-  for other in (data.load_text('text', tmp_path / 'text'), data.load_text('text', tmp_path / 'text.npz')):
+  for other in (
+    data.load_text('text', tmp_path / 'text'),
+    data.load_text('text', tmp_path / 'text.npz'),
+  ):
     assert data.fingerprint(other) == data.fingerprint(found)
     for mine, theirs in zip(found, other, strict=True):
       np.testing.assert_array_equal(mine, theirs)
 
 
 def test_characters_of_words_are_mikolov_s(tmp_path: Path) -> None:
-  """'_' between words, '<eos>' at the end of a line, nothing else; worked out by hand for one line."""
+  """'_' between words, '<eos>' at the end of a line, nothing else; worked out by hand
+  for one line.
+  """
   words = data.load_text('text', write_text(tmp_path))
   found = text.word_characters(words, 'here')
   first = [found.vocabulary[token] for token in found.train[:21]]
@@ -456,82 +608,173 @@ TEXTS = [
 @hypothesis.settings(deadline=None, max_examples=60)
 @hypothesis.given(strategies.text(strategies.characters(codec='utf-8'), min_size=1))
 def test_a_text_by_characters_loses_nothing(source: str) -> None:
-  """A token and a symbol for each character, whatever it is; the text can be written from the tokens."""
+  """A token and a symbol for each character, whatever it is; the text can be written
+  from the tokens.
+  """
   found = text.characters([source, source[::-1], source], 'here')
   assert len(found.train) == len(source)
   assert len(found.vocabulary) == len(set(found.vocabulary)) == len(set(source))
-  assert text.decode_tokens(found.train.tolist(), found.vocabulary, by_characters=True) == source
-  assert text.encode_prompt(source, found.vocabulary, by_characters=True) == found.train.tolist()
+  assert (
+    text.decode_tokens(found.train.tolist(), found.vocabulary, by_characters=True)
+    == source
+  )
+  assert (
+    text.encode_prompt(source, found.vocabulary, by_characters=True)
+    == found.train.tolist()
+  )
   assert {found.train.dtype, found.valid.dtype} == {np.dtype(np.int32)}
 
 
 @pytest.mark.parametrize('source', TEXTS)
 def test_files_by_characters_lose_nothing(source: str, tmp_path: Path) -> None:
-  """Out of three files or .gz, the characters of awkward kinds; a .npz of them reads the same."""
+  """Out of three files or .gz, the characters of awkward kinds; a .npz of them reads
+  the same.
+  """
   for split in text.SPLITS:
     (tmp_path / f'ptb.{split}.txt').write_bytes(source.encode())
   (tmp_path / 'ptb.valid.txt').unlink()
   (tmp_path / 'ptb.valid.txt.gz').write_bytes(gzip.compress(source.encode()))
   found = data.load_text('text_chars', tmp_path)
   for split in text.SPLITS:
-    assert text.decode_tokens(getattr(found, split).tolist(), found.vocabulary, by_characters=True) == source
+    assert (
+      text.decode_tokens(
+        getattr(found, split).tolist(), found.vocabulary, by_characters=True
+      )
+      == source
+    )
   if '\0' not in source:
     data.save(found, tmp_path / 'x.npz')
-    assert data.fingerprint(data.load_text('text_chars', tmp_path / 'x.npz')) == data.fingerprint(found)
+    assert data.fingerprint(
+      data.load_text('text_chars', tmp_path / 'x.npz')
+    ) == data.fingerprint(found)
 
 
 def test_fingerprints_tell_texts_by_characters_apart() -> None:
   """Blanks, ends of lines and a missing end of the last one count."""
-  sources = [*TEXTS, *(source + ' ' for source in TEXTS), *(source + '\n' for source in TEXTS), 'a\tb\nc\rd\n']
-  assert len({data.fingerprint(text.characters([source] * 3, 'here')) for source in sources}) == len(sources)
+  sources = [
+    *TEXTS,
+    *(source + ' ' for source in TEXTS),
+    *(source + '\n' for source in TEXTS),
+    'a\tb\nc\rd\n',
+  ]
+  assert len(
+    {data.fingerprint(text.characters([source] * 3, 'here')) for source in sources}
+  ) == len(sources)
 
 
-def test_only_the_validation_text_has_some_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-  """Words may be new where their characters are not; new characters are '<unk>', said with their number."""
-  for split, content in {'train': 'a cab\na bad cab\n', 'valid': 'a dab\n', 'test': 'bad\n'}.items():
+def test_only_the_validation_text_has_some_characters(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Words may be new where their characters are not; new characters are '<unk>', said
+  with their number.
+  """
+  for split, content in {
+    'train': 'a cab\na bad cab\n',
+    'valid': 'a dab\n',
+    'test': 'bad\n',
+  }.items():
     (tmp_path / f'ptb.{split}.txt').write_text(content)
   found = data.load_text('text_chars', tmp_path)
-  assert [found.vocabulary[token] for token in found.valid] == ['a', '_', 'd', 'a', 'b', '<eos>']
+  assert [found.vocabulary[token] for token in found.valid] == [
+    'a',
+    '_',
+    'd',
+    'a',
+    'b',
+    '<eos>',
+  ]
   assert '<unk>' not in found.vocabulary
   assert capsys.readouterr().out == ''
   (tmp_path / 'ptb.valid.txt').write_text('a fab zoo\n')
   found = data.load_text('text_chars', tmp_path)
   symbols = [found.vocabulary[token] for token in found.valid]
-  assert symbols == ['a', '_', '<unk>', 'a', 'b', '_', '<unk>', '<unk>', '<unk>', '<eos>']
+  assert symbols == [
+    'a',
+    '_',
+    '<unk>',
+    'a',
+    'b',
+    '_',
+    '<unk>',
+    '<unk>',
+    '<unk>',
+    '<eos>',
+  ]
   assert found.vocabulary.index('<unk>') == len(found.vocabulary) - 1
-  assert '4 characters of the validation text and 0 of the test text' in capsys.readouterr().out
+  assert (
+    '4 characters of the validation text and 0 of the test text'
+    in capsys.readouterr().out
+  )
 
 
 @pytest.mark.parametrize('known', [True, False])
-def test_unknown_words_are_unk(known: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_words_are_unk(
+  known: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
   """That of the training text where it has one, else the last of the vocabulary."""
-  for split, content in {'train': '<unk> a b\n' if known else 'a b\n', 'valid': 'a new b\n', 'test': 'so new\n'}.items():
+  for split, content in {
+    'train': '<unk> a b\n' if known else 'a b\n',
+    'valid': 'a new b\n',
+    'test': 'so new\n',
+  }.items():
     (tmp_path / f'ptb.{split}.txt').write_text(content)
   found = data.load_text('text', tmp_path)
-  assert [found.vocabulary[token] for token in found.valid] == ['a', '<unk>', 'b', '<eos>']
-  assert found.vocabulary == (['<unk>', 'a', 'b', '<eos>'] if known else ['a', 'b', '<eos>', '<unk>'])
-  assert '1 words of the validation text and 2 of the test text' in capsys.readouterr().out
+  assert [found.vocabulary[token] for token in found.valid] == [
+    'a',
+    '<unk>',
+    'b',
+    '<eos>',
+  ]
+  assert found.vocabulary == (
+    ['<unk>', 'a', 'b', '<eos>'] if known else ['a', 'b', '<eos>', '<unk>']
+  )
+  assert (
+    '1 words of the validation text and 2 of the test text' in capsys.readouterr().out
+  )
 
 
 def test_words_of_any_line_ends(tmp_path: Path) -> None:
-  """Line ends of other systems, a byte order mark and no final line end give the same words."""
+  """Line ends of other systems, a byte order mark and no final line end give the same
+  words.
+  """
   expected = None
-  for content in ('a b\n\nc\n', 'a b\r\n\r\nc\r\n', '\ufeffa b\n\n c', '\ta  b \r\rc\n'):
+  for content in (
+    'a b\n\nc\n',
+    'a b\r\n\r\nc\r\n',
+    '\ufeffa b\n\n c',
+    '\ta  b \r\rc\n',
+  ):
     for split in text.SPLITS:
       (tmp_path / f'ptb.{split}.txt').write_bytes(content.encode())
     found = data.load_text('text', tmp_path)
     expected = expected or found.vocabulary
-    assert [found.vocabulary[token] for token in found.train] == ['a', 'b', '<eos>', '<eos>', 'c', '<eos>']
+    assert [found.vocabulary[token] for token in found.train] == [
+      'a',
+      'b',
+      '<eos>',
+      '<eos>',
+      'c',
+      '<eos>',
+    ]
     assert found.vocabulary == expected
-    assert text.decode_tokens(found.train.tolist(), found.vocabulary, by_characters=False) == 'a b\n\nc\n'
+    assert (
+      text.decode_tokens(found.train.tolist(), found.vocabulary, by_characters=False)
+      == 'a b\n\nc\n'
+    )
 
 
 @pytest.mark.parametrize('name', ['book.txt', 'book.txt.gz', 'book'])
-def test_one_file_is_split_in_order(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-  """90, 5 and 5 % of its characters or words; put end to end they are the text; the split is said."""
+def test_one_file_is_split_in_order(
+  name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """90, 5 and 5 % of its characters or words; put end to end they are the text; the
+  split is said.
+  """
   source = ''.join(f'{number} ' + '\n' * (number % 7 == 0) for number in range(200))
   content = source.encode()
-  (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith('.gz') else content)
+  (tmp_path / name).write_bytes(
+    gzip.compress(content) if name.endswith('.gz') else content
+  )
   by_characters = data.load_text('text_chars', tmp_path / name)
   by_words = data.load_text('text', tmp_path / name)
   assert '90 / 5 / 5 %' in capsys.readouterr().out
@@ -565,7 +808,10 @@ def test_one_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_bad_text_files_are_named(tmp_path: Path) -> None:
   """Missing, not the original, truncated, not text, empty: one clear line each."""
   write_text(tmp_path)
-  with pytest.raises(UserError, match=r'ptb\.train\.txt is not the original: its sha256 is .*expected fcea919f.*http'):
+  with pytest.raises(
+    UserError,
+    match=r'ptb\.train\.txt is not the original: its sha256 is .*expected fcea919f.*http',
+  ):
     data.load_text('ptb', tmp_path)
   valid = tmp_path / 'ptb.valid.txt'
   for content, message in (
@@ -576,7 +822,9 @@ def test_bad_text_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
       data.load_text('text', tmp_path)
   valid.unlink()
-  with pytest.raises(UserError, match=r'there is no ptb\.valid\.txt \(or ptb\.valid\.txt\.gz\) in '):
+  with pytest.raises(
+    UserError, match=r'there is no ptb\.valid\.txt \(or ptb\.valid\.txt\.gz\) in '
+  ):
     data.load_text('text', tmp_path)
   damaged = bytearray(gzip.compress(b'w0 w1\n' * 100))
   damaged[12:20] = bytes(8)
@@ -590,31 +838,50 @@ def test_bad_text_files_are_named(tmp_path: Path) -> None:
 
 
 def test_bad_token_arrays_are_named(tmp_path: Path) -> None:
-  """Ids outside the vocabulary, another shape, another text where the original is asked for."""
+  """Ids outside the vocabulary, another shape, another text where the original is asked
+  for.
+  """
   found = data.load_text('text', write_text(tmp_path))
   path = tmp_path / 'text.npz'
   for change, message in (
     ({}, r'train is not the original text: its sha256 is .*, expected sha256 fcea919f'),
     (dict(valid=found.valid + 1), r'valid holds ids 1\.\.6 for a vocabulary of 6'),
     (dict(vocabulary=['w0'] * 6), 'vocabulary must be str'),
-    (dict(test=found.test[None]), r'test must be int32 token ids \[N\], got int32\[1, 80\]'),
+    (
+      dict(test=found.test[None]),
+      r'test must be int32 token ids \[N\], got int32\[1, 80\]',
+    ),
   ):
     data.save(found._replace(**change), path)
     with pytest.raises(UserError, match=message):
       data.load_text('text' if change else 'ptb', path)
 
 
-def test_the_command_writes_arrays(official: tuple[Path, data.Images], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_arrays(
+  official: tuple[Path, data.Images], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
   """And says what they hold."""
   from experiments.data import __main__ as command
 
   folder, arrays = official
-  command.main(command.Config(dataset='mnist', data_dir=str(folder), output=str(tmp_path / 'x.npz')))
+  command.main(
+    command.Config(
+      dataset='mnist', data_dir=str(folder), output=str(tmp_path / 'x.npz')
+    )
+  )
   assert '30 train, 7 test images [28, 28, 1]' in capsys.readouterr().out
-  np.testing.assert_array_equal(data.load_images('mnist', tmp_path / 'x.npz').train_images, arrays.train_images)
+  np.testing.assert_array_equal(
+    data.load_images('mnist', tmp_path / 'x.npz').train_images, arrays.train_images
+  )
   with pytest.raises(UserError, match='cannot write --output='):
-    command.main(command.Config(dataset='mnist', data_dir=str(folder), output=str(tmp_path / 'no' / 'x.npz')))
-  with pytest.raises(ValueError, match=r"--output must be a file name ending in \.npz, got ''"):
+    command.main(
+      command.Config(
+        dataset='mnist', data_dir=str(folder), output=str(tmp_path / 'no' / 'x.npz')
+      )
+    )
+  with pytest.raises(
+    ValueError, match=r"--output must be a file name ending in \.npz, got ''"
+  ):
     command.Config()
 
 
@@ -623,23 +890,63 @@ def test_the_command_writes_arrays(official: tuple[Path, data.Images], tmp_path:
 
 @needs_real_data
 def test_real_mnist() -> None:
-  """60,000 and 10,000 images with the counts of every digit; prepared, and read again without the files."""
+  """60,000 and 10,000 images with the counts of every digit; prepared, and read again
+  without the files.
+  """
   found = data.load_images('mnist', REAL)
-  assert np.bincount(found.train_labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-  assert np.bincount(found.test_labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-  assert np.mean(found.train_images) / 255 == pytest.approx(data.MOMENTS['mnist'][0], abs=1e-4)
+  assert np.bincount(found.train_labels).tolist() == [
+    5923,
+    6742,
+    5958,
+    6131,
+    5842,
+    5421,
+    5918,
+    6265,
+    5851,
+    5949,
+  ]
+  assert np.bincount(found.test_labels).tolist() == [
+    980,
+    1135,
+    1032,
+    1010,
+    982,
+    892,
+    958,
+    1028,
+    974,
+    1009,
+  ]
+  assert np.mean(found.train_images) / 255 == pytest.approx(
+    data.MOMENTS['mnist'][0], abs=1e-4
+  )
   assert data.fingerprint(data.load_images('mnist')) == data.fingerprint(found)
 
 
 @needs_real_data
 def test_real_penn_treebank() -> None:
-  """The counts every paper quotes, and by characters the very files of Mikolov's ptb.char.*.txt."""
+  """The counts every paper quotes, and by characters the very files of Mikolov's
+  ptb.char.*.txt.
+  """
   found = data.load_text('ptb', REAL)
-  assert (len(found.train), len(found.valid), len(found.test), len(found.vocabulary)) == (929_589, 73_760, 82_430, 10_000)
+  assert (
+    len(found.train),
+    len(found.valid),
+    len(found.test),
+    len(found.vocabulary),
+  ) == (929_589, 73_760, 82_430, 10_000)
   chars = data.load_text('ptb_chars')
-  assert (len(chars.train), len(chars.valid), len(chars.test), len(chars.vocabulary)) == (5_017_482, 393_042, 442_423, 50)
+  assert (
+    len(chars.train),
+    len(chars.valid),
+    len(chars.test),
+    len(chars.vocabulary),
+  ) == (5_017_482, 393_042, 442_423, 50)
   expected = '21661f63ec355085879458b6524644d4add5573541b4be14fb52ab2e2e995eb8'
-  symbols = np.array(['\n' if symbol == '<eos>' else symbol for symbol in chars.vocabulary])
+  symbols = np.array(
+    ['\n' if symbol == '<eos>' else symbol for symbol in chars.vocabulary]
+  )
   written = ''.join(f'{symbol} ' for symbol in symbols[chars.valid].tolist())
   assert hashlib.sha256(written.encode()).hexdigest() == expected
 

@@ -1,4 +1,6 @@
-"""The examples in the docstrings run as printed; the figures of docs/scaling.md are what its formulas give."""
+"""The examples in the docstrings run as printed; the figures of docs/scaling.md are
+what its formulas give.
+"""
 
 import doctest
 import importlib
@@ -12,15 +14,21 @@ import pytest
 from experiments import images, language_model
 import fptt_jax
 
-MODULES = [module.name for module in pkgutil.walk_packages(fptt_jax.__path__, 'fptt_jax.')]
+MODULES = [
+  module.name for module in pkgutil.walk_packages(fptt_jax.__path__, 'fptt_jax.')
+]
 
 
 @pytest.mark.parametrize('name', MODULES)
 def test_docstring_examples(name: str) -> None:
   """Each example stands on its own imports and gives what it shows."""
   if name == 'fptt_jax.nn.foreign':
-    pytest.importorskip('equinox', reason='Equinox is not installed for this version of JAX.')
-    pytest.importorskip('haiku', reason='Haiku is not installed for this version of JAX.')
+    pytest.importorskip(
+      'equinox', reason='Equinox is not installed for this version of JAX.'
+    )
+    pytest.importorskip(
+      'haiku', reason='Haiku is not installed for this version of JAX.'
+    )
   module = importlib.import_module(name)
   for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs={}):
     runner = doctest.DocTestRunner()
@@ -30,22 +38,32 @@ def test_docstring_examples(name: str) -> None:
 
 def test_there_are_examples() -> None:
   """The finder finds them: the main entry points have one each."""
-  found = {test.name for name in MODULES for test in doctest.DocTestFinder().find(importlib.import_module(name)) if test.examples}
+  found = {
+    test.name
+    for name in MODULES
+    for test in doctest.DocTestFinder().find(importlib.import_module(name))
+    if test.examples
+  }
   assert {
     'fptt_jax.transformation.fptt',
-    'fptt_jax.training.trainer',
-    'fptt_jax.training.global_batch',
+    'fptt_jax.training.make_trainer',
+    'fptt_jax.training.make_global_batch',
     'fptt_jax.stability.spectral_radius',
     'fptt_jax.losses.from_function',
     'fptt_jax.nn.adapters.from_nnx',
-    'fptt_jax.programs.scan_steps',
-    'fptt_jax.programs.population',
+    'fptt_jax.programs.scan_train_steps',
+    'fptt_jax.programs.vmap_trainer',
   } <= found
 
 
 SUSTAINED = 20e12
 """Assumed flop/s of a device."""
-LINKS = {'NVLink 4': (450e9, 2e-6), 'PCIe 4 x16': (32e9, 5e-6), '400 Gbit/s': (50e9, 5e-6), '100 Gbit/s': (12.5e9, 20e-6)}
+LINKS = {
+  'NVLink 4': (450e9, 2e-6),
+  'PCIe 4 x16': (32e9, 5e-6),
+  '400 Gbit/s': (50e9, 5e-6),
+  '100 Gbit/s': (12.5e9, 20e-6),
+}
 """Assumed bytes/s each way and seconds a hop."""
 DEVICES = 8
 
@@ -66,10 +84,16 @@ class Case(NamedTuple):
     return -(-self.num_steps // self.num_windows) * self.batch_size / DEVICES
 
   def break_even(self, link: str) -> float:
-    """Tokens of a window on each device for which computation takes as long as communication."""
+    """Tokens of a window on each device for which computation takes as long as
+    communication.
+    """
     bandwidth, latency = LINKS[link]
     sent = 2 * (DEVICES - 1) / DEVICES * 4 * self.parameters
-    return (sent / bandwidth + 2 * (DEVICES - 1) * latency) * SUSTAINED / (3 * 2 * self.multiply_adds)
+    return (
+      (sent / bandwidth + 2 * (DEVICES - 1) * latency)
+      * SUSTAINED
+      / (3 * 2 * self.multiply_adds)
+    )
 
 
 def lstm(features: int, hidden: int) -> int:
@@ -81,13 +105,28 @@ def cases() -> list[Case]:
   images_model = images.make_model(images.Config(), 784, 1, 10)
   words_model = language_model.make_model(language_model.Config(), 10_000)
   awd = language_model.TASKS['ptb_w']
-  awd_model = language_model.make_model(language_model.Config(task='ptb_w', **awd), 10_000)
-  e, h, last, m = (awd[name] for name in ('embedding', 'hidden', 'last_hidden', 'experts'))
-  awd_products = lstm(e, h) + lstm(h, h) + lstm(h, last) + last * m * (e + 1) + m * e * 10_000
-  count = lambda model: sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+  awd_model = language_model.make_model(
+    language_model.Config(task='ptb_w', **awd), 10_000
+  )
+  e, h, last, m = (
+    awd[name] for name in ('embedding', 'hidden', 'last_hidden', 'experts')
+  )
+  awd_products = (
+    lstm(e, h) + lstm(h, h) + lstm(h, last) + last * m * (e + 1) + m * e * 10_000
+  )
+  count = lambda model: sum(
+    leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
+  )
   return [
     Case('pixel MNIST, LSTM 128', count(images_model), lstm(1, 128), 784, 28, 128),
-    Case('PTB-300, LSTM 256', count(words_model), lstm(256, 256) + 256 * 10_000, 300, 6, 128),
+    Case(
+      'PTB-300, LSTM 256',
+      count(words_model),
+      lstm(256, 256) + 256 * 10_000,
+      300,
+      6,
+      128,
+    ),
     Case('PTB-w, AWD-LSTM', count(awd_model), awd_products, 70, 3, 6),
   ]
 
@@ -99,13 +138,28 @@ def test_scaling_tables() -> None:
   expected = []
   for case in cases():
     megabytes = 2 * (DEVICES - 1) / DEVICES * 4 * case.parameters / 1e6
-    ratios = [(case.break_even(link) / case.tokens, case.break_even(link) / (case.batch_size / DEVICES)) for link in LINKS]
-    shape = [f'{case.parameters:,}', f'{case.multiply_adds:,}', str(case.num_windows), number(case.tokens)]
+    ratios = [
+      (
+        case.break_even(link) / case.tokens,
+        case.break_even(link) / (case.batch_size / DEVICES),
+      )
+      for link in LINKS
+    ]
+    shape = [
+      f'{case.parameters:,}',
+      f'{case.multiply_adds:,}',
+      str(case.num_windows),
+      number(case.tokens),
+    ]
     expected += [
       [case.name, *shape, f'{megabytes:.3g}', f'{case.num_windows * megabytes:.3g}'],
       [case.name, *(number(case.break_even(link)) for link in LINKS)],
       [case.name, *(f'{number(window)}, {number(step)}' for window, step in ratios)],
     ]
   names = tuple(f'| {row[0]} |' for row in expected)
-  found = [line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith(names)]
+  found = [
+    line.strip('| ').split(' | ')
+    for line in text.splitlines()
+    if line.startswith(names)
+  ]
   assert sorted(found) == sorted(expected)

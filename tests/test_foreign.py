@@ -1,4 +1,6 @@
-"""Models from Equinox and Haiku, from modules of one's own, and trained parameters back into them."""
+"""Models from Equinox and Haiku, from modules of one's own, and trained parameters back
+into them.
+"""
 
 import subprocess
 import sys
@@ -19,7 +21,9 @@ KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(T, B, D)).astype(np.float32)
 
 
-def in_two_windows(model: fptt_jax.Model, params: Any, x: Any = X, key: Any = None) -> jax.Array:
+def in_two_windows(
+  model: fptt_jax.Model, params: Any, x: Any = X, key: Any = None
+) -> jax.Array:
   """Returns the outputs [T, B, ...] of two windows with the state carried."""
   run = jax.jit(lambda state, x: model.apply(params, state, x, None, key))
   state, first = run(model.initial_state(B), x[:3])
@@ -30,7 +34,9 @@ def in_two_windows(model: fptt_jax.Model, params: Any, x: Any = X, key: Any = No
 def trained(model: fptt_jax.Model) -> Any:
   """Returns parameters after one sequence of training."""
   loss = fptt_jax.losses.terminal_regression()
-  trainer = fptt_jax.trainer(model, loss, fptt_jax.fptt(optax.adam(1e-2)), num_windows=2)
+  trainer = fptt_jax.make_trainer(
+    model, loss, fptt_jax.fptt(optax.adam(1e-2)), num_windows=2
+  )
   batch = fptt_jax.Batch(X, np.ones((B, H), np.float32), np.array([T, 4, 1]))
   state, metrics = trainer.step(trainer.init(KEY, batch), batch)
   assert np.isfinite(metrics.loss).all()
@@ -42,12 +48,16 @@ def trained(model: fptt_jax.Model) -> Any:
 
 @pytest.fixture(name='eqx')
 def equinox() -> Any:
-  return pytest.importorskip('equinox', reason='Equinox is not installed for this version of JAX.')
+  return pytest.importorskip(
+    'equinox', reason='Equinox is not installed for this version of JAX.'
+  )
 
 
 @pytest.mark.parametrize('name', ['GRUCell', 'LSTMCell'])
 def test_equinox_cells(eqx: Any, name: str) -> None:
-  """Windows give what the cell gives row by row and step by step, before and after training."""
+  """WindowPlan give what the cell gives row by row and step by step, before and after
+  training.
+  """
   build = lambda key: getattr(eqx.nn, name)(D, H, key=key)
   model = nn.from_equinox(build)
   for params in (model.init(KEY), trained(model)):
@@ -91,9 +101,15 @@ def test_equinox_module_of_ones_own(eqx: Any) -> None:
 
   model = nn.from_equinox(Tagger)
   params = trained(model)
-  assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(params))
+  assert all(
+    jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(params)
+  )
   module = eqx.nn.inference_mode(eqx.combine(params, Tagger(jax.random.key(3))))
-  y, state, run = in_two_windows(model, params), module.initial_state(), jax.jit(lambda state, x: module(state, x))
+  y, state, run = (
+    in_two_windows(model, params),
+    module.initial_state(),
+    jax.jit(lambda state, x: module(state, x)),
+  )
   for step in range(T):
     state, expected = run(state, X[step, 0])
     np.testing.assert_allclose(y[step, 0], expected, atol=1e-5)
@@ -103,7 +119,9 @@ def test_equinox_module_of_ones_own(eqx: Any) -> None:
 
 
 def test_equinox_modules_that_cannot_be_meant(eqx: Any) -> None:
-  """A module without steps, one that is made already, and one with running statistics."""
+  """A module without steps, one that is made already, and one with running
+  statistics.
+  """
   with pytest.raises(TypeError, match='Linear'):
     nn.from_equinox(lambda key: eqx.nn.Linear(D, H, key=key))
   with pytest.raises(TypeError, match='build'):
@@ -117,12 +135,16 @@ def test_equinox_modules_that_cannot_be_meant(eqx: Any) -> None:
 
 @pytest.fixture(name='hk')
 def haiku() -> Any:
-  return pytest.importorskip('haiku', reason='Haiku is not installed for this version of JAX.')
+  return pytest.importorskip(
+    'haiku', reason='Haiku is not installed for this version of JAX.'
+  )
 
 
 @pytest.mark.parametrize('name', ['LSTM', 'GRU', 'VanillaRNN', 'DeepRNN'])
 def test_haiku_cores(hk: Any, name: str) -> None:
-  """Windows give what Haiku's own unroll gives over the whole sequence, before and after training."""
+  """WindowPlan give what Haiku's own unroll gives over the whole sequence, before and
+  after training.
+  """
 
   def build() -> Any:
     if name == 'DeepRNN':
@@ -136,7 +158,9 @@ def test_haiku_cores(hk: Any, name: str) -> None:
   model = nn.from_haiku(build, (D,))
   run = jax.jit(hk.transform(unroll).apply)
   for params in (model.init(KEY), trained(model)):
-    np.testing.assert_allclose(in_two_windows(model, params), run(params, None, X), atol=1e-5)
+    np.testing.assert_allclose(
+      in_two_windows(model, params), run(params, None, X), atol=1e-5
+    )
 
 
 def test_haiku_cores_that_cannot_be_meant(hk: Any) -> None:
@@ -146,7 +170,9 @@ def test_haiku_cores_that_cannot_be_meant(hk: Any) -> None:
 
   class Trained(hk.GRU):
     def initial_state(self, batch_size: Any) -> Any:
-      return jnp.broadcast_to(hk.get_parameter('start', (H,), init=jnp.zeros), (batch_size, H))
+      return jnp.broadcast_to(
+        hk.get_parameter('start', (H,), init=jnp.zeros), (batch_size, H)
+      )
 
   with pytest.raises(TypeError, match='initial state'):
     nn.from_haiku(lambda: Trained(H), (D,))
@@ -154,12 +180,17 @@ def test_haiku_cores_that_cannot_be_meant(hk: Any) -> None:
   with pytest.raises(TypeError, match='LayerNorm'):
     nn.from_haiku(lambda: hk.DeepRNN([hk.GRU(H), norm]), (D,))
   with pytest.raises(TypeError, match='rows'):
-    nn.from_haiku(lambda: hk.DeepRNN([hk.GRU(H), lambda x: x - x.mean(0, keepdims=True)]), (D,))
+    nn.from_haiku(
+      lambda: hk.DeepRNN([hk.GRU(H), lambda x: x - x.mean(0, keepdims=True)]), (D,)
+    )
 
 
 @pytest.mark.parametrize(
   ('module', 'call', 'package'),
-  [('equinox', 'from_equinox(lambda key: None)', 'equinox'), ('haiku', 'from_haiku(lambda: None, (1,))', 'dm-haiku')],
+  [
+    ('equinox', 'from_equinox(lambda key: None)', 'equinox'),
+    ('haiku', 'from_haiku(lambda: None, (1,))', 'dm-haiku'),
+  ],
 )
 def test_neither_library_is_needed(module: str, call: str, package: str) -> None:
   """They are imported when asked for, and the error says what to install."""
@@ -189,7 +220,9 @@ class TwoCells(nnx.Module):
     self.readout = nnx.Linear(H, H, rngs=rngs)
 
   def initialize_carry(self, input_shape: Any, rngs: Any = None) -> Any:
-    return self.first.initialize_carry(input_shape, rngs), self.second.initialize_carry(input_shape, rngs)
+    return self.first.initialize_carry(input_shape, rngs), self.second.initialize_carry(
+      input_shape, rngs
+    )
 
   def __call__(self, carry: Any, x: jax.Array) -> Any:
     first, h = self.first(carry[0], x)
@@ -240,7 +273,9 @@ class NeedsFeatures(nnx.GRUCell):
     super().__init__(D, D, rngs=rngs)
     self.in_features = None
 
-  def initialize_carry(self, input_shape: Any, rngs: Any = None, carry_init: Any = None) -> Any:
+  def initialize_carry(
+    self, input_shape: Any, rngs: Any = None, carry_init: Any = None
+  ) -> Any:
     return jnp.zeros(input_shape)
 
 
@@ -267,33 +302,52 @@ class Constants(nnx.Module):
     self.function = lambda x: x * factor
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    product = self.jax * self.numpy * self.scalar * self.number * self.table['a'] * self.items[0]
+    product = (
+      self.jax
+      * self.numpy
+      * self.scalar
+      * self.number
+      * self.table['a']
+      * self.items[0]
+    )
     return self.function(x * product[None, None])
 
 
 def test_arrays_that_are_no_parameters_are_constants() -> None:
-  """They are neither trained nor lost: the output is the inputs' times their product."""
+  """They are neither trained nor lost: the output is the inputs' times their
+  product.
+  """
 
   def stack(middle: Any) -> fptt_jax.Model:
-    return nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(D, H, rngs=rngs), middle(), nnx.Linear(H, H, rngs=rngs)))
+    return nn.from_nnx(
+      lambda rngs: nn.Sequential(
+        nn.LSTM(D, H, rngs=rngs), middle(), nnx.Linear(H, H, rngs=rngs)
+      )
+    )
 
   product = 2.0 * 3 * 5 * 7 * 11 * 13 * 17
   model, plain = stack(Constants), stack(lambda: lambda x: x * product)
   params = trained(model)
   assert set(params['layers']) == {0, 2}
-  np.testing.assert_allclose(in_two_windows(model, params), in_two_windows(plain, params), rtol=1e-5)
+  np.testing.assert_allclose(
+    in_two_windows(model, params), in_two_windows(plain, params), rtol=1e-5
+  )
 
 
 def test_a_functions_array_made_by_build_is_a_constant() -> None:
   """Also beside layers that are drawn from rngs."""
 
-  def build(rngs: nnx.Rngs) -> nn.Stack:
+  def build(rngs: nnx.Rngs) -> nn.Sequential:
     factor = jnp.full((1, 1, H), 2.0)
-    return nn.Stack(nn.GRU(D, H, rngs=rngs), lambda x: x * factor)
+    return nn.Sequential(nn.GRU(D, H, rngs=rngs), lambda x: x * factor)
 
   model, plain = nn.from_nnx(build), nn.from_nnx(lambda rngs: nn.GRU(D, H, rngs=rngs))
   params = model.init(KEY)
-  np.testing.assert_allclose(in_two_windows(model, params), 2 * in_two_windows(plain, params['layers'][0]), rtol=1e-6)
+  np.testing.assert_allclose(
+    in_two_windows(model, params),
+    2 * in_two_windows(plain, params['layers'][0]),
+    rtol=1e-6,
+  )
 
 
 def test_random_constants_and_hidden_parameters_are_refused() -> None:
@@ -307,11 +361,11 @@ def test_random_constants_and_hidden_parameters_are_refused() -> None:
       return x @ self.matrix
 
   with pytest.raises(TypeError, match='matrix'):
-    nn.from_nnx(lambda rngs: nn.Stack(nn.GRU(D, H, rngs=rngs), Projection(rngs)))
+    nn.from_nnx(lambda rngs: nn.Sequential(nn.GRU(D, H, rngs=rngs), Projection(rngs)))
 
-  def build(rngs: nnx.Rngs) -> nn.Stack:
+  def build(rngs: nnx.Rngs) -> nn.Sequential:
     readout = nnx.Linear(H, H, rngs=rngs)
-    return nn.Stack(nn.GRU(D, H, rngs=rngs), lambda x: readout(x))
+    return nn.Sequential(nn.GRU(D, H, rngs=rngs), lambda x: readout(x))
 
   with pytest.raises(TypeError, match='Linear'):
     nn.from_nnx(build)
@@ -332,4 +386,4 @@ def test_variables_of_other_kinds_are_refused_by_name() -> None:
       return x * self.factor[...]
 
   with pytest.raises(TypeError, match=r'Frozen at layers\.1\.factor'):
-    nn.from_nnx(lambda rngs: nn.Stack(nn.GRU(D, H, rngs=rngs), Scaled()))
+    nn.from_nnx(lambda rngs: nn.Sequential(nn.GRU(D, H, rngs=rngs), Scaled()))

@@ -1,4 +1,4 @@
-"""Windows taken apart against the plain scan of the same layer."""
+"""WindowPlan taken apart against the plain scan of the same layer."""
 
 import functools
 import re
@@ -20,27 +20,40 @@ LAYERS = {
   'LSTM': nn.LSTM,
   'GRU': nn.GRU,
   'GRU one bias': functools.partial(nn.GRU, recurrent_bias=False),
-  'RNN': nn.RNN,
+  'RNN': nn.ElmanRNN,
   'AntisymmetricRNN': functools.partial(nn.AntisymmetricRNN, epsilon=0.3),
   'IndRNN': nn.IndRNN,
-  'IndRNN limited': functools.partial(nn.IndRNN, max_weight=0.5, initial_range=(-0.5, 0.5)),
+  'IndRNN limited': functools.partial(
+    nn.IndRNN, max_weight=0.5, initial_range=(-0.5, 0.5)
+  ),
   'LRU': nn.LRU,
   'LRU wide': functools.partial(nn.LRU, state_features=9),
 }
 
 
 def model(layer, features, fused, dtype=jnp.float64):
-  return nn.from_nnx(lambda rngs: LAYERS[layer](features, H, fused=fused, param_dtype=dtype, rngs=rngs))
+  return nn.from_nnx(
+    lambda rngs: LAYERS[layer](features, H, fused=fused, param_dtype=dtype, rngs=rngs)
+  )
 
 
 def value_and_gradients(layer, fused, shape, masked, dtype=jnp.float64):
-  """Of a function of all that a window gives out, by weights, initial state and inputs; masked outputs mean nothing, they are left
-  out."""
-  run, (size, batch_size, features) = model(layer, features=shape[2], fused=fused, dtype=dtype), shape
-  draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+  """Of a function of all that a window gives out, by weights, initial state and inputs;
+  masked outputs mean nothing, they are left out."""
+  run, (size, batch_size, features) = (
+    model(layer, features=shape[2], fused=fused, dtype=dtype),
+    shape,
+  )
+  draw = lambda seed, *shape: jax.random.normal(
+    jax.random.key(seed), shape, jnp.float32
+  ).astype(dtype)
   params = run.init(jax.random.key(0))
-  state = jax.tree.map(lambda leaf: draw(1, *leaf.shape) / 2, run.initial_state(batch_size))
-  mask = jax.random.bernoulli(jax.random.key(2), 0.6, (size, batch_size)) if masked else None
+  state = jax.tree.map(
+    lambda leaf: draw(1, *leaf.shape) / 2, run.initial_state(batch_size)
+  )
+  mask = (
+    jax.random.bernoulli(jax.random.key(2), 0.6, (size, batch_size)) if masked else None
+  )
   weights = draw(3, size, batch_size, H)
 
   @problems.quick
@@ -48,7 +61,9 @@ def value_and_gradients(layer, fused, shape, masked, dtype=jnp.float64):
   def total(params, state, x):
     end, y = run.apply(params, state, x, mask, None)
     kept = y if mask is None else jnp.where(mask[..., None], y, 0)
-    return jnp.sum(weights * kept) + sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(end))
+    return jnp.sum(weights * kept) + sum(
+      jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(end)
+    )
 
   return total(params, state, draw(4, size, batch_size, features))
 
@@ -76,7 +91,9 @@ def assert_close(got, expected, tolerance):
 )
 @pytest.mark.parametrize('layer', LAYERS)
 def test_fused_equals_the_scan(layer, axis, shape, masked, steps):
-  """Values and all gradients in float64; few and many features; all, some and single steps at once; masks with holes."""
+  """Values and all gradients in float64; few and many features; all, some and single
+  steps at once; masks with holes.
+  """
   assert features_axis(shape[1], H) == axis
   assert steps_at_once(*shape[:2]) == steps
   expected = value_and_gradients(layer, False, shape, masked)
@@ -86,36 +103,56 @@ def test_fused_equals_the_scan(layer, axis, shape, masked, steps):
 @pytest.mark.parametrize('batch_size', [16, 64], ids=['rows', 'columns'])
 @pytest.mark.parametrize('layer', LAYERS)
 def test_fused_in_float32_is_as_good_as_the_scan(layer, batch_size):
-  """float32 differs from the scan in float32 by rounding alone: 12 steps of sums of some 20 products, each to 6e-8, for gradients
-  of as many sequences."""
+  """float32 differs from the scan in float32 by rounding alone: 12 steps of sums of
+  some 20 products, each to 6e-8, for gradients of as many sequences."""
   shape = (12, batch_size, 7)
   expected = value_and_gradients(layer, False, shape, False, jnp.float32)
-  assert_close(value_and_gradients(layer, True, shape, False, jnp.float32), expected, 2e-5)
+  assert_close(
+    value_and_gradients(layer, True, shape, False, jnp.float32), expected, 2e-5
+  )
 
 
 @pytest.mark.parametrize('batch_size', [16, 64], ids=['rows', 'columns'])
 @pytest.mark.parametrize('layer', [layer for layer in LAYERS if 'LRU' not in layer])
 def test_fused_in_bfloat16_sums_in_float32(layer, batch_size):
-  """bfloat16 weights, inputs and states, summed in float32: no further from the float32 result of the same numbers than the scan in
-  bfloat16 is, but for a factor 1.5 of luck."""
+  """bfloat16 weights, inputs and states, summed in float32: no further from the float32
+  result of the same numbers than the scan in bfloat16 is, but for a factor 1.5 of
+  luck.
+  """
   shape = (12, batch_size, 7)
-  weights = jax.tree.map(lambda x: x.astype(jnp.float32), model(layer, 7, True, jnp.bfloat16).init(jax.random.key(0)))
+  weights = jax.tree.map(
+    lambda x: x.astype(jnp.float32),
+    model(layer, 7, True, jnp.bfloat16).init(jax.random.key(0)),
+  )
   x = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
 
   def gradients(dtype, fused):
     run = model(layer, 7, fused, dtype)
     total = lambda params: jnp.sum(
-      run.apply(params, run.initial_state(batch_size), x.astype(dtype), None, None)[1].astype(jnp.float32) ** 2
+      run.apply(params, run.initial_state(batch_size), x.astype(dtype), None, None)[
+        1
+      ].astype(jnp.float32)
+      ** 2
     )
-    return problems.quick(jax.grad(total))(jax.tree.map(lambda w: w.astype(dtype), weights))
+    return problems.quick(jax.grad(total))(
+      jax.tree.map(lambda w: w.astype(dtype), weights)
+    )
 
   exact = gradients(jnp.float32, False)
   distance = lambda tree: np.sqrt(
-    sum(np.sum((np.asarray(a, np.float64) - b) ** 2) for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True))
+    sum(
+      np.sum((np.asarray(a, np.float64) - b) ** 2)
+      for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True)
+    )
   )
-  scan, fused = distance(gradients(jnp.bfloat16, False)), distance(gradients(jnp.bfloat16, True))
+  scan, fused = (
+    distance(gradients(jnp.bfloat16, False)),
+    distance(gradients(jnp.bfloat16, True)),
+  )
   assert fused <= 1.5 * scan
-  assert fused <= 0.02 * np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(exact)))
+  assert fused <= 0.02 * np.sqrt(
+    sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(exact))
+  )
 
 
 @pytest.mark.usefixtures('x64')
@@ -128,7 +165,9 @@ def test_fused_under_vmap(layer, batch_size):
   x = jax.random.normal(jax.random.key(1), (3, 5, batch_size, 2))
 
   def gradients(run):
-    total = lambda params, x: jnp.sum(jnp.sin(run.apply(params, run.initial_state(batch_size), x, None, None)[1]))
+    total = lambda params, x: jnp.sum(
+      jnp.sin(run.apply(params, run.initial_state(batch_size), x, None, None)[1])
+    )
     return problems.quick(jax.vmap(jax.grad(total)))(params, x)
 
   assert_close(gradients(runs[0]), gradients(runs[1]), 1e-12)
@@ -141,7 +180,11 @@ def test_plain_scan_can_be_differentiated_forward():
   def outputs(fused):
     run = model('LSTM', 2, fused, jnp.float32)
     params = run.init(jax.random.key(0))
-    return jax.jvp(lambda p: run.apply(p, run.initial_state(2), x, None, None)[1], (params,), (params,))[1]
+    return jax.jvp(
+      lambda p: run.apply(p, run.initial_state(2), x, None, None)[1],
+      (params,),
+      (params,),
+    )[1]
 
   assert np.isfinite(outputs(False)).all()
   with pytest.raises(TypeError, match='forward-mode'):
@@ -150,10 +193,23 @@ def test_plain_scan_can_be_differentiated_forward():
 
 @pytest.mark.parametrize(
   ('num_steps', 'batch_size', 'expected'),
-  [(28, 128, 1), (28, 64, 2), (28, 32, 4), (28, 8, 28), (28, 1, 28), (7, 64, 7), (7, 16, 7), (1, 1, 1), (53, 64, 1), (997, 8, 997)],
+  [
+    (28, 128, 1),
+    (28, 64, 2),
+    (28, 32, 4),
+    (28, 8, 28),
+    (28, 1, 28),
+    (7, 64, 7),
+    (7, 16, 7),
+    (1, 1, 1),
+    (53, 64, 1),
+    (997, 8, 997),
+  ],
 )
 def test_steps_at_once(num_steps, batch_size, expected):
-  """The least divisor of S that makes 128 columns and no more than 1024, else the least that makes 64, all of S at most."""
+  """The least divisor of S that makes 128 columns and no more than 1024, else the least
+  that makes 64, all of S at most.
+  """
   assert steps_at_once(num_steps, batch_size) == expected
 
 
@@ -170,18 +226,32 @@ def test_steps_at_once(num_steps, batch_size, expected):
   ],
 )
 def test_features_axis(batch_size, hidden, expected):
-  """Columns for 64 sequences or more, if a multiple of 16, and for 1,024 units or more."""
+  """Columns for 64 sequences or more, if a multiple of 16, and for 1,024 units or
+  more.
+  """
   assert features_axis(batch_size, hidden) == expected
 
 
 def compiled_step(num_steps, num_windows, features=1, batch_size=64, **options):
   """A train step of an LSTM of 128."""
-  run = nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(features, 128, rngs=rngs), nnx.Linear(128, 10, rngs=rngs)))
-  loss, tx = fptt_jax.losses.terminal_classification(10, divergence='none'), fptt_jax.fptt(optax.adam(1e-3))
-  trainer = fptt_jax.trainer(run, loss, tx, num_windows=num_windows, **options)
-  shapes = jax.ShapeDtypeStruct((num_steps, batch_size, features), jnp.float32), jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+  run = nn.from_nnx(
+    lambda rngs: nn.Sequential(
+      nn.LSTM(features, 128, rngs=rngs), nnx.Linear(128, 10, rngs=rngs)
+    )
+  )
+  loss, tx = (
+    fptt_jax.losses.terminal_classification(10, divergence='none'),
+    fptt_jax.fptt(optax.adam(1e-3)),
+  )
+  trainer = fptt_jax.make_trainer(run, loss, tx, num_windows=num_windows, **options)
+  shapes = (
+    jax.ShapeDtypeStruct((num_steps, batch_size, features), jnp.float32),
+    jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+  )
   batch = fptt_jax.Batch(*shapes)
-  return problems.optimised(trainer.step.lower(jax.eval_shape(trainer.init, jax.random.key(0), batch), batch))
+  return problems.optimized(
+    trainer.step.lower(jax.eval_shape(trainer.init, jax.random.key(0), batch), batch)
+  )
 
 
 def temporary_bytes(*args, **options):
@@ -191,41 +261,76 @@ def temporary_bytes(*args, **options):
 @pytest.mark.parametrize('batch_size', [60, 64], ids=['rows', 'columns'])
 @pytest.mark.parametrize(('features', 'expected'), [(1, 7.05), (128, 8.05)])
 def test_lstm_keeps_seven_numbers_a_unit_and_step(features, expected, batch_size):
-  """A window's memory grows by 7·B·H floats a step: five factors, f, and the output before, with input and 1, 1/64 of it. Inputs of
-  many features, as many here as units, are cut out of the batch."""
-  small, large = (temporary_bytes(128, windows, features, batch_size) for windows in (4, 2))
+  """A window's memory grows by 7·B·H floats a step: five factors, f, and the output
+  before, with input and 1, 1/64 of it. Inputs of many features, as many here as units,
+  are cut out of the batch.
+  """
+  small, large = (
+    temporary_bytes(128, windows, features, batch_size) for windows in (4, 2)
+  )
   assert (large - small) / (32 * batch_size * 128 * 4) <= expected
 
 
 def test_memory_falls_with_the_windows():
-  """Pixel MNIST's shape on one device: at least 25 times with K = 28, 80 times with K = 112; windows of 16 steps take no more for
-  longer sequences."""
-  whole, *parts = (temporary_bytes(784, windows, batch_size=128) for windows in (1, 28, 112))
+  """Pixel MNIST's shape on one device: at least 25 times with K = 28, 80 times with K =
+  112; windows of 16 steps take no more for longer sequences."""
+  whole, *parts = (
+    temporary_bytes(784, windows, batch_size=128) for windows in (1, 28, 112)
+  )
   assert whole >= 25 * parts[0]
   assert whole >= 80 * parts[1]
-  short, long = (temporary_bytes(num_steps, num_steps // 16) for num_steps in (256, 16_384))
+  short, long = (
+    temporary_bytes(num_steps, num_steps // 16) for num_steps in (256, 16_384)
+  )
   assert long <= 1.02 * short
 
 
 def test_products_in_the_compiled_loops():
-  """Matrices are multiplied once a step forward and, for two steps backward, twice for dh and once for the weights."""
+  """Matrices are multiplied once a step forward and, for two steps backward, twice for
+  dh and once for the weights.
+  """
   text = compiled_step(56, 2).as_text()
   bodies = re.findall(r'^%?[\w.-]+ \(.*?^}', text, re.M | re.S)
-  products = {body.split(' ', 1)[0]: len(re.findall(r'= \S+ dot\(', body)) for body in bodies}
-  calls = {body.split(' ', 1)[0]: re.findall(r'calls=(%?[\w.-]+)', body) for body in bodies}
+  products = {
+    body.split(' ', 1)[0]: len(re.findall(r'= \S+ dot\(', body)) for body in bodies
+  }
+  calls = {
+    body.split(' ', 1)[0]: re.findall(r'calls=(%?[\w.-]+)', body) for body in bodies
+  }
   loops = re.findall(r'body=(%?[\w.-]+)', text)
-  counts = sorted(products[name] + sum(products.get(called, 0) for called in calls[name]) for name in loops)
-  assert counts == [1, 3, 3]  # The third is the loop over windows: the readout's, forward and twice backward.
+  counts = sorted(
+    products[name] + sum(products.get(called, 0) for called in calls[name])
+    for name in loops
+  )
+  assert counts == [
+    1,
+    3,
+    3,
+  ]  # The third is the loop over windows: the readout's, forward and twice backward.
 
 
 @pytest.mark.parametrize(('skip_nonfinite', 'passes'), [(False, 8), (True, 12)])
 def test_update_in_the_compiled_windows(skip_nonfinite, passes):
-  """The loop over windows copies none of the layer's parameters, and updates each in five passes: Adam's two moments, of which the
-  regularised gradient is a part; W, λ, W̄. (On a CPU a fusion writes one array. Three more scale and transpose the window's weights
-  and zero their gradient.) Skipping what is not finite takes at most one more for each of the five kept.
+  """The loop over windows copies none of the layer's parameters, and updates each in
+  five passes: Adam's two moments, of which the regularized gradient is a part; W, λ,
+  W̄. (On a CPU a fusion writes one array. Three more scale and transpose the window's
+  weights and zero their gradient.) Skipping what is not finite takes at most one more
+  for each of the five kept.
   """
   text = compiled_step(56, 2, skip_nonfinite=skip_nonfinite).as_text()
-  bodies = {body.split(' ', 1)[0]: body for body in re.findall(r'^%?[\w.-]+ \(.*?^}', text, re.M | re.S)}
-  windows = max((bodies[name] for name in re.findall(r'body=(%?[\w.-]+)', text)), key=len)
+  bodies = {
+    body.split(' ', 1)[0]: body
+    for body in re.findall(r'^%?[\w.-]+ \(.*?^}', text, re.M | re.S)
+  }
+  windows = max(
+    (bodies[name] for name in re.findall(r'body=(%?[\w.-]+)', text)), key=len
+  )
   assert not re.findall(r'= f32\[(?:128,512|1,512|512)\]\S* copy\(', windows)
-  assert len(re.findall(r'= f32\[(?:128,512|512,128)\]\S* (?:fusion|copy|transpose)\(', windows)) <= passes
+  assert (
+    len(
+      re.findall(
+        r'= f32\[(?:128,512|512,128)\]\S* (?:fusion|copy|transpose)\(', windows
+      )
+    )
+    <= passes
+  )

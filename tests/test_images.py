@@ -13,17 +13,44 @@ import pytest
 from experiments import cells, data, epochs, images, options, runs, smoke
 import fptt_jax
 
-TINY = dict(task='arrays', row=True, hidden=8, batch_size=8, valid_size=16, epochs=3, milestones=(2,), num_windows=2, lr=1e-2)
+FLOAT32_TINY = dict(
+  task='arrays',
+  row=True,
+  hidden=8,
+  batch_size=8,
+  valid_size=16,
+  epochs=3,
+  milestones=(2,),
+  num_windows=2,
+  lr=1e-2,
+)
 
 
 def make_config(folder: Path, **settings: Any) -> images.Config:
-  return images.Config(**{**TINY, 'data_dir': smoke.data_files(folder / 'data')['images'], **settings})
+  return images.Config(
+    **{
+      **FLOAT32_TINY,
+      'data_dir': smoke.data_files(folder / 'data')['images'],
+      **settings,
+    }
+  )
 
 
-def test_script_learns_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-  """A bright row is told by its number after some epochs, far above chance; test is measured at the epoch of the best validation;
-  the same command again trains nothing and prints the same table."""
-  config = make_config(tmp_path, method=('fptt',), epochs=40, milestones=(), lr=3e-2, workdir=str(tmp_path / 'run'))
+def test_script_learns_and_reports(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """A bright row is told by its number after some epochs, far above chance; test is
+  measured at the epoch of the best validation; the same command again trains nothing
+  and prints the same table.
+  """
+  config = make_config(
+    tmp_path,
+    method=('fptt',),
+    epochs=40,
+    milestones=(),
+    lr=3e-2,
+    workdir=str(tmp_path / 'run'),
+  )
   images.main(config)
   first = capsys.readouterr().out
   [summary] = json.loads((tmp_path / 'run' / 'summary.json').read_text())['runs']
@@ -32,7 +59,9 @@ def test_script_learns_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture
   assert summary['valid_accuracy'] == best
   assert rows[summary['best_epoch'] - 1]['valid_accuracy'] == best
   assert summary['test_accuracy'] > 60  # chance: 17
-  assert [row['updates'] for row in rows] == [2 * 6 * epoch for epoch in range(1, 41)]  # 48 images in batches of 8, K = 2
+  assert [row['updates'] for row in rows] == [
+    2 * 6 * epoch for epoch in range(1, 41)
+  ]  # 48 images in batches of 8, K = 2
   assert (tmp_path / 'run' / 'accuracy.png').stat().st_size > 10_000
   images.main(config)
   second = capsys.readouterr().out
@@ -40,25 +69,45 @@ def test_script_learns_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture
   assert second.splitlines()[-3:] == first.splitlines()[-3:]
 
 
-@pytest.mark.parametrize('settings', [dict(divergence='example', dropout=0.3), dict(average_after=1, restart=True)])
-def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path, settings: dict[str, Any]) -> None:
-  """Stopped after an epoch's metrics and before its checkpoint, a run goes on to the metrics and the result of one never stopped:
-  order of the images, Q tables of every example, learning rate, averages and dropout included."""
+@pytest.mark.parametrize(
+  'settings',
+  [dict(divergence='example', dropout=0.3), dict(average_after=1, restart=True)],
+)
+def test_interrupted_run_resumes_to_the_same_numbers(
+  tmp_path: Path, settings: dict[str, Any]
+) -> None:
+  """Stopped after an epoch's metrics and before its checkpoint, a run goes on to the
+  metrics and the result of one never stopped: order of the images, Q tables of every
+  example, learning rate, averages and dropout included.
+  """
   config = make_config(tmp_path, method=('fptt',), epochs=4, **settings)
   whole = images.run(config, str(tmp_path / 'whole'))[1]
   with interrupted_at(3):
     images.run(config, str(tmp_path / 'cut'))
   resumed = images.run(config, str(tmp_path / 'cut'))[1]
-  assert [{**summary, 'seconds': 0} for summary in resumed] == [{**summary, 'seconds': 0} for summary in whole]
-  files = [tmp_path / name / 'fptt-seed0' / 'metrics.jsonl' for name in ('whole', 'cut')]
+  assert [{**summary, 'seconds': 0} for summary in resumed] == [
+    {**summary, 'seconds': 0} for summary in whole
+  ]
+  files = [
+    tmp_path / name / 'fptt-seed0' / 'metrics.jsonl' for name in ('whole', 'cut')
+  ]
   curves = [[{**row, 'seconds': 0} for row in runs.read_jsonl(file)] for file in files]
   assert curves[0] == curves[1]
 
 
 def test_learning_rate_falls_at_the_milestones_and_on_a_plateau(tmp_path: Path) -> None:
-  """Divided by milestone_factor after each milestone, by plateau_factor after each epoch that is no better (here all but the first:
-  nothing is learned at such a rate); training stops below min_lr."""
-  settings = dict(lr=1e-20, milestones=(1, 3), milestone_factor=10.0, plateau_factor=2.0, epochs=9, min_lr=1e-23)
+  """Divided by milestone_factor after each milestone, by plateau_factor after each
+  epoch that is no better (here all but the first: nothing is learned at such a rate);
+  training stops below min_lr.
+  """
+  settings = dict(
+    lr=1e-20,
+    milestones=(1, 3),
+    milestone_factor=10.0,
+    plateau_factor=2.0,
+    epochs=9,
+    min_lr=1e-23,
+  )
   config = make_config(tmp_path, method=('bptt',), **settings)
   images.run(config, str(tmp_path / 'run'))
   rows = runs.read_jsonl(tmp_path / 'run' / 'bptt-seed0' / 'metrics.jsonl')
@@ -67,15 +116,21 @@ def test_learning_rate_falls_at_the_milestones_and_on_a_plateau(tmp_path: Path) 
 
 
 def test_each_epoch_takes_each_training_image_once(tmp_path: Path) -> None:
-  """Shuffled by seed and epoch alone; the targets are the images' labels, the ids their places."""
+  """Shuffled by seed and epoch alone; the targets are the images' labels, the ids their
+  places.
+  """
   config = make_config(tmp_path, divergence='example')
   sequences, _ = images.load(config)
   task = images.make_task(config, sequences, 'fptt', 1)
-  labels, ids = (np.concatenate(part) for part in zip(*(batch.targets for batch in read_epoch(task, 2, 5)), strict=True))
+  labels, ids = (
+    np.concatenate(part)
+    for part in zip(*(batch.targets for batch in read_epoch(task, 2, 5)), strict=True)
+  )
   assert sorted(ids.tolist()) == list(range(48))
   np.testing.assert_array_equal(labels, sequences.splits.train.labels[ids])
   again, other, another = (
-    np.concatenate([batch.targets[1] for batch in read_epoch(task, epoch, seed)]) for epoch, seed in ((2, 5), (3, 5), (2, 6))
+    np.concatenate([batch.targets[1] for batch in read_epoch(task, epoch, seed)])
+    for epoch, seed in ((2, 5), (3, 5), (2, 6))
   )
   np.testing.assert_array_equal(again, ids)
   assert not np.array_equal(other, ids)
@@ -84,15 +139,32 @@ def test_each_epoch_takes_each_training_image_once(tmp_path: Path) -> None:
 
 def read_epoch(task: epochs.Task, epoch: int, seed: int) -> list[fptt_jax.Batch]:
   """All batches of an epoch."""
-  return [task.read(task.source, item) for portion in task.portions(epoch, seed) for item in portion.items]
+  return [
+    task.read(task.source, item)
+    for portion in task.portions(epoch, seed)
+    for item in portion.items
+  ]
 
 
-def test_the_permutation_is_fixed_and_kept_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """Every split is read in the one order of --permutation_seed, which the run's folder holds."""
+def test_the_permutation_is_fixed_and_kept_with_the_run(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Every split is read in the one order of --permutation_seed, which the run's folder
+  holds.
+  """
   rng = np.random.default_rng(0)
   pictures = smoke.images(rng, size=5)
   monkeypatch.setattr(data, 'load_images', lambda name, data_dir: pictures)
-  config = images.Config(**{**TINY, 'task': 'permuted', 'row': False, 'permutation_seed': 3, 'epochs': 1, 'method': ('bptt',)})
+  config = images.Config(
+    **{
+      **FLOAT32_TINY,
+      'task': 'permuted',
+      'row': False,
+      'permutation_seed': 3,
+      'epochs': 1,
+      'method': ('bptt',),
+    }
+  )
   path, _ = images.run(config, str(tmp_path / 'run'))
   order = json.loads((path / 'data.json').read_text())['order']
   assert sorted(order) == list(range(25))
@@ -101,17 +173,31 @@ def test_the_permutation_is_fixed_and_kept_with_the_run(tmp_path: Path, monkeypa
   for examples in sequences.splits:
     batch = sequences.read(examples.images[:2], examples.labels[:2], None)
     flat = examples.images[:2].reshape(2, 25)[:, order]
-    np.testing.assert_allclose(batch.inputs[..., 0].T, (flat / 255 - 0.1307) / 0.3081, rtol=1e-5)
+    np.testing.assert_allclose(
+      batch.inputs[..., 0].T, (flat / 255 - 0.1307) / 0.3081, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize('cell', list(cells.CELLS))
 def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
   """All parameters move, the stacked layers' too."""
-  config = images.Config(**{**TINY, 'task': 'mnist', 'cell': cell, 'hidden': 6, 'layers': 2, 'readout_hidden': 32})
+  config = images.Config(
+    **{
+      **FLOAT32_TINY,
+      'task': 'mnist',
+      'cell': cell,
+      'hidden': 6,
+      'layers': 2,
+      'readout_hidden': 32,
+    }
+  )
   model = images.make_model(config, 6, 2, 3)
   loss = fptt_jax.losses.terminal_classification(num_classes=3)
   rng = np.random.default_rng(0)
-  batch = fptt_jax.Batch(rng.normal(size=(6, 4, 2)).astype(np.float32), rng.integers(0, 3, 4).astype(np.int32))
+  batch = fptt_jax.Batch(
+    rng.normal(size=(6, 4, 2)).astype(np.float32),
+    rng.integers(0, 3, 4).astype(np.int32),
+  )
   trainer = images.recipe.make_trainer(config, 'fptt', model, loss, 6)
   state = trainer.init(jax.random.key(0), batch)
   before = jax.tree.map(np.array, state.params)
@@ -128,10 +214,16 @@ def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
     (dict(cell='antisymmetric', hidden=256), 34_688),
   ],
 )
-def test_parameter_counts_are_the_paper_s(settings: dict[str, Any], recurrent: int) -> None:
-  """CIFAR-10, D=3: LSTM 67K and GRU 51K without the readout, Antisymmetric 37K with it (Table 2)."""
+def test_parameter_counts_are_the_paper_s(
+  settings: dict[str, Any], recurrent: int
+) -> None:
+  """CIFAR-10, D=3: LSTM 67K and GRU 51K without the readout, Antisymmetric 37K with it
+  (Table 2).
+  """
   config = images.Config(task='cifar10', **settings)
-  shapes = jax.eval_shape(images.make_model(config, 1024, 3, 10).init, jax.random.key(0))
+  shapes = jax.eval_shape(
+    images.make_model(config, 1024, 3, 10).init, jax.random.key(0)
+  )
   assert cells.count(shapes['layers'][0]) == recurrent
   assert cells.count(shapes) == recurrent + 10 * config.hidden + 10
   if config.cell == 'antisymmetric':
@@ -141,18 +233,32 @@ def test_parameter_counts_are_the_paper_s(settings: dict[str, Any], recurrent: i
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
-    (dict(task='arrays', data_dir=''), "--data_dir must be a .npz with --task='arrays', got ''"),
+    (
+      dict(task='arrays', data_dir=''),
+      "--data_dir must be a .npz with --task='arrays', got ''",
+    ),
     (dict(dropout=1.0), r'--dropout must be in \[0, 1\), got 1.0'),
     (dict(valid_size=0), '--valid_size must be at least 1, got 0'),
-    (dict(reconstruction=float('inf')), '--reconstruction must be a finite number >= 0, got inf'),
-    (dict(reconstruction_segment=1), '--reconstruction_segment must be 0 or at least 2, got 1'),
-    (dict(milestone_factor=0.1), '--milestone_factor must be a finite number >= 1, got 0.1'),
+    (
+      dict(reconstruction=float('inf')),
+      '--reconstruction must be a finite number >= 0, got inf',
+    ),
+    (
+      dict(reconstruction_segment=1),
+      '--reconstruction_segment must be 0 or at least 2, got 1',
+    ),
+    (
+      dict(milestone_factor=0.1),
+      '--milestone_factor must be a finite number >= 1, got 0.1',
+    ),
     (dict(average_after=-1), '--average_after must be an integer >= 0, got -1'),
     (dict(alpha_warmup=-1), '--alpha_warmup must be an integer >= 0, got -1'),
     (dict(weight_decay=-1.0), '--weight_decay must be a finite number >= 0, got -1.0'),
   ],
 )
-def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_of_no_meaning_are_refused(
+  settings: dict[str, Any], message: str
+) -> None:
   """Before anything is read or compiled."""
   with pytest.raises(ValueError, match=message):
     images.Config(**settings)
@@ -160,24 +266,48 @@ def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: s
 
 def test_settings_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
   """One line, once the images are there."""
-  with pytest.raises(options.UserError, match='between 1 and the sequence length T=6, got 7'):
+  with pytest.raises(
+    options.UserError, match='between 1 and the sequence length T=6, got 7'
+  ):
     images.run(make_config(tmp_path, num_windows=7), str(tmp_path / 'a'))
-  with pytest.raises(options.UserError, match='--batch_size must be at most the 48 training images, got 49'):
+  with pytest.raises(
+    options.UserError,
+    match='--batch_size must be at most the 48 training images, got 49',
+  ):
     images.run(make_config(tmp_path, batch_size=49), str(tmp_path / 'b'))
   with pytest.raises(
-    options.UserError, match=r"--reconstruction_segment must be at most 3, the shortest window's .* 'fptt', got 4"
+    options.UserError,
+    match=r"--reconstruction_segment must be at most 3, the shortest window's .* 'fptt', got 4",
   ):
-    images.run(make_config(tmp_path, reconstruction=1.0, reconstruction_segment=4), str(tmp_path / 'd'))
-  with pytest.raises(options.UserError, match=r"--reconstruction must be 0 with the method 'tbptt_final', got 1\.0"):
-    images.run(make_config(tmp_path, reconstruction=1.0, method=('tbptt_final',)), str(tmp_path / 'e'))
-  with pytest.raises(options.UserError, match='validation split must have 1 to 63 of the 64 training images, got 64'):
+    images.run(
+      make_config(tmp_path, reconstruction=1.0, reconstruction_segment=4),
+      str(tmp_path / 'd'),
+    )
+  with pytest.raises(
+    options.UserError,
+    match=r"--reconstruction must be 0 with the method 'tbptt_final', got 1\.0",
+  ):
+    images.run(
+      make_config(tmp_path, reconstruction=1.0, method=('tbptt_final',)),
+      str(tmp_path / 'e'),
+    )
+  with pytest.raises(
+    options.UserError,
+    match='validation split must have 1 to 63 of the 64 training images, got 64',
+  ):
     images.run(make_config(tmp_path, valid_size=64), str(tmp_path / 'c'))
 
 
 def test_alpha_grows_to_its_value() -> None:
-  """--alpha_warmup=4: alpha/10 at the first window, alpha from the fifth on; it is what λ moves by."""
-  config = dataclasses.replace(images.Config(), alpha=0.5, alpha_warmup=4, optimizer='sgd', lr=1.0)
-  optimizer = images.recipe.regularise(config, images.recipe.optax.sgd(1.0), config.alpha, config.beta, config.kappa)
+  """--alpha_warmup=4: alpha/10 at the first window, alpha from the fifth on; it is what
+  λ moves by.
+  """
+  config = dataclasses.replace(
+    images.Config(), alpha=0.5, alpha_warmup=4, optimizer='sgd', lr=1.0
+  )
+  optimizer = images.recipe.regularize(
+    config, images.recipe.optax.sgd(1.0), config.alpha, config.beta, config.kappa
+  )
   params = {'w': np.zeros(1, np.float32)}
   state, seen = optimizer.init(params), []
   for _ in range(6):

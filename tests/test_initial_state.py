@@ -1,4 +1,6 @@
-"""Initial states that are trained, and which hidden state FTRL carries on, against loops in Python."""
+"""Initial states that are trained, and which hidden state FTRL carries on, against
+loops in Python.
+"""
 
 from typing import Any
 
@@ -21,7 +23,9 @@ LENGTHS = np.array([3, 1, 2, 3], np.int32)
 
 
 def learned_elman() -> fptt_jax.Model:
-  """An Elman network by hand with a parameter `h0` [H], a multiple of which each row starts from."""
+  """An Elman network by hand with a parameter `h0` [H], a multiple of which each row
+  starts from.
+  """
   plain = problems.elman(dtype=jnp.float64)
 
   def start(params: Any, batch_size: int) -> jax.Array:
@@ -38,25 +42,40 @@ def make_batch(lengths: np.ndarray | None = None) -> fptt_jax.Batch:
   return problems.series_batch(T, B, dtype=np.float64)._replace(lengths=lengths)
 
 
-def window_loss(model: Any, params: Any, hidden: Any, batch: Any, start: int, end: int) -> tuple[Any, Any]:
+def window_loss(
+  model: Any, params: Any, hidden: Any, batch: Any, start: int, end: int
+) -> tuple[Any, Any]:
   """Runs one window: (mean squared error of its valid steps, hidden state)."""
   steps = np.arange(start, end)[:, None]
-  mask = np.ones((end - start, B), bool) if batch.lengths is None else steps < batch.lengths
-  hidden, outputs = model.apply(params, hidden, batch.inputs[start:end], jnp.asarray(mask), None)
+  mask = (
+    np.ones((end - start, B), bool) if batch.lengths is None else steps < batch.lengths
+  )
+  hidden, outputs = model.apply(
+    params, hidden, batch.inputs[start:end], jnp.asarray(mask), None
+  )
   squares = jnp.square(outputs - batch.targets[start:end])[..., 0]
   return jnp.sum(squares, where=mask) / max(mask.sum(), 1), hidden
 
 
-def train_by_loop(model: Any, method: str, batch: Any, inner_steps: int = 1, carried: Any = None) -> tuple[Any, Any]:
-  """Trains on one sequence by plain gradient descent: (parameters, hidden state). `carried` is where the sequence goes on."""
+def train_by_loop(
+  model: Any, method: str, batch: Any, inner_steps: int = 1, carried: Any = None
+) -> tuple[Any, Any]:
+  """Trains on one sequence by plain gradient descent: (parameters, hidden state).
+  `carried` is where the sequence goes on.
+  """
   params = model.init(jax.random.split(jax.random.key(0))[0])
-  windows = fptt_jax.cut(T, num_windows=1 if method == 'bptt' else K)
+  windows = fptt_jax.make_windows(T, num_windows=1 if method == 'bptt' else K)
   borders = list(zip(windows.starts.tolist(), windows.ends.tolist(), strict=True))
   updates = plan(METHODS[method], len(borders))
   hidden = carried
   for rows, coefficients in zip(updates.windows, updates.coefficients, strict=True):
 
-    def objective(params: Any, first: Any = hidden, rows: Any = rows, coefficients: Any = coefficients) -> tuple[Any, Any]:
+    def objective(
+      params: Any,
+      first: Any = hidden,
+      rows: Any = rows,
+      coefficients: Any = coefficients,
+    ) -> tuple[Any, Any]:
       starts = carried is None and (updates.restarts or rows[0] == 0)
       state = model.start(params, B) if starts else first
       total = 0.0
@@ -75,10 +94,14 @@ def train_by_loop(model: Any, method: str, batch: Any, inner_steps: int = 1, car
 
 
 def make_trainer(model: Any, method: str, **options: Any) -> fptt_jax.Trainer:
-  """Builds the trainer of the same settings; batches are masked everywhere, as the loop's are."""
+  """Builds the trainer of the same settings; batches are masked everywhere, as the
+  loop's are.
+  """
   if METHODS[method].num_windows is None:
     options = {'num_windows': K} | options
-  return quick_trainer(model, losses.sequence_regression(), optax.sgd(RATE), method=method, **options)
+  return quick_trainer(
+    model, losses.sequence_regression(), optax.sgd(RATE), method=method, **options
+  )
 
 
 def assert_close(got: Any, expected: Any) -> None:
@@ -107,9 +130,13 @@ def mesh_of(number: int) -> jax.sharding.Mesh:
   ],
   ids=str,
 )
-def test_learned_initial_state_is_trained_as_by_a_loop(method: str, options: dict[str, Any]) -> None:
+def test_learned_initial_state_is_trained_as_by_a_loop(
+  method: str, options: dict[str, Any]
+) -> None:
   """Also where rows start from different multiples of it, on one device and several."""
-  expected = train_by_loop(learned_elman(), method, make_batch(), options.get('inner_steps', 1))
+  expected = train_by_loop(
+    learned_elman(), method, make_batch(), options.get('inner_steps', 1)
+  )
   if 'mesh' in options:
     options = options | {'mesh': mesh_of(options['mesh'])}
   trainer = make_trainer(learned_elman(), method, **options)
@@ -124,11 +151,17 @@ def test_learned_initial_state_is_trained_as_by_a_loop(method: str, options: dic
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('mesh', [None, 2])
 def test_carried_sequences_start_from_it_once(mesh: int | None) -> None:
-  """With `carry_hidden` the first batch trains it, later ones go on; after an epoch's end it is trained again."""
-  trainer = make_trainer(learned_elman(), 'tbptt', carry_hidden=True, mesh=mesh and mesh_of(mesh))
+  """With `carry_hidden` the first batch trains it, later ones go on; after an epoch's
+  end it is trained again.
+  """
+  trainer = make_trainer(
+    learned_elman(), 'tbptt', carry_hidden=True, mesh=mesh and mesh_of(mesh)
+  )
   start = trainer.init(jax.random.key(0), make_batch())
   first, _ = trainer.step(start, make_batch())
-  assert_close((first.params, first.hidden), train_by_loop(learned_elman(), 'tbptt', make_batch()))
+  assert_close(
+    (first.params, first.hidden), train_by_loop(learned_elman(), 'tbptt', make_batch())
+  )
   second, _ = trainer.step(first, make_batch())
   np.testing.assert_array_equal(second.params['h0'], first.params['h0'])
   third, _ = trainer.step(trainer.end_epoch(second), make_batch())
@@ -139,16 +172,22 @@ def test_carried_sequences_start_from_it_once(mesh: int | None) -> None:
 def test_final_steps_reach_it_only_if_they_are_all() -> None:
   """The steps before them run from it, without a gradient."""
   found = {}
-  for final_steps in (3, T):
-    trainer = make_trainer(learned_elman(), 'tbptt_final', final_steps=final_steps)
+  for truncation_steps in (3, T):
+    trainer = make_trainer(
+      learned_elman(), 'tbptt_final', truncation_steps=truncation_steps
+    )
     start = trainer.init(jax.random.key(0), make_batch())
     state, _ = trainer.step(start, make_batch())
-    found[final_steps] = np.abs(state.params['h0'] - start.params['h0']).max()
+    found[truncation_steps] = np.abs(state.params['h0'] - start.params['h0']).max()
     prefix = learned_elman().start(start.params, B)
-    steps = T - final_steps
+    steps = T - truncation_steps
     if steps:
-      prefix, _ = learned_elman().apply(start.params, prefix, make_batch().inputs[:steps], None, None)
-    hidden, _ = learned_elman().apply(start.params, prefix, make_batch().inputs[steps:], None, None)
+      prefix, _ = learned_elman().apply(
+        start.params, prefix, make_batch().inputs[:steps], None, None
+      )
+    hidden, _ = learned_elman().apply(
+      start.params, prefix, make_batch().inputs[steps:], None, None
+    )
     assert_close(state.hidden, hidden)
   assert found[3] == 0
   assert found[T] > 1e-3
@@ -157,13 +196,22 @@ def test_final_steps_reach_it_only_if_they_are_all() -> None:
 @pytest.mark.usefixtures('x64')
 def test_members_learn_their_own() -> None:
   """Each member of a population is trained as if alone."""
-  trainer = fptt_jax.trainer(learned_elman(), losses.sequence_regression(), optax.sgd(RATE), method='tbptt', num_windows=K)
+  trainer = fptt_jax.make_trainer(
+    learned_elman(),
+    losses.sequence_regression(),
+    optax.sgd(RATE),
+    method='tbptt',
+    num_windows=K,
+  )
   keys = jax.random.split(jax.random.key(1), 2)
-  members = fptt_jax.population(trainer, mesh=mesh_of(2))
+  members = fptt_jax.vmap_trainer(trainer, mesh=mesh_of(2))
   many, _ = members.step(members.init(keys, make_batch()), make_batch())
   for member in range(2):
     one, _ = trainer.step(trainer.init(keys[member], make_batch()), make_batch())
-    got = jax.tree.map(lambda leaf, r=member: leaf[r], (many.params, many.hidden, members.end_epoch(many).hidden))
+    got = jax.tree.map(
+      lambda leaf, r=member: leaf[r],
+      (many.params, many.hidden, members.end_epoch(many).hidden),
+    )
     assert_close(got, (one.params, one.hidden, trainer.end_epoch(one).hidden))
 
 
@@ -182,29 +230,48 @@ class OwnStart(nnx.Module):
 
 
 LAYERS = {
-  'LSTM': lambda rngs: nn.LearnedInitialState(nn.LSTM(2, 3, param_dtype=float, rngs=rngs)),
-  'LRU': lambda rngs: nn.LearnedInitialState(nn.LRU(2, 3, param_dtype=float, rngs=rngs)),
-  'dropped': lambda rngs: nn.LearnedInitialState(nn.WeightDrop(nn.RNN(2, 3, param_dtype=float, rngs=rngs), 0.2)),
-  'cell': lambda rngs: nn.LearnedInitialState(nnx.GRUCell(2, 3, param_dtype=float, rngs=rngs)),
+  'LSTM': lambda rngs: nn.LearnedInitialState(
+    nn.LSTM(2, 3, param_dtype=float, rngs=rngs)
+  ),
+  'LRU': lambda rngs: nn.LearnedInitialState(
+    nn.LRU(2, 3, param_dtype=float, rngs=rngs)
+  ),
+  'dropped': lambda rngs: nn.LearnedInitialState(
+    nn.WeightDrop(nn.ElmanRNN(2, 3, param_dtype=float, rngs=rngs), 0.2)
+  ),
+  'cell': lambda rngs: nn.LearnedInitialState(
+    nnx.GRUCell(2, 3, param_dtype=float, rngs=rngs)
+  ),
   'own': OwnStart,
 }
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize(('kind', 'stacked'), [*((kind, True) for kind in LAYERS), ('LSTM', False), ('own', False)])
-def test_gradient_of_a_learned_initial_state_is_that_of_finite_differences(kind: str, stacked: bool) -> None:
-  """Of the evaluated loss, alone and within a stack, with a terminal loss where the stack looks at the last output alone."""
+@pytest.mark.parametrize(
+  ('kind', 'stacked'),
+  [*((kind, True) for kind in LAYERS), ('LSTM', False), ('own', False)],
+)
+def test_gradient_of_a_learned_initial_state_is_that_of_finite_differences(
+  kind: str, stacked: bool
+) -> None:
+  """Of the evaluated loss, alone and within a stack, with a terminal loss where the
+  stack looks at the last output alone.
+  """
 
   def build(rngs: nnx.Rngs) -> Any:
     layer = LAYERS[kind](rngs)
-    return nn.Stack(layer, nnx.Linear(3, 1, param_dtype=float, rngs=rngs)) if stacked else layer
+    return (
+      nn.Sequential(layer, nnx.Linear(3, 1, param_dtype=float, rngs=rngs))
+      if stacked
+      else layer
+    )
 
   model = nn.from_nnx(build)
   assert model.learned_initial_state is not None
   loss = losses.terminal_regression()
   batch = problems.regression_batch(T, B, dtype=np.float64)
   batch = batch._replace(targets=np.ones((B, 1 if stacked else 3)))
-  trainer = fptt_jax.trainer(model, loss, optax.sgd(RATE), method='bptt')
+  trainer = fptt_jax.make_trainer(model, loss, optax.sgd(RATE), method='bptt')
   flat, unravel = ravel_pytree(model.init(jax.random.key(0)))
   flat = flat + 0.1  # Initial states other than zeros.
 
@@ -213,11 +280,15 @@ def test_gradient_of_a_learned_initial_state_is_that_of_finite_differences(kind:
     _, outputs = model.apply(params, model.start(params, B), batch.inputs, None, None)
     return jnp.square(outputs[-1] - batch.targets).mean()
 
-  difference = lambda step: (mean_squares(flat + step) - mean_squares(flat - step)) / 2e-6
+  difference = lambda step: (
+    (mean_squares(flat + step) - mean_squares(flat - step)) / 2e-6
+  )
   expected = quick(jax.vmap(difference))(1e-6 * jnp.eye(flat.size))
   state = trainer.init(jax.random.key(0), batch)._replace(params=unravel(flat))
   evaluated = lambda flat: trainer.evaluate(unravel(flat), batch)[0]['loss'] / B
-  np.testing.assert_allclose(jax.jit(jax.grad(evaluated))(flat), expected, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(
+    jax.jit(jax.grad(evaluated))(flat), expected, rtol=1e-5, atol=1e-7
+  )
   if kind != 'dropped':  # Its training has noise.
     state, _ = trainer.step(state, batch)
     moved = (flat - ravel_pytree(state.params)[0]) / RATE
@@ -232,41 +303,67 @@ def test_learned_initial_states_begin_as_the_layers_own() -> None:
   own = nn.LSTM(2, 3, rngs=nnx.Rngs(0)).initial_state(5)
   jax.tree.map(np.testing.assert_array_equal, model.start(params, 5), own)
   assert jax.tree.map(jnp.shape, model.initial_state(5)) == jax.tree.map(jnp.shape, own)
-  assert nn.from_nnx(lambda rngs: nn.LSTM(2, 3, rngs=rngs)).learned_initial_state is None
+  assert (
+    nn.from_nnx(lambda rngs: nn.LSTM(2, 3, rngs=rngs)).learned_initial_state is None
+  )
 
 
 def test_float32_parameters_of_a_bfloat16_initial_state() -> None:
   """They are cast as the others are."""
-  model = nn.float32_params(nn.from_nnx(lambda rngs: nn.LearnedInitialState(nn.RNN(2, 3, param_dtype=jnp.bfloat16, rngs=rngs))))
+  model = nn.with_float32_params(
+    nn.from_nnx(
+      lambda rngs: nn.LearnedInitialState(
+        nn.ElmanRNN(2, 3, param_dtype=jnp.bfloat16, rngs=rngs)
+      )
+    )
+  )
   params = model.init(jax.random.key(0))
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
   assert model.start(params, 2).dtype == jnp.bfloat16
 
 
 def test_initial_states_that_do_not_fit_are_refused() -> None:
-  """A learned state of another shape than `initial_state` gives, and a layer without a state to learn."""
-  model = problems.elman()._replace(learned_initial_state=lambda params, batch_size: jnp.zeros((batch_size, 9)))
-  trainer = fptt_jax.trainer(model, losses.sequence_regression(), optax.sgd(0.1), method='tbptt')
+  """A learned state of another shape than `initial_state` gives, and a layer without a
+  state to learn.
+  """
+  model = problems.elman()._replace(
+    learned_initial_state=lambda params, batch_size: jnp.zeros((batch_size, 9))
+  )
+  trainer = fptt_jax.make_trainer(
+    model, losses.sequence_regression(), optax.sgd(0.1), method='tbptt'
+  )
   with pytest.raises(ValueError, match=r'learned_initial_state.*9'):
     trainer.init(jax.random.key(0), problems.series_batch(T, B))
   with pytest.raises(TypeError, match=r'layer.*LockedDropout'):
     nn.LearnedInitialState(nn.LockedDropout(0.1))
   model = problems.elman()._replace(learned_initial_state=7)
   with pytest.raises(TypeError, match=r'learned_initial_state.*7'):
-    fptt_jax.trainer(model, losses.sequence_regression(), optax.sgd(0.1), method='tbptt')
+    fptt_jax.make_trainer(
+      model, losses.sequence_regression(), optax.sgd(0.1), method='tbptt'
+    )
 
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('inner_steps', [1, 3])
-@pytest.mark.parametrize('model', [problems.elman(dtype=jnp.float64), learned_elman()], ids=['constant', 'learned'])
+@pytest.mark.parametrize(
+  'model',
+  [problems.elman(dtype=jnp.float64), learned_elman()],
+  ids=['constant', 'learned'],
+)
 def test_hidden_state_that_ftrl_carries_on(inner_steps: int, model: Any) -> None:
-  """All sequences end in the first two of three windows: the last pass has the parameters after the second window's update."""
+  """All sequences end in the first two of three windows: the last pass has the
+  parameters after the second window's update.
+  """
   batch = make_batch(LENGTHS)
   expected = train_by_loop(model, 'ftrl', batch, inner_steps)
   trainer = make_trainer(model, 'ftrl', inner_steps=inner_steps)
   state, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
   assert_close((state.params, state.hidden), expected)
   finally_run, _ = model.apply(
-    state.params, model.start(state.params, B), batch.inputs, jnp.arange(T)[:, None] < LENGTHS[None], None
+    state.params,
+    model.start(state.params, B),
+    batch.inputs,
+    jnp.arange(T)[:, None] < LENGTHS[None],
+    None,
   )
   assert_close(state.hidden, finally_run)

@@ -46,11 +46,15 @@ def draw(seed, *shape):
 def initial_state(run, batch_size, shape=()):
   """One that is not zero."""
   leaves, structure = jax.tree.flatten(run.initial_state(batch_size))
-  return structure.unflatten(draw(1 + number, *shape, *leaf.shape) / 2 for number, leaf in enumerate(leaves))
+  return structure.unflatten(
+    draw(1 + number, *shape, *leaf.shape) / 2 for number, leaf in enumerate(leaves)
+  )
 
 
 def results(cell, hidden, fused, num_steps, batch_size, mask, members=None):
-  """All that a window gives out and the gradients of a function of it by weights, initial state and inputs; over members too."""
+  """All that a window gives out and the gradients of a function of it by weights,
+  initial state and inputs; over members too.
+  """
   run = layer(cell, hidden, fused)
   shape = () if members is None else (members,)
 
@@ -58,17 +62,26 @@ def results(cell, hidden, fused, num_steps, batch_size, mask, members=None):
   def total(params, state, x):
     end, y = run.apply(params, state, x, mask, None)
     y = y if mask is None else jnp.where(mask[..., None], y, 0)
-    return jnp.sum(draw(3, *y.shape) * y) + sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(end)), (end, y)
+    return jnp.sum(draw(3, *y.shape) * y) + sum(
+      jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(end)
+    ), (end, y)
 
   weights = jax.eval_shape(run.init, jax.random.key(0))
-  params = jax.tree.map(lambda leaf: draw(0, *shape, *leaf.shape) / hidden**0.5, weights)
-  state, x = initial_state(run, batch_size, shape), draw(4, *shape, num_steps, batch_size, D)
+  params = jax.tree.map(
+    lambda leaf: draw(0, *shape, *leaf.shape) / hidden**0.5, weights
+  )
+  state, x = (
+    initial_state(run, batch_size, shape),
+    draw(4, *shape, num_steps, batch_size, D),
+  )
   return problems.quick(total if members is None else jax.vmap(total))(params, state, x)
 
 
 def assert_close(got, expected, tolerance=2e-5):
-  """Each leaf to `tolerance` of its largest number. float32 rounds each sum of up to 512 products to some 1e-6, in another order
-  here and there, and 20 steps pass that on."""
+  """Each leaf to `tolerance` of its largest number. float32 rounds each sum of up to
+  512 products to some 1e-6, in another order here and there, and 20 steps pass that
+  on.
+  """
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
 
@@ -88,7 +101,9 @@ def ragged(num_steps, batch_size):
 )
 @pytest.mark.parametrize('cell', LAYERS)
 def test_kernel_equals_both_scans(cell, hidden, num_steps, batch_size, masked):
-  """Outputs, final state and all gradients. Up to 4 rows have a block each, more share one by two, the fifth has its own."""
+  """Outputs, final state and all gradients. Up to 4 rows have a block each, more share
+  one by two, the fifth has its own.
+  """
   mask = ragged(num_steps, batch_size) if masked else None
   got = results(cell, hidden, 'kernel', num_steps, batch_size, mask)
   for fused in (True, False):
@@ -97,11 +112,15 @@ def test_kernel_equals_both_scans(cell, hidden, num_steps, batch_size, masked):
 
 @pytest.mark.parametrize('cell', LAYERS)
 def test_a_row_without_steps_keeps_its_state(cell):
-  """Bit by bit, and its gradient passes unchanged: cos of the state for a sum of sines, and 0 for its inputs."""
+  """Bit by bit, and its gradient passes unchanged: cos of the state for a sum of sines,
+  and 0 for its inputs.
+  """
   mask = jnp.array([[False, True, False]] * 4)
   ((_, (end, _)), (_, d_state, dx)) = results(cell, 32, 'kernel', 4, 3, mask)
   state = initial_state(layer(cell, 32, 'kernel'), 3)
-  for leaf, d_leaf, first in zip(*map(jax.tree.leaves, (end, d_state, state)), strict=True):
+  for leaf, d_leaf, first in zip(
+    *map(jax.tree.leaves, (end, d_state, state)), strict=True
+  ):
     np.testing.assert_array_equal(leaf[::2], first[::2])
     np.testing.assert_allclose(d_leaf[::2], np.cos(first[::2]), rtol=1e-6)
   np.testing.assert_array_equal(dx[:, ::2], 0)
@@ -109,29 +128,51 @@ def test_a_row_without_steps_keeps_its_state(cell):
 
 @pytest.mark.parametrize('cell', LAYERS)
 def test_members_with_their_own_weights(cell):
-  """Under vmap all operands get an axis of members, the mask included, which they share."""
+  """Under vmap all operands get an axis of members, the mask included, which they
+  share.
+  """
   mask = ragged(4, 3)
-  assert_close(results(cell, 32, 'kernel', 4, 3, mask, members=3), results(cell, 32, True, 4, 3, mask, members=3))
+  assert_close(
+    results(cell, 32, 'kernel', 4, 3, mask, members=3),
+    results(cell, 32, True, 4, 3, mask, members=3),
+  )
 
 
 @pytest.mark.parametrize('cell', LAYERS)
 def test_members_of_members(cell):
   """All leading axes are members."""
   run = layer(cell, 32, 'kernel')
-  params, x = jax.vmap(jax.vmap(run.init))(jax.random.split(jax.random.key(0), (2, 3))), draw(1, 2, 3, 4, 2, D)
-  apply = jax.jit(lambda params, x: run.apply(params, run.initial_state(2), x, None, None)[1])
+  params, x = (
+    jax.vmap(jax.vmap(run.init))(jax.random.split(jax.random.key(0), (2, 3))),
+    draw(1, 2, 3, 4, 2, D),
+  )
+  apply = jax.jit(
+    lambda params, x: run.apply(params, run.initial_state(2), x, None, None)[1]
+  )
   got = jax.jit(jax.vmap(jax.vmap(apply)))(params, x)
   for i, j in np.ndindex(2, 3):
-    assert_close(got[i, j], apply(jax.tree.map(lambda leaf: leaf[i, j], params), x[i, j]))
+    assert_close(
+      got[i, j], apply(jax.tree.map(lambda leaf: leaf[i, j], params), x[i, j])
+    )
 
 
 @functools.cache
 def trained(cell, fused, mesh=None):
-  """The state after two steps of FPTT, four windows of four steps and one of three each, lengths ragged."""
-  run = nn.from_nnx(lambda rngs: nn.Stack(LAYERS[cell](D, 32, fused=fused, rngs=rngs), nnx.Linear(32, 1, rngs=rngs)))
+  """The state after two steps of FPTT, four windows of four steps and one of three
+  each, lengths ragged.
+  """
+  run = nn.from_nnx(
+    lambda rngs: nn.Sequential(
+      LAYERS[cell](D, 32, fused=fused, rngs=rngs), nnx.Linear(32, 1, rngs=rngs)
+    )
+  )
   optimizer = fptt_jax.fptt(optax.sgd(0.1, momentum=0.9), alpha=0.5)
-  trainer = problems.quick_trainer(run, fptt_jax.losses.terminal_regression(), optimizer, num_windows=5, mesh=mesh)
-  batch = problems.regression_batch(19, 6, D)._replace(lengths=np.array([19, 13, 7, 18, 1, 19], np.int32))
+  trainer = problems.quick_trainer(
+    run, fptt_jax.losses.terminal_regression(), optimizer, num_windows=5, mesh=mesh
+  )
+  batch = problems.regression_batch(19, 6, D)._replace(
+    lengths=np.array([19, 13, 7, 18, 1, 19], np.int32)
+  )
   state = trainer.init(jax.random.key(0), batch)
   for _ in range(2):
     state, metrics = trainer.step(state, batch)
@@ -141,8 +182,12 @@ def trained(cell, fused, mesh=None):
 @pytest.mark.parametrize('devices', [1, 2])
 @pytest.mark.parametrize('cell', LAYERS)
 def test_training_equals_the_fused_scan(cell, devices):
-  """A train step: a scan over windows within jit, on one device or with the batch split over two."""
-  mesh = None if devices == 1 else jax.sharding.Mesh(jax.devices()[:devices], ('batch',))
+  """A train step: a scan over windows within jit, on one device or with the batch split
+  over two.
+  """
+  mesh = (
+    None if devices == 1 else jax.sharding.Mesh(jax.devices()[:devices], ('batch',))
+  )
   assert_close(trained(cell, 'kernel', mesh), trained(cell, True))
 
 
@@ -152,9 +197,21 @@ def test_training_equals_the_fused_scan(cell, devices):
 @pytest.mark.parametrize(
   ('build', 'error', 'message'),
   [
-    (lambda rngs: nn.LSTM(D, 32, fused='triton', rngs=rngs), ValueError, "fused must be True, False or 'kernel', got 'triton'."),
-    (lambda rngs: nn.RNN(D, 32, fused='kernel', rngs=rngs), ValueError, 'a layer that has a kernel, LSTM or GRU, got RNN.'),
-    (lambda rngs: nn.LRU(D, 32, fused='kernel', rngs=rngs), ValueError, 'a layer that has a kernel, LSTM or GRU, got LRU.'),
+    (
+      lambda rngs: nn.LSTM(D, 32, fused='triton', rngs=rngs),
+      ValueError,
+      "fused must be True, False or 'kernel', got 'triton'.",
+    ),
+    (
+      lambda rngs: nn.ElmanRNN(D, 32, fused='kernel', rngs=rngs),
+      ValueError,
+      'a layer that has a kernel, LSTM or GRU, got RNN.',
+    ),
+    (
+      lambda rngs: nn.LRU(D, 32, fused='kernel', rngs=rngs),
+      ValueError,
+      'a layer that has a kernel, LSTM or GRU, got LRU.',
+    ),
     (
       lambda rngs: nn.LSTM(D, 48, fused='kernel', rngs=rngs),
       ValueError,
@@ -179,15 +236,26 @@ def test_layers_without_a_kernel_are_refused(build, error, message):
 
 
 def test_states_that_do_not_fit_are_refused():
-  """A kernel would read beyond them; the layer looks at them, too, and the kernel does not rely on it."""
+  """A kernel would read beyond them; the layer looks at them, too, and the kernel does
+  not rely on it.
+  """
   run = layer('LSTM', 32, 'kernel')
   params, x = run.init(jax.random.key(0)), draw(1, 4, 3, D)
   with pytest.raises(
-    ValueError, match=re.escape('LSTM: state.h must be float32[3, 32], as initial_state gives it, got float32[2, 32].')
+    ValueError,
+    match=re.escape(
+      'LSTM: state.h must be float32[3, 32], as initial_state gives it, got float32[2, '
+      '32].'
+    ),
   ):
     run.apply(params, run.initial_state(2), x, None, None)
-  run_kernel = lambda state: kernels.LSTM_WINDOW.forward((None, params['w_h']), state, draw(1, 4, 3, 4 * 32), None)
-  with pytest.raises(ValueError, match=re.escape('expected h of shape (3, 32) and not empty, got (2, 32).')):
+  run_kernel = lambda state: kernels.LSTM_WINDOW.forward(
+    (None, params['w_h']), state, draw(1, 4, 3, 4 * 32), None
+  )
+  with pytest.raises(
+    ValueError,
+    match=re.escape('expected h of shape (3, 32) and not empty, got (2, 32).'),
+  ):
     run_kernel(run.initial_state(2))
   halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), run.initial_state(3))
   with pytest.raises(TypeError, match='expected float32, got bfloat16'):
@@ -198,7 +266,11 @@ def test_weights_that_do_not_fit_are_refused():
   """The layer makes none such; the kernel does not rely on it."""
   weights = None, draw(1, 32, 96), None, draw(1, 1, 32)
   with pytest.raises(
-    ValueError, match=re.escape("the GRU's kernel expected recurrent_bias of shape (96,) and not empty, got (32,).")
+    ValueError,
+    match=re.escape(
+      "the GRU's kernel expected recurrent_bias of shape (96,) and not empty, got "
+      '(32,).'
+    ),
   ):
     kernels.GRU_WINDOW.forward(weights, draw(1, 3, 32), draw(1, 4, 3, 96), None)
 
@@ -207,8 +279,13 @@ def test_other_platforms_are_refused(monkeypatch):
   """On a CPU that is not told to emulate."""
   monkeypatch.setattr(kernels, '_built', set())
   run = layer('LSTM', 32, 'kernel')
-  with pytest.raises(RuntimeError, match="fused='kernel' runs on NVIDIA GPUs, got the default backend 'cpu'; fused=True"):
-    run.apply(run.init(jax.random.key(0)), run.initial_state(3), draw(1, 4, 3, D), None, None)
+  with pytest.raises(
+    RuntimeError,
+    match="fused='kernel' runs on NVIDIA GPUs, got the default backend 'cpu'; fused=True",
+  ):
+    run.apply(
+      run.init(jax.random.key(0)), run.initial_state(3), draw(1, 4, 3, D), None, None
+    )
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -233,14 +310,29 @@ def test_what_the_compiler_says_is_told(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('cell', LAYERS)
 def test_compiles_for_a_gpu_without_spills(cell, tmp_path):
-  """For an H100, by nvcc; all that a step works with stays in registers, and the library has what JAX asks it for."""
+  """For an H100, by nvcc; all that a step works with stays in registers, and the
+  library has what JAX asks it for.
+  """
   try:
     command = kernels.compile_command(cell, 'CUDA', 'sm_90')
   except RuntimeError as missing:
     pytest.skip(str(missing))
   library = tmp_path / 'kernels.so'
-  done = subprocess.run([*command, '--ptxas-options=-v', '-o', str(library)], capture_output=True, text=True, check=True)
-  spills = re.findall(r'(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads', done.stdout + done.stderr)
-  assert spills == 2 * 2 * len(kernels.SIZES) * [('0', '0', '0')]  # Forward and backward, one row a block and two.
+  done = subprocess.run(
+    [*command, '--ptxas-options=-v', '-o', str(library)],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  spills = re.findall(
+    r'(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads',
+    done.stdout + done.stderr,
+  )
+  assert spills == 2 * 2 * len(kernels.SIZES) * [
+    ('0', '0', '0')
+  ]  # Forward and backward, one row a block and two.
   handlers = ctypes.CDLL(str(library))
-  assert all(hasattr(handlers, f'{cell.lower()}_{direction}') for direction in ('forward', 'backward'))
+  assert all(
+    hasattr(handlers, f'{cell.lower()}_{direction}')
+    for direction in ('forward', 'backward')
+  )

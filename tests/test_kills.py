@@ -1,4 +1,6 @@
-"""Scripts killed for real, at any moment, and started again: they end with the very numbers of a script never killed."""
+"""Scripts killed for real, at any moment, and started again: they end with the very
+numbers of a script never killed.
+"""
 
 import os
 from pathlib import Path
@@ -15,27 +17,80 @@ from test_stopping import last_saved
 from experiments import runs, smoke, stopping
 
 FAMILIES = {
-  'add_task': dict(method='fptt', seq_len=12, hidden=4, batch_size=8, num_windows=3, batches=90, eval_every=3),
-  'images': dict(task='arrays', row='true', hidden=8, batch_size=8, valid_size=16, epochs=30, num_windows=2, dropout=0.2),
-  'language_model': dict(task='text', seq_len=10, num_windows=3, batch_size=4, embedding=8, hidden=8, epochs=30),
+  'add_task': dict(
+    method='fptt',
+    seq_len=12,
+    hidden=4,
+    batch_size=8,
+    num_windows=3,
+    batches=90,
+    eval_every=3,
+  ),
+  'images': dict(
+    task='arrays',
+    row='true',
+    hidden=8,
+    batch_size=8,
+    valid_size=16,
+    epochs=30,
+    num_windows=2,
+    dropout=0.2,
+  ),
+  'language_model': dict(
+    task='text',
+    seq_len=10,
+    num_windows=3,
+    batch_size=4,
+    embedding=8,
+    hidden=8,
+    epochs=30,
+  ),
 }
-SIDE_BY_SIDE = ['--seeds=0:3', '--population=3', '--devices=1', '--checkpoint_minutes=0.0005', '--chunk=2']
+SIDE_BY_SIDE = [
+  '--seeds=0:3',
+  '--population=3',
+  '--devices=1',
+  '--checkpoint_minutes=0.0005',
+  '--chunk=2',
+]
 
 
 def cache(folder: Path) -> dict[str, str]:
-  """An environment in which what is compiled is kept. (Some releases say much when they read it again, more than a pipe holds.)"""
-  variables = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  """An environment in which what is compiled is kept. (Some releases say much when they
+  read it again, more than a pipe holds.)
+  """
+  variables = {
+    'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
   return {**variables, 'TF_CPP_MIN_LOG_LEVEL': '3'}
 
 
 def start(family: str, folder: Path, name: str, *flags: str) -> subprocess.Popen[str]:
   """A script under way; what it compiles is kept for the next one."""
   places = smoke.data_files(folder / 'data')
-  data = {'images': [f'--data_dir={places["images"]}'], 'language_model': [f'--data_dir={places["text"]}']}.get(family, [])
+  data = {
+    'images': [f'--data_dir={places["images"]}'],
+    'language_model': [f'--data_dir={places["text"]}'],
+  }.get(family, [])
   settings = [f'--{name}={value}' for name, value in FAMILIES[family].items()]
-  command = [sys.executable, '-m', f'experiments.{family}', *settings, *data, f'--workdir={folder / name}', *flags]
+  command = [
+    sys.executable,
+    '-m',
+    f'experiments.{family}',
+    *settings,
+    *data,
+    f'--workdir={folder / name}',
+    *flags,
+  ]
   as_users = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
-  return subprocess.Popen(command, env={**as_users, **cache(folder)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    command,
+    env={**as_users, **cache(folder)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 def finish(family: str, folder: Path, name: str, *flags: str) -> None:
@@ -61,8 +116,15 @@ def assert_same_runs(folder: Path) -> None:
   for name in names:
     whole, cut = (folder / which / name for which in ('whole', 'cut'))
     for file in ('metrics.jsonl', 'result.json'):
-      rows = [runs.read_jsonl(run / file) if file.endswith('l') else [runs.read_json(run / file)] for run in (whole, cut)]
-      assert [{**row, 'seconds': 0} for row in rows[0]] == [{**row, 'seconds': 0} for row in rows[1]]
+      rows = [
+        runs.read_jsonl(run / file)
+        if file.endswith('l')
+        else [runs.read_json(run / file)]
+        for run in (whole, cut)
+      ]
+      assert [{**row, 'seconds': 0} for row in rows[0]] == [
+        {**row, 'seconds': 0} for row in rows[1]
+      ]
     assert last_saved(whole) == last_saved(cut)
 
 
@@ -91,8 +153,8 @@ def test_killed_once(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize('flags', [[], SIDE_BY_SIDE])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_killed_again_and_again(tmp_path: Path, family: str, flags: list[str]) -> None:
-  """At least eight times each: while it starts, trains, writes metrics, saves, ends; alone, and as a population that saves by the
-  clock as well."""
+  """At least eight times each: while it starts, trains, writes metrics, saves, ends;
+  alone, and as a population that saves by the clock as well."""
   finish(family, tmp_path, 'whole', *flags)
   draw, kills, began = random.Random(f'{family}{flags}'), 0, time.monotonic()
   finish(family, tmp_path, 'timed', *flags)

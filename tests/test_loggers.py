@@ -15,7 +15,16 @@ from test_images import make_config
 from experiments import add_task, images, loggers, runs
 import fptt_jax
 
-TINY = dict(seq_len=12, num_windows=2, hidden=4, batch_size=8, batches=6, eval_every=2, test_size=16, chunk=1)
+FLOAT32_TINY = dict(
+  seq_len=12,
+  num_windows=2,
+  hidden=4,
+  batch_size=8,
+  batches=6,
+  eval_every=2,
+  test_size=16,
+  chunk=1,
+)
 STARTED = 1
 """A session log's status that tells TensorBoard to drop what was written later."""
 
@@ -30,7 +39,9 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-  """(step, value) by tag, as TensorBoard shows them: a restarted session drops later steps."""
+  """(step, value) by tag, as TensorBoard shows them: a restarted session drops later
+  steps.
+  """
   seen: list[tuple[int, str, float]] = []
   for path in sorted(folder.glob('events.out.tfevents.*')):
     for event in records(path):
@@ -44,14 +55,27 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_curves_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path: Path) -> None:
-  """Loss, gradient norm and lambda's norm per chunk of batches, evaluations at theirs, none of them twice."""
-  config = add_task.Config(method=('fptt',), logger='tensorboard', seeds=(0, 1), population=2, devices=1, **TINY)
+  """Loss, gradient norm and lambda's norm per chunk of batches, evaluations at theirs,
+  none of them twice.
+  """
+  config = add_task.Config(
+    method=('fptt',),
+    logger='tensorboard',
+    seeds=(0, 1),
+    population=2,
+    devices=1,
+    **FLOAT32_TINY,
+  )
   add_task.run(config, str(tmp_path / 'whole'))
-  with interrupted_at(3):  # The first run's second checkpoint: the second run is to go back.
+  with interrupted_at(
+    3
+  ):  # The first run's second checkpoint: the second run is to go back.
     add_task.run(config, str(tmp_path / 'cut'))
   add_task.run(config, str(tmp_path / 'cut'))
   for seed in config.seeds:
-    whole, cut = (scalars(tmp_path / name / f'fptt-seed{seed}') for name in ('whole', 'cut'))
+    whole, cut = (
+      scalars(tmp_path / name / f'fptt-seed{seed}') for name in ('whole', 'cut')
+    )
     assert cut == whole
     for tag in ('train/loss', 'train/grad_norm', 'train/lambda_norm'):
       assert [step for step, _ in whole[tag]] == [1, 2, 3, 4, 5, 6]
@@ -60,15 +84,26 @@ def test_curves_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path: Path) 
     assert whole['evaluation/test_mse'] == errors
     assert whole['train/loss'][-1][1] == pytest.approx(rows[-1]['train_loss'])
     assert whole['train/grad_norm'][-1][1] == pytest.approx(rows[-1]['grad_norm'])
-  assert scalars(tmp_path / 'cut' / 'fptt-seed0') != scalars(tmp_path / 'cut' / 'fptt-seed1')
+  assert scalars(tmp_path / 'cut' / 'fptt-seed0') != scalars(
+    tmp_path / 'cut' / 'fptt-seed1'
+  )
 
 
 def test_curves_within_an_epoch(tmp_path: Path) -> None:
   """Scripts with epochs count batches too; a method without lambda logs none of it."""
-  config = make_config(tmp_path, method=('tbptt',), logger='tensorboard', epochs=2, chunk=2)
+  config = make_config(
+    tmp_path, method=('tbptt',), logger='tensorboard', epochs=2, chunk=2
+  )
   images.run(config, str(tmp_path / 'run'))
   curves = scalars(tmp_path / 'run' / 'tbptt-seed0')
-  assert [step for step, _ in curves['train/loss']] == [2, 4, 6, 8, 10, 12]  # 48 images in batches of 8.
+  assert [step for step, _ in curves['train/loss']] == [
+    2,
+    4,
+    6,
+    8,
+    10,
+    12,
+  ]  # 48 images in batches of 8.
   assert [step for step, _ in curves['evaluation/valid_accuracy']] == [6, 12]
   assert 'train/lambda_norm' not in curves
   rows = runs.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
@@ -76,14 +111,22 @@ def test_curves_within_an_epoch(tmp_path: Path) -> None:
   assert np.mean(norms[:3]) == pytest.approx(rows[0]['grad_norm'], rel=1e-5)
 
 
-def test_updates_that_are_not_made_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_that_are_not_made_are_left_out(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   """Skipped ones, and windows after the end of all sequences."""
-  config = add_task.Config(method=('tbptt',), logger='tensorboard', nonfinite='skip', **TINY)
+  config = add_task.Config(
+    method=('tbptt',), logger='tensorboard', nonfinite='skip', **FLOAT32_TINY
+  )
   logged: list[tuple[int, dict[str, float]]] = []
-  monkeypatch.setattr(loggers.TensorBoard, 'log', lambda self, step, values: logged.append((step, values)))
+  monkeypatch.setattr(
+    loggers.TensorBoard, 'log', lambda self, step, values: logged.append((step, values))
+  )
   member = add_task.members(config)[0]
   trainer, meshes = add_task.make_trainer(config, 'tbptt', 1)
-  read = lambda _, key: add_task.draw_batch(add_task.jax.random.wrap_key_data(key), 12, 8)
+  read = lambda _, key: add_task.draw_batch(
+    add_task.jax.random.wrap_key_data(key), 12, 8
+  )
   group = add_task.Population(trainer, read, (), [member], tmp_path, meshes)
   group._loggers = [loggers.TensorBoard(tmp_path / 'run', 0)]
   metrics = fptt_jax.StepMetrics(
@@ -100,9 +143,13 @@ def test_updates_that_are_not_made_are_left_out(tmp_path: Path, monkeypatch: pyt
 
 def test_the_logger_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:
   """A run goes on with another one."""
-  config = add_task.Config(method=('bptt',), **TINY)
+  config = add_task.Config(method=('bptt',), **FLOAT32_TINY)
   runs.open_workdir(str(tmp_path), 'add_task', config)
-  runs.open_workdir(str(tmp_path), 'add_task', add_task.Config(method=('bptt',), logger='tensorboard', **TINY))
+  runs.open_workdir(
+    str(tmp_path),
+    'add_task',
+    add_task.Config(method=('bptt',), logger='tensorboard', **FLOAT32_TINY),
+  )
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

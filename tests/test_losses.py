@@ -1,4 +1,6 @@
-"""Losses against the same formulas in NumPy, on numbers small enough to follow by hand."""
+"""Losses against the same formulas in NumPy, on numbers small enough to follow by
+hand.
+"""
 
 import contextlib
 import re
@@ -22,13 +24,13 @@ WITH_DIVERGENCE = ('class_ema', 'last_epoch', 'example', 'uniform')
 EXACT = dict(rtol=3e-6, atol=1e-6)  # float32 rounding
 
 
-def window(k: int, cuts: list[int], lengths: list[int]) -> fptt_jax.Window:
+def window(k: int, cuts: list[int], lengths: list[int]) -> fptt_jax.WindowView:
   """The k-th of the windows between the given borders, written out."""
   size = max(np.diff(cuts))
   steps = np.arange(cuts[k], cuts[k] + size)
   mask = (steps < cuts[k + 1])[:, None] & (steps[:, None] < np.array(lengths))
   number = lambda n: jnp.asarray(n, jnp.int32)
-  return fptt_jax.Window(
+  return fptt_jax.WindowView(
     k=number(k),
     num_windows=len(cuts) - 1,
     num_steps=cuts[-1],
@@ -55,7 +57,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def classification(divergence: str) -> losses.Loss:
-  return losses.terminal_classification(C, divergence=divergence, num_examples=5 if divergence == 'example' else None)
+  return losses.terminal_classification(
+    C, divergence=divergence, num_examples=5 if divergence == 'example' else None
+  )
 
 
 def targets_for(divergence: str, labels: list[int] | np.ndarray) -> object:
@@ -69,28 +73,45 @@ def targets_for(divergence: str, labels: list[int] | np.ndarray) -> object:
 
 @pytest.mark.parametrize('divergence', [*WITH_DIVERGENCE, 'none'])
 def test_terminal_objective_by_hand(divergence):
-  """β CE + (1 - β) Div at the window's last output, β = t/T = 2/6; Div = -Σ_c Q(c) log P(c) is a sum over the classes (the mean,
-  as the release has it, would be C times smaller) and Q starts uniform. 'none' leaves β CE."""
+  """β CE + (1 - β) Div at the window's last output, β = t/T = 2/6; Div = -Σ_c Q(c) log
+  P(c) is a sum over the classes (the mean, as the release has it, would be C times
+  smaller) and Q starts uniform. 'none' leaves β CE.
+  """
   loss, labels = classification(divergence), [2, 0, 2, 1]
   outputs = random(2, 4, C)
-  value, _ = loss.apply(outputs, targets_for(divergence, labels), window(0, [0, 2, 4, 6], [6] * 4), loss.init(3))
+  value, _ = loss.apply(
+    outputs,
+    targets_for(divergence, labels),
+    window(0, [0, 2, 4, 6], [6] * 4),
+    loss.init(3),
+  )
   log_p = log_softmax(outputs[-1])
   cross_entropy = -log_p[np.arange(4), labels]
   div = 0 if divergence == 'none' else -(log_p / C).sum(-1)
-  np.testing.assert_allclose(value, np.mean(2 / 6 * cross_entropy + 4 / 6 * div), **EXACT)
+  np.testing.assert_allclose(
+    value, np.mean(2 / 6 * cross_entropy + 4 / 6 * div), **EXACT
+  )
 
 
 @pytest.mark.parametrize('divergence', [*WITH_DIVERGENCE, 'none'])
 def test_one_window_is_plain_cross_entropy(divergence):
-  """With K = 1 β is 1: the objective is the cross-entropy of the last output, whatever Q holds."""
+  """With K = 1 β is 1: the objective is the cross-entropy of the last output, whatever
+  Q holds.
+  """
   loss, labels, outputs = classification(divergence), [2, 0, 1], random(4, 3, C)
   anything = jax.tree.map(lambda q: jnp.asarray(random(*q.shape, seed=1)), loss.init(1))
-  value, _ = loss.apply(outputs, targets_for(divergence, labels), window(0, [0, 4], [4] * 3), anything)
-  np.testing.assert_allclose(value, -log_softmax(outputs[-1])[np.arange(3), labels].mean(), **EXACT)
+  value, _ = loss.apply(
+    outputs, targets_for(divergence, labels), window(0, [0, 4], [4] * 3), anything
+  )
+  np.testing.assert_allclose(
+    value, -log_softmax(outputs[-1])[np.arange(3), labels].mean(), **EXACT
+  )
 
 
 def test_ragged_terminal_objective_by_hand():
-  """β = t/length_i at each sequence's own last valid step; ended sequences contribute nothing and the mean is over the others."""
+  """β = t/length_i at each sequence's own last valid step; ended sequences contribute
+  nothing and the mean is over the others.
+  """
   loss = losses.terminal_classification(C, divergence='uniform')
   cuts, lengths, labels = [0, 2, 5, 7], [7, 3, 2, 4], [0, 1, 2, 1]
   outputs = random(3, 4, C)
@@ -105,13 +126,17 @@ def test_ragged_terminal_objective_by_hand():
     return np.mean(terms)
 
   for k in range(3):
-    value, _ = loss.apply(outputs, jnp.array(labels), window(k, cuts, lengths), loss.init(3))
+    value, _ = loss.apply(
+      outputs, jnp.array(labels), window(k, cuts, lengths), loss.init(3)
+    )
     np.testing.assert_allclose(value, expected(k), **EXACT)
 
 
 def test_class_ema_by_hand():
-  """Q[k, c] moves by 1 - decay towards the mean prediction of the sequences of class c, only in window k and only where the batch
-  has the class; the objective uses the table before the move."""
+  """Q[k, c] moves by 1 - decay towards the mean prediction of the sequences of class c,
+  only in window k and only where the batch has the class; the objective uses the table
+  before the move.
+  """
   loss = losses.terminal_classification(C, ema_decay=0.75)
   cuts, labels = [0, 1, 2], [2, 0, 2]  # no sequence of class 1
   state, table = loss.init(2), np.full((2, C, C), 1 / C)
@@ -119,8 +144,13 @@ def test_class_ema_by_hand():
     outputs = random(1, 3, C, seed=visit)
     log_p = log_softmax(outputs[0])
     beta = (k + 1) / 2
-    expected = np.mean(-beta * log_p[np.arange(3), labels] - (1 - beta) * (table[k, labels] * log_p).sum(-1))
-    value, state = loss.apply(outputs, jnp.array(labels), window(k, cuts, [2] * 3), state)
+    expected = np.mean(
+      -beta * log_p[np.arange(3), labels]
+      - (1 - beta) * (table[k, labels] * log_p).sum(-1)
+    )
+    value, state = loss.apply(
+      outputs, jnp.array(labels), window(k, cuts, [2] * 3), state
+    )
     np.testing.assert_allclose(value, expected, **EXACT)
     p = np.exp(log_p)
     table[k, 0] = 0.75 * table[k, 0] + 0.25 * p[1]
@@ -133,12 +163,18 @@ def test_class_ema_leaves_out_ended_sequences():
   """A sequence that ended before the window tells nothing about its class there."""
   loss = losses.terminal_classification(C, ema_decay=0.0)
   outputs = random(2, 2, C)
-  _, state = loss.apply(outputs, jnp.array([1, 1]), window(1, [0, 2, 4], [4, 2]), loss.init(2))
-  np.testing.assert_allclose(state['q'][1, 1], np.exp(log_softmax(outputs[1, 0])), **EXACT)
+  _, state = loss.apply(
+    outputs, jnp.array([1, 1]), window(1, [0, 2, 4], [4, 2]), loss.init(2)
+  )
+  np.testing.assert_allclose(
+    state['q'][1, 1], np.exp(log_softmax(outputs[1, 0])), **EXACT
+  )
 
 
 def test_last_epoch_by_hand():
-  """Q stays what the last epoch's mean was while this one's predictions are summed; a class not seen keeps its Q."""
+  """Q stays what the last epoch's mean was while this one's predictions are summed; a
+  class not seen keeps its Q.
+  """
   loss = losses.terminal_classification(C, divergence='last_epoch')
   cuts = [0, 1, 2]
   state, q = loss.init(2), np.full((2, C, C), 1 / C)
@@ -148,8 +184,12 @@ def test_last_epoch_by_hand():
       for k in range(2):
         outputs = random(1, 2, C, seed=100 * epoch + 10 * batch + k)
         log_p, beta = log_softmax(outputs[0]), (k + 1) / 2
-        value, state = loss.apply(outputs, jnp.array(labels), window(k, cuts, [2, 2]), state)
-        expected = np.mean(-beta * log_p[[0, 1], labels] - (1 - beta) * (q[k, labels] * log_p).sum(-1))
+        value, state = loss.apply(
+          outputs, jnp.array(labels), window(k, cuts, [2, 2]), state
+        )
+        expected = np.mean(
+          -beta * log_p[[0, 1], labels] - (1 - beta) * (q[k, labels] * log_p).sum(-1)
+        )
         np.testing.assert_allclose(value, expected, **EXACT)
         np.testing.assert_allclose(state['q'], q, **EXACT)
         for row, label in enumerate(labels):
@@ -164,17 +204,23 @@ def test_last_epoch_by_hand():
 
 
 def test_example_by_hand():
-  """Q is what the same example's prediction was at the same window one visit ago, uniform on the first; only the visited
-  examples' entries of that window change."""
+  """Q is what the same example's prediction was at the same window one visit ago,
+  uniform on the first; only the visited examples' entries of that window change."""
   loss = losses.terminal_classification(C, divergence='example', num_examples=4)
   cuts, labels = [0, 1, 2], {0: 2, 1: 0, 3: 1}
   state, table = loss.init(2), np.full((4, 2, C), 1 / C)
-  for visit, (ids, k) in enumerate([((3, 1), 0), ((1, 0), 0), ((3, 1), 1), ((1, 3), 0)]):
+  for visit, (ids, k) in enumerate(
+    [((3, 1), 0), ((1, 0), 0), ((3, 1), 1), ((1, 3), 0)]
+  ):
     outputs = random(1, 2, C, seed=visit)
     log_p, beta = log_softmax(outputs[0]), (k + 1) / 2
     y = [labels[i] for i in ids]
-    expected = np.mean(-beta * log_p[[0, 1], y] - (1 - beta) * (table[list(ids), k] * log_p).sum(-1))
-    value, state = loss.apply(outputs, (jnp.array(y), jnp.array(ids)), window(k, cuts, [2, 2]), state)
+    expected = np.mean(
+      -beta * log_p[[0, 1], y] - (1 - beta) * (table[list(ids), k] * log_p).sum(-1)
+    )
+    value, state = loss.apply(
+      outputs, (jnp.array(y), jnp.array(ids)), window(k, cuts, [2, 2]), state
+    )
     np.testing.assert_allclose(value, expected, **EXACT)
     table[list(ids), k] = np.exp(log_p)
     np.testing.assert_allclose(state['q'], table, **EXACT)
@@ -186,7 +232,12 @@ def test_example_keeps_the_entry_of_an_ended_sequence():
   loss = losses.terminal_classification(C, divergence='example', num_examples=2)
   before = {'q': jnp.asarray(random(2, 2, C))}
   outputs = random(2, 2, C, seed=1)
-  _, after = loss.apply(outputs, (jnp.array([0, 1]), jnp.array([1, 0])), window(1, [0, 2, 4], [2, 3]), before)
+  _, after = loss.apply(
+    outputs,
+    (jnp.array([0, 1]), jnp.array([1, 0])),
+    window(1, [0, 2, 4], [2, 3]),
+    before,
+  )
   expected = np.array(before['q'])
   expected[0, 1] = np.exp(log_softmax(outputs[0, 1]))
   np.testing.assert_allclose(after['q'], expected, **EXACT)
@@ -194,51 +245,90 @@ def test_example_keeps_the_entry_of_an_ended_sequence():
 
 @pytest.mark.parametrize('divergence', ['class_ema', 'last_epoch', 'example'])
 def test_no_gradient_flows_through_q(divergence):
-  """With Q a constant the gradient at the last output is β (P - y) + (1 - β)(P - Q) over B, and 0 at the other outputs (also when Q
-  holds this very prediction); the new loss state as a function of the outputs has gradient exactly 0."""
+  """With Q a constant the gradient at the last output is β (P - y) + (1 - β)(P - Q)
+  over B, and 0 at the other outputs (also when Q holds this very prediction); the new
+  loss state as a function of the outputs has gradient exactly 0.
+  """
   loss, labels = classification(divergence), [1, 0]
-  targets, place, outputs = targets_for(divergence, labels), window(0, [0, 2, 4], [4, 4]), jnp.asarray(random(2, 2, C))
+  targets, place, outputs = (
+    targets_for(divergence, labels),
+    window(0, [0, 2, 4], [4, 4]),
+    jnp.asarray(random(2, 2, C)),
+  )
   _, state = loss.apply(outputs, targets, place, loss.init(2))
   state = loss.end_epoch(state)
   p = np.exp(log_softmax(np.asarray(outputs[1])))
-  q = np.asarray(state['q'][targets[1], 0] if divergence == 'example' else state['q'][0, jnp.array(labels)])
+  q = np.asarray(
+    state['q'][targets[1], 0]
+    if divergence == 'example'
+    else state['q'][0, jnp.array(labels)]
+  )
   gradient = jax.grad(lambda o: loss.apply(o, targets, place, state)[0])(outputs)
   expected = np.zeros((2, 2, C))
   expected[1] = (0.5 * (p - np.eye(C)[labels]) + 0.5 * (p - q)) / 2
   np.testing.assert_allclose(gradient, expected, **EXACT)
-  through = jax.grad(lambda o: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(loss.apply(o, targets, place, state)[1])))(outputs)
+  through = jax.grad(
+    lambda o: sum(
+      jnp.sum(leaf**2)
+      for leaf in jax.tree.leaves(loss.apply(o, targets, place, state)[1])
+    )
+  )(outputs)
   assert not np.any(through)
 
 
 def test_bfloat16_logits_are_taken_up_to_float32():
-  """Softmax, objective and tables of bfloat16 logits equal those of the same numbers in float32."""
-  loss, labels, place = classification('class_ema'), jnp.array([1, 0]), window(0, [0, 2, 4], [4, 4])
+  """Softmax, objective and tables of bfloat16 logits equal those of the same numbers in
+  float32.
+  """
+  loss, labels, place = (
+    classification('class_ema'),
+    jnp.array([1, 0]),
+    window(0, [0, 2, 4], [4, 4]),
+  )
   low = jnp.asarray(random(2, 2, C), jnp.bfloat16)
-  got = (*loss.apply(low, labels, place, loss.init(2)), loss.measure(low, labels, place))
+  got = (
+    *loss.apply(low, labels, place, loss.init(2)),
+    loss.measure(low, labels, place),
+  )
   high = low.astype(jnp.float32)
-  chex.assert_trees_all_equal(got, (*loss.apply(high, labels, place, loss.init(2)), loss.measure(high, labels, place)))
-  chex.assert_type([got[0], got[1]['q'], got[2]['loss']], [jnp.float32, float, jnp.float32])
+  chex.assert_trees_all_equal(
+    got,
+    (*loss.apply(high, labels, place, loss.init(2)), loss.measure(high, labels, place)),
+  )
+  chex.assert_type(
+    [got[0], got[1]['q'], got[2]['loss']], [jnp.float32, float, jnp.float32]
+  )
 
 
 @pytest.mark.parametrize('divergence', [*WITH_DIVERGENCE, 'none'])
 @pytest.mark.usefixtures('strict_dtypes')
 def test_terminal_classification_promotes_nothing_implicitly(divergence):
-  """All dtypes are meant: the loss runs under strict promotion, and its state keeps its dtypes."""
+  """All dtypes are meant: the loss runs under strict promotion, and its state keeps its
+  dtypes.
+  """
   loss, place = classification(divergence), window(0, [0, 2, 4], [4, 3])
   run = lambda outputs, labels, state: (
     loss.apply(outputs, targets_for(divergence, labels), place, state),
     loss.measure(outputs, targets_for(divergence, labels), place),
   )
   before = loss.init(2)
-  (value, after), totals = jax.eval_shape(run, random(2, 2, C), np.array([1, 0], np.int32), before)
+  (value, after), totals = jax.eval_shape(
+    run, random(2, 2, C), np.array([1, 0], np.int32), before
+  )
   assert value.dtype == totals['loss'].dtype == totals['accuracy'].dtype == jnp.float32
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), before
+  )
 
 
 @pytest.mark.parametrize('divergence', ['class_ema', 'last_epoch', 'example'])
 def test_loss_state_is_not_weakly_typed(divergence):
-  """A weak type would compile the step anew when the state comes back strong, from a checkpoint say."""
-  assert not any(leaf.weak_type for leaf in jax.tree.leaves(classification(divergence).init(2)))
+  """A weak type would compile the step anew when the state comes back strong, from a
+  checkpoint say.
+  """
+  assert not any(
+    leaf.weak_type for leaf in jax.tree.leaves(classification(divergence).init(2))
+  )
 
 
 # Terminal regression.
@@ -246,7 +336,9 @@ def test_loss_state_is_not_weakly_typed(divergence):
 
 @pytest.mark.parametrize('shape', [(3,), (3, 1), (3, 2)])
 def test_terminal_regression_by_hand(shape):
-  """β · squared error of the last valid output, the mean over the O outputs and over the active sequences."""
+  """β · squared error of the last valid output, the mean over the O outputs and over
+  the active sequences.
+  """
   cuts, lengths = [0, 2, 5, 7], [7, 3, 2]
   targets = random(*shape, seed=1)
   expected_targets = targets.reshape(3, -1)
@@ -260,7 +352,9 @@ def test_terminal_regression_by_hand(shape):
         error = np.mean((outputs[t - cuts[k] - 1, row] - expected_targets[row]) ** 2)
         terms.append(t / length * error)
         ended += [error] if t == length else []
-    value, _ = loss.apply(outputs, jnp.asarray(targets), window(k, cuts, lengths), loss.init(3))
+    value, _ = loss.apply(
+      outputs, jnp.asarray(targets), window(k, cuts, lengths), loss.init(3)
+    )
     np.testing.assert_allclose(value, np.mean(terms), **EXACT)
     totals = loss.measure(outputs, jnp.asarray(targets), window(k, cuts, lengths))
     assert int(totals['count']) == len(ended)
@@ -271,13 +365,16 @@ def test_terminal_regression_by_hand(shape):
 
 
 def test_sequence_classification_by_hand():
-  """Mean cross-entropy over the valid steps of the window; what outputs and labels hold elsewhere, nonsense included, is
-  not read, and gets no gradient."""
+  """Mean cross-entropy over the valid steps of the window; what outputs and labels hold
+  elsewhere, nonsense included, is not read, and gets no gradient."""
   cuts, lengths = [0, 2, 5], [5, 3]
   outputs, labels = random(3, 2, C), np.random.default_rng(0).integers(0, C, (5, 2))
   labels[3:, 1] = [999, -1]
   loss = losses.sequence_classification(C, accuracy=True)
-  for k, steps in ((0, [(0, 0), (1, 0), (0, 1), (1, 1)]), (1, [(2, 0), (3, 0), (4, 0), (2, 1)])):
+  for k, steps in (
+    (0, [(0, 0), (1, 0), (0, 1), (1, 1)]),
+    (1, [(2, 0), (3, 0), (4, 0), (2, 1)]),
+  ):
     log_p = [log_softmax(outputs[t - cuts[k], b]) for t, b in steps]
     right = [labels[t, b] for t, b in steps]
     nats = [-row[label] for row, label in zip(log_p, right, strict=True)]
@@ -287,7 +384,9 @@ def test_sequence_classification_by_hand():
     totals = loss.measure(outputs, jnp.asarray(labels), place)
     assert int(totals['count']) == 4
     np.testing.assert_allclose(totals['loss'], np.sum(nats), **EXACT)
-    np.testing.assert_allclose(totals['accuracy'], np.sum(np.argmax(log_p, -1) == right), rtol=0)
+    np.testing.assert_allclose(
+      totals['accuracy'], np.sum(np.argmax(log_p, -1) == right), rtol=0
+    )
     gradient = np.asarray(jax.grad(run)(jnp.asarray(outputs)))
     assert np.isfinite(gradient).all()
     np.testing.assert_array_equal(np.any(gradient, axis=-1), place.mask)
@@ -295,7 +394,9 @@ def test_sequence_classification_by_hand():
 
 def test_sequence_classification_measures_accuracy_on_demand_only():
   """The pass over the logits is paid for when asked."""
-  totals = losses.sequence_classification(C).measure(random(2, 2, C), jnp.zeros((2, 2), jnp.int32), window(0, [0, 2], [2, 2]))
+  totals = losses.sequence_classification(C).measure(
+    random(2, 2, C), jnp.zeros((2, 2), jnp.int32), window(0, [0, 2], [2, 2])
+  )
   assert set(totals) == {'count', 'loss'}
 
 
@@ -303,7 +404,10 @@ def test_sequence_regression_by_hand():
   """Mean squared error over valid steps and the O outputs."""
   outputs, targets = random(3, 2, 4), random(5, 2, 4, seed=1)
   loss, place = losses.sequence_regression(), window(1, [0, 2, 5], [5, 3])
-  errors = [(outputs[t - 2, b] - targets[t, b]) ** 2 for t, b in [(2, 0), (3, 0), (4, 0), (2, 1)]]
+  errors = [
+    (outputs[t - 2, b] - targets[t, b]) ** 2
+    for t, b in [(2, 0), (3, 0), (4, 0), (2, 1)]
+  ]
   value, _ = loss.apply(outputs, jnp.asarray(targets), place, ())
   np.testing.assert_allclose(value, np.mean(errors), **EXACT)
   totals = loss.measure(outputs, jnp.asarray(targets), place)
@@ -320,43 +424,74 @@ def mean_absolute_error(outputs, targets, window):
 
 
 LOSSES = {
-  'terminal_classification': (losses.terminal_classification(C, divergence='uniform'), jnp.array([2, 0])),
-  'terminal_regression': (losses.terminal_regression(), jnp.array([[0.5, 1, 2], [1, 0, -1]])),
-  'sequence_classification': (losses.sequence_classification(C, accuracy=True), jnp.array([[0, 1]] * 4 + [[2, 0]] * 2)),
-  'sequence_regression': (losses.sequence_regression(), jnp.asarray(random(6, 2, C, seed=1))),
-  'from_function': (losses.from_function(mean_absolute_error), jnp.asarray(random(6, 2, C, seed=1))),
+  'terminal_classification': (
+    losses.terminal_classification(C, divergence='uniform'),
+    jnp.array([2, 0]),
+  ),
+  'terminal_regression': (
+    losses.terminal_regression(),
+    jnp.array([[0.5, 1, 2], [1, 0, -1]]),
+  ),
+  'sequence_classification': (
+    losses.sequence_classification(C, accuracy=True),
+    jnp.array([[0, 1]] * 4 + [[2, 0]] * 2),
+  ),
+  'sequence_regression': (
+    losses.sequence_regression(),
+    jnp.asarray(random(6, 2, C, seed=1)),
+  ),
+  'from_function': (
+    losses.from_function(mean_absolute_error),
+    jnp.asarray(random(6, 2, C, seed=1)),
+  ),
 }
 EACH_LOSS = pytest.mark.parametrize('name', list(LOSSES))
 
 
 @EACH_LOSS
 def test_window_without_sequences_gives_zero(name):
-  """Objective, gradient and totals of a window in which no sequence is left are 0, not NaN."""
+  """Objective, gradient and totals of a window in which no sequence is left are 0, not
+  NaN.
+  """
   loss, targets = LOSSES[name]
   place = window(2, [0, 2, 4, 6], [4, 1])
-  value, gradient = jax.value_and_grad(lambda o: loss.apply(o, targets, place, loss.init(3))[0])(jnp.asarray(random(2, 2, C)))
+  value, gradient = jax.value_and_grad(
+    lambda o: loss.apply(o, targets, place, loss.init(3))[0]
+  )(jnp.asarray(random(2, 2, C)))
   assert float(value) == 0
   assert not np.any(gradient)
-  assert all(float(total) == 0 for total in loss.measure(jnp.asarray(random(2, 2, C)), targets, place).values())
+  assert all(
+    float(total) == 0
+    for total in loss.measure(jnp.asarray(random(2, 2, C)), targets, place).values()
+  )
 
 
 @EACH_LOSS
 @settings(deadline=None, max_examples=12, derandomize=True)
-@given(lengths=st.tuples(st.integers(1, 6), st.integers(1, 6)), num_windows=st.sampled_from([1, 4]))
+@given(
+  lengths=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+  num_windows=st.sampled_from([1, 4]),
+)
 def test_totals_do_not_depend_on_the_windows(name, lengths, num_windows):
-  """Summed over the windows, 'count' and totals are those of the sequences whole: windows are the trainer's business only.
-  Terminal tasks count sequences, the others steps."""
+  """Summed over the windows, 'count' and totals are those of the sequences whole:
+  windows are the trainer's business only. Terminal tasks count sequences, the others
+  steps.
+  """
   targets = LOSSES[name][1]
-  outputs, windows = random(6, 2, C), fptt_jax.cut(6, num_windows=num_windows)
+  outputs, windows = random(6, 2, C), fptt_jax.make_windows(6, num_windows=num_windows)
   sums = {}
   for k in range(num_windows):
-    place = window_at(windows, jnp.int32(k), valid_steps(windows, len(lengths), np.asarray(lengths)))
+    place = window_at(
+      windows, jnp.int32(k), valid_steps(windows, len(lengths), np.asarray(lengths))
+    )
     measured = _measure(name, windows.size, place, outputs, targets)
     sums = {key: sums.get(key, 0) + float(total) for key, total in measured.items()}
   whole = window(0, [0, 6], lengths)
   expected = _measure(name, 6, whole, outputs, targets)
   assert sums['count'] == (2 if name.startswith('terminal') else sum(lengths))
-  chex.assert_trees_all_close(sums, {key: float(total) for key, total in expected.items()}, rtol=1e-5)
+  chex.assert_trees_all_close(
+    sums, {key: float(total) for key, total in expected.items()}, rtol=1e-5
+  )
 
 
 _COMPILED = {}
@@ -368,19 +503,41 @@ def _measure(name, size, place, outputs, targets):
   key = (name, size, place.num_windows)
   if key not in _COMPILED:
     _COMPILED[key] = jax.jit(
-      lambda k, start, end, lengths, seen, active, last, mask, outputs, targets: loss.measure(
-        jax.lax.dynamic_slice_in_dim(outputs, start, size),
-        targets,
-        place._replace(k=k, start=start, end=end, lengths=lengths, seen=seen, active=active, last=last, mask=mask),
+      lambda k, start, end, lengths, seen, active, last, mask, outputs, targets: (
+        loss.measure(
+          jax.lax.dynamic_slice_in_dim(outputs, start, size),
+          targets,
+          place._replace(
+            k=k,
+            start=start,
+            end=end,
+            lengths=lengths,
+            seen=seen,
+            active=active,
+            last=last,
+            mask=mask,
+          ),
+        )
       )
     )
   return _COMPILED[key](
-    place.k, place.start, place.end, place.lengths, place.seen, place.active, place.last, place.mask, outputs, targets
+    place.k,
+    place.start,
+    place.end,
+    place.lengths,
+    place.seen,
+    place.active,
+    place.last,
+    place.mask,
+    outputs,
+    targets,
   )
 
 
 def test_from_function_hands_over_what_it_gets():
-  """The objective is the function's value; there is no loss state; the measure weighs a window by its valid steps."""
+  """The objective is the function's value; there is no loss state; the measure weighs a
+  window by its valid steps.
+  """
   seen = []
 
   def function(outputs, targets, window):
@@ -394,15 +551,22 @@ def test_from_function_hands_over_what_it_gets():
   value, state = loss.apply(jnp.zeros((3, 2, 1)), targets, place, ())
   totals = loss.measure(jnp.zeros((3, 2, 1)), targets, place)
   assert (float(value), state) == (7, ())
-  assert {key: float(total) for key, total in totals.items()} == {'count': 4, 'loss': 28}
-  assert [(shape, given is targets, k) for shape, given, k in seen] == [((3, 2, 1), True, 1)] * 2
+  assert {key: float(total) for key, total in totals.items()} == {
+    'count': 4,
+    'loss': 28,
+  }
+  assert [(shape, given is targets, k) for shape, given, k in seen] == [
+    ((3, 2, 1), True, 1)
+  ] * 2
 
 
 # Terminal losses of one's own: one target per sequence, which shapes may not tell.
 
 
 def last_error(outputs, targets, window):
-  """The mean absolute error of the last output; targets [B], [B, O], or a pair of them and weights [B]."""
+  """The mean absolute error of the last output; targets [B], [B, O], or a pair of them
+  and weights [B].
+  """
   targets, weights = targets if isinstance(targets, tuple) else (targets, 1.0)
   error = jnp.abs(outputs[-1] - targets.reshape(len(targets), -1)).mean(-1)
   return jnp.mean(weights * error)
@@ -410,17 +574,32 @@ def last_error(outputs, targets, window):
 
 def evaluate_own(loss, model, batch, **options):
   """Returns the evaluated mean 'loss' of a model at its first parameters."""
-  trainer = fptt_jax.trainer(model, loss, optax.sgd(0.1), method='tbptt', **options)
+  trainer = fptt_jax.make_trainer(
+    model, loss, optax.sgd(0.1), method='tbptt', **options
+  )
   params = model.init(jax.random.key(0))
-  return fptt_jax.means(trainer.evaluate(params, batch)[0])['loss'], params
+  return fptt_jax.compute_metrics(trainer.evaluate(params, batch)[0])['loss'], params
 
 
 def true_last_error(model, params, batch):
   """Runs the model over each whole sequence and looks at the last output."""
-  lengths = np.full(batch.inputs.shape[1], len(batch.inputs)) if batch.lengths is None else batch.lengths
-  outputs = model.apply(params, model.initial_state(len(lengths)), jnp.asarray(batch.inputs), None, None)[1]
-  targets, weights = batch.targets if isinstance(batch.targets, tuple) else (batch.targets, np.ones(len(lengths)))
-  errors = [np.abs(outputs[end - 1, row] - targets[row]).mean() for row, end in enumerate(lengths)]
+  lengths = (
+    np.full(batch.inputs.shape[1], len(batch.inputs))
+    if batch.lengths is None
+    else batch.lengths
+  )
+  outputs = model.apply(
+    params, model.initial_state(len(lengths)), jnp.asarray(batch.inputs), None, None
+  )[1]
+  targets, weights = (
+    batch.targets
+    if isinstance(batch.targets, tuple)
+    else (batch.targets, np.ones(len(lengths)))
+  )
+  errors = [
+    np.abs(outputs[end - 1, row] - targets[row]).mean()
+    for row, end in enumerate(lengths)
+  ]
   return np.mean(weights * np.array(errors))
 
 
@@ -436,11 +615,17 @@ def true_last_error(model, params, batch):
     (4, (4, 4), True, True, True),
   ],
 )
-def test_own_terminal_loss_is_evaluated_at_the_last_step(num_steps, shape, terminal, ragged, weighted):
+def test_own_terminal_loss_is_evaluated_at_the_last_step(
+  num_steps, shape, terminal, ragged, weighted
+):
   """Also where B = T, in uneven windows, and at each sequence's own end."""
   outputs = shape[1] if len(shape) > 1 else 1
   model = problems.elman(out=outputs)
-  lengths = np.array([1, num_steps, (num_steps + 1) // 2, num_steps], np.int32) if ragged else None
+  lengths = (
+    np.array([1, num_steps, (num_steps + 1) // 2, num_steps], np.int32)
+    if ragged
+    else None
+  )
   targets = random(*shape, seed=1)
   if weighted:
     targets = (targets, np.array([1, 2, 3, 4], np.float32))
@@ -458,12 +643,16 @@ def test_own_terminal_loss_on_devices(num_steps, ragged):
   lengths = np.array([1, 2, 3, 4], np.int32) if ragged else None
   batch = fptt_jax.Batch(random(num_steps, 4, 2), random(4, 4, seed=1), lengths)
   mesh = jax.sharding.Mesh(jax.devices('cpu')[:2], ('batch',))
-  got, params = evaluate_own(losses.from_function(last_error, terminal=True), model, batch, mesh=mesh)
+  got, params = evaluate_own(
+    losses.from_function(last_error, terminal=True), model, batch, mesh=mesh
+  )
   assert got == pytest.approx(true_last_error(model, params, batch), rel=1e-5)
 
 
 def test_own_terminal_loss_sees_the_batch_together():
-  """A loss that is no mean over rows keeps its meaning where all sequences end together."""
+  """A loss that is no mean over rows keeps its meaning where all sequences end
+  together.
+  """
   spread = losses.from_function(lambda outputs, targets, window: outputs[-1].std())
   model = problems.elman()
   batch = fptt_jax.Batch(random(7, 4, 2), random(4, seed=1))
@@ -475,13 +664,18 @@ def test_own_terminal_loss_sees_the_batch_together():
 def test_own_loss_says_itself_that_it_is_a_mean_over_steps():
   """`terminal=False` averages over steps, whatever the targets' shape."""
   every_step = losses.from_function(
-    lambda outputs, targets, window: window.mean(jnp.abs(outputs[..., 0] - targets[None]), window.mask), terminal=False
+    lambda outputs, targets, window: window.mean(
+      jnp.abs(outputs[..., 0] - targets[None]), window.mask
+    ),
+    terminal=False,
   )
   model = problems.elman()
   batch = fptt_jax.Batch(random(7, 4, 2), random(4, seed=1))
   got, params = evaluate_own(every_step, model, batch)
   outputs = model.apply(params, model.initial_state(4), batch.inputs, None, None)[1]
-  assert got == pytest.approx(float(jnp.abs(outputs[..., 0] - batch.targets[None]).mean()), rel=1e-5)
+  assert got == pytest.approx(
+    float(jnp.abs(outputs[..., 0] - batch.targets[None]).mean()), rel=1e-5
+  )
 
 
 @pytest.mark.parametrize(
@@ -495,27 +689,42 @@ def test_own_loss_says_itself_that_it_is_a_mean_over_steps():
   ids=['B=T', 'B=T=O', 'mixed', 'none'],
 )
 def test_targets_whose_shapes_do_not_tell_are_refused(num_steps, targets):
-  """When the trainer looks at a batch, takes a step, or evaluates; with a measure of one's own nothing has to be told."""
+  """When the trainer looks at a batch, takes a step, or evaluates; with a measure of
+  one's own nothing has to be told.
+  """
   function = lambda outputs, targets, window: outputs.mean()
   batch = fptt_jax.Batch(np.zeros((num_steps, 4, 2), np.float32), targets)
   measure = lambda outputs, targets, window: {'count': 1, 'loss': 2.0}
-  for loss, fails in ((losses.from_function(function), True), (losses.from_function(function, measure), False)):
-    trainer = fptt_jax.trainer(problems.elman(), loss, optax.sgd(0.1), method='tbptt')
+  for loss, fails in (
+    (losses.from_function(function), True),
+    (losses.from_function(function, measure), False),
+  ):
+    trainer = fptt_jax.make_trainer(
+      problems.elman(), loss, optax.sgd(0.1), method='tbptt'
+    )
     state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
     for call in (
       lambda t=trainer: t.init(jax.random.key(0), batch),
       lambda t=trainer, s=state: jax.eval_shape(t.step, s, batch),
       lambda t=trainer, s=state: jax.eval_shape(t.evaluate, s.params, batch),
     ):
-      with pytest.raises(ValueError, match='terminal=') if fails else contextlib.nullcontext():
+      with (
+        pytest.raises(ValueError, match='terminal=')
+        if fails
+        else contextlib.nullcontext()
+      ):
         call()
 
 
 def test_means_divide_by_the_count():
-  """Means are host floats without the count; over nothing they are NaN, not an error."""
+  """Means are host floats without the count; over nothing they are NaN, not an
+  error.
+  """
   totals = {'count': jnp.int32(4), 'loss': jnp.float32(2), 'accuracy': jnp.float32(3)}
-  assert fptt_jax.means(totals) == {'loss': 0.5, 'accuracy': 0.75}
-  assert np.isnan(fptt_jax.means({'count': jnp.int32(0), 'loss': jnp.float32(0)})['loss'])
+  assert fptt_jax.compute_metrics(totals) == {'loss': 0.5, 'accuracy': 0.75}
+  assert np.isnan(
+    fptt_jax.compute_metrics({'count': jnp.int32(0), 'loss': jnp.float32(0)})['loss']
+  )
 
 
 # What is refused.
@@ -524,11 +733,26 @@ def test_means_divide_by_the_count():
 @pytest.mark.parametrize(
   ('make', 'message'),
   [
-    (lambda: losses.terminal_classification(1), r'num_classes must be an integer >= 2, got 1\.'),
-    (lambda: losses.sequence_classification(0), r'num_classes must be an integer >= 2, got 0\.'),
-    (lambda: losses.terminal_classification(3, divergence='kl'), r"divergence must be one of \['class_ema', .*\], got 'kl'\."),
-    (lambda: losses.terminal_classification(3, ema_decay=1.0), r'ema_decay must be in \[0, 1\), got 1\.0\.'),
-    (lambda: losses.terminal_classification(3, ema_decay=-0.1), r'ema_decay must be in \[0, 1\), got -0\.1\.'),
+    (
+      lambda: losses.terminal_classification(1),
+      r'num_classes must be an integer >= 2, got 1\.',
+    ),
+    (
+      lambda: losses.sequence_classification(0),
+      r'num_classes must be an integer >= 2, got 0\.',
+    ),
+    (
+      lambda: losses.terminal_classification(3, divergence='kl'),
+      r"divergence must be one of \['class_ema', .*\], got 'kl'\.",
+    ),
+    (
+      lambda: losses.terminal_classification(3, ema_decay=1.0),
+      r'ema_decay must be in \[0, 1\), got 1\.0\.',
+    ),
+    (
+      lambda: losses.terminal_classification(3, ema_decay=-0.1),
+      r'ema_decay must be in \[0, 1\), got -0\.1\.',
+    ),
     (
       lambda: losses.terminal_classification(3, divergence='example'),
       r"num_examples goes with divergence='example': got num_examples=None and 'example'\.",
@@ -558,15 +782,69 @@ INTS, FLOATS = np.array([0, 1]), np.array([0.0, 1.0], np.float32)
       TypeError,
       r'labels must be integers \(class .*, got dtype float32 of shape \(2,\)\.',
     ),
-    (classification('none'), 4, INTS, ValueError, r'outputs of shape \[S, B, 3\], got \(2, 2, 4\)\.'),
-    (classification('none'), 3, (INTS, INTS), ValueError, r'expected targets to be labels \[B\], B=2, got shapes'),
-    (classification('example'), 3, INTS, ValueError, r'to be a pair \(labels \[B\], example ids \[B\]\), B=2, got shapes'),
-    (losses.terminal_regression(), 1, INTS, TypeError, r'targets must be floating point, got dtype int64 of shape \(2,\)\.'),
-    (classification('none'), 3, INTS[:, None], ValueError, r'labels \[B\], B=2, got shapes \(2, 1\)\.'),
-    (losses.terminal_regression(), 2, random(1, 2), ValueError, r'targets \[B\] or \[B, O\] with B=2, got \(1, 2\)\.'),
-    (losses.terminal_regression(), 2, FLOATS, ValueError, r'outputs of shape \[S, B, 1\], got \(2, 2, 2\)\.'),
-    (losses.sequence_classification(3), 3, np.zeros((2, 2)), TypeError, r'targets must be integers \(class indices\), got dtype'),
-    (losses.sequence_classification(3), 2, np.zeros((2, 2), int), ValueError, r'outputs of shape \[S, B, 3\], got \(2, 2, 2\)\.'),
+    (
+      classification('none'),
+      4,
+      INTS,
+      ValueError,
+      r'outputs of shape \[S, B, 3\], got \(2, 2, 4\)\.',
+    ),
+    (
+      classification('none'),
+      3,
+      (INTS, INTS),
+      ValueError,
+      r'expected targets to be labels \[B\], B=2, got shapes',
+    ),
+    (
+      classification('example'),
+      3,
+      INTS,
+      ValueError,
+      r'to be a pair \(labels \[B\], example ids \[B\]\), B=2, got shapes',
+    ),
+    (
+      losses.terminal_regression(),
+      1,
+      INTS,
+      TypeError,
+      r'targets must be floating point, got dtype int64 of shape \(2,\)\.',
+    ),
+    (
+      classification('none'),
+      3,
+      INTS[:, None],
+      ValueError,
+      r'labels \[B\], B=2, got shapes \(2, 1\)\.',
+    ),
+    (
+      losses.terminal_regression(),
+      2,
+      random(1, 2),
+      ValueError,
+      r'targets \[B\] or \[B, O\] with B=2, got \(1, 2\)\.',
+    ),
+    (
+      losses.terminal_regression(),
+      2,
+      FLOATS,
+      ValueError,
+      r'outputs of shape \[S, B, 1\], got \(2, 2, 2\)\.',
+    ),
+    (
+      losses.sequence_classification(3),
+      3,
+      np.zeros((2, 2)),
+      TypeError,
+      r'targets must be integers \(class indices\), got dtype',
+    ),
+    (
+      losses.sequence_classification(3),
+      2,
+      np.zeros((2, 2), int),
+      ValueError,
+      r'outputs of shape \[S, B, 3\], got \(2, 2, 2\)\.',
+    ),
     (
       losses.sequence_regression(),
       3,
@@ -574,11 +852,21 @@ INTS, FLOATS = np.array([0, 1]), np.array([0.0, 1.0], np.float32)
       ValueError,
       r'got a window of targets \(2, 2, 1\) and outputs \(2, 2, 3\)\.',
     ),
-    (losses.sequence_regression(), 1, random(2, 2), ValueError, r'got a window of targets \(2, 2\) and outputs \(2, 2, 1\)\.'),
+    (
+      losses.sequence_regression(),
+      1,
+      random(2, 2),
+      ValueError,
+      r'got a window of targets \(2, 2\) and outputs \(2, 2, 1\)\.',
+    ),
   ],
 )
-def test_outputs_and_targets_that_do_not_fit_are_refused(loss, features, targets, error, message):
-  """Shapes and dtypes are checked when the step is traced, before anything broadcasts."""
+def test_outputs_and_targets_that_do_not_fit_are_refused(
+  loss, features, targets, error, message
+):
+  """Shapes and dtypes are checked when the step is traced, before anything
+  broadcasts.
+  """
   with pytest.raises(error, match=message):
     loss.apply(random(2, 2, features), targets, window(0, [0, 2], [2, 2]), loss.init(1))
 
@@ -586,18 +874,73 @@ def test_outputs_and_targets_that_do_not_fit_are_refused(loss, features, targets
 @pytest.mark.parametrize(
   ('loss', 'targets', 'error', 'message'),
   [
-    (classification('none'), np.array([0, 3]), ValueError, r'labels must lie in 0\.\.2, got values from 0 to 3\.'),
-    (classification('none'), np.array([-1, 0]), ValueError, r'labels must lie in 0\.\.2, got values from -1 to 0\.'),
-    (classification('none'), np.array([[0, 1]]), ValueError, r'expected targets to be labels \[B\], B=2, got shapes \(1, 2\)\.'),
+    (
+      classification('none'),
+      np.array([0, 3]),
+      ValueError,
+      r'labels must lie in 0\.\.2, got values from 0 to 3\.',
+    ),
+    (
+      classification('none'),
+      np.array([-1, 0]),
+      ValueError,
+      r'labels must lie in 0\.\.2, got values from -1 to 0\.',
+    ),
+    (
+      classification('none'),
+      np.array([[0, 1]]),
+      ValueError,
+      r'expected targets to be labels \[B\], B=2, got shapes \(1, 2\)\.',
+    ),
     (classification('none'), FLOATS, TypeError, r'labels must be integers'),
-    (classification('example'), (INTS, np.array([0, 5])), ValueError, r'example ids must lie in 0\.\.4, got values from 0 to 5\.'),
-    (losses.terminal_regression(), INTS, TypeError, r'targets must be floating point, got dtype int64'),
-    (losses.terminal_regression(), np.zeros(3), ValueError, r'targets must have leading dimensions \(2,\), got shape \(3,\)\.'),
-    (losses.terminal_regression(), np.array([0, np.nan]), ValueError, r'targets must be finite, got 1 NaN or infinite values\.'),
-    (losses.sequence_classification(3), np.full((4, 2), 3), ValueError, r'targets must lie in 0\.\.2, got values from 3 to 3\.'),
-    (losses.sequence_classification(3), np.zeros((3, 2), int), ValueError, r'targets must have shape \(4, 2\), got \(3, 2\)\.'),
-    (losses.sequence_regression(), np.zeros((3, 2, 1)), ValueError, r'leading dimensions \(4, 2\), got shape \(3, 2, 1\)\.'),
-    (losses.sequence_regression(), np.zeros((4, 2, 1), int), TypeError, r'targets must be floating point, got dtype int64'),
+    (
+      classification('example'),
+      (INTS, np.array([0, 5])),
+      ValueError,
+      r'example ids must lie in 0\.\.4, got values from 0 to 5\.',
+    ),
+    (
+      losses.terminal_regression(),
+      INTS,
+      TypeError,
+      r'targets must be floating point, got dtype int64',
+    ),
+    (
+      losses.terminal_regression(),
+      np.zeros(3),
+      ValueError,
+      r'targets must have leading dimensions \(2,\), got shape \(3,\)\.',
+    ),
+    (
+      losses.terminal_regression(),
+      np.array([0, np.nan]),
+      ValueError,
+      r'targets must be finite, got 1 NaN or infinite values\.',
+    ),
+    (
+      losses.sequence_classification(3),
+      np.full((4, 2), 3),
+      ValueError,
+      r'targets must lie in 0\.\.2, got values from 3 to 3\.',
+    ),
+    (
+      losses.sequence_classification(3),
+      np.zeros((3, 2), int),
+      ValueError,
+      r'targets must have shape \(4, 2\), got \(3, 2\)\.',
+    ),
+    (
+      losses.sequence_regression(),
+      np.zeros((3, 2, 1)),
+      ValueError,
+      r'leading dimensions \(4, 2\), got shape \(3, 2, 1\)\.',
+    ),
+    (
+      losses.sequence_regression(),
+      np.zeros((4, 2, 1), int),
+      TypeError,
+      r'targets must be floating point, got dtype int64',
+    ),
   ],
 )
 def test_check_refuses_targets_that_mean_nothing(loss, targets, error, message):
@@ -608,7 +951,9 @@ def test_check_refuses_targets_that_mean_nothing(loss, targets, error, message):
 
 @EACH_LOSS
 def test_check_accepts_what_the_losses_run_on(name):
-  """The targets of the tests above pass, where the same targets for another batch size do not (from_function has no check)."""
+  """The targets of the tests above pass, where the same targets for another batch size
+  do not (from_function has no check).
+  """
   loss, targets = LOSSES[name]
   loss.check(np.asarray(targets), np.ones((6, 2), bool))
   if name != 'from_function':
@@ -619,17 +964,28 @@ def test_check_accepts_what_the_losses_run_on(name):
 @pytest.mark.parametrize('skip_nonfinite', [False, True])
 @pytest.mark.parametrize('divergence', ['class_ema', 'last_epoch', 'example'])
 def test_a_window_writes_its_part_of_a_table_in_place(divergence, skip_nonfinite):
-  """The compiled step neither copies the table nor selects one of two, so its time is linear in the number of windows."""
+  """The compiled step neither copies the table nor selects one of two, so its time is
+  linear in the number of windows.
+  """
   classes, num_examples, num_windows = 48, 90, 5
   loss = losses.terminal_classification(
-    classes, divergence=divergence, num_examples=num_examples if divergence == 'example' else None
+    classes,
+    divergence=divergence,
+    num_examples=num_examples if divergence == 'example' else None,
   )
-  batch = fptt_jax.Batch(np.zeros((10, 3, 2), np.float32), targets_for(divergence, np.arange(3)))
-  trainer = fptt_jax.trainer(
-    problems.elman(out=classes), loss, optax.sgd(0.1), method='tbptt', num_windows=num_windows, skip_nonfinite=skip_nonfinite
+  batch = fptt_jax.Batch(
+    np.zeros((10, 3, 2), np.float32), targets_for(divergence, np.arange(3))
+  )
+  trainer = fptt_jax.make_trainer(
+    problems.elman(out=classes),
+    loss,
+    optax.sgd(0.1),
+    method='tbptt',
+    num_windows=num_windows,
+    skip_nonfinite=skip_nonfinite,
   )
   state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
-  text = problems.optimised(trainer.step.lower(state, batch)).as_text()
+  text = problems.optimized(trainer.step.lower(state, batch)).as_text()
   [shape] = {leaf.shape for leaf in jax.tree.leaves(state.loss_state) if leaf.ndim == 3}
   whole = re.findall(rf'= f32\[{",".join(map(str, shape))}\]\S* (copy|select)\(', text)
   assert not whole

@@ -18,7 +18,7 @@ T, B, D, C = 7, 3, 2, 3
 LAYERS = {
   'lstm': lambda r: nn.LSTM(D, 4, rngs=r),
   'gru': lambda r: nn.GRU(D, 4, rngs=r),
-  'plain scan': lambda r: nn.RNN(D, 4, fused=False, rngs=r),
+  'plain scan': lambda r: nn.ElmanRNN(D, 4, fused=False, rngs=r),
   'antisymmetric': lambda r: nn.AntisymmetricRNN(D, 4, rngs=r),
   'fastgrnn': lambda r: nn.FastGRNN(D, 4, rngs=r),
   'incremental': lambda r: nn.IncrementalRNN(D, 4, rngs=r),
@@ -28,7 +28,9 @@ LAYERS = {
 
 
 def model_of(layer: str) -> fptt_jax.Model:
-  return nn.from_nnx(lambda r: nn.Stack(LAYERS[layer](r), nnx.Linear(4, C, rngs=r)))
+  return nn.from_nnx(
+    lambda r: nn.Sequential(LAYERS[layer](r), nnx.Linear(4, C, rngs=r))
+  )
 
 
 def per_row(mask: np.ndarray, batch: Batch, sequence: bool) -> list[Batch]:
@@ -36,7 +38,10 @@ def per_row(mask: np.ndarray, batch: Batch, sequence: bool) -> list[Batch]:
   rows = [b for b in range(mask.shape[1]) if mask[:, b].any()]
   inputs = [batch.inputs[mask[:, b], b : b + 1] for b in rows]
   if sequence:
-    return [Batch(x, batch.targets[mask[:, b], b : b + 1]) for x, b in zip(inputs, rows, strict=True)]
+    return [
+      Batch(x, batch.targets[mask[:, b], b : b + 1])
+      for x, b in zip(inputs, rows, strict=True)
+    ]
   return [Batch(x, batch.targets[b : b + 1]) for x, b in zip(inputs, rows, strict=True)]
 
 
@@ -55,11 +60,16 @@ def spoiled(batch: Batch, mask: np.ndarray, value: float = np.nan) -> Batch:
   return batch._replace(inputs=inputs, mask=mask)
 
 
-MASK = np.array([[0, 1, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]], bool)
+MASK = np.array(
+  [[0, 1, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]], bool
+)
 """Padding in front, holes, and a row without any valid step."""
 
 
-@pytest.mark.parametrize(('layer', 'sequence'), [*((layer, True) for layer in LAYERS), ('lstm', False), ('plain scan', False)])
+@pytest.mark.parametrize(
+  ('layer', 'sequence'),
+  [*((layer, True) for layer in LAYERS), ('lstm', False), ('plain scan', False)],
+)
 def test_loss_and_gradient_are_those_without_the_masked_steps(layer, sequence):
   """In one window, of every kind of layer; NaN at masked steps is never seen."""
   model = model_of(layer)
@@ -79,25 +89,45 @@ def test_loss_and_gradient_are_those_without_the_masked_steps(layer, sequence):
       _, outputs = model.apply(params, state, jnp.asarray(row.inputs), None, None)
       if not sequence:
         outputs = outputs[-1]
-      parts.append(optax.losses.softmax_cross_entropy_with_integer_labels(outputs, row.targets).reshape(-1))
+      parts.append(
+        optax.losses.softmax_cross_entropy_with_integer_labels(
+          outputs, row.targets
+        ).reshape(-1)
+      )
     return jnp.concatenate(parts).mean()
 
   value, expected = problems.quick(jax.value_and_grad(objective))(params)
   np.testing.assert_allclose(metrics.loss[0], value, rtol=1e-5)
   assert int(metrics.totals['count']) == (MASK.sum() if sequence else MASK.any(0).sum())
-  jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=2e-6), gradient, expected)
+  jax.tree.map(
+    lambda g, e: np.testing.assert_allclose(g, e, atol=2e-6), gradient, expected
+  )
 
 
 ELMAN = problems.elman(D, 4, C)
 ELMAN_PARAMS = ELMAN.init(jax.random.key(1))
-TERMINAL = fptt_jax.trainer(ELMAN, losses.terminal_classification(C), optax.sgd(0.1), method='tbptt', num_windows=3)
-TAGGING = fptt_jax.trainer(ELMAN, losses.sequence_classification(C), optax.sgd(0.1), method='tbptt', num_windows=3)
+TERMINAL = fptt_jax.make_trainer(
+  ELMAN,
+  losses.terminal_classification(C),
+  optax.sgd(0.1),
+  method='tbptt',
+  num_windows=3,
+)
+TAGGING = fptt_jax.make_trainer(
+  ELMAN,
+  losses.sequence_classification(C),
+  optax.sgd(0.1),
+  method='tbptt',
+  num_windows=3,
+)
 
 
 @PROPERTY
 @given(st.lists(st.booleans(), min_size=T * B, max_size=T * B))
 def test_evaluation_is_that_of_the_rows_without_the_masked_steps(bits):
-  """Whatever the mask, in windows: the sums over the rows, each alone and compressed."""
+  """Whatever the mask, in windows: the sums over the rows, each alone and
+  compressed.
+  """
   mask = np.array(bits).reshape(T, B)
   for trainer, batch, sequence in (
     (TERMINAL, problems.label_batch(T, B, D, C), False),
@@ -108,7 +138,9 @@ def test_evaluation_is_that_of_the_rows_without_the_masked_steps(bits):
     for row in per_row(mask, batch, sequence):
       alone, _ = trainer.evaluate(ELMAN_PARAMS, row)
       expected += np.array([alone['count'], alone['loss']])
-    np.testing.assert_allclose([totals['count'], totals['loss']], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+      [totals['count'], totals['loss']], expected, rtol=1e-5, atol=1e-6
+    )
     assert np.isfinite(hidden).all()
     empty = ~mask.any(0)
     np.testing.assert_array_equal(np.asarray(hidden)[empty], 0)
@@ -117,7 +149,9 @@ def test_evaluation_is_that_of_the_rows_without_the_masked_steps(bits):
 @PROPERTY
 @given(st.lists(st.integers(1, T), min_size=B, max_size=B))
 def test_a_mask_of_ended_sequences_is_their_lengths(lengths):
-  """State, loss and metrics agree bit for bit, the mask given by name or in the lengths' place."""
+  """State, loss and metrics agree bit for bit, the mask given by name or in the
+  lengths' place.
+  """
   batch = problems.label_batch(T, B, D, C)
   ragged = batch._replace(lengths=np.array(lengths, np.int32))
   mask = np.arange(T)[:, None] < np.array(lengths)
@@ -132,9 +166,11 @@ def test_a_mask_of_ended_sequences_is_their_lengths(lengths):
 
 
 def test_beta_counts_valid_steps():
-  """Squared errors of 1 are weighed by the share of valid steps seen: of 4 steps, 1, 1, 4."""
+  """Squared errors of 1 are weighed by the share of valid steps seen: of 4 steps, 1, 1,
+  4.
+  """
   outputs = jnp.ones((3, 2, 1))
-  windows = fptt_jax.cut(9, num_windows=3)
+  windows = fptt_jax.make_windows(9, num_windows=3)
   mask = np.array([1, 0, 0, 0, 0, 0, 1, 1, 1], bool)
   mask = np.stack([mask, np.zeros(9, bool)], axis=1)
   valid = fptt_jax.windows.valid_steps(windows, 2, None, mask)
@@ -149,7 +185,9 @@ def test_beta_counts_valid_steps():
 
 @pytest.mark.parametrize('method', ['fptt', 'tbptt', 'bptt', 'bptt_aux', 'ftrl'])
 def test_windows_without_a_valid_step_change_nothing(method):
-  """An empty window among others leaves parameters and optimizer alone, an empty batch leaves all; labels do not matter there."""
+  """An empty window among others leaves parameters and optimizer alone, an empty batch
+  leaves all; labels do not matter there.
+  """
   options = {} if method == 'bptt' else {'num_windows': 3}
   base = optax.adam(0.1)
   trainer = problems.quick_trainer(
@@ -161,23 +199,33 @@ def test_windows_without_a_valid_step_change_nothing(method):
   )
   batch = problems.label_batch(6, B, D, C)
   state = trainer.init(jax.random.key(0), batch)
-  empty = batch._replace(mask=np.zeros((6, B), bool), inputs=np.full_like(batch.inputs, np.nan))
+  empty = batch._replace(
+    mask=np.zeros((6, B), bool), inputs=np.full_like(batch.inputs, np.nan)
+  )
   after, metrics = trainer.step(state, empty)
   for name in ('params', 'opt_state', 'hidden', 'loss_state'):
-    jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(after, name), getattr(state, name)
+    )
   assert not np.asarray(metrics.loss).any()
   assert int(metrics.totals['count']) == 0
   if method in ('fptt', 'tbptt', 'ftrl'):
     mask = np.array([1, 1, 0, 0, 1, 1], bool)[:, None].repeat(B, 1)
     after, _ = trainer.step(state, batch._replace(mask=mask))
-    counts = [leaf for leaf in jax.tree.leaves(after.opt_state) if leaf.dtype == jnp.int32]
+    counts = [
+      leaf for leaf in jax.tree.leaves(after.opt_state) if leaf.dtype == jnp.int32
+    ]
     assert [int(count) for count in counts] == [2] * len(counts)
 
 
 def test_a_row_without_valid_steps_counts_for_nothing():
   """The others' loss is what it is without it, also with NaN as its target."""
   trainer = problems.quick_trainer(
-    problems.elman(D, 4, 1), losses.terminal_regression(), optax.sgd(0.1), method='tbptt', num_windows=2
+    problems.elman(D, 4, 1),
+    losses.terminal_regression(),
+    optax.sgd(0.1),
+    method='tbptt',
+    num_windows=2,
   )
   batch = problems.regression_batch(6, 3, D)
   targets = batch.targets.copy()
@@ -185,11 +233,15 @@ def test_a_row_without_valid_steps_counts_for_nothing():
   mask = np.ones((6, 3), bool)
   mask[:, 1] = False
   with_empty = spoiled(batch._replace(targets=targets), mask)
-  fptt_jax.check_batch(with_empty, losses.terminal_regression())
+  fptt_jax.validate_batch(with_empty, losses.terminal_regression())
   others = Batch(batch.inputs[:, ::2], batch.targets[::2])
   got, metrics = trainer.step(trainer.init(jax.random.key(0), with_empty), with_empty)
   expected, its_metrics = trainer.step(trainer.init(jax.random.key(0), others), others)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got.params, expected.params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+    got.params,
+    expected.params,
+  )
   np.testing.assert_allclose(metrics.loss, its_metrics.loss, rtol=1e-5)
 
 
@@ -204,30 +256,46 @@ def test_masks_under_a_mesh(shard_params):
   batch = spoiled(problems.tagging_batch(T, 4, D, C), mask)
   results = []
   for options in ({}, {'mesh': mesh, 'shard_params': shard_params}):
-    trainer = fptt_jax.trainer(ELMAN, loss, optax.sgd(0.1), method='tbptt', num_windows=3, **options)
+    trainer = fptt_jax.make_trainer(
+      ELMAN, loss, optax.sgd(0.1), method='tbptt', num_windows=3, **options
+    )
     state, metrics = trainer.step(trainer.init(jax.random.key(0), batch), batch)
     totals, _ = trainer.evaluate(state.params, batch)
-    results.append((jax.device_get(state.params), np.asarray(metrics.loss), jax.device_get(totals)))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *results)
+    results.append(
+      (jax.device_get(state.params), np.asarray(metrics.loss), jax.device_get(totals))
+    )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), *results
+  )
 
 
 def test_penalties_across_holes():
-  """The temporal penalty takes differences of valid steps; reconstruction sees none but valid inputs."""
+  """The temporal penalty takes differences of valid steps; reconstruction sees none but
+  valid inputs.
+  """
   layer = nn.TemporalActivationPenalty(1.0)
   x = jnp.array([1.0, 9.0, 3.0, 7.0, 4.0])[:, None, None]
   mask = jnp.array([False, True, False, True, True])[:, None]
   got = layer((), x, mask, jax.random.key(0))[1].penalty
   expected = layer((), x[jnp.array([1, 3, 4])], None, jax.random.key(0))[1].penalty
   np.testing.assert_allclose(jnp.sum(got, where=mask) / 3, expected.mean(), rtol=1e-6)
-  front = layer((), x, jnp.ones((5, 1), bool).at[2:].set(False), jax.random.key(0))[1].penalty
+  front = layer((), x, jnp.ones((5, 1), bool).at[2:].set(False), jax.random.key(0))[
+    1
+  ].penalty
   np.testing.assert_allclose(front[:2].sum() / 2, 64.0)
 
-  model = nn.from_nnx(lambda r: nn.Reconstruction(nn.RNN(1, 3, rngs=r), 1, segment=3, rngs=r))
+  model = nn.from_nnx(
+    lambda r: nn.Reconstruction(nn.ElmanRNN(1, 3, rngs=r), 1, segment=3, rngs=r)
+  )
   params = model.init(jax.random.key(0))
-  run = lambda x, mask: model.apply(params, model.initial_state(1), x, mask, jax.random.key(2))[1].penalty
+  run = lambda x, mask: (
+    model.apply(params, model.initial_state(1), x, mask, jax.random.key(2))[1].penalty
+  )
   padded = jnp.concatenate([x[jnp.array([1, 3, 4])], jnp.zeros((2, 1, 1))])
   ended = jnp.array([True, True, True, False, False])[:, None]
-  np.testing.assert_allclose(run(jnp.where(mask[..., None], x, 0), mask)[0], run(padded, ended)[0], rtol=1e-5)
+  np.testing.assert_allclose(
+    run(jnp.where(mask[..., None], x, 0), mask)[0], run(padded, ended)[0], rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize(
@@ -245,7 +313,13 @@ def test_masks_of_wrong_shape_or_dtype_are_refused(mask, message):
 
 
 def test_a_ragged_tbptt_final_is_refused():
-  trainer = fptt_jax.trainer(ELMAN, losses.terminal_classification(C), optax.sgd(0.1), method='tbptt_final', final_steps=2)
+  trainer = fptt_jax.make_trainer(
+    ELMAN,
+    losses.terminal_classification(C),
+    optax.sgd(0.1),
+    method='tbptt_final',
+    truncation_steps=2,
+  )
   batch = problems.label_batch(T, B, D, C)
   state = trainer.init(jax.random.key(0), batch)
   with pytest.raises(ValueError, match='got mask'):
@@ -257,22 +331,36 @@ def test_check_batch_looks_at_valid_steps_alone():
   loss = losses.sequence_classification(C)
   batch = problems.tagging_batch(T, B, D, C)
   labels = np.where(MASK, batch.targets, -100).astype(np.int32)
-  fptt_jax.check_batch(spoiled(batch._replace(targets=labels), MASK), loss)
-  for bad in (spoiled(batch, MASK)._replace(mask=~MASK), batch._replace(targets=labels)):
+  fptt_jax.validate_batch(spoiled(batch._replace(targets=labels), MASK), loss)
+  for bad in (
+    spoiled(batch, MASK)._replace(mask=~MASK),
+    batch._replace(targets=labels),
+  ):
     with pytest.raises(ValueError, match=r'NaN|-100'):
-      fptt_jax.check_batch(bad, loss)
+      fptt_jax.validate_batch(bad, loss)
 
 
 def test_an_own_terminal_loss_is_evaluated_at_the_last_valid_step():
-  """Of any mask, where the function looks at each sequence's last step: that of the sequence without the masked steps."""
+  """Of any mask, where the function looks at each sequence's last step: that of the
+  sequence without the masked steps.
+  """
 
   def error(outputs, targets, window):
-    last = outputs[0] if outputs.shape[0] == 1 else fptt_jax.windows.take_steps(outputs, window.last)[0]
+    last = (
+      outputs[0]
+      if outputs.shape[0] == 1
+      else fptt_jax.windows.take_steps(outputs, window.last)[0]
+    )
     return window.mean(jnp.square(last[:, 0] - targets), window.active)
 
-  trainer = fptt_jax.trainer(ELMAN, losses.from_function(error, terminal=True), optax.sgd(0.1), method='tbptt')
+  trainer = fptt_jax.make_trainer(
+    ELMAN, losses.from_function(error, terminal=True), optax.sgd(0.1), method='tbptt'
+  )
   batch = problems.regression_batch(T, B, D)
   totals, _ = trainer.evaluate(ELMAN_PARAMS, spoiled(batch, MASK))
-  alone = [trainer.evaluate(ELMAN_PARAMS, row)[0]['loss'] for row in per_row(MASK, batch, False)]
+  alone = [
+    trainer.evaluate(ELMAN_PARAMS, row)[0]['loss']
+    for row in per_row(MASK, batch, False)
+  ]
   assert int(totals['count']) == 2
   np.testing.assert_allclose(totals['loss'], sum(alone), rtol=1e-5)

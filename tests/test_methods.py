@@ -13,9 +13,17 @@ ANY_METHOD = pytest.mark.parametrize('name', list(fptt_jax.METHODS))
 
 
 def test_methods_differ_in_what_the_paper_says():
-  """Update each window or once; gradient of the window or of all before it; which ones fix K. The regulariser is FPTT's alone."""
+  """Update each window or once; gradient of the window or of all before it; which ones
+  fix K. The regularizer is FPTT's alone.
+  """
   table = {
-    name: (m.regularised, m.update_each_window, m.whole_gradient, m.num_windows, m.final_steps_only)
+    name: (
+      m.regularized,
+      m.update_each_window,
+      m.whole_gradient,
+      m.num_windows,
+      m.truncated,
+    )
     for name, m in fptt_jax.METHODS.items()
   }
   assert table == {
@@ -32,7 +40,9 @@ def test_methods_differ_in_what_the_paper_says():
 
 @pytest.mark.parametrize('name', ['fptt', 'tbptt', 'ogd'])
 def test_plan_of_an_update_a_window(name):
-  """U = K updates of one window each, full weight, going on from the hidden state of the update before."""
+  """U = K updates of one window each, full weight, going on from the hidden state of
+  the update before.
+  """
   plan = methods.plan(fptt_jax.METHODS[name], 3)
   np.testing.assert_array_equal(plan.windows, [[0], [1], [2]])
   np.testing.assert_array_equal(plan.coefficients, [[1], [1], [1]])
@@ -59,11 +69,17 @@ def test_plan_of_one_update_on_one_window(name):
 
 
 def test_plan_of_ftrl():
-  """The u-th update runs from the start with the mean of the first u+1 losses and records the newest window alone."""
+  """The u-th update runs from the start with the mean of the first u+1 losses and
+  records the newest window alone.
+  """
   plan = methods.plan(fptt_jax.METHODS['ftrl'], 3)
   np.testing.assert_array_equal(plan.windows, [[0, 1, 2]] * 3)
-  np.testing.assert_allclose(plan.coefficients, [[1, 0, 0], [1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-7)
-  np.testing.assert_array_equal(plan.records, [[True, False, False], [False, True, False], [False, False, True]])
+  np.testing.assert_allclose(
+    plan.coefficients, [[1, 0, 0], [1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-7
+  )
+  np.testing.assert_array_equal(
+    plan.records, [[True, False, False], [False, True, False], [False, False, True]]
+  )
   assert plan.restarts
 
 
@@ -82,13 +98,25 @@ def test_ftrl_coefficients_are_means(num_windows):
 @PROPERTY
 @given(num_windows=st.integers(1, 30))
 def test_each_window_is_recorded_exactly_once_and_when_it_counts(name, num_windows):
-  """Metrics and loss state would count twice, or miss, a window that is not recorded once. Windows run in order in every update,
-  so that each starts from the hidden state of the one before; a recorded window has a weight in its update's objective."""
+  """Metrics and loss state would count twice, or miss, a window that is not recorded
+  once. WindowPlan run in order in every update, so that each starts from the hidden
+  state of the one before; a recorded window has a weight in its update's objective.
+  """
   plan = methods.plan(fptt_jax.METHODS[name], num_windows)
   assert plan.windows.shape == plan.coefficients.shape == plan.records.shape
-  np.testing.assert_array_equal(np.sort(plan.windows[plan.records]), np.arange(num_windows))
+  np.testing.assert_array_equal(
+    np.sort(plan.windows[plan.records]), np.arange(num_windows)
+  )
   assert (np.diff(plan.windows, axis=1) == 1).all()
   assert (plan.coefficients[plan.records] > 0).all()
-  assert (plan.windows.dtype, plan.coefficients.dtype, plan.records.dtype) == (np.int32, np.float64, np.bool_)
+  assert (plan.windows.dtype, plan.coefficients.dtype, plan.records.dtype) == (
+    np.int32,
+    np.float64,
+    np.bool_,
+  )
   starts_over = (plan.windows[:, 0] == 0).all()
-  assert starts_over if plan.restarts else (plan.windows[:, 0] == np.arange(num_windows)).all()
+  assert (
+    starts_over
+    if plan.restarts
+    else (plan.windows[:, 0] == np.arange(num_windows)).all()
+  )

@@ -1,4 +1,6 @@
-"""Layers against torch, Flax's cells and their equations; what adapters and stacks promise of any of them."""
+"""Layers against torch, Flax's cells and their equations; what adapters and stacks
+promise of any of them.
+"""
 
 from collections.abc import Callable
 import functools
@@ -24,27 +26,40 @@ KEY = jax.random.key(0)
 LAYERS: dict[str, Callable[[], fptt_jax.Model]] = {
   'LSTM': lambda: nn.from_nnx(lambda rngs: nn.LSTM(D, H, rngs=rngs)),
   'GRU': lambda: nn.from_nnx(lambda rngs: nn.GRU(D, H, rngs=rngs)),
-  'RNN': lambda: nn.from_nnx(lambda rngs: nn.RNN(D, H, rngs=rngs)),
-  'AntisymmetricRNN': lambda: nn.from_nnx(lambda rngs: nn.AntisymmetricRNN(D, H, epsilon=0.5, rngs=rngs)),
+  'RNN': lambda: nn.from_nnx(lambda rngs: nn.ElmanRNN(D, H, rngs=rngs)),
+  'AntisymmetricRNN': lambda: nn.from_nnx(
+    lambda rngs: nn.AntisymmetricRNN(D, H, epsilon=0.5, rngs=rngs)
+  ),
   'nnx cell': lambda: nn.from_nnx(lambda rngs: nnx.GRUCell(D, H, rngs=rngs)),
   'linen cell': lambda: nn.from_linen(linen.OptimizedLSTMCell(H), (D,)),
-  'Stack': lambda: nn.from_nnx(
-    lambda rngs: nn.Stack(nn.LSTM(D, H, rngs=rngs), jnp.tanh, nnx.GRUCell(H, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs))
+  'Sequential': lambda: nn.from_nnx(
+    lambda rngs: nn.Sequential(
+      nn.LSTM(D, H, rngs=rngs),
+      jnp.tanh,
+      nnx.GRUCell(H, 3, rngs=rngs),
+      nnx.Linear(3, 2, rngs=rngs),
+    )
   ),
 }
 EACH_LAYER = pytest.mark.parametrize('name', list(LAYERS))
-OWN_LAYERS = pytest.mark.parametrize('layer', [nn.LSTM, nn.GRU, nn.RNN, nn.AntisymmetricRNN])
+OWN_LAYERS = pytest.mark.parametrize(
+  'layer', [nn.LSTM, nn.GRU, nn.ElmanRNN, nn.AntisymmetricRNN]
+)
 STATELESS = pytest.mark.filterwarnings('ignore:.*no hidden state:UserWarning')
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 
 
 @functools.cache
 def built(name: str) -> tuple[Any, Callable[..., Any]]:
-  """A layer's parameters, and its evaluation (state, x, mask) -> (state, y), compiled once for each shape."""
+  """A layer's parameters, and its evaluation (state, x, mask) -> (state, y), compiled
+  once for each shape.
+  """
   model = LAYERS[name]()
   params = quick(model.init)(jax.random.key(1))
   run = quick(lambda state, x, mask: model.apply(params, state, x, mask, None))
-  return model, lambda x, mask=None, state=None: run(model.initial_state(x.shape[1]) if state is None else state, x, mask)
+  return model, lambda x, mask=None, state=None: run(
+    model.initial_state(x.shape[1]) if state is None else state, x, mask
+  )
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -64,8 +79,8 @@ def parameter_count(build: Callable[[nnx.Rngs], nnx.Module]) -> int:
 
 @EACH_LAYER
 def test_outputs_depend_on_the_past_only(name):
-  """Causality: inputs from step 3 on change the outputs from step 3 on, those before them by not one bit. Rows of a batch are
-  independent in the same sense."""
+  """Causality: inputs from step 3 on change the outputs from step 3 on, those before
+  them by not one bit. Rows of a batch are independent in the same sense."""
   _, run = built(name)
   x, changed = random(T, B, D), random(T, B, D)
   changed[3:, 1] += 1
@@ -77,14 +92,20 @@ def test_outputs_depend_on_the_past_only(name):
 
 @EACH_LAYER
 def test_masked_steps_leave_the_state(name):
-  """With a mask the state is, for each sequence, the one after its own valid steps, wherever the others go on; a whole window of
-  masked steps gives back the state it got, bit for bit. Outputs at valid steps are those without a mask."""
+  """With a mask the state is, for each sequence, the one after its own valid steps,
+  wherever the others go on; a whole window of masked steps gives back the state it got,
+  bit for bit. Outputs at valid steps are those without a mask.
+  """
   _, run = built(name)
   x, lengths = random(T, B, D), [5, 2, 3]
   state, y = run(x, np.arange(T)[:, None] < lengths)
   for row, length in enumerate(lengths):
     alone, y_alone = run(x[:length])
-    chex.assert_trees_all_close(jax.tree.map(lambda s: s[row], state), jax.tree.map(lambda s: s[row], alone), **CLOSE)
+    chex.assert_trees_all_close(
+      jax.tree.map(lambda s: s[row], state),
+      jax.tree.map(lambda s: s[row], alone),
+      **CLOSE,
+    )
     np.testing.assert_allclose(y[:length, row], y_alone[:, row], **CLOSE)
   assert np.any(np.asarray(jax.tree.leaves(state)[0]))
   chex.assert_trees_all_equal(run(x, np.zeros((T, B), bool), state)[0], state)
@@ -93,7 +114,9 @@ def test_masked_steps_leave_the_state(name):
 
 @EACH_LAYER
 def test_windows_join(name):
-  """Two windows, the second from the first's state, are one long window: state and outputs."""
+  """Two windows, the second from the first's state, are one long window: state and
+  outputs.
+  """
   _, run = built(name)
   x = random(T, B, D)
   state, first = run(x[:2])
@@ -105,12 +128,16 @@ def test_windows_join(name):
 
 @EACH_LAYER
 def test_initialisation_is_pure_and_may_be_mapped(name):
-  """The same key gives the same parameters, under vmap over seeds too; all are floating-point arrays."""
+  """The same key gives the same parameters, under vmap over seeds too; all are
+  floating-point arrays.
+  """
   model, _ = built(name)
   keys = jax.random.split(KEY, 2)
   many = quick(jax.vmap(model.init))(keys)
   one = quick(model.init)(keys[1])
-  chex.assert_trees_all_close(jax.tree.map(lambda p: p[1], many), one, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(
+    jax.tree.map(lambda p: p[1], many), one, rtol=1e-5, atol=1e-6
+  )
   assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(one))
   assert any(np.any(leaf[0] != leaf[1]) for leaf in jax.tree.leaves(many))
 
@@ -121,10 +148,17 @@ def test_initialisation_is_pure_and_may_be_mapped(name):
 def test_layers_keep_their_dtype(layer, dtype):
   """Parameters, state and outputs have param_dtype; nothing is promoted on the way."""
   model = nn.from_nnx(lambda rngs: layer(D, H, param_dtype=dtype, rngs=rngs))
-  run = lambda key, x: (model.init(key), *model.apply(model.init(key), model.initial_state(B), x, None, None))
+  run = lambda key, x: (
+    model.init(key),
+    *model.apply(model.init(key), model.initial_state(B), x, None, None),
+  )
   params, state, y = jax.eval_shape(run, KEY, jax.ShapeDtypeStruct((T, B, D), dtype))
-  assert {leaf.dtype for leaf in jax.tree.leaves((params, state, y))} == {jnp.dtype(dtype)}
-  assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == jax.tree.map(lambda s: (s.shape, s.dtype), model.initial_state(B))
+  assert {leaf.dtype for leaf in jax.tree.leaves((params, state, y))} == {
+    jnp.dtype(dtype)
+  }
+  assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == jax.tree.map(
+    lambda s: (s.shape, s.dtype), model.initial_state(B)
+  )
 
 
 # Torch.
@@ -138,59 +172,106 @@ def torch() -> Any:
 
 
 @pytest.mark.parametrize(
-  ('kind', 'layers', 'bias'), [('LSTM', 1, True), ('LSTM', 3, True), ('GRU', 2, True), ('GRU', 1, False), ('RNN', 2, True)]
+  ('kind', 'layers', 'bias'),
+  [
+    ('LSTM', 1, True),
+    ('LSTM', 3, True),
+    ('GRU', 2, True),
+    ('GRU', 1, False),
+    ('RNN', 2, True),
+  ],
 )
 def test_layers_compute_what_torch_computes(torch, kind, layers, bias):
-  """With torch's weights: outputs and every layer's last state, from a given state, through one or several layers."""
+  """With torch's weights: outputs and every layer's last state, from a given state,
+  through one or several layers.
+  """
   torch.manual_seed(0)
   module = getattr(torch.nn, kind)(D, H, layers, bias=bias)
   ours = getattr(nn, kind)
-  model = nn.from_nnx(lambda rngs: nn.Stack(*(ours(D if i == 0 else H, H, rngs=rngs) for i in range(layers))))
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(
+      *(ours(D if i == 0 else H, H, rngs=rngs) for i in range(layers))
+    )
+  )
   params = {'layers': dict(enumerate(nn.from_torch(module.state_dict())))}
   chex.assert_trees_all_equal_shapes_and_dtypes(params, jax.eval_shape(model.init, KEY))
   x, h, c = random(T, B, D), random(layers, B, H, seed=1), random(layers, B, H, seed=2)
   start = [torch.tensor(h), torch.tensor(c)] if kind == 'LSTM' else torch.tensor(h)
   with torch.no_grad():
     expected, last = module(torch.tensor(x), start)
-  state = tuple(nn.LSTMState(h[i], c[i]) if kind == 'LSTM' else h[i] for i in range(layers))
+  state = tuple(
+    nn.LSTMState(h[i], c[i]) if kind == 'LSTM' else h[i] for i in range(layers)
+  )
   state, y = quick(lambda p, s, x: model.apply(p, s, x, None, None))(params, state, x)
   np.testing.assert_allclose(y, expected.numpy(), rtol=1e-5, atol=1e-5)
   for i, layer_state in enumerate(state):
-    parts = zip(layer_state, last, strict=True) if kind == 'LSTM' else [(layer_state, last)]
+    parts = (
+      zip(layer_state, last, strict=True) if kind == 'LSTM' else [(layer_state, last)]
+    )
     for ours_now, torchs in parts:
       np.testing.assert_allclose(ours_now, torchs[i].numpy(), rtol=1e-5, atol=1e-5)
 
 
 def torch_names(*shapes: tuple[int, ...], suffix: str = 'l0') -> dict[str, np.ndarray]:
-  names = [f'{part}_{side}_{suffix}' for part in ('weight', 'bias') for side in ('ih', 'hh')]
+  names = [
+    f'{part}_{side}_{suffix}' for part in ('weight', 'bias') for side in ('ih', 'hh')
+  ]
   return {name: random(*shape) for name, shape in zip(names, shapes, strict=False)}
 
 
 def test_from_torch_takes_numpy_arrays():
-  """A mapping of torch's names to NumPy arrays does; biases add up but for the GRU's; torch itself is not needed."""
+  """A mapping of torch's names to NumPy arrays does; biases add up but for the GRU's;
+  torch itself is not needed.
+  """
   weights = torch_names((8, 3), (8, 2), (8,), (8,))
   (params,) = nn.from_torch(weights)
   np.testing.assert_array_equal(params['w_x'], weights['weight_ih_l0'].T)
   np.testing.assert_array_equal(params['w_h'], weights['weight_hh_l0'].T)
-  np.testing.assert_array_equal(params['bias'], weights['bias_ih_l0'] + weights['bias_hh_l0'])
-  assert set(nn.from_torch(torch_names((6, 3), (6, 2), (6,), (6,)))[0]) == {'w_x', 'w_h', 'bias', 'recurrent_bias'}
+  np.testing.assert_array_equal(
+    params['bias'], weights['bias_ih_l0'] + weights['bias_hh_l0']
+  )
+  assert set(nn.from_torch(torch_names((6, 3), (6, 2), (6,), (6,)))[0]) == {
+    'w_x',
+    'w_h',
+    'bias',
+    'recurrent_bias',
+  }
 
 
 @pytest.mark.parametrize(
   ('weights', 'message'),
   [
-    (torch_names((8, 3), (8, 2)) | {'weight_ih_l0_reverse': random(8, 3)}, r'unidirectional torch\.nn\.LSTM, .* got \[.*_reverse'),
-    (torch_names((8, 3), (8, 2)) | {'weight_hr_l0': random(2, 2)}, r'without projections'),
+    (
+      torch_names((8, 3), (8, 2)) | {'weight_ih_l0_reverse': random(8, 3)},
+      r'unidirectional torch\.nn\.LSTM, .* got \[.*_reverse',
+    ),
+    (
+      torch_names((8, 3), (8, 2)) | {'weight_hr_l0': random(2, 2)},
+      r'without projections',
+    ),
     ({}, r'got \[\]'),
     ({'kernel': random(2, 2)}, r"got \['kernel'\]"),
     (torch_names((8, 3)), r'expected weight_ih_l0 and weight_hh_l0, got '),
-    (torch_names((10, 3), (10, 2)), r'cannot tell an LSTM, GRU or RNN, got weights of shapes \(10, 3\) and \(10, 2\)\.'),
+    (
+      torch_names((10, 3), (10, 2)),
+      r'cannot tell an LSTM, GRU or RNN, got weights of shapes \(10, 3\) and \(10, 2\)\.',
+    ),
     (torch_names((6, 3), (8, 2)), r'cannot tell .* of shapes \(6, 3\) and \(8, 2\)\.'),
   ],
-  ids=['bidirectional', 'projections', 'empty', 'other names', 'half a layer', 'five gates', 'two widths'],
+  ids=[
+    'bidirectional',
+    'projections',
+    'empty',
+    'other names',
+    'half a layer',
+    'five gates',
+    'two widths',
+  ],
 )
 def test_from_torch_refuses_other_modules(weights, message):
-  """What is not a plain recurrent module's state_dict is told from one by names and shapes."""
+  """What is not a plain recurrent module's state_dict is told from one by names and
+  shapes.
+  """
   with pytest.raises(ValueError, match=message):
     nn.from_torch(weights)
 
@@ -200,12 +281,19 @@ def test_from_torch_refuses_other_modules(weights, message):
 
 @pytest.mark.parametrize('cell', [nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell])
 def test_from_nnx_runs_flaxs_cells(cell):
-  """The adapter's window is the cell called step by step; its parameters are the cell's own for the same key."""
+  """The adapter's window is the cell called step by step; its parameters are the cell's
+  own for the same key.
+  """
   model = nn.from_nnx(lambda rngs: cell(D, H, rngs=rngs))
   module, x = cell(D, H, rngs=nnx.Rngs(KEY)), random(T, B, D)
   params = model.init(KEY)
-  chex.assert_trees_all_equal(jax.tree.leaves(params), jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param))))
-  state, y = quick(lambda p, x: model.apply(p, model.initial_state(B), x, None, None))(params, x)
+  chex.assert_trees_all_equal(
+    jax.tree.leaves(params),
+    jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param))),
+  )
+  state, y = quick(lambda p, x: model.apply(p, model.initial_state(B), x, None, None))(
+    params, x
+  )
   carry, expected = module.initialize_carry((B, D), nnx.Rngs(0)), []
   for x_t in x:
     carry, y_t = module(carry, jnp.asarray(x_t))
@@ -227,15 +315,27 @@ class Tagger(linen.Module):
 
 @pytest.mark.parametrize(
   ('module', 'shape', 'dtype'),
-  [(linen.OptimizedLSTMCell(H), (D,), jnp.float32), (linen.GRUCell(H), (D,), jnp.float32), (Tagger(), (), jnp.int32)],
+  [
+    (linen.OptimizedLSTMCell(H), (D,), jnp.float32),
+    (linen.GRUCell(H), (D,), jnp.float32),
+    (Tagger(), (), jnp.int32),
+  ],
   ids=['OptimizedLSTMCell', 'GRUCell', 'own module'],
 )
 def test_from_linen_runs_linens_modules(module, shape, dtype):
-  """The adapter's window is the Linen module applied step by step, to features or tokens."""
+  """The adapter's window is the Linen module applied step by step, to features or
+  tokens.
+  """
   model = nn.from_linen(module, shape, dtype)
-  x = random(T, B, *shape) if shape else np.random.default_rng(0).integers(0, 7, (T, B)).astype(np.int32)
+  x = (
+    random(T, B, *shape)
+    if shape
+    else np.random.default_rng(0).integers(0, 7, (T, B)).astype(np.int32)
+  )
   params = quick(model.init)(KEY)
-  state, y = quick(lambda p, x: model.apply(p, model.initial_state(B), x, None, None))(params, x)
+  state, y = quick(lambda p, x: model.apply(p, model.initial_state(B), x, None, None))(
+    params, x
+  )
   carry, expected = module.initialize_carry(KEY, (B, *shape)), []
   step = quick(lambda p, carry, x_t: module.apply({'params': p}, carry, x_t))
   for x_t in x:
@@ -256,9 +356,13 @@ class LinenDropout(linen.Module):
 
 
 def test_linen_dropout_is_seeded_by_the_key():
-  """With a key the module has a dropout stream, a new one each step; without, it is deterministic."""
+  """With a key the module has a dropout stream, a new one each step; without, it is
+  deterministic.
+  """
   model, x = nn.from_linen(LinenDropout(), (64,)), np.ones((8, 2, 64), np.float32)
-  run = quick(lambda key: model.apply(model.init(KEY), model.initial_state(2), x, None, key)[1])
+  run = quick(
+    lambda key: model.apply(model.init(KEY), model.initial_state(2), x, None, key)[1]
+  )
   one = np.asarray(run(jax.random.key(1)))
   np.testing.assert_array_equal(run(None), x)
   np.testing.assert_array_equal(run(jax.random.key(1)), one)
@@ -268,16 +372,24 @@ def test_linen_dropout_is_seeded_by_the_key():
 
 
 def test_lstm_equals_flaxs_with_its_weights():
-  """Gates are in flax's order too: `w_x`, `w_h` and `bias` are OptimizedLSTMCell's kernels and bias as they are; its carry is
-  (c, h)."""
+  """Gates are in flax's order too: `w_x`, `w_h` and `bias` are OptimizedLSTMCell's
+  kernels and bias as they are; its carry is (c, h)."""
   cell, x = nnx.OptimizedLSTMCell(D, H, rngs=nnx.Rngs(0)), random(T, B, D)
-  params = {'w_x': cell.dense_i.kernel[...], 'w_h': cell.dense_h.kernel[...], 'bias': cell.dense_h.bias[...] + random(4 * H)}
+  params = {
+    'w_x': cell.dense_i.kernel[...],
+    'w_h': cell.dense_h.kernel[...],
+    'bias': cell.dense_h.bias[...] + random(4 * H),
+  }
   cell.dense_h.bias[...] = params['bias']
   ours = nn.from_nnx(lambda rngs: nn.LSTM(D, H, rngs=rngs))
   theirs = nn.from_nnx(lambda rngs: nnx.OptimizedLSTMCell(D, H, rngs=rngs))
-  state, y = quick(lambda p, x: ours.apply(p, ours.initial_state(B), x, None, None))(params, x)
+  state, y = quick(lambda p, x: ours.apply(p, ours.initial_state(B), x, None, None))(
+    params, x
+  )
   cell_params = nnx.to_pure_dict(nnx.state(cell, nnx.Param))
-  (c, h), expected = quick(lambda p, x: theirs.apply({'cell': p}, theirs.initial_state(B), x, None, None))(cell_params, x)
+  (c, h), expected = quick(
+    lambda p, x: theirs.apply({'cell': p}, theirs.initial_state(B), x, None, None)
+  )(cell_params, x)
   chex.assert_trees_all_close((state, y), (nn.LSTMState(h=h, c=c), expected), **CLOSE)
 
 
@@ -286,9 +398,15 @@ def test_lstm_equals_flaxs_with_its_weights():
 
 @pytest.mark.usefixtures('x64')
 def test_antisymmetric_rnn_by_its_equation():
-  """Equation 14 in NumPy, the matrix built entry by entry: W's strict upper triangle row by row, minus its transpose, minus γ on
-  the diagonal; the tanh part first, the gate second."""
-  model = nn.from_nnx(lambda rngs: nn.AntisymmetricRNN(D, H, epsilon=0.3, gamma=0.2, param_dtype=jnp.float64, rngs=rngs))
+  """Equation 14 in NumPy, the matrix built entry by entry: W's strict upper triangle
+  row by row, minus its transpose, minus γ on the diagonal; the tanh part first, the
+  gate second.
+  """
+  model = nn.from_nnx(
+    lambda rngs: nn.AntisymmetricRNN(
+      D, H, epsilon=0.3, gamma=0.2, param_dtype=jnp.float64, rngs=rngs
+    )
+  )
   params = quick(model.init)(KEY) | {'bias': random(2 * H, seed=3).astype(np.float64)}
   w, v, bias = (np.asarray(params[name]) for name in ('w', 'v', 'bias'))
   upper, entries = np.zeros((H, H)), iter(w)
@@ -313,20 +431,34 @@ def test_antisymmetric_rnn_by_its_equation():
     (lambda rngs: nn.LSTM(3, 128, rngs=rngs), 67_584),
     (lambda rngs: nn.GRU(3, 128, rngs=rngs), 51_072),
     (lambda rngs: nn.GRU(3, 128, recurrent_bias=False, rngs=rngs), 50_688),
-    (lambda rngs: nn.RNN(3, 128, rngs=rngs), 16_896),
-    (lambda rngs: nn.Stack(nn.AntisymmetricRNN(3, 256, rngs=rngs), nnx.Linear(256, 10, rngs=rngs)), 37_258),
+    (lambda rngs: nn.ElmanRNN(3, 128, rngs=rngs), 16_896),
+    (
+      lambda rngs: nn.Sequential(
+        nn.AntisymmetricRNN(3, 256, rngs=rngs), nnx.Linear(256, 10, rngs=rngs)
+      ),
+      37_258,
+    ),
   ],
-  ids=['LSTM D=1', 'LSTM D=3', 'GRU', 'GRU one bias', 'RNN', 'AntisymmetricRNN with head'],
+  ids=[
+    'LSTM D=1',
+    'LSTM D=3',
+    'GRU',
+    'GRU one bias',
+    'RNN',
+    'AntisymmetricRNN with head',
+  ],
 )
 def test_parameter_counts(build, count):
   """The papers' 66K, 67K, 51K and 37K."""
   assert parameter_count(build) == count
 
 
-@pytest.mark.parametrize(('layer', 'biases'), [(nn.LSTM, 2), (nn.GRU, 1), (nn.RNN, 2)])
+@pytest.mark.parametrize(
+  ('layer', 'biases'), [(nn.LSTM, 2), (nn.GRU, 1), (nn.ElmanRNN, 2)]
+)
 def test_torchs_initialisation(layer, biases):
-  """Weights are uniform in ±1/√H: within the bounds, filling them, of that variance; a bias that stands for torch's two is the sum
-  of two such numbers."""
+  """Weights are uniform in ±1/√H: within the bounds, filling them, of that variance; a
+  bias that stands for torch's two is the sum of two such numbers."""
   params = quick(nn.from_nnx(lambda rngs: layer(64, 64, rngs=rngs)).init)(KEY)
   bound = 64**-0.5
   for name in ('w_x', 'w_h'):
@@ -337,14 +469,27 @@ def test_torchs_initialisation(layer, biases):
     assert abs(w.mean()) < 0.05 * bound
     np.testing.assert_allclose(w.std(), bound / 3**0.5, rtol=0.05)
   assert np.abs(params['bias']).max() <= biases * bound
-  np.testing.assert_allclose(np.std(params['bias']), bound * (biases / 3) ** 0.5, rtol=0.25)
+  np.testing.assert_allclose(
+    np.std(params['bias']), bound * (biases / 3) ** 0.5, rtol=0.25
+  )
 
 
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.float16, 2e-3), (jnp.bfloat16, 2e-2)])
-@pytest.mark.parametrize(('layer', 'gates'), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize(
+  ('dtype', 'tolerance'),
+  [(jnp.float32, 1e-5), (jnp.float16, 2e-3), (jnp.bfloat16, 2e-2)],
+)
+@pytest.mark.parametrize(
+  ('layer', 'gates'), [(nn.LSTM, 4), (nn.GRU, 3), (nn.ElmanRNN, 1)]
+)
 def test_flaxs_initialisation(layer, gates, dtype, tolerance):
-  """Recurrent weights are one orthogonal block a gate, input weights LeCun normal (variance 1/D), biases 0."""
-  params = quick(nn.from_nnx(lambda rngs: layer(64, 16, init='flax', param_dtype=dtype, rngs=rngs)).init)(KEY)
+  """Recurrent weights are one orthogonal block a gate, input weights LeCun normal
+  (variance 1/D), biases 0.
+  """
+  params = quick(
+    nn.from_nnx(
+      lambda rngs: layer(64, 16, init='flax', param_dtype=dtype, rngs=rngs)
+    ).init
+  )(KEY)
   assert params['w_h'].dtype == dtype
   params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
   blocks = np.split(params['w_h'], gates, axis=1)
@@ -357,19 +502,27 @@ def test_flaxs_initialisation(layer, gates, dtype, tolerance):
 
 @pytest.mark.parametrize('init', ['torch', 'flax'])
 def test_forget_bias_replaces_the_forget_gates_part(init):
-  """`forget_bias` is what the second of the four gates' biases start at; the others are as without it."""
+  """`forget_bias` is what the second of the four gates' biases start at; the others are
+  as without it.
+  """
   make = lambda forget_bias: np.asarray(
-    nn.from_nnx(lambda rngs: nn.LSTM(D, H, init=init, forget_bias=forget_bias, rngs=rngs)).init(KEY)['bias']
+    nn.from_nnx(
+      lambda rngs: nn.LSTM(D, H, init=init, forget_bias=forget_bias, rngs=rngs)
+    ).init(KEY)['bias']
   )
   bias, plain = make(1.5), make(None)
   np.testing.assert_array_equal(bias[H : 2 * H], 1.5)
-  np.testing.assert_array_equal(np.delete(bias, np.s_[H : 2 * H]), np.delete(plain, np.s_[H : 2 * H]))
+  np.testing.assert_array_equal(
+    np.delete(bias, np.s_[H : 2 * H]), np.delete(plain, np.s_[H : 2 * H])
+  )
   assert not np.any(plain[H : 2 * H] == 1.5)
 
 
 def test_antisymmetric_initialisation():
   """W normal with variance σ²/H, V with 1/D, biases 0."""
-  params = quick(nn.from_nnx(lambda rngs: nn.AntisymmetricRNN(64, 64, w_scale=2.0, rngs=rngs)).init)(KEY)
+  params = quick(
+    nn.from_nnx(lambda rngs: nn.AntisymmetricRNN(64, 64, w_scale=2.0, rngs=rngs)).init
+  )(KEY)
   np.testing.assert_allclose(np.std(params['w']), 2 / 8, rtol=0.05)
   np.testing.assert_allclose(np.std(params['v']), 1 / 8, rtol=0.05)
   assert not np.any(params['bias'])
@@ -380,7 +533,7 @@ def test_antisymmetric_initialisation():
 
 def language_model(dropout: float = 0.5) -> fptt_jax.Model:
   return nn.from_nnx(
-    lambda rngs: nn.Stack(
+    lambda rngs: nn.Sequential(
       nnx.Embed(7, D, rngs=rngs),
       nnx.Dropout(dropout),
       nn.LSTM(D, H, rngs=rngs),
@@ -392,31 +545,51 @@ def language_model(dropout: float = 0.5) -> fptt_jax.Model:
 
 
 def test_stack_runs_its_layers_one_after_the_other():
-  """Embedding, two layers and readout give what the layers give one by one; the state is the recurrent layers'."""
+  """Embedding, two layers and readout give what the layers give one by one; the state
+  is the recurrent layers'.
+  """
   model = language_model()
-  params, tokens = quick(model.init)(KEY), np.random.default_rng(0).integers(0, 7, (T, B)).astype(np.int32)
-  state, logits = quick(lambda p, x: model.apply(p, model.initial_state(B), x, None, None))(params, tokens)
+  params, tokens = (
+    quick(model.init)(KEY),
+    np.random.default_rng(0).integers(0, 7, (T, B)).astype(np.int32),
+  )
+  state, logits = quick(
+    lambda p, x: model.apply(p, model.initial_state(B), x, None, None)
+  )(params, tokens)
 
   def by_hand(params, tokens):
     layers = params['layers']
-    lstm, gru = nn.from_nnx(lambda rngs: nn.LSTM(D, H, rngs=rngs)), nn.from_nnx(lambda rngs: nn.GRU(H, 3, rngs=rngs))
-    lstm_state, x = lstm.apply(layers[2], lstm.initial_state(B), layers[0]['embedding'][tokens], None, None)
+    lstm, gru = (
+      nn.from_nnx(lambda rngs: nn.LSTM(D, H, rngs=rngs)),
+      nn.from_nnx(lambda rngs: nn.GRU(H, 3, rngs=rngs)),
+    )
+    lstm_state, x = lstm.apply(
+      layers[2], lstm.initial_state(B), layers[0]['embedding'][tokens], None, None
+    )
     gru_state, x = gru.apply(layers[4], gru.initial_state(B), x, None, None)
-    return (lstm_state, gru_state), x @ layers[5]['kernel'] + layers[5]['bias'][None, None]
+    return (lstm_state, gru_state), x @ layers[5]['kernel'] + layers[5]['bias'][
+      None, None
+    ]
 
   chex.assert_trees_all_close((state, logits), quick(by_hand)(params, tokens), **CLOSE)
   chex.assert_shape(logits, (T, B, 7))
 
 
 def test_stack_without_a_key_is_deterministic():
-  """key None is evaluation: no dropout at all, the same as rate 0; with a key, the same key gives the same numbers and another
-  key others, also where the module was built with streams of its own."""
+  """key None is evaluation: no dropout at all, the same as rate 0; with a key, the same
+  key gives the same numbers and another key others, also where the module was built
+  with streams of its own.
+  """
   model = language_model()
   params, tokens = quick(model.init)(KEY), np.ones((T, B), np.int32)
-  run = quick(lambda key: model.apply(params, model.initial_state(B), tokens, None, key)[1])
+  run = quick(
+    lambda key: model.apply(params, model.initial_state(B), tokens, None, key)[1]
+  )
   silent, one, other = run(None), run(jax.random.key(1)), run(jax.random.key(2))
   plain = language_model(dropout=0.0)
-  no_dropout = quick(lambda key: plain.apply(params, plain.initial_state(B), tokens, None, key)[1])
+  no_dropout = quick(
+    lambda key: plain.apply(params, plain.initial_state(B), tokens, None, key)[1]
+  )
   np.testing.assert_allclose(no_dropout(jax.random.key(1)), silent, **CLOSE)
   np.testing.assert_array_equal(run(jax.random.key(1)), one)
   assert np.abs(one - silent).max() > 1e-3
@@ -426,13 +599,17 @@ def test_stack_without_a_key_is_deterministic():
 @STATELESS
 @pytest.mark.parametrize('streams', [False, True])
 def test_dropout_masks_are_fresh_for_each_step_unit_and_layer(streams):
-  """Two dropout layers on ones: every unit is 0 or scaled by 1/keep, half of them each, no step's mask like another's, and the
-  layers' masks differ, whether or not the layers keep streams of their own."""
+  """Two dropout layers on ones: every unit is 0 or scaled by 1/keep, half of them each,
+  no step's mask like another's, and the layers' masks differ, whether or not the layers
+  keep streams of their own.
+  """
   make = lambda rngs: nnx.Dropout(0.5, rngs=rngs if streams else None)
-  one = nn.from_nnx(lambda rngs: nn.Stack(make(rngs)))
-  two = nn.from_nnx(lambda rngs: nn.Stack(make(rngs), make(rngs)))
+  one = nn.from_nnx(lambda rngs: nn.Sequential(make(rngs)))
+  two = nn.from_nnx(lambda rngs: nn.Sequential(make(rngs), make(rngs)))
   x = jnp.ones((8, 4, 64))
-  (state, y), (_, yy) = (quick(lambda key: m.apply({}, (), x, None, key))(KEY) for m in (one, two))
+  (state, y), (_, yy) = (
+    quick(lambda key: m.apply({}, (), x, None, key))(KEY) for m in (one, two)
+  )
   assert state == ()
   assert set(np.unique(y)) == {0.0, 2.0}
   assert set(np.unique(yy)) == {0.0, 4.0}
@@ -459,8 +636,15 @@ class Counting(nnx.Module):
 
 
 def test_modules_with_other_state_are_refused():
-  """Batch statistics would have to be carried: refused by name, in a module of its own and inside a stack."""
-  for build in (Counting, lambda rngs: nn.Stack(nn.RNN(D, D, rngs=rngs), nnx.BatchNorm(D, rngs=rngs))):
+  """Batch statistics would have to be carried: refused by name, in a module of its own
+  and inside a stack.
+  """
+  for build in (
+    Counting,
+    lambda rngs: nn.Sequential(
+      nn.ElmanRNN(D, D, rngs=rngs), nnx.BatchNorm(D, rngs=rngs)
+    ),
+  ):
     with pytest.raises(TypeError, match=r'BatchStat at .*mean.*LayerNorm'):
       nn.from_nnx(build)
 
@@ -483,24 +667,46 @@ def test_linen_modules_with_other_collections_are_refused():
 
 
 def test_modules_that_are_not_recurrent_are_refused():
-  """With the advice to put them into a Stack."""
+  """With the advice to put them into a Sequential."""
   with pytest.raises(
-    TypeError, match=r'expected a recurrent module .* got Linear; put layers without state into a fptt_jax\.nn\.Stack'
+    TypeError,
+    match=r'expected a recurrent module .* got Linear; put layers without state into a fptt_jax\.nn\.Sequential',
   ):
     nn.from_nnx(lambda rngs: nnx.Linear(D, H, rngs=rngs))
-  with pytest.raises(TypeError, match=r'from_linen expected a per-step cell with initialize_carry.*, got Dense\.'):
+  with pytest.raises(
+    TypeError,
+    match=r'from_linen expected a per-step cell with initialize_carry.*, got Dense\.',
+  ):
     nn.from_linen(linen.Dense(3), (D,))
 
 
 @pytest.mark.parametrize(
   ('build', 'message'),
   [
-    (lambda rngs: nn.LSTM(D, H, init='xavier', rngs=rngs), r"init must be one of \['torch', 'flax'\], got 'xavier'\."),
-    (lambda rngs: nn.GRU(0, H, rngs=rngs), r'in_features must be an integer >= 1, got 0\.'),
-    (lambda rngs: nn.RNN(D, 0, rngs=rngs), r'hidden_features must be an integer >= 1, got 0\.'),
-    (lambda rngs: nn.AntisymmetricRNN(D, H, epsilon=0, rngs=rngs), r'epsilon must be a finite number > 0, got 0\.'),
-    (lambda rngs: nn.AntisymmetricRNN(D, H, gamma=-1.0, rngs=rngs), r'gamma must be a finite number >= 0, got -1\.0\.'),
-    (lambda rngs: nn.Stack(), r'a Stack needs at least one layer, got none\.'),
+    (
+      lambda rngs: nn.LSTM(D, H, init='xavier', rngs=rngs),
+      r"init must be one of \['torch', 'flax'\], got 'xavier'\.",
+    ),
+    (
+      lambda rngs: nn.GRU(0, H, rngs=rngs),
+      r'in_features must be an integer >= 1, got 0\.',
+    ),
+    (
+      lambda rngs: nn.ElmanRNN(D, 0, rngs=rngs),
+      r'hidden_features must be an integer >= 1, got 0\.',
+    ),
+    (
+      lambda rngs: nn.AntisymmetricRNN(D, H, epsilon=0, rngs=rngs),
+      r'epsilon must be a finite number > 0, got 0\.',
+    ),
+    (
+      lambda rngs: nn.AntisymmetricRNN(D, H, gamma=-1.0, rngs=rngs),
+      r'gamma must be a finite number >= 0, got -1\.0\.',
+    ),
+    (
+      lambda rngs: nn.Sequential(),
+      r'a Sequential needs at least one layer, got none\.',
+    ),
   ],
 )
 def test_impossible_layers_are_refused(build, message):
@@ -514,14 +720,22 @@ def test_inputs_of_other_features_are_refused(layer):
   """Both ways a window may have the wrong shape are told with the shape expected."""
   model = nn.from_nnx(lambda rngs: layer(D, H, rngs=rngs))
   for shape in ((T, B, D + 1), (T, B)):
-    with pytest.raises(ValueError, match=rf'{layer.__name__} expected inputs \[S, B, 2\], got shape \({T}, {B}'):
-      jax.eval_shape(lambda x: model.apply(model.init(KEY), model.initial_state(B), x, None, None), jnp.zeros(shape))
+    with pytest.raises(
+      ValueError,
+      match=rf'{layer.__name__} expected inputs \[S, B, 2\], got shape \({T}, {B}',
+    ):
+      jax.eval_shape(
+        lambda x: model.apply(model.init(KEY), model.initial_state(B), x, None, None),
+        jnp.zeros(shape),
+      )
 
 
 def test_core_does_not_import_flax():
   """`import fptt_jax` in a fresh interpreter loads no Flax; fptt_jax.nn does."""
   code = 'import sys, fptt_jax; a = "flax" in sys.modules; import fptt_jax.nn; print(a, "flax" in sys.modules)'
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
   assert done.stdout.split() == ['False', 'True']
 
 
@@ -537,7 +751,9 @@ class NoisyReadout(nnx.Module):
 
 def test_random_streams_of_a_modules_own():
   """Off in evaluation, on in training with the window's key, a mask of its own each."""
-  model = nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(2, 8, rngs=rngs), NoisyReadout(rngs)))
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(nn.LSTM(2, 8, rngs=rngs), NoisyReadout(rngs))
+  )
   params, x = model.init(jax.random.key(0)), jnp.ones((3, 2, 2))
   _, quiet = model.apply(params, model.initial_state(2), x, None, None)
   np.testing.assert_array_equal(quiet[..., 0], quiet[..., 1])
@@ -553,18 +769,30 @@ def test_random_streams_of_a_modules_own():
 
 def test_low_precision_layers_take_float32_inputs():
   """The natural batch is float32: layers compute in their parameters' dtype."""
-  for layer in (nn.LSTM, nn.GRU, nn.RNN, nn.AntisymmetricRNN):
+  for layer in (nn.LSTM, nn.GRU, nn.ElmanRNN, nn.AntisymmetricRNN):
     model = nn.from_nnx(lambda rngs: layer(2, 4, param_dtype=jnp.bfloat16, rngs=rngs))
-    state, y = model.apply(model.init(jax.random.key(0)), model.initial_state(3), jnp.ones((5, 3, 2)), None, None)
+    state, y = model.apply(
+      model.init(jax.random.key(0)),
+      model.initial_state(3),
+      jnp.ones((5, 3, 2)),
+      None,
+      None,
+    )
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_things_that_are_no_builder_or_cell_are_refused():
-  """A module instead of a function, a class instead of a module, a cell that owns random streams."""
-  with pytest.raises(TypeError, match=r'from_nnx takes a function \(rngs\) -> module, .* got LSTM\.'):
+  """A module instead of a function, a class instead of a module, a cell that owns
+  random streams.
+  """
+  with pytest.raises(
+    TypeError, match=r'from_nnx takes a function \(rngs\) -> module, .* got LSTM\.'
+  ):
     nn.from_nnx(nn.LSTM(1, 2, rngs=nnx.Rngs(0)))
-  with pytest.raises(TypeError, match=r'from_linen expected .*, got the class GRUCell\.'):
+  with pytest.raises(
+    TypeError, match=r'from_linen expected .*, got the class GRUCell\.'
+  ):
     nn.from_linen(linen.GRUCell, (2,))
 
   class NoisyCell(nnx.SimpleCell):
@@ -572,7 +800,9 @@ def test_things_that_are_no_builder_or_cell_are_refused():
       super().__init__(in_features, hidden_features, rngs=rngs)
       self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
-  with pytest.raises(TypeError, match=r'a per-step cell may not own random streams, got NoisyCell'):
+  with pytest.raises(
+    TypeError, match=r'a per-step cell may not own random streams, got NoisyCell'
+  ):
     nn.from_nnx(lambda rngs: NoisyCell(2, 3, rngs=rngs))
 
 
@@ -594,7 +824,16 @@ LAST_LAYERS = {
   'WeightDrop': lambda rngs: [nn.WeightDrop(nn.LSTM(2, 4, rngs=rngs), 0.5)],
 } | {
   layer.__name__: lambda rngs, layer=layer: [layer(2, 4, rngs=rngs)]
-  for layer in (nn.LSTM, nn.GRU, nn.RNN, nn.AntisymmetricRNN, nn.FastGRNN, nn.IncrementalRNN, nn.IndRNN, nn.LRU)
+  for layer in (
+    nn.LSTM,
+    nn.GRU,
+    nn.ElmanRNN,
+    nn.AntisymmetricRNN,
+    nn.FastGRNN,
+    nn.IncrementalRNN,
+    nn.IndRNN,
+    nn.LRU,
+  )
 }
 
 
@@ -603,21 +842,29 @@ LAST_LAYERS = {
 @pytest.mark.parametrize('readout', [True, False])
 @pytest.mark.parametrize('layers', LAST_LAYERS)
 def test_outputs_of_the_last_step_are_those_of_the_whole_window(layers, readout, step):
-  """`apply_last` gives the state and penalties of `apply`, and of its outputs those of each sequence's last valid step."""
+  """`apply_last` gives the state and penalties of `apply`, and of its outputs those of
+  each sequence's last valid step.
+  """
   tail = lambda rngs: [jnp.tanh, nnx.Linear(4, 3, rngs=rngs)] if readout else []
-  model = nn.from_nnx(lambda rngs: nn.Stack(*LAST_LAYERS[layers](rngs), *tail(rngs)))
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(*LAST_LAYERS[layers](rngs), *tail(rngs))
+  )
   params, state = model.init(KEY), model.initial_state(3)
   x = jax.random.normal(KEY, (5, 3, 2))
   mask = None if isinstance(step, int) else jnp.arange(5)[:, None] <= step[None]
   step = step if isinstance(step, int) else jnp.asarray(step)
   end, whole = quick(model.apply)(params, state, x, mask, KEY)
-  last_end, last = quick(lambda *args: model.apply_last(*args, step))(params, state, x, mask, KEY)
+  last_end, last = quick(lambda *args: model.apply_last(*args, step))(
+    params, state, x, mask, KEY
+  )
   # Two programs: some releases of XLA round their sums differently.
   chex.assert_trees_all_close(last_end, end, rtol=0, atol=1e-6)
-  if isinstance(whole, fptt_jax.Penalised):
+  if isinstance(whole, fptt_jax.OutputsWithPenalty):
     chex.assert_trees_all_close(last.penalty, whole.penalty, rtol=1e-6)
     whole, last = whole.outputs, last.outputs
-  np.testing.assert_allclose(last[0], whole[step, jnp.arange(3)], rtol=0, atol=1e-6)  # Numbers of about 1, sums of 4 products.
+  np.testing.assert_allclose(
+    last[0], whole[step, jnp.arange(3)], rtol=0, atol=1e-6
+  )  # Numbers of about 1, sums of 4 products.
 
 
 def test_only_stacks_skip_steps():
@@ -629,21 +876,52 @@ def test_only_stacks_skip_steps():
   ('tail', 'expected'),
   [
     (lambda rngs: [nnx.Linear(4, 3, rngs=rngs)], 1),
-    (lambda rngs: [nnx.Dropout(0.5), jnp.tanh, nnx.Linear(4, 3, rngs=rngs), nnx.relu], 3),
-    (lambda rngs: [nn.TemporalActivationPenalty(0.5), nn.LockedDropout(0.5), nnx.Linear(4, 3, rngs=rngs)], 1),
-    (lambda rngs: [nn.MixtureOfSoftmaxes(4, nnx.Embed(3, 4, rngs=rngs), 2, dropout=0.5, rngs=rngs)], 1),
-    (lambda rngs: [nnx.Linear(4, 4, rngs=rngs), nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))], 0),
+    (
+      lambda rngs: [nnx.Dropout(0.5), jnp.tanh, nnx.Linear(4, 3, rngs=rngs), nnx.relu],
+      3,
+    ),
+    (
+      lambda rngs: [
+        nn.TemporalActivationPenalty(0.5),
+        nn.LockedDropout(0.5),
+        nnx.Linear(4, 3, rngs=rngs),
+      ],
+      1,
+    ),
+    (
+      lambda rngs: [
+        nn.MixtureOfSoftmaxes(4, nnx.Embed(3, 4, rngs=rngs), 2, dropout=0.5, rngs=rngs)
+      ],
+      1,
+    ),
+    (
+      lambda rngs: [
+        nnx.Linear(4, 4, rngs=rngs),
+        nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)),
+      ],
+      0,
+    ),
     (lambda rngs: [nnx.Linear(4, 3, rngs=rngs), nnx.Dropout(0.5)], 0),
     (lambda rngs: [nnx.Linear(4, 3, rngs=rngs), nn.LockedDropout(0.5)], 0),
   ],
-  ids=['linear', 'dropout', 'penalty', 'mixture', 'own stream', 'dropout last', 'locked last'],
+  ids=[
+    'linear',
+    'dropout',
+    'penalty',
+    'mixture',
+    'own stream',
+    'dropout last',
+    'locked last',
+  ],
 )
 def test_readout_gives_any_steps_of_the_whole_window(tail, expected):
-  """Only the last layers that act on each step alone are the readout, none that draw noise for a whole window; state, penalties and
-  outputs of `split`, these of some steps only, are those of `apply`, noise included."""
+  """Only the last layers that act on each step alone are the readout, none that draw
+  noise for a whole window; state, penalties and outputs of `split`, these of some steps
+  only, are those of `apply`, noise included.
+  """
 
   def build(rngs):
-    return nn.Stack(nn.GRU(2, 4, rngs=rngs), *tail(rngs))
+    return nn.Sequential(nn.GRU(2, 4, rngs=rngs), *tail(rngs))
 
   module = build(nnx.Rngs(0))
   assert len(module.layers) - module.readout_start == expected
@@ -657,15 +935,25 @@ def test_readout_gives_any_steps_of_the_whole_window(tail, expected):
   @quick
   def run(params):
     split_end, features = model.split.features(params, state, x, None, KEY)
-    penalised = isinstance(features, fptt_jax.Penalised)
-    some = model.split.readout(params, (features.outputs if penalised else features)[1:3], KEY)
+    penalized = isinstance(features, fptt_jax.OutputsWithPenalty)
+    some = model.split.readout(
+      params, (features.outputs if penalized else features)[1:3], KEY
+    )
     end, outputs = model.apply(params, state, x, None, KEY)
-    parts = (split_end, fptt_jax.Penalised(some, features.penalty) if penalised else some)
-    whole = (end, outputs._replace(outputs=outputs.outputs[1:3]) if penalised else outputs[1:3])
+    parts = (
+      split_end,
+      fptt_jax.OutputsWithPenalty(some, features.penalty) if penalized else some,
+    )
+    whole = (
+      end,
+      outputs._replace(outputs=outputs.outputs[1:3]) if penalized else outputs[1:3],
+    )
     return parts, whole
 
   parts, whole = run(params)
-  chex.assert_trees_all_close(parts, whole, rtol=0, atol=1e-6)  # Numbers of about 1, sums of 4 products.
+  chex.assert_trees_all_close(
+    parts, whole, rtol=0, atol=1e-6
+  )  # Numbers of about 1, sums of 4 products.
 
 
 def low_precision_model() -> fptt_jax.Model:
@@ -677,7 +965,11 @@ def low_precision_model() -> fptt_jax.Model:
       super().__init__(*sizes, **low, dtype=jnp.bfloat16, rngs=rngs)
       self.bias = nnx.Param(jnp.zeros(sizes[-1], jnp.float32))
 
-  return nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(2, 8, **low, rngs=rngs), Readout(8, 3, rngs=rngs)))
+  return nn.from_nnx(
+    lambda rngs: nn.Sequential(
+      nn.LSTM(2, 8, **low, rngs=rngs), Readout(8, 3, rngs=rngs)
+    )
+  )
 
 
 @pytest.mark.parametrize(
@@ -685,44 +977,60 @@ def low_precision_model() -> fptt_jax.Model:
   [
     (fptt_jax.losses.terminal_classification(3), (5,), {}),
     (fptt_jax.losses.sequence_classification(3), (12, 5), {}),
-    (fptt_jax.losses.sequence_classification(3), (12, 5), {'readout_steps': 2}),
+    (fptt_jax.losses.sequence_classification(3), (12, 5), {'readout_chunk': 2}),
   ],
   ids=['last', 'all', 'chunks'],
 )
 def test_float32_params_keep_what_bfloat16_rounds_away(loss, targets, settings):
-  """The first loss is that of the model itself; then steps of Adam at 1e-6 move all float32 weights, and few of bfloat16, whose
-  spacing is wider. W, W̄, λ and Adam's moments are float32."""
-  batch = fptt_jax.Batch(jax.random.normal(jax.random.key(1), (12, 5, 2)), jnp.zeros(targets, jnp.int32))
+  """The first loss is that of the model itself; then steps of Adam at 1e-6 move all
+  float32 weights, and few of bfloat16, whose spacing is wider. W, W̄, λ and Adam's
+  moments are float32.
+  """
+  batch = fptt_jax.Batch(
+    jax.random.normal(jax.random.key(1), (12, 5, 2)), jnp.zeros(targets, jnp.int32)
+  )
   moved, first = [], []
-  for model in (low_precision_model(), nn.float32_params(low_precision_model())):
+  for model in (low_precision_model(), nn.with_float32_params(low_precision_model())):
     optimizer = fptt_jax.fptt(optax.adam(1e-6), alpha=0.1)
-    trainer = fptt_jax.trainer(model, loss, optimizer, num_windows=3, **settings)
+    trainer = fptt_jax.make_trainer(model, loss, optimizer, num_windows=3, **settings)
     state = trainer.init(jax.random.key(0), batch)
     before = np.array(state.params['layers'][0]['w_h'], np.float32)
     for step in range(3):
       state, metrics = trainer.step(state, batch)
       if not step:
         first.append(float(metrics.loss[0]))
-    moved.append(np.mean(np.array(state.params['layers'][0]['w_h'], np.float32) != before))
+    moved.append(
+      np.mean(np.array(state.params['layers'][0]['w_h'], np.float32) != before)
+    )
   assert first[0] == first[1]
   assert moved[0] < 0.1
   assert moved[1] == 1
-  assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim} == {jnp.dtype(jnp.float32)}
+  assert {
+    leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim
+  } == {jnp.dtype(jnp.float32)}
 
 
 def test_float32_params_compute_in_the_models_dtypes():
-  """Outputs, states and their values are the model's own at the rounded weights, in evaluation too."""
+  """Outputs, states and their values are the model's own at the rounded weights, in
+  evaluation too.
+  """
   low = low_precision_model()
-  kept, x = nn.float32_params(low), jax.random.normal(jax.random.key(1), (6, 5, 2))
+  kept, x = nn.with_float32_params(low), jax.random.normal(jax.random.key(1), (6, 5, 2))
   params = jax.tree.map(lambda leaf: leaf * 1.001, kept.init(jax.random.key(0)))
-  rounded = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, low.init(jax.random.key(0)))
+  rounded = jax.tree.map(
+    lambda leaf, like: leaf.astype(like.dtype), params, low.init(jax.random.key(0))
+  )
   found, expected = (
-    jax.jit(model.apply)(weights, model.initial_state(5), x, None, None) for model, weights in ((kept, params), (low, rounded))
+    jax.jit(model.apply)(weights, model.initial_state(5), x, None, None)
+    for model, weights in ((kept, params), (low, rounded))
   )
   chex.assert_trees_all_equal(found, expected)
   assert found[1].dtype == found[0][0].h.dtype == jnp.bfloat16
 
 
 def test_float32_params_take_models_only():
-  with pytest.raises(TypeError, match=r'float32_params expected a fptt_jax.Model, as from_nnx makes it, got function'):
-    nn.float32_params(lambda rngs: nn.LSTM(1, 2, rngs=rngs))
+  with pytest.raises(
+    TypeError,
+    match=r'with_float32_params expected a fptt_jax.Model, as from_nnx makes it, got function',
+  ):
+    nn.with_float32_params(lambda rngs: nn.LSTM(1, 2, rngs=rngs))

@@ -1,4 +1,6 @@
-"""Optimizers from all of optax under the trainer: right, or refused before the first step."""
+"""Optimizers from all of optax under the trainer: right, or refused before the first
+step.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +53,17 @@ OPTIMIZERS = {
 def stepped(optimizer, steps=2, **options):
   """Return losses of some steps on one batch."""
   method = options.pop('method', 'bptt')
-  trainer = quick_trainer(problems.elman(), losses.terminal_regression(), optimizer, method=method, **options)
-  # Donates, where the test's compiled step does not: a buffer that is there twice is an error.
+  trainer = quick_trainer(
+    problems.elman(), losses.terminal_regression(), optimizer, method=method, **options
+  )
+  # Donates, where the test's compiled step does not: a buffer that is there twice is an
+  # error.
   state = trainer.init(jax.random.key(0), BATCH)
-  buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.params, state.opt_state)) if is_plain(leaf)]
+  buffers = [
+    leaf.unsafe_buffer_pointer()
+    for leaf in jax.tree.leaves((state.params, state.opt_state))
+    if is_plain(leaf)
+  ]
   assert len(set(buffers)) == len(buffers)
   seen = []
   for _ in range(steps):
@@ -64,7 +73,11 @@ def stepped(optimizer, steps=2, **options):
 
 
 def is_plain(leaf):
-  return isinstance(leaf, jax.Array) and leaf.size and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return (
+    isinstance(leaf, jax.Array)
+    and leaf.size
+    and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  )
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -85,19 +98,26 @@ def expected():
 
 @pytest.mark.parametrize(
   ('optimizer', 'message'),
-  [(C.sophia(1e-3), 'obj_fn|argument'), (C.differentially_private_aggregate(1.0, 0.1, 0), 'batch|example|trainer')],
+  [
+    (C.sophia(1e-3), 'obj_fn|argument'),
+    (C.differentially_private_aggregate(1.0, 0.1, 0), 'batch|example|trainer'),
+  ],
   ids=['sophia', 'dpsgd'],
 )
 def test_optimizers_that_ask_for_more_are_refused(optimizer, message):
   """Before a step is traced."""
-  trainer = quick_trainer(problems.elman(), losses.terminal_regression(), optimizer, method='bptt')
+  trainer = quick_trainer(
+    problems.elman(), losses.terminal_regression(), optimizer, method='bptt'
+  )
   with pytest.raises((TypeError, ValueError), match=message):
     trainer.init(jax.random.key(0), BATCH)
 
 
 def one_weight(w=2.0):
   return fptt_jax.Model(
-    lambda key: {'w': jnp.array([w])}, lambda n: jnp.zeros((n, 1)), lambda p, s, x, m, k: (s, x * p['w'][None, None])
+    lambda key: {'w': jnp.array([w])},
+    lambda n: jnp.zeros((n, 1)),
+    lambda p, s, x, m, k: (s, x * p['w'][None, None]),
   )
 
 
@@ -113,10 +133,14 @@ def test_line_search_equals_one_by_hand(devices):
   for _ in range(2):
     value, grad = jax.value_and_grad(objective)(params)
     by_hand.append(float(value))
-    updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=objective)
+    updates, state = solver.update(
+      grad, state, params, value=value, grad=grad, value_fn=objective
+    )
     params = optax.apply_updates(params, updates)
   mesh = jax.sharding.Mesh(jax.devices()[:devices], ('batch',)) if devices > 1 else None
-  trainer = quick_trainer(one_weight(0.0), losses.sequence_regression(), solver, method='bptt', mesh=mesh)
+  trainer = quick_trainer(
+    one_weight(0.0), losses.sequence_regression(), solver, method='bptt', mesh=mesh
+  )
   state, found = trainer.init(jax.random.key(0), batch), []
   for _ in range(2):
     state, metrics = trainer.step(state, batch)
@@ -131,9 +155,16 @@ def test_sharpness_aware(inside):
   optimizer = C.sam(SGD, ascent, sync_period=2, opaque_mode=True)
   method = 'bptt'
   if inside:
-    # The regularizer's gradient at the point that the ascent has found is alpha (w - W̄).
+    # The regularizer's gradient at the point that the ascent has found is alpha (w -
+    # W̄).
     optimizer, method = fptt_jax.fptt(optimizer, alpha=0.5), 'fptt'
-  trainer = quick_trainer(one_weight(), losses.sequence_regression(), optimizer, method=method, num_windows=1 if inside else None)
+  trainer = quick_trainer(
+    one_weight(),
+    losses.sequence_regression(),
+    optimizer,
+    method=method,
+    num_windows=1 if inside else None,
+  )
   batch = fptt_jax.Batch(jnp.ones((2, 1, 1)), jnp.zeros((2, 1, 1)))
   state, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
   slope = 2 * 2.05 + (0.5 * 0.05 if inside else 0)
@@ -150,7 +181,9 @@ MASK = {'a': True, 'b': False}
   'optimizer',
   [
     optax.chain(FPTT, optax.scale(0.5)),
-    optax.chain(FPTT, optax.scale_by_schedule(optax.piecewise_constant_schedule(1.0, {1000: 0.5}))),
+    optax.chain(
+      FPTT, optax.scale_by_schedule(optax.piecewise_constant_schedule(1.0, {1000: 0.5}))
+    ),
     optax.chain(FPTT, optax.add_decayed_weights(0.1)),
     optax.chain(FPTT, optax.masked(optax.set_to_zero(), MASK)),
     optax.chain(FPTT, optax.transforms.freeze(MASK)),
@@ -165,7 +198,9 @@ MASK = {'a': True, 'b': False}
 )
 def test_what_changes_updates_after_fptt_is_refused(optimizer):
   with pytest.raises(ValueError, match=r'optimizer .* after fptt.*inside'):
-    check_nothing_follows(optax.with_extra_args_support(optimizer), PARAMS, {'value': jnp.ones([])})
+    check_nothing_follows(
+      optax.with_extra_args_support(optimizer), PARAMS, {'value': jnp.ones([])}
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,20 +218,31 @@ def test_what_changes_updates_after_fptt_is_refused(optimizer):
   ],
 )
 def test_what_leaves_updates_alone_is_not_refused(optimizer):
-  check_nothing_follows(optax.with_extra_args_support(optimizer), PARAMS, {'value': jnp.ones([])})
+  check_nothing_follows(
+    optax.with_extra_args_support(optimizer), PARAMS, {'value': jnp.ones([])}
+  )
 
 
 def test_trainers_and_populations_refuse_it_at_init():
-  trainer = fptt_jax.trainer(problems.elman(), losses.terminal_regression(), optax.chain(FPTT, optax.scale(0.5)), num_windows=2)
+  trainer = fptt_jax.make_trainer(
+    problems.elman(),
+    losses.terminal_regression(),
+    optax.chain(FPTT, optax.scale(0.5)),
+    num_windows=2,
+  )
   with pytest.raises(ValueError, match='optimizer'):
-    fptt_jax.population(trainer).init(jax.random.split(jax.random.key(0), 2), BATCH)
+    fptt_jax.vmap_trainer(trainer).init(jax.random.split(jax.random.key(0), 2), BATCH)
   with pytest.raises(ValueError, match='optimizer'):
     trainer.init(jax.random.key(0), BATCH)
 
 
 @pytest.mark.parametrize(
   'base',
-  [optax.MultiSteps(SGD, 2).gradient_transformation(), optax.apply_if_finite(SGD, 2), optax.lbfgs()],
+  [
+    optax.MultiSteps(SGD, 2).gradient_transformation(),
+    optax.apply_if_finite(SGD, 2),
+    optax.lbfgs(),
+  ],
   ids=['MultiSteps', 'apply_if_finite', 'line search'],
 )
 def test_what_does_not_go_into_fptt(base):
@@ -234,7 +280,9 @@ def test_a_value_that_leaves_its_range_unseen_is_nan():
   """Of a schedule after the windows that are looked at, and of one set in the state."""
   with pytest.raises(ValueError, match='alpha at window'):
     fptt_jax.fptt(SGD, alpha=optax.linear_schedule(0.5, 0.0, 300_000))
-  optimizer = optax.inject_hyperparams(lambda alpha: fptt_jax.fptt(SGD, alpha=alpha))(0.1)
+  optimizer = optax.inject_hyperparams(lambda alpha: fptt_jax.fptt(SGD, alpha=alpha))(
+    0.1
+  )
   state = optax.tree.set(optimizer.init(PARAMS), alpha=jnp.float32(-0.1))
   updates, _ = jax.jit(optimizer.update)(PARAMS, state, PARAMS)
   assert np.isnan(updates['a']).all()

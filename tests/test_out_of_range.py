@@ -1,4 +1,6 @@
-"""Labels, example ids and lengths out of range in any batch: no update, and it is told."""
+"""Labels, example ids and lengths out of range in any batch: no update, and it is
+told.
+"""
 
 import chex
 from flax import nnx
@@ -28,7 +30,9 @@ def make(kind, optimizer=None, method='fptt', **options):
     loss = losses.terminal_classification(C, divergence=kind, **ids)
     batch = problems.label_batch(T, B)
     if kind == 'example':
-      batch = batch._replace(targets=(batch.targets, rng.permutation(10)[:B].astype(np.int32)))
+      batch = batch._replace(
+        targets=(batch.targets, rng.permutation(10)[:B].astype(np.int32))
+      )
   if optimizer is None:
     optimizer = fptt_jax.fptt(ADAM) if method == 'fptt' else ADAM
   options = dict(num_windows=K, carry_hidden=True, method=method) | options
@@ -36,7 +40,9 @@ def make(kind, optimizer=None, method='fptt', **options):
 
 
 def with_target(batch, value, at=1):
-  """Return the batch with one label (of the first step, if there is one for each) changed."""
+  """Return the batch with one label (of the first step, if there is one for each)
+  changed.
+  """
   labels = batch.targets[0] if isinstance(batch.targets, tuple) else batch.targets
   labels = labels.copy()
   labels.reshape(-1)[at] = value
@@ -59,13 +65,19 @@ def assert_refused(trainer, good, bad):
   chex.assert_trees_all_equal(after[:4], state[:4])
   assert not any(np.any(total) for total in jax.tree.leaves(metrics.totals))
   assert after.step_count == state.step_count + 1
-  with pytest.raises(FloatingPointError, match=r'out of range in window 0 .*check_batch'):
-    fptt_jax.check_finite(metrics)
+  with pytest.raises(
+    FloatingPointError, match=r'out of range in window 0 .*validate_batch'
+  ):
+    fptt_jax.raise_if_nonfinite(metrics)
 
 
-@pytest.mark.parametrize('kind', ['class_ema', 'last_epoch', 'example', 'none', 'sequence'])
+@pytest.mark.parametrize(
+  'kind', ['class_ema', 'last_epoch', 'example', 'none', 'sequence']
+)
 def test_labels_out_of_range(kind):
-  """Each kind of loss, with labels too large and negative ones, which NumPy would count back."""
+  """Each kind of loss, with labels too large and negative ones, which NumPy would count
+  back.
+  """
   trainer, good = make(kind)
   for value in (C, -1, 2**31 - 1):
     assert_refused(trainer, good, with_target(good, value))
@@ -79,12 +91,20 @@ def test_example_ids_out_of_range():
     assert_refused(trainer, good, good._replace(targets=(good.targets[0], ids)))
 
 
-@pytest.mark.parametrize('kind', ['class_ema', 'last_epoch', 'example', 'sequence', 'regression'])
+@pytest.mark.parametrize(
+  'kind', ['class_ema', 'last_epoch', 'example', 'sequence', 'regression']
+)
 def test_lengths_out_of_range(kind):
   """Too long, none and negative ones, of a loss without labels as well."""
   if kind == 'regression':
     good = problems.regression_batch(T, B)
-    trainer = quick_trainer(problems.elman(), losses.terminal_regression(), fptt_jax.fptt(ADAM), num_windows=K, carry_hidden=True)
+    trainer = quick_trainer(
+      problems.elman(),
+      losses.terminal_regression(),
+      fptt_jax.fptt(ADAM),
+      num_windows=K,
+      carry_hidden=True,
+    )
   else:
     trainer, good = make(kind)
   good = good._replace(lengths=np.array([T, 4, 5, T], np.int32))
@@ -110,7 +130,7 @@ def test_methods(method, kind):
   fixed = method in ('bptt', 'tbptt_final')
   options = dict(num_windows=None) if fixed else {}
   if method == 'tbptt_final':
-    options |= dict(final_steps=T)
+    options |= dict(truncation_steps=T)
   trainer, good = make(kind, method=method, **options)
   assert_refused(trainer, good, with_target(good, -1))
 
@@ -120,19 +140,24 @@ def test_methods(method, kind):
   [
     (fptt_jax.fptt(ADAM), dict(skip_nonfinite=True)),
     (fptt_jax.fptt(ADAM, inner_steps=3), dict(inner_steps=3)),
-    (fptt_jax.fptt(ADAM, gradient_estimate='explicit'), {}),
+    (fptt_jax.fptt(ADAM, gradient_estimate='recomputed'), {}),
     (optax.MultiSteps(fptt_jax.fptt(ADAM), 2), {}),
   ],
-  ids=['skip', 'inner steps', 'explicit', 'MultiSteps'],
+  ids=['skip', 'inner steps', 'recomputed', 'MultiSteps'],
 )
 def test_optimizers(optimizer, options):
   trainer, good = make('class_ema', optimizer, **options)
   assert_refused(trainer, good, with_target(good, C))
 
 
-@pytest.mark.parametrize(('kind', 'shard_params'), [('class_ema', False), ('last_epoch', False), ('example', True)])
+@pytest.mark.parametrize(
+  ('kind', 'shard_params'),
+  [('class_ema', False), ('last_epoch', False), ('example', True)],
+)
 def test_mesh(kind, shard_params):
-  """One device alone sees the label; all refuse the update and leave their tables alone."""
+  """One device alone sees the label; all refuse the update and leave their tables
+  alone.
+  """
   mesh = jax.sharding.Mesh(jax.devices()[:2], ('batch',))
   trainer, good = make(kind, mesh=mesh, shard_params=shard_params)
   assert_refused(trainer, good, with_target(good, C, at=3))
@@ -142,27 +167,33 @@ def test_scan_and_population():
   """One bad batch of three; one member whose own batch is bad."""
   loss = losses.terminal_classification(C)
   optimizer = fptt_jax.fptt(ADAM)
-  trainer = fptt_jax.trainer(problems.elman(out=C), loss, optimizer, num_windows=K)
+  trainer = fptt_jax.make_trainer(problems.elman(out=C), loss, optimizer, num_windows=K)
   good = problems.label_batch(T, B)
   bad = with_target(good, -1)
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), good, bad, good)
   state = trainer.init(jax.random.key(0), good)
-  run = problems.quick(fptt_jax.scan_steps(trainer))
+  run = problems.quick(fptt_jax.scan_train_steps(trainer))
   _, metrics = run(state, (), stacked)
   np.testing.assert_array_equal(metrics.invalid, [[False] * K, [True] * K, [False] * K])
-  assert 'batch 1 of 3, window 0 of 2 (update 12)' in fptt_jax.find_nonfinite(metrics, first_update=10)
+  assert 'batch 1 of 3, window 0 of 2 (update 12)' in fptt_jax.find_nonfinite(
+    metrics, first_update=10
+  )
 
-  many = problems.quickened(fptt_jax.population(trainer, own_batches=True))
+  many = problems.quickened(fptt_jax.vmap_trainer(trainer, own_batches=True))
   keys = jax.random.split(jax.random.key(0), 3)
   states = many.init(keys, stacked)
   after, metrics = many.step(states, stacked)
   np.testing.assert_array_equal(metrics.invalid, [[False] * K, [True] * K, [False] * K])
-  still = [np.array_equal(after.params['a'][r], states.params['a'][r]) for r in range(3)]
+  still = [
+    np.array_equal(after.params['a'][r], states.params['a'][r]) for r in range(3)
+  ]
   assert still == [False, True, False]
 
 
 def test_what_is_masked_may_be_anything():
-  """Labels past the end of a sequence are out of range; the update is that of other labels there."""
+  """Labels past the end of a sequence are out of range; the update is that of other
+  labels there.
+  """
   trainer, good = make('sequence')
   good = good._replace(lengths=np.array([T, 4, 5, T], np.int32))
   padded = good._replace(targets=good.targets.copy())
@@ -198,7 +229,9 @@ def test_labels_of_any_integer_dtype(dtype):
   )
   state = trainer.init(jax.random.key(0), batch)
   expected, expected_metrics = trainer.step(state, batch)
-  got, metrics = trainer.step(state, batch._replace(targets=batch.targets.astype(dtype)))
+  got, metrics = trainer.step(
+    state, batch._replace(targets=batch.targets.astype(dtype))
+  )
   assert not metrics.invalid.any()
   for a, b in ((got[:4], expected[:4]), (metrics.totals, expected_metrics.totals)):
     chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-7)
@@ -206,13 +239,15 @@ def test_labels_of_any_integer_dtype(dtype):
 
 def test_chunked_readout():
   """Outputs computed a few steps at a time."""
-  model = nn.from_nnx(lambda rngs: nn.Stack(nn.GRU(2, 4, rngs=rngs), nnx.Linear(4, C, rngs=rngs)))
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(nn.GRU(2, 4, rngs=rngs), nnx.Linear(4, C, rngs=rngs))
+  )
   trainer = quick_trainer(
     model,
     losses.sequence_classification(C),
     fptt_jax.fptt(ADAM),
     num_windows=K,
-    readout_steps=1,
+    readout_chunk=1,
     carry_hidden=True,
   )
   good = problems.tagging_batch(T, B)
@@ -224,7 +259,7 @@ def test_check_batch_says_what_negative_labels_are_not(value):
   good = problems.label_batch(T, B)
   loss = losses.terminal_classification(C)
   with pytest.raises(ValueError, match=rf'labels .* {value} .*lengths'):
-    fptt_jax.check_batch(with_target(good, value), loss)
+    fptt_jax.validate_batch(with_target(good, value), loss)
 
 
 def test_a_loss_of_ones_own_with_valid():

@@ -27,7 +27,9 @@ def split_marker(requirement: str) -> tuple[str, str]:
 
 def test_oldest_releases_are_the_lower_bounds() -> None:
   """`.ci/oldest.txt` pins each dependency to the bound that users are promised."""
-  pins = {split_marker(line)[0] for line in without_comments(ROOT / '.ci' / 'oldest.txt')}
+  pins = {
+    split_marker(line)[0] for line in without_comments(ROOT / '.ci' / 'oldest.txt')
+  }
   requirements = PROJECT['dependencies'] + EXTRAS['experiments'] + EXTRAS['test']
   requirements += EXTRAS['tensorboard']
   bounds = {split_marker(requirement)[0] for requirement in requirements}
@@ -54,7 +56,9 @@ def test_cuda_requirements_have_the_same_bound() -> None:
 
 def test_changelog_begins_with_the_version() -> None:
   """The newest entry is this version's, and tells whether it is released."""
-  heading = re.search(r'^## (\S+) \((.*)\)$', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)
+  heading = re.search(
+    r'^## (\S+) \((.*)\)$', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE
+  )
   assert heading is not None
   assert heading[1] == fptt_jax.__version__.removesuffix('.dev0')
   assert (heading[2] == 'unreleased') == fptt_jax.__version__.endswith('.dev0')

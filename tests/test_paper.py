@@ -22,7 +22,9 @@ def run(item: str, folder: Path, **settings: Any) -> None:
 @pytest.mark.parametrize('scale', items.SCALES)
 @pytest.mark.parametrize('item', list(items.ITEMS))
 def test_every_item_declares_lines_that_mean_something(item: str, scale: str) -> None:
-  """Configurations are valid, names are unique and fit for folders; each has the windows without the regulariser."""
+  """Configurations are valid, names are unique and fit for folders; each has the
+  windows without the regularizer.
+  """
   entries = items.ITEMS[item](scale)
   labels = [entry.label for entry in entries]
   assert len(set(labels)) == len(labels)
@@ -34,15 +36,33 @@ def test_every_item_declares_lines_that_mean_something(item: str, scale: str) ->
     assert all(entry.paper is None and not entry.replication for entry in entries)
   # Cut to as many steps as a sequence has, truncated BPTT would be BPTT.
   shortest = {'smoke': 6, 'cpu': 28, 'short': 784, 'full': 784}[scale]
-  assert all((entry.config.final_steps or 300) < shortest for entry in entries if entry.config.method == ('tbptt_final',))
+  assert all(
+    (entry.config.truncation_steps or 300) < shortest
+    for entry in entries
+    if entry.config.method == ('tbptt_final',)
+  )
 
 
 def test_full_scale_is_the_paper_s() -> None:
-  """Two-sided check of what the numbers stand beside: T, H, K, and Tables 2, 4, 5, 6."""
-  lines = {(item, entry.label): entry for item in items.ITEMS for entry in items.ITEMS[item]('full')}
-  assert {line.config.seq_len for (item, _), line in lines.items() if item == 'fig3'} == {750, 1000}
-  assert {line.config.num_windows for (item, _), line in lines.items() if item == 'fig2'} == {None, 1, 3, 5, 10, 100, 200}
-  assert {line.config.alpha for (item, label), line in lines.items() if item == 'alpha' and 'fptt' in label} == set(items.ALPHAS)
+  """Two-sided check of what the numbers stand beside: T, H, K, and Tables 2, 4, 5,
+  6.
+  """
+  lines = {
+    (item, entry.label): entry
+    for item in items.ITEMS
+    for entry in items.ITEMS[item]('full')
+  }
+  assert {
+    line.config.seq_len for (item, _), line in lines.items() if item == 'fig3'
+  } == {750, 1000}
+  assert {
+    line.config.num_windows for (item, _), line in lines.items() if item == 'fig2'
+  } == {None, 1, 3, 5, 10, 100, 200}
+  assert {
+    line.config.alpha
+    for (item, label), line in lines.items()
+    if item == 'alpha' and 'fptt' in label
+  } == set(items.ALPHAS)
   quoted = {
     ('table2', 'gru-fptt'): 71.37,
     ('table3', 'bptt-aux'): 65.65,
@@ -51,30 +71,68 @@ def test_full_scale_is_the_paper_s() -> None:
     ('table6', 'permuted-fptt'): 94.75,
   }
   assert {key: lines[key].paper for key in quoted} == quoted
-  assert {line.config.epochs for (item, _), line in lines.items() if item in ('table4', 'alpha')} == {100}
+  assert {
+    line.config.epochs
+    for (item, _), line in lines.items()
+    if item in ('table4', 'alpha')
+  } == {100}
   characters = lines['table5', 'ptb_c-fptt'].config
-  assert (characters.hidden, characters.last_hidden, characters.seq_len, characters.num_windows) == (1000, 200, 150, 3)
-  assert (characters.lr, characters.epochs, characters.milestones, characters.kappa) == (2e-3, 500, (300, 400), 2.0)
+  assert (
+    characters.hidden,
+    characters.last_hidden,
+    characters.seq_len,
+    characters.num_windows,
+  ) == (1000, 200, 150, 3)
+  assert (
+    characters.lr,
+    characters.epochs,
+    characters.milestones,
+    characters.kappa,
+  ) == (2e-3, 500, (300, 400), 2.0)
   image = lines['table6', 'mnist-fptt'].config
-  assert (image.hidden, image.num_windows, image.alpha, image.lr, image.clip, image.epochs) == (128, 10, 0.1, 1e-3, 1.0, 200)
+  assert (
+    image.hidden,
+    image.num_windows,
+    image.alpha,
+    image.lr,
+    image.clip,
+    image.epochs,
+  ) == (128, 10, 0.1, 1e-3, 1.0, 200)
   assert lines['table2', 'antisymmetric-fptt'].config.hidden == 256
   word = lines['table5', 'ptb_w-fptt'].config
-  assert (word.hidden, word.embedding, word.last_hidden, word.experts, word.lr, word.beta) == (960, 280, 620, 15, 20.0, 0.7)
+  assert (
+    word.hidden,
+    word.embedding,
+    word.last_hidden,
+    word.experts,
+    word.lr,
+    word.beta,
+  ) == (960, 280, 620, 15, 20.0, 0.7)
 
 
 @pytest.mark.parametrize(
-  ('item', 'lines'), [('fig2', ('tbptt-K3', 'fptt-K3-alpha0.5')), ('table6', ('mnist-tbptt_final', 'mnist-fptt'))]
+  ('item', 'lines'),
+  [
+    ('fig2', ('tbptt-K3', 'fptt-K3-alpha0.5')),
+    ('table6', ('mnist-tbptt_final', 'mnist-fptt')),
+  ],
 )
 def test_an_item_runs_and_goes_on_where_it_was_stopped(
   tmp_path: Path, capsys: pytest.CaptureFixture[str], item: str, lines: tuple[str, ...]
 ) -> None:
-  """Table as text and JSON with a line each, a plot; again with one more seed, only that seed is run, and both are in the table."""
+  """Table as text and JSON with a line each, a plot; again with one more seed, only
+  that seed is run, and both are in the table.
+  """
   run(item, tmp_path, lines=lines[:1])
   run(item, tmp_path, lines=lines)
   [table] = tmp_path.glob(f'{item}-test_*.json')
-  assert [line['line'] for line in json.loads(table.read_text())['lines']] == list(lines)
+  assert [line['line'] for line in json.loads(table.read_text())['lines']] == list(
+    lines
+  )
   assert table.with_suffix('.png').stat().st_size > 10_000
-  before = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*/*-seed0/metrics.jsonl')}
+  before = {
+    path: path.stat().st_mtime_ns for path in tmp_path.glob('*/*-seed0/metrics.jsonl')
+  }
   capsys.readouterr()
   run(item, tmp_path, lines=lines, seeds=(0, 1))
   assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -82,7 +140,9 @@ def test_an_item_runs_and_goes_on_where_it_was_stopped(
   printed = capsys.readouterr().out
   assert "not the paper's" in printed
   assert table.with_suffix('.txt').read_text().splitlines()[1] in printed
-  assert table.with_suffix('.txt').read_text().count(' 0.001 ') == len(lines)  # The learning rate, not rounded away.
+  assert table.with_suffix('.txt').read_text().count(' 0.001 ') == len(
+    lines
+  )  # The learning rate, not rounded away.
 
 
 def test_the_interval_is_student_s() -> None:
@@ -93,8 +153,12 @@ def test_the_interval_is_student_s() -> None:
   assert paper.interval([1.0]) is None
 
 
-def test_tuning_chooses_by_validation_and_later_runs_use_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-  """Each declared rate is tried from a seed nothing else has; the best score's rate is kept and then run with."""
+def test_tuning_chooses_by_validation_and_later_runs_use_it(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Each declared rate is tried from a seed nothing else has; the best score's rate is
+  kept and then run with.
+  """
   run('table4', tmp_path, lines=('tbptt',), tune=True)
   tuned = json.loads((tmp_path / 'tuned.json').read_text())['tbptt']
   scores = {trial['lr']: trial['score'] for trial in tuned['tried']}
@@ -103,18 +167,29 @@ def test_tuning_chooses_by_validation_and_later_runs_use_it(tmp_path: Path, caps
   inside = min(scores) < tuned['lr'] < max(scores)
   assert inside or len(scores) == paper.MOST_RATES
   tried = {f'tbptt-seed{paper.TUNE_SEED}-lr{rate:g}' for rate in scores}
-  results = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob('tune/tbptt/*/result.json')}
+  results = {
+    path.parent.name: json.loads(path.read_text())
+    for path in tmp_path.glob('tune/tbptt/*/result.json')
+  }
   assert set(results) == tried
-  assert {result['test_ppl'] for result in results.values()} == {None}  # The test text is not looked at.
+  assert {result['test_ppl'] for result in results.values()} == {
+    None
+  }  # The test text is not looked at.
   assert (tmp_path / 'tuning-valid_ppl.png').stat().st_size > 5000
   run('table4', tmp_path, lines=('tbptt',), tune=True)
   assert {
     path.parent.name for path in tmp_path.glob('tune/tbptt/*/result.json')
   } == tried  # From the setting chosen, the same grid.
   run('table4', tmp_path, lines=('tbptt',))
-  assert json.loads((tmp_path / 'tbptt' / 'config.json').read_text())['lr'] == tuned['lr']
+  assert (
+    json.loads((tmp_path / 'tbptt' / 'config.json').read_text())['lr'] == tuned['lr']
+  )
   printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-  [(header, row)] = [(printed[n - 2], row) for n, row in enumerate(printed) if row[:2] == ['tbptt', 'tbptt']]
+  [(header, row)] = [
+    (printed[n - 2], row)
+    for n, row in enumerate(printed)
+    if row[:2] == ['tbptt', 'tbptt']
+  ]
   assert row[header.index('lr')] == f'{tuned["lr"]:g}'
 
 
@@ -126,61 +201,106 @@ def test_a_grid_whose_best_rate_is_at_an_end_is_extended() -> None:
   assert items.next_rate(entry, (3e-3, 1e-3, 3e-4), 1e-3) is None
 
 
-def test_tuning_at_scale_short_tries_numbers_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """Each K has its own grid; the best of all is kept with its K, and later runs have both."""
+def test_tuning_at_scale_short_tries_numbers_of_windows(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Each K has its own grid; the best of all is kept with its K, and later runs have
+  both.
+  """
   scores = {(10, 1e-3): 90.0, (28, 3e-3): 91.0}
 
   def run_entry(entry: items.Entry, config: Any, folder: Path) -> list[dict[str, Any]]:
     rates = [chosen['lr'] for chosen, _ in config.variants()]
     found = [scores.get((config.num_windows, rate), 50.0) for rate in rates]
-    return [{'lr': rate, 'valid_accuracy': score} for rate, score in zip(rates, found, strict=True)]
+    return [
+      {'lr': rate, 'valid_accuracy': score}
+      for rate, score in zip(rates, found, strict=True)
+    ]
 
   monkeypatch.setattr(paper, 'run_entry', run_entry)
-  config = paper.Config(item='table6', scale='short', lines=('mnist-fptt',), workdir=str(tmp_path), tune=True)
+  config = paper.Config(
+    item='table6',
+    scale='short',
+    lines=('mnist-fptt',),
+    workdir=str(tmp_path),
+    tune=True,
+  )
   paper.main(config)
   tuned = paper.read_tuned(tmp_path)['mnist-fptt']
-  assert (tuned['lr'], tuned['num_windows'], len(tuned['tried'])) == (3e-3, 28, 7)  # The second grid got 1e-2, too.
+  assert (tuned['lr'], tuned['num_windows'], len(tuned['tried'])) == (
+    3e-3,
+    28,
+    7,
+  )  # The second grid got 1e-2, too.
   [entry] = paper.chosen_entries(dataclasses.replace(config, tune=False), tmp_path)
   assert (entry.config.lr, entry.config.num_windows) == (3e-3, 28)
-  assert (entry.config.epochs, entry.config.decay, entry.config.milestones) == (30, True, ())
+  assert (entry.config.epochs, entry.config.decay, entry.config.milestones) == (
+    30,
+    True,
+    (),
+  )
 
 
-def test_tuning_again_tries_the_same_rates_where_the_declared_one_is_off_the_common_grid(tmp_path: Path) -> None:
+def test_tuning_again_tries_the_same_rates_where_the_declared_one_is_off_the_common_grid(
+  tmp_path: Path,
+) -> None:
   """PTB-c's 2e-3 and its halves, whatever was chosen before."""
-  rates = lambda entry: {candidate.lr for _, candidate in items.grid(entry, items.first_rates(entry)).variants()}
+  rates = lambda entry: {
+    candidate.lr
+    for _, candidate in items.grid(entry, items.first_rates(entry)).variants()
+  }
   declared = rates(items.table5('smoke')[0])
   assert declared == {2e-3, 1e-3, 5e-4}
   (tmp_path / 'tuned.json').write_text(json.dumps({'ptb_c-bptt': {'lr': 1e-3}}))
   for tune, expected in ((True, declared), (False, {3e-3, 1e-3, 3e-4})):
-    config = paper.Config(item='table5', scale='smoke', lines=('ptb_c-bptt',), tune=tune)
+    config = paper.Config(
+      item='table5', scale='smoke', lines=('ptb_c-bptt',), tune=tune
+    )
     [entry] = paper.chosen_entries(config, tmp_path)
     assert rates(entry) == expected
 
 
 def test_runs_of_other_settings_go_on_if_told_to(tmp_path: Path) -> None:
-  """An item's folder whose lines began under another rate, or in a version that knew fewer settings."""
+  """An item's folder whose lines began under another rate, or in a version that knew
+  fewer settings.
+  """
   run('fig1', tmp_path, lines=('T12-tbptt',))
   (tmp_path / 'tuned.json').write_text(json.dumps({'T12-tbptt': {'lr': 3e-3}}))
-  with pytest.raises(UserError, match=r'lr: was 0\.001, now 0\.003.*--override_resume'):
+  with pytest.raises(
+    UserError, match=r'lr: was 0\.001, now 0\.003.*--allow_config_change'
+  ):
     run('fig1', tmp_path, lines=('T12-tbptt',))
-  run('fig1', tmp_path, lines=('T12-tbptt',), override_resume=True)
-  [override] = json.loads((tmp_path / 'T12-tbptt' / 'config.json').read_text())['overrides']
+  run('fig1', tmp_path, lines=('T12-tbptt',), allow_config_change=True)
+  [override] = json.loads((tmp_path / 'T12-tbptt' / 'config.json').read_text())[
+    'overrides'
+  ]
   assert override['differences'] == ['lr: was 0.001, now 0.003']
 
 
 @pytest.mark.parametrize('scale', items.SCALES)
 def test_no_line_ends_for_its_rate(scale: str) -> None:
-  """At each rate of its grid a line's rate stays, after all milestones, where training goes on."""
+  """At each rate of its grid a line's rate stays, after all milestones, where training
+  goes on.
+  """
   for item in items.ITEMS.values():
-    for config in (config for entry in item(scale) for _, config in items.grid(entry, items.first_rates(entry)).variants()):
+    for config in (
+      config
+      for entry in item(scale)
+      for _, config in items.grid(entry, items.first_rates(entry)).variants()
+    ):
       if hasattr(config, 'milestones'):
-        assert config.lr / config.milestone_factor ** len(config.milestones) >= config.min_lr
+        assert (
+          config.lr / config.milestone_factor ** len(config.milestones) >= config.min_lr
+        )
 
 
 def test_several_seeds_are_averaged(tmp_path: Path) -> None:
   """The line's mean and interval are those of the runs' results."""
   run('fig1', tmp_path, lines=('T12-tbptt',), seeds=(0, 1, 2))
-  results = [json.loads(path.read_text())['test_mse'] for path in sorted(tmp_path.glob('T12-tbptt/*/result.json'))]
+  results = [
+    json.loads(path.read_text())['test_mse']
+    for path in sorted(tmp_path.glob('T12-tbptt/*/result.json'))
+  ]
   [line] = json.loads((tmp_path / 'fig1-test_mse.json').read_text())['lines']
   assert (line['seeds'], line['diverged']) == (3, 0)
   assert line['test_mse'] == pytest.approx(sum(results) / 3)
@@ -190,24 +310,57 @@ def test_several_seeds_are_averaged(tmp_path: Path) -> None:
 def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
   """One of two seeds without a result."""
   entry = items.fig1('smoke')[0]
-  summaries = [dict(test_mse=0.5, K=3, seconds=1.0, seed=0), dict(test_mse=None, K=3, seconds=1.0, seed=1)]
+  summaries = [
+    dict(test_mse=0.5, K=3, seconds=1.0, seed=0),
+    dict(test_mse=None, K=3, seconds=1.0, seed=1),
+  ]
   line = paper.line(entry, summaries, ['test_mse'])
-  assert (line['test_mse'], line['seeds'], line['diverged'], line['± test_mse']) == (0.5, 2, 1, None)
+  assert (line['test_mse'], line['seeds'], line['diverged'], line['± test_mse']) == (
+    0.5,
+    2,
+    1,
+    None,
+  )
 
 
-@pytest.mark.parametrize('first', [0, 1], ids=['the first line diverged', 'the last line diverged'])
+@pytest.mark.parametrize(
+  'first', [0, 1], ids=['the first line diverged', 'the last line diverged']
+)
 def test_numbers_stay_in_their_columns_where_a_line_has_no_result(
   tmp_path: Path, capsys: pytest.CaptureFixture[str], first: int
 ) -> None:
-  """A diverged run has no perplexity by dynamic evaluation, others have; parameters, intervals and quotes are in the table too."""
-  entries = [entry for entry in items.table5('full') if entry.label in ('ptb_w-bptt', 'ptb_w-fptt')]
-  alike = dict(method='fptt', K=3, seconds=60.0, parameters=2_000, recurrent_parameters=1_000, run='fptt-seed0')
-  bad, good = alike | dict(test_ppl=None), alike | dict(test_ppl=70.0, dynamic_test_ppl=55.0)
+  """A diverged run has no perplexity by dynamic evaluation, others have; parameters,
+  intervals and quotes are in the table too.
+  """
+  entries = [
+    entry
+    for entry in items.table5('full')
+    if entry.label in ('ptb_w-bptt', 'ptb_w-fptt')
+  ]
+  alike = dict(
+    method='fptt',
+    K=3,
+    seconds=60.0,
+    parameters=2_000,
+    recurrent_parameters=1_000,
+    run='fptt-seed0',
+  )
+  bad, good = (
+    alike | dict(test_ppl=None),
+    alike | dict(test_ppl=70.0, dynamic_test_ppl=55.0),
+  )
   for entry in entries:
     (tmp_path / entry.label / 'fptt-seed0').mkdir(parents=True)
-    (tmp_path / entry.label / 'fptt-seed0' / 'metrics.jsonl').write_text('{"step": 1, "valid_ppl": 90.0}\n')
+    (tmp_path / entry.label / 'fptt-seed0' / 'metrics.jsonl').write_text(
+      '{"step": 1, "valid_ppl": 90.0}\n'
+    )
   results = [[bad], [good, good | dict(test_ppl=72.0, dynamic_test_ppl=59.0)]]
-  paper.report(paper.Config(item='table5', scale='full'), entries, results if first == 0 else results[::-1], tmp_path)
+  paper.report(
+    paper.Config(item='table5', scale='full'),
+    entries,
+    results if first == 0 else results[::-1],
+    tmp_path,
+  )
   content = json.loads((tmp_path / 'table5-test_ppl.json').read_text())
   lines = content['lines'] if first == 0 else content['lines'][::-1]
   assert [line['diverged'] for line in lines] == [1, 0]
@@ -220,8 +373,14 @@ def test_numbers_stay_in_their_columns_where_a_line_has_no_result(
   text = (tmp_path / 'table5-test_ppl.txt').read_text()
   assert text.splitlines()[1] in capsys.readouterr().out
   header, _, *rows = text.splitlines()[1:5]
-  for number, title in (('71.00', '  test_ppl'), ('57.00', '  dynamic_test_ppl'), ('1000', '  recurrent')):
-    assert rows[1 if first == 0 else 0][: header.index(title) + len(title)].endswith(number), title
+  for number, title in (
+    ('71.00', '  test_ppl'),
+    ('57.00', '  dynamic_test_ppl'),
+    ('1000', '  recurrent'),
+  ):
+    assert rows[1 if first == 0 else 0][: header.index(title) + len(title)].endswith(
+      number
+    ), title
   assert 'the paper quotes, PTB-c bits per character: TrellisNet 1.158' in text
 
 
@@ -234,13 +393,17 @@ def test_studies_run(tmp_path: Path, study: str) -> None:
   assert content['hardware']['cpu_cores']
   if study == 'walltime':  # Eight batches of eight an epoch.
     for line in content['lines']:
-      assert line['epoch_s'] == pytest.approx(8e-3 * (line['gradient_ms'] + line['update_ms']))
+      assert line['epoch_s'] == pytest.approx(
+        8e-3 * (line['gradient_ms'] + line['update_ms'])
+      )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('item', list(items.ITEMS))
 def test_every_item_runs_whole_at_smoke_scale(tmp_path: Path, item: str) -> None:
-  """All lines of all items. PTB-w's settings, the release's, are past what the advisor and `fptt` hold for stable: they say so."""
+  """All lines of all items. PTB-w's settings, the release's, are past what the advisor
+  and `fptt` hold for stable: they say so.
+  """
   if item == 'table5':
     with (
       pytest.warns(UserWarning, match='beta=0.7 > 0.5 extrapolates'),
@@ -256,16 +419,30 @@ def test_every_item_runs_whole_at_smoke_scale(tmp_path: Path, item: str) -> None
   ('settings', 'message'),
   [
     (dict(methods=('fptp',)), r"--methods must be out of .*, got \('fptp',\)"),
-    (dict(seeds=(1000,)), r'--seeds must be without 1000, which tuning draws from, got \(1000,\)'),
+    (
+      dict(seeds=(1000,)),
+      r'--seeds must be without 1000, which tuning draws from, got \(1000,\)',
+    ),
     (dict(seeds=()), '--seeds must be integers >= 0'),
     (dict(seeds=(1, 1)), r'--seeds must be different from each other, got \(1, 1\)'),
-    (dict(item='walltime', methods=('fptt',)), r"--methods must be left out with --item=walltime, .*, got \('fptt',\)"),
-    (dict(item='convergence', seeds=(1,)), r'--seeds must be left out with --item=convergence, .*, got \(1,\)'),
-    (dict(item='table1', override_resume=True), '--override_resume must be left out with --item=table1, .*, got True'),
+    (
+      dict(item='walltime', methods=('fptt',)),
+      r"--methods must be left out with --item=walltime, .*, got \('fptt',\)",
+    ),
+    (
+      dict(item='convergence', seeds=(1,)),
+      r'--seeds must be left out with --item=convergence, .*, got \(1,\)',
+    ),
+    (
+      dict(item='table1', allow_config_change=True),
+      '--allow_config_change must be left out with --item=table1, .*, got True',
+    ),
     (dict(item='table1', tune=True), '--tune must be false with --item=table1'),
   ],
 )
-def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_of_no_meaning_are_refused(
+  settings: dict[str, Any], message: str
+) -> None:
   """Before anything runs."""
   with pytest.raises(ValueError, match=message):
     paper.Config(**settings)
@@ -273,14 +450,24 @@ def test_settings_of_no_meaning_are_refused(settings: dict[str, Any], message: s
 
 def test_lines_that_are_not_there_are_refused(tmp_path: Path) -> None:
   """The message lists those that are."""
-  with pytest.raises(UserError, match=r'--lines must be out of bptt, tbptt, fptt-kappa2, fptt-kappa1, .*, got nosuch'):
+  with pytest.raises(
+    UserError,
+    match=r'--lines must be out of bptt, tbptt, fptt-kappa2, fptt-kappa1, .*, got nosuch',
+  ):
     run('table4', tmp_path, lines=('nosuch',))
-  with pytest.raises(UserError, match='--methods=ogd and --lines=all leave no line of table4'):
+  with pytest.raises(
+    UserError, match='--methods=ogd and --lines=all leave no line of table4'
+  ):
     run('table4', tmp_path, methods=('ogd',))
 
 
 def test_command_line_help() -> None:
   """Items and scales are told."""
-  shown = subprocess.run([sys.executable, '-m', 'experiments.paper', '--help'], capture_output=True, text=True, check=False).stdout
+  shown = subprocess.run(
+    [sys.executable, '-m', 'experiments.paper', '--help'],
+    capture_output=True,
+    text=True,
+    check=False,
+  ).stdout
   for word in ('fig1', 'table5', 'convergence', 'smoke', '--tune'):
     assert word in shown, word

@@ -1,4 +1,6 @@
-"""Models that windows would change are refused when they are made, or when the trainer sees a batch."""
+"""Models that windows would change are refused when they are made, or when the trainer
+sees a batch.
+"""
 
 from typing import Any
 
@@ -18,7 +20,7 @@ KEY = jax.random.key(0)
 
 
 def stack_of(make: Any) -> fptt_jax.Model:
-  return nn.from_nnx(lambda rngs: nn.Stack(nn.LSTM(1, D, rngs=rngs), make(rngs)))
+  return nn.from_nnx(lambda rngs: nn.Sequential(nn.LSTM(1, D, rngs=rngs), make(rngs)))
 
 
 class Attention(nnx.Module):
@@ -98,13 +100,19 @@ REFUSED = {
   'nnx.Bidirectional': bidirectional,
   'nnx.RNN backward': lambda rngs: nnx.RNN(nnx.GRUCell(D, D, rngs=rngs), reverse=True),
   'nnx.Conv': lambda rngs: nnx.Conv(D, D, kernel_size=(3,), rngs=rngs),
-  'nnx.MultiHeadAttention': lambda rngs: nnx.MultiHeadAttention(2, D, decode=False, rngs=rngs),
+  'nnx.MultiHeadAttention': lambda rngs: nnx.MultiHeadAttention(
+    2, D, decode=False, rngs=rngs
+  ),
   'nnx.MultiHeadAttention with cache': decoding,
   'nnx.GroupNorm': lambda rngs: nnx.GroupNorm(D, num_groups=2, rngs=rngs),
   'nnx.InstanceNorm': lambda rngs: nnx.InstanceNorm(D, rngs=rngs),
-  'nnx.LayerNorm over rows': lambda rngs: nnx.LayerNorm(D, reduction_axes=(1, 2), rngs=rngs),
+  'nnx.LayerNorm over rows': lambda rngs: nnx.LayerNorm(
+    D, reduction_axes=(1, 2), rngs=rngs
+  ),
   'nnx.BatchNorm': lambda rngs: nnx.BatchNorm(D, rngs=rngs),
-  'nnx.Sequential around nnx.Conv': lambda rngs: nnx.Sequential(jnp.tanh, nnx.Conv(D, D, kernel_size=(1, 2), rngs=rngs)),
+  'nnx.Sequential around nnx.Conv': lambda rngs: nnx.Sequential(
+    jnp.tanh, nnx.Conv(D, D, kernel_size=(1, 2), rngs=rngs)
+  ),
   'flipped in time': lambda rngs: lambda x: jnp.flip(x, 0),
   'flipped rows': lambda rngs: lambda x: jnp.flip(x, 1),
   'earlier rows': lambda rngs: lambda x: x + jnp.cumsum(x[:, ::-1], 1)[:, ::-1],
@@ -139,9 +147,13 @@ def test_the_error_names_the_layer() -> None:
 ACCEPTED = {
   'nnx.LayerNorm': lambda rngs: nnx.LayerNorm(D, rngs=rngs),
   'nnx.RMSNorm': lambda rngs: nnx.RMSNorm(D, rngs=rngs),
-  'nnx.Sequential': lambda rngs: nnx.Sequential(nnx.Linear(D, D, rngs=rngs), jax.nn.relu, nnx.LayerNorm(D, rngs=rngs)),
+  'nnx.Sequential': lambda rngs: nnx.Sequential(
+    nnx.Linear(D, D, rngs=rngs), jax.nn.relu, nnx.LayerNorm(D, rngs=rngs)
+  ),
   'nnx.Conv of size 1': lambda rngs: nnx.Conv(D, D, kernel_size=(1,), rngs=rngs),
-  'nnx.Dropout inside': lambda rngs: nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(D, 2, rngs=rngs)),
+  'nnx.Dropout inside': lambda rngs: nnx.Sequential(
+    nnx.Dropout(0.5, rngs=rngs), nnx.Linear(D, 2, rngs=rngs)
+  ),
   'residual function': lambda rngs: lambda x: x + jnp.tanh(x),
   'per-step cell': lambda rngs: nnx.GRUCell(D, H, rngs=rngs),
 }
@@ -153,9 +165,13 @@ def test_layers_of_one_step_are_taken(name: str) -> None:
   stack_of(ACCEPTED[name])
 
 
-@pytest.mark.parametrize('options', [{}, {'time_major': True, 'unroll': 2}, {'return_carry': True}])
+@pytest.mark.parametrize(
+  'options', [{}, {'time_major': True, 'unroll': 2}, {'return_carry': True}]
+)
 def test_rnn_is_its_cell_with_the_state_carried(options: dict[str, Any]) -> None:
-  """In a stack or alone: over windows of a sequence it computes what flax's own loop computes over the whole."""
+  """In a stack or alone: over windows of a sequence it computes what flax's own loop
+  computes over the whole.
+  """
   cell = lambda rngs: nnx.GRUCell(D, H, rngs=rngs)
   alone = nn.from_nnx(lambda rngs: nnx.RNN(cell(rngs), **options))
   params, x = alone.init(KEY), jax.random.normal(KEY, (T, B, D))
@@ -163,15 +179,15 @@ def test_rnn_is_its_cell_with_the_state_carried(options: dict[str, Any]) -> None
   state, first = alone.apply(params, alone.initial_state(B), x[:2], None, None)
   _, second = alone.apply(params, state, x[2:], None, None)
   np.testing.assert_allclose(jnp.concatenate([first, second]), expected, atol=1e-6)
-  stacked = nn.from_nnx(lambda rngs: nn.Stack(nnx.RNN(cell(rngs), **options)))
+  stacked = nn.from_nnx(lambda rngs: nn.Sequential(nnx.RNN(cell(rngs), **options)))
   _, y = stacked.apply(stacked.init(KEY), stacked.initial_state(B), x, None, None)
   np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
 def test_a_stack_without_state_warns() -> None:
   """It remembers nothing, which the warning says."""
-  with pytest.warns(UserWarning, match='Stack carries no hidden state'):
-    nn.from_nnx(lambda rngs: nn.Stack(nnx.Linear(D, D, rngs=rngs)))
+  with pytest.warns(UserWarning, match='Sequential carries no hidden state'):
+    nn.from_nnx(lambda rngs: nn.Sequential(nnx.Linear(D, D, rngs=rngs)))
 
 
 # The trainer.
@@ -186,29 +202,46 @@ def own(apply: Any, initial_state: Any = None) -> fptt_jax.Model:
   )
 
 
-def running_sum(params: Any, state: Any, x: jax.Array, mask: Any, key: Any) -> tuple[Any, jax.Array]:
+def running_sum(
+  params: Any, state: Any, x: jax.Array, mask: Any, key: Any
+) -> tuple[Any, jax.Array]:
   y = state[None] + params * jnp.cumsum(x, 0)
   return y[-1], y
 
 
-def mixing(params: Any, state: Any, x: jax.Array, mask: Any, key: Any) -> tuple[Any, jax.Array]:
+def mixing(
+  params: Any, state: Any, x: jax.Array, mask: Any, key: Any
+) -> tuple[Any, jax.Array]:
   return running_sum(params, state, x - x.mean(1, keepdims=True), mask, key)
 
 
-def ahead(params: Any, state: Any, x: jax.Array, mask: Any, key: Any) -> tuple[Any, jax.Array]:
+def ahead(
+  params: Any, state: Any, x: jax.Array, mask: Any, key: Any
+) -> tuple[Any, jax.Array]:
   return running_sum(params, state, x[::-1], mask, key)
 
 
-def restarting(params: Any, state: Any, x: jax.Array, mask: Any, key: Any) -> tuple[Any, jax.Array]:
+def restarting(
+  params: Any, state: Any, x: jax.Array, mask: Any, key: Any
+) -> tuple[Any, jax.Array]:
   return running_sum(params, jnp.zeros_like(state), x, mask, key)
 
 
 def train_once(model: fptt_jax.Model) -> fptt_jax.TrainState:
-  trainer = fptt_jax.trainer(model, fptt_jax.losses.terminal_regression(), optax.sgd(0.1), method='tbptt', num_windows=2)
+  trainer = fptt_jax.make_trainer(
+    model,
+    fptt_jax.losses.terminal_regression(),
+    optax.sgd(0.1),
+    method='tbptt',
+    num_windows=2,
+  )
   return trainer.init(KEY, fptt_jax.Batch(jnp.ones((T, B, D)), jnp.ones((B, D))))
 
 
-@pytest.mark.parametrize(('apply', 'what'), [(mixing, 'rows'), (ahead, 'looks ahead'), (restarting, 'restarts')])
+@pytest.mark.parametrize(
+  ('apply', 'what'),
+  [(mixing, 'rows'), (ahead, 'looks ahead'), (restarting, 'restarts')],
+)
 def test_own_models_are_refused_by_the_trainer(apply: Any, what: str) -> None:
   """The trainer's init probes models made by hand."""
   with pytest.raises(TypeError, match=what):
@@ -234,7 +267,13 @@ def test_own_models_are_taken_by_the_trainer() -> None:
 def test_a_first_layer_that_tells_no_features_is_probed_by_the_trainer() -> None:
   """The batch's shape tells them."""
   model = nn.from_nnx(
-    lambda rngs: nn.Stack(lambda x: x[:, ::-1], lambda x: x[..., :2], nnx.Conv(2, D, (3,), rngs=rngs), jnp.tanh, Own(rngs))
+    lambda rngs: nn.Sequential(
+      lambda x: x[:, ::-1],
+      lambda x: x[..., :2],
+      nnx.Conv(2, D, (3,), rngs=rngs),
+      jnp.tanh,
+      Own(rngs),
+    )
   )
   with pytest.raises(TypeError, match='rows'):
     train_once(model)
@@ -244,7 +283,7 @@ class Own(nnx.Module):
   """A user's layer of windows that tells no features."""
 
   def __init__(self, rngs: nnx.Rngs):
-    self.layer = nn.RNN(D, D, rngs=rngs)
+    self.layer = nn.ElmanRNN(D, D, rngs=rngs)
 
   def initial_state(self, batch_size: int) -> Any:
     return self.layer.initial_state(batch_size)
@@ -255,7 +294,12 @@ class Own(nnx.Module):
 
 def test_traced_parameters_are_not_probed() -> None:
   """A population's members are made under vmap, where values cannot be looked at."""
-  jax.eval_shape(lambda params: check_model(own(mixing), params, jax.ShapeDtypeStruct((T, B, D), jnp.float32)), jnp.ones(()))
+  jax.eval_shape(
+    lambda params: check_model(
+      own(mixing), params, jax.ShapeDtypeStruct((T, B, D), jnp.float32)
+    ),
+    jnp.ones(()),
+  )
 
 
 # Leaves of the hidden state without rows.
@@ -305,7 +349,15 @@ def test_state_without_rows_is_refused(name: str) -> None:
   with pytest.raises(TypeError, match='extra'):
     nn.from_linen(LinenCountingCell(EXTRAS[name]), (D,))
   with pytest.raises(TypeError, match='extra'):
-    train_once(own(running_sum, lambda batch_size: {'h': jnp.zeros((batch_size, D)), 'extra': EXTRAS[name]((batch_size, D))}))
+    train_once(
+      own(
+        running_sum,
+        lambda batch_size: {
+          'h': jnp.zeros((batch_size, D)),
+          'extra': EXTRAS[name]((batch_size, D)),
+        },
+      )
+    )
 
 
 class RowCounter(linen.Module):
@@ -323,11 +375,17 @@ class RowCounter(linen.Module):
 
 @pytest.mark.parametrize('steps', [6, 5])
 def test_counters_with_rows_are_trained(steps: int) -> None:
-  """Also in windows of different sizes and in ragged batches: they count the valid steps."""
+  """Also in windows of different sizes and in ragged batches: they count the valid
+  steps.
+  """
   model = nn.from_linen(RowCounter(), (1,))
   loss = fptt_jax.losses.terminal_classification(2)
-  trainer = fptt_jax.trainer(model, loss, fptt_jax.fptt(optax.sgd(0.1)), num_windows=2)
-  batch = fptt_jax.Batch(jnp.ones((steps, 2, 1)), jnp.zeros(2, jnp.int32), jnp.array([steps, 3]))
+  trainer = fptt_jax.make_trainer(
+    model, loss, fptt_jax.fptt(optax.sgd(0.1)), num_windows=2
+  )
+  batch = fptt_jax.Batch(
+    jnp.ones((steps, 2, 1)), jnp.zeros(2, jnp.int32), jnp.array([steps, 3])
+  )
   state, metrics = trainer.step(trainer.init(KEY, batch), batch)
   assert np.isfinite(metrics.loss).all()
   np.testing.assert_array_equal(state.hidden[1], [steps, 3])

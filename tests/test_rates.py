@@ -19,8 +19,12 @@ SCORES = st.lists(st.none() | st.floats(0, 1), min_size=len(GRID), max_size=len(
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(SCORES)
-def test_the_search_ends_where_no_neighbor_is_better(scores: list[float | None]) -> None:
-  """Every neighbor of what is chosen has been tried, whatever the scores; divergence is never better."""
+def test_the_search_ends_where_no_neighbor_is_better(
+  scores: list[float | None],
+) -> None:
+  """Every neighbor of what is chosen has been tried, whatever the scores; divergence is
+  never better.
+  """
   known = dict(zip(GRID, scores, strict=True))
   asked: list[Rates] = []
 
@@ -47,7 +51,9 @@ def test_the_search_extends_to_the_best_of_a_bowl() -> None:
 
 
 def test_the_stored_table_is_of_the_defaults() -> None:
-  """The chosen points have the lowest score of those tried, at the default settings, on a seed that is not reported on."""
+  """The chosen points have the lowest score of those tried, at the default settings, on
+  a seed that is not reported on.
+  """
   content = json.loads(rates.FILE.read_text())
   config = add_task.Config()
   assert list(content['methods']) == list(config.method)
@@ -63,32 +69,51 @@ def test_the_stored_table_is_of_the_defaults() -> None:
 
 
 def test_each_method_has_its_own_rates_unless_they_are_given() -> None:
-  """What is given holds for all methods; what is not is the method's own, down to the optimizer's state."""
+  """What is given holds for all methods; what is not is the method's own, down to the
+  optimizer's state.
+  """
   own = add_task.TUNED.methods
   assert own['bptt'] != own['tbptt']
   for config, expected in [
     (add_task.Config(), own),
-    (add_task.Config(lr=0.5), {name: Rates(0.5, point.momentum) for name, point in own.items()}),
-    (add_task.Config(momentum=-0.3), {name: Rates(point.lr, -0.3) for name, point in own.items()}),
-    (add_task.Config(grid=('lr=0.25',), momentum=0.0), {name: Rates(0.25, 0.0) for name in own}),
+    (
+      add_task.Config(lr=0.5),
+      {name: Rates(0.5, point.momentum) for name, point in own.items()},
+    ),
+    (
+      add_task.Config(momentum=-0.3),
+      {name: Rates(point.lr, -0.3) for name, point in own.items()},
+    ),
+    (
+      add_task.Config(grid=('lr=0.25',), momentum=0.0),
+      {name: Rates(0.25, 0.0) for name in own},
+    ),
   ]:
     for member in members(config):
       assert (member.config.lr, member.config.momentum) == expected[member.method]
-      state = recipe.make_optimizer(config.variants()[0][1], member.method).init({'w': jnp.ones(2)})
+      state = recipe.make_optimizer(config.variants()[0][1], member.method).init(
+        {'w': jnp.ones(2)}
+      )
       found = state.hyperparams
       assert float(found['learning_rate']) == pytest.approx(expected[member.method].lr)
       assert float(found['momentum']) == pytest.approx(expected[member.method].momentum)
 
 
-def test_what_the_table_does_not_have_is_said_to_be_untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_table_does_not_have_is_said_to_be_untuned(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   """Other methods, other optimizers, other settings."""
   assert 'untuned' in add_task.rates_in_words(add_task.Config(optimizer='sgd'))
-  assert 'ogd: untuned' in add_task.rates_in_words(add_task.Config(method=('fptt', 'ogd')))
+  assert 'ogd: untuned' in add_task.rates_in_words(
+    add_task.Config(method=('fptt', 'ogd'))
+  )
   assert 'seq_len 120, here 60' in add_task.rates_in_words(add_task.Config(seq_len=60))
   assert 'given' in add_task.rates_in_words(add_task.Config(lr=0.1, momentum=0.0))
   edge = add_task.TUNED._replace(unsettled=('tbptt',))
   monkeypatch.setattr(add_task, 'TUNED', edge)
-  assert 'the best rate of tbptt is at the edge' in add_task.rates_in_words(add_task.Config())
+  assert 'the best rate of tbptt is at the edge' in add_task.rates_in_words(
+    add_task.Config()
+  )
   monkeypatch.setattr(add_task, 'TUNED', edge._replace(unsettled=()))
   plain = add_task.rates_in_words(add_task.Config())
   assert 'edge' not in plain
@@ -100,7 +125,13 @@ def test_what_the_table_does_not_have_is_said_to_be_untuned(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
   ('name', 'value'),
-  [('lr', 0.1), ('momentum', 0.0), ('grid', ('alpha=0.1',)), ('seeds', (3,)), ('optimizer', 'sgd')],
+  [
+    ('lr', 0.1),
+    ('momentum', 0.0),
+    ('grid', ('alpha=0.1',)),
+    ('seeds', (3,)),
+    ('optimizer', 'sgd'),
+  ],
 )
 def test_what_tuning_chooses_is_not_given_with_it(name: str, value: object) -> None:
   method = ('fptt',)
@@ -114,8 +145,12 @@ def test_the_seed_of_tuning_is_not_reported_on() -> None:
   add_task.Config(seeds=(rates.SEED,), lr=0.1, momentum=0.0)
 
 
-def test_tuning_trains_each_point_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-  """--tune writes the table, the script's own reader reads it, and the same command again trains nothing."""
+def test_tuning_trains_each_point_once(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """--tune writes the table, the script's own reader reads it, and the same command
+  again trains nothing.
+  """
   monkeypatch.setattr(rates, 'RATES', (1e-3, 3e-3, 1e-2))
   monkeypatch.setattr(rates, 'MOMENTA', (0.9,))
   tiny = dict(seq_len=4, hidden=2, batch_size=4, batches=2, eval_every=1, test_size=8)

@@ -9,8 +9,8 @@ README = (Path(__file__).parents[1] / 'README.md').read_text()
 
 
 def test_quickstart_runs_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
-  """The quickstart is run as printed; its last line prints the accuracy on fresh sequences. What goes on from it runs too and
-  prints what its comments say."""
+  """The quickstart is run as printed; its last line prints the accuracy on fresh
+  sequences. What goes on from it runs too and prints what its comments say."""
   quickstart, more = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
   assert len(quickstart.splitlines()) <= 20
   scope: dict[str, object] = {}
@@ -19,7 +19,9 @@ def test_quickstart_runs_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
   assert accuracy is not None
   assert float(accuracy[1]) > 0.85
   exec(compile(more, 'README.md', 'exec'), scope)
-  assert capsys.readouterr().out.splitlines() == re.findall(r'print\(.*# (\(\d+, \d+\)):', more)
+  assert capsys.readouterr().out.splitlines() == re.findall(
+    r'print\(.*# (\(\d+, \d+\)):', more
+  )
 
 
 def test_map_of_the_tree_is_true() -> None:

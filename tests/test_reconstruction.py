@@ -1,4 +1,6 @@
-"""The r-LSTM's auxiliary loss: by hand, against slices of plain runs, and where its gradients go."""
+"""The r-LSTM's auxiliary loss: by hand, against slices of plain runs, and where its
+gradients go.
+"""
 
 import math
 from typing import Any
@@ -13,18 +15,27 @@ import problems
 import pytest
 
 import fptt_jax
-from fptt_jax import Batch, Penalised, nn
+from fptt_jax import Batch, OutputsWithPenalty, nn
 from fptt_jax.nn.reconstruction import Reconstruction
 
 in_float64 = pytest.mark.usefixtures('x64')
 
 
-def model(kind: type = nn.LSTM, features: int = 2, hidden: int = 3, dtype: Any = jnp.float32, **options: Any) -> fptt_jax.Model:
+def model(
+  kind: type = nn.LSTM,
+  features: int = 2,
+  hidden: int = 3,
+  dtype: Any = jnp.float32,
+  **options: Any,
+) -> fptt_jax.Model:
   """A reconstructing layer and a readout."""
 
   def build(rngs: nnx.Rngs) -> nnx.Module:
     layer = kind(features, hidden, param_dtype=dtype, rngs=rngs)
-    return nn.Stack(Reconstruction(layer, features, rngs=rngs, **options), nnx.Linear(hidden, 1, param_dtype=dtype, rngs=rngs))
+    return nn.Sequential(
+      Reconstruction(layer, features, rngs=rngs, **options),
+      nnx.Linear(hidden, 1, param_dtype=dtype, rngs=rngs),
+    )
 
   return nn.from_nnx(build)
 
@@ -32,55 +43,94 @@ def model(kind: type = nn.LSTM, features: int = 2, hidden: int = 3, dtype: Any =
 def random_params(model: fptt_jax.Model, seed: int = 1) -> Any:
   """Parameters among which the decoder's are not the layer's."""
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), model.init(jax.random.key(0)))
+  return jax.tree.map(
+    lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype),
+    model.init(jax.random.key(0)),
+  )
 
 
 def elman_pair() -> tuple[fptt_jax.Model, Any]:
-  """One unit, one feature, layer and decoder with weights of their own; two steps, so that anchor and sub-sequence are fixed."""
-  cell = lambda w_x, w_h: {'w_x': jnp.float32([[w_x]]), 'w_h': jnp.float32([[w_h]]), 'bias': jnp.float32([0])}
+  """One unit, one feature, layer and decoder with weights of their own; two steps, so
+  that anchor and sub-sequence are fixed.
+  """
+  cell = lambda w_x, w_h: {
+    'w_x': jnp.float32([[w_x]]),
+    'w_h': jnp.float32([[w_h]]),
+    'bias': jnp.float32([0]),
+  }
   readout = {'kernel': jnp.float32([[2.0]]), 'bias': jnp.float32([0.25])}
-  wrapped = nn.from_nnx(lambda rngs: Reconstruction(nn.RNN(1, 1, rngs=rngs), 1, segment=2, weight=3.0, rngs=rngs))
-  return wrapped, {'layer': cell(1.0, 0.5), 'decoder': cell(-1.0, 2.0), 'readout': readout}
+  wrapped = nn.from_nnx(
+    lambda rngs: Reconstruction(
+      nn.ElmanRNN(1, 1, rngs=rngs), 1, segment=2, weight=3.0, rngs=rngs
+    )
+  )
+  return wrapped, {
+    'layer': cell(1.0, 0.5),
+    'decoder': cell(-1.0, 2.0),
+    'readout': readout,
+  }
 
 
 def test_penalty_by_hand() -> None:
-  """S = L = 2: from the state after both inputs, given the first, the second is predicted; every step carries w times the error.
+  """S = L = 2: from the state after both inputs, given the first, the second is
+  predicted; every step carries w times the error.
 
-  The gradient for the second input is that of the state alone: as a target it is a constant."""
+  The gradient for the second input is that of the state alone: as a target it is a
+    constant.
+  """
   wrapped, params = elman_pair()
   x1, x2 = 0.5, -1.0
 
   def penalty(x: jax.Array) -> jax.Array:
-    return wrapped.apply(params, wrapped.initial_state(1), x[:, None, None], None, jax.random.key(0))[1].penalty
+    return wrapped.apply(
+      params, wrapped.initial_state(1), x[:, None, None], None, jax.random.key(0)
+    )[1].penalty
 
   h = math.tanh(x2 + 0.5 * math.tanh(x1))
   d = math.tanh(-x1 + 2 * h)
   error = 2 * d + 0.25 - x2
   x = jnp.float32([x1, x2])
-  value, gradient = problems.quick(lambda x: (penalty(x), jax.grad(lambda x: penalty(x)[0, 0])(x)))(x)
+  value, gradient = problems.quick(
+    lambda x: (penalty(x), jax.grad(lambda x: penalty(x)[0, 0])(x))
+  )(x)
   np.testing.assert_allclose(value, np.full((2, 1), 3 * error**2), rtol=1e-6)
-  np.testing.assert_allclose(gradient[1], 3 * 2 * error * 2 * (1 - d**2) * 2 * (1 - h**2), rtol=1e-5)
+  np.testing.assert_allclose(
+    gradient[1], 3 * 2 * error * 2 * (1 - d**2) * 2 * (1 - h**2), rtol=1e-5
+  )
 
 
 def test_evaluation_is_the_layer_itself_and_training_keeps_its_outputs() -> None:
-  """Without a key the outputs are plain and the layer's to the bit, as are state and outputs beside the penalty with one; windows
-  shorter than a sub-sequence are no matter in evaluation."""
-  wrapped, plain = (m._replace(apply=problems.quick(m.apply)) for m in (model(segment=3, anchors=2), problems.lstm(hidden=3)))
+  """Without a key the outputs are plain and the layer's to the bit, as are state and
+  outputs beside the penalty with one; windows shorter than a sub-sequence are no matter
+  in evaluation.
+  """
+  wrapped, plain = (
+    m._replace(apply=problems.quick(m.apply))
+    for m in (model(segment=3, anchors=2), problems.lstm(hidden=3))
+  )
   params = random_params(wrapped)
   plain_params = {'layers': {0: params['layers'][0]['layer'], 2: params['layers'][1]}}
   x = problems.regression_batch(4, 2).inputs
   mask = jnp.array([[True, True], [True, True], [True, True], [True, False]])
   expected = plain.apply(plain_params, plain.initial_state(2), x, mask, None)
   evaluated = wrapped.apply(params, wrapped.initial_state(2), x, mask, None)
-  state, trained = wrapped.apply(params, wrapped.initial_state(2), x, mask, jax.random.key(0))
+  state, trained = wrapped.apply(
+    params, wrapped.initial_state(2), x, mask, jax.random.key(0)
+  )
   chex.assert_trees_all_equal(evaluated, expected)
-  assert isinstance(trained, Penalised)
+  assert isinstance(trained, OutputsWithPenalty)
   chex.assert_trees_all_equal((state, trained.outputs), expected)
-  assert wrapped.apply(params, wrapped.initial_state(2), x[:1], None, None)[1].shape == (1, 2, 1)
+  assert wrapped.apply(params, wrapped.initial_state(2), x[:1], None, None)[
+    1
+  ].shape == (1, 2, 1)
 
 
-def errors_by_hand(kind: type, params: Any, x: jax.Array, steps: int, segment: int) -> np.ndarray:
-  """The error of one sequence for every anchor and every sub-sequence before it, from runs over unmasked slices."""
+def errors_by_hand(
+  kind: type, params: Any, x: jax.Array, steps: int, segment: int
+) -> np.ndarray:
+  """The error of one sequence for every anchor and every sub-sequence before it, from
+  runs over unmasked slices.
+  """
   layer, errors = kind(2, 3, param_dtype=float, rngs=nnx.Rngs(0)), []
 
   def run(weights: Any, state: Any, x: jax.Array) -> Any:
@@ -102,14 +152,24 @@ def errors_by_hand(kind: type, params: Any, x: jax.Array, steps: int, segment: i
 @in_float64
 @pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU])
 def test_anchors_and_sub_sequences_are_all_those_before_the_end(kind: type) -> None:
-  """Over many keys the penalty takes each value of an anchor in L..n and a sub-sequence before it, and no other, the same at all
-  steps; a sequence with fewer than L valid steps counts for nothing, whatever its inputs; LSTM's c is part of the state."""
-  wrapped = nn.from_nnx(lambda rngs: Reconstruction(kind(2, 3, param_dtype=float, rngs=rngs), 2, segment=2, rngs=rngs))
+  """Over many keys the penalty takes each value of an anchor in L..n and a sub-sequence
+  before it, and no other, the same at all steps; a sequence with fewer than L valid
+  steps counts for nothing, whatever its inputs; LSTM's c is part of the state.
+  """
+  wrapped = nn.from_nnx(
+    lambda rngs: Reconstruction(
+      kind(2, 3, param_dtype=float, rngs=rngs), 2, segment=2, rngs=rngs
+    )
+  )
   params = random_params(wrapped)
   x = jnp.asarray(problems.regression_batch(5, 2, dtype=np.float64).inputs)
   mask = jnp.arange(5)[:, None] < jnp.array([4, 1])[None]
-  run = lambda key: wrapped.apply(params, wrapped.initial_state(2), x, mask, key)[1].penalty
-  penalties = np.asarray(problems.quick(jax.vmap(run))(jax.random.split(jax.random.key(0), 200)))
+  run = lambda key: (
+    wrapped.apply(params, wrapped.initial_state(2), x, mask, key)[1].penalty
+  )
+  penalties = np.asarray(
+    problems.quick(jax.vmap(run))(jax.random.split(jax.random.key(0), 200))
+  )
   assert np.ptp(penalties, axis=(1, 2)).max() == 0
   expected = errors_by_hand(kind, params, x[:, 0], 4, 2)
   matches = np.isclose(penalties[:, 0, :1], expected[None], rtol=1e-10)
@@ -118,52 +178,88 @@ def test_anchors_and_sub_sequences_are_all_those_before_the_end(kind: type) -> N
   assert matches.any(0).all()
 
 
-def objective(wrapped: fptt_jax.Model, params: Any, batch: Batch, method: str = 'bptt', **options: Any) -> np.ndarray:
-  """The objectives the trainer descends in one step from `params`, the step's key being the same each time."""
+def objective(
+  wrapped: fptt_jax.Model,
+  params: Any,
+  batch: Batch,
+  method: str = 'bptt',
+  **options: Any,
+) -> np.ndarray:
+  """The objectives the trainer descends in one step from `params`, the step's key being
+  the same each time.
+  """
   trainer = problems.quick_trainer(
-    wrapped._replace(init=lambda key: params), fptt_jax.losses.terminal_regression(), optax.sgd(0.0), method=method, **options
+    wrapped._replace(init=lambda key: params),
+    fptt_jax.losses.terminal_regression(),
+    optax.sgd(0.0),
+    method=method,
+    **options,
   )
   return np.asarray(trainer.step(trainer.init(jax.random.key(0), batch), batch)[1].loss)
 
 
 @in_float64
 def test_objective_is_the_loss_plus_the_weighted_mean_error() -> None:
-  """In a ragged batch the trainer's objective is the plain layer's with w = 0, and that plus w times the mean over anchors and
-  over the sequences that are long enough otherwise, however long the others are."""
-  batch = problems.regression_batch(6, 3, dtype=np.float64)._replace(lengths=np.array([3, 2, 3], np.int32))
-  zero, two = (model(nn.RNN, dtype=float, segment=3, weight=w, anchors=2) for w in (0.0, 2.0))
+  """In a ragged batch the trainer's objective is the plain layer's with w = 0, and that
+  plus w times the mean over anchors and over the sequences that are long enough
+  otherwise, however long the others are.
+  """
+  batch = problems.regression_batch(6, 3, dtype=np.float64)._replace(
+    lengths=np.array([3, 2, 3], np.int32)
+  )
+  zero, two = (
+    model(nn.ElmanRNN, dtype=float, segment=3, weight=w, anchors=2) for w in (0.0, 2.0)
+  )
   params = random_params(zero)
   layer = params['layers'][0]
   without = nn.from_nnx(
-    lambda rngs: nn.Stack(nn.RNN(2, 3, param_dtype=float, rngs=rngs), nnx.Linear(3, 1, param_dtype=float, rngs=rngs))
+    lambda rngs: nn.Sequential(
+      nn.ElmanRNN(2, 3, param_dtype=float, rngs=rngs),
+      nnx.Linear(3, 1, param_dtype=float, rngs=rngs),
+    )
   )
-  expected = objective(without, {'layers': {0: layer['layer'], 1: params['layers'][1]}}, batch)
+  expected = objective(
+    without, {'layers': {0: layer['layer'], 1: params['layers'][1]}}, batch
+  )
   np.testing.assert_allclose(objective(zero, params, batch), expected, rtol=1e-12)
   # Sequences of L valid steps have one anchor and one sub-sequence.
-  errors = [errors_by_hand(nn.RNN, layer, jnp.asarray(batch.inputs[:, row]), 3, 3).item() for row in (0, 2)]
-  np.testing.assert_allclose(objective(two, params, batch) - expected, 2 * np.mean(errors), rtol=1e-10)
+  errors = [
+    errors_by_hand(nn.ElmanRNN, layer, jnp.asarray(batch.inputs[:, row]), 3, 3).item()
+    for row in (0, 2)
+  ]
+  np.testing.assert_allclose(
+    objective(two, params, batch) - expected, 2 * np.mean(errors), rtol=1e-10
+  )
 
 
 def test_windows_with_no_room_for_a_sub_sequence_have_no_penalty() -> None:
-  """T = 5 in two windows of 2 and 3 steps, L = 3: the first adds nothing to its loss, the second does."""
+  """T = 5 in two windows of 2 and 3 steps, L = 3: the first adds nothing to its loss,
+  the second does.
+  """
   batch = problems.regression_batch(5, 2)
-  with_penalty, without = (model(nn.RNN, segment=3, weight=w) for w in (1.0, 0.0))
+  with_penalty, without = (model(nn.ElmanRNN, segment=3, weight=w) for w in (1.0, 0.0))
   params = random_params(without)
-  difference = [objective(m, params, batch, 'tbptt', num_windows=2) for m in (with_penalty, without)]
+  difference = [
+    objective(m, params, batch, 'tbptt', num_windows=2) for m in (with_penalty, without)
+  ]
   assert difference[0][0] == difference[1][0]
   assert difference[0][1] > difference[1][1]
 
 
 def test_training_lowers_the_error_through_the_layer() -> None:
-  """BPTT on fixed sequences halves the reconstruction error; the penalty moves every weight of layer, decoder and readout, and
-  none of the outputs'."""
+  """BPTT on fixed sequences halves the reconstruction error; the penalty moves every
+  weight of layer, decoder and readout, and none of the outputs'."""
   wrapped = model(nn.GRU, hidden=8, segment=3)
   batch = problems.regression_batch(6, 4)
-  trainer = problems.quick_trainer(wrapped, fptt_jax.losses.terminal_regression(), optax.adam(3e-2), method='bptt')
+  trainer = problems.quick_trainer(
+    wrapped, fptt_jax.losses.terminal_regression(), optax.adam(3e-2), method='bptt'
+  )
   state = trainer.init(jax.random.key(0), batch)
 
   def error(params: Any) -> jax.Array:
-    run = lambda key: wrapped.apply(params, wrapped.initial_state(4), jnp.asarray(batch.inputs), None, key)[1].penalty.mean()
+    run = lambda key: wrapped.apply(
+      params, wrapped.initial_state(4), jnp.asarray(batch.inputs), None, key
+    )[1].penalty.mean()
     return jax.vmap(run)(jax.random.split(jax.random.key(5), 8)).mean()
 
   error_and_gradient = problems.quick(jax.value_and_grad(error))
@@ -178,8 +274,12 @@ def test_training_lowers_the_error_through_the_layer() -> None:
 
 
 def test_cells_of_flax_are_wrapped_too() -> None:
-  """A per-step cell has neither its sizes nor its state in common with the layers here."""
-  wrapped = nn.from_nnx(lambda rngs: Reconstruction(nnx.GRUCell(2, 3, rngs=rngs), 2, segment=2, rngs=rngs))
+  """A per-step cell has neither its sizes nor its state in common with the layers
+  here.
+  """
+  wrapped = nn.from_nnx(
+    lambda rngs: Reconstruction(nnx.GRUCell(2, 3, rngs=rngs), 2, segment=2, rngs=rngs)
+  )
   params = wrapped.init(jax.random.key(0))
   assert params['readout']['kernel'].shape == (3, 2)
   assert 'cell' in params['decoder']
@@ -196,13 +296,15 @@ def test_cells_of_flax_are_wrapped_too() -> None:
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
   """Refused where the layer is built, with what was got."""
-  layer = nn.RNN(1, 1, rngs=nnx.Rngs(0))
+  layer = nn.ElmanRNN(1, 1, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match=message):
     Reconstruction(layer, options.pop('in_features', 1), rngs=nnx.Rngs(0), **options)
 
 
 def test_bad_inputs() -> None:
-  """Layers that run no windows, windows too short, other features and integers are refused with what was got and expected."""
+  """Layers that run no windows, windows too short, other features and integers are
+  refused with what was got and expected.
+  """
   wrapped, params = elman_pair()
   state, key = wrapped.initial_state(1), jax.random.key(0)
   with pytest.raises(ValueError, match=r'at least segment=2 steps, got S=1'):

@@ -20,7 +20,11 @@ from experiments.results.collect import Origin, collect_folder
 
 ROOT = Path(__file__).parents[1]
 CPU = Origin(scale='cpu')
-MACHINE = {'command': 'python -m experiments.add_task', 'commit': 'abc', 'hardware': {'cpu_cores': 2}}
+MACHINE = {
+  'command': 'python -m experiments.add_task',
+  'commit': 'abc',
+  'hardware': {'cpu_cores': 2},
+}
 
 
 def write_run(
@@ -31,23 +35,39 @@ def write_run(
   config: dict[str, Any] | None = None,
   **result: Any,
 ) -> None:
-  """Writes a run as the scripts leave it: with metrics, and a result once it is done."""
+  """Writes a run as the scripts leave it: with metrics, and a result once it is
+  done.
+  """
   run = folder / name
   run.mkdir(parents=True, exist_ok=True)
   seed = int(name.partition('-seed')[2].partition('-')[0])
   method = name.partition('-seed')[0]
-  described = {'script': 'add_task', 'method': [method], 'seeds': [seed], 'lr': 0.001, 'sha256': 'x'}
+  described = {
+    'script': 'add_task',
+    'method': [method],
+    'seeds': [seed],
+    'lr': 0.001,
+    'sha256': 'x',
+  }
   (folder / 'config.json').write_text(json.dumps(described | (config or {})))
-  (folder / 'summary.json').write_text(json.dumps({'config': {}, 'runs': [], **MACHINE}))
-  lines = [{'step': step, 'test_mse': value} for step, value in enumerate(curve, start=1)]
+  (folder / 'summary.json').write_text(
+    json.dumps({'config': {}, 'runs': [], **MACHINE})
+  )
+  lines = [
+    {'step': step, 'test_mse': value} for step, value in enumerate(curve, start=1)
+  ]
   (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
   if done:
     known = {'method': method, 'seed': seed, 'K': 3, 'seconds': 1.5}
     known |= {'test_mse': curve[-1]} if curve else {}
-    (run / 'result.json').write_text(json.dumps(known | result | {'config_sha256': 'x'}))
+    (run / 'result.json').write_text(
+      json.dumps(known | result | {'config_sha256': 'x'})
+    )
 
 
-def collected(folder: Path, out: Path, item: str = 'fig1', origin: Origin = CPU) -> store.Item:
+def collected(
+  folder: Path, out: Path, item: str = 'fig1', origin: Origin = CPU
+) -> store.Item:
   collect_folder(folder, item, origin, out)
   return store.load(item, out)
 
@@ -56,9 +76,15 @@ def files(folder: Path) -> dict[str, bytes]:
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-NUMBERS = st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**9), 10**9))
+NUMBERS = st.one_of(
+  st.none(),
+  st.floats(allow_nan=False, allow_infinity=False),
+  st.integers(-(10**9), 10**9),
+)
 RUNS = st.dictionaries(
-  st.tuples(st.sampled_from(('', 'bptt', 'fptt-K3', 'tune/fptt-K3')), st.integers(0, 3)),
+  st.tuples(
+    st.sampled_from(('', 'bptt', 'fptt-K3', 'tune/fptt-K3')), st.integers(0, 3)
+  ),
   st.tuples(st.lists(NUMBERS, min_size=1, max_size=4), st.booleans()),
   min_size=1,
   max_size=6,
@@ -67,8 +93,12 @@ RUNS = st.dictionaries(
 
 @settings(max_examples=25, deadline=None)
 @given(found=RUNS)
-def test_nothing_measured_is_lost(tmp_path_factory: pytest.TempPathFactory, found: dict[Any, Any]) -> None:
-  """Each run becomes one row with its numbers and curve, whatever they are; collecting again changes no byte."""
+def test_nothing_measured_is_lost(
+  tmp_path_factory: pytest.TempPathFactory, found: dict[Any, Any]
+) -> None:
+  """Each run becomes one row with its numbers and curve, whatever they are; collecting
+  again changes no byte.
+  """
   folder, out = tmp_path_factory.mktemp('runs'), tmp_path_factory.mktemp('out')
   for (line, seed), (curve, done) in found.items():
     write_run(folder / line, f'fptt-seed{seed}', curve, done)
@@ -81,7 +111,11 @@ def test_nothing_measured_is_lost(tmp_path_factory: pytest.TempPathFactory, foun
     assert row.curves['test_mse'] == curve
     assert row.status == ('done' if done else 'unfinished')
     assert row.numbers.get('test_mse', 'none') == (curve[-1] if done else 'none')
-    assert (row.settings['lr'], row.settings['method'], row.source) == (0.001, 'fptt', MACHINE)
+    assert (row.settings['lr'], row.settings['method'], row.source) == (
+      0.001,
+      'fptt',
+      MACHINE,
+    )
   before = files(out)
   collect_folder(folder, 'fig1', CPU, out)
   assert files(out) == before
@@ -91,7 +125,9 @@ def test_nothing_measured_is_lost(tmp_path_factory: pytest.TempPathFactory, foun
 
 
 def test_the_order_of_collecting_does_not_matter(tmp_path: Path) -> None:
-  """Two folders, collected either way, make the same bytes; no time of day is in them."""
+  """Two folders, collected either way, make the same bytes; no time of day is in
+  them.
+  """
   for seed in (0, 1):
     write_run(tmp_path / f'run{seed}' / 'fptt', f'fptt-seed{seed}', [0.5, 0.25])
   for out, order in (('a', (0, 1)), ('b', (1, 0))):
@@ -104,7 +140,9 @@ def test_the_order_of_collecting_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_takes_the_place_of_what_it_was(tmp_path: Path) -> None:
-  """Unfinished, then done with a later commit, then the same again: one row, and its source is that of its numbers."""
+  """Unfinished, then done with a later commit, then the same again: one row, and its
+  source is that of its numbers.
+  """
   out = tmp_path / 'out'
   out.mkdir()
   write_run(tmp_path / 'run', 'fptt-seed0', [0.5], done=False)
@@ -115,30 +153,45 @@ def test_a_run_that_goes_on_takes_the_place_of_what_it_was(tmp_path: Path) -> No
   summary = tmp_path / 'run' / 'summary.json'
   summary.write_text(json.dumps({'runs': [], **MACHINE, 'commit': 'later'}))
   [row] = collected(tmp_path / 'run', out).rows
-  assert (row.status, row.numbers['test_mse'], row.source['commit']) == ('done', 0.25, 'later')
+  assert (row.status, row.numbers['test_mse'], row.source['commit']) == (
+    'done',
+    0.25,
+    'later',
+  )
   summary.write_text(json.dumps({'runs': [], **MACHINE, 'commit': 'latest'}))
   [row] = collected(tmp_path / 'run', out).rows
-  assert row.source['commit'] == 'later'  # Another command in the folder has not measured this run.
-  [row] = collected(tmp_path / 'run', out, origin=Origin(scale='cpu', commit='told', notes='A note.')).rows
+  assert (
+    row.source['commit'] == 'later'
+  )  # Another command in the folder has not measured this run.
+  [row] = collected(
+    tmp_path / 'run', out, origin=Origin(scale='cpu', commit='told', notes='A note.')
+  ).rows
   assert row.source['commit'] == 'told'
   assert 'A note.' in tables.table_of('fig1/cpu', out)
 
 
 def test_series_stand_beside_each_other(tmp_path: Path) -> None:
-  """The same run under two names is two rows; each series keeps its notes and its scale."""
+  """The same run under two names is two rows; each series keeps its notes and its
+  scale.
+  """
   write_run(tmp_path / 'run', 'fptt-seed0', [0.5])
   out = tmp_path / 'out'
   out.mkdir()
   collect_folder(tmp_path / 'run', 'fig1', Origin('first', 'cpu', notes='Busy.'), out)
   item = collected(tmp_path / 'run', out, origin=Origin('second', 'short'))
   assert [row.series for row in item.rows] == ['first', 'second']
-  assert item.series == {'first': {'scale': 'cpu', 'notes': 'Busy.'}, 'second': {'scale': 'short', 'notes': ''}}
+  assert item.series == {
+    'first': {'scale': 'cpu', 'notes': 'Busy.'},
+    'second': {'scale': 'short', 'notes': ''},
+  }
   with pytest.raises(UserError, match=r'--scale.*cpu.*full'):
     collect_folder(tmp_path / 'run', 'fig1', Origin('first', 'full'), out)
 
 
 def test_results_are_not_replaced_by_others(tmp_path: Path) -> None:
-  """A done run may go on, as with more epochs; a second run of the same name wants a series of its own."""
+  """A done run may go on, as with more epochs; a second run of the same name wants a
+  series of its own.
+  """
   out = tmp_path / 'out'
   out.mkdir()
   write_run(tmp_path / 'run', 'fptt-seed0', [0.5, 0.25])
@@ -166,38 +219,68 @@ def test_runs_that_no_score_measures_are_shown(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_grid_tell_its_runs_apart(tmp_path: Path) -> None:
-  """Runs of one command differ in the grid's settings; so do unfinished ones, which have only a name to tell."""
+  """Runs of one command differ in the grid's settings; so do unfinished ones, which
+  have only a name to tell.
+  """
   grid = {'grid': ['lr=0.5:3e-05', 'b1=0.9:-0.3'], 'b1': 0.9}
-  write_run(tmp_path / 'run', 'tbptt-seed0-lr0.5-b1-0.3', [1.0], config=grid, lr=0.5, b1=-0.3)
-  write_run(tmp_path / 'run', 'tbptt-seed0-lr3e-05-b10.9', [2.0], config=grid, done=False)
+  write_run(
+    tmp_path / 'run', 'tbptt-seed0-lr0.5-b1-0.3', [1.0], config=grid, lr=0.5, b1=-0.3
+  )
+  write_run(
+    tmp_path / 'run', 'tbptt-seed0-lr3e-05-b10.9', [2.0], config=grid, done=False
+  )
   rows = collected(tmp_path / 'run', tmp_path, item='table4').rows
-  assert {(row.settings['lr'], row.settings['b1']) for row in rows} == {(0.5, -0.3), (3e-5, 0.9)}
+  assert {(row.settings['lr'], row.settings['b1']) for row in rows} == {
+    (0.5, -0.3),
+    (3e-5, 0.9),
+  }
   assert 'lr' not in rows[0].numbers
 
 
 def test_tuned_lines_say_so(tmp_path: Path) -> None:
-  """`tuned` is true of final runs whose line was tuned; the best of what was tried is bold; divergence is shown."""
+  """`tuned` is true of final runs whose line was tuned; the best of what was tried is
+  bold; divergence is shown.
+  """
   for lr, score in (('0.003', 20.5), ('0.001', 30.0), ('0.1', None)):
     name = f'fptt-seed1000-lr{lr}'
     lost = {} if score else {'lost': 'loss is nan'}
-    write_run(tmp_path / 'run/tune/a', name, [], config={'grid': ['lr=']}, lr=float(lr), valid_ppl=score, **lost)
+    write_run(
+      tmp_path / 'run/tune/a',
+      name,
+      [],
+      config={'grid': ['lr=']},
+      lr=float(lr),
+      valid_ppl=score,
+      **lost,
+    )
   for line in ('a', 'b'):
     write_run(tmp_path / 'run' / line, 'fptt-seed0', [], valid_ppl=21.0, test_ppl=19.0)
   (tmp_path / 'run' / 'tuned.json').write_text(json.dumps({'a': {'lr': 0.003}}))
   rows = collected(tmp_path / 'run', tmp_path, item='table4').rows
-  assert [(row.line, row.tuned) for row in rows if row.stage == 'final'] == [('a', True), ('b', False)]
-  assert [row.status for row in rows if row.stage == 'tuning'] == ['done', 'done', 'diverged']
+  assert [(row.line, row.tuned) for row in rows if row.stage == 'final'] == [
+    ('a', True),
+    ('b', False),
+  ]
+  assert [row.status for row in rows if row.stage == 'tuning'] == [
+    'done',
+    'done',
+    'diverged',
+  ]
   text = tables.table_of('table4', tmp_path)
   assert '| a | 30.00 | **20.50** | diverged |' in text
   assert '| a | fptt | 3 | 0.001 | yes | 0 |' in text
 
 
 def test_several_seeds_are_averaged_with_an_interval(tmp_path: Path) -> None:
-  """Mean and interval as `experiments.paper` has them; a diverged seed is counted and left out."""
+  """Mean and interval as `experiments.paper` has them; a diverged seed is counted and
+  left out.
+  """
   values = [0.5, 0.25, None]
   for seed, value in enumerate(values):
     lost = {} if value else {'lost': 'loss is nan'}
-    write_run(tmp_path / 'run', f'fptt-seed{seed}', [value], **{'below_0.01_at': None}, **lost)
+    write_run(
+      tmp_path / 'run', f'fptt-seed{seed}', [value], **{'below_0.01_at': None}, **lost
+    )
   collected(tmp_path / 'run', tmp_path)
   half = paper.interval([0.5, 0.25])
   assert half is not None
@@ -209,7 +292,9 @@ def test_several_seeds_are_averaged_with_an_interval(tmp_path: Path) -> None:
 def test_the_paper_s_numbers_stand_beside_the_full_scale_alone(tmp_path: Path) -> None:
   """They come from the declared items."""
   for scale in ('cpu', 'full'):
-    write_run(tmp_path / 'run' / 'fptt-kappa2', 'fptt-seed0', [], valid_ppl=21.0, test_ppl=19.0)
+    write_run(
+      tmp_path / 'run' / 'fptt-kappa2', 'fptt-seed0', [], valid_ppl=21.0, test_ppl=19.0
+    )
     collect_folder(tmp_path / 'run', 'table4', Origin(scale=scale), tmp_path)
   assert '106.3' in tables.table_of('table4/full', tmp_path)
   assert '106.3' not in tables.table_of('table4/cpu', tmp_path)
@@ -220,15 +305,24 @@ def growth_line(value: int) -> dict[str, float]:
 
 
 def test_reports_of_studies_and_benchmarks_are_rows(tmp_path: Path) -> None:
-  """One row per line, its machine from the report; curves of the convergence study, and fits of growth, come along."""
+  """One row per line, its machine from the report; curves of the convergence study, and
+  fits of growth, come along.
+  """
   source = {'hardware': {'cpu_cores': 2}, 'rounds': 3}
   lines = [{'run': 'adam', 'distance': 0.5}, {'run': 'sgd', 'distance': 0.25}]
-  (tmp_path / 'convergence.json').write_text(json.dumps({'item': 'convergence', 'scale': 'cpu', **source, 'lines': lines}))
-  (tmp_path / 'adam-cpu.json').write_text(json.dumps([{'step': 1, 'distance': 1.5}, {'step': 2, 'distance': 0.5}]))
+  (tmp_path / 'convergence.json').write_text(
+    json.dumps({'item': 'convergence', 'scale': 'cpu', **source, 'lines': lines})
+  )
+  (tmp_path / 'adam-cpu.json').write_text(
+    json.dumps([{'step': 1, 'distance': 1.5}, {'step': 2, 'distance': 0.5}])
+  )
   out = tmp_path / 'out'
   out.mkdir()
   adam, sgd = collected(tmp_path, out, 'convergence', Origin()).rows
-  assert (adam.numbers, adam.curves) == ({'distance': 0.5}, {'step': [1, 2], 'distance': [1.5, 0.5]})
+  assert (adam.numbers, adam.curves) == (
+    {'distance': 0.5},
+    {'step': [1, 2], 'distance': [1.5, 0.5]},
+  )
   assert (sgd.numbers, sgd.curves, sgd.source) == ({'distance': 0.25}, {}, source)
   grown = {name: [growth_line(value) for value in (1, 2, 4)] for name in 'TK'}
   fitted = {'exponents': {'T': {'median_ms': 1.0}}, 'C': 0.5}
@@ -237,13 +331,23 @@ def test_reports_of_studies_and_benchmarks_are_rows(tmp_path: Path) -> None:
   assert len(rows) == 7
   text = tables.table_of('benchmark', out)
   assert '| K | 4 | 8 |' in text
-  assert '| varied | exponents T median_ms | C |\n| --- | --- | --- |\n| fit | 1 | 0.5 |' in text
-  assert [path.stat().st_size > 5000 for path in plots.draw('benchmark', tmp_path / 'plots', out)] == [True]
+  assert (
+    '| varied | exponents T median_ms | C |\n| --- | --- | --- |\n| fit | 1 | 0.5 |'
+    in text
+  )
+  assert [
+    path.stat().st_size > 5000
+    for path in plots.draw('benchmark', tmp_path / 'plots', out)
+  ] == [True]
 
 
 def test_a_real_run_folder_is_collected(tmp_path: Path) -> None:
-  """What `experiments.paper` writes at smoke scale, with the scale its report says and this machine."""
-  config = paper.Config(item='fig1', scale='smoke', workdir=str(tmp_path / 'run'), lines=('T12-tbptt',))
+  """What `experiments.paper` writes at smoke scale, with the scale its report says and
+  this machine.
+  """
+  config = paper.Config(
+    item='fig1', scale='smoke', workdir=str(tmp_path / 'run'), lines=('T12-tbptt',)
+  )
   paper.main(config)
   out = tmp_path / 'out'
   out.mkdir()
@@ -253,7 +357,9 @@ def test_a_real_run_folder_is_collected(tmp_path: Path) -> None:
   assert (row.numbers['test_mse'], row.status) == (result['test_mse'], 'done')
   assert item.series == {'smoke': {'scale': 'smoke', 'notes': ''}}
   assert {'hardware', 'versions', 'commit'} <= set(row.source)
-  assert [path.name for path in plots.draw('fig1', tmp_path / 'plots', out)] == ['fig1-smoke-test_mse.png']
+  assert [path.name for path in plots.draw('fig1', tmp_path / 'plots', out)] == [
+    'fig1-smoke-test_mse.png'
+  ]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +373,9 @@ def test_a_real_run_folder_is_collected(tmp_path: Path) -> None:
     ('metrics', CPU, r'metrics\.jsonl'),
   ],
 )
-def test_folders_without_results_are_refused(tmp_path: Path, damage: str, origin: Origin, message: str) -> None:
+def test_folders_without_results_are_refused(
+  tmp_path: Path, damage: str, origin: Origin, message: str
+) -> None:
   """By the name of what is wrong; nothing is written."""
   folder, out = tmp_path / 'run', tmp_path / 'out'
   out.mkdir()
@@ -309,7 +417,9 @@ def test_damaged_curves_are_named(tmp_path: Path) -> None:
     ({'collect': 'runs/x', 'item': 'fig1', 'scale': '../cpu'}, r"--scale.*'\.\./cpu'"),
   ],
 )
-def test_commands_of_no_meaning_are_refused(given_settings: dict[str, Any], message: str) -> None:
+def test_commands_of_no_meaning_are_refused(
+  given_settings: dict[str, Any], message: str
+) -> None:
   """Before anything is read."""
   with pytest.raises(ValueError, match=message):
     command.Config(**given_settings)
@@ -318,17 +428,28 @@ def test_commands_of_no_meaning_are_refused(given_settings: dict[str, Any], mess
 def test_the_command_collects_and_makes_tables(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  """What was asked for is done and said; tables that are as they should be are left alone."""
+  """What was asked for is done and said; tables that are as they should be are left
+  alone.
+  """
   write_run(tmp_path / 'run', 'fptt-seed0', [0.5])
   out = tmp_path / 'out'
   out.mkdir()
   monkeypatch.setattr(store, 'FOLDER', out)
-  command.main(command.Config(collect=str(tmp_path / 'run'), item='fig1', scale='short', notes='A note.'))
-  assert store.load('fig1', out).series == {'short': {'scale': 'short', 'notes': 'A note.'}}
+  command.main(
+    command.Config(
+      collect=str(tmp_path / 'run'), item='fig1', scale='short', notes='A note.'
+    )
+  )
+  assert store.load('fig1', out).series == {
+    'short': {'scale': 'short', 'notes': 'A note.'}
+  }
   monkeypatch.undo()
   command.main(command.Config(tables=True))
   printed = capsys.readouterr().out.splitlines()
-  assert printed == [f'1 rows of {tmp_path / "run"} are in fig1.json', 'tables changed in: none']
+  assert printed == [
+    f'1 rows of {tmp_path / "run"} are in fig1.json',
+    'tables changed in: none',
+  ]
 
 
 def test_tables_are_put_between_their_markers() -> None:
@@ -354,8 +475,14 @@ def test_committed_tables_are_those_of_the_committed_results() -> None:
 
 
 def test_committed_results_are_whole_and_small() -> None:
-  """Few files; each row is unique, in order and complete; saving them again changes no byte; no folder of a machine is named."""
-  kept = [path for path in store.FOLDER.rglob('*') if path.is_file() and '__pycache__' not in path.parts]
+  """Few files; each row is unique, in order and complete; saving them again changes no
+  byte; no folder of a machine is named.
+  """
+  kept = [
+    path
+    for path in store.FOLDER.rglob('*')
+    if path.is_file() and '__pycache__' not in path.parts
+  ]
   assert len(kept) <= 40
   assert sum(path.stat().st_size for path in kept) <= 3 * 2**20
   for name in store.item_names():
@@ -391,19 +518,43 @@ def test_saving_the_committed_results_changes_no_byte(tmp_path: Path) -> None:
 def test_plots_are_drawn_of_the_committed_results(tmp_path: Path, name: str) -> None:
   """One per series and stage that has something to draw."""
   drawn = plots.draw(name, tmp_path)
-  expected = sum(len({row.stage for row in rows}) for _, rows in store.by_series(store.load(name)))
+  expected = sum(
+    len({row.stage for row in rows}) for _, rows in store.by_series(store.load(name))
+  )
   assert len(set(drawn)) == expected
   assert all(path.stat().st_size > 10_000 for path in drawn)
 
 
 def test_a_run_records_its_command_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
   """Without what only this machine knows; None where it is no script of ours."""
-  monkeypatch.setattr(sys.modules['__main__'], '__spec__', dataclasses.make_dataclass('Spec', ['name'])('experiments.add_task'))
-  monkeypatch.setattr(sys, 'argv', ['x', '--seeds=0:3', '--workdir=/a', '--data_dir', '/b', '--notes', 'a b', '--nodecay'])
-  assert options.command() == "python -m experiments.add_task --seeds=0:3 --notes 'a b' --nodecay"
+  monkeypatch.setattr(
+    sys.modules['__main__'],
+    '__spec__',
+    dataclasses.make_dataclass('Spec', ['name'])('experiments.add_task'),
+  )
+  monkeypatch.setattr(
+    sys,
+    'argv',
+    [
+      'x',
+      '--seeds=0:3',
+      '--workdir=/a',
+      '--data_dir',
+      '/b',
+      '--notes',
+      'a b',
+      '--nodecay',
+    ],
+  )
+  assert (
+    options.command()
+    == "python -m experiments.add_task --seeds=0:3 --notes 'a b' --nodecay"
+  )
   found = runs.machine()
   assert found['command'] == options.command()
-  head = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+  head = subprocess.run(
+    ['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=False
+  ).stdout.strip()
   assert (found['commit'] or '').removesuffix('-dirty') == head[:12]
   monkeypatch.setattr(sys.modules['__main__'], '__spec__', None)
   assert options.command() is None

@@ -1,4 +1,6 @@
-"""A run's folder: what is saved can be read again or is refused, and nothing passes for what it is not."""
+"""A run's folder: what is saved can be read again or is refused, and nothing passes for
+what it is not.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -22,16 +24,33 @@ from experiments import add_task, reporting, runs
 from experiments.members import Member, has_ended
 from experiments.options import UserError
 
-pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
 
-TINY = dict(method=('fptt',), seq_len=12, hidden=4, batch_size=8, batches=6, eval_every=2, test_size=16, num_windows=3)
-WEIGHTS = {'w': jax.random.normal(jax.random.key(0), (50, 50), jnp.float32), 'n': jnp.int32(3), 'm': jnp.ones(3, jnp.bfloat16)}
+FLOAT32_TINY = dict(
+  method=('fptt',),
+  seq_len=12,
+  hidden=4,
+  batch_size=8,
+  batches=6,
+  eval_every=2,
+  test_size=16,
+  num_windows=3,
+)
+WEIGHTS = {
+  'w': jax.random.normal(jax.random.key(0), (50, 50), jnp.float32),
+  'n': jnp.int32(3),
+  'm': jnp.ones(3, jnp.bfloat16),
+}
 CARRY = (WEIGHTS, jax.random.key(7))
 
 
 @pytest.fixture(autouse=True)
 def leftovers() -> Iterator[None]:
-  """What orbax leaves behind of reading that failed complains when it is collected: here, not in a test of something else."""
+  """What orbax leaves behind of reading that failed complains when it is collected:
+  here, not in a test of something else.
+  """
   yield
   gc.collect()
 
@@ -48,7 +67,10 @@ def saved_run(folder: Path, *steps: int) -> Path:
 
 
 def largest(folder: Path) -> Path:
-  return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+  return max(
+    (path for path in folder.rglob('*') if path.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
 
 
 def flip(path: Path) -> None:
@@ -69,7 +91,11 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
   run.close()
   assert runs.fingerprint(carry) == runs.fingerprint(CARRY)
   assert record['note'] == 2
-  assert [row['step'] for row in run.rows] == [row['step'] for row in runs.read_jsonl(folder / 'metrics.jsonl')] == [1, 2]
+  assert (
+    [row['step'] for row in run.rows]
+    == [row['step'] for row in runs.read_jsonl(folder / 'metrics.jsonl')]
+    == [1, 2]
+  )
   assert runs.saved_steps(folder) == [2]
 
 
@@ -86,8 +112,12 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     lambda folder: (folder / 'record' / 'metadata').unlink(),
   ],
 )
-def test_a_broken_checkpoint_is_set_aside(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-  """However it is broken: it is said, kept, and the one before it can be gone on from."""
+def test_a_broken_checkpoint_is_set_aside(
+  tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+  """However it is broken: it is said, kept, and the one before it can be gone on
+  from.
+  """
   folder = saved_run(tmp_path, 1, 2)
   damage(folder / 'checkpoints' / '2')
   said = r'the checkpoint after step 2 is broken \(.+\); set aside as broken/2-\d+-\d+, going on from the one after step 1'
@@ -101,11 +131,17 @@ def test_a_broken_checkpoint_is_set_aside(tmp_path: Path, damage: Callable[[Path
   assert runs.fingerprint(carry) == runs.fingerprint(CARRY)
 
 
-def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-  """A whole script: it says so and ends with the numbers of a run that nothing befell; without one it does nothing."""
-  config = add_task.Config(**TINY)
+def test_a_run_goes_on_from_the_newest_intact_checkpoint(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """A whole script: it says so and ends with the numbers of a run that nothing befell;
+  without one it does nothing.
+  """
+  config = add_task.Config(**FLOAT32_TINY)
   add_task.run(config, str(tmp_path / 'whole'))
-  expected = json.loads((tmp_path / 'whole' / 'fptt-seed0' / 'result.json').read_text()) | {'seconds': 0}
+  expected = json.loads(
+    (tmp_path / 'whole' / 'fptt-seed0' / 'result.json').read_text()
+  ) | {'seconds': 0}
   folder = tmp_path / 'cut'
   with interrupted_at(3):
     add_task.run(config, str(folder))
@@ -114,18 +150,27 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path: Path, capsys:
   capsys.readouterr()
   add_task.run(config, str(folder))
   assert 'going on from the one after step 2' in capsys.readouterr().err
-  assert json.loads((folder / 'fptt-seed0' / 'result.json').read_text()) | {'seconds': 0} == expected
+  assert (
+    json.loads((folder / 'fptt-seed0' / 'result.json').read_text()) | {'seconds': 0}
+    == expected
+  )
   lost = tmp_path / 'lost' / 'fptt-seed0'
   for step in (2, 4):
     flip(largest(lost / 'checkpoints' / str(step)))
   metrics = (lost / 'metrics.jsonl').read_text()
   for _ in range(2):
-    with pytest.raises(UserError, match=r'after step 2 is broken \(.*\), and there is no other\. Delete .*fptt-seed0 to'):
+    with pytest.raises(
+      UserError,
+      match=r'after step 2 is broken \(.*\), and there is no other\. Delete .*fptt-seed0 to',
+    ):
       add_task.run(config, str(tmp_path / 'lost'))
   assert (lost / 'metrics.jsonl').read_text() == metrics
 
 
-@pytest.mark.parametrize('error', [MemoryError(), jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')])
+@pytest.mark.parametrize(
+  'error',
+  [MemoryError(), jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')],
+)
 def test_what_is_not_the_checkpoints_fault_sets_nothing_aside(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -148,7 +193,9 @@ def test_a_record_of_something_else_is_broken(tmp_path: Path, record: str) -> No
   """JSON, but not what was saved."""
   folder = saved_run(tmp_path, 1, 2)
   (folder / 'checkpoints' / '2' / 'record' / 'metadata').write_text(record)
-  with pytest.raises(runs.Broken, match=r'after step 2 is broken \(its record is not one of ours\)'):
+  with pytest.raises(
+    runs.Broken, match=r'after step 2 is broken \(its record is not one of ours\)'
+  ):
     runs.Run(folder).restore(2, CARRY)
 
 
@@ -157,18 +204,23 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
   folder = saved_run(tmp_path, 1)
   other = (CARRY[0] | {'w': jnp.zeros((50, 60))}, CARRY[1])
   with pytest.raises(
-    UserError, match=r"after step 1 does not fit this model and optimiser; \[0\]\['w'\]: was 'float32\[50, 50\]', now"
+    UserError,
+    match=r"after step 1 does not fit this model and optimizer; \[0\]\['w'\]: was 'float32\[50, 50\]', now",
   ):
     runs.Run(folder).restore(1, other)
   assert runs.saved_steps(folder) == [1]
 
 
-def test_a_checkpoint_of_a_configuration_nobody_knows_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_configuration_nobody_knows_is_refused(
+  tmp_path: Path,
+) -> None:
   """config.json was changed by hand, or the folder was put together from two."""
   folder = saved_run(tmp_path, 1)
   config = json.loads((tmp_path / 'config.json').read_text())
   (tmp_path / 'config.json').write_text(json.dumps(config | {'sha256': '0'}))
-  with pytest.raises(UserError, match=r'saved under a configuration that config\.json does not name'):
+  with pytest.raises(
+    UserError, match=r'saved under a configuration that config\.json does not name'
+  ):
     runs.Run(folder).restore(1, CARRY)
 
 
@@ -178,18 +230,28 @@ def test_metrics_that_are_gone_or_damaged_are_not_made_up_for(tmp_path: Path) ->
   metrics = folder / 'metrics.jsonl'
   lines = metrics.read_text().splitlines(keepends=True)
   metrics.write_text(lines[0])
-  with pytest.raises(UserError, match=r'metrics\.jsonl has 1 lines, the checkpoint after step 2 was saved after 2: put it back'):
+  with pytest.raises(
+    UserError,
+    match=r'metrics\.jsonl has 1 lines, the checkpoint after step 2 was saved after 2: put it back',
+  ):
     runs.Run(folder).restore(2, CARRY)
   metrics.write_text('{"step": 1, }\n' + lines[1])
-  with pytest.raises(UserError, match=r'line 1 of .*metrics\.jsonl is damaged: .*Put it back, or choose another --workdir'):
+  with pytest.raises(
+    UserError,
+    match=r'line 1 of .*metrics\.jsonl is damaged: .*Put it back, or choose another --workdir',
+  ):
     runs.Run(folder).restore(2, CARRY)
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(UserError, match=r'config\.json is damaged'):
     runs.open_workdir(str(tmp_path), 'add_task', add_task.Config())
 
 
-def test_reads_under_way_end_before_their_loop_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """After the first error, too, or each of them would print a traceback; orbax reads in such a loop."""
+def test_reads_under_way_end_before_their_loop_is_closed(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """After the first error, too, or each of them would print a traceback; orbax reads in
+  such a loop.
+  """
   ended: list[str] = []
 
   class Observed(runs._PatientLoop):
@@ -223,20 +285,38 @@ def test_reads_under_way_end_before_their_loop_is_closed(tmp_path: Path, monkeyp
   assert asyncio.new_event_loop is make_loop
 
 
-KINDS = ['[1]', '3', 'null', '"text"', 'true', '{}', '', '{"step": 1', '\0\0', '\ufeff{}', '[' * 100_000]
+KINDS = [
+  '[1]',
+  '3',
+  'null',
+  '"text"',
+  'true',
+  '{}',
+  '',
+  '{"step": 1',
+  '\0\0',
+  '\ufeff{}',
+  '[' * 100_000,
+]
 
 
 @pytest.mark.parametrize('content', KINDS, ids=[content[:9] for content in KINDS])
 @pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl', 'result.json'])
-def test_json_of_another_kind_is_refused(name: str, content: str, tmp_path: Path) -> None:
-  """Whatever it holds: one line with the file's name. A result of no configuration is none: the run goes on."""
+def test_json_of_another_kind_is_refused(
+  name: str, content: str, tmp_path: Path
+) -> None:
+  """Whatever it holds: one line with the file's name. A result of no configuration is
+  none: the run goes on.
+  """
   member = Member(add_task.Config(), 'fptt', 0, {})
   folder = runs.open_workdir(str(tmp_path), 'add_task', member.config) / member.name
   folder.mkdir()
   path = tmp_path / name if name == 'config.json' else folder / name
   path.write_text(content + '\n', encoding='utf-8')
   read: dict[str, Callable[[], Any]] = {
-    'config.json': lambda: runs.open_workdir(str(tmp_path), 'add_task', add_task.Config()),
+    'config.json': lambda: runs.open_workdir(
+      str(tmp_path), 'add_task', add_task.Config()
+    ),
     'metrics.jsonl': lambda: runs.read_jsonl(folder / name),
     'result.json': lambda: has_ended(tmp_path, member),
   }
@@ -258,15 +338,21 @@ def test_a_folder_in_a_file_s_place_is_refused(name: str, tmp_path: Path) -> Non
     read(tmp_path / name)
 
 
-def test_checkpoints_that_cannot_be_written_are_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """A folder that is read-only while those around it are not; the tests' user may write everywhere."""
+def test_checkpoints_that_cannot_be_written_are_said_before_training(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """A folder that is read-only while those around it are not; the tests' user may write
+  everywhere.
+  """
   folder = saved_run(tmp_path, 1)
 
   def refuse(dir: Path) -> Any:
     raise PermissionError(13, 'Permission denied', str(dir))
 
   monkeypatch.setattr(runs.tempfile, 'TemporaryFile', refuse)
-  with pytest.raises(UserError, match=r'cannot write to .*checkpoints.*step 1 is whole'):
+  with pytest.raises(
+    UserError, match=r'cannot write to .*checkpoints.*step 1 is whole'
+  ):
     runs.Run(folder)
 
 
@@ -280,14 +366,18 @@ def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(tmp_path: Path) 
     runs.saved_steps(folder)
 
 
-def test_files_that_may_not_be_looked_at_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_may_not_be_looked_at_are_said(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   """Made under umask 0777: neither taken for missing nor a traceback."""
 
   def refuse(path: Path, **options: Any) -> Any:
     raise PermissionError(13, 'Permission denied', str(path))
 
   monkeypatch.setattr(Path, 'stat', refuse)
-  with pytest.raises(UserError, match=r'cannot read .*metrics\.jsonl: Permission denied'):
+  with pytest.raises(
+    UserError, match=r'cannot read .*metrics\.jsonl: Permission denied'
+  ):
     runs.read_jsonl(tmp_path / 'metrics.jsonl')
   monkeypatch.setattr(Path, 'open', refuse)
   monkeypatch.setattr(Path, 'read_bytes', refuse)
@@ -302,15 +392,23 @@ def test_a_folder_of_bytes_without_letters_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-  """Here: files may not grow beyond 4 kB. What was saved before is whole, and it is said."""
+  """Here: files may not grow beyond 4 kB. What was saved before is whole, and it is
+  said.
+  """
   folder = saved_run(tmp_path, 1)
   run = runs.Run(folder)
   carry, _ = run.restore(1, CARRY)
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
   try:
-    with pytest.raises(UserError, match=r'cannot write to .*/run: .*\. The checkpoint after step 1 is whole: the same command'):
-      _ = run.save(2, carry), run.wait()  # In the background: either may be the first to know.
+    with pytest.raises(
+      UserError,
+      match=r'cannot write to .*/run: .*\. The checkpoint after step 1 is whole: the same command',
+    ):
+      _ = (
+        run.save(2, carry),
+        run.wait(),
+      )  # In the background: either may be the first to know.
     with contextlib.suppress(UserError):
       run.close()
   finally:
@@ -325,64 +423,95 @@ def test_a_full_disk_while_metrics_are_written(tmp_path: Path) -> None:
   folder = saved_run(tmp_path)
   run = runs.Run(folder)
   (folder / 'metrics.jsonl').symlink_to('/dev/full')
-  with pytest.raises(UserError, match=r'cannot write to .*No space left on device\. There is no checkpoint\.'):
+  with pytest.raises(
+    UserError,
+    match=r'cannot write to .*No space left on device\. There is no checkpoint\.',
+  ):
     run.log(1, loss=1.0)
   run.close()
 
 
 def test_a_full_disk_when_a_run_has_ended(tmp_path: Path) -> None:
   """Its result is made again by the same command."""
-  config, result = add_task.Config(**TINY), tmp_path / 'fptt-seed0' / 'result.json.tmp'
+  config, result = (
+    add_task.Config(**FLOAT32_TINY),
+    tmp_path / 'fptt-seed0' / 'result.json.tmp',
+  )
   result.parent.mkdir()
   result.symlink_to('/dev/full')
-  with pytest.raises(UserError, match=r'cannot write .*/fptt-seed0/result\.json: .*No space left on device\. The same command'):
+  with pytest.raises(
+    UserError,
+    match=r'cannot write .*/fptt-seed0/result\.json: .*No space left on device\. The same command',
+  ):
     add_task.run(config, str(tmp_path))
   result.unlink()
   assert add_task.run(config, str(tmp_path))[1][0]['batches'] == 6
 
 
-def test_other_settings_by_override(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-  """Refused, with what differs; or taken, said and kept: the learning rate is the new one, a run that had ended goes on."""
-  config = add_task.Config(optimizer='sgd', lr=1e-3, decay=False, **TINY)
+def test_other_settings_by_override(
+  tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Refused, with what differs; or taken, said and kept: the learning rate is the new
+  one, a run that had ended goes on.
+  """
+  config = add_task.Config(optimizer='sgd', lr=1e-3, decay=False, **FLOAT32_TINY)
   add_task.run(config, str(tmp_path))
   before = runs.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
   other = dataclasses.replace(config, batches=8, lr=1e-30)
   with pytest.raises(
-    UserError, match=r'batches: was 6, now 8; lr: was 0.001, now 1e-30\. Choose another --workdir, or .*--override_resume'
+    UserError,
+    match=r'batches: was 6, now 8; lr: was 0.001, now 1e-30\. Choose another --workdir, or .*--allow_config_change',
   ):
     add_task.run(other, str(tmp_path))
-  _, [summary] = add_task.run(dataclasses.replace(other, override_resume=True), str(tmp_path))
-  assert 'goes on with other settings than before; batches: was 6, now 8; lr: was 0.001, now 1e-30' in capsys.readouterr().out
+  _, [summary] = add_task.run(
+    dataclasses.replace(other, allow_config_change=True), str(tmp_path)
+  )
+  assert (
+    'goes on with other settings than before; batches: was 6, now 8; lr: was 0.001, '
+    'now 1e-30' in capsys.readouterr().out
+  )
   rows = runs.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
   assert rows[:-1] == before
-  assert (summary['batches'], rows[-1]['test_mse']) == (8, pytest.approx(before[-1]['test_mse'], rel=1e-6))
+  assert (summary['batches'], rows[-1]['test_mse']) == (
+    8,
+    pytest.approx(before[-1]['test_mse'], rel=1e-6),
+  )
   [override] = json.loads((tmp_path / 'config.json').read_text())['overrides']
-  assert override['differences'] == ['batches: was 6, now 8', 'lr: was 0.001, now 1e-30']
+  assert override['differences'] == [
+    'batches: was 6, now 8',
+    'lr: was 0.001, now 1e-30',
+  ]
   add_task.run(other, str(tmp_path))  # From now on they are the folder's.
 
 
 def test_a_model_of_other_size_is_refused_even_so(tmp_path: Path) -> None:
   """Before anything is trained."""
-  config = add_task.Config(**TINY)
+  config = add_task.Config(**FLOAT32_TINY)
   with interrupted_at(2):
     add_task.run(config, str(tmp_path))
   said = (
-    r"does not fit this model and optimiser; .*hidden\[0\]\.c: was 'float32\[8, 4\]', now 'float32\[8, 5\]'; .* and 19 more\. "
-    r'To go back: the settings that "overrides" of config\.json say there were, with --override_resume'
+    r"does not fit this model and optimizer; .*hidden\[0\]\.c: was 'float32\[8, 4\]', now 'float32\[8, 5\]'; .* and 19 more\. "
+    r'To go back: the settings that "overrides" of config\.json say there were, with --allow_config_change'
   )
   with pytest.raises(UserError, match=said):
-    add_task.run(dataclasses.replace(config, hidden=5, override_resume=True), str(tmp_path))
-  _, [summary] = add_task.run(dataclasses.replace(config, override_resume=True), str(tmp_path))
+    add_task.run(
+      dataclasses.replace(config, hidden=5, allow_config_change=True), str(tmp_path)
+    )
+  _, [summary] = add_task.run(
+    dataclasses.replace(config, allow_config_change=True), str(tmp_path)
+  )
   assert summary['batches'] == 6
 
 
 def test_two_commands_in_one_folder_do_not_train_the_same_run(tmp_path: Path) -> None:
   """The second is told so, and may go on with it when the first has ended."""
-  config = add_task.Config(**{**TINY, 'seeds': (0, 1), 'population': 1})
+  config = add_task.Config(**{**FLOAT32_TINY, 'seeds': (0, 1), 'population': 1})
   (tmp_path / 'run' / 'fptt-seed1').mkdir(parents=True)
   with (
     filelock.FileLock(tmp_path / 'run' / 'fptt-seed1' / 'lock'),
-    pytest.raises(UserError, match='fptt-seed1 is being trained by another command; wait'),
+    pytest.raises(
+      UserError, match='fptt-seed1 is being trained by another command; wait'
+    ),
   ):
     add_task.run(config, str(tmp_path / 'run'))
   assert (tmp_path / 'run' / 'fptt-seed0' / 'result.json').exists()
@@ -394,13 +523,21 @@ def test_a_full_disk_while_a_plot_is_drawn(tmp_path: Path) -> None:
   """One line, as for all other files."""
   (tmp_path / 'plot.png.tmp').symlink_to('/dev/full')
   curve = reporting.Curve('fptt', 'fptt', [1, 2], [0.1, 0.2])
-  with pytest.raises(UserError, match=r'cannot write .*/plot\.png: .*No space left on device\. The same command'):
-    reporting.plot_curves(tmp_path / 'plot.png', {'batches': [curve]}, 'Adding problem', 'MSE', {})
+  with pytest.raises(
+    UserError,
+    match=r'cannot write .*/plot\.png: .*No space left on device\. The same command',
+  ):
+    reporting.plot_curves(
+      tmp_path / 'plot.png', {'batches': [curve]}, 'Adding problem', 'MSE', {}
+    )
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
   """As many as asked for."""
-  add_task.run(add_task.Config(keep=3, checkpoint_minutes=1e-9, chunk=1, **TINY), str(tmp_path))
+  add_task.run(
+    add_task.Config(keep=3, checkpoint_minutes=1e-9, chunk=1, **FLOAT32_TINY),
+    str(tmp_path),
+  )
   assert runs.saved_steps(tmp_path / 'fptt-seed0') == [4, 5, 6]
 
 

@@ -1,4 +1,6 @@
-"""The spectral radius of FPTT's recursion: the numbers the documentation quotes, and the real transformation's own growth."""
+"""The spectral radius of FPTT's recursion: the numbers the documentation quotes, and
+the real transformation's own growth.
+"""
 
 import functools
 
@@ -33,13 +35,21 @@ def is_stable(radius: float) -> bool:
 
 @pytest.mark.parametrize(('options', 'limit'), LIMITS, ids=lambda x: str(x))
 def test_limits_on_a_flat_loss(options, limit):
-  """Bisection for the lr·α where the radius passes 1 finds the documented limit, and everything on a grid below it is stable."""
+  """Bisection for the lr·α where the radius passes 1 finds the documented limit, and
+  everything on a grid below it is stable.
+  """
   low, high = 0.0, 10.0
   for _ in range(50):
     middle = (low + high) / 2
-    low, high = (middle, high) if is_stable(spectral_radius(middle, 1.0, **options)) else (low, middle)
+    low, high = (
+      (middle, high)
+      if is_stable(spectral_radius(middle, 1.0, **options))
+      else (low, middle)
+    )
   assert low == pytest.approx(limit, abs=0.005)
-  assert all(spectral_radius(x, 1.0, **options) < 1 for x in np.linspace(0.01, 0.99, 50) * low)
+  assert all(
+    spectral_radius(x, 1.0, **options) < 1 for x in np.linspace(0.01, 0.99, 50) * low
+  )
 
 
 @pytest.mark.parametrize(
@@ -70,12 +80,18 @@ def test_limits_are_fractions(limit, options):
   ],
 )
 def test_quoted_radii(expected, alpha, options):
-  """The radii quoted for the PTB-300 setting (lr 2, κ 2): α = 1 diverges through curvature, not on a flat loss."""
-  assert spectral_radius(2.0, alpha, kappa=2.0, **options) == pytest.approx(expected, abs=0.005)
+  """The radii quoted for the PTB-300 setting (lr 2, κ 2): α = 1 diverges through
+  curvature, not on a flat loss.
+  """
+  assert spectral_radius(2.0, alpha, kappa=2.0, **options) == pytest.approx(
+    expected, abs=0.005
+  )
 
 
 def test_poles_on_a_flat_loss():
-  """As lr·α → 0 with κ = 1 the regulariser no longer moves W and λ keeps its own poles (1 ± i)/2, of modulus √½."""
+  """As lr·α → 0 with κ = 1 the regularizer no longer moves W and λ keeps its own poles
+  (1 ± i)/2, of modulus √½.
+  """
   assert spectral_radius(1e-9, 1.0) == pytest.approx(np.sqrt(0.5), abs=1e-6)
 
 
@@ -88,24 +104,41 @@ def test_poles_on_a_flat_loss():
   momentum=st.sampled_from([0.0, 0.9]),
 )
 def test_only_the_products_with_lr_count(lr, alpha, scale, curvature, momentum):
-  """The radius depends on lr·α and lr·h only: measuring the loss in other units changes nothing."""
+  """The radius depends on lr·α and lr·h only: measuring the loss in other units changes
+  nothing.
+  """
   options = dict(kappa=1.5, beta=0.4, rho=0.2, momentum=momentum)
-  scaled = spectral_radius(lr * scale, alpha / scale, curvature=curvature / scale, **options)
+  scaled = spectral_radius(
+    lr * scale, alpha / scale, curvature=curvature / scale, **options
+  )
   # 1e-6: an eigenvalue close to a double one moves by the square root of the rounding.
-  assert scaled == pytest.approx(spectral_radius(lr, alpha, curvature=curvature, **options), abs=1e-6, rel=1e-6)
+  assert scaled == pytest.approx(
+    spectral_radius(lr, alpha, curvature=curvature, **options), abs=1e-6, rel=1e-6
+  )
 
 
 @pytest.mark.parametrize('curvature', [0.5, 1.0, 3.0])
 def test_without_the_regulariser_it_is_gradient_descent(curvature):
-  """κ = 0, ρ = 1: W is plain gradient descent, with its factor |1 - lr h| once λ's own poles are the smaller ones."""
-  assert spectral_radius(0.9, 1e-3, kappa=0.0, rho=1.0, curvature=curvature) == pytest.approx(
-    max(abs(1 - 0.9 * curvature), np.sqrt(0.5)), abs=1e-9
-  )
+  """κ = 0, ρ = 1: W is plain gradient descent, with its factor |1 - lr h| once λ's own
+  poles are the smaller ones.
+  """
+  assert spectral_radius(
+    0.9, 1e-3, kappa=0.0, rho=1.0, curvature=curvature
+  ) == pytest.approx(max(abs(1 - 0.9 * curvature), np.sqrt(0.5)), abs=1e-9)
 
 
 def update_map(lr, momentum, curvature, alpha, kappa, beta, rho, correction):
-  """(W, W̄, λ, m) -> the same after one update of the real transformation on the loss h/2 W²."""
-  tx = fptt(optax.sgd(lr, momentum), alpha=alpha, kappa=kappa, beta=beta, rho=rho, correction=correction)
+  """(W, W̄, λ, m) -> the same after one update of the real transformation on the loss
+  h/2 W².
+  """
+  tx = fptt(
+    optax.sgd(lr, momentum),
+    alpha=alpha,
+    kappa=kappa,
+    beta=beta,
+    rho=rho,
+    correction=correction,
+  )
 
   def step(vector):
     w, w_bar, lam, trace = vector
@@ -119,7 +152,9 @@ def update_map(lr, momentum, curvature, alpha, kappa, beta, rho, correction):
 
 @functools.partial(jax.jit, static_argnames='correction')
 def jacobian(correction, **hyperparameters):
-  return jax.jacobian(update_map(correction=correction, **hyperparameters))(jnp.arange(1.0, 5.0))
+  return jax.jacobian(update_map(correction=correction, **hyperparameters))(
+    jnp.arange(1.0, 5.0)
+  )
 
 
 @settings(
@@ -134,7 +169,9 @@ def jacobian(correction, **hyperparameters):
     dict(
       lr=st.floats(0.01, 3.0),
       momentum=st.floats(0.0, 0.95),
-      curvature=st.one_of(st.just(0.0), st.floats(-1.0, 3.0).filter(lambda h: abs(h) > 1e-3)),
+      curvature=st.one_of(
+        st.just(0.0), st.floats(-1.0, 3.0).filter(lambda h: abs(h) > 1e-3)
+      ),
       alpha=st.floats(0.05, 2.0),
       kappa=st.floats(0.0, 2.0),
       beta=st.floats(0.05, 1.0),
@@ -144,15 +181,22 @@ def jacobian(correction, **hyperparameters):
   correction=st.sampled_from(['eq6', 'eq4']),
 )
 def test_radius_is_the_jacobians(x64, hyperparameters, correction):
-  """The radius is that of the Jacobian of `fptt(optax.sgd(...))` itself, without the translation mode when the loss is flat."""
+  """The radius is that of the Jacobian of `fptt(optax.sgd(...))` itself, without the
+  translation mode when the loss is flat.
+  """
   transition = np.asarray(jacobian(correction, **hyperparameters))
   eigenvalues = np.linalg.eigvals(transition)
   if hyperparameters['curvature'] == 0:
     neutral = np.argmin(np.abs(eigenvalues - 1))
-    # Moving W and W̄ together is kept exactly; an eigenvector of 1, whatever else is near 1.
-    np.testing.assert_allclose(transition @ np.array([1.0, 1.0, 0.0, 0.0]), [1.0, 1.0, 0.0, 0.0], atol=1e-12)
+    # Moving W and W̄ together is kept exactly; an eigenvector of 1, whatever else is
+    # near 1.
+    np.testing.assert_allclose(
+      transition @ np.array([1.0, 1.0, 0.0, 0.0]), [1.0, 1.0, 0.0, 0.0], atol=1e-12
+    )
     eigenvalues = np.delete(eigenvalues, neutral)
-  assert spectral_radius(**hyperparameters, correction=correction) == pytest.approx(np.abs(eigenvalues).max(), abs=1e-6, rel=1e-6)
+  assert spectral_radius(**hyperparameters, correction=correction) == pytest.approx(
+    np.abs(eigenvalues).max(), abs=1e-6, rel=1e-6
+  )
 
 
 @functools.partial(jax.jit, static_argnames='correction')
@@ -166,8 +210,12 @@ def log_estimates(correction, **hyperparameters):
   'options',
   [
     dict(lr=2.0, alpha=1.0, kappa=2.0),  # flat, 1.82
-    dict(lr=2.0, alpha=0.1, kappa=2.0, beta=0.7, momentum=0.9),  # flat, slightly unstable
-    dict(lr=2.0, alpha=1.0, kappa=2.0, momentum=0.9, curvature=0.5),  # the failing PTB-300 setting
+    dict(
+      lr=2.0, alpha=0.1, kappa=2.0, beta=0.7, momentum=0.9
+    ),  # flat, slightly unstable
+    dict(
+      lr=2.0, alpha=1.0, kappa=2.0, momentum=0.9, curvature=0.5
+    ),  # the failing PTB-300 setting
     dict(lr=2.0, alpha=0.5, kappa=2.0, momentum=0.9, curvature=0.5),  # the working one
     dict(lr=0.1, alpha=0.5, rho=0.3, curvature=1.0, correction='eq4'),
     dict(lr=0.1, alpha=0.5, curvature=-0.5),  # a maximum
@@ -175,8 +223,12 @@ def log_estimates(correction, **hyperparameters):
   ids=str,
 )
 def test_radius_is_the_growth_of_a_run(x64, options):
-  """600 updates in float64: λ grows by radius^n. A least-squares line through log|λ| averages the rotation of complex pairs."""
-  defaults = dict(momentum=0.0, curvature=0.0, kappa=1.0, beta=0.5, rho=0.0, correction='eq6')
+  """600 updates in float64: λ grows by radius^n. A least-squares line through log|λ|
+  averages the rotation of complex pairs.
+  """
+  defaults = dict(
+    momentum=0.0, curvature=0.0, kappa=1.0, beta=0.5, rho=0.0, correction='eq6'
+  )
   logs = log_estimates(**{**defaults, **options})
   slope = np.polyfit(np.arange(300), logs[300:], 1)[0]
   assert np.exp(slope) == pytest.approx(spectral_radius(**options), rel=2e-3)
@@ -202,5 +254,7 @@ def test_radius_is_the_growth_of_a_run(x64, options):
 )
 def test_bad_arguments(name, value, expected):
   """An argument outside its range is named, with what was expected and what came."""
-  with pytest.raises(ValueError, match=rf'^{name} must be {expected}, got {value!r}\.$'):
+  with pytest.raises(
+    ValueError, match=rf'^{name} must be {expected}, got {value!r}\.$'
+  ):
     spectral_radius(**{'lr': 0.1, 'alpha': 0.5, name: value})

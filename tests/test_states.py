@@ -1,4 +1,6 @@
-"""States that were donated, kept, saved in other formats, or taken out of a population."""
+"""States that were donated, kept, saved in other formats, or taken out of a
+population.
+"""
 
 import io
 import pickle
@@ -23,7 +25,9 @@ OPTIMIZER = fptt_jax.fptt(optax.adam(1e-2))
 def layered():
   """Return a model whose parameters have integers for keys."""
   base = problems.elman()
-  wrap = lambda params: {'layers': {0: {k: params[k] for k in 'abc'}, 10: params['v'], 2: jnp.ones(3)}}
+  wrap = lambda params: {
+    'layers': {0: {k: params[k] for k in 'abc'}, 10: params['v'], 2: jnp.ones(3)}
+  }
   unwrap = lambda params: params['layers'][0] | {'v': params['layers'][10]}
 
   def apply(params, *args):
@@ -33,8 +37,10 @@ def layered():
 
 
 @pytest.fixture(scope='module')
-def trainer():
-  return fptt_jax.trainer(layered(), losses.terminal_regression(), OPTIMIZER, num_windows=K)
+def make_trainer():
+  return fptt_jax.make_trainer(
+    layered(), losses.terminal_regression(), OPTIMIZER, num_windows=K
+  )
 
 
 def fresh(trainer):
@@ -49,7 +55,9 @@ def data(state):
 # Donation.
 
 
-@pytest.mark.parametrize('function', ['step', 'evaluate', 'predict', 'end_epoch', 'scan'])
+@pytest.mark.parametrize(
+  'function', ['step', 'evaluate', 'predict', 'end_epoch', 'scan']
+)
 def test_a_donated_array_is_named(trainer, function):
   """The error says what is gone, why, and both ways out."""
   state = fresh(trainer)
@@ -59,9 +67,13 @@ def test_a_donated_array_is_named(trainer, function):
     'evaluate': lambda: trainer.evaluate(state.params, BATCH),
     'predict': lambda: trainer.predict(state.params, BATCH.inputs),
     'end_epoch': lambda: trainer.end_epoch(state),
-    'scan': lambda: fptt_jax.scan_steps(trainer)(state, (), jax.tree.map(lambda x: x[None], BATCH)),
+    'scan': lambda: fptt_jax.scan_train_steps(trainer)(
+      state, (), jax.tree.map(lambda x: x[None], BATCH)
+    ),
   }
-  with pytest.raises(RuntimeError, match=r"\['layers'\].* donated .*jnp\.copy.*donate=False"):
+  with pytest.raises(
+    RuntimeError, match=r"\['layers'\].* donated .*jnp\.copy.*donate=False"
+  ):
     calls[function]()
 
 
@@ -74,15 +86,17 @@ def test_one_array_in_two_places(trainer):
 
 def test_without_donation():
   """Old states live on: of steps, programs of steps, populations."""
-  trainer = fptt_jax.trainer(layered(), losses.terminal_regression(), OPTIMIZER, num_windows=K, donate=False)
+  trainer = fptt_jax.make_trainer(
+    layered(), losses.terminal_regression(), OPTIMIZER, num_windows=K, donate=False
+  )
   state = fresh(trainer)
   first, _ = trainer.step(state, BATCH)
   second, _ = trainer.step(state, BATCH)
   stacked = jax.tree.map(lambda x: x[None], BATCH)
-  third, _ = fptt_jax.scan_steps(trainer)(state, (), stacked)
+  third, _ = fptt_jax.scan_train_steps(trainer)(state, (), stacked)
   chex.assert_trees_all_equal(first.params, second.params)
   chex.assert_trees_all_close(first.params, third.params, rtol=1e-6)
-  many = fptt_jax.population(trainer)
+  many = fptt_jax.vmap_trainer(trainer)
   states = many.init(jax.random.split(jax.random.key(0), 2), BATCH)
   many.step(states, BATCH)
   assert np.isfinite(states.params['layers'][10]).all()
@@ -103,7 +117,9 @@ def texts(tree):
 
 
 def test_texts_for_integer_keys(trainer):
-  """Parameters and states as msgpack, JSON or orbax without a template give them back."""
+  """Parameters and states as msgpack, JSON or orbax without a template give them
+  back.
+  """
   state = fresh(trainer)
   totals, _ = trainer.evaluate(state.params, BATCH)
   got, _ = trainer.evaluate(texts(state.params), BATCH)
@@ -119,7 +135,7 @@ def test_texts_for_integer_keys(trainer):
     np.asarray(state.step_count),
   )
   stacked = jax.tree.map(lambda x: x[None], BATCH)
-  scanned, _ = fptt_jax.scan_steps(trainer)(plain, (), stacked)
+  scanned, _ = fptt_jax.scan_train_steps(trainer)(plain, (), stacked)
   expected, _ = trainer.step(state, BATCH)
   got, _ = trainer.step(plain, BATCH)
   chex.assert_trees_all_equal(data(got), data(expected))
@@ -156,7 +172,9 @@ def test_differences_are_paths(trainer):
   state = fresh(trainer)
   params = texts(state.params)
   params['layers']['7'] = params['layers'].pop('2')
-  with pytest.raises(ValueError, match=r"^params .*missing 'layers/2'; unexpected 'layers/7'") as error:
+  with pytest.raises(
+    ValueError, match=r"^params .*missing 'layers/2'; unexpected 'layers/7'"
+  ) as error:
     trainer.evaluate(params, BATCH)
   assert len(str(error.value)) < 200
   arrays = fptt_jax.state_to_arrays(state)
@@ -175,7 +193,9 @@ def test_differences_are_paths(trainer):
 def test_keys_of_any_implementation(trainer, implementation):
   state = trainer.init(jax.random.key(0, impl=implementation), BATCH)
   state, metrics = trainer.step(state, BATCH)
-  assert jax.random.key_impl(state.key) == jax.random.key_impl(jax.random.key(0, impl=implementation))
+  assert jax.random.key_impl(state.key) == jax.random.key_impl(
+    jax.random.key(0, impl=implementation)
+  )
   assert np.isfinite(metrics.loss).all()
   back = fptt_jax.state_from_arrays(state, fptt_jax.state_to_arrays(state))
   assert back.key.dtype == state.key.dtype
@@ -185,7 +205,7 @@ def test_key_data_is_a_key(trainer):
   expected = trainer.init(jax.random.key(3), BATCH)
   got = trainer.init(np.asarray(jax.random.PRNGKey(3)), BATCH)
   chex.assert_trees_all_equal(data(got), data(expected))
-  many = fptt_jax.population(trainer)
+  many = fptt_jax.vmap_trainer(trainer)
   states = many.init(jax.random.key_data(jax.random.split(jax.random.key(3), 2)), BATCH)
   assert states.key.shape == (2,)
 
@@ -202,31 +222,41 @@ def test_arrays_of_another_byte_order(trainer):
   got, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
   expected, _ = trainer.step(fresh(trainer), native)
   chex.assert_trees_all_equal(got.params, expected.params)
-  chex.assert_trees_all_equal(*(trainer.evaluate(got.params, b)[0] for b in (batch, native)))
+  chex.assert_trees_all_equal(
+    *(trainer.evaluate(got.params, b)[0] for b in (batch, native))
+  )
 
 
 # Members of a population.
 
 
 def test_members_and_their_means(trainer):
-  many = fptt_jax.population(trainer)
+  many = fptt_jax.vmap_trainer(trainer)
   keys = jax.random.split(jax.random.key(0), 3)
   states = many.init(keys, BATCH)
   alone = fptt_jax.take_member(states, 1)
   chex.assert_trees_all_equal(data(alone), data(trainer.init(keys[1], BATCH)))
   totals, _ = many.evaluate(states.params, BATCH)
-  means = fptt_jax.means(totals)
+  means = fptt_jax.compute_metrics(totals)
   assert means['loss'].shape == (3,)
   one, _ = trainer.evaluate(alone.params, BATCH)
-  np.testing.assert_allclose(means['loss'][1], fptt_jax.means(one)['loss'], rtol=1e-5)
-  assert fptt_jax.means(fptt_jax.take_member(totals, 1))['loss'] == pytest.approx(means['loss'][1])
+  np.testing.assert_allclose(
+    means['loss'][1], fptt_jax.compute_metrics(one)['loss'], rtol=1e-5
+  )
+  assert fptt_jax.compute_metrics(fptt_jax.take_member(totals, 1))[
+    'loss'
+  ] == pytest.approx(means['loss'][1])
   stacked = jax.tree.map(lambda x: np.stack([x] * 2), BATCH)
-  states, metrics = fptt_jax.scan_steps(many)(states, (), stacked)
+  states, metrics = fptt_jax.scan_train_steps(many)(states, (), stacked)
   assert metrics.loss.shape == (2, 3, K)
-  np.testing.assert_array_equal(fptt_jax.take_member(metrics, 2, axis=1).loss, metrics.loss[:, 2])
+  np.testing.assert_array_equal(
+    fptt_jax.take_member(metrics, 2, axis=1).loss, metrics.loss[:, 2]
+  )
   alone = fptt_jax.take_member(states, 1)
   many.step(states, BATCH)
   assert np.isfinite(alone.params['layers'][10]).all()
   for member, axis in ((3, 0), (-1, 0), (0, 2)):
     with pytest.raises(ValueError, match=rf'got {member if axis < 2 else axis}'):
-      fptt_jax.take_member(alone if axis == 2 else metrics, member, axis=1 if axis == 0 else axis)
+      fptt_jax.take_member(
+        alone if axis == 2 else metrics, member, axis=1 if axis == 0 else axis
+      )

@@ -1,4 +1,6 @@
-"""Trained runs are read back from their folders, or refused; text is drawn from them."""
+"""Trained runs are read back from their folders, or refused; text is drawn from
+them.
+"""
 
 from collections.abc import Callable
 import json
@@ -12,43 +14,85 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import add_task, data, images, language_model, load_run, runs, sampling, smoke
+from experiments import (
+  add_task,
+  data,
+  images,
+  language_model,
+  load_run,
+  runs,
+  sampling,
+  smoke,
+)
 from experiments.options import UserError
 
 SOURCE = 'x_y = x y\n\tx\r\n' * 60
 CHARACTERS = dict(
-  task='text_c', seq_len=12, num_windows=2, batch_size=4, embedding=8, hidden=12, epochs=2, optimizer='adam', lr=0.03
+  task='text_c',
+  seq_len=12,
+  num_windows=2,
+  batch_size=4,
+  embedding=8,
+  hidden=12,
+  epochs=2,
+  optimizer='adam',
+  lr=0.03,
 )
 
 
 @pytest.fixture(scope='module')
-def characters(tmp_path_factory: pytest.TempPathFactory) -> tuple[language_model.Config, Path, dict[str, Any]]:
-  """A model of one text file's characters: (configuration, --workdir, what the run came to)."""
+def characters(
+  tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[language_model.Config, Path, dict[str, Any]]:
+  """A model of one text file's characters: (configuration, --workdir, what the run came
+  to).
+  """
   folder = tmp_path_factory.mktemp('characters')
   (folder / 'book.txt').write_bytes(SOURCE.encode())
-  config = language_model.Config(data_dir=str(folder / 'book.txt'), momentum=None, **CHARACTERS)
+  config = language_model.Config(
+    data_dir=str(folder / 'book.txt'), momentum=None, **CHARACTERS
+  )
   path, [summary] = language_model.run(config, str(folder / 'run'))
   return config, path, summary
 
 
-def test_a_language_model_comes_back(characters: tuple[language_model.Config, Path, dict[str, Any]]) -> None:
+def test_a_language_model_comes_back(
+  characters: tuple[language_model.Config, Path, dict[str, Any]],
+) -> None:
   """Its parameters give the very score that the run came to; the text is not needed."""
   config, path, summary = characters
   text = data.load_text('text_chars', config.data_dir)
   for folder in (path, str(path), path / 'fptt-seed0'):
     found = load_run(folder)
     assert (found.script, found.vocabulary) == ('language_model', text.vocabulary)
-    assert (found.config.hidden, found.config.seeds, found.config.data_dir) == (12, (0,), config.data_dir)
+    assert (found.config.hidden, found.config.seeds, found.config.data_dir) == (
+      12,
+      (0,),
+      config.data_dir,
+    )
     assert found.result['valid_bpc'] == summary['valid_bpc']
   task = language_model.make_task(config, text, 'fptt', 1)
   assert task.validate(found.params) == pytest.approx(summary['valid_bpc'], rel=1e-6)
 
 
 def test_images_come_back(tmp_path: Path) -> None:
-  """The best of a grid, with what its inputs are normalized by and the order of its steps."""
-  settings: dict[str, Any] = dict(task='arrays', row=True, hidden=8, batch_size=8, valid_size=16, epochs=1, num_windows=2)
+  """The best of a grid, with what its inputs are normalized by and the order of its
+  steps.
+  """
+  settings: dict[str, Any] = dict(
+    task='arrays',
+    row=True,
+    hidden=8,
+    batch_size=8,
+    valid_size=16,
+    epochs=1,
+    num_windows=2,
+  )
   config = images.Config(
-    data_dir=smoke.data_files(tmp_path / 'data')['images'], grid=('lr=1e-3:1e-2',), workdir=str(tmp_path / 'run'), **settings
+    data_dir=smoke.data_files(tmp_path / 'data')['images'],
+    grid=('lr=1e-3:1e-2',),
+    workdir=str(tmp_path / 'run'),
+    **settings,
   )
   images.main(config)
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
@@ -56,7 +100,11 @@ def test_images_come_back(tmp_path: Path) -> None:
   assert found.folder.name == summary['best']
   assert found.config.lr in (1e-3, 1e-2)
   assert f'lr{found.config.lr:g}' in summary['best']
-  assert (found.moments, found.order, found.config.grid) == (data.MOMENTS['arrays'], None, ())
+  assert (found.moments, found.order, found.config.grid) == (
+    data.MOMENTS['arrays'],
+    None,
+    (),
+  )
   sequences, _ = images.load(config)
   task = images.make_task(found.config, sequences, 'fptt', 1)
   assert task.validate(found.params) == pytest.approx(found.result['valid_accuracy'])
@@ -64,10 +112,20 @@ def test_images_come_back(tmp_path: Path) -> None:
 
 @pytest.fixture(scope='module')
 def adding(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """The --workdir of two runs of the adding problem that have ended, without a summary.json."""
+  """The --workdir of two runs of the adding problem that have ended, without a
+  summary.json.
+  """
   folder = tmp_path_factory.mktemp('adding')
   config = add_task.Config(
-    method=('fptt',), seeds=(0, 1), seq_len=12, hidden=4, batch_size=8, batches=4, eval_every=2, test_size=16, num_windows=3
+    method=('fptt',),
+    seeds=(0, 1),
+    seq_len=12,
+    hidden=4,
+    batch_size=8,
+    batches=4,
+    eval_every=2,
+    test_size=16,
+    num_windows=3,
   )
   return add_task.run(config, str(folder / 'run'))[0]
 
@@ -78,7 +136,9 @@ def test_the_adding_problem_comes_back(adding: Path) -> None:
   assert found.config.seeds == (1,)
   _, _, test_key = jax.random.split(jax.random.key(1), 3)
   batch = add_task.draw_batch(test_key, 12, 16)
-  _, outputs = found.model.apply(found.params, found.model.initial_state(16), batch.inputs, None, None)
+  _, outputs = found.model.apply(
+    found.params, found.model.initial_state(16), batch.inputs, None, None
+  )
   error = np.mean((np.asarray(outputs)[-1, :, 0] - batch.targets) ** 2)
   assert error == pytest.approx(found.result['test_mse'], rel=1e-5)
 
@@ -102,26 +162,74 @@ DAMAGES: list[tuple[str, Callable[[Path], Any]]] = [
   ('there is no folder', shutil.rmtree),
   ('no config.json', lambda folder: (folder / 'config.json').unlink()),
   ('fptt-seed0 has not ended', lambda folder: (folder / RUN / 'result.json').unlink()),
-  ('parameters.npz: put it back', lambda folder: (folder / RUN / 'parameters.npz').unlink()),
+  (
+    'parameters.npz: put it back',
+    lambda folder: (folder / RUN / 'parameters.npz').unlink(),
+  ),
   ('parameters.npz is damaged', lambda folder: flip(folder / RUN / 'parameters.npz')),
-  ('parameters.npz is damaged', lambda folder: truncate(folder / RUN / 'parameters.npz')),
-  ('parameters.npz is damaged', lambda folder: (folder / RUN / 'parameters.npz').write_bytes(b'')),
-  ('parameters.npz is damaged', lambda folder: (folder / RUN / 'parameters.npz').write_bytes(bytes(99))),
-  ('parameters.npz is of another configuration', lambda folder: np.savez(folder / RUN / 'parameters.npz', a=np.ones(3))),
-  ('parameters.npz does not fit', lambda folder: change(folder / 'config.json', hidden=5)),
-  ('config.json .*damaged.*hidden', lambda folder: change(folder / 'config.json', hidden='many')),
-  ('of add_task, images', lambda folder: change(folder / 'config.json', script='other')),
-  ('has not ended under the settings', lambda folder: change(folder / 'config.json', sha256='0')),
+  (
+    'parameters.npz is damaged',
+    lambda folder: truncate(folder / RUN / 'parameters.npz'),
+  ),
+  (
+    'parameters.npz is damaged',
+    lambda folder: (folder / RUN / 'parameters.npz').write_bytes(b''),
+  ),
+  (
+    'parameters.npz is damaged',
+    lambda folder: (folder / RUN / 'parameters.npz').write_bytes(bytes(99)),
+  ),
+  (
+    'parameters.npz is of another configuration',
+    lambda folder: np.savez(folder / RUN / 'parameters.npz', a=np.ones(3)),
+  ),
+  (
+    'parameters.npz does not fit',
+    lambda folder: change(folder / 'config.json', hidden=5),
+  ),
+  (
+    'config.json .*damaged.*hidden',
+    lambda folder: change(folder / 'config.json', hidden='many'),
+  ),
+  (
+    'of add_task, images',
+    lambda folder: change(folder / 'config.json', script='other'),
+  ),
+  (
+    'has not ended under the settings',
+    lambda folder: change(folder / 'config.json', sha256='0'),
+  ),
   ('config.json is damaged', lambda folder: truncate(folder / 'config.json')),
-  ('config.json is damaged: it holds 3', lambda folder: (folder / 'config.json').write_text('3')),
-  ('result.json is damaged: it holds null', lambda folder: (folder / RUN / 'result.json').write_text('null')),
-  ('result.json is damaged: it has no "method"', lambda folder: (folder / RUN / 'result.json').write_text('{}')),
-  ('has diverged', lambda folder: ((folder / RUN / 'parameters.npz').unlink(), change(folder / RUN / 'result.json', lost='x'))),
+  (
+    'config.json is damaged: it holds 3',
+    lambda folder: (folder / 'config.json').write_text('3'),
+  ),
+  (
+    'result.json is damaged: it holds null',
+    lambda folder: (folder / RUN / 'result.json').write_text('null'),
+  ),
+  (
+    'result.json is damaged: it has no "method"',
+    lambda folder: (folder / RUN / 'result.json').write_text('{}'),
+  ),
+  (
+    'has diverged',
+    lambda folder: (
+      (folder / RUN / 'parameters.npz').unlink(),
+      change(folder / RUN / 'result.json', lost='x'),
+    ),
+  ),
 ]
 
 
-@pytest.mark.parametrize(('message', 'damage'), DAMAGES, ids=[f'{n}-{message}' for n, (message, _) in enumerate(DAMAGES)])
-def test_what_is_damaged_is_refused(message: str, damage: Callable[[Path], Any], adding: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+  ('message', 'damage'),
+  DAMAGES,
+  ids=[f'{n}-{message}' for n, (message, _) in enumerate(DAMAGES)],
+)
+def test_what_is_damaged_is_refused(
+  message: str, damage: Callable[[Path], Any], adding: Path, tmp_path: Path
+) -> None:
   """With one line that names the file."""
   folder = tmp_path / 'run'
   shutil.copytree(adding, folder)
@@ -131,13 +239,20 @@ def test_what_is_damaged_is_refused(message: str, damage: Callable[[Path], Any],
   assert '\n' not in str(caught.value)
 
 
-def test_several_runs_and_unfinished_ones_are_told_apart(adding: Path, tmp_path: Path) -> None:
+def test_several_runs_and_unfinished_ones_are_told_apart(
+  adding: Path, tmp_path: Path
+) -> None:
   """Which ones there are, where none is the best; that none has ended."""
   with pytest.raises(UserError, match=r'several runs.*fptt-seed0, fptt-seed1'):
     load_run(adding)
   folder = tmp_path / 'cut'
   with interrupted_at(1):
-    add_task.run(add_task.Config(seq_len=12, hidden=4, batch_size=8, batches=4, eval_every=2, test_size=16), str(folder))
+    add_task.run(
+      add_task.Config(
+        seq_len=12, hidden=4, batch_size=8, batches=4, eval_every=2, test_size=16
+      ),
+      str(folder),
+    )
   with pytest.raises(UserError, match=r'no run in .* has ended'):
     load_run(folder)
 
@@ -146,8 +261,12 @@ def test_what_diverged_has_no_parameters(tmp_path: Path) -> None:
   """And it is said why."""
   for split in ('train', 'valid', 'test'):
     (tmp_path / f'ptb.{split}.txt').write_text('a b c d\n' * 60)
-  settings = CHARACTERS | dict(task='text', optimizer='sgd', lr=1e30, method=('tbptt',), momentum=0.0)
-  path, _ = language_model.run(language_model.Config(data_dir=str(tmp_path), **settings), str(tmp_path / 'run'))
+  settings = CHARACTERS | dict(
+    task='text', optimizer='sgd', lr=1e30, method=('tbptt',), momentum=0.0
+  )
+  path, _ = language_model.run(
+    language_model.Config(data_dir=str(tmp_path), **settings), str(tmp_path / 'run')
+  )
   with pytest.raises(UserError, match='tbptt-seed0 has diverged'):
     load_run(path)
 
@@ -158,7 +277,11 @@ def test_a_vocabulary_of_another_text_is_refused(
   """data.json is damaged, or not there."""
   shutil.copytree(characters[1], tmp_path / 'run')
   path = tmp_path / 'run' / 'data.json'
-  for content, message in (('{"data_dir": "x", "vocabulary": ["a"]}', 'does not fit'), ('[]', 'damaged'), ('{}', '"data_dir"')):
+  for content, message in (
+    ('{"data_dir": "x", "vocabulary": ["a"]}', 'does not fit'),
+    ('[]', 'damaged'),
+    ('{}', '"data_dir"'),
+  ):
     path.write_text(content)
     with pytest.raises(UserError, match=message):
       load_run(tmp_path / 'run')
@@ -170,12 +293,19 @@ def test_a_vocabulary_of_another_text_is_refused(
 # Sampling.
 
 
-def test_text_is_drawn(characters: tuple[language_model.Config, Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-  """After the prompt, as many characters as asked for, out of the text's own; the same for the same seed."""
+def test_text_is_drawn(
+  characters: tuple[language_model.Config, Path, dict[str, Any]],
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  """After the prompt, as many characters as asked for, out of the text's own; the same
+  for the same seed.
+  """
   _, path, _ = characters
   shown = []
   for seed in (0, 0, 1):
-    config = language_model.Config(sample=200, prompt='x_y =', workdir=str(path), sample_seed=seed)
+    config = language_model.Config(
+      sample=200, prompt='x_y =', workdir=str(path), sample_seed=seed
+    )
     language_model.main(config)
     shown.append(capsys.readouterr().out.removesuffix('\n'))
   assert shown[0] == shown[1] != shown[2]
@@ -185,21 +315,31 @@ def test_text_is_drawn(characters: tuple[language_model.Config, Path, dict[str, 
   assert not (path / 'book.txt').exists()
 
 
-def test_a_prompt_of_unknown_characters_is_refused(characters: tuple[language_model.Config, Path, dict[str, Any]]) -> None:
+def test_a_prompt_of_unknown_characters_is_refused(
+  characters: tuple[language_model.Config, Path, dict[str, Any]],
+) -> None:
   """The character is named."""
   found = load_run(characters[1])
   with pytest.raises(UserError, match=r"--prompt .*'Q'"):
     sampling.sample_text(found, 3, prompt='xQ')
 
 
-def test_draws_follow_the_model_s_probabilities(characters: tuple[language_model.Config, Path, dict[str, Any]]) -> None:
-  """Greedy draws are the arg max of a loop over single steps; a low temperature draws the same; a high one draws evenly."""
+def test_draws_follow_the_model_s_probabilities(
+  characters: tuple[language_model.Config, Path, dict[str, Any]],
+) -> None:
+  """Greedy draws are the arg max of a loop over single steps; a low temperature draws
+  the same; a high one draws evenly.
+  """
   found = load_run(characters[1])
   prompt, key = jnp.array([0, 1, 2], jnp.int32), jax.random.key(0)
-  greedy = sampling.draw_tokens(found.model, found.params, prompt, key, 1.0, number=12, greedy=True)
+  greedy = sampling.draw_tokens(
+    found.model, found.params, prompt, key, 1.0, number=12, greedy=True
+  )
   tokens = prompt.tolist()
   for _ in range(4):
-    _, outputs = found.model.apply(found.params, found.model.initial_state(1), jnp.array(tokens)[:, None], None, None)
+    _, outputs = found.model.apply(
+      found.params, found.model.initial_state(1), jnp.array(tokens)[:, None], None, None
+    )
     tokens.append(int(outputs[-1, 0].argmax()))
   assert greedy[:4].tolist() == tokens[3:]
   cold = sampling.draw_tokens(found.model, found.params, prompt, key, 1e-4, number=12)
@@ -218,7 +358,9 @@ def test_draws_follow_the_model_s_probabilities(characters: tuple[language_model
     (dict(sample=3, workdir='x', temperature=-1.0), r'--temperature .*-1\.0'),
   ],
 )
-def test_sampling_without_sense_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_sampling_without_sense_is_refused(
+  settings: dict[str, Any], message: str
+) -> None:
   """Before anything is read."""
   with pytest.raises(ValueError, match=message):
     language_model.Config(data_dir='folder', **settings)
@@ -227,7 +369,9 @@ def test_sampling_without_sense_is_refused(settings: dict[str, Any], message: st
 def test_a_run_of_another_script_draws_no_text(adding: Path) -> None:
   """Its name is said."""
   with pytest.raises(UserError, match='add_task'):
-    language_model.main(language_model.Config(sample=3, workdir=str(adding / 'fptt-seed0')))
+    language_model.main(
+      language_model.Config(sample=3, workdir=str(adding / 'fptt-seed0'))
+    )
 
 
 def test_parameters_survive_a_full_disk(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The train step against plain Python loops and plain jax.grad, in float64 where numbers are compared."""
+"""The train step against plain Python loops and plain jax.grad, in float64 where
+numbers are compared.
+"""
 
 from collections.abc import Callable
 import functools
@@ -15,7 +17,7 @@ from problems import quick_trainer
 import pytest
 
 import fptt_jax
-from fptt_jax import Batch, Window, losses
+from fptt_jax import Batch, WindowView, losses
 from fptt_jax.transformation import find_states
 
 F64 = dict(rtol=1e-10, atol=1e-12)
@@ -26,7 +28,9 @@ double = functools.partial(problems.elman, dtype=np.float64)
 
 
 class Recorder(NamedTuple):
-  """State of `record`: how many updates there were, and each one's gradient and `value`."""
+  """State of `record`: how many updates there were, and each one's gradient and
+  `value`.
+  """
 
   updates: jax.Array
   grads: Any
@@ -34,20 +38,28 @@ class Recorder(NamedTuple):
 
 
 def record(num_updates: int) -> optax.GradientTransformationExtraArgs:
-  """Leaves the parameters where they are and keeps every gradient, so that all updates of a step are seen at the same W."""
+  """Leaves the parameters where they are and keeps every gradient, so that all updates
+  of a step are seen at the same W.
+  """
 
   def init(params):
     grads = jax.tree.map(lambda p: jnp.zeros((num_updates, *p.shape), p.dtype), params)
     return Recorder(jnp.zeros([], jnp.int32), grads, jnp.zeros(num_updates))
 
   def update(grads, state, params=None, *, value, **extra_args):
-    stored = jax.tree.map(lambda all_grads, g: all_grads.at[state.updates].set(g), state.grads, grads)
-    return optax.tree.zeros_like(grads), Recorder(state.updates + 1, stored, state.values.at[state.updates].set(value))
+    stored = jax.tree.map(
+      lambda all_grads, g: all_grads.at[state.updates].set(g), state.grads, grads
+    )
+    return optax.tree.zeros_like(grads), Recorder(
+      state.updates + 1, stored, state.values.at[state.updates].set(value)
+    )
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def run(trainer: fptt_jax.Trainer, *batches: Batch) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
+def run(
+  trainer: fptt_jax.Trainer, *batches: Batch
+) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
   """A step on each batch from seed 0: the last state and metrics."""
   state = trainer.init(jax.random.key(0), batches[0])
   for batch in batches:
@@ -65,18 +77,29 @@ def by_hand(
   inner_steps: int = 1,
   last_only: bool = False,
 ) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
-  """Algorithm 2 as a Python loop. Windows have their true lengths: none is padded, only what lies past a sequence's end is
-  masked. `last_only` asks the model as the trainer does, since what dropout draws depends on the outputs' shape."""
+  """Algorithm 2 as a Python loop. WindowPlan have their true lengths: none is padded,
+  only what lies past a sequence's end is masked. `last_only` asks the model as the
+  trainer does, since what dropout draws depends on the outputs' shape.
+  """
   num_steps, batch_size = batch.inputs.shape[:2]
-  lengths = jnp.full(batch_size, num_steps, jnp.int32) if batch.lengths is None else jnp.asarray(batch.lengths)
+  lengths = (
+    jnp.full(batch_size, num_steps, jnp.int32)
+    if batch.lengths is None
+    else jnp.asarray(batch.lengths)
+  )
   optimizer = optax.with_extra_args_support(optimizer)
   key = jax.random.fold_in(state.key, state.step_count)
-  params, opt_state, loss_state, hidden = state.params, state.opt_state, state.loss_state, model.initial_state(batch_size)
+  params, opt_state, loss_state, hidden = (
+    state.params,
+    state.opt_state,
+    state.loss_state,
+    model.initial_state(batch_size),
+  )
 
   @problems.quick
   def one_step(params, opt_state, hidden, loss_state, x, k, start, end):
     mask = (start + jnp.arange(len(x)))[:, None] < lengths[None, :]
-    window = Window(
+    window = WindowView(
       k=k,
       num_windows=len(cuts) - 1,
       num_steps=num_steps,
@@ -88,7 +111,9 @@ def by_hand(
       lengths=lengths,
       seen=jnp.minimum(lengths, end),
       active=mask.any(0),
-      last=jnp.clip(jnp.minimum(lengths, end) - start - 1, 0, len(x) - 1) if batch.lengths is not None else len(x) - 1,
+      last=jnp.clip(jnp.minimum(lengths, end) - start - 1, 0, len(x) - 1)
+      if batch.lengths is not None
+      else len(x) - 1,
       mask=mask,
     )
 
@@ -98,12 +123,24 @@ def by_hand(
         params, hidden, x, mask, jax.random.fold_in(key, k), *only
       )
       value, new_loss_state = loss.apply(outputs, batch.targets, window, loss_state)
-      return value, (new_hidden, new_loss_state, loss.measure(outputs, batch.targets, window))
+      return value, (
+        new_hidden,
+        new_loss_state,
+        loss.measure(outputs, batch.targets, window),
+      )
 
     (value, aux), grads = jax.value_and_grad(objective, has_aux=True)(params)
     again = lambda p: jax.grad(objective, has_aux=True)(p)[0]
-    changes, opt_state = optimizer.update(grads, opt_state, params, value=value, grad_fn=again)
-    return optax.apply_updates(params, changes), opt_state, aux, value, optax.tree.norm(grads)
+    changes, opt_state = optimizer.update(
+      grads, opt_state, params, value=value, grad_fn=again
+    )
+    return (
+      optax.apply_updates(params, changes),
+      opt_state,
+      aux,
+      value,
+      optax.tree.norm(grads),
+    )
 
   values, norms, totals = [], [], []
   for k, (start, end) in enumerate(itertools.pairwise(cuts)):
@@ -112,14 +149,27 @@ def by_hand(
       continue
     for _ in range(inner_steps):
       place = [jnp.int32(n) for n in (k, start, end)]
-      params, opt_state, aux, value, norm = one_step(params, opt_state, hidden, loss_state, batch.inputs[start:end], *place)
+      params, opt_state, aux, value, norm = one_step(
+        params, opt_state, hidden, loss_state, batch.inputs[start:end], *place
+      )
     hidden, loss_state, measured = aux
     values, norms, totals = [*values, value], [*norms, norm], [*totals, measured]
-  totals, skipped = jax.tree.map(lambda *t: sum(t), *totals), np.zeros(len(values), bool)
-  lambda_norm = optax.tree.norm([state.lam for state in find_states(opt_state)]).astype(jnp.float32)
-  metrics = fptt_jax.StepMetrics(jnp.stack(values), jnp.stack(norms), totals, skipped, lambda_norm, invalid=skipped)
+  totals, skipped = (
+    jax.tree.map(lambda *t: sum(t), *totals),
+    np.zeros(len(values), bool),
+  )
+  lambda_norm = optax.tree.norm([state.lam for state in find_states(opt_state)]).astype(
+    jnp.float32
+  )
+  metrics = fptt_jax.StepMetrics(
+    jnp.stack(values), jnp.stack(norms), totals, skipped, lambda_norm, invalid=skipped
+  )
   return state._replace(
-    params=params, opt_state=opt_state, hidden=hidden, loss_state=loss_state, step_count=state.step_count + 1
+    params=params,
+    opt_state=opt_state,
+    hidden=hidden,
+    loss_state=loss_state,
+    step_count=state.step_count + 1,
   ), metrics
 
 
@@ -135,7 +185,9 @@ def same(got: Any, expected: Any, **tolerance: float) -> None:
     is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
-  chex.assert_trees_all_close(jax.tree.map(number, got), jax.tree.map(number, expected), **(tolerance or F64))
+  chex.assert_trees_all_close(
+    jax.tree.map(number, got), jax.tree.map(number, expected), **(tolerance or F64)
+  )
 
 
 # The scan over windows is Algorithm 2.
@@ -152,36 +204,70 @@ def same(got: Any, expected: Any, **tolerance: float) -> None:
   ids=['terminal_classification', 'sequence_classification', 'from_function'],
 )
 def test_step_equals_a_python_loop(loss, batch, out):
-  """Two steps of FPTT on uneven windows (2, 3, 2, 3) of ragged sequences give the state and metrics of the loop above: the padded
-  step of a short window and all masks leave nothing behind, and the second step goes on where the first ended."""
+  """Two steps of FPTT on uneven windows (2, 3, 2, 3) of ragged sequences give the state
+  and metrics of the loop above: the padded step of a short window and all masks leave
+  nothing behind, and the second step goes on where the first ended.
+  """
   model, optimizer = double(out=out), fptt_jax.fptt(optax.adam(1e-2), alpha=0.5)
   lengths = np.array([10, 3, 7], np.int32)
-  first, second = (batch(10, 3, seed=seed, dtype=np.float64)._replace(lengths=lengths) for seed in (0, 1))
+  first, second = (
+    batch(10, 3, seed=seed, dtype=np.float64)._replace(lengths=lengths)
+    for seed in (0, 1)
+  )
   trainer = quick_trainer(model, loss, optimizer, num_windows=4)
   expected = trainer.init(jax.random.key(0), first)
   for data in (first, second):
-    expected, expected_metrics = by_hand(model, loss, optimizer, expected, data, [0, 2, 5, 7, 10])
+    expected, expected_metrics = by_hand(
+      model, loss, optimizer, expected, data, [0, 2, 5, 7, 10]
+    )
   state, metrics = run(trainer, first, second)
   same(state, expected)
   same(metrics._replace(totals=None), expected_metrics._replace(totals=None))
-  same(metrics.totals, expected_metrics.totals, rtol=1e-6)  # Totals are float32 sums.
+  same(
+    metrics.totals, expected_metrics.totals, rtol=1e-6
+  )  # MetricSums are float32 sums.
 
 
 @in_float64
 def test_lstm_step_equals_a_python_loop():
-  """The same for an LSTM with dropout on even windows, not ragged: masks of dropout come from the window's own key."""
-  model, optimizer = problems.lstm(dtype=jnp.float64, dropout=0.3), fptt_jax.fptt(optax.sgd(0.1, momentum=0.9))
-  loss, batch = losses.terminal_regression(), problems.regression_batch(6, 3, dtype=np.float64)
+  """The same for an LSTM with dropout on even windows, not ragged: masks of dropout
+  come from the window's own key.
+  """
+  model, optimizer = (
+    problems.lstm(dtype=jnp.float64, dropout=0.3),
+    fptt_jax.fptt(optax.sgd(0.1, momentum=0.9)),
+  )
+  loss, batch = (
+    losses.terminal_regression(),
+    problems.regression_batch(6, 3, dtype=np.float64),
+  )
   trainer = quick_trainer(model, loss, optimizer, num_windows=3)
-  expected = by_hand(model, loss, optimizer, trainer.init(jax.random.key(0), batch), batch, [0, 2, 4, 6], last_only=True)
+  expected = by_hand(
+    model,
+    loss,
+    optimizer,
+    trainer.init(jax.random.key(0), batch),
+    batch,
+    [0, 2, 4, 6],
+    last_only=True,
+  )
   state, metrics = run(trainer, batch)
-  same((state, metrics._replace(totals=None)), (expected[0], expected[1]._replace(totals=None)))
+  same(
+    (state, metrics._replace(totals=None)),
+    (expected[0], expected[1]._replace(totals=None)),
+  )
 
 
 def test_step_is_the_same_without_compilation():
-  """Under jax.disable_jit every scan is a Python loop, run operation by operation: same numbers."""
-  squares = losses.from_function(lambda outputs, targets, window: jnp.mean(outputs * outputs))
-  trainer = quick_trainer(problems.elman(), squares, optax.sgd(0.1), method='tbptt', num_windows=2)
+  """Under jax.disable_jit every scan is a Python loop, run operation by operation: same
+  numbers.
+  """
+  squares = losses.from_function(
+    lambda outputs, targets, window: jnp.mean(outputs * outputs)
+  )
+  trainer = quick_trainer(
+    problems.elman(), squares, optax.sgd(0.1), method='tbptt', num_windows=2
+  )
   start = trainer.init(jax.random.key(0), GOOD)
   batch = Batch(GOOD.inputs[:2], GOOD.targets)
   with jax.disable_jit():
@@ -198,7 +284,9 @@ def lstm_outputs(params: Any, x: np.ndarray) -> jax.Array:
   h = c = jnp.zeros((x.shape[1], lstm['w_h'].shape[0]), x.dtype)
   outputs = []
   for x_t in x:
-    i, f, g, o = jnp.split(x_t @ lstm['w_x'] + h @ lstm['w_h'] + lstm['bias'][None], 4, axis=-1)
+    i, f, g, o = jnp.split(
+      x_t @ lstm['w_x'] + h @ lstm['w_h'] + lstm['bias'][None], 4, axis=-1
+    )
     c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
     h = jax.nn.sigmoid(o) * jnp.tanh(c)
     outputs.append(h @ head['kernel'] + head['bias'][None])
@@ -206,25 +294,46 @@ def lstm_outputs(params: Any, x: np.ndarray) -> jax.Array:
 
 
 @in_float64
-@pytest.mark.parametrize(('method', 'options'), [('bptt', {}), ('tbptt', {'num_windows': 1})])
+@pytest.mark.parametrize(
+  ('method', 'options'), [('bptt', {}), ('tbptt', {'num_windows': 1})]
+)
 def test_one_window_has_bptts_gradient(method, options):
-  """K = 1: the gradient is back-propagation through the whole unrolled sequence, and grad_norm its global norm."""
+  """K = 1: the gradient is back-propagation through the whole unrolled sequence, and
+  grad_norm its global norm.
+  """
   batch = problems.regression_batch(6, 3, dtype=np.float64)
-  trainer = quick_trainer(problems.lstm(dtype=jnp.float64), losses.terminal_regression(), record(1), method=method, **options)
-  objective = lambda params: jnp.mean((lstm_outputs(params, batch.inputs)[-1, :, 0] - batch.targets) ** 2)
-  value, expected = problems.quick(jax.value_and_grad(objective))(trainer.init(jax.random.key(0), batch).params)
+  trainer = quick_trainer(
+    problems.lstm(dtype=jnp.float64),
+    losses.terminal_regression(),
+    record(1),
+    method=method,
+    **options,
+  )
+  objective = lambda params: jnp.mean(
+    (lstm_outputs(params, batch.inputs)[-1, :, 0] - batch.targets) ** 2
+  )
+  value, expected = problems.quick(jax.value_and_grad(objective))(
+    trainer.init(jax.random.key(0), batch).params
+  )
   state, metrics = run(trainer, batch)
   assert int(state.opt_state.updates) == 1
   same(jax.tree.map(lambda g: g[0], state.opt_state.grads), expected)
   same((metrics.loss[0], state.opt_state.values[0]), (value, value))
-  same(metrics.grad_norm[0], np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(expected))))
+  same(
+    metrics.grad_norm[0],
+    np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(expected))),
+  )
 
 
-def window_losses(params: Any, batch: Batch, cuts: list[int], terminal: bool, stop: tuple[int, ...]) -> jax.Array:
-  """The windows' losses [K] of `problems.elman`, each sequence run alone and unpadded in a Python loop.
+def window_losses(
+  params: Any, batch: Batch, cuts: list[int], terminal: bool, stop: tuple[int, ...]
+) -> jax.Array:
+  """The windows' losses [K] of `problems.elman`, each sequence run alone and unpadded
+  in a Python loop.
 
-  Terminal: β · squared error of the window's last output, β = t/length; else the squared error of each step; the mean is over what
-  there is in a window, 0 if there is nothing. The gradient is stopped before the steps in `stop`.
+  Terminal: β · squared error of the window's last output, β = t/length; else the
+  squared error of each step; the mean is over what there is in a window, 0 if there is
+  nothing. The gradient is stopped before the steps in `stop`.
   """
   num_steps, batch_size = batch.inputs.shape[:2]
   lengths = [num_steps] * batch_size if batch.lengths is None else batch.lengths
@@ -250,56 +359,111 @@ def window_losses(params: Any, batch: Batch, cuts: list[int], terminal: bool, st
   [
     ('tbptt', {'num_windows': 3}, (2, 4), np.eye(3)),
     ('bptt_aux', {'num_windows': 3}, (), np.ones((1, 3))),
-    ('ftrl', {'num_windows': 3}, (), (np.tril(np.ones((3, 3))) / np.arange(1, 4)[:, None])),
-    ('tbptt_final', {'final_steps': 3}, (4,), np.array([[0, 0, 1]])),
-    ('tbptt', {'num_windows': 3, 'loss_weights': [0.5, 2, 0]}, (2, 4), np.diag([0.5, 2, 0])),
-    ('bptt_aux', {'num_windows': 3, 'loss_weights': [0.5, 2, 0]}, (), np.array([[0.5, 2, 0]])),
+    (
+      'ftrl',
+      {'num_windows': 3},
+      (),
+      (np.tril(np.ones((3, 3))) / np.arange(1, 4)[:, None]),
+    ),
+    ('tbptt_final', {'truncation_steps': 3}, (4,), np.array([[0, 0, 1]])),
+    (
+      'tbptt',
+      {'num_windows': 3, 'loss_weights': [0.5, 2, 0]},
+      (2, 4),
+      np.diag([0.5, 2, 0]),
+    ),
+    (
+      'bptt_aux',
+      {'num_windows': 3, 'loss_weights': [0.5, 2, 0]},
+      (),
+      np.array([[0.5, 2, 0]]),
+    ),
   ],
-  ids=['tbptt', 'bptt_aux', 'ftrl', 'tbptt_final', 'tbptt weighted', 'bptt_aux weighted'],
+  ids=[
+    'tbptt',
+    'bptt_aux',
+    'ftrl',
+    'tbptt_final',
+    'tbptt weighted',
+    'bptt_aux weighted',
+  ],
 )
 def test_each_methods_gradient(method, options, stop, objectives):
-  """At the same W, the u-th update's objective and gradient are those of its combination of the windows' losses: window by window
-  with the gradient stopped at borders (tbptt), their sum (bptt_aux), the mean of those so far (ftrl), the
-  last with the gradient stopped at T - k (tbptt_final); windows here are (2, 2, 3)."""
+  """At the same W, the u-th update's objective and gradient are those of its
+  combination of the windows' losses: window by window with the gradient stopped at
+  borders (tbptt), their sum (bptt_aux), the mean of those so far (ftrl), the last with
+  the gradient stopped at T - k (tbptt_final); windows here are (2, 2, 3).
+  """
   batch = problems.regression_batch(7, 2, dtype=np.float64)
-  trainer = quick_trainer(double(), losses.terminal_regression(), record(len(objectives)), method=method, **options)
-  combined = lambda params: objectives @ window_losses(params, batch, [0, 2, 4, 7], True, stop)
+  trainer = quick_trainer(
+    double(),
+    losses.terminal_regression(),
+    record(len(objectives)),
+    method=method,
+    **options,
+  )
+  combined = lambda params: (
+    objectives @ window_losses(params, batch, [0, 2, 4, 7], True, stop)
+  )
   params = trainer.init(jax.random.key(0), batch).params
-  values, grads = problems.quick(lambda p: (combined(p), jax.jacrev(combined)(p)))(params)
+  values, grads = problems.quick(lambda p: (combined(p), jax.jacrev(combined)(p)))(
+    params
+  )
   state, metrics = run(trainer, batch)
   assert int(state.opt_state.updates) == len(objectives)
   same(state.params, params)
   same(state.opt_state.grads, grads)
   same((metrics.loss, state.opt_state.values), (values, values))
-  same(metrics.grad_norm, np.sqrt(sum(np.sum(np.square(g).reshape(len(g), -1), -1) for g in jax.tree.leaves(grads))))
+  same(
+    metrics.grad_norm,
+    np.sqrt(
+      sum(np.sum(np.square(g).reshape(len(g), -1), -1) for g in jax.tree.leaves(grads))
+    ),
+  )
 
 
 @in_float64
 @pytest.mark.parametrize('terminal', [True, False])
 def test_mixed_lengths_equal_the_sequences_one_by_one(terminal):
-  """Losses and gradients of a ragged batch are the means over what each sequence gives alone, unpadded: a sequence that has ended
-  adds neither a term nor to the number divided by, and its last window's output is its own last."""
+  """Losses and gradients of a ragged batch are the means over what each sequence gives
+  alone, unpadded: a sequence that has ended adds neither a term nor to the number
+  divided by, and its last window's output is its own last.
+  """
   make = problems.regression_batch if terminal else problems.series_batch
   batch = make(7, 3, dtype=np.float64)._replace(lengths=np.array([3, 5, 2], np.int32))
   loss = losses.terminal_regression() if terminal else losses.sequence_regression()
   trainer = quick_trainer(double(), loss, record(3), method='tbptt', num_windows=3)
-  expected = functools.partial(window_losses, batch=batch, cuts=[0, 2, 4, 7], terminal=terminal, stop=(2, 4))
+  expected = functools.partial(
+    window_losses, batch=batch, cuts=[0, 2, 4, 7], terminal=terminal, stop=(2, 4)
+  )
   params = trainer.init(jax.random.key(0), batch).params
-  values, grads = problems.quick(lambda p: (expected(p), jax.jacrev(expected)(p)))(params)
+  values, grads = problems.quick(lambda p: (expected(p), jax.jacrev(expected)(p)))(
+    params
+  )
   state, metrics = run(trainer, batch)
   same(state.opt_state.grads, grads)
   same(metrics.loss, values)
 
 
 def test_no_gradient_crosses_a_border():
-  """The second window's loss has gradient exactly 0 for inputs of the first window, though its value depends on them; with the
-  gradient taken from the start (bptt_aux, ftrl, only the second loss weighted) it does not. A learning rate above 0 lets it
-  through the update, so the zeros are not for want of a path. Nor does a gradient leave through the state's hidden."""
+  """The second window's loss has gradient exactly 0 for inputs of the first window,
+  though its value depends on them; with the gradient taken from the start (bptt_aux,
+  ftrl, only the second loss weighted) it does not. A learning rate above 0 lets it
+  through the update, so the zeros are not for want of a path. Nor does a gradient leave
+  through the state's hidden.
+  """
   batch = problems.regression_batch(6, 2)
 
-  def function(method: str, rate: float, weights: list[float]) -> Callable[[jax.Array], Any]:
-    trainer = fptt_jax.trainer(
-      problems.elman(), losses.terminal_regression(), optax.sgd(rate), method=method, num_windows=2, loss_weights=weights
+  def function(
+    method: str, rate: float, weights: list[float]
+  ) -> Callable[[jax.Array], Any]:
+    trainer = fptt_jax.make_trainer(
+      problems.elman(),
+      losses.terminal_regression(),
+      optax.sgd(rate),
+      method=method,
+      num_windows=2,
+      loss_weights=weights,
     )
     start = trainer.init(jax.random.key(0), batch)
 
@@ -310,7 +474,9 @@ def test_no_gradient_crosses_a_border():
     return second_loss
 
   def gradient(*arguments) -> np.ndarray:
-    return np.asarray(problems.quick(jax.grad(function(*arguments), has_aux=True))(batch.inputs)[0])
+    return np.asarray(
+      problems.quick(jax.grad(function(*arguments), has_aux=True))(batch.inputs)[0]
+    )
 
   @problems.quick
   def both(inputs):
@@ -335,11 +501,17 @@ def test_no_gradient_crosses_a_border():
 
 @in_float64
 def test_ragged_batch_equals_the_shorter_one():
-  """Where all sequences end after L = 6 of T = 9 steps, with windows of 3 in both, a step does what it does on L steps: the third
-  window moves neither parameters, Adam's moments, λ, W̄, their step counts, nor hidden and loss state."""
+  """Where all sequences end after L = 6 of T = 9 steps, with windows of 3 in both, a
+  step does what it does on L steps: the third window moves neither parameters, Adam's
+  moments, λ, W̄, their step counts, nor hidden and loss state.
+  """
   loss = losses.terminal_classification(3, ema_decay=0.5)
-  trainer = quick_trainer(double(out=3), loss, fptt_jax.fptt(optax.adam(1e-2)), window_size=3)
-  long = problems.label_batch(9, 2, dtype=np.float64)._replace(lengths=np.array([6, 6], np.int32))
+  trainer = quick_trainer(
+    double(out=3), loss, fptt_jax.fptt(optax.adam(1e-2)), window_size=3
+  )
+  long = problems.label_batch(9, 2, dtype=np.float64)._replace(
+    lengths=np.array([6, 6], np.int32)
+  )
   short = Batch(long.inputs[:6], long.targets)
   padded, padded_metrics = run(trainer, long, long)
   state, metrics = run(trainer, short, short)
@@ -347,14 +519,20 @@ def test_ragged_batch_equals_the_shorter_one():
   same(padded._replace(loss_state=None), state._replace(loss_state=None), **TIGHT)
   same(padded.loss_state['q'][:2], state.loss_state['q'], **TIGHT)
   np.testing.assert_allclose(padded.loss_state['q'][2], 1 / 3, rtol=1e-12)
-  same((padded_metrics.loss[:2], padded_metrics.grad_norm[:2]), (metrics.loss, metrics.grad_norm), **TIGHT)
+  same(
+    (padded_metrics.loss[:2], padded_metrics.grad_norm[:2]),
+    (metrics.loss, metrics.grad_norm),
+    **TIGHT,
+  )
   assert (padded_metrics.loss[2], padded_metrics.grad_norm[2]) == (0, 0)
   same(padded_metrics.totals, metrics.totals)
 
 
 @pytest.mark.parametrize('method', ['fptt', 'ftrl'])
 def test_nothing_past_the_end_matters(method):
-  """NaN, infinity and impossible labels past a sequence's end change no bit of state, metrics or evaluation."""
+  """NaN, infinity and impossible labels past a sequence's end change no bit of state,
+  metrics or evaluation.
+  """
   lengths = np.array([7, 3, 4], np.int32)
   past = np.arange(10)[:, None] >= lengths
   clean = problems.tagging_batch(10, 3)._replace(lengths=lengths)
@@ -362,15 +540,24 @@ def test_nothing_past_the_end_matters(method):
   inputs[past] = np.resize([np.nan, np.inf, -np.inf, 1e30], (past.sum(), 2))
   labels[past] = np.resize([-1, 999], past.sum())
   optimizer = fptt_jax.fptt(optax.adam(1e-2)) if method == 'fptt' else optax.adam(1e-2)
-  trainer = quick_trainer(problems.elman(out=3), losses.sequence_classification(3), optimizer, method=method, num_windows=4)
+  trainer = quick_trainer(
+    problems.elman(out=3),
+    losses.sequence_classification(3),
+    optimizer,
+    method=method,
+    num_windows=4,
+  )
   state, metrics = run(trainer, clean, clean)
-  dirty_state, dirty_metrics = run(trainer, Batch(inputs, labels, lengths), Batch(inputs, labels, lengths))
+  dirty_state, dirty_metrics = run(
+    trainer, Batch(inputs, labels, lengths), Batch(inputs, labels, lengths)
+  )
   chex.assert_tree_all_finite(state._replace(key=None))
   chex.assert_trees_all_equal(dirty_state._replace(key=None), state._replace(key=None))
   chex.assert_trees_all_equal(dirty_metrics, metrics)
   if method == 'fptt':
     chex.assert_trees_all_equal(
-      trainer.evaluate(state.params, Batch(inputs, labels, lengths)), trainer.evaluate(state.params, clean)
+      trainer.evaluate(state.params, Batch(inputs, labels, lengths)),
+      trainer.evaluate(state.params, clean),
     )
 
 
@@ -378,7 +565,9 @@ def test_real_targets_past_the_end_do_not_matter():
   """As for inputs: NaN targets past the end leave the gradient finite."""
   batch = problems.series_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
   batch.targets[3, 1] = np.nan
-  trainer = quick_trainer(problems.elman(), losses.sequence_regression(), optax.sgd(0.1), method='bptt')
+  trainer = quick_trainer(
+    problems.elman(), losses.sequence_regression(), optax.sgd(0.1), method='bptt'
+  )
   assert np.isfinite(run(trainer, batch)[1].grad_norm).all()
 
 
@@ -386,38 +575,55 @@ def test_real_targets_past_the_end_do_not_matter():
 
 
 @functools.cache
-def two_windows(method: str, regularised: bool) -> fptt_jax.Trainer:
+def two_windows(method: str, regularized: bool) -> fptt_jax.Trainer:
   adam = optax.adam(1e-2)
   return quick_trainer(
-    double(), losses.terminal_regression(), fptt_jax.fptt(adam) if regularised else adam, method=method, num_windows=2
+    double(),
+    losses.terminal_regression(),
+    fptt_jax.fptt(adam) if regularized else adam,
+    method=method,
+    num_windows=2,
   )
 
 
 @in_float64
 def test_one_window_is_one_method():
-  """With one window of the whole sequence tbptt, bptt, bptt_aux, ftrl and tbptt_final (all steps differentiated) are the same."""
+  """With one window of the whole sequence tbptt, bptt, bptt_aux, ftrl and tbptt_final
+  (all steps differentiated) are the same.
+  """
   batch = problems.regression_batch(4, 2, dtype=np.float64)
-  make = functools.partial(quick_trainer, double(), losses.terminal_regression(), optax.adam(1e-2))
+  make = functools.partial(
+    quick_trainer, double(), losses.terminal_regression(), optax.adam(1e-2)
+  )
   expected = run(make(method='bptt'), batch)
   for options in (
     dict(method='tbptt', num_windows=1),
     dict(method='bptt_aux', num_windows=1),
     dict(method='ftrl', window_size=4),
-    dict(method='tbptt_final', final_steps=4),
+    dict(method='tbptt_final', truncation_steps=4),
   ):
     same(run(make(**options), batch), expected, **TIGHT)
 
 
 @in_float64
 def test_first_updates_agree():
-  """Sequences that end with the first window leave the one update of it: fptt's (λ = 0, W = W̄) and ftrl's (the mean of one loss)
-  are tbptt's. From the second update on, all three go their own ways."""
+  """Sequences that end with the first window leave the one update of it: fptt's (λ = 0,
+  W = W̄) and ftrl's (the mean of one loss) are tbptt's. From the second update on, all
+  three go their own ways.
+  """
   batch = problems.regression_batch(6, 2, dtype=np.float64)
   one, two = (batch._replace(lengths=np.full(2, n, np.int32)) for n in (3, 6))
-  first = {name: run(two_windows(name, name == 'fptt'), one)[0] for name in ('tbptt', 'fptt', 'ftrl')}
+  first = {
+    name: run(two_windows(name, name == 'fptt'), one)[0]
+    for name in ('tbptt', 'fptt', 'ftrl')
+  }
   same(first['fptt'].params, first['tbptt'].params, **TIGHT)
   same(first['fptt'].opt_state.base_optimizer_state, first['tbptt'].opt_state, **TIGHT)
-  same((first['ftrl'].params, first['ftrl'].opt_state), (first['tbptt'].params, first['tbptt'].opt_state), **TIGHT)
+  same(
+    (first['ftrl'].params, first['ftrl'].opt_state),
+    (first['tbptt'].params, first['tbptt'].opt_state),
+    **TIGHT,
+  )
   both = {name: run(two_windows(name, name == 'fptt'), two)[0].params for name in first}
   for one_name, other in (('tbptt', 'fptt'), ('tbptt', 'ftrl'), ('fptt', 'ftrl')):
     assert np.abs(both[one_name]['c'] - both[other]['c']).max() > 1e-5
@@ -425,21 +631,42 @@ def test_first_updates_agree():
 
 @in_float64
 def test_methods_are_told_apart_by_their_settings_only():
-  """A Method given as a value is the method of that name, bit for bit: names are only names."""
-  batch = problems.regression_batch(6, 2, dtype=np.float64)._replace(lengths=np.full(2, 6, np.int32))
+  """A Method given as a value is the method of that name, bit for bit: names are only
+  names.
+  """
+  batch = problems.regression_batch(6, 2, dtype=np.float64)._replace(
+    lengths=np.full(2, 6, np.int32)
+  )
   expected = run(two_windows('tbptt', False), batch)
-  chex.assert_trees_all_equal(run(two_windows(fptt_jax.METHODS['tbptt'], False), batch), expected)
+  chex.assert_trees_all_equal(
+    run(two_windows(fptt_jax.METHODS['tbptt'], False), batch), expected
+  )
 
 
 def test_a_method_goes_by_its_true_name():
-  """'fptt' around which no fptt(...) stands, and the other way round, would be reported as what it is not."""
+  """'fptt' around which no fptt(...) stands, and the other way round, would be reported
+  as what it is not.
+  """
   batch = problems.regression_batch(6, 2)
-  plain, wrapped = optax.sgd(0.1), optax.chain(optax.clip_by_global_norm(1.0), fptt_jax.fptt(optax.sgd(0.1)))
+  plain, wrapped = (
+    optax.sgd(0.1),
+    optax.chain(optax.clip_by_global_norm(1.0), fptt_jax.fptt(optax.sgd(0.1))),
+  )
   for optimizer, method, message in (
-    (plain, 'fptt', r"method 'fptt' needs fptt\(...\) around the optimiser, got one without; without it this is 'tbptt'\."),
-    (wrapped, 'bptt', r"method 'bptt' has no regulariser, got an optimiser with fptt\(...\) in it"),
+    (
+      plain,
+      'fptt',
+      r"method 'fptt' needs fptt\(...\) around the optimizer, got one without; without it this is 'tbptt'\.",
+    ),
+    (
+      wrapped,
+      'bptt',
+      r"method 'bptt' has no regularizer, got an optimizer with fptt\(...\) in it",
+    ),
   ):
-    trainer = fptt_jax.trainer(problems.elman(), losses.terminal_regression(), optimizer, method=method)
+    trainer = fptt_jax.make_trainer(
+      problems.elman(), losses.terminal_regression(), optimizer, method=method
+    )
     with pytest.raises(ValueError, match=message):
       trainer.init(jax.random.key(0), batch)
 
@@ -448,7 +675,9 @@ def test_a_method_goes_by_its_true_name():
 def test_ogd_updates_each_step():
   """Online gradient descent is tbptt with K = T."""
   batch = problems.series_batch(4, 2, dtype=np.float64)
-  make = functools.partial(quick_trainer, double(), losses.sequence_regression(), optax.sgd(0.1))
+  make = functools.partial(
+    quick_trainer, double(), losses.sequence_regression(), optax.sgd(0.1)
+  )
   got = run(make(method='ogd'), batch)
   chex.assert_shape(got[1].loss, (4,))
   same(got, run(make(method='tbptt', num_windows=4), batch), **TIGHT)
@@ -459,11 +688,18 @@ def test_ogd_updates_each_step():
 
 @in_float64
 def test_carried_hidden_state_joins_batches():
-  """With carry_hidden two batches of T steps in K windows are one of 2T in 2K: same parameters, FPTT state, hidden, losses."""
+  """With carry_hidden two batches of T steps in K windows are one of 2T in 2K: same
+  parameters, FPTT state, hidden, losses.
+  """
   whole = problems.series_batch(8, 2, dtype=np.float64)
   halves = [Batch(whole.inputs[i : i + 4], whole.targets[i : i + 4]) for i in (0, 4)]
   make = functools.partial(
-    quick_trainer, double(), losses.sequence_regression(), fptt_jax.fptt(optax.adam(1e-2)), window_size=2, carry_hidden=True
+    quick_trainer,
+    double(),
+    losses.sequence_regression(),
+    fptt_jax.fptt(optax.adam(1e-2)),
+    window_size=2,
+    carry_hidden=True,
   )
   state, metrics = run(make(), *halves)
   expected, expected_metrics = run(make(), whole)
@@ -473,33 +709,50 @@ def test_carried_hidden_state_joins_batches():
 
 
 def test_hidden_state_starts_anew_unless_carried():
-  """Without carry_hidden a step does not read state.hidden, garbage in it changes no bit; with it, it does. `end_epoch` sets it to
-  the model's initial state."""
+  """Without carry_hidden a step does not read state.hidden, garbage in it changes no
+  bit; with it, it does. `end_epoch` sets it to the model's initial state."""
   batch = problems.series_batch(4, 2)
   for carry in (False, True):
     trainer = quick_trainer(
-      problems.elman(), losses.sequence_regression(), optax.sgd(0.1), method='tbptt', num_windows=2, carry_hidden=carry
+      problems.elman(),
+      losses.sequence_regression(),
+      optax.sgd(0.1),
+      method='tbptt',
+      num_windows=2,
+      carry_hidden=carry,
     )
     start = trainer.init(jax.random.key(0), batch)
     params = trainer.step(start, batch)[0].params
     state, _ = trainer.step(start._replace(hidden=jnp.ones_like(start.hidden)), batch)
-    equal = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True)]
+    equal = [
+      np.array_equal(a, b)
+      for a, b in zip(
+        jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True
+      )
+    ]
     assert not any(equal) if carry else all(equal)
     assert np.any(state.hidden)
     ended = trainer.end_epoch(state)
     np.testing.assert_array_equal(ended.hidden, np.zeros((2, 4)))
-    chex.assert_trees_all_equal(ended._replace(hidden=None, key=None), state._replace(hidden=None, key=None))
+    chex.assert_trees_all_equal(
+      ended._replace(hidden=None, key=None), state._replace(hidden=None, key=None)
+    )
 
 
 def test_end_epoch_does_the_losses_work():
   """The loss's own end_epoch runs: the last_epoch table takes over the sums."""
   batch = problems.label_batch(2, 4)
   trainer = quick_trainer(
-    problems.elman(out=3), losses.terminal_classification(3, divergence='last_epoch'), optax.sgd(0.1), method='bptt'
+    problems.elman(out=3),
+    losses.terminal_classification(3, divergence='last_epoch'),
+    optax.sgd(0.1),
+    method='bptt',
   )
   state, _ = run(trainer, batch)
   seen = np.unique(batch.targets)
-  expected = np.asarray(state.loss_state['sum'] / np.maximum(state.loss_state['count'], 1)[..., None])[0, seen]
+  expected = np.asarray(
+    state.loss_state['sum'] / np.maximum(state.loss_state['count'], 1)[..., None]
+  )[0, seen]
   ended = trainer.end_epoch(state)
   np.testing.assert_allclose(ended.loss_state['q'][0, seen], expected, rtol=1e-6)
   assert np.abs(expected - 1 / 3).max() > 0.01
@@ -507,34 +760,61 @@ def test_end_epoch_does_the_losses_work():
 
 @in_float64
 def test_inner_steps_start_from_the_same_state_with_the_same_key():
-  """n gradient steps a window: each from the window's own hidden state, loss state and dropout mask; W̄ and λ move once; the hidden
-  and loss state carried on are the last pass's."""
-  model, optimizer = double(out=3, dropout=0.5), fptt_jax.fptt(optax.sgd(0.2), inner_steps=3)
+  """n gradient steps a window: each from the window's own hidden state, loss state and
+  dropout mask; W̄ and λ move once; the hidden and loss state carried on are the last
+  pass's.
+  """
+  model, optimizer = (
+    double(out=3, dropout=0.5),
+    fptt_jax.fptt(optax.sgd(0.2), inner_steps=3),
+  )
   loss = losses.terminal_classification(3, ema_decay=0.5)
   batch = problems.label_batch(4, 3, dtype=np.float64)
   trainer = quick_trainer(model, loss, optimizer, num_windows=2, inner_steps=3)
   expected, expected_metrics = by_hand(
-    model, loss, optimizer, trainer.init(jax.random.key(0), batch), batch, [0, 2, 4], inner_steps=3
+    model,
+    loss,
+    optimizer,
+    trainer.init(jax.random.key(0), batch),
+    batch,
+    [0, 2, 4],
+    inner_steps=3,
   )
   state, metrics = run(trainer, batch)
   assert int(state.opt_state.step_count) == 6
-  same((state, metrics.loss, metrics.grad_norm), (expected, expected_metrics.loss, expected_metrics.grad_norm))
+  same(
+    (state, metrics.loss, metrics.grad_norm),
+    (expected, expected_metrics.loss, expected_metrics.grad_norm),
+  )
 
 
 @in_float64
 def test_explicit_gradient_is_taken_from_the_windows_own_start():
-  """After a step with gradient_estimate='explicit' λ is the gradient of the last window's loss at W_{t+1}, the parameters now, from
-  the hidden state that window started from, under the dropout mask it had."""
+  """After a step with gradient_estimate='recomputed' λ is the gradient of the last
+  window's loss at W_{t+1}, the parameters now, from the hidden state that window
+  started from, under the dropout mask it had.
+  """
   model, batch = double(dropout=0.5), problems.regression_batch(4, 3, dtype=np.float64)
   trainer = quick_trainer(
-    model, losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.2), gradient_estimate='explicit'), num_windows=2
+    model,
+    losses.terminal_regression(),
+    fptt_jax.fptt(optax.sgd(0.2), gradient_estimate='recomputed'),
+    num_windows=2,
   )
   start = trainer.init(jax.random.key(0), batch)
   key = jax.random.fold_in(start.key, 0)
-  hidden, _ = model.apply(start.params, model.initial_state(3), batch.inputs[:2], None, jax.random.fold_in(key, 0))
+  hidden, _ = model.apply(
+    start.params,
+    model.initial_state(3),
+    batch.inputs[:2],
+    None,
+    jax.random.fold_in(key, 0),
+  )
 
   def objective(params):
-    _, outputs = model.apply(params, hidden, batch.inputs[2:], None, jax.random.fold_in(key, 1))
+    _, outputs = model.apply(
+      params, hidden, batch.inputs[2:], None, jax.random.fold_in(key, 1)
+    )
     return jnp.mean((outputs[-1, :, 0] - batch.targets) ** 2)
 
   state, _ = trainer.step(start, batch)
@@ -557,7 +837,7 @@ def remembering(loss: losses.Loss) -> losses.Loss:
 @functools.cache
 def skipping(method: str, skip_nonfinite: bool = True) -> fptt_jax.Trainer:
   """Adam behind a clip, and two windows where the method leaves K open."""
-  options = {'final_steps': 2} if method == 'tbptt_final' else {}
+  options = {'truncation_steps': 2} if method == 'tbptt_final' else {}
   if method != 'tbptt_final' and fptt_jax.METHODS[method].num_windows is None:
     options = {'num_windows': 2}
   base = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
@@ -568,7 +848,9 @@ def skipping(method: str, skip_nonfinite: bool = True) -> fptt_jax.Trainer:
 
 
 def spoiled(batch: Batch, kind: str) -> Batch:
-  """The second row's objective is not finite, or (infinite inputs, of which tanh is 1 and its gradient NaN) just its gradient."""
+  """The second row's objective is not finite, or (infinite inputs, of which tanh is 1
+  and its gradient NaN) just its gradient.
+  """
   inputs, targets = batch.inputs.copy(), batch.targets.copy()
   if kind == 'target':
     targets[:, 1] = 1e25  # Its square is infinite.
@@ -577,7 +859,9 @@ def spoiled(batch: Batch, kind: str) -> Batch:
   return batch._replace(inputs=inputs, targets=targets)
 
 
-def train(trainer: fptt_jax.Trainer, batches: list[Batch]) -> tuple[tuple[Any, ...], dict[str, jax.Array], fptt_jax.StepMetrics]:
+def train(
+  trainer: fptt_jax.Trainer, batches: list[Batch]
+) -> tuple[tuple[Any, ...], dict[str, jax.Array], fptt_jax.StepMetrics]:
   """What changes in a state, the totals, and all metrics."""
   state, seen = trainer.init(jax.random.key(0), batches[0]), []
   for batch in batches:
@@ -590,13 +874,17 @@ def train(trainer: fptt_jax.Trainer, batches: list[Batch]) -> tuple[tuple[Any, .
 @pytest.mark.parametrize('kind', ['NaN', 'infinity', 'target'])
 @pytest.mark.parametrize('method', fptt_jax.METHODS)
 def test_a_skipped_update_leaves_no_trace(method, kind):
-  """Parameters, optimiser, hidden and loss state are, bit for bit, what they are without it, and totals but for the order in which
-  they are summed up. Where each window has an
-  update, two sequences with a good half each are one good sequence; else a bad sequence may as well not be there."""
+  """Parameters, optimizer, hidden and loss state are, bit for bit, what they are
+  without it, and totals but for the order in which they are summed up. Where each
+  window has an update, two sequences with a good half each are one good sequence; else
+  a bad sequence may as well not be there.
+  """
   first, second = (problems.series_batch(6, 3, seed=seed) for seed in (0, 1))
   bad = spoiled(first, kind)
   if fptt_jax.METHODS[method].update_each_window and method != 'ftrl':
-    halves = lambda a, b: jax.tree.map(lambda x, y: np.concatenate([x[:3], y[3:]]), a, b)
+    halves = lambda a, b: jax.tree.map(
+      lambda x, y: np.concatenate([x[:3], y[3:]]), a, b
+    )
     batches = [first, halves(second, bad), halves(bad, second), first]
     skipped = [[False, False], [False, True], [True, False], [False, False]]
   else:
@@ -607,43 +895,72 @@ def test_a_skipped_update_leaves_no_trace(method, kind):
   chex.assert_trees_all_equal(state, expected)
   chex.assert_trees_all_close(totals, expected_totals, rtol=1e-6)
   chex.assert_tree_all_finite((state, totals, metrics.lambda_norm))
-  np.testing.assert_array_equal(metrics.skipped, np.repeat(skipped, metrics.skipped.shape[1] // len(skipped[0]), 1))
+  np.testing.assert_array_equal(
+    metrics.skipped, np.repeat(skipped, metrics.skipped.shape[1] // len(skipped[0]), 1)
+  )
   assert np.isfinite(metrics.loss[metrics.skipped]).all() == (kind == 'infinity')
   assert not np.isfinite(metrics.grad_norm[metrics.skipped]).any()
-  if kind == 'NaN' and method == 'fptt':  # Without the policy it does, and nothing counts as skipped.
+  if (
+    kind == 'NaN' and method == 'fptt'
+  ):  # Without the policy it does, and nothing counts as skipped.
     state, totals, metrics = train(skipping(method, skip_nonfinite=False), batches)
-    assert not any(np.isfinite(leaf).any() for leaf in jax.tree.leaves((state[0], state[2:], totals['loss'])))
+    assert not any(
+      np.isfinite(leaf).any()
+      for leaf in jax.tree.leaves((state[0], state[2:], totals['loss']))
+    )
     assert not metrics.skipped.any()
 
 
 def test_a_skipped_update_of_a_ragged_batch():
-  """The policy and the rule that a window without sequences changes nothing go together; such a window is not skipped."""
+  """The policy and the rule that a window without sequences changes nothing go
+  together; such a window is not skipped.
+  """
   lengths = np.array([2, 4, 3], np.int32)
   good = problems.series_batch(6, 3)._replace(lengths=lengths)
   bad = spoiled(good, 'NaN')
-  halves = lambda a, b: Batch(np.concatenate([a.inputs[:2], b.inputs[2:]]), good.targets, lengths)
+  halves = lambda a, b: Batch(
+    np.concatenate([a.inputs[:2], b.inputs[2:]]), good.targets, lengths
+  )
   optimizer = fptt_jax.fptt(optax.adam(1e-2))
   options = dict(num_windows=3, carry_hidden=True, skip_nonfinite=True)
-  trainer = quick_trainer(problems.elman(), remembering(losses.sequence_regression()), optimizer, **options)
+  trainer = quick_trainer(
+    problems.elman(), remembering(losses.sequence_regression()), optimizer, **options
+  )
   state, totals, metrics = train(trainer, [good, halves(good, bad), halves(bad, good)])
   expected, expected_totals, _ = train(trainer, [good, good])
   chex.assert_trees_all_equal(state, expected)
   chex.assert_trees_all_close(totals, expected_totals, rtol=1e-6)
-  np.testing.assert_array_equal(metrics.skipped, [[False] * 3, [False, True, False], [True, False, False]])
+  np.testing.assert_array_equal(
+    metrics.skipped, [[False] * 3, [False, True, False], [True, False, False]]
+  )
 
 
 root = fptt_jax.Model(
-  lambda key: jnp.ones([]), lambda batch_size: (), lambda p, h, x, mask, key: (h, p * jnp.ones((*x.shape[:2], 1)))
+  lambda key: jnp.ones([]),
+  lambda batch_size: (),
+  lambda p, h, x, mask, key: (h, p * jnp.ones((*x.shape[:2], 1))),
 )
-root_of_output = losses.from_function(lambda outputs, targets, window: jnp.sqrt(outputs.mean()))
+root_of_output = losses.from_function(
+  lambda outputs, targets, window: jnp.sqrt(outputs.mean())
+)
 
 
 def test_any_inner_step_that_is_not_finite_skips_the_update():
-  """√W from W = -1: NaN at the first inner step, which moves W to 1 whatever the gradient is, finite at the second."""
+  """√W from W = -1: NaN at the first inner step, which moves W to 1 whatever the
+  gradient is, finite at the second.
+  """
   moves = optax.stateless(lambda grads, params: 2 * jnp.ones([]))
   for start, skipped in ((-1.0, True), (1.0, False)):
     model = root._replace(init=lambda key: jnp.array(start))
-    trainer = quick_trainer(model, root_of_output, moves, method='tbptt', num_windows=1, inner_steps=2, skip_nonfinite=True)
+    trainer = quick_trainer(
+      model,
+      root_of_output,
+      moves,
+      method='tbptt',
+      num_windows=1,
+      inner_steps=2,
+      skip_nonfinite=True,
+    )
     state, metrics = run(trainer, GOOD)
     assert np.isfinite(metrics.loss).all()
     assert np.isfinite(metrics.grad_norm).all()
@@ -652,21 +969,48 @@ def test_any_inner_step_that_is_not_finite_skips_the_update():
 
 
 def test_an_explicit_gradient_that_is_not_finite_skips_the_update():
-  """√W at W = 1 has objective 1 and gradient 1/2; the step to -1 makes λ, the gradient there, NaN."""
-  optimizer = fptt_jax.fptt(optax.sgd(4.0), gradient_estimate='explicit')
-  trainer = quick_trainer(root, root_of_output, optimizer, num_windows=1, skip_nonfinite=True)
+  """√W at W = 1 has objective 1 and gradient 1/2; the step to -1 makes λ, the gradient
+  there, NaN.
+  """
+  optimizer = fptt_jax.fptt(optax.sgd(4.0), gradient_estimate='recomputed')
+  trainer = quick_trainer(
+    root, root_of_output, optimizer, num_windows=1, skip_nonfinite=True
+  )
   state, metrics = run(trainer, GOOD)
-  assert (metrics.loss.item(), metrics.grad_norm.item(), metrics.skipped.item()) == (1.0, 0.5, True)
-  assert (state.params.item(), state.opt_state.lam.item(), metrics.lambda_norm.item()) == (1.0, 0.0, 0.0)
+  assert (metrics.loss.item(), metrics.grad_norm.item(), metrics.skipped.item()) == (
+    1.0,
+    0.5,
+    True,
+  )
+  assert (
+    state.params.item(),
+    state.opt_state.lam.item(),
+    metrics.lambda_norm.item(),
+  ) == (1.0, 0.0, 0.0)
 
 
 def test_norm_of_lambda():
-  """After the sequence, over all there are: two `fptt`s have parts of the parameters each, a third part has none."""
+  """After the sequence, over all there are: two `fptt`s have parts of the parameters
+  each, a third part has none.
+  """
   labels = {'a': 'first', 'b': 'second', 'c': 'second', 'v': 'none'}
-  parts = {'first': fptt_jax.fptt(optax.sgd(0.1)), 'second': fptt_jax.fptt(optax.adam(0.1)), 'none': optax.sgd(0.1)}
-  trainer = quick_trainer(problems.elman(), losses.terminal_regression(), optax.partition(parts, labels), num_windows=2)
+  parts = {
+    'first': fptt_jax.fptt(optax.sgd(0.1)),
+    'second': fptt_jax.fptt(optax.adam(0.1)),
+    'none': optax.sgd(0.1),
+  }
+  trainer = quick_trainer(
+    problems.elman(),
+    losses.terminal_regression(),
+    optax.partition(parts, labels),
+    num_windows=2,
+  )
   state, metrics = run(trainer, GOOD)
-  estimates = [np.square(leaf).sum() for part in find_states(state.opt_state) for leaf in jax.tree.leaves(part.lam)]
+  estimates = [
+    np.square(leaf).sum()
+    for part in find_states(state.opt_state)
+    for leaf in jax.tree.leaves(part.lam)
+  ]
   assert len(estimates) == 3
   assert metrics.lambda_norm == pytest.approx(np.sqrt(sum(estimates)), rel=1e-6)
 
@@ -675,8 +1019,10 @@ def test_norm_of_lambda():
 
 
 def test_one_trace_for_each_shape():
-  """Steps of one shape trace the model and the loss once, whatever the values; another shape once more. The state keeps its
-  structure, shapes and dtypes, none of them weak: a state from a checkpoint would be traced anew."""
+  """Steps of one shape trace the model and the loss once, whatever the values; another
+  shape once more. The state keeps its structure, shapes and dtypes, none of them weak:
+  a state from a checkpoint would be traced anew.
+  """
   calls = {'model': 0, 'loss': 0}
   model, loss = problems.elman(out=3), losses.terminal_classification(3)
 
@@ -687,10 +1033,13 @@ def test_one_trace_for_each_shape():
 
     return wrapper
 
-  trainer = fptt_jax.trainer(
+  trainer = fptt_jax.make_trainer(
     model._replace(apply=counted('model', model.apply)),
     loss._replace(apply=counted('loss', loss.apply)),
-    fptt_jax.fptt(optax.sgd(optax.cosine_decay_schedule(1e-2, 10)), alpha=optax.constant_schedule(0.5)),
+    fptt_jax.fptt(
+      optax.sgd(optax.cosine_decay_schedule(1e-2, 10)),
+      alpha=optax.constant_schedule(0.5),
+    ),
     num_windows=2,
     skip_nonfinite=True,
   )
@@ -701,7 +1050,12 @@ def test_one_trace_for_each_shape():
   assert not any(x.weak_type for x in jax.tree.leaves(state._replace(key=None)))
   counts = []
   for seed in (0, 1, 2):
-    state, _ = trainer.step(state, problems.label_batch(4, 2, seed=seed)._replace(lengths=np.array([2, 4 - seed], np.int32)))
+    state, _ = trainer.step(
+      state,
+      problems.label_batch(4, 2, seed=seed)._replace(
+        lengths=np.array([2, 4 - seed], np.int32)
+      ),
+    )
     counts.append(dict(calls))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == kinds
     assert not any(x.weak_type for x in jax.tree.leaves(state._replace(key=None)))
@@ -724,18 +1078,29 @@ def test_one_trace_for_each_shape():
     (losses.sequence_classification(3, accuracy=True), problems.tagging_batch, 3),
     (losses.sequence_regression(), problems.series_batch, 1),
   ],
-  ids=['terminal_classification', 'terminal_regression', 'sequence_classification', 'sequence_regression'],
+  ids=[
+    'terminal_classification',
+    'terminal_regression',
+    'sequence_classification',
+    'sequence_regression',
+  ],
 )
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures('strict_dtypes')
 def test_step_promotes_nothing_implicitly(method, loss, batch, out, dtype):
-  """Every step is traceable under strict promotion of dtypes, bfloat16 models included, and gives a state of the dtypes it got."""
+  """Every step is traceable under strict promotion of dtypes, bfloat16 models included,
+  and gives a state of the dtypes it got.
+  """
   batch = batch(6, 2)._replace(lengths=np.array([6, 5], np.int32))
-  targets = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, batch.targets)
+  targets = jax.tree.map(
+    lambda x: x.astype(dtype) if x.dtype == np.float32 else x, batch.targets
+  )
   batch = batch._replace(inputs=batch.inputs.astype(dtype), targets=targets)
   optimizer = fptt_jax.fptt(optax.sgd(0.1)) if method == 'fptt' else optax.sgd(0.1)
   model = problems.elman(out=out, dtype=dtype)
-  trainer = fptt_jax.trainer(model, loss, optimizer, method=method, num_windows=4, skip_nonfinite=True)
+  trainer = fptt_jax.make_trainer(
+    model, loss, optimizer, method=method, num_windows=4, skip_nonfinite=True
+  )
   state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
   after, metrics = jax.eval_shape(trainer.step, state, batch)
   describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
@@ -748,10 +1113,17 @@ def test_step_promotes_nothing_implicitly(method, loss, batch, out, dtype):
 
 @pytest.mark.parametrize('skip_nonfinite', [False, True])
 def test_step_takes_over_the_old_state(skip_nonfinite):
-  """The old state's buffers are donated, all of them (a warning, had one not been usable, is an error here)."""
+  """The old state's buffers are donated, all of them (a warning, had one not been
+  usable, is an error here).
+  """
   batch = problems.label_batch(4, 2)
   options = dict(num_windows=2, carry_hidden=True, skip_nonfinite=skip_nonfinite)
-  trainer = fptt_jax.trainer(problems.elman(out=3), losses.terminal_classification(3), fptt_jax.fptt(optax.adam(1e-2)), **options)
+  trainer = fptt_jax.make_trainer(
+    problems.elman(out=3),
+    losses.terminal_classification(3),
+    fptt_jax.fptt(optax.adam(1e-2)),
+    **options,
+  )
   state = trainer.init(jax.random.key(0), batch)
   new_state, _ = trainer.step(state, batch)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state._replace(key=None)))
@@ -759,35 +1131,64 @@ def test_step_takes_over_the_old_state(skip_nonfinite):
 
 
 def temporary_bytes(num_steps: int, **options: Any) -> int:
-  """What the compiled step of a network of 32 units on 16 sequences needs beside its arguments and results."""
-  optimizer = fptt_jax.fptt(optax.sgd(0.1)) if options['method'] == 'fptt' else optax.sgd(0.1)
-  trainer = fptt_jax.trainer(problems.elman(hidden=32), losses.terminal_regression(), optimizer, **options)
-  batch = Batch(jax.ShapeDtypeStruct((num_steps, 16, 2), jnp.float32), jax.ShapeDtypeStruct((16,), jnp.float32))
+  """What the compiled step of a network of 32 units on 16 sequences needs beside its
+  arguments and results.
+  """
+  optimizer = (
+    fptt_jax.fptt(optax.sgd(0.1)) if options['method'] == 'fptt' else optax.sgd(0.1)
+  )
+  trainer = fptt_jax.make_trainer(
+    problems.elman(hidden=32), losses.terminal_regression(), optimizer, **options
+  )
+  batch = Batch(
+    jax.ShapeDtypeStruct((num_steps, 16, 2), jnp.float32),
+    jax.ShapeDtypeStruct((16,), jnp.float32),
+  )
   state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
-  return problems.optimised(trainer.step.lower(state, batch)).memory_analysis().temp_size_in_bytes
+  return (
+    problems.optimized(trainer.step.lower(state, batch))
+    .memory_analysis()
+    .temp_size_in_bytes
+  )
 
 
 def test_memory_is_bounded_by_the_window():
-  """At fixed S temporary memory does not grow with T; BPTT's is proportional to T (four times the steps, about four times the
-  memory), and FPTT's with K = 16 is a small part of it."""
-  short, long = (temporary_bytes(num_steps, method='tbptt', window_size=16) for num_steps in (64, 1024))
+  """At fixed S temporary memory does not grow with T; BPTT's is proportional to T (four
+  times the steps, about four times the memory), and FPTT's with K = 16 is a small part
+  of it.
+  """
+  short, long = (
+    temporary_bytes(num_steps, method='tbptt', window_size=16)
+    for num_steps in (64, 1024)
+  )
   assert abs(long - short) < 0.05 * short
-  bptt_short, bptt_long = (temporary_bytes(num_steps, method='bptt') for num_steps in (256, 1024))
+  bptt_short, bptt_long = (
+    temporary_bytes(num_steps, method='bptt') for num_steps in (256, 1024)
+  )
   assert 3.5 < bptt_long / bptt_short < 4.5
   assert temporary_bytes(1024, method='fptt', num_windows=16) < bptt_long / 8
   assert long < bptt_long / 16
 
 
 def test_initialisation_from_shapes_and_over_seeds():
-  """Abstract batches give the concrete ones' state; eval_shape gives its shapes; under vmap over keys each seed gets its own
-  parameters, those of a call of its own, and a step vmapped over such states is the steps one by one."""
+  """Abstract batches give the concrete ones' state; eval_shape gives its shapes; under
+  vmap over keys each seed gets its own parameters, those of a call of its own, and a
+  step vmapped over such states is the steps one by one.
+  """
   batch = problems.regression_batch(4, 2)
-  plain = fptt_jax.trainer(problems.elman(), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1)), num_windows=2)
+  plain = fptt_jax.make_trainer(
+    problems.elman(),
+    losses.terminal_regression(),
+    fptt_jax.fptt(optax.sgd(0.1)),
+    num_windows=2,
+  )
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
   concrete = plain.init(jax.random.key(0), batch)
   same(plain.init(jax.random.key(0), shapes), concrete, rtol=0)
   describe = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  assert describe(jax.eval_shape(plain.init, jax.random.key(0), shapes)) == describe(concrete)
+  assert describe(jax.eval_shape(plain.init, jax.random.key(0), shapes)) == describe(
+    concrete
+  )
   keys = jax.random.split(jax.random.key(1), 3)
   step = problems.quick(plain.step)
   many = problems.quick(jax.vmap(lambda key: plain.init(key, batch)))(keys)
@@ -802,17 +1203,25 @@ def test_initialisation_from_shapes_and_over_seeds():
 @in_float64
 def test_steps_inside_an_outer_scan():
   """A compiled scan of `step` over stacked batches is the loop over them."""
-  batches = [problems.regression_batch(4, 2, seed=seed, dtype=np.float64) for seed in range(3)]
+  batches = [
+    problems.regression_batch(4, 2, seed=seed, dtype=np.float64) for seed in range(3)
+  ]
   trainer = quick_trainer(
-    double(dropout=0.5), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1, momentum=0.9)), num_windows=2
+    double(dropout=0.5),
+    losses.terminal_regression(),
+    fptt_jax.fptt(optax.sgd(0.1, momentum=0.9)),
+    num_windows=2,
   )
-  plain = fptt_jax.trainer(
-    double(dropout=0.5), losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1, momentum=0.9)), num_windows=2
+  plain = fptt_jax.make_trainer(
+    double(dropout=0.5),
+    losses.terminal_regression(),
+    fptt_jax.fptt(optax.sgd(0.1, momentum=0.9)),
+    num_windows=2,
   )
   stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
-  state, metrics = problems.quick(lambda state: jax.lax.scan(plain.step, state, stacked))(
-    trainer.init(jax.random.key(0), batches[0])
-  )
+  state, metrics = problems.quick(
+    lambda state: jax.lax.scan(plain.step, state, stacked)
+  )(trainer.init(jax.random.key(0), batches[0]))
   expected, last = run(trainer, *batches)
   same(state, expected, **TIGHT)
   same(jax.tree.map(lambda x: x[-1], metrics), last, **TIGHT)
@@ -828,16 +1237,22 @@ def noise_model() -> fptt_jax.Model:
     noise = jnp.zeros([]) if key is None else jax.random.uniform(key)
     return state + noise, params * noise * jnp.ones((*x.shape[:2], 1))
 
-  return fptt_jax.Model(lambda key: jnp.ones((1, 1, 1)), lambda batch_size: jnp.zeros((batch_size, 1)), apply)
+  return fptt_jax.Model(
+    lambda key: jnp.ones((1, 1, 1)),
+    lambda batch_size: jnp.zeros((batch_size, 1)),
+    apply,
+  )
 
 
 mean_output = losses.from_function(lambda outputs, targets, window: outputs.mean())
 
 
 def test_noise_is_fresh_in_each_window_and_step_and_absent_from_evaluation():
-  """Every window of every step has its own noise; the same seed gives the same numbers, another seed others; evaluation has
-  none."""
-  trainer = quick_trainer(noise_model(), mean_output, optax.sgd(0.0), method='tbptt', num_windows=3)
+  """Every window of every step has its own noise; the same seed gives the same numbers,
+  another seed others; evaluation has none."""
+  trainer = quick_trainer(
+    noise_model(), mean_output, optax.sgd(0.0), method='tbptt', num_windows=3
+  )
 
   def noise(seed: int) -> np.ndarray:
     state, seen = trainer.init(jax.random.key(seed), GOOD), []
@@ -856,8 +1271,12 @@ def test_noise_is_fresh_in_each_window_and_step_and_absent_from_evaluation():
 
 
 def test_tbptt_finals_prefix_has_noise_of_its_own():
-  """The steps before the differentiated ones run as in training, with noise, under a key that is not the last window's."""
-  trainer = quick_trainer(noise_model(), mean_output, optax.sgd(0.0), method='tbptt_final', final_steps=2)
+  """The steps before the differentiated ones run as in training, with noise, under a
+  key that is not the last window's.
+  """
+  trainer = quick_trainer(
+    noise_model(), mean_output, optax.sgd(0.0), method='tbptt_final', truncation_steps=2
+  )
   state, metrics = run(trainer, GOOD)
   of_prefix = float(state.hidden[0, 0] - metrics.loss[0])
   assert abs(of_prefix) > 1e-3
@@ -867,14 +1286,24 @@ def test_tbptt_finals_prefix_has_noise_of_its_own():
 # Evaluation.
 
 
-@pytest.mark.parametrize('lengths', [None, np.array([10, 4, 7], np.int32)], ids=['whole', 'ragged'])
+@pytest.mark.parametrize(
+  'lengths', [None, np.array([10, 4, 7], np.int32)], ids=['whole', 'ragged']
+)
 @pytest.mark.parametrize('terminal', [True, False], ids=['terminal', 'sequence'])
 def test_evaluation_equals_the_whole_sequence(terminal, lengths):
-  """Totals over evaluation's windows (3, 3, 4) are those of one pass over each whole sequence: cross-entropy and hits at the
-  sequence's last step, or at every step; dropout is off. The hidden state is the one at each sequence's end."""
+  """MetricSums over evaluation's windows (3, 3, 4) are those of one pass over each
+  whole sequence: cross-entropy and hits at the sequence's last step, or at every step;
+  dropout is off. The hidden state is the one at each sequence's end.
+  """
   model = problems.elman(out=3, dropout=0.5)
-  batch = (problems.label_batch if terminal else problems.tagging_batch)(10, 3)._replace(lengths=lengths)
-  loss = losses.terminal_classification(3) if terminal else losses.sequence_classification(3, accuracy=True)
+  batch = (problems.label_batch if terminal else problems.tagging_batch)(
+    10, 3
+  )._replace(lengths=lengths)
+  loss = (
+    losses.terminal_classification(3)
+    if terminal
+    else losses.sequence_classification(3, accuracy=True)
+  )
   trainer = quick_trainer(model, loss, optax.sgd(0.1))
   params = model.init(jax.random.key(0))
   totals, hidden = trainer.evaluate(params, batch)
@@ -891,31 +1320,53 @@ def test_evaluation_equals_the_whole_sequence(terminal, lengths):
         hits.append(np.argmax(logits) == label)
     np.testing.assert_allclose(hidden[row], h, rtol=1e-4, atol=1e-5)
   expected = {'count': len(nats), 'loss': sum(nats), 'accuracy': sum(hits)}
-  assert {name: float(total) for name, total in totals.items()} == pytest.approx(expected, rel=1e-4)
-  assert fptt_jax.means(totals) == pytest.approx({'loss': np.mean(nats), 'accuracy': np.mean(hits)}, rel=1e-4)
+  assert {name: float(total) for name, total in totals.items()} == pytest.approx(
+    expected, rel=1e-4
+  )
+  assert fptt_jax.compute_metrics(totals) == pytest.approx(
+    {'loss': np.mean(nats), 'accuracy': np.mean(hits)}, rel=1e-4
+  )
 
 
 def test_evaluation_goes_on_from_a_given_hidden_state():
-  """Two halves, the second from the first's hidden state, have the whole's totals and hidden state; from the start they do not."""
+  """Two halves, the second from the first's hidden state, have the whole's totals and
+  hidden state; from the start they do not.
+  """
   whole = problems.tagging_batch(8, 2)
   halves = [Batch(whole.inputs[i : i + 4], whole.targets[i : i + 4]) for i in (0, 4)]
-  trainer = quick_trainer(problems.elman(out=3), losses.sequence_classification(3), optax.sgd(0.1))
+  trainer = quick_trainer(
+    problems.elman(out=3), losses.sequence_classification(3), optax.sgd(0.1)
+  )
   params = problems.elman(out=3).init(jax.random.key(0))
   first, hidden = trainer.evaluate(params, halves[0])
   second, hidden = trainer.evaluate(params, halves[1], hidden)
   expected, expected_hidden = trainer.evaluate(params, whole)
   same(hidden, expected_hidden, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(first['loss'] + second['loss'], expected['loss'], rtol=1e-5)
-  assert abs(float(trainer.evaluate(params, halves[1])[0]['loss'] - second['loss'])) > 1e-3
+  np.testing.assert_allclose(
+    first['loss'] + second['loss'], expected['loss'], rtol=1e-5
+  )
+  assert (
+    abs(float(trainer.evaluate(params, halves[1])[0]['loss'] - second['loss'])) > 1e-3
+  )
 
 
 @pytest.mark.parametrize('method', ['bptt_aux', 'ftrl'])
 def test_totals_are_the_measures_of_the_step(method):
-  """With parameters that stay where they are, a step's totals are evaluation's, for a method that sees all windows in one update
-  and for ftrl, which sees the first one K times."""
-  batch = problems.regression_batch(6, 3)._replace(lengths=np.array([6, 2, 3], np.int32))
+  """With parameters that stay where they are, a step's totals are evaluation's, for a
+  method that sees all windows in one update and for ftrl, which sees the first one K
+  times.
+  """
+  batch = problems.regression_batch(6, 3)._replace(
+    lengths=np.array([6, 2, 3], np.int32)
+  )
   optimizer = fptt_jax.fptt(optax.sgd(0.0)) if method == 'fptt' else optax.sgd(0.0)
-  trainer = quick_trainer(problems.elman(), losses.terminal_regression(), optimizer, method=method, num_windows=3)
+  trainer = quick_trainer(
+    problems.elman(),
+    losses.terminal_regression(),
+    optimizer,
+    method=method,
+    num_windows=3,
+  )
   state, metrics = run(trainer, batch)
   assert int(metrics.totals['count']) == 3
   same(metrics.totals, trainer.evaluate(state.params, batch)[0], rtol=1e-5)
@@ -925,7 +1376,13 @@ def test_totals_are_the_measures_of_the_step(method):
 
 
 def make(method: str = 'tbptt', **options: Any) -> fptt_jax.Trainer:
-  return fptt_jax.trainer(problems.elman(), losses.terminal_regression(), optax.sgd(0.1), method=method, **options)
+  return fptt_jax.make_trainer(
+    problems.elman(),
+    losses.terminal_regression(),
+    optax.sgd(0.1),
+    method=method,
+    **options,
+  )
 
 
 @pytest.mark.parametrize(
@@ -933,17 +1390,44 @@ def make(method: str = 'tbptt', **options: Any) -> fptt_jax.Trainer:
   [
     ({'num_windows': 0}, r'num_windows must be an integer >= 1, got 0\.'),
     ({'window_size': 0}, r'window_size must be an integer >= 1, got 0\.'),
-    ({'num_windows': 2, 'window_size': 3}, r'not both: got num_windows=2 and window_size=3\.'),
-    ({'method': 'bppt'}, r"method must be one of \['fptt', 'tbptt', .*\] or a Method, got 'bppt'\."),
-    ({'method': 'bptt', 'num_windows': 2}, r"method 'bptt' fixes K=1: leave out num_windows, got num_windows=2\."),
-    ({'method': 'ogd', 'window_size': 2}, r"method 'ogd' fixes K=T: leave out window_size, got window_size=2\."),
-    ({'method': 'tbptt_final'}, r"final_steps goes with the method 'tbptt_final': got final_steps=None and method 'tbptt_final'\."),
-    ({'method': 'bptt', 'final_steps': 2}, r"goes with the method 'tbptt_final': got final_steps=2 and method 'bptt'\."),
-    ({'method': 'tbptt_final', 'final_steps': 0}, r'final_steps must be an integer >= 1, got 0\.'),
+    (
+      {'num_windows': 2, 'window_size': 3},
+      r'not both: got num_windows=2 and window_size=3\.',
+    ),
+    (
+      {'method': 'bppt'},
+      r"method must be one of \['fptt', 'tbptt', .*\] or a Method, got 'bppt'\.",
+    ),
+    (
+      {'method': 'bptt', 'num_windows': 2},
+      r"method 'bptt' fixes K=1: leave out num_windows, got num_windows=2\.",
+    ),
+    (
+      {'method': 'ogd', 'window_size': 2},
+      r"method 'ogd' fixes K=T: leave out window_size, got window_size=2\.",
+    ),
+    (
+      {'method': 'tbptt_final'},
+      r"truncation_steps goes with the method 'tbptt_final': got truncation_steps=None and method 'tbptt_final'\.",
+    ),
+    (
+      {'method': 'bptt', 'truncation_steps': 2},
+      r"goes with the method 'tbptt_final': got truncation_steps=2 and method 'bptt'\.",
+    ),
+    (
+      {'method': 'tbptt_final', 'truncation_steps': 0},
+      r'truncation_steps must be an integer >= 1, got 0\.',
+    ),
     ({'inner_steps': 0}, r'inner_steps must be an integer >= 1, got 0\.'),
     ({'inner_steps': 1.5}, r'inner_steps must be an integer >= 1, got 1\.5\.'),
-    ({'loss_weights': [1.0, np.nan]}, r'loss_weights must be K finite numbers, got \[1\.0, nan\]\.'),
-    ({'loss_weights': [[1.0]]}, r'loss_weights must be K finite numbers, got \[\[1\.0\]\]\.'),
+    (
+      {'loss_weights': [1.0, np.nan]},
+      r'loss_weights must be K finite numbers, got \[1\.0, nan\]\.',
+    ),
+    (
+      {'loss_weights': [[1.0]]},
+      r'loss_weights must be K finite numbers, got \[\[1\.0\]\]\.',
+    ),
   ],
 )
 def test_impossible_settings_are_refused(options, message):
@@ -955,18 +1439,32 @@ def test_impossible_settings_are_refused(options, message):
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'num_windows': 7}, r'num_windows must be an integer between 1 and the sequence length T=6, got 7\.'),
-    ({'window_size': 7}, r'window_size must be an integer between 1 and the sequence length T=6, got 7\.'),
-    ({'method': 'tbptt_final', 'final_steps': 7}, r'final_steps must be at most the sequence length T=6, got 7\.'),
-    ({'num_windows': 3, 'loss_weights': [1, 2]}, r'one factor for each of the K=3 windows, got 2\.'),
     (
-      {'method': 'tbptt_final', 'final_steps': 2, 'loss_weights': [1, 2]},
+      {'num_windows': 7},
+      r'num_windows must be an integer between 1 and the sequence length T=6, got 7\.',
+    ),
+    (
+      {'window_size': 7},
+      r'window_size must be an integer between 1 and the sequence length T=6, got 7\.',
+    ),
+    (
+      {'method': 'tbptt_final', 'truncation_steps': 7},
+      r'truncation_steps must be at most the sequence length T=6, got 7\.',
+    ),
+    (
+      {'num_windows': 3, 'loss_weights': [1, 2]},
+      r'one factor for each of the K=3 windows, got 2\.',
+    ),
+    (
+      {'method': 'tbptt_final', 'truncation_steps': 2, 'loss_weights': [1, 2]},
       r'one factor for each of the K=1 windows, got 2\.',
     ),
   ],
 )
 def test_settings_that_do_not_fit_the_sequence_are_refused(options, message):
-  """What depends on T fails with the first batch, in `init` and, for another length later, in `step`."""
+  """What depends on T fails with the first batch, in `init` and, for another length
+  later, in `step`.
+  """
   with pytest.raises(ValueError, match=message):
     make(**options).init(jax.random.key(0), GOOD)
   state = make(method='bptt').init(jax.random.key(0), GOOD)
@@ -977,28 +1475,74 @@ def test_settings_that_do_not_fit_the_sequence_are_refused(options, message):
 @pytest.mark.parametrize(
   ('batch', 'error', 'message'),
   [
-    (Batch(np.zeros((6, 0, 2)), np.zeros(0)), ValueError, r'got an empty batch \[T, B, \.\.\.\] = \(6, 0, 2\)\.'),
-    (Batch(np.zeros((0, 2, 2)), np.zeros(2)), ValueError, r'got an empty batch \[T, B, \.\.\.\] = \(0, 2, 2\)\.'),
-    (Batch(np.zeros(6), np.zeros(2)), ValueError, r'inputs must be time-major \[T, B, \.\.\.\], got shape \(6,\)\.'),
-    (Batch(np.zeros((6, 2), bool), np.zeros(2)), TypeError, r'floating point \(features\) or integers \(tokens\), got bool\.'),
-    (Batch(np.zeros((6, 2), np.complex64), np.zeros(2)), TypeError, r'or integers \(tokens\), got complex64\.'),
-    (Batch(np.full((6, 2), 'a'), np.zeros(2)), TypeError, r'or integers \(tokens\), got <U1\.'),
-    (Batch(GOOD.inputs, np.zeros(5, np.float32)), ValueError, r'with B=2, T=6; got shape \(5,\)\.'),
-    (GOOD._replace(lengths=np.full(3, 6)), ValueError, r'lengths must have shape \[B\] = \(2,\).*got int64\[3\]'),
-    (GOOD._replace(lengths=np.full((2, 1), 6)), ValueError, r'lengths must have shape \[B\] = \(2,\).*got int64\[2, 1\]'),
-    (GOOD._replace(lengths=np.full(2, 6.0)), TypeError, r'lengths must be integers, got float'),
-    (Batch(GOOD.inputs.tolist(), GOOD.targets), TypeError, r'inputs\S* must be an array, got float\.'),
+    (
+      Batch(np.zeros((6, 0, 2)), np.zeros(0)),
+      ValueError,
+      r'got an empty batch \[T, B, \.\.\.\] = \(6, 0, 2\)\.',
+    ),
+    (
+      Batch(np.zeros((0, 2, 2)), np.zeros(2)),
+      ValueError,
+      r'got an empty batch \[T, B, \.\.\.\] = \(0, 2, 2\)\.',
+    ),
+    (
+      Batch(np.zeros(6), np.zeros(2)),
+      ValueError,
+      r'inputs must be time-major \[T, B, \.\.\.\], got shape \(6,\)\.',
+    ),
+    (
+      Batch(np.zeros((6, 2), bool), np.zeros(2)),
+      TypeError,
+      r'floating point \(features\) or integers \(tokens\), got bool\.',
+    ),
+    (
+      Batch(np.zeros((6, 2), np.complex64), np.zeros(2)),
+      TypeError,
+      r'or integers \(tokens\), got complex64\.',
+    ),
+    (
+      Batch(np.full((6, 2), 'a'), np.zeros(2)),
+      TypeError,
+      r'or integers \(tokens\), got <U1\.',
+    ),
+    (
+      Batch(GOOD.inputs, np.zeros(5, np.float32)),
+      ValueError,
+      r'with B=2, T=6; got shape \(5,\)\.',
+    ),
+    (
+      GOOD._replace(lengths=np.full(3, 6)),
+      ValueError,
+      r'lengths must have shape \[B\] = \(2,\).*got int64\[3\]',
+    ),
+    (
+      GOOD._replace(lengths=np.full((2, 1), 6)),
+      ValueError,
+      r'lengths must have shape \[B\] = \(2,\).*got int64\[2, 1\]',
+    ),
+    (
+      GOOD._replace(lengths=np.full(2, 6.0)),
+      TypeError,
+      r'lengths must be integers, got float',
+    ),
+    (
+      Batch(GOOD.inputs.tolist(), GOOD.targets),
+      TypeError,
+      r'inputs\S* must be an array, got float\.',
+    ),
   ],
 )
 def test_batches_of_wrong_shape_or_dtype_are_refused(batch, error, message):
-  """Shapes and dtypes are looked at in `init` and in `check_batch`."""
+  """Shapes and dtypes are looked at in `init` and in `validate_batch`."""
   with pytest.raises(error, match=message):
     make().init(jax.random.key(0), batch)
   with pytest.raises(error, match=message):
-    fptt_jax.check_batch(batch, losses.terminal_regression())
+    fptt_jax.validate_batch(batch, losses.terminal_regression())
 
 
-def changed(model: fptt_jax.Model, change: Callable[[Any, jax.Array], Any]) -> fptt_jax.Model:
+def changed(
+  model: fptt_jax.Model, change: Callable[[Any, jax.Array], Any]
+) -> fptt_jax.Model:
   """`model` with `change` at the end of its apply."""
   return model._replace(apply=lambda *args: change(*model.apply(*args)))
 
@@ -1023,7 +1567,13 @@ SAME_HIDDEN = r"the hidden state that model\.apply returns must have .* of the m
       ValueError,
       SAME_HIDDEN + r'float32\[2, 4\]; got float32\[2, 3\]\.',
     ),
-    (changed(problems.elman(), lambda h, y: ((h,), y)), losses.terminal_regression(), GOOD, ValueError, SAME_HIDDEN),
+    (
+      changed(problems.elman(), lambda h, y: ((h,), y)),
+      losses.terminal_regression(),
+      GOOD,
+      ValueError,
+      SAME_HIDDEN,
+    ),
     (
       changed(problems.elman(), lambda h, y: (h, y[-1])),
       losses.terminal_regression(),
@@ -1067,18 +1617,36 @@ SAME_HIDDEN = r"the hidden state that model\.apply returns must have .* of the m
       r'expected a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(2, 6, 1\)\.',
     ),
   ],
-  ids=['dtype', 'shape', 'structure', 'outputs', 'features', 'targets', 'float labels', 'targets too short', 'targets batch-major'],
+  ids=[
+    'dtype',
+    'shape',
+    'structure',
+    'outputs',
+    'features',
+    'targets',
+    'float labels',
+    'targets too short',
+    'targets batch-major',
+  ],
 )
-def test_models_and_targets_that_do_not_fit_are_refused(model, loss, batch, error, message):
+def test_models_and_targets_that_do_not_fit_are_refused(
+  model, loss, batch, error, message
+):
   """Found when the step is traced, before anything is computed."""
-  trainer = fptt_jax.trainer(model, loss, optax.sgd(0.1), method='tbptt', num_windows=2)
-  state = jax.eval_shape(trainer.init, jax.random.key(0), GOOD)  # Abstract: values are not looked at.
+  trainer = fptt_jax.make_trainer(
+    model, loss, optax.sgd(0.1), method='tbptt', num_windows=2
+  )
+  state = jax.eval_shape(
+    trainer.init, jax.random.key(0), GOOD
+  )  # Abstract: values are not looked at.
   with pytest.raises(error, match=message):
     jax.eval_shape(trainer.step, state, batch)
 
 
 def test_carried_hidden_state_of_another_batch_size_is_refused():
-  """Rows of the next batch continue rows of the last: there must be as many. Without carry_hidden another size is welcome."""
+  """Rows of the next batch continue rows of the last: there must be as many. Without
+  carry_hidden another size is welcome.
+  """
   other = problems.regression_batch(6, 3)
   trainer = make(carry_hidden=True)
   message = r'the carried hidden state must have .* for this batch, float32\[3, 4\]; got float32\[2, 4\]\.'
@@ -1086,22 +1654,33 @@ def test_carried_hidden_state_of_another_batch_size_is_refused():
     trainer.step(trainer.init(jax.random.key(0), GOOD), other)
   message = r'the given hidden state must have .* for this batch, float32\[3, 4\]; got float32\[2, 4\]\.'
   with pytest.raises(ValueError, match=message):
-    trainer.evaluate(trainer.init(jax.random.key(0), GOOD).params, other, problems.elman().initial_state(2))
+    trainer.evaluate(
+      trainer.init(jax.random.key(0), GOOD).params,
+      other,
+      problems.elman().initial_state(2),
+    )
   state, _ = jax.eval_shape(make().step, make().init(jax.random.key(0), GOOD), other)
   assert state.hidden.shape == (3, 4)
 
 
 def test_truncated_final_loss_takes_no_ragged_batch():
   """tbptt_final counts its steps from T."""
-  trainer = make(method='tbptt_final', final_steps=2)
-  with pytest.raises(ValueError, match=r"'tbptt_final' .* takes no ragged batch: got lengths\."):
-    trainer.step(trainer.init(jax.random.key(0), GOOD), GOOD._replace(lengths=np.array([6, 5], np.int32)))
+  trainer = make(method='tbptt_final', truncation_steps=2)
+  with pytest.raises(
+    ValueError, match=r"'tbptt_final' .* takes no ragged batch: got lengths\."
+  ):
+    trainer.step(
+      trainer.init(jax.random.key(0), GOOD),
+      GOOD._replace(lengths=np.array([6, 5], np.int32)),
+    )
 
 
 @pytest.mark.parametrize('key', [np.zeros(3, np.uint32), np.zeros(2, np.int32), 0])
 def test_what_is_no_key_is_refused(key):
   """Seeds, and words that are no key's data."""
-  with pytest.raises(TypeError, match=r'key must be a PRNG key, jax\.random\.key\(seed\)'):
+  with pytest.raises(
+    TypeError, match=r'key must be a PRNG key, jax\.random\.key\(seed\)'
+  ):
     make().init(key, GOOD)
 
 
@@ -1114,57 +1693,101 @@ def with_value(batch: Batch, place: tuple[int, ...], value: float) -> Batch:
 @pytest.mark.parametrize(
   ('batch', 'message'),
   [
-    (with_value(GOOD, (4, 1), np.nan), r'NaN or infinity in 1 places, the first at .*\(4, 1\)'),
-    (with_value(GOOD, (2, 0, 1), -np.inf), r'NaN or infinity in 1 places, the first at .*\(2, 0\)'),
-    (with_value(GOOD, (4, 1), np.nan)._replace(lengths=np.array([3, 5])), r'NaN or infinity in 1 places'),
-    (GOOD._replace(lengths=np.array([6, 7])), r'lengths must lie in 1\.\.T=6, got values from 6 to 7\.'),
-    (GOOD._replace(lengths=np.array([0, 6])), r'lengths must lie in 1\.\.T=6, got values from 0 to 6\.'),
-    (GOOD._replace(targets=np.array([0, np.inf])), r'targets must be finite, got 1 NaN or infinite values\.'),
-    (GOOD._replace(inputs=jnp.full((6, 2, 2), jnp.nan, jnp.bfloat16)), r'NaN or infinity in 12 places'),
+    (
+      with_value(GOOD, (4, 1), np.nan),
+      r'NaN or infinity in 1 places, the first at .*\(4, 1\)',
+    ),
+    (
+      with_value(GOOD, (2, 0, 1), -np.inf),
+      r'NaN or infinity in 1 places, the first at .*\(2, 0\)',
+    ),
+    (
+      with_value(GOOD, (4, 1), np.nan)._replace(lengths=np.array([3, 5])),
+      r'NaN or infinity in 1 places',
+    ),
+    (
+      GOOD._replace(lengths=np.array([6, 7])),
+      r'lengths must lie in 1\.\.T=6, got values from 6 to 7\.',
+    ),
+    (
+      GOOD._replace(lengths=np.array([0, 6])),
+      r'lengths must lie in 1\.\.T=6, got values from 0 to 6\.',
+    ),
+    (
+      GOOD._replace(targets=np.array([0, np.inf])),
+      r'targets must be finite, got 1 NaN or infinite values\.',
+    ),
+    (
+      GOOD._replace(inputs=jnp.full((6, 2, 2), jnp.nan, jnp.bfloat16)),
+      r'NaN or infinity in 12 places',
+    ),
   ],
 )
 def test_check_batch_finds_values_that_mean_nothing(batch, message):
   """Values are looked at on the host only."""
   with pytest.raises(ValueError, match=message):
-    fptt_jax.check_batch(batch, losses.terminal_regression())
+    fptt_jax.validate_batch(batch, losses.terminal_regression())
 
 
 def test_check_batch_refuses_labels_that_mean_nothing():
-  """Labels outside 0..C-1 and labels that are not integers, which a compiled gather would turn into NaN or nonsense."""
+  """Labels outside 0..C-1 and labels that are not integers, which a compiled gather
+  would turn into NaN or nonsense.
+  """
   loss = losses.terminal_classification(3)
-  with pytest.raises(ValueError, match=r'labels must lie in 0\.\.2, got values from 1 to 3\.'):
-    fptt_jax.check_batch(Batch(GOOD.inputs, np.array([3, 1])), loss)
+  with pytest.raises(
+    ValueError, match=r'labels must lie in 0\.\.2, got values from 1 to 3\.'
+  ):
+    fptt_jax.validate_batch(Batch(GOOD.inputs, np.array([3, 1])), loss)
   with pytest.raises(TypeError, match=r'labels must be integers'):
-    fptt_jax.check_batch(Batch(GOOD.inputs, np.array([0.0, 1.0])), loss)
+    fptt_jax.validate_batch(Batch(GOOD.inputs, np.array([0.0, 1.0])), loss)
 
 
 def test_check_batch_accepts_what_a_step_runs_on():
-  """Good batches pass: plain, ragged with NaN past the end, tokens, lengths at both ends of their range."""
-  fptt_jax.check_batch(GOOD, losses.terminal_regression())
-  fptt_jax.check_batch(with_value(GOOD, (5, 1), np.nan)._replace(lengths=np.array([1, 5])), losses.terminal_regression())
-  fptt_jax.check_batch(Batch(np.zeros((6, 2), np.int32), np.full((6, 2), 2)), losses.sequence_classification(3))
+  """Good batches pass: plain, ragged with NaN past the end, tokens, lengths at both
+  ends of their range.
+  """
+  fptt_jax.validate_batch(GOOD, losses.terminal_regression())
+  fptt_jax.validate_batch(
+    with_value(GOOD, (5, 1), np.nan)._replace(lengths=np.array([1, 5])),
+    losses.terminal_regression(),
+  )
+  fptt_jax.validate_batch(
+    Batch(np.zeros((6, 2), np.int32), np.full((6, 2), 2)),
+    losses.sequence_classification(3),
+  )
 
 
 def test_check_batch_accepts_bfloat16_targets():
   """bfloat16 is floating point."""
-  fptt_jax.check_batch(Batch(GOOD.inputs, jnp.zeros(2, jnp.bfloat16)), losses.terminal_regression())
+  fptt_jax.validate_batch(
+    Batch(GOOD.inputs, jnp.zeros(2, jnp.bfloat16)), losses.terminal_regression()
+  )
 
 
 @pytest.mark.parametrize(
   ('loss', 'make_batch', 'padding'),
-  [(losses.sequence_classification(3), problems.tagging_batch, -1), (losses.sequence_regression(), problems.series_batch, np.nan)],
+  [
+    (losses.sequence_classification(3), problems.tagging_batch, -1),
+    (losses.sequence_regression(), problems.series_batch, np.nan),
+  ],
 )
 def test_check_batch_does_not_look_past_the_end(loss, make_batch, padding):
-  """The usual padding, -1 or NaN, passes in targets as it does in inputs: a step does not read it."""
+  """The usual padding, -1 or NaN, passes in targets as it does in inputs: a step does
+  not read it.
+  """
   batch = make_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
   batch.targets[3, 1] = padding
-  fptt_jax.check_batch(batch, loss)
+  fptt_jax.validate_batch(batch, loss)
 
 
 def test_init_looks_at_a_concrete_batch():
-  """Values that mean nothing are found before anything is trained; a traced batch passes on its shapes alone."""
+  """Values that mean nothing are found before anything is trained; a traced batch
+  passes on its shapes alone.
+  """
   bad = with_value(GOOD, (4, 1), np.nan)
-  with pytest.raises(ValueError, match=r'NaN or infinity in 1 places, the first at .*\(4, 1\)'):
+  with pytest.raises(
+    ValueError, match=r'NaN or infinity in 1 places, the first at .*\(4, 1\)'
+  ):
     make().init(jax.random.key(0), bad)
   jax.eval_shape(make().init, jax.random.key(0), bad)
 
@@ -1172,16 +1795,30 @@ def test_init_looks_at_a_concrete_batch():
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ((lambda p, x: x, losses.terminal_regression(), optax.sgd(0.1)), r'model must be a fptt_jax\.Model, .* got function\.'),
-    ((problems.elman(), mean_absolute_error, optax.sgd(0.1)), r'loss must be a fptt_jax\.Loss, .*from_function'),
-    ((problems.elman(), losses.terminal_regression(), 0.1), r'optimizer must be an optax\.GradientTransformation, got 0\.1\.'),
+    (
+      (lambda p, x: x, losses.terminal_regression(), optax.sgd(0.1)),
+      r'model must be a fptt_jax\.Model, .* got function\.',
+    ),
+    (
+      (problems.elman(), mean_absolute_error, optax.sgd(0.1)),
+      r'loss must be a fptt_jax\.Loss, .*from_function',
+    ),
+    (
+      (problems.elman(), losses.terminal_regression(), 0.1),
+      r'optimizer must be an optax\.GradientTransformation, got 0\.1\.',
+    ),
   ],
 )
 def test_parts_of_the_wrong_kind_are_refused(arguments, message):
-  """Each part says what it must be and where to get it; so does a batch that is a bare pair."""
+  """Each part says what it must be and where to get it; so does a batch that is a bare
+  pair.
+  """
   with pytest.raises(TypeError, match=message):
-    fptt_jax.trainer(*arguments)
-  with pytest.raises(TypeError, match=r'batch must be a fptt_jax\.Batch\(inputs, targets, lengths=None\), got tuple\.'):
+    fptt_jax.make_trainer(*arguments)
+  with pytest.raises(
+    TypeError,
+    match=r'batch must be a fptt_jax\.Batch\(inputs, targets, lengths=None\), got tuple\.',
+  ):
     make().init(jax.random.key(0), (GOOD.inputs, GOOD.targets))
 
 
@@ -1194,18 +1831,26 @@ def test_parts_of_the_wrong_kind_are_refused(arguments, message):
 )
 def test_a_loss_that_is_no_number_is_refused(function, got):
   """A loss of one's own must return one floating-point number."""
-  trainer = fptt_jax.trainer(problems.elman(), losses.from_function(function), optax.sgd(0.1), method='tbptt')
+  trainer = fptt_jax.make_trainer(
+    problems.elman(), losses.from_function(function), optax.sgd(0.1), method='tbptt'
+  )
   state = jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
-  with pytest.raises(ValueError, match=rf'a loss must return one floating-point number a window, got {got}\.'):
+  with pytest.raises(
+    ValueError,
+    match=rf'a loss must return one floating-point number a window, got {got}\.',
+  ):
     jax.eval_shape(trainer.step, state, GOOD)
 
 
 def test_own_measure_of_a_loss():
   """`from_function` evaluates what its measure says, in windows of evaluation's own."""
-  measure = lambda outputs, targets, window: {'count': jnp.int32(1), 'steps': window.mask.sum()}
+  measure = lambda outputs, targets, window: {
+    'count': jnp.int32(1),
+    'steps': window.mask.sum(),
+  }
   loss = losses.from_function(mean_absolute_error, measure)
   batch = problems.series_batch(9, 2)
-  trainer = fptt_jax.trainer(problems.elman(), loss, optax.sgd(0.1), method='bptt')
+  trainer = fptt_jax.make_trainer(problems.elman(), loss, optax.sgd(0.1), method='bptt')
   totals, _ = trainer.evaluate(trainer.init(jax.random.key(0), batch).params, batch)
   assert (int(totals['count']), int(totals['steps'])) == (3, 18)
 
@@ -1213,18 +1858,29 @@ def test_own_measure_of_a_loss():
 @pytest.mark.parametrize(('built', 'taken'), [(3, 1), (1, 2)])
 def test_inner_steps_of_trainer_and_optimiser_must_agree(built, taken):
   """Otherwise λ and W̄ would move on other calls than those that end a window."""
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), fptt_jax.fptt(optax.sgd(0.1), inner_steps=built))
-  trainer = fptt_jax.trainer(problems.elman(), losses.terminal_regression(), optimizer, inner_steps=taken)
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0), fptt_jax.fptt(optax.sgd(0.1), inner_steps=built)
+  )
+  trainer = fptt_jax.make_trainer(
+    problems.elman(), losses.terminal_regression(), optimizer, inner_steps=taken
+  )
   with pytest.raises(
-    ValueError, match=rf'fptt was built with inner_steps={built}, got a caller that takes inner_steps={taken} a window'
+    ValueError,
+    match=rf'fptt was built with inner_steps={built}, got a caller that takes inner_steps={taken} a window',
   ):
     jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
 
 
 def test_multi_steps_with_the_explicit_gradient():
-  """optax.MultiSteps, which is no transformation itself, gets `grad_fn` as well: λ moves every second window."""
-  optimizer = optax.MultiSteps(fptt_jax.fptt(optax.sgd(0.1), gradient_estimate='explicit'), 2)
-  trainer = quick_trainer(problems.elman(), losses.terminal_regression(), optimizer, num_windows=2)
+  """optax.MultiSteps, which is no transformation itself, gets `grad_fn` as well: λ
+  moves every second window.
+  """
+  optimizer = optax.MultiSteps(
+    fptt_jax.fptt(optax.sgd(0.1), gradient_estimate='recomputed'), 2
+  )
+  trainer = quick_trainer(
+    problems.elman(), losses.terminal_regression(), optimizer, num_windows=2
+  )
   state, _ = run(trainer, GOOD)
   [fptt_state] = find_states(state.opt_state)
   assert int(fptt_state.step_count) == 1
@@ -1232,14 +1888,25 @@ def test_multi_steps_with_the_explicit_gradient():
 
 
 def test_state_owns_its_buffers_and_types():
-  """Weights of one's own, weakly typed or used twice, can start two runs: the step donates copies, and is compiled once."""
+  """Weights of one's own, weakly typed or used twice, can start two runs: the step
+  donates copies, and is compiled once.
+  """
   zeros = jnp.zeros((2, 4))
-  own = jax.tree.map(lambda leaf: leaf + 0.0, problems.elman().init(jax.random.key(0))) | {'b': jnp.full((4,), 0.1)}
-  model = problems.elman()._replace(init=lambda key: own, initial_state=lambda batch_size: zeros)
-  trainer = quick_trainer(model, losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1)), num_windows=2)
+  own = jax.tree.map(
+    lambda leaf: leaf + 0.0, problems.elman().init(jax.random.key(0))
+  ) | {'b': jnp.full((4,), 0.1)}
+  model = problems.elman()._replace(
+    init=lambda key: own, initial_state=lambda batch_size: zeros
+  )
+  trainer = quick_trainer(
+    model, losses.terminal_regression(), fptt_jax.fptt(optax.sgd(0.1)), num_windows=2
+  )
   for _ in range(2):
     state = trainer.init(jax.random.key(0), GOOD)
-    assert not any(leaf.weak_type for leaf in jax.tree.leaves((state.params, state.hidden, state.loss_state)))
+    assert not any(
+      leaf.weak_type
+      for leaf in jax.tree.leaves((state.params, state.hidden, state.loss_state))
+    )
     for _ in range(2):
       state, _ = trainer.step(state, GOOD)
   assert trainer.step._cache_size() == 1
@@ -1247,14 +1914,18 @@ def test_state_owns_its_buffers_and_types():
 
 
 def test_ftrl_reads_the_loss_state_of_the_sequences_start():
-  """A window gone through again is measured against the Q it had when first seen, not the one this sequence has moved: with a
-  learning rate of 0 the u-th objective is the mean of the first u window losses."""
+  """A window gone through again is measured against the Q it had when first seen, not
+  the one this sequence has moved: with a learning rate of 0 the u-th objective is the
+  mean of the first u window losses.
+  """
   batch = problems.label_batch(6, 3)
   batch = batch._replace(targets=(batch.targets, np.arange(3, dtype=np.int32)))
   loss = losses.terminal_classification(3, divergence='example', num_examples=3)
   metrics = {}
   for method in ('tbptt', 'ftrl'):
-    trainer = quick_trainer(problems.elman(out=3), loss, optax.sgd(0.0), method=method, num_windows=3)
+    trainer = quick_trainer(
+      problems.elman(out=3), loss, optax.sgd(0.0), method=method, num_windows=3
+    )
     state = trainer.init(jax.random.key(0), batch)
     q = jax.random.dirichlet(jax.random.key(5), jnp.ones(3), (3, 3))
     _, metrics[method] = trainer.step(state._replace(loss_state={'q': q}), batch)
@@ -1263,33 +1934,43 @@ def test_ftrl_reads_the_loss_state_of_the_sequences_start():
 
 
 @pytest.mark.parametrize('ragged', [False, True])
-def test_a_penalty_of_the_model_is_added_as_its_mean_over_valid_steps(ragged: bool) -> None:
-  """Objective = loss + mean penalty over the window's valid steps, gradient included; what is measured leaves it out."""
+def test_a_penalty_of_the_model_is_added_as_its_mean_over_valid_steps(
+  ragged: bool,
+) -> None:
+  """Objective = loss + mean penalty over the window's valid steps, gradient included;
+  what is measured leaves it out.
+  """
   plain = problems.elman()
 
   def apply(params, h, x, mask, key):
     h, y = plain.apply(params, h, x, mask, key)
-    return h, fptt_jax.Penalised(y, jnp.square(y[..., 0]))
+    return h, fptt_jax.OutputsWithPenalty(y, jnp.square(y[..., 0]))
 
   batch = problems.regression_batch(8, 4)
   lengths = np.array([8, 8, 7, 3], np.int32)
   batch = batch._replace(lengths=lengths) if ragged else batch
   loss = fptt_jax.losses.terminal_regression()
   optimizer = optax.sgd(0.1)
-  penalised = quick_trainer(plain._replace(apply=apply), loss, optimizer, method='bptt')
-  state = penalised.init(jax.random.key(0), batch)
-  new_state, metrics = penalised.step(state, batch)
+  penalized = quick_trainer(plain._replace(apply=apply), loss, optimizer, method='bptt')
+  state = penalized.init(jax.random.key(0), batch)
+  new_state, metrics = penalized.step(state, batch)
 
   def objective(params):
-    valid = jnp.asarray(np.arange(8)[:, None] < (lengths if ragged else 8)) & jnp.ones((8, 4), bool)
-    _, y = plain.apply(params, plain.initial_state(4), jnp.asarray(batch.inputs), valid, None)
+    valid = jnp.asarray(np.arange(8)[:, None] < (lengths if ragged else 8)) & jnp.ones(
+      (8, 4), bool
+    )
+    _, y = plain.apply(
+      params, plain.initial_state(4), jnp.asarray(batch.inputs), valid, None
+    )
     last = (lengths if ragged else np.full(4, 8)) - 1
     error = jnp.mean(jnp.square(y[last, np.arange(4), 0] - batch.targets))
     return error + jnp.mean(jnp.square(y[..., 0]), where=valid), error
 
   (value, error), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
   np.testing.assert_allclose(metrics.loss, [value], rtol=1e-5)
-  np.testing.assert_allclose(fptt_jax.means(metrics.totals)['loss'], error, rtol=1e-5)
+  np.testing.assert_allclose(
+    fptt_jax.compute_metrics(metrics.totals)['loss'], error, rtol=1e-5
+  )
   expected = jax.tree.map(lambda w, g: w - 0.1 * g, state.params, grads)
   chex.assert_trees_all_close(new_state.params, expected, rtol=1e-4, atol=1e-6)
 
@@ -1297,8 +1978,19 @@ def test_a_penalty_of_the_model_is_added_as_its_mean_over_valid_steps(ragged: bo
 def test_a_penalty_of_another_shape_is_refused() -> None:
   """The message names what was got and what was expected."""
   plain = problems.elman()
-  wrong = lambda params, h, x, mask, key: (h, fptt_jax.Penalised(plain.apply(params, h, x, mask, key)[1], jnp.zeros(4)))
-  trainer = quick_trainer(plain._replace(apply=wrong), fptt_jax.losses.terminal_regression(), optax.sgd(0.1), method='bptt')
+  wrong = lambda params, h, x, mask, key: (
+    h,
+    fptt_jax.OutputsWithPenalty(plain.apply(params, h, x, mask, key)[1], jnp.zeros(4)),
+  )
+  trainer = quick_trainer(
+    plain._replace(apply=wrong),
+    fptt_jax.losses.terminal_regression(),
+    optax.sgd(0.1),
+    method='bptt',
+  )
   batch = problems.regression_batch(8, 4)
-  with pytest.raises(ValueError, match=r'penalty that model.apply returns must be \[S, B\] = \(8, 4\), got shape \(4,\)'):
+  with pytest.raises(
+    ValueError,
+    match=r'penalty that model.apply returns must be \[S, B\] = \(8, 4\), got shape \(4,\)',
+  ):
     trainer.step(trainer.init(jax.random.key(0), batch), batch)

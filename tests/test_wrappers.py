@@ -1,4 +1,6 @@
-"""FPTT inside flax's own optimizer wrappers, and plateau schedules inside the trainer."""
+"""FPTT inside flax's own optimizer wrappers, and plateau schedules inside the
+trainer.
+"""
 
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -40,12 +42,16 @@ XS = np.random.default_rng(0).normal(size=(4, 5, 2)).astype(np.float32)
     lambda tx: tx,
     lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
     lambda tx: optax.apply_if_finite(tx, 3),
-    lambda tx: optax.inject_hyperparams(lambda alpha: fptt_jax.fptt(optax.adam(0.1), alpha=alpha))(alpha=0.3),
+    lambda tx: optax.inject_hyperparams(
+      lambda alpha: fptt_jax.fptt(optax.adam(0.1), alpha=alpha)
+    )(alpha=0.3),
   ],
   ids=['alone', 'chain', 'apply_if_finite', 'inject_hyperparams'],
 )
 def test_w_bar_and_restart_inside_an_nnx_optimizer(wrap, jitted):
-  """Its variables, steps and restarts give what optax alone gives, in variables of the model's own type."""
+  """Its variables, steps and restarts give what optax alone gives, in variables of the
+  model's own type.
+  """
   tx = wrap(TX)
   model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
   start = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -53,11 +59,15 @@ def test_w_bar_and_restart_inside_an_nnx_optimizer(wrap, jitted):
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
   def step(model, optimizer, x):
-    grads = nnx.grad(lambda m: loss_of({'kernel': m.kernel[...], 'bias': m.bias[...]}, x))(model)
+    grads = nnx.grad(
+      lambda m: loss_of({'kernel': m.kernel[...], 'bias': m.bias[...]}, x)
+    )(model)
     optimizer.update(model, grads)
 
   def restart(model, optimizer):
-    params, optimizer.opt_state = fptt_jax.fptt_restart(optimizer.opt_state, nnx.state(model, nnx.Param))
+    params, optimizer.opt_state = fptt_jax.fptt_restart(
+      optimizer.opt_state, nnx.state(model, nnx.Param)
+    )
     nnx.update(model, params)
 
   if jitted:
@@ -100,15 +110,30 @@ def test_w_bar_and_restart_inside_a_flax_train_state():
 
 @pytest.mark.parametrize('inner_steps', [1, 2])
 def test_a_plateau_schedule_counts_sequences(inner_steps):
-  """With accumulation_size = K (times the inner steps) the scale falls when that of a schedule of whole sequences does."""
+  """With accumulation_size = K (times the inner steps) the scale falls when that of a
+  schedule of whole sequences does.
+  """
   num_windows, patience = 3, 2
   options = {'factor': 0.5, 'patience': patience, 'rtol': 0.0, 'atol': 0.05}
-  plateau = optax.contrib.reduce_on_plateau(accumulation_size=num_windows * inner_steps, **options)
-  optimizer = fptt_jax.fptt(optax.chain(optax.sgd(0.02), plateau), inner_steps=inner_steps)
+  plateau = optax.contrib.reduce_on_plateau(
+    accumulation_size=num_windows * inner_steps, **options
+  )
+  optimizer = fptt_jax.fptt(
+    optax.chain(optax.sgd(0.02), plateau), inner_steps=inner_steps
+  )
   model, batch = problems.elman(), problems.regression_batch(6, 4)
-  trainer = problems.quick_trainer(model, losses.terminal_regression(), optimizer, num_windows=num_windows, inner_steps=inner_steps)
+  trainer = problems.quick_trainer(
+    model,
+    losses.terminal_regression(),
+    optimizer,
+    num_windows=num_windows,
+    inner_steps=inner_steps,
+  )
   by_sequence = optax.contrib.reduce_on_plateau(**options)
-  state, reference = trainer.init(jax.random.key(0), batch), by_sequence.init(model.init(jax.random.key(0)))
+  state, reference = (
+    trainer.init(jax.random.key(0), batch),
+    by_sequence.init(model.init(jax.random.key(0))),
+  )
   scales = []
   for _ in range(12):
     state, metrics = trainer.step(state, batch)
@@ -119,6 +144,7 @@ def test_a_plateau_schedule_counts_sequences(inner_steps):
     scales.append(float(optax.tree.get(state.opt_state, 'scale')))
   assert scales[patience] == 1.0
   assert scales[-1] < 1.0
-  # At most one change per `patience` sequences, where updates would be counted there were several in each.
+  # At most one change per `patience` sequences, where updates would be counted there
+  # were several in each.
   falls = np.flatnonzero(np.diff(scales))
   assert (np.diff(falls) >= patience).all()

@@ -1,8 +1,10 @@
-"""Writes a data set as one .npz of plain arrays, to carry it to a machine without network or tensorflow-datasets.
+"""Writes a data set as one .npz of plain arrays, to carry it to a machine without
+network or tensorflow-datasets.
 
     python -m experiments.data --dataset=mnist --data_dir=FOLDER --output=mnist.npz
 
-The file is then given as --data_dir. That of 'ptb' serves by words and by characters. Files of your own have the same arrays:
+The file is then given as --data_dir. That of 'ptb' serves by words and by characters.
+Files of your own have the same arrays:
 
   images  train_images, test_images  uint8 [N, height, width, channels]
           train_labels, test_labels  int32 [N], class numbers from 0
@@ -22,12 +24,18 @@ class Config:
   """What to read and where to write it."""
 
   dataset: str = option('mnist', 'the data set', ('mnist', 'cifar10', 'ptb'))
-  data_dir: str = option('', 'folder with the official files; by default they are downloaded, unless a prepared copy is there')
+  data_dir: str = option(
+    '',
+    'folder with the official files; by default they are downloaded, unless a prepared '
+    'copy is there',
+  )
   output: str = option('', 'the .npz file to write')
 
   def __post_init__(self) -> None:
     options.check_fields(self)
-    options.check(self.output.endswith('.npz'), 'output', self.output, 'a file name ending in .npz')
+    options.check(
+      self.output.endswith('.npz'), 'output', self.output, 'a file name ending in .npz'
+    )
 
 
 def main(config: Config) -> None:

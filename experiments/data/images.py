@@ -35,20 +35,40 @@ def decode(name: str, files: dict[str, bytes]) -> Images:
   """The arrays in the official files of 'mnist' or 'cifar10', in the files' order."""
   if name == 'mnist':
     # Headers of 16 and 8 bytes: magic number and sizes.
-    images, labels, test_images, test_labels = [np.frombuffer(gzip.decompress(file), np.uint8) for file in files.values()]
-    images, test_images = images[16:].reshape(-1, 28, 28, 1), test_images[16:].reshape(-1, 28, 28, 1)
-    return Images(images, labels[8:].astype(np.int32), test_images, test_labels[8:].astype(np.int32))
-  records = [np.frombuffer(file, np.uint8).reshape(-1, 1 + 3 * 32 * 32) for file in files.values()]
+    images, labels, test_images, test_labels = [
+      np.frombuffer(gzip.decompress(file), np.uint8) for file in files.values()
+    ]
+    images, test_images = (
+      images[16:].reshape(-1, 28, 28, 1),
+      test_images[16:].reshape(-1, 28, 28, 1),
+    )
+    return Images(
+      images, labels[8:].astype(np.int32), test_images, test_labels[8:].astype(np.int32)
+    )
+  records = [
+    np.frombuffer(file, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    for file in files.values()
+  ]
   train, test = np.concatenate(records[:-1]), records[-1]
-  pixels = [np.ascontiguousarray(part[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)) for part in (train, test)]
-  return Images(pixels[0], train[:, 0].astype(np.int32), pixels[1], test[:, 0].astype(np.int32))
+  pixels = [
+    np.ascontiguousarray(part[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    for part in (train, test)
+  ]
+  return Images(
+    pixels[0], train[:, 0].astype(np.int32), pixels[1], test[:, 0].astype(np.int32)
+  )
 
 
 def content(images: Images) -> str:
-  """sha256 of the examples whatever their order: tensorflow-datasets' own copies are shuffled."""
+  """sha256 of the examples whatever their order: tensorflow-datasets' own copies are
+  shuffled.
+  """
   digest = hashlib.sha256()
   for pixels, labels in (images[:2], images[2:]):
-    examples = [hashlib.sha256(image.tobytes() + b'%d' % label).digest() for image, label in zip(pixels, labels, strict=True)]
+    examples = [
+      hashlib.sha256(image.tobytes() + b'%d' % label).digest()
+      for image, label in zip(pixels, labels, strict=True)
+    ]
     digest.update(b''.join(sorted(examples)) + b'%d' % len(examples))
   return digest.hexdigest()
 
@@ -60,13 +80,25 @@ def checked(images: Images, name: str, where: str, advice: str) -> Images:
     UserError: they are not.
   """
   for split in ('train', 'test'):
-    pixels, labels = getattr(images, f'{split}_images'), getattr(images, f'{split}_labels')
+    pixels, labels = (
+      getattr(images, f'{split}_images'),
+      getattr(images, f'{split}_labels'),
+    )
     if pixels.ndim != 4 or pixels.dtype != np.uint8 or not pixels.size:
       got = f'{pixels.dtype}{list(pixels.shape)}'
-      raise UserError(f'{where}: {split}_images must be uint8 [N, height, width, channels], got {got}.')
+      raise UserError(
+        f'{where}: {split}_images must be uint8 [N, height, width, channels], got '
+        f'{got}.'
+      )
     if labels.shape != pixels.shape[:1] or labels.dtype != np.int32 or labels.min() < 0:
       got = f'{labels.dtype}{list(labels.shape)}'
-      raise UserError(f'{where}: {split}_labels must be int32 [N={len(pixels)}] numbers from 0, got {got}.')
+      raise UserError(
+        f'{where}: {split}_labels must be int32 [N={len(pixels)}] numbers from 0, got '
+        f'{got}.'
+      )
   if name in CONTENT and (got := content(images)) != CONTENT[name]:
-    raise UserError(f'{where} does not hold the original {name}: its content hash is {got}, expected {CONTENT[name]}; {advice}')
+    raise UserError(
+      f'{where} does not hold the original {name}: its content hash is {got}, expected '
+      f'{CONTENT[name]}; {advice}'
+    )
   return images

@@ -1,7 +1,9 @@
-"""The official files: names, hashes and addresses; finding, downloading and checking them.
+"""The official files: names, hashes and addresses; finding, downloading and checking
+them.
 
-The hashes of MNIST's files and of CIFAR-10's archive are those that tensorflow-datasets lists; those of Penn Treebank are of
-Mikolov's simple-examples; those of the files within CIFAR-10's archive are of the official content, in any packing.
+The hashes of MNIST's files and of CIFAR-10's archive are those that tensorflow-datasets
+lists; those of Penn Treebank are of Mikolov's simple-examples; those of the files
+within CIFAR-10's archive are of the official content, in any packing.
 """
 
 import gzip
@@ -29,7 +31,8 @@ class Source(NamedTuple):
     name: the folder's name where several data sets lie side by side.
     files: sha256 by file name; '' where any content will do.
     urls: what to download: sha256 (or '') by address.
-    archive: name, less its ending, of a tar archive that holds the files; '' if there is none.
+    archive: name, less its ending, of a tar archive that holds the files; '' if there
+      is none.
     inside: the folder within the archive.
   """
 
@@ -41,7 +44,9 @@ class Source(NamedTuple):
 
   def advice(self, name: str = '') -> str:
     """Say where to get one file, or all of them."""
-    addresses = [url for url in self.urls if PurePosixPath(url).name == name] or list(self.urls)
+    addresses = [url for url in self.urls if PurePosixPath(url).name == name] or list(
+      self.urls
+    )
     if len(addresses) > 1:
       addresses = [addresses[0].rpartition('/')[0] + '/']
     return f'get it from {addresses[0]}' if addresses else 'put it there'
@@ -54,7 +59,14 @@ def _mnist() -> Source:
     't10k-images-idx3-ubyte.gz': '8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6',
     't10k-labels-idx1-ubyte.gz': 'f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6',
   }
-  return Source('mnist', files, {f'https://storage.googleapis.com/cvdf-datasets/mnist/{name}': files[name] for name in files})
+  return Source(
+    'mnist',
+    files,
+    {
+      f'https://storage.googleapis.com/cvdf-datasets/mnist/{name}': files[name]
+      for name in files
+    },
+  )
 
 
 def _cifar10() -> Source:
@@ -68,7 +80,9 @@ def _cifar10() -> Source:
   }
   url = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
   archive_hash = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
-  return Source('cifar10', files, {url: archive_hash}, 'cifar-10-binary', 'cifar-10-batches-bin')
+  return Source(
+    'cifar10', files, {url: archive_hash}, 'cifar-10-binary', 'cifar-10-batches-bin'
+  )
 
 
 def _ptb() -> Source:
@@ -82,11 +96,14 @@ def _ptb() -> Source:
 
 
 SOURCES = {source.name: source for source in (_mnist(), _cifar10(), _ptb())}
-ANY_TEXT = SOURCES['ptb']._replace(files=dict.fromkeys(SOURCES['ptb'].files, ''), urls={}, archive='', inside='')
+ANY_TEXT = SOURCES['ptb']._replace(
+  files=dict.fromkeys(SOURCES['ptb'].files, ''), urls={}, archive='', inside=''
+)
 
 
 def find(source: Source, folder: Path) -> dict[str, bytes]:
-  """The checked files by name, from `folder` or the folder of the data set's name in it: loose, with .gz added, or in the archive.
+  """The checked files by name, from `folder` or the folder of the data set's name in
+  it: loose, with .gz added, or in the archive.
 
   Raises:
     UserError: a file is missing, damaged or not the official one.
@@ -98,7 +115,10 @@ def find(source: Source, folder: Path) -> dict[str, bytes]:
     if source.archive:
       for archive in sorted(place.glob(f'{source.archive}.t*')):
         return _unpack(source, archive)
-  raise UserError(f'{folder} holds no file of {source.name} ({", ".join(source.files)}): {source.advice()}.')
+  raise UserError(
+    f'{folder} holds no file of {source.name} ({", ".join(source.files)}): '
+    f'{source.advice()}.'
+  )
 
 
 def download(source: Source) -> dict[str, bytes]:
@@ -113,24 +133,37 @@ def download(source: Source) -> dict[str, bytes]:
       print(f'downloading {url}', flush=True)
       _fetch(source, url, path)
       if sha256 and (got := _sha256(path.read_bytes())) != sha256:
-        raise UserError(f'what {url} answers is not the official file: its sha256 is {got}, expected {sha256}.')
+        raise UserError(
+          f'what {url} answers is not the official file: its sha256 is {got}, expected '
+          f'{sha256}.'
+        )
     return find(source, Path(folder))
 
 
 def _fetch(source: Source, url: str, path: Path) -> None:
   for trial in range(TRIES):
     try:
-      with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, path.open('wb') as file:
+      with (
+        urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
+        path.open('wb') as file,
+      ):
         shutil.copyfileobj(answer, file)
       return
-    except (OSError, ValueError) as error:  # urllib's errors and time-outs are OSErrors.
+    except (
+      OSError,
+      ValueError,
+    ) as error:  # urllib's errors and time-outs are OSErrors.
       if trial == TRIES - 1:
         needed = ', '.join(source.files)
-        raise UserError(f'cannot download {url} ({error}): give a folder with {needed} as --data_dir.') from error
+        raise UserError(
+          f'cannot download {url} ({error}): give a folder with {needed} as --data_dir.'
+        ) from error
 
 
 def _path(folder: Path, name: str) -> Path | None:
-  return next((path for path in (folder / name, folder / f'{name}.gz') if path.is_file()), None)
+  return next(
+    (path for path in (folder / name, folder / f'{name}.gz') if path.is_file()), None
+  )
 
 
 def _read(source: Source, folder: Path, name: str) -> bytes:
@@ -141,9 +174,13 @@ def _read(source: Source, folder: Path, name: str) -> bytes:
   content = b''
   try:
     content = path.read_bytes()
-    return _checked(source, name, content if path.name == name else gzip.decompress(content), path)
+    return _checked(
+      source, name, content if path.name == name else gzip.decompress(content), path
+    )
   except DAMAGED as error:
-    raise UserError(f'{path} cannot be read ({error}): {source.advice(name)}.') from error
+    raise UserError(
+      f'{path} cannot be read ({error}): {source.advice(name)}.'
+    ) from error
 
 
 def _unpack(source: Source, archive: Path) -> dict[str, bytes]:
@@ -156,17 +193,24 @@ def _unpack(source: Source, archive: Path) -> dict[str, bytes]:
         if name and (stream := file.extractfile(member)):
           contents[name] = _checked(source, name, stream.read(), archive / member.name)
   except DAMAGED as error:
-    raise UserError(f'{archive} cannot be read ({error}): {source.advice()}.') from error
+    raise UserError(
+      f'{archive} cannot be read ({error}): {source.advice()}.'
+    ) from error
   missing = [name for name in source.files if name not in contents]
   if missing:
-    raise UserError(f'there is no {source.inside}/{missing[0]} in {archive}: {source.advice()}.')
+    raise UserError(
+      f'there is no {source.inside}/{missing[0]} in {archive}: {source.advice()}.'
+    )
   return contents
 
 
 def _checked(source: Source, name: str, content: bytes, path: Path) -> bytes:
   got = _sha256(content)
   if source.files[name] and got != source.files[name]:
-    raise UserError(f'{path} is not the original: its sha256 is {got}, expected {source.files[name]}; {source.advice(name)}.')
+    raise UserError(
+      f'{path} is not the original: its sha256 is {got}, expected '
+      f'{source.files[name]}; {source.advice(name)}.'
+    )
   return content
 
 

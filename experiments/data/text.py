@@ -55,7 +55,9 @@ def decode(files: dict[str, bytes], where: str) -> dict[str, str]:
     UserError: a file is not UTF-8 text.
   """
   names = {split: f'ptb.{split}.txt' for split in SPLITS}
-  return {split: _decode(files[name], f'{where}: {name}') for split, name in names.items()}
+  return {
+    split: _decode(files[name], f'{where}: {name}') for split, name in names.items()
+  }
 
 
 def read_file(path: Path) -> str:
@@ -98,7 +100,9 @@ def divide(tokens: Sequence[str], where: str) -> list[Sequence[str]]:
   parts = [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
   if not all(parts):
     shares = ' / '.join(map(str, SHARES))
-    raise UserError(f'{where} holds {len(tokens)} tokens, too few to be split into {shares} %.')
+    raise UserError(
+      f'{where} holds {len(tokens)} tokens, too few to be split into {shares} %.'
+    )
   return parts
 
 
@@ -132,7 +136,10 @@ def words(strings: dict[str, str], where: str) -> Text:
   Raises:
     UserError: a split has no words.
   """
-  return number_words([split_words(strings[split], f'{where}: ptb.{split}.txt') for split in SPLITS], where)
+  return number_words(
+    [split_words(strings[split], f'{where}: ptb.{split}.txt') for split in SPLITS],
+    where,
+  )
 
 
 def number_words(parts: Sequence[Sequence[str]], where: str) -> Text:
@@ -144,14 +151,17 @@ def number_words(parts: Sequence[Sequence[str]], where: str) -> Text:
     _tell_unknown(where, 'words', strangers)
   else:
     unknown = -1
-  arrays = [np.array([ids.get(word, unknown) for word in part], np.int32) for part in parts]
+  arrays = [
+    np.array([ids.get(word, unknown) for word in part], np.int32) for part in parts
+  ]
   return Text(*arrays, list(ids))
 
 
 def _tell_unknown(where: str, kind: str, counts: Sequence[int]) -> None:
   """Print how many tokens of the validation and test text become '<unk>'."""
   print(
-    f'{where}: {counts[1]:,} {kind} of the validation text and {counts[2]:,} of the test '
+    f'{where}: {counts[1]:,} {kind} of the validation text and {counts[2]:,} of the '
+    'test '
     f'text are not in the training text and read as {UNKNOWN}'
   )
 
@@ -160,9 +170,9 @@ def characters(parts: Sequence[str], where: str) -> Text:
   """Read a text by characters, each of which is one token: nothing is lost.
 
   A character is a Unicode code point; blanks, tabs, carriage returns and a byte order
-  mark are characters like all others. `SYMBOLS` says which have a name in the vocabulary.
-  Characters of the validation or test text that are not in the training text become
-  '<unk>'; how many these are is printed.
+  mark are characters like all others. `SYMBOLS` says which have a name in the
+  vocabulary. Characters of the validation or test text that are not in the training
+  text become '<unk>'; how many these are is printed.
 
   Args:
     parts: training, validation and test text.
@@ -184,7 +194,10 @@ def characters(parts: Sequence[str], where: str) -> Text:
   ids = np.argsort(order).astype(np.int32)
   places = [np.minimum(np.searchsorted(known, code), len(known) - 1) for code in codes]
   strangers = [known[place] != code for place, code in zip(places, codes, strict=True)]
-  arrays = [np.where(strange, np.int32(len(vocabulary)), ids[place]) for place, strange in zip(places, strangers, strict=True)]
+  arrays = [
+    np.where(strange, np.int32(len(vocabulary)), ids[place])
+    for place, strange in zip(places, strangers, strict=True)
+  ]
   if any(strange.any() for strange in strangers):
     vocabulary.append(UNKNOWN)
     _tell_unknown(where, 'characters', [int(strange.sum()) for strange in strangers])
@@ -211,7 +224,9 @@ def as_file(text: Text, split: str) -> bytes:
   return (written[:-1] if written.endswith('\n ') else written).encode()
 
 
-def decode_tokens(tokens: Sequence[int], vocabulary: Sequence[str], by_characters: bool) -> str:
+def decode_tokens(
+  tokens: Sequence[int], vocabulary: Sequence[str], by_characters: bool
+) -> str:
   """Write token ids as text, by characters exactly as it was read.
 
   Args:
@@ -230,7 +245,9 @@ def decode_tokens(tokens: Sequence[int], vocabulary: Sequence[str], by_character
   return ''.join(meaning.get(symbol, symbol) for symbol in symbols)
 
 
-def encode_prompt(prompt: str, vocabulary: Sequence[str], by_characters: bool) -> list[int]:
+def encode_prompt(
+  prompt: str, vocabulary: Sequence[str], by_characters: bool
+) -> list[int]:
   """Read a text as token ids of a vocabulary.
 
   Args:
@@ -273,7 +290,9 @@ def checked(text: Text, hashes: dict[str, str], where: str, advice: str) -> Text
     UserError: it is not.
   """
   size = len(text.vocabulary)
-  if len(set(text.vocabulary)) != size or not all(isinstance(x, str) for x in text.vocabulary):
+  if len(set(text.vocabulary)) != size or not all(
+    isinstance(x, str) for x in text.vocabulary
+  ):
     raise UserError(f'{where}: vocabulary must be str [V], all different.')
   for split in SPLITS:
     tokens, expected = getattr(text, split), hashes[f'ptb.{split}.txt']
@@ -287,7 +306,10 @@ def checked(text: Text, hashes: dict[str, str], where: str, advice: str) -> Text
       continue
     found = hashlib.sha256(as_file(text, split)).hexdigest()
     if found != expected:
-      raise UserError(f'{where}: {split} is not the original text: its sha256 is {found}, expected sha256 {expected}; {advice}')
+      raise UserError(
+        f'{where}: {split} is not the original text: its sha256 is {found}, expected '
+        f'sha256 {expected}; {advice}'
+      )
   return text
 
 
@@ -301,6 +323,7 @@ def check_symbols(text: Text, where: str) -> Text:
   found = [token for token in text.vocabulary if len(token) > 1 and token not in named]
   if found:
     raise UserError(
-      f'{where}: vocabulary holds words such as {found[0]!r}, not characters; read it by words, or give the text itself.'
+      f'{where}: vocabulary holds words such as {found[0]!r}, not characters; read it '
+      'by words, or give the text itself.'
     )
   return text

@@ -1,1 +1,3 @@
-"""Measured results: one JSON file and one file of curves per item, and what is made of them."""
+"""Measured results: one JSON file and one file of curves per item, and what is made of
+them.
+"""

@@ -20,7 +20,9 @@ class Config:
 
   collect: str = option('', 'run folder to take results from')
   item: str = option('', 'the item that they belong to', ('', *known_items()))
-  series: str = option('', 'name of the runs that are compared together; default the scale')
+  series: str = option(
+    '', 'name of the runs that are compared together; default the scale'
+  )
   scale: str = option('', 'scale of the runs; default what their reports say')
   command: str = option('', 'how they were started; default what they recorded')
   commit: str = option('', 'revision of the code; default what they recorded')
@@ -30,8 +32,15 @@ class Config:
 
   def __post_init__(self) -> None:
     options.check_fields(self)
-    check(any((self.collect, self.tables, self.plots)), 'collect', '', 'given, or --tables or --plots')
-    check(bool(self.item) == bool(self.collect), 'item', self.item, 'given with --collect')
+    check(
+      any((self.collect, self.tables, self.plots)),
+      'collect',
+      '',
+      'given, or --tables or --plots',
+    )
+    check(
+      bool(self.item) == bool(self.collect), 'item', self.item, 'given with --collect'
+    )
     about = [field.name for field in dataclasses.fields(Origin)]
     for name in about:
       value = getattr(self, name)
@@ -57,9 +66,16 @@ def main(config: Config) -> None:
     print(f'{number} rows of {config.collect} are in {config.item}.json')
   if config.tables:
     changed = tables.update_pages(pages(root))
-    print(f'tables changed in: {", ".join(str(page.relative_to(root)) for page in changed) or "none"}')
+    print(
+      'tables changed in: '
+      f'{", ".join(str(page.relative_to(root)) for page in changed) or "none"}'
+    )
   if config.plots:
-    drawn = [path for name in store.item_names() for path in plots.draw(name, Path(config.plots))]
+    drawn = [
+      path
+      for name in store.item_names()
+      for path in plots.draw(name, Path(config.plots))
+    ]
     print(f'{len(drawn)} plots are in {config.plots}')
 
 

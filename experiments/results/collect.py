@@ -30,7 +30,17 @@ REPORTS = {
 """By the report of a study or benchmark, the columns that tell its lines apart."""
 BENCHMARK = ('rivals', 'population', 'growth')
 """The reports of a benchmark."""
-NO_SOURCE = ('item', 'scale', 'lines', 'growth', 'exponents', 'C', 'config', 'best', 'runs')
+NO_SOURCE = (
+  'item',
+  'scale',
+  'lines',
+  'growth',
+  'exponents',
+  'C',
+  'config',
+  'best',
+  'runs',
+)
 """What a report or summary says beside where its numbers come from."""
 
 
@@ -78,13 +88,20 @@ def collect_folder(folder: Path, name: str, origin: Origin, store_folder: Path) 
   series = origin.series or scale
   rows = [*training_rows(folder, series), *report_rows(folder, name, series)]
   if not rows:
-    raise UserError(f'--collect must be a folder with runs or reports, got {folder}, which has none.')
-  said = {key: getattr(origin, key) for key in ('command', 'commit') if getattr(origin, key)}
+    raise UserError(
+      f'--collect must be a folder with runs or reports, got {folder}, which has none.'
+    )
+  said = {
+    key: getattr(origin, key) for key in ('command', 'commit') if getattr(origin, key)
+  }
   rows = [dataclasses.replace(row, source=row.source | said) for row in rows]
   item = store.load(name, store_folder)
   known = item.series.get(series, {'scale': scale, 'notes': ''})
   if known['scale'] != scale:
-    raise UserError(f'--scale must be {known["scale"]}, that of the series {series} of {name}, got {scale}.')
+    raise UserError(
+      f'--scale must be {known["scale"]}, that of the series {series} of {name}, got '
+      f'{scale}.'
+    )
   item.series[series] = known | ({'notes': origin.notes} if origin.notes else {})
   merged = {row.key: row for row in item.rows}
   for row in rows:
@@ -95,7 +112,8 @@ def collect_folder(folder: Path, name: str, origin: Origin, store_folder: Path) 
 
 
 def merge(old: Row | None, new: Row, source_is_given: bool) -> Row:
-  """The newer one of two rows of one run, with the older source if nothing was measured since.
+  """The newer one of two rows of one run, with the older source if nothing was measured
+  since.
 
   Raises:
     UserError: they are two runs, neither of which goes on where the other one was.
@@ -106,13 +124,18 @@ def merge(old: Row | None, new: Row, source_is_given: bool) -> Row:
   if (old.numbers, old.curves, old.status) == (new.numbers, new.curves, new.status):
     return new if source_is_given else dataclasses.replace(new, source=old.source)
   if old.status != 'unfinished' and not goes_on(old.curves, new.curves):
-    raise UserError(f'--series must be another name than {old.series}, which has other results of {old.line} {old.run}.')
+    raise UserError(
+      f'--series must be another name than {old.series}, which has other results of '
+      f'{old.line} {old.run}.'
+    )
   return new
 
 
 def goes_on(old: dict[str, list[Any]], new: dict[str, list[Any]]) -> bool:
   """Whether curves begin with what was measured before."""
-  return bool(old) and all(new.get(name, [])[: len(values)] == values for name, values in old.items())
+  return bool(old) and all(
+    new.get(name, [])[: len(values)] == values for name, values in old.items()
+  )
 
 
 def reported_scale(folder: Path, name: str) -> str:
@@ -125,14 +148,18 @@ def reported_scale(folder: Path, name: str) -> str:
   scales = {report['scale'] for report in reports if 'scale' in report}
   if len(scales) != 1:
     found = ', '.join(sorted(scales)) or 'no scale'
-    raise UserError(f'--scale must be given: the reports of {name} in {folder} say {found}.')
+    raise UserError(
+      f'--scale must be given: the reports of {name} in {folder} say {found}.'
+    )
   return str(scales.pop())
 
 
 def training_rows(folder: Path, series: str) -> Iterator[Row]:
   """One row per run in a folder."""
   files = (*folder.rglob('metrics.jsonl'), *folder.rglob('result.json'))
-  tuned = runs.read_json(folder / 'tuned.json') if (folder / 'tuned.json').exists() else {}
+  tuned = (
+    runs.read_json(folder / 'tuned.json') if (folder / 'tuned.json').exists() else {}
+  )
   for run in sorted({file.parent for file in files}):
     parts = run.parent.relative_to(folder).parts
     stage = 'tuning' if parts[:1] == ('tune',) else 'final'
@@ -157,7 +184,9 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
     UserError: there is no configuration beside the run, or a file is damaged.
   """
   if not (run.parent / 'config.json').exists():
-    raise UserError(f'{run.parent / "config.json"} is missing: {run.name} cannot be told from others.')
+    raise UserError(
+      f'{run.parent / "config.json"} is missing: {run.name} cannot be told from others.'
+    )
   path = run.parent / 'summary.json'
   summary = runs.read_json(path) if path.exists() else {'runs': []}
   result = read_result(run, summary['runs'])
@@ -181,10 +210,16 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
 
 
 def read_result(run: Path, summaries: list[dict[str, Any]]) -> dict[str, Any]:
-  """What a run came to: its own file, else what the summary says; empty before its end."""
+  """What a run came to: its own file, else what the summary says; empty before its
+  end.
+  """
   if (run / 'result.json').exists():
     return runs.read_json(run / 'result.json')
-  named = (summary for summary in summaries if summary.get('run', f'{summary["method"]}-seed{summary["seed"]}') == run.name)
+  named = (
+    summary
+    for summary in summaries
+    if summary.get('run', f'{summary["method"]}-seed{summary["seed"]}') == run.name
+  )
   return next(named, {})
 
 
@@ -199,13 +234,17 @@ def settings_of(run: Path, result: dict[str, Any]) -> dict[str, Any]:
   for name in own_names(config, result):
     settings[name] = result[name] if name in result else grid_value(run.name, name)
   described = run.parent / 'data.json'
-  if described.exists() and (order := runs.read_json(described).get('order')) is not None:
+  if (
+    described.exists() and (order := runs.read_json(described).get('order')) is not None
+  ):
     settings['permutation'] = order
   return settings
 
 
 def own_names(config: dict[str, Any], result: dict[str, Any]) -> list[str]:
-  """The settings of a run that its command does not say: out of a grid, or of its method."""
+  """The settings of a run that its command does not say: out of a grid, or of its
+  method.
+  """
   tuned = ('lr', 'momentum') if 'tuned_rates' in config else ()
   unsaid = [name for name in tuned if config.get(name) is None and name in result]
   return list(dict.fromkeys([*grid_names(config), *unsaid]))
@@ -252,14 +291,20 @@ def report_rows(folder: Path, name: str, series: str) -> Iterator[Row]:
     report = runs.read_json(path)
     source = {key: value for key, value in report.items() if key not in NO_SOURCE}
     for line, curves in report_lines(report, folder):
-      columns_of_line = REPORTS.get(kind, tuple(key for key in line if isinstance(line[key], str)))
+      columns_of_line = REPORTS.get(
+        kind, tuple(key for key in line if isinstance(line[key], str))
+      )
       settings = {key: line[key] for key in columns_of_line if key in line}
       numbers = {key: value for key, value in line.items() if key not in settings}
       label = ', '.join(f'{key} {value}' for key, value in settings.items())
-      yield Row(series, kind, label, '', None, None, 'done', settings, source, numbers, curves)
+      yield Row(
+        series, kind, label, '', None, None, 'done', settings, source, numbers, curves
+      )
 
 
-def report_lines(report: dict[str, Any], folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
+def report_lines(
+  report: dict[str, Any], folder: Path
+) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
   """The lines of a report, each with its curves, which are in files of their own."""
   for line in report.get('lines', ()):
     path = folder / f'{line.get("run")}-{report.get("scale")}.json'
@@ -267,7 +312,9 @@ def report_lines(report: dict[str, Any], folder: Path) -> Iterator[tuple[dict[st
   for varied, lines in report.get('growth', {}).items():
     for line in lines:
       yield {'varied': varied, **line}, {}
-  fitted: dict[str, Any] = {name: report[name] for name in ('exponents', 'C') if name in report}
+  fitted: dict[str, Any] = {
+    name: report[name] for name in ('exponents', 'C') if name in report
+  }
   if fitted:
     yield {'varied': 'fit', **fitted}, {}
 

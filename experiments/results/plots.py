@@ -1,4 +1,6 @@
-"""Plots made of the results: curves of training, scores of tuning, studies, benchmarks."""
+"""Plots made of the results: curves of training, scores of tuning, studies,
+benchmarks.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +45,11 @@ def draw_curves(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
   drawn = []
   for score, of_score in tables.by_score(rows).items():
     curves = [
-      Curve(row.line, row.settings['method'], row.curves['step'], row.curves[score.curve]) for row in of_score if row.curves
+      Curve(
+        row.line, row.settings['method'], row.curves['step'], row.curves[score.curve]
+      )
+      for row in of_score
+      if row.curves
     ]
     if curves:
       drawn.append(out / f'{stem}-{score.test}.png')
@@ -67,7 +73,9 @@ def draw_tuning(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
     for row in of_score:
       value = row.numbers.get(score.choose)
       if value is not None:
-        lines.setdefault((row.line, row.settings['method']), []).append((row.settings['lr'], value))
+        lines.setdefault((row.line, row.settings['method']), []).append(
+          (row.settings['lr'], value)
+        )
     curves = []
     for (line, method), tries in lines.items():
       rates, values = zip(*sorted(tries), strict=True)
@@ -104,4 +112,7 @@ def draw_report(path: Path, kind: str, rows: Sequence[Row]) -> list[Path]:
 
 def as_lines(curves: dict[str, list[Any]]) -> list[dict[str, Any]]:
   """Columns as one dictionary per interval."""
-  return [dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)]
+  return [
+    dict(zip(curves, values, strict=True))
+    for values in zip(*curves.values(), strict=True)
+  ]

@@ -93,7 +93,10 @@ def digest(content: Any) -> str:
 def natural(text: str) -> list[tuple[int, float, str]]:
   """A sort key that puts 'K3' before 'K10'."""
   parts = re.split(r'(\d+(?:\.\d+)?)', text)
-  return [(0, float(part), '') if number % 2 else (1, 0.0, part) for number, part in enumerate(parts)]
+  return [
+    (0, float(part), '') if number % 2 else (1, 0.0, part)
+    for number, part in enumerate(parts)
+  ]
 
 
 def sort_key(row: Row) -> list[list[tuple[int, float, str]]]:
@@ -149,10 +152,15 @@ def save(item: Item, folder: Path = FOLDER) -> None:
   path = folder / f'{item.name}.json'
   if not path.exists() or path.read_text() != text:
     runs.write_text(path, text)
-  lines = [json.dumps({'key': row.key, 'curves': row.curves}) + '\n' for row in rows if row.curves]
+  lines = [
+    json.dumps({'key': row.key, 'curves': row.curves}) + '\n'
+    for row in rows
+    if row.curves
+  ]
   packed_path = curves_path(item.name, folder)
   content = ''.join(lines).encode()
-  # Other versions of zlib pack the same content into other bytes: only new content is written.
+  # Other versions of zlib pack the same content into other bytes: only new content is
+  # written.
   if lines and (not packed_path.exists() or _unpacked(packed_path) != content):
     packed_path.write_bytes(gzip.compress(content, compresslevel=9, mtime=0))
 
@@ -194,7 +202,11 @@ def _as_json(item: Item, rows: Iterable[Row]) -> str:
     f'"item": {json.dumps(item.name)}',
     *(
       f'"{name}": {{\n{_entries(part)}\n}}'
-      for name, part in (('series', item.series), ('sources', sources), ('settings', settings))
+      for name, part in (
+        ('series', item.series),
+        ('sources', sources),
+        ('settings', settings),
+      )
     ),
     '"rows": [\n' + ',\n'.join(described) + '\n]',
   ]
@@ -203,7 +215,10 @@ def _as_json(item: Item, rows: Iterable[Row]) -> str:
 
 def _entries(part: dict[str, Any]) -> str:
   names = sorted(part, key=natural)
-  return ',\n'.join(f'{json.dumps(name)}: {json.dumps(part[name], ensure_ascii=False)}' for name in names)
+  return ',\n'.join(
+    f'{json.dumps(name)}: {json.dumps(part[name], ensure_ascii=False)}'
+    for name in names
+  )
 
 
 def by_series(item: Item) -> Iterator[tuple[str, list[Row]]]:

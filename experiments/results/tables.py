@@ -70,7 +70,9 @@ def table_of(name: str, folder: Path = store.FOLDER) -> str:
     return provenance(folder)
   item_name, _, wanted = name.partition('/')
   item = store.load(item_name, folder)
-  found = [(series, rows) for series, rows in store.by_series(item) if wanted in ('', series)]
+  found = [
+    (series, rows) for series, rows in store.by_series(item) if wanted in ('', series)
+  ]
   if not found:
     known = ', '.join(store.item_names(folder))
     raise UserError(f'a table must be of {known} or provenance, got {name}.')
@@ -97,7 +99,9 @@ def series_table(item: Item, series: str, rows: Sequence[Row]) -> str:
 def score_of(row: Row) -> Score | None:
   """What a run is measured by; None while it has neither result nor metrics."""
   known = {**row.numbers, **row.curves}
-  return next((score for score in SCORES if score.test in known or score.choose in known), None)
+  return next(
+    (score for score in SCORES if score.test in known or score.choose in known), None
+  )
 
 
 def by_score(rows: Sequence[Row]) -> dict[Score, list[Row]]:
@@ -120,7 +124,9 @@ def final_tables(name: str, scale: str, rows: Sequence[Row]) -> list[str]:
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in of_score:
       lines.setdefault((row.line, store.digest(row.settings)), []).append(row)
-    described = [final_line(score, found, entries.get(key[0])) for key, found in lines.items()]
+    described = [
+      final_line(score, found, entries.get(key[0])) for key, found in lines.items()
+    ]
     tables.append(markdown(described))
   return [*tables, *unscored_tables(rows)]
 
@@ -128,14 +134,17 @@ def final_tables(name: str, scale: str, rows: Sequence[Row]) -> list[str]:
 def unscored_tables(rows: Sequence[Row]) -> list[str]:
   """What is known of the runs that no score measures, a line per run."""
   table = [
-    {'run': row.run, 'line': row.line, 'status': row.status} | {name: shown(value) for name, value in row.numbers.items()}
+    {'run': row.run, 'line': row.line, 'status': row.status}
+    | {name: shown(value) for name, value in row.numbers.items()}
     for row in rows
     if score_of(row) is None
   ]
   return [markdown(table)] if table else []
 
 
-def final_line(score: Score, rows: Sequence[Row], entry: items.Entry | None) -> dict[str, str]:
+def final_line(
+  score: Score, rows: Sequence[Row], entry: items.Entry | None
+) -> dict[str, str]:
   """One line of a table of results.
 
   Args:
@@ -148,7 +157,10 @@ def final_line(score: Score, rows: Sequence[Row], entry: items.Entry | None) -> 
   """
   first = rows[0]
   measures = {score.choose: 'validation', score.test: 'test'}
-  measures |= {f'dynamic_{score.test}': 'test, dynamic evaluation', 'best_mse': 'lowest'}
+  measures |= {
+    f'dynamic_{score.test}': 'test, dynamic evaluation',
+    'best_mse': 'lowest',
+  }
   cells = {
     'line': first.line,
     'method': first.settings['method'],
@@ -158,11 +170,15 @@ def final_line(score: Score, rows: Sequence[Row], entry: items.Entry | None) -> 
     'seeds': ', '.join(str(row.seed) for row in rows),
   }
   for measure, label in measures.items():
-    values = [row.numbers[measure] for row in rows if row.numbers.get(measure) is not None]
+    values = [
+      row.numbers[measure] for row in rows if row.numbers.get(measure) is not None
+    ]
     label = 'test' if measure == score.test else label
     cells[label] = mean_and_interval(values, score.digits)
   cells['below 0.01 after'] = ', '.join(
-    shown(row.numbers['below_0.01_at']) or 'never' for row in rows if 'below_0.01_at' in row.numbers
+    shown(row.numbers['below_0.01_at']) or 'never'
+    for row in rows
+    if 'below_0.01_at' in row.numbers
   )
   seconds = [row.numbers['seconds'] for row in rows if 'seconds' in row.numbers]
   cells['seconds per run'] = f'{np.mean(seconds):.0f}' if seconds else ''
@@ -203,15 +219,21 @@ def tuning_tables(rows: Sequence[Row]) -> list[str]:
     for row in of_score:
       value = row.numbers.get(score.choose)
       lines.setdefault(row.line, {})[tried(row)] = value
-    columns = sorted({column for values in lines.values() for column in values}, key=store.natural)
+    columns = sorted(
+      {column for values in lines.values() for column in values}, key=store.natural
+    )
     table = []
     for line, values in lines.items():
       finite = [value for value in values.values() if value is not None]
       cells = {'line': line}
       for column in columns:
-        cells[column] = tuning_cell(values, column, score.digits, best(finite, default=None))
+        cells[column] = tuning_cell(
+          values, column, score.digits, best(finite, default=None)
+        )
       table.append(cells)
-    tables.append(f'Scores that rates were chosen by, {score.label}:\n\n{markdown(table)}')
+    tables.append(
+      f'Scores that rates were chosen by, {score.label}:\n\n{markdown(table)}'
+    )
   return tables
 
 
@@ -220,7 +242,9 @@ def tried(row: Row) -> str:
   return re.sub(r'^.*-seed\d+-?', '', row.run)
 
 
-def tuning_cell(values: dict[str, Any], column: str, digits: int, best: float | None) -> str:
+def tuning_cell(
+  values: dict[str, Any], column: str, digits: int, best: float | None
+) -> str:
   """A score as text: bold if it is the best, empty if it was not tried."""
   if column not in values:
     return ''
@@ -272,8 +296,12 @@ def source_cells(source: dict[str, Any]) -> dict[str, str]:
   """What a table shows of a source."""
   hardware, versions = source.get('hardware', {}), source.get('versions', {})
   cores = f'{hardware["cpu_cores"]} cores' if 'cpu_cores' in hardware else ''
-  devices = ', '.join(device for device in hardware.get('devices', ()) if device != 'cpu')
-  packages = [f'{name} {versions[name]}' for name in ('jax', 'torch') if name in versions]
+  devices = ', '.join(
+    device for device in hardware.get('devices', ()) if device != 'cpu'
+  )
+  packages = [
+    f'{name} {versions[name]}' for name in ('jax', 'torch') if name in versions
+  ]
   command = source.get('command')
   return {
     'command': f'`{command}`' if command else '',
@@ -296,6 +324,10 @@ def markdown(table: Sequence[dict[str, str]]) -> str:
   """Lines as a Markdown table, without the columns that are empty in all of them."""
   names = dict.fromkeys(name for cells in table for name in cells)
   used = [name for name in names if any(cells.get(name) for cells in table)]
-  lines = [[cells.get(name, '').replace('|', r'\|') for name in used] for cells in table]
+  lines = [
+    [cells.get(name, '').replace('|', r'\|') for name in used] for cells in table
+  ]
   # Cells are not padded to one width, so that a new line changes no other line.
-  return '\n'.join(f'| {" | ".join(cells)} |' for cells in [used, ['---'] * len(used), *lines])
+  return '\n'.join(
+    f'| {" | ".join(cells)} |' for cells in [used, ['---'] * len(used), *lines]
+  )

@@ -1,12 +1,23 @@
-"""Recurrent models in Flax NNX, and the adapters that turn NNX and Linen modules into the pure functions a train step takes."""
+"""Recurrent models in Flax NNX, and the adapters that turn NNX and Linen modules into
+the pure functions a train step takes.
+"""
 
-from fptt_jax.nn.adapters import float32_params, from_linen, from_nnx, to_nnx
+from fptt_jax.nn.adapters import from_linen, from_nnx, to_nnx, with_float32_params
 from fptt_jax.nn.cells import LRU, FastGRNN, IncrementalRNN, IndRNN, LRUState
 from fptt_jax.nn.foreign import from_equinox, from_haiku
-from fptt_jax.nn.layers import GRU, LSTM, RNN, AntisymmetricRNN, LearnedInitialState, Lift, LSTMState, Stack
+from fptt_jax.nn.layers import (
+  GRU,
+  LSTM,
+  AntisymmetricRNN,
+  ElmanRNN,
+  FromCell,
+  LearnedInitialState,
+  LSTMState,
+  Sequential,
+)
 from fptt_jax.nn.readouts import MixtureOfSoftmaxes, TiedReadout
 from fptt_jax.nn.reconstruction import Reconstruction
-from fptt_jax.nn.regularisation import (
+from fptt_jax.nn.regularization import (
   ActivationPenalty,
   EmbeddingDropout,
   LockedDropout,
@@ -28,16 +39,16 @@ __all__ = (
   'LSTM',
   'LSTMState',
   'LearnedInitialState',
-  'Lift',
+  'FromCell',
   'LockedDropout',
   'MixtureOfSoftmaxes',
-  'RNN',
+  'ElmanRNN',
   'Reconstruction',
-  'Stack',
+  'Sequential',
   'TemporalActivationPenalty',
   'TiedReadout',
   'WeightDrop',
-  'float32_params',
+  'with_float32_params',
   'from_equinox',
   'from_haiku',
   'from_linen',

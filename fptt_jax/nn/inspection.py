@@ -1,4 +1,6 @@
-"""What can be told of an NNX module without running it: its constants, its known layers, the inputs it takes."""
+"""What can be told of an NNX module without running it: its constants, its known
+layers, the inputs it takes.
+"""
 
 from collections.abc import Iterator
 import functools
@@ -11,10 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax.nn.cells import LRU, FastGRNN, IncrementalRNN, IndRNN
-from fptt_jax.nn.layers import GRU, LSTM, RNN, AntisymmetricRNN, LearnedInitialState, Lift, Recurrent, Stack
+from fptt_jax.nn.layers import (
+  GRU,
+  LSTM,
+  AntisymmetricRNN,
+  ElmanRNN,
+  FromCell,
+  LearnedInitialState,
+  Recurrent,
+  Sequential,
+)
 from fptt_jax.nn.readouts import MixtureOfSoftmaxes, TiedReadout
 from fptt_jax.nn.reconstruction import Reconstruction
-from fptt_jax.nn.regularisation import (
+from fptt_jax.nn.regularization import (
   ActivationPenalty,
   EmbeddingDropout,
   LockedDropout,
@@ -24,55 +35,100 @@ from fptt_jax.nn.regularisation import (
 
 KNOWN_LAYERS = frozenset(
   {
-    *(GRU, LSTM, RNN, AntisymmetricRNN, FastGRNN, IncrementalRNN, IndRNN, LRU),
+    *(GRU, LSTM, ElmanRNN, AntisymmetricRNN, FastGRNN, IncrementalRNN, IndRNN, LRU),
     *(ActivationPenalty, EmbeddingDropout, LockedDropout, TemporalActivationPenalty),
     *(MixtureOfSoftmaxes, TiedReadout),
     *(nnx.Dropout, nnx.Embed, nnx.Linear),
   }
 )
-"""Layers that keep rows apart, do not look ahead and carry all their memory; subclasses may do anything."""
-KNOWN_CELLS = frozenset({nnx.GRUCell, nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.SimpleCell})
+"""Layers that keep rows apart, do not look ahead and carry all their memory; subclasses
+may do anything.
+"""
+KNOWN_CELLS = frozenset(
+  {nnx.GRUCell, nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.SimpleCell}
+)
 KNOWN_FUNCTIONS = (
-  *(jax.nn.relu, jax.nn.elu, jax.nn.gelu, jax.nn.silu, jax.nn.softplus, jax.nn.sigmoid, jax.nn.leaky_relu),
-  *(jax.nn.selu, jax.nn.celu, jax.nn.relu6, jax.nn.log_sigmoid, jax.nn.soft_sign, jax.nn.hard_tanh, jax.nn.glu),
-  *(jax.nn.softmax, jax.nn.log_softmax, jax.nn.tanh, jnp.tanh, jnp.sin, jnp.cos, jnp.square, jnp.abs),
+  *(
+    jax.nn.relu,
+    jax.nn.elu,
+    jax.nn.gelu,
+    jax.nn.silu,
+    jax.nn.softplus,
+    jax.nn.sigmoid,
+    jax.nn.leaky_relu,
+  ),
+  *(
+    jax.nn.selu,
+    jax.nn.celu,
+    jax.nn.relu6,
+    jax.nn.log_sigmoid,
+    jax.nn.soft_sign,
+    jax.nn.hard_tanh,
+    jax.nn.glu,
+  ),
+  *(
+    jax.nn.softmax,
+    jax.nn.log_softmax,
+    jax.nn.tanh,
+    jnp.tanh,
+    jnp.sin,
+    jnp.cos,
+    jnp.square,
+    jnp.abs,
+  ),
 )
 
 
 def is_known(layer: Any) -> bool:
-  """Returns whether a layer needs no probe, because it and all layers in it are known."""
-  if type(layer) is Stack:
+  """Returns whether a layer needs no probe, because it and all layers in it are
+  known.
+  """
+  if type(layer) is Sequential:
     return all(is_known(inner) for inner in layer.layers)
   if type(layer) in (LearnedInitialState, WeightDrop, Reconstruction):
     return is_known(layer.layer)
-  if type(layer) is Lift:
-    functions = [value for name, value in vars(layer.cell).items() if name.endswith('_fn')]
-    return type(layer.cell) in KNOWN_CELLS and all(is_known(function) for function in functions)
-  return type(layer) in KNOWN_LAYERS or any(layer is function for function in KNOWN_FUNCTIONS)
+  if type(layer) is FromCell:
+    functions = [
+      value for name, value in vars(layer.cell).items() if name.endswith('_fn')
+    ]
+    return type(layer.cell) in KNOWN_CELLS and all(
+      is_known(function) for function in functions
+    )
+  return type(layer) in KNOWN_LAYERS or any(
+    layer is function for function in KNOWN_FUNCTIONS
+  )
 
 
 def unknown_layers(layer: Any) -> list[str]:
-  """Returns the names of the layers of a stack, or of the module itself, that are not known."""
-  layers = list(layer.layers) if type(layer) is Stack else [layer]
+  """Returns the names of the layers of a stack, or of the module itself, that are not
+  known.
+  """
+  layers = list(layer.layers) if type(layer) is Sequential else [layer]
   names = []
   for number, inner in enumerate(layers):
     if not is_known(inner):
-      inner = inner.cell if isinstance(inner, Lift) else inner
-      name = type(inner).__name__ if isinstance(inner, nnx.Module) else getattr(inner, '__name__', repr(inner))
-      names.append(f'layers[{number}] {name}' if type(layer) is Stack else name)
+      inner = inner.cell if isinstance(inner, FromCell) else inner
+      name = (
+        type(inner).__name__
+        if isinstance(inner, nnx.Module)
+        else getattr(inner, '__name__', repr(inner))
+      )
+      names.append(f'layers[{number}] {name}' if type(layer) is Sequential else name)
   return names
 
 
 def example_inputs(module: Any) -> jax.ShapeDtypeStruct | None:
-  """Returns inputs [1, 1, ...] that the module takes, by its first layer that tells; None if none does."""
-  for layer in module.layers if isinstance(module, Stack) else [module]:
+  """Returns inputs [1, 1, ...] that the module takes, by its first layer that tells;
+  None if none does.
+  """
+  for layer in module.layers if isinstance(module, Sequential) else [module]:
     while isinstance(layer, LearnedInitialState | WeightDrop | Reconstruction):
       layer = layer.layer
     embed = layer.embed if isinstance(layer, EmbeddingDropout) else layer
     if isinstance(embed, nnx.Embed):
       return jax.ShapeDtypeStruct((1, 1), jnp.int32)
     features = None
-    if isinstance(layer, Recurrent | Lift | nnx.Linear):
+    if isinstance(layer, Recurrent | FromCell | nnx.Linear):
       features = layer.in_features
     elif isinstance(layer, nnx.LayerNorm | nnx.RMSNorm):
       features = layer.num_features
@@ -82,10 +138,11 @@ def example_inputs(module: Any) -> jax.ShapeDtypeStruct | None:
 
 
 def referred_arrays(module: nnx.Module) -> Iterator[tuple[str, Any]]:
-  """Yields all that a module refers to outside of its variables, each with the attribute's place.
+  """Yields all that a module refers to outside of its variables, each with the
+  attribute's place.
 
-  That is arrays among its attributes and, within functions and plain objects among them, arrays, modules and variables,
-  which NNX neither finds nor replaces.
+  That is arrays among its attributes and, within functions and plain objects among
+  them, arrays, modules and variables, which NNX neither finds nor replaces.
   """
   for path, node in nnx.iter_graph(module):
     for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
@@ -97,7 +154,9 @@ def referred_arrays(module: nnx.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _referred(value: Any, within: bool, seen: set[int]) -> Iterator[Any]:
-  """Yields the arrays in a value, and the modules in functions and objects: `within` tells whether it is in one."""
+  """Yields the arrays in a value, and the modules in functions and objects: `within`
+  tells whether it is in one.
+  """
   if isinstance(value, nnx.Module | nnx.Variable):
     if within:
       yield value
@@ -133,7 +192,14 @@ def _parts(value: Any) -> list[Any]:
 
 def _belongs_to_a_library(value: Any) -> bool:
   module = getattr(value, '__module__', None) or type(value).__module__
-  return str(module).partition('.')[0] in ('jax', 'jaxlib', 'flax', 'numpy', 'builtins', 'optax')
+  return str(module).partition('.')[0] in (
+    'jax',
+    'jaxlib',
+    'flax',
+    'numpy',
+    'builtins',
+    'optax',
+  )
 
 
 def _contents(cell: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Readouts of language models that share the embedding's matrix E [V, E] (Press and Wolf 2017; Inan et al. 2017).
+"""Readouts of language models that share the embedding's matrix E [V, E] (Press and
+Wolf 2017; Inan et al. 2017).
 
-The embedding given is the very one the words went in by: the adapters count a shared parameter once, its gradient is the sum of
-both uses.
+The embedding given is the very one the words went in by: the adapters count a shared
+parameter once, its gradient is the sum of both uses.
 """
 
 from flax import nnx
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from fptt_jax.checks import check_size
 from fptt_jax.nn.checks import check_embed, check_inputs, check_rngs
-from fptt_jax.nn.regularisation import LockedDropout, Stateless
+from fptt_jax.nn.regularization import LockedDropout, Stateless
 from fptt_jax.transformation import at_least_float32
 
 
@@ -30,7 +31,7 @@ class TiedReadout(nnx.Module):
     >>> from fptt_jax import nn
     >>> def build(rngs):
     ...   embed = nnx.Embed(50, 200, rngs=rngs)
-    ...   return nn.Stack(embed, nn.LSTM(200, 200, rngs=rngs), nn.TiedReadout(embed))
+    ...   return nn.Sequential(embed, nn.LSTM(200, 200, rngs=rngs), nn.TiedReadout(embed))
     >>> model = nn.from_nnx(build)
   """
 
@@ -41,30 +42,38 @@ class TiedReadout(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Features x [S, B, E] -> logits [S, B, V]."""
-    return self.embed.attend(check_inputs(self, x, self.embed.features)) + self.bias[None, None]
+    return (
+      self.embed.attend(check_inputs(self, x, self.embed.features))
+      + self.bias[None, None]
+    )
 
 
 class MixtureOfSoftmaxes(Stateless):
-  r"""A mixture of M softmaxes over the V words (Yang, Dai, Salakhutdinov and Cohen, ICLR 2018).
+  r"""A mixture of M softmaxes over the V words (Yang, Dai, Salakhutdinov and Cohen,
+   ICLR 2018).
 
   .. math::
 
     \pi = \mathrm{softmax}(x W_\pi), \quad z_m = \tanh(x W_m + b_m), \quad
     p = \sum_m \pi_m\, \mathrm{softmax}(E z_m + b)
 
-  Its outputs are log p, computed as logsumexp of log-softmaxes (the release adds 1e-8 to p instead). As log-probabilities their own
-  logsumexp is 0, so they serve as logits for `fptt_jax.losses.sequence_classification` unchanged.
+  Its outputs are log p, computed as logsumexp of log-softmaxes (the release adds 1e-8
+  to p instead). As log-probabilities their own logsumexp is 0, so they serve as logits
+  for `fptt_jax.losses.sequence_classification` unchanged.
 
-  It makes arrays [S, B, M, V], 90 MB each at S=24, B=6, M=15, V=10,000 in float32, and training keeps some for the backward pass,
-  unless the trainer computes a few steps at a time (its `readout_steps`).
+  It makes arrays [S, B, M, V], 90 MB each at S=24, B=6, M=15, V=10,000 in float32, and
+  training keeps some for the backward pass, unless the trainer computes a few steps at
+  a time (its `readout_chunk`).
 
-  Parameters: `prior` [H, M], `latent` [H, M·E] with bias, output `bias` [V], beside the embedding's.
+  Parameters: `prior` [H, M], `latent` [H, M·E] with bias, output `bias` [V], beside the
+    embedding's.
 
   Args:
     in_features: H.
     embed: the embedding, V words of E features.
     experts: M.
-    dropout: rate of the locked dropout on the latents z [1, B, M·E] (the release's `dropoutl`).
+    dropout: rate of the locked dropout on the latents z [1, B, M·E] (the release's
+      `dropoutl`).
     rngs: source of the initial parameters.
 
   Raises:
@@ -74,19 +83,38 @@ class MixtureOfSoftmaxes(Stateless):
 
   in_readout = True
 
-  def __init__(self, in_features: int, embed: nnx.Embed, experts: int, *, dropout: float = 0.0, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    in_features: int,
+    embed: nnx.Embed,
+    experts: int,
+    *,
+    dropout: float = 0.0,
+    rngs: nnx.Rngs,
+  ):
     check_embed(embed)
     check_rngs(rngs)
-    self.in_features, self.experts = check_size('in_features', in_features), check_size('experts', experts)
+    self.in_features, self.experts = (
+      check_size('in_features', in_features),
+      check_size('experts', experts),
+    )
     self.embed = embed
     dtype = embed.param_dtype
-    self.prior = nnx.Linear(self.in_features, self.experts, use_bias=False, param_dtype=dtype, rngs=rngs)
-    self.latent = nnx.Linear(self.in_features, self.experts * embed.features, param_dtype=dtype, rngs=rngs)
+    self.prior = nnx.Linear(
+      self.in_features, self.experts, use_bias=False, param_dtype=dtype, rngs=rngs
+    )
+    self.latent = nnx.Linear(
+      self.in_features, self.experts * embed.features, param_dtype=dtype, rngs=rngs
+    )
     self.dropout = LockedDropout(dropout)
     self.bias = nnx.Param(jnp.zeros(embed.num_embeddings, dtype))
 
   def __call__(
-    self, state: tuple[()], x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None
+    self,
+    state: tuple[()],
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    key: jax.Array | None = None,
   ) -> tuple[tuple[()], jax.Array]:
     """Features x [S, B, H] -> log-probabilities [S, B, V], at least float32."""
     x = check_inputs(self, x, self.in_features)

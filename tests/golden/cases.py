@@ -51,12 +51,16 @@ class Case:
   members: int = 0
   scanned: bool = False
   fptt: dict[str, Any] = dataclasses.field(default_factory=dict)
-  options: dict[str, Any] = dataclasses.field(default_factory=lambda: {'num_windows': 4})
+  options: dict[str, Any] = dataclasses.field(
+    default_factory=lambda: {'num_windows': 4}
+  )
 
 
 def layer_of(kind: type[nnx.Module], **settings: Any) -> Callable[..., nnx.Module]:
   """Returns (in_features, dtype, rngs) -> a layer of `kind` with 6 units."""
-  return lambda features, dtype, rngs: kind(features, 6, param_dtype=dtype, rngs=rngs, **settings)
+  return lambda features, dtype, rngs: kind(
+    features, 6, param_dtype=dtype, rngs=rngs, **settings
+  )
 
 
 LOSSES = {
@@ -70,10 +74,17 @@ LOSSES = {
 CASES = {
   'fptt-lstm-ragged': Case(layer_of(nn.LSTM), 'class_ema', ragged=True),
   'fptt-gru-mesh': Case(layer_of(nn.GRU), 'last_epoch', devices=2),
-  'tbptt-rnn-carried': Case(layer_of(nn.RNN), 'tagging', 'tbptt', options={'num_windows': 4, 'carry_hidden': True}),
+  'tbptt-rnn-carried': Case(
+    layer_of(nn.ElmanRNN),
+    'tagging',
+    'tbptt',
+    options={'num_windows': 4, 'carry_hidden': True},
+  ),
   'bptt-antisymmetric': Case(layer_of(nn.AntisymmetricRNN), method='bptt', options={}),
   'bptt_aux-lstm': Case(layer_of(nn.LSTM), 'series', 'bptt_aux'),
-  'tbptt_final-gru': Case(layer_of(nn.GRU), method='tbptt_final', options={'final_steps': 5}),
+  'tbptt_final-gru': Case(
+    layer_of(nn.GRU), method='tbptt_final', options={'truncation_steps': 5}
+  ),
   'ogd-indrnn': Case(layer_of(nn.IndRNN), 'series', 'ogd', options={}),
   'ftrl-lstm-ragged': Case(layer_of(nn.LSTM), 'series', 'ftrl', ragged=True),
   'fptt-lru-inner': Case(
@@ -86,18 +97,22 @@ CASES = {
     layer_of(nn.LSTM),
     devices=4,
     ragged=True,
-    fptt={'gradient_estimate': 'explicit'},
+    fptt={'gradient_estimate': 'recomputed'},
     options={'num_windows': 4, 'shard_params': True},
   ),
-  'fptt-fastgrnn-skip': Case(layer_of(nn.FastGRNN), options={'num_windows': 4, 'skip_nonfinite': True}),
+  'fptt-fastgrnn-skip': Case(
+    layer_of(nn.FastGRNN), options={'num_windows': 4, 'skip_nonfinite': True}
+  ),
   'fptt-lstm-members': Case(layer_of(nn.LSTM), 'class_ema', members=3),
-  'fptt-irnn-mesh-ragged': Case(layer_of(nn.IncrementalRNN), 'class_ema', devices=2, ragged=True),
+  'fptt-irnn-mesh-ragged': Case(
+    layer_of(nn.IncrementalRNN), 'class_ema', devices=2, ragged=True
+  ),
   'tbptt-lstm-chunked-scanned': Case(
     layer_of(nn.LSTM),
     'tagging',
     'tbptt',
     scanned=True,
-    options={'num_windows': 3, 'readout_steps': 2},
+    options={'num_windows': 3, 'readout_chunk': 2},
   ),
   'fptt-lstm-scan-lagged': Case(
     layer_of(nn.LSTM, fused=False),
@@ -126,7 +141,7 @@ def make_trainer(case: Case, dtype: Any, traced: list[int]) -> fptt_jax.Trainer:
   """Makes the case's trainer; `traced` gets an entry for each trace of the model."""
   outputs = CLASSES if case.loss in ('class_ema', 'last_epoch', 'tagging') else 1
   model = nn.from_nnx(
-    lambda rngs: nn.Stack(
+    lambda rngs: nn.Sequential(
       case.layer(2, dtype, rngs),
       nnx.Dropout(0.25),
       nnx.Linear(6, outputs, param_dtype=dtype, rngs=rngs),
@@ -140,7 +155,9 @@ def make_trainer(case: Case, dtype: Any, traced: list[int]) -> fptt_jax.Trainer:
 
     return call
 
-  model = model._replace(apply=counted(model.apply), apply_last=counted(model.apply_last))
+  model = model._replace(
+    apply=counted(model.apply), apply_last=counted(model.apply_last)
+  )
   base = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.02))
   if case.method == 'fptt':
     base = fptt_jax.fptt(base, alpha=0.3, **case.fptt)
@@ -149,8 +166,8 @@ def make_trainer(case: Case, dtype: Any, traced: list[int]) -> fptt_jax.Trainer:
     mesh = jax.sharding.Mesh(jax.devices('cpu')[: case.devices], ('batch',))
   loss = LOSSES[case.loss]
   options = dict(method=case.method, mesh=mesh, **case.options)
-  trainer = fptt_jax.trainer(model, loss, base, **options)
-  return fptt_jax.population(trainer) if case.members else trainer
+  trainer = fptt_jax.make_trainer(model, loss, base, **options)
+  return fptt_jax.vmap_trainer(trainer) if case.members else trainer
 
 
 def run(case: Case, dtype: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -167,7 +184,7 @@ def run(case: Case, dtype: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
   text = compiled.as_text()
   if case.scanned:
     batches = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * STEPS), batch)
-    state, metrics = fptt_jax.scan_steps(trainer)(state, (), batches)
+    state, metrics = fptt_jax.scan_train_steps(trainer)(state, (), batches)
     seen = [metrics]
   else:
     seen = []
@@ -189,7 +206,9 @@ def run(case: Case, dtype: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
     'digest': digest.hexdigest(),
     'traces': len(traced),
     'temp_bytes': memory.temp_size_in_bytes,
-    'collectives': {name: len(re.findall(rf'= \S+ {name}(?:-start)?\(', text)) for name in COLLECTIVES},
+    'collectives': {
+      name: len(re.findall(rf'= \S+ {name}(?:-start)?\(', text)) for name in COLLECTIVES
+    },
   }
   return record, [array.ravel() for array in arrays]
 

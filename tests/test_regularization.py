@@ -1,4 +1,6 @@
-"""Dropout that lasts a window, dropped weights, penalties on activations: what they do in training, and nothing of it outside."""
+"""Dropout that lasts a window, dropped weights, penalties on activations: what they do
+in training, and nothing of it outside.
+"""
 
 from typing import Any
 
@@ -22,9 +24,9 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def awd(rngs: nnx.Rngs) -> nn.Stack:
+def awd(rngs: nnx.Rngs) -> nn.Sequential:
   """Every layer of this file in the release's order."""
-  return nn.Stack(
+  return nn.Sequential(
     nn.EmbeddingDropout(nnx.Embed(V, D, rngs=rngs), 0.3),
     nn.LockedDropout(0.3),
     nn.WeightDrop(nn.LSTM(D, H, rngs=rngs), 0.4),
@@ -36,26 +38,38 @@ def awd(rngs: nnx.Rngs) -> nn.Stack:
 
 
 def test_locked_dropout_holds_one_mask_for_all_steps() -> None:
-  """On ones the outputs are 0 or 1/(1-rate), the same in each step, different between units and sequences and from key to key;
-  their mean is near 1; without a key nothing happens."""
+  """On ones the outputs are 0 or 1/(1-rate), the same in each step, different between
+  units and sequences and from key to key; their mean is near 1; without a key nothing
+  happens.
+  """
   layer, x = nn.LockedDropout(0.25), jnp.ones((S, 40, 50))
   state, y = layer((), x, None, KEY)
   assert (state, layer.initial_state(B)) == ((), ())
   np.testing.assert_allclose(np.unique(y), [0, 1 / 0.75], rtol=1e-6)
   np.testing.assert_array_equal(y, np.broadcast_to(y[:1], y.shape))
-  assert y[0].mean() == pytest.approx(1, abs=0.05)  # 2000 units: three standard deviations
+  assert y[0].mean() == pytest.approx(
+    1, abs=0.05
+  )  # 2000 units: three standard deviations
   assert np.any(y[0, 0] != y[0, 1])
   assert np.any(y != layer((), x, None, jax.random.key(4))[1])
   np.testing.assert_array_equal(layer((), x)[1], x)
 
 
 def test_embedding_dropout_drops_words_everywhere() -> None:
-  """A dropped word is 0 at each of its places, a kept one its row over 1 - rate: the rows of one matrix with whole rows dropped,
-  in value and gradient. Without a key it is the embedding."""
+  """A dropped word is 0 at each of its places, a kept one its row over 1 - rate: the
+  rows of one matrix with whole rows dropped, in value and gradient. Without a key it is
+  the embedding.
+  """
   embed = nnx.Embed(V, D, rngs=nnx.Rngs(0))
-  layer, words = nn.EmbeddingDropout(embed, 0.5), jnp.asarray(np.random.default_rng(0).integers(0, V, (20, B)))
+  layer, words = (
+    nn.EmbeddingDropout(embed, 0.5),
+    jnp.asarray(np.random.default_rng(0).integers(0, V, (20, B))),
+  )
   _, y = layer((), words, None, KEY)
-  rows = {word: np.unique(np.asarray(y)[np.asarray(words) == word], axis=0) for word in range(V)}
+  rows = {
+    word: np.unique(np.asarray(y)[np.asarray(words) == word], axis=0)
+    for word in range(V)
+  }
   kept = np.array([[bool(np.any(rows[word]))] for word in range(V)])
   assert 0 < kept.sum() < V
   matrix = np.where(kept, np.asarray(embed.embedding[...]) / 0.5, 0)
@@ -63,27 +77,40 @@ def test_embedding_dropout_drops_words_everywhere() -> None:
     np.testing.assert_allclose(rows[word], matrix[word : word + 1], rtol=1e-6)
   model = nn.from_nnx(lambda rngs: nn.EmbeddingDropout(embed, 0.5))
   run = lambda p: model.apply(p, (), words, None, KEY)[1].sum()
-  gradient = quick(jax.grad(run))({'embed': {'embedding': embed.embedding[...]}})['embed']['embedding']
+  gradient = quick(jax.grad(run))({'embed': {'embedding': embed.embedding[...]}})[
+    'embed'
+  ]['embedding']
   counts = np.bincount(np.asarray(words).ravel(), minlength=V)[:, None]
-  np.testing.assert_allclose(gradient, np.broadcast_to(np.where(kept, 2 * counts, 0), (V, D)), rtol=1e-6)
+  np.testing.assert_allclose(
+    gradient, np.broadcast_to(np.where(kept, 2 * counts, 0), (V, D)), rtol=1e-6
+  )
   np.testing.assert_array_equal(layer((), words)[1], embed(words))
 
 
-@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.ElmanRNN])
 def test_weight_drop_runs_the_layer_with_dropped_weights(kind: type) -> None:
-  """Its window is that of a layer of the same weights whose w_h is 0 or 1/(1-rate) times its own, in all its steps; its parameters'
-  names and its evaluation are the layer's; gradients of dropped weights are exactly 0, the others are not."""
+  """Its window is that of a layer of the same weights whose w_h is 0 or 1/(1-rate)
+  times its own, in all its steps; its parameters' names and its evaluation are the
+  layer's; gradients of dropped weights are exactly 0, the others are not.
+  """
   plain = nn.from_nnx(lambda rngs: kind(D, H, rngs=rngs))
   model = nn.from_nnx(lambda rngs: nn.WeightDrop(kind(D, H, rngs=rngs), 0.4))
   params = quick(model.init)(KEY)
   weights = {name: np.asarray(leaf) for name, leaf in params['layer'].items()}
   assert weights.keys() == jax.eval_shape(plain.init, KEY).keys()
-  x, start = random(S, B, D), jax.tree.map(lambda s: jnp.full_like(s, 0.3), plain.initial_state(B))
+  x, start = (
+    random(S, B, D),
+    jax.tree.map(lambda s: jnp.full_like(s, 0.3), plain.initial_state(B)),
+  )
 
   @quick
   def run(params: Any) -> Any:
     loss = lambda p: jnp.square(model.apply(p, start, x, None, KEY)[1]).sum()
-    return jax.grad(loss)(params), model.apply(params, start, x, None, KEY), model.apply(params, start, x, None, None)
+    return (
+      jax.grad(loss)(params),
+      model.apply(params, start, x, None, KEY),
+      model.apply(params, start, x, None, None),
+    )
 
   grads, got, evaluated = run(params)
   grad = np.asarray(grads['layer']['w_h'])
@@ -95,17 +122,23 @@ def test_weight_drop_runs_the_layer_with_dropped_weights(kind: type) -> None:
 
 
 def test_weight_drop_leaves_its_layer_alone() -> None:
-  """Run in training outside any adapter, the layer it holds keeps its weights and its structure."""
-  module = nn.WeightDrop(nn.RNN(D, H, rngs=nnx.Rngs(0)), 0.4)
+  """Run in training outside any adapter, the layer it holds keeps its weights and its
+  structure.
+  """
+  module = nn.WeightDrop(nn.ElmanRNN(D, H, rngs=nnx.Rngs(0)), 0.4)
   before, graph = np.array(module.layer.w_h[...]), nnx.graphdef(module)
-  jax.eval_shape(lambda x: module(module.initial_state(B), x, None, KEY), random(S, B, D))
+  jax.eval_shape(
+    lambda x: module(module.initial_state(B), x, None, KEY), random(S, B, D)
+  )
   np.testing.assert_array_equal(module.layer.w_h[...], before)
   assert nnx.graphdef(module) == graph
 
 
 def test_penalties_by_hand() -> None:
-  """h = (1, 2), (3, 2), (3, 5) of one sequence. AR at α = 2: 2 · (5, 13, 34)/2. TAR at β = 1: differences² (4 + 0)/2 and
-  (0 + 9)/2, weighed by 3 steps / 2 differences, so that the mean over the steps is the release's mean over differences."""
+  """h = (1, 2), (3, 2), (3, 5) of one sequence. AR at α = 2: 2 · (5, 13, 34)/2. TAR at
+  β = 1: differences² (4 + 0)/2 and (0 + 9)/2, weighed by 3 steps / 2 differences, so
+  that the mean over the steps is the release's mean over differences.
+  """
   h = jnp.array([[[1.0, 2.0]], [[3.0, 2.0]], [[3.0, 5.0]]])
   state, (outputs, penalty) = nn.ActivationPenalty(2.0)((), h, None, KEY)
   assert state == ()
@@ -122,53 +155,80 @@ def test_penalties_by_hand() -> None:
 
 
 def test_temporal_penalty_of_a_ragged_window_is_the_mean_over_its_differences() -> None:
-  """Sequences of 4, 2 and 1 steps: the trainer's mean over the 7 valid steps is the plain mean over the 3 + 1 valid differences,
-  whatever follows the ends."""
+  """Sequences of 4, 2 and 1 steps: the trainer's mean over the 7 valid steps is the
+  plain mean over the 3 + 1 valid differences, whatever follows the ends."""
   h, lengths = random(4, 3, H), [4, 2, 1]
   mask = np.arange(4)[:, None] < lengths
-  _, (_, penalty) = nn.TemporalActivationPenalty(0.5)((), jnp.asarray(h), jnp.asarray(mask), KEY)
-  differences = [np.square(np.diff(h[:length, row], axis=0)).mean(-1) for row, length in enumerate(lengths)]
-  assert np.asarray(penalty)[mask].mean() == pytest.approx(0.5 * np.concatenate(differences).mean(), rel=1e-5)
+  _, (_, penalty) = nn.TemporalActivationPenalty(0.5)(
+    (), jnp.asarray(h), jnp.asarray(mask), KEY
+  )
+  differences = [
+    np.square(np.diff(h[:length, row], axis=0)).mean(-1)
+    for row, length in enumerate(lengths)
+  ]
+  assert np.asarray(penalty)[mask].mean() == pytest.approx(
+    0.5 * np.concatenate(differences).mean(), rel=1e-5
+  )
 
 
 def test_stack_trains_on_loss_plus_penalties_and_evaluates_without() -> None:
-  """In the trainer each window's objective is cross-entropy + AR of the dropped + TAR of the raw outputs, computed layer by layer
-  with the window's own masks; evaluation is that of the bare model of the same weights."""
+  """In the trainer each window's objective is cross-entropy + AR of the dropped + TAR
+  of the raw outputs, computed layer by layer with the window's own masks; evaluation is
+  that of the bare model of the same weights.
+  """
   model = nn.from_nnx(awd)
   params = quick(model.init)(KEY)
   words = np.random.default_rng(1).integers(0, V, (2 * S + 1, B)).astype(np.int32)
   batch = fptt_jax.Batch(words[:-1], words[1:])
   loss = fptt_jax.losses.sequence_classification(V)
   optimizer = fptt_jax.fptt(optax.sgd(0.0), alpha=0.1)
-  trainer = fptt_jax.trainer(model._replace(init=lambda key: params), loss, optimizer, num_windows=2)
+  trainer = fptt_jax.make_trainer(
+    model._replace(init=lambda key: params), loss, optimizer, num_windows=2
+  )
   state = trainer.init(KEY, batch)
   _, metrics = quick(trainer.step)(state, batch)
   graph = nnx.graphdef(nnx.eval_shape(lambda: awd(nnx.Rngs(0))))
 
   @quick
-  def by_hand(params: Any, hidden: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> Any:
+  def by_hand(
+    params: Any, hidden: Any, x: jax.Array, y: jax.Array, key: jax.Array
+  ) -> Any:
     layers = nnx.merge(graph, nnx.State(params)).layers
     keys = [jax.random.fold_in(key, number) for number in range(7)]
     for number in (0, 1):
       _, x = layers[number]((), x, None, keys[number])
     hidden, raw = layers[2](hidden, x, None, keys[2])
     _, dropped = layers[4]((), raw, None, keys[4])
-    nll = -(jax.nn.log_softmax(layers[6](dropped)) * jax.nn.one_hot(y, V)).sum(-1).mean()
-    return nll + 2 * jnp.square(dropped).mean() + jnp.square(raw[1:] - raw[:-1]).mean(), hidden, dropped
+    nll = (
+      -(jax.nn.log_softmax(layers[6](dropped)) * jax.nn.one_hot(y, V)).sum(-1).mean()
+    )
+    return (
+      nll + 2 * jnp.square(dropped).mean() + jnp.square(raw[1:] - raw[:-1]).mean(),
+      hidden,
+      dropped,
+    )
 
   hidden, masks = model.initial_state(B)[2], []
   for k in range(2):
     window_key = jax.random.fold_in(jax.random.fold_in(state.key, 0), k)
     rows = slice(k * S, (k + 1) * S)
-    objective, hidden, dropped = by_hand(params, hidden, batch.inputs[rows], batch.targets[rows], window_key)
+    objective, hidden, dropped = by_hand(
+      params, hidden, batch.inputs[rows], batch.targets[rows], window_key
+    )
     assert metrics.loss[k] == pytest.approx(objective.item(), rel=1e-5)
     masks.append(np.asarray(dropped) == 0)
   assert np.any(masks[0] != masks[1])
 
-  bare = nn.from_nnx(lambda rngs: nn.Stack(nnx.Embed(V, D, rngs=rngs), nn.LSTM(D, H, rngs=rngs), nnx.Linear(H, V, rngs=rngs)))
+  bare = nn.from_nnx(
+    lambda rngs: nn.Sequential(
+      nnx.Embed(V, D, rngs=rngs), nn.LSTM(D, H, rngs=rngs), nnx.Linear(H, V, rngs=rngs)
+    )
+  )
   layers = params['layers']
   weights = {'layers': {0: layers[0]['embed'], 1: layers[2]['layer'], 2: layers[6]}}
-  run = lambda model, params: quick(lambda p: model.apply(p, model.initial_state(B), words, None, None)[1])(params)
+  run = lambda model, params: quick(
+    lambda p: model.apply(p, model.initial_state(B), words, None, None)[1]
+  )(params)
   np.testing.assert_allclose(run(model, params), run(bare, weights), rtol=1e-6)
 
 
@@ -176,17 +236,41 @@ def test_stack_trains_on_loss_plus_penalties_and_evaluates_without() -> None:
   ('build', 'error', 'message'),
   [
     (lambda: nn.LockedDropout(1.0), ValueError, r'rate must be in \[0, 1\), got 1.0'),
-    (lambda: nn.WeightDrop(nn.RNN(2, 2, rngs=nnx.Rngs(0)), -0.1), ValueError, r'rate must be in \[0, 1\), got -0.1'),
+    (
+      lambda: nn.WeightDrop(nn.ElmanRNN(2, 2, rngs=nnx.Rngs(0)), -0.1),
+      ValueError,
+      r'rate must be in \[0, 1\), got -0.1',
+    ),
     (
       lambda: nn.WeightDrop(nn.AntisymmetricRNN(2, 2, rngs=nnx.Rngs(0)), 0.1),
       TypeError,
       'one recurrent matrix w_h, got AntisymmetricRNN',
     ),
-    (lambda: nn.EmbeddingDropout(nnx.Embed(2, 2, rngs=nnx.Rngs(0)), float('nan')), ValueError, 'rate must be in .*, got nan'),
-    (lambda: nn.ActivationPenalty(-1.0), ValueError, 'alpha must be a number >= 0, got -1.0'),
-    (lambda: nn.ActivationPenalty(float('inf')), ValueError, 'alpha must be a number >= 0, got inf'),
-    (lambda: nn.LockedDropout('half'), ValueError, r"rate must be in \[0, 1\), got 'half'"),
-    (lambda: nn.TemporalActivationPenalty(-1.0), ValueError, 'beta must be a number >= 0, got -1.0'),
+    (
+      lambda: nn.EmbeddingDropout(nnx.Embed(2, 2, rngs=nnx.Rngs(0)), float('nan')),
+      ValueError,
+      'rate must be in .*, got nan',
+    ),
+    (
+      lambda: nn.ActivationPenalty(-1.0),
+      ValueError,
+      'alpha must be a number >= 0, got -1.0',
+    ),
+    (
+      lambda: nn.ActivationPenalty(float('inf')),
+      ValueError,
+      'alpha must be a number >= 0, got inf',
+    ),
+    (
+      lambda: nn.LockedDropout('half'),
+      ValueError,
+      r"rate must be in \[0, 1\), got 'half'",
+    ),
+    (
+      lambda: nn.TemporalActivationPenalty(-1.0),
+      ValueError,
+      'beta must be a number >= 0, got -1.0',
+    ),
   ],
 )
 def test_arguments_of_no_meaning_are_refused(build, error, message) -> None:
@@ -198,16 +282,22 @@ def test_arguments_of_no_meaning_are_refused(build, error, message) -> None:
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures('strict_dtypes')
 def test_activations_keep_their_dtype(dtype) -> None:
-  """Outputs are of the parameters' dtype in training too, penalties at least float32, under strict promotion."""
+  """Outputs are of the parameters' dtype in training too, penalties at least float32,
+  under strict promotion.
+  """
   model = nn.from_nnx(
-    lambda rngs: nn.Stack(
-      nn.EmbeddingDropout(nnx.Embed(V, D, dtype=dtype, param_dtype=dtype, rngs=rngs), 0.1),
+    lambda rngs: nn.Sequential(
+      nn.EmbeddingDropout(
+        nnx.Embed(V, D, dtype=dtype, param_dtype=dtype, rngs=rngs), 0.1
+      ),
       nn.WeightDrop(nn.LSTM(D, H, param_dtype=dtype, rngs=rngs), 0.1),
       nn.TemporalActivationPenalty(1.0),
       nn.LockedDropout(0.1),
       nn.ActivationPenalty(1.0),
     )
   )
-  run = lambda key, x: model.apply(model.init(key), model.initial_state(B), x, None, key)[1]
+  run = lambda key, x: model.apply(
+    model.init(key), model.initial_state(B), x, None, key
+  )[1]
   y = jax.eval_shape(run, KEY, jax.ShapeDtypeStruct((S, B), jnp.int32))
   assert (y.outputs.dtype, y.penalty.dtype) == (dtype, jnp.float32)
