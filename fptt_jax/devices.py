@@ -1,6 +1,7 @@
 """Several devices: how a CPU comes to be many, and what a mesh has to be like."""
 
 import os
+from typing import Any
 
 import jax
 
@@ -50,6 +51,51 @@ def one_axis(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, str]:
       f'mesh must have one axis, over which the work is split, got {mesh.axis_names}.'
     )
   return jax.sharding.Mesh(mesh.devices, mesh.axis_names), str(mesh.axis_names[0])
+
+
+def check_placement(batch: Any, mesh: jax.sharding.Mesh | None) -> None:
+  """Checks that neither a mesh set by the caller nor the placement of a batch contradicts a trainer's mesh.
+
+  Args:
+    batch: tree of arrays, which may be traced or abstract.
+    mesh: the trainer's, whose axis is automatic, or None.
+
+  Raises:
+    ValueError: `jax.set_mesh` is in force with explicit axes or another mesh than `mesh`, or an array is sharded explicitly over
+      another mesh.
+  """
+  current = jax.sharding.get_abstract_mesh()
+  if mesh is not None and not current.empty and current != mesh.abstract_mesh:
+    raise ValueError(
+      f'mesh of the trainer is {mesh.abstract_mesh}: expected no other mesh set by jax.set_mesh, got {current}. Call the trainer '
+      'outside of it, or set the same mesh with axis_types=(jax.sharding.AxisType.Auto,).'
+    )
+  for path, leaf in jax.tree.leaves_with_path(batch):
+    sharding = (
+      getattr(jax.typeof(leaf), 'sharding', None)
+      if isinstance(leaf, jax.Array)
+      else None
+    )
+    if (
+      sharding is None
+      or sharding.mesh.empty
+      or not sharding.mesh.explicit_axes
+      or not any(sharding.spec)
+    ):
+      continue
+    if mesh is None or (sharding.mesh.axis_names, sharding.mesh.size) != (
+      mesh.axis_names,
+      mesh.size,
+    ):
+      accepted = (
+        'without explicit sharding'
+        if mesh is None
+        else f'sharded over the mesh {mesh.abstract_mesh} of the trainer'
+      )
+      name = jax.tree_util.keystr(path).lstrip('.')
+      raise ValueError(
+        f'batch must be {accepted}, got {name} sharded as {sharding.spec} over {sharding.mesh}.'
+      )
 
 
 def check_divisible(which: str, number: int, mesh: jax.sharding.Mesh) -> None:

@@ -33,7 +33,7 @@ from fptt_jax.checks import (
 )
 from fptt_jax.chunks import WindowLoss, chunked_loss, steps_at_once
 from fptt_jax.compiled import Compiled, explain_deleted
-from fptt_jax.devices import check_divisible, one_axis
+from fptt_jax.devices import check_divisible, check_placement, one_axis
 from fptt_jax.losses import Loss, LossState, MetricSums
 from fptt_jax.methods import METHODS, Method, Plan, plan
 from fptt_jax.micro_batches import in_micro_batches
@@ -538,6 +538,7 @@ def make_trainer(
   probed: list[bool] = []
 
   def init(key: jax.Array, batch: Batch) -> TrainState:
+    check_placement(batch, mesh)
     batch = _with_mask(batch)
     num_steps, batch_size = _check_shapes(batch)
     key = as_key('key', key)
@@ -613,6 +614,7 @@ def make_trainer(
     return state if mesh is None else place(state, state_specs(state), mesh)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    check_placement(batch, mesh)
     batch = _with_mask(batch)
     _, batch_size = _check_shapes(batch)
     _check_type('state', state, TrainState)
@@ -908,6 +910,7 @@ def make_trainer(
   def evaluate(
     params: Params, batch: Batch, hidden: Hidden | None = None
   ) -> tuple[MetricSums, Hidden]:
+    check_placement(batch, mesh)
     batch = _with_mask(batch)
     _, batch_size = _check_shapes(batch)
     params = check_like(
@@ -986,6 +989,7 @@ def make_trainer(
       if batch_major
       else Batch(inputs, (), lengths, mask)
     )
+    check_placement(batch, mesh)
     batch = _with_mask(batch)
     _, batch_size = _check_shapes(batch)
     params = check_like(
@@ -1020,6 +1024,7 @@ def make_trainer(
     return (outputs, hidden) if return_hidden else outputs
 
   def end_epoch(state: TrainState) -> TrainState:
+    check_placement((), mesh)
     _check_type('state', state, TrainState)
     explain_deleted('end_epoch', (state,))
     leaves = jax.tree.leaves(state.hidden)

@@ -594,3 +594,74 @@ def test_gradient_of_evaluation_on_devices():
   one, *several = map(gradient, on_devices(2))
   for split in several:
     assert_same(split, one, 1e-6)
+
+
+def explicit_mesh(number, axis='batch'):
+  """A mesh as `jax.make_mesh` makes it, whose axis is explicit."""
+  return jax.make_mesh((number,), (axis,), devices=jax.devices('cpu')[:number])
+
+
+def train_placed(mesh, spec=None, over=None):
+  """The losses of two steps and the evaluated one, the inputs sharded as `spec` over the mesh `over`."""
+  trainer = problems.quick_trainer(
+    problems.lstm(),
+    losses.terminal_regression(),
+    optax.sgd(0.1),
+    method='tbptt',
+    num_windows=2,
+    mesh=mesh,
+  )
+  batch = fptt_jax.Batch(
+    INPUTS.astype(np.float32), TASKS['regression'][1].astype(np.float32)
+  )
+  if over is not None:
+    batch = batch._replace(
+      inputs=jax.device_put(batch.inputs, jax.sharding.NamedSharding(over, spec))
+    )
+  state = trainer.init(jax.random.key(0), batch)
+  seen = []
+  for _ in range(2):
+    state, metrics = trainer.step(state, batch)
+    seen.append(np.asarray(metrics.loss))
+  totals, _ = trainer.evaluate(state.params, batch)
+  trainer.end_epoch(state)
+  return np.stack(seen), np.asarray(totals['loss'])
+
+
+Spec = jax.sharding.PartitionSpec
+
+
+@pytest.mark.parametrize(
+  'spec', [None, Spec(None, 'batch'), Spec('batch'), Spec()], ids=str
+)
+def test_explicit_meshes_and_inputs_sharded_over_them(spec):
+  """A trainer's mesh may be explicit, and a batch lie on it in any way."""
+  mesh = explicit_mesh(2)
+  got = train_placed(mesh, spec, None if spec is None else mesh)
+  assert_same(got, train_placed(None), 1e-5)
+
+
+def test_the_trainers_mesh_may_be_set():
+  """With an automatic axis; without a mesh of its own a trainer does not mind which one is set."""
+  expected = train_placed(None)
+  with jax.set_mesh(mesh_of(2)):
+    assert_same(train_placed(mesh_of(2)), expected, 1e-5)
+  with jax.set_mesh(explicit_mesh(2)):
+    assert_same(train_placed(None), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+  'other', [explicit_mesh(2), explicit_mesh(4, 'rows'), mesh_of(4)], ids=str
+)
+def test_another_mesh_that_is_set_is_refused(other):
+  with (
+    jax.set_mesh(other),
+    pytest.raises(ValueError, match=r"mesh.*'batch': 2.*set_mesh"),
+  ):
+    train_placed(mesh_of(2))
+
+
+@pytest.mark.parametrize('mesh', [None, mesh_of(2)], ids=str)
+def test_inputs_sharded_explicitly_over_another_mesh_are_refused(mesh):
+  with pytest.raises(ValueError, match=r"inputs sharded .*'rows'"):
+    train_placed(mesh, Spec(None, 'rows'), explicit_mesh(4, 'rows'))
