@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from experiments import add_task, reporting
 import fptt_jax
-from fptt_jax.transformation import find_states
+from fptt_jax._transform import find_states
 
 LABELS = {
   'distance': r'$\|W_t - \bar W_t\|$',

@@ -22,7 +22,7 @@ import jax
 
 from experiments import stopping
 import fptt_jax
-from fptt_jax.checks import FLOAT32_MAX, FLOAT32_TINY, INT32_MAX, as_number
+from fptt_jax._checks import FLOAT32_MAX, FLOAT32_TINY, INT32_MAX, as_number
 
 # The flags belong to the script that defines them, so that its --help shows them.
 flags.disclaim_key_flags()

@@ -14,12 +14,21 @@ import types
 import typing
 
 from fptt_jax import losses
+from fptt_jax._stability import spectral_radius
+from fptt_jax._transform import (
+  ALGORITHM_2,
+  RELEASE,
+  FPTTState,
+  fptt,
+  fptt_eval_params,
+  fptt_restart,
+)
+from fptt_jax._windows import WindowPlan, WindowView, make_windows
 from fptt_jax.devices import use_cpu_devices
 from fptt_jax.health import find_nonfinite, lambda_diverges, raise_if_nonfinite
 from fptt_jax.losses import Loss, compute_metrics
 from fptt_jax.methods import METHODS, Method
 from fptt_jax.programs import scan_train_steps, take_member, vmap_trainer
-from fptt_jax.stability import spectral_radius
 from fptt_jax.states import state_from_arrays, state_to_arrays
 from fptt_jax.training import (
   Batch,
@@ -33,15 +42,6 @@ from fptt_jax.training import (
   make_trainer,
   validate_batch,
 )
-from fptt_jax.transformation import (
-  ALGORITHM_2,
-  RELEASE,
-  FPTTState,
-  fptt,
-  fptt_eval_params,
-  fptt_restart,
-)
-from fptt_jax.windows import WindowPlan, WindowView, make_windows
 
 if typing.TYPE_CHECKING:
   from fptt_jax import nn as nn

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fptt_jax._dtypes import at_least_float32
+from fptt_jax._windows import WindowView
 from fptt_jax.losses import MetricSums, totals_where
-from fptt_jax.transformation import at_least_float32
-from fptt_jax.windows import WindowView
 
 Readout = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
 PerStep = Callable[[jax.Array, Any], dict[str, jax.Array]]

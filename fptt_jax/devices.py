@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from fptt_jax.checks import check_integer
+from fptt_jax._checks import check_integer
 
 
 def use_cpu_devices(num_devices: int | None = None) -> None:

@@ -4,7 +4,7 @@ away.
 
 import numpy as np
 
-from fptt_jax.checks import (
+from fptt_jax._checks import (
   FLOAT32_MAX,
   INT32_MAX,
   as_floats,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fptt_jax.checks import (
+from fptt_jax._checks import (
   INT32_MAX,
   as_floats,
   check_array,
@@ -28,8 +28,8 @@ from fptt_jax.checks import (
   check_size,
   shapes,
 )
-from fptt_jax.transformation import at_least_float32
-from fptt_jax.windows import WindowView, take_steps
+from fptt_jax._dtypes import widen
+from fptt_jax._windows import WindowView, take_steps
 
 __all__ = (
   'DIVERGENCES',
@@ -378,9 +378,7 @@ def terminal_classification(
     outputs: jax.Array, targets: Any, window: WindowView, loss_state: LossState
   ) -> tuple[jax.Array, Any]:
     labels, ids = _labels_and_ids(targets, by_example, window.mask.shape[1])
-    log_p = jax.nn.log_softmax(
-      _at_least_float32(_last_outputs(outputs, window, num_classes))
-    )
+    log_p = jax.nn.log_softmax(widen(_last_outputs(outputs, window, num_classes)))
     active, _, beta = _progress(window, log_p.dtype)
     cross_entropy = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
     if divergence == 'none':
@@ -465,7 +463,7 @@ def terminal_classification(
 
   def measure(outputs: jax.Array, targets: Any, window: WindowView) -> MetricSums:
     labels, _ = _labels_and_ids(targets, by_example, window.mask.shape[1])
-    logits = _at_least_float32(_last_outputs(outputs, window, num_classes))
+    logits = widen(_last_outputs(outputs, window, num_classes))
     _, ended, _ = _progress(window, logits.dtype)
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
       logits, labels
@@ -572,7 +570,7 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
       )
     _require_features(outputs, num_classes)
     labels = _widened(labels)
-    logits = _at_least_float32(outputs)
+    logits = widen(outputs)
     extra = (
       {'accuracy': logits.argmax(-1).astype(labels.dtype) == labels} if accuracy else {}
     )
@@ -679,14 +677,10 @@ def _in_range(indices: jax.Array, limit: int) -> jax.Array:
   return (indices >= 0) & (indices < limit)
 
 
-def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(at_least_float32(x.dtype))
-
-
 def _squared_error(predicted: jax.Array, expected: jax.Array) -> jax.Array:
   """Return (predicted - expected)² elementwise, in at least float32."""
   # float16 holds no square of a difference above 256.
-  return jnp.square(_at_least_float32(predicted) - _at_least_float32(expected))
+  return jnp.square(widen(predicted) - widen(expected))
 
 
 def totals_where(where: jax.Array, values: dict[str, jax.Array]) -> MetricSums:

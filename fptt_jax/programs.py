@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fptt_jax.checks import (
+from fptt_jax._checks import (
   arrange_like,
   as_key,
   check_array,

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fptt_jax.transformation import at_least_float32
+from fptt_jax._dtypes import at_least_float32
 
 JOINED = 4096
 """Gradients of at most so many numbers are joined for the mean over devices."""

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
-from fptt_jax.checks import (
+from fptt_jax._checks import (
   FLOAT32_MAX,
   INT32_MAX,
   arrange_like,
@@ -30,6 +30,23 @@ from fptt_jax.checks import (
   check_size,
   leaf_paths,
   shapes,
+)
+from fptt_jax._dtypes import at_least_float32
+from fptt_jax._transform import (
+  accepted,
+  check_nothing_follows,
+  find_states,
+  lambda_norm,
+)
+from fptt_jax._windows import (
+  ValidSteps,
+  WindowPlan,
+  WindowView,
+  lengths_in_range,
+  make_windows,
+  valid_steps,
+  window_at,
+  write_window,
 )
 from fptt_jax.chunks import WindowLoss, chunked_loss, steps_at_once
 from fptt_jax.compiled import Compiled, explain_deleted
@@ -46,23 +63,6 @@ from fptt_jax.sharding import (
   place,
   shard_specs,
   sum_over_devices,
-)
-from fptt_jax.transformation import (
-  accepted,
-  at_least_float32,
-  check_nothing_follows,
-  find_states,
-  lambda_norm,
-)
-from fptt_jax.windows import (
-  ValidSteps,
-  WindowPlan,
-  WindowView,
-  lengths_in_range,
-  make_windows,
-  valid_steps,
-  window_at,
-  write_window,
 )
 
 Params = Any

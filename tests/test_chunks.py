@@ -14,8 +14,8 @@ import pytest
 
 import fptt_jax
 from fptt_jax import chunks, losses, nn
+from fptt_jax._windows import valid_steps, window_at
 from fptt_jax.chunks import chunked_loss, steps_at_once
-from fptt_jax.windows import valid_steps, window_at
 
 T, B, D, H, V = 10, 4, 3, 5, 7
 RNG = np.random.default_rng(0)

@@ -82,7 +82,7 @@ def test_numbers_by_hand(chained: bool) -> None:
 @in_float64
 @pytest.mark.parametrize('solver', ['one exact step', 'many steps', 'one short step'])
 def test_estimate_has_no_gap_at_the_arg_min(solver: str) -> None:
-  """Where the inner problem is solved (see test_transformation.py), λ is the gradient
+  """Where the inner problem is solved (see test_transform.py), λ is the gradient
   it stands for; after a single short step it is far from it. Inner steps are counted as
   one window.
   """

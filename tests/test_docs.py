@@ -45,10 +45,10 @@ def test_there_are_examples() -> None:
     if test.examples
   }
   assert {
-    'fptt_jax.transformation.fptt',
+    'fptt_jax._transform.fptt',
     'fptt_jax.training.make_trainer',
     'fptt_jax.training.make_global_batch',
-    'fptt_jax.stability.spectral_radius',
+    'fptt_jax._stability.spectral_radius',
     'fptt_jax.losses.from_function',
     'fptt_jax.nn.adapters.from_nnx',
     'fptt_jax.programs.scan_train_steps',

@@ -17,7 +17,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import losses
-from fptt_jax.windows import valid_steps, window_at
+from fptt_jax._windows import valid_steps, window_at
 
 C = 3
 WITH_DIVERGENCE = ('class_ema', 'last_epoch', 'example', 'uniform')

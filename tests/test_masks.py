@@ -173,11 +173,11 @@ def test_beta_counts_valid_steps():
   windows = fptt_jax.make_windows(9, num_windows=3)
   mask = np.array([1, 0, 0, 0, 0, 0, 1, 1, 1], bool)
   mask = np.stack([mask, np.zeros(9, bool)], axis=1)
-  valid = fptt_jax.windows.valid_steps(windows, 2, None, mask)
+  valid = fptt_jax._windows.valid_steps(windows, 2, None, mask)
   loss = losses.terminal_regression()
   values = []
   for k in range(3):
-    window = fptt_jax.windows.window_at(windows, jnp.int32(k), valid)
+    window = fptt_jax._windows.window_at(windows, jnp.int32(k), valid)
     values.append(float(loss.apply(outputs, jnp.array([0.0, np.nan]), window, ())[0]))
   assert values == [0.25, 0.0, 1.0]
   assert valid.occupied().tolist() == [True, False, True]
@@ -349,7 +349,7 @@ def test_an_own_terminal_loss_is_evaluated_at_the_last_valid_step():
     last = (
       outputs[0]
       if outputs.shape[0] == 1
-      else fptt_jax.windows.take_steps(outputs, window.last)[0]
+      else fptt_jax._windows.take_steps(outputs, window.last)[0]
     )
     return window.mean(jnp.square(last[:, 0] - targets), window.active)
 

@@ -12,7 +12,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import losses
-from fptt_jax.transformation import check_nothing_follows
+from fptt_jax._transform import check_nothing_follows
 
 C = optax.contrib
 SGD = optax.sgd(0.1)

@@ -127,8 +127,8 @@ def test_mixture_is_its_definition_and_serves_as_logits() -> None:
   np.testing.assert_allclose(np.exp(log_p), p, rtol=1e-5)
   y, loss = words(1), fptt_jax.losses.sequence_classification(V)
   windows = fptt_jax.make_windows(S, num_windows=1)
-  window = fptt_jax.windows.window_at(
-    windows, jnp.int32(0), fptt_jax.windows.valid_steps(windows, B, jnp.full(B, S))
+  window = fptt_jax._windows.window_at(
+    windows, jnp.int32(0), fptt_jax._windows.valid_steps(windows, B, jnp.full(B, S))
   )
   nll = -np.log(np.take_along_axis(p, y[..., None], -1)).mean()
   assert loss.apply(log_p, jnp.asarray(y), window, ())[0] == pytest.approx(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax.checks import check_dtype, check_like, check_size
+from fptt_jax._checks import check_dtype, check_like, check_size
 from fptt_jax.nn.checks import check_batch_size
 from fptt_jax.nn.inspection import (
   example_inputs,

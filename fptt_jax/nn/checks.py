@@ -9,7 +9,7 @@ import jax
 from jax import export
 import jax.numpy as jnp
 
-from fptt_jax.checks import check_array, check_like, check_size
+from fptt_jax._checks import check_array, check_like, check_size
 
 
 def check_rngs(rngs: Any) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax.checks import check_callable, check_dtype, check_size
+from fptt_jax._checks import check_callable, check_dtype, check_size
 from fptt_jax.nn.checks import check_batch_size
 from fptt_jax.nn.layers import scan_cell
 from fptt_jax.probe import check_new_model, check_state_rows, mark_checked

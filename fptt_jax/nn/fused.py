@@ -22,7 +22,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax.transformation import at_least_float32
+from fptt_jax._dtypes import at_least_float32, widen
 
 State = Any
 Weights = Any
@@ -37,11 +37,6 @@ UNROLLED = 2
 lie in memory as one product reads them. Of more, XLA computes again in each what the
 ones before have.
 """
-
-
-def widen(x: jax.Array) -> jax.Array:
-  """The same in float32, if it has fewer bits."""
-  return x.astype(at_least_float32(x.dtype))
 
 
 def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

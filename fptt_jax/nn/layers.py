@@ -16,7 +16,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax.checks import (
+from fptt_jax._checks import (
   FLOAT32_MAX,
   FLOAT32_TINY,
   check_choice,
@@ -25,6 +25,8 @@ from fptt_jax.checks import (
   check_number,
   check_size,
 )
+from fptt_jax._dtypes import at_least_float32
+from fptt_jax._windows import take_steps
 from fptt_jax.nn.checks import check_batch_size, check_inputs, check_rngs, check_window
 from fptt_jax.nn.fused import (
   GRU_CELL,
@@ -37,8 +39,6 @@ from fptt_jax.nn.fused import (
 )
 from fptt_jax.nn.kernels import GRU_WINDOW, LSTM_WINDOW, check_kernel
 from fptt_jax.training import OutputsWithPenalty
-from fptt_jax.transformation import at_least_float32
-from fptt_jax.windows import take_steps
 
 Step = Callable[[Any, Any], tuple[Any, jax.Array]]
 INITS = ('torch', 'flax')

@@ -9,10 +9,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax.checks import check_size
+from fptt_jax._checks import check_size
+from fptt_jax._dtypes import at_least_float32
 from fptt_jax.nn.checks import check_embed, check_inputs, check_rngs
 from fptt_jax.nn.regularization import LockedDropout, Stateless
-from fptt_jax.transformation import at_least_float32
 
 
 class TiedReadout(nnx.Module):

@@ -8,7 +8,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax.checks import (
+from fptt_jax._checks import (
   FLOAT32_MAX,
   INT32_MAX,
   check_integer,

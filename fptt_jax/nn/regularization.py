@@ -15,10 +15,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax.checks import FLOAT32_MAX, check_array, check_number
+from fptt_jax._checks import FLOAT32_MAX, check_array, check_number
+from fptt_jax._dtypes import at_least_float32
 from fptt_jax.nn.checks import check_embed
 from fptt_jax.training import OutputsWithPenalty
-from fptt_jax.transformation import at_least_float32
 
 
 class Stateless(nnx.Module):

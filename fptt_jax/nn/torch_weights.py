@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax.checks import FLOATS, check_array, shapes
+from fptt_jax._checks import FLOATS, check_array, shapes
 
 _NAME = re.compile(r'(weight|bias)_(ih|hh)_l\d{1,3}', re.ASCII)
 _GATES = {1: 'ElmanRNN', 3: 'GRU', 4: 'LSTM'}

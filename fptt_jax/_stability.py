@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from fptt_jax.checks import FLOAT32_MAX, FLOAT32_TINY, check_choice, check_number
-from fptt_jax.transformation import CORRECTIONS, RANGES
+from fptt_jax._checks import FLOAT32_MAX, FLOAT32_TINY, check_choice, check_number
+from fptt_jax._transform import CORRECTIONS, RANGES
 
 
 def spectral_radius(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax.checks import check_array, check_integer, check_size
+from fptt_jax._checks import check_array, check_integer, check_size
 
 
 class WindowPlan(NamedTuple):

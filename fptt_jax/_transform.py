@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fptt_jax.checks import (
+from fptt_jax._checks import (
   ARRAYS,
   FLOAT32_MAX,
   FLOAT32_TINY,
@@ -26,6 +26,7 @@ from fptt_jax.checks import (
   check_size,
   shapes,
 )
+from fptt_jax._dtypes import at_least_float32
 
 Hyperparameter = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
 
@@ -764,8 +765,3 @@ def _check_schedule(
       f'{name} at window {windows[first]} must be {expected}, got {values[first]:g} '
       'from the schedule.'
     )
-
-
-def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-  """`dtype`, or float32 where it has fewer bits."""
-  return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
