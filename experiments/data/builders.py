@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from absl import logging
 from google.protobuf import json_format
@@ -35,7 +35,7 @@ class FpttJax(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """
 
   VERSION = tfds.core.Version('1.0.0')
-  BUILDER_CONFIGS = [
+  BUILDER_CONFIGS: ClassVar = [
     tfds.core.BuilderConfig(name=name) for name in ('mnist', 'cifar10', 'ptb')
   ]
 
