@@ -238,12 +238,12 @@ def arrange_like(name: str, got: Any, expected: Any, whose: str) -> Any:
     parts = [
       f'{which} '
       f'{", ".join(map(repr, some[:3]))}{f" and {len(some) - 3} more" if some[3:] else ""}'
-      for which, some in (('missing', missing), ('unexpected', unexpected))
+      for which, some in (('none at', missing), ('some at', unexpected))
       if some
     ]
     raise ValueError(
-      f'{name} must have its leaves at the places of {whose.removeprefix("as ")}: '
-      f'{"; ".join(parts) or "some are there twice"}.'
+      f'{name} must have its leaves at the same places, {whose}: '
+      f'got {", ".join(parts) or "some twice"}.'
     )
   return structure.unflatten([found[path] for path in paths])
 

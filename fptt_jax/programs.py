@@ -76,7 +76,10 @@ def scan_train_steps(
 
   def run(state: TrainState, source: Any, items: Any) -> tuple[TrainState, StepMetrics]:
     _leading_axis('items', items)
-    first = read(source, jax.tree.map(lambda item: item[0], items))
+    one = jax.tree.map(
+      lambda item: jax.ShapeDtypeStruct(item.shape[1:], item.dtype), items
+    )
+    first = jax.eval_shape(read, source, one)
     like, _ = jax.eval_shape(trainer.step, state, first)
     state = arrange_like(
       'state',
