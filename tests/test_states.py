@@ -37,7 +37,7 @@ def layered():
 
 
 @pytest.fixture(scope='module')
-def make_trainer():
+def trainer():
   return fptt_jax.make_trainer(
     layered(), losses.terminal_regression(), OPTIMIZER, num_windows=K
   )
