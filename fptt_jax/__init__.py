@@ -14,7 +14,10 @@ import types
 import typing
 
 from fptt_jax import losses
+from fptt_jax._batch import Batch, validate_batch
+from fptt_jax._monitor import find_nonfinite, lambda_diverges, raise_if_nonfinite
 from fptt_jax._stability import spectral_radius
+from fptt_jax._states import state_from_arrays, state_to_arrays
 from fptt_jax._transform import (
   ALGORITHM_2,
   RELEASE,
@@ -23,25 +26,21 @@ from fptt_jax._transform import (
   fptt_eval_params,
   fptt_restart,
 )
-from fptt_jax._windows import WindowPlan, WindowView, make_windows
-from fptt_jax.devices import use_cpu_devices
-from fptt_jax.health import find_nonfinite, lambda_diverges, raise_if_nonfinite
-from fptt_jax.losses import Loss, compute_metrics
-from fptt_jax.methods import METHODS, Method
-from fptt_jax.programs import scan_train_steps, take_member, vmap_trainer
-from fptt_jax.states import state_from_arrays, state_to_arrays
-from fptt_jax.training import (
-  Batch,
+from fptt_jax._types import (
   FeaturesAndReadout,
   Model,
   OutputsWithPenalty,
   StepMetrics,
   Trainer,
   TrainState,
-  make_global_batch,
-  make_trainer,
-  validate_batch,
 )
+from fptt_jax._windows import WindowPlan, WindowView, make_windows
+from fptt_jax.losses import Loss, compute_metrics
+from fptt_jax.parallel._batches import make_global_batch
+from fptt_jax.parallel._devices import use_cpu_devices
+from fptt_jax.training._multi import scan_train_steps, take_member, vmap_trainer
+from fptt_jax.training._schedules import METHODS, Method
+from fptt_jax.training._trainer import make_trainer
 
 if typing.TYPE_CHECKING:
   from fptt_jax import nn as nn

@@ -89,7 +89,7 @@ class Loss(NamedTuple):
       float [s, B], and what else is measured}, of any s steps, each by itself; where
       `apply` is the mean of 'loss' over the window's valid steps, `measure` the sums of
       all over them, and there is no loss state. Outputs may then be computed a few
-      steps at a time (:mod:`fptt_jax.chunks`). Else None.
+      steps at a time (:mod:`fptt_jax.training._readout`). Else None.
     terminal: whether targets are [B, ...] for certain, even where their shape could be
       [T, B, ...].
     memory: `apply` in two parts, one after the other; None where the loss state is

@@ -16,7 +16,8 @@ import pytest
 from experiments import recipe
 from experiments.options import UserError
 import fptt_jax
-from fptt_jax import losses, sharding
+from fptt_jax import losses
+from fptt_jax.parallel import _collectives
 
 T, B, C, N = 10, 16, 3, 24
 LENGTHS = np.array([10, 3, 7, 1, 2, 9, 4, 4, 1, 1, 1, 1, 2, 2, 2, 2], np.int32)
@@ -278,7 +279,7 @@ def test_shards(monkeypatch):
   and nothing is in the loop over steps. Evaluation gathers before its loop. The large
   array, of 32 x 128 numbers, goes by itself.
   """
-  monkeypatch.setattr(sharding, 'JOINED', 256)
+  monkeypatch.setattr(_collectives, 'JOINED', 256)
   trainer, state, batch = clipped_trainer(mesh=mesh_of(8), shard_params=True)
   [window], _ = collectives(trainer.step.lower(state, batch).compile().as_text())
   sizes = {

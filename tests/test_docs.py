@@ -46,13 +46,13 @@ def test_there_are_examples() -> None:
   }
   assert {
     'fptt_jax._transform.fptt',
-    'fptt_jax.training.make_trainer',
-    'fptt_jax.training.make_global_batch',
+    'fptt_jax.training._trainer.make_trainer',
+    'fptt_jax.parallel._batches.make_global_batch',
     'fptt_jax._stability.spectral_radius',
     'fptt_jax.losses.from_function',
     'fptt_jax.nn.adapters.from_nnx',
-    'fptt_jax.programs.scan_train_steps',
-    'fptt_jax.programs.vmap_trainer',
+    'fptt_jax.training._multi.scan_train_steps',
+    'fptt_jax.training._multi.vmap_trainer',
   } <= found
 
 

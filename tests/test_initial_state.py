@@ -16,7 +16,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import losses, nn
-from fptt_jax.methods import METHODS, plan
+from fptt_jax.training._schedules import METHODS, plan
 
 T, B, K, RATE = 7, 4, 3, 0.3
 LENGTHS = np.array([3, 1, 2, 3], np.int32)

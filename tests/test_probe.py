@@ -13,7 +13,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import nn
-from fptt_jax.probe import check_model
+from fptt_jax._probe import check_model
 
 D, H, B, T = 4, 5, 3, 6
 KEY = jax.random.key(0)

@@ -12,6 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax._checks import check_dtype, check_like, check_size
+from fptt_jax._probe import (
+  HiddenMemoryError,
+  check_new_model,
+  check_state_rows,
+  is_checked,
+  mark_checked,
+)
+from fptt_jax._types import FeaturesAndReadout, Model
 from fptt_jax.nn.checks import check_batch_size
 from fptt_jax.nn.inspection import (
   example_inputs,
@@ -20,14 +28,6 @@ from fptt_jax.nn.inspection import (
   unknown_layers,
 )
 from fptt_jax.nn.layers import Sequential, as_windowed, scan_cell
-from fptt_jax.probe import (
-  HiddenMemoryError,
-  check_new_model,
-  check_state_rows,
-  is_checked,
-  mark_checked,
-)
-from fptt_jax.training import FeaturesAndReadout, Model
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax._checks import check_callable, check_dtype, check_size
+from fptt_jax._probe import check_new_model, check_state_rows, mark_checked
+from fptt_jax._types import Model
 from fptt_jax.nn.checks import check_batch_size
 from fptt_jax.nn.layers import scan_cell
-from fptt_jax.probe import check_new_model, check_state_rows, mark_checked
-from fptt_jax.training import Model
 
 
 def from_equinox(build: Callable[[jax.Array], Any]) -> Model:

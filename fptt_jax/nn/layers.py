@@ -26,6 +26,7 @@ from fptt_jax._checks import (
   check_size,
 )
 from fptt_jax._dtypes import at_least_float32
+from fptt_jax._types import OutputsWithPenalty
 from fptt_jax._windows import take_steps
 from fptt_jax.nn.checks import check_batch_size, check_inputs, check_rngs, check_window
 from fptt_jax.nn.fused import (
@@ -38,7 +39,6 @@ from fptt_jax.nn.fused import (
   fused_window,
 )
 from fptt_jax.nn.kernels import GRU_WINDOW, LSTM_WINDOW, check_kernel
-from fptt_jax.training import OutputsWithPenalty
 
 Step = Callable[[Any, Any], tuple[Any, jax.Array]]
 INITS = ('torch', 'flax')

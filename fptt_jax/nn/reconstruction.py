@@ -15,9 +15,9 @@ from fptt_jax._checks import (
   check_number,
   check_size,
 )
+from fptt_jax._types import OutputsWithPenalty
 from fptt_jax.nn.checks import check_inputs, check_rngs
 from fptt_jax.nn.layers import as_windowed
-from fptt_jax.training import OutputsWithPenalty
 
 
 class Reconstruction(nnx.Module):

@@ -6,7 +6,7 @@ goes to the optimizer, and everything that changed is carried to the next window
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend
@@ -15,6 +15,16 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
+from fptt_jax._batch import (
+  Batch,
+  check_inputs,
+  check_shapes,
+  check_type,
+  is_addressable,
+  targets_by_row,
+  validate_batch,
+  with_mask,
+)
 from fptt_jax._checks import (
   FLOAT32_MAX,
   INT32_MAX,
@@ -29,14 +39,25 @@ from fptt_jax._checks import (
   check_like,
   check_size,
   leaf_paths,
-  shapes,
 )
+from fptt_jax._compiled import Compiled, explain_deleted
 from fptt_jax._dtypes import at_least_float32
+from fptt_jax._probe import check_model, check_state_rows
 from fptt_jax._transform import (
   accepted,
   check_nothing_follows,
   find_states,
   lambda_norm,
+)
+from fptt_jax._types import (
+  FeaturesAndReadout,
+  Hidden,
+  Model,
+  OutputsWithPenalty,
+  Params,
+  StepMetrics,
+  Trainer,
+  TrainState,
 )
 from fptt_jax._windows import (
   ValidSteps,
@@ -48,14 +69,8 @@ from fptt_jax._windows import (
   window_at,
   write_window,
 )
-from fptt_jax.chunks import WindowLoss, chunked_loss, steps_at_once
-from fptt_jax.compiled import Compiled, explain_deleted
-from fptt_jax.devices import check_divisible, check_placement, one_axis
 from fptt_jax.losses import Loss, LossState, MetricSums
-from fptt_jax.methods import METHODS, Method, Plan, plan
-from fptt_jax.micro_batches import in_micro_batches
-from fptt_jax.probe import check_model, check_state_rows
-from fptt_jax.sharding import (
+from fptt_jax.parallel._collectives import (
   batch_specs,
   gather_shards,
   mean_over_devices,
@@ -64,288 +79,10 @@ from fptt_jax.sharding import (
   shard_specs,
   sum_over_devices,
 )
-
-Params = Any
-Hidden = Any
-
-
-class Batch(NamedTuple):
-  """A batch of sequences, time-major.
-
-  Attributes:
-    inputs: [T, B, ...], float features or int tokens; or a tree of such arrays (tokens
-      and features together, say), which the model is given as a tree, each array cut to
-      the window.
-    targets: whatever the loss takes: [B] or [B, O] for terminal tasks, [T, B] or [T, B,
-      O] for sequence-to-sequence ones.
-    lengths: int [B], valid steps of each sequence, 1..T; None where all have T. What
-      inputs hold past them is ignored. An array bool [T, B] in this place is taken as
-      the mask.
-    mask: bool [T, B], which steps are valid: for padding in front, or holes. None where
-      all before the sequence's end are; with both, a step is valid that is valid by
-      both. What inputs and targets hold at other steps is ignored.
-
-  A masked step leaves hidden state, loss and gradient alone: within a window, and in
-  evaluation throughout, the numbers are those of the sequence without it. A sequence
-  ends at its last valid step. One without any valid step contributes nothing.
-  """
-
-  inputs: Any
-  targets: Any
-  lengths: jax.typing.ArrayLike | None = None
-  mask: jax.typing.ArrayLike | None = None
-
-  @classmethod
-  def from_batch_major(
-    cls,
-    inputs: Any,
-    targets: Any,
-    lengths: jax.typing.ArrayLike | None = None,
-    mask: jax.typing.ArrayLike | None = None,
-    *,
-    targets_have_time: bool | None = None,
-  ) -> 'Batch':
-    """Makes a batch of arrays whose first axis is the batch's, by exchanging the first
-    two axes.
-
-    Args:
-      inputs: [B, T, ...], or a tree of such arrays.
-      targets: [B] or [B, O], which are left as they are, or [B, T, ...]; or a tree of
-        such arrays.
-      lengths: int [B] or None.
-      mask: bool [B, T] or None.
-      targets_have_time: whether targets are [B, T, ...]. It may be left out only where
-        shapes leave no doubt: where no array of them has T as its second axis.
-
-    Returns:
-      The time-major :class:`Batch`. NumPy arrays are not copied.
-
-    Raises:
-      ValueError: shapes that do not fit, or `targets_have_time` left out where an array
-        [B, O] could have O = T.
-      TypeError: inputs or targets are no arrays.
-
-    Example:
-      >>> import numpy as np, fptt_jax
-      >>> batch = fptt_jax.Batch.from_batch_major(np.ones((8, 20, 1)), np.ones(8))
-      >>> batch.inputs.shape
-      (20, 8, 1)
-    """
-    lengths, mask = _lengths_and_mask(lengths, mask)
-    swap = lambda x: x.swapaxes(0, 1)
-    leaf: Any
-    for path, leaf in jax.tree.leaves_with_path(inputs):
-      name = f'inputs{jax.tree_util.keystr(path)}'
-      if check_array(name, leaf).ndim < 2:
-        raise ValueError(
-          f'{name} must be batch-major [B, T, ...], got shape {leaf.shape}.'
-        )
-    swapped = jax.tree.map(swap, inputs)
-    num_steps, batch_size = _check_inputs(swapped)
-    leaves = [check_array('targets', leaf) for leaf in jax.tree.leaves(targets)]
-    timed = [leaf.shape[:2] == (batch_size, num_steps) for leaf in leaves]
-    if targets_have_time is None:
-      if any(timed):
-        raise ValueError(
-          'targets_have_time must be True or False for targets of shape '
-          f'{shapes(targets)}, whose second axis may be the T='
-          f'{num_steps} steps or as many outputs: got None.'
-        )
-    elif check_flag('targets_have_time', targets_have_time):
-      if not all(timed):
-        raise ValueError(
-          'targets with targets_have_time=True must be [B, T, ...], got shape '
-          f'{shapes(targets)}.'
-        )
-      targets = jax.tree.map(swap, targets)
-    if mask is not None:
-      rows: Any = check_array('mask', mask)
-      if rows.shape != (batch_size, num_steps):
-        raise ValueError(
-          f'mask must have shape [B, T] = {(batch_size, num_steps)}, got {rows.shape}.'
-        )
-      mask = swap(rows)
-    return cls(swapped, targets, lengths, mask)
-
-
-class OutputsWithPenalty(NamedTuple):
-  """What a model's `apply` may return in place of plain outputs: outputs with a penalty
-  of the model's own on them.
-
-  Attributes:
-    outputs: [S, B, ...], what the loss sees.
-    penalty: float [S, B], added to the window's objective as its mean over the valid
-      steps. Evaluation leaves it out.
-  """
-
-  outputs: jax.Array
-  penalty: jax.Array
-
-
-class FeaturesAndReadout(NamedTuple):
-  """A model's `apply` in two parts; one after the other they are to give what it gives.
-
-  Attributes:
-    features: (params, state, x [S, B, ...], mask [S, B] or None, key or None) ->
-      (state, features [S, B, ...]), which may be :class:`OutputsWithPenalty`.
-    readout: (params, features [s, B, ...], key or None) -> outputs [s, B, ...], of any
-      s of the window's steps, each by itself. It is given the window's key for
-      whichever of its steps.
-  """
-
-  features: Callable[
-    [Params, Hidden, jax.Array, jax.Array | None, jax.Array | None],
-    tuple[Hidden, jax.Array | OutputsWithPenalty],
-  ]
-  readout: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
-
-
-class Model(NamedTuple):
-  """A recurrent model as pure functions; `fptt_jax.nn` makes them from Flax modules.
-
-  Attributes:
-    init: (key) -> params.
-    initial_state: (batch_size) -> hidden state before the first step, a tree of arrays
-      [B, ...]. Where there is a `learned_initial_state`, only its shapes and dtypes are
-      used.
-    apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state,
-      outputs [S, B, ...]), a whole window. x is an array or a tree of them, as the
-      batch's inputs are, 0 at masked steps, which may be anywhere. A step whose mask is
-      False leaves the state as it is; mask None means that all steps are real. key None
-      means evaluation: no dropout. In place of the outputs it may return
-      :class:`OutputsWithPenalty` ones.
-    apply_last: as `apply`, with one more argument: each sequence's last valid step in
-      the window, an int or int [B], the outputs of which are all that is wanted;
-      (params, state, x, mask, key, last) -> (state, outputs [1, B, ...]). Of a sequence
-      without steps in the window they mean nothing. What follows the last recurrent
-      layer is computed there alone. Used with losses that are `last_only`; None where a
-      model cannot.
-    split: `apply` in two parts, the readout being one. Used with losses that have a
-      `per_step`, see `readout_chunk` of :func:`make_trainer`; None where a model has no
-      such part.
-    learned_initial_state: (params, batch_size) -> hidden state before the first step,
-      of floating-point arrays, where it is trained with the parameters; None where it
-      is constant. A window that starts a sequence has a gradient with respect to it.
-  """
-
-  init: Callable[[jax.Array], Params]
-  initial_state: Callable[[int], Hidden]
-  apply: Callable[
-    [Params, Hidden, jax.Array, jax.Array | None, jax.Array | None],
-    tuple[Hidden, jax.Array | OutputsWithPenalty],
-  ]
-  apply_last: Callable[..., tuple[Hidden, jax.Array | OutputsWithPenalty]] | None = None
-  split: FeaturesAndReadout | None = None
-  learned_initial_state: Callable[[Params, int], Hidden] | None = None
-
-  def start(self, params: Params, batch_size: int) -> Hidden:
-    """Makes the hidden state before the first step.
-
-    Args:
-      params: the model's parameters.
-      batch_size: B.
-
-    Returns: A tree of arrays [B, ...], as `learned_initial_state` gives it or, without
-      one, `initial_state`.
-    """
-    if self.learned_initial_state is None:
-      return self.initial_state(batch_size)
-    return self.learned_initial_state(params, batch_size)
-
-
-class TrainState(NamedTuple):
-  """All that the next step depends on: save it and a run goes on where it was.
-
-  Attributes:
-    params: W. Moved by each update.
-    opt_state: the optimizer's; holds W̄ and λ under `fptt`. Moved by each update.
-    hidden: [B, ...], the hidden state after the last window. Moved by each window; read
-      again only with `carry_hidden`.
-    loss_state: what the loss remembers (Q tables). Moved by each window.
-    key: typed PRNG key, never moved: a window's key is folded in from `step_count` and
-      the window's index.
-    step_count: int32 [], sequences (batches) so far.
-  """
-
-  params: Params
-  opt_state: optax.OptState
-  hidden: Hidden
-  loss_state: LossState
-  key: jax.Array
-  step_count: jax.Array
-
-
-class StepMetrics(NamedTuple):
-  """What one step saw.
-
-  Attributes:
-    loss: [U], the objective of each update (U = K, or 1 for one update a sequence),
-      before the update.
-    grad_norm: [U], global norm of the loss gradient, before clipping and without the
-      regularizer.
-    totals: what the loss measures, summed over the sequence; see
-      `fptt_jax.compute_metrics`.
-    skipped: bool [U], the updates that `skip_nonfinite` left out, whose loss and norm
-      stand as they were seen, and those of `invalid`.
-    lambda_norm: float32 [], global norm of λ after the sequence, 0 without `fptt`.
-    outputs: [T, B, ...], the model's outputs as each window was first seen, before its
-      update (in the last inner step), zeros at masked steps; None unless the trainer
-      was made with `return_outputs`.
-    invalid: bool [U], all True if a target (a label, an example id) or a length of the
-      batch is out of range. Then nothing but `step_count` moves, with or without
-      `skip_nonfinite`: all updates count as skipped, too, their loss and norm are NaN,
-      and the totals are of nothing.
-  """
-
-  loss: jax.Array
-  grad_norm: jax.Array
-  totals: MetricSums
-  skipped: jax.Array
-  lambda_norm: jax.Array
-  outputs: jax.Array | None = None
-  invalid: jax.Array | None = None
-
-
-class Trainer(NamedTuple):
-  """The functions :func:`make_trainer` makes.
-
-  Attributes:
-    init: (key, batch) -> TrainState. A concrete batch is looked at by
-      :func:`validate_batch`; otherwise only its shapes are used, and
-      `jax.ShapeDtypeStruct` leaves will do. It also runs a model of unknown layers once
-      on a few small windows and refuses one that mixes the rows of a batch, looks
-      ahead, or keeps memory outside the hidden state.
-    step: (state, batch) -> (state, StepMetrics), compiled once for each batch shape;
-      the old state is donated unless the trainer was made with `donate=False`.
-    evaluate: (params, batch, hidden=None) -> (totals, hidden), compiled, without
-      dropout; `hidden` None starts from the model's initial state. WindowPlan of about
-      √T steps bound its memory, whatever the method.
-    end_epoch: (state) -> state with the loss's end-of-epoch work done and the hidden
-      state back at the start.
-    predict: (params, inputs, lengths=None, mask=None, hidden=None, *,
-      batch_major=False, return_hidden=False) -> outputs [T, B, ...] of all steps,
-      compiled once for each shape, without dropout. Any T will do: windows of about √T
-      steps bound the memory beside the outputs. Inputs, lengths and mask are those of a
-      :class:`Batch`; outputs at masked steps are 0. `hidden` None starts from the
-      model's initial state. With `batch_major`, inputs, mask and outputs are [B, T,
-      ...]. With `return_hidden` it returns (outputs, hidden), from which a next call
-      goes on.
-    donate: whether `step` gives the old state's memory to the new one. The old state's
-      arrays are then gone, those among them that were put there under a name of their
-      own, too: keep copies, or choose `donate=False`.
-
-  `step`, `evaluate` and `predict` also take a state or parameters as other programs
-  give them back: of NumPy arrays, with integer keys as texts ('0' for 0), as dicts for
-  named tuples, with the key as its data. They return JAX's arrays in the structure that
-  `init` makes.
-  """
-
-  init: Callable[[jax.Array, Batch], TrainState]
-  step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-  evaluate: Callable[..., tuple[MetricSums, Hidden]]
-  end_epoch: Callable[[TrainState], TrainState]
-  predict: Callable[..., Any]
-  donate: bool = True
+from fptt_jax.parallel._devices import check_divisible, check_placement, one_axis
+from fptt_jax.training._micro_batches import in_micro_batches
+from fptt_jax.training._readout import WindowLoss, chunked_loss, steps_at_once
+from fptt_jax.training._schedules import METHODS, Method, Plan, plan
 
 
 def make_trainer(
@@ -539,13 +276,13 @@ def make_trainer(
 
   def init(key: jax.Array, batch: Batch) -> TrainState:
     check_placement(batch, mesh)
-    batch = _with_mask(batch)
-    num_steps, batch_size = _check_shapes(batch)
+    batch = with_mask(batch)
+    num_steps, batch_size = check_shapes(batch)
     key = as_key('key', key)
     if key.shape != ():
       raise ValueError(f'key must be one key, got shape {key.shape}.')
     init_key, run_key = jax.random.split(key)
-    if all(_at_hand(leaf) for leaf in jax.tree.leaves(batch)):
+    if all(is_addressable(leaf) for leaf in jax.tree.leaves(batch)):
       validate_batch(batch, loss)
     params = _own(model.init(init_key))
     check_state_rows('model.initial_state', model.initial_state, (batch_size,))
@@ -615,9 +352,9 @@ def make_trainer(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
     check_placement(batch, mesh)
-    batch = _with_mask(batch)
-    _, batch_size = _check_shapes(batch)
-    _check_type('state', state, TrainState)
+    batch = with_mask(batch)
+    _, batch_size = check_shapes(batch)
+    check_type('state', state, TrainState)
     state = state._replace(key=as_key('state.key', state.key))
     state = _checked_state(state, jax.eval_shape(init, state.key, batch))
     check_rows(batch_size)
@@ -637,7 +374,7 @@ def make_trainer(
       # Rows may start differently: the whole batch's initial state is made here, and
       # each device gets its rows of it.
       state = state._replace(hidden=_own(model.start(state.params, batch_size)))
-    in_specs = (specs[0], batch_specs(batch, axis, _targets_by_row(loss)))
+    in_specs = (specs[0], batch_specs(batch, axis, targets_by_row(loss)))
     return jax.shard_map(
       run_windows, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False
     )(state, batch)
@@ -646,7 +383,7 @@ def make_trainer(
     """A step on one device's share of the batch; with `shard_params` on all of it, and
     only what runs the model is on shares.
     """
-    num_steps, batch_size = _check_shapes(batch)
+    num_steps, batch_size = check_shapes(batch)
     windows = cut_windows(num_steps)
     updates = plan(method, windows.num_windows)
     outer = None if shard_params else axis
@@ -699,7 +436,7 @@ def make_trainer(
       in_specs = (
         specs.params,
         specs.hidden,
-        batch_specs(batch, axis, _targets_by_row(loss)),
+        batch_specs(batch, axis, targets_by_row(loss)),
         PartitionSpec(),
         others_specs,
       )
@@ -911,8 +648,8 @@ def make_trainer(
     params: Params, batch: Batch, hidden: Hidden | None = None
   ) -> tuple[MetricSums, Hidden]:
     check_placement(batch, mesh)
-    batch = _with_mask(batch)
-    _, batch_size = _check_shapes(batch)
+    batch = with_mask(batch)
+    _, batch_size = check_shapes(batch)
     params = check_like(
       'params',
       params,
@@ -932,7 +669,7 @@ def make_trainer(
       axis if batch_size % mesh.size == 0 else None
     )  # Else each device does the whole.
     rows: Any = PartitionSpec(split)
-    in_specs = (PartitionSpec(), batch_specs(batch, split, _targets_by_row(loss)), rows)
+    in_specs = (PartitionSpec(), batch_specs(batch, split, targets_by_row(loss)), rows)
     run = lambda params, batch, hidden: share_evaluate(params, batch, hidden, split)
     return jax.shard_map(
       run,
@@ -946,7 +683,7 @@ def make_trainer(
     params: Params, batch: Batch, hidden: Hidden, axis: str | None
   ) -> tuple[MetricSums, Hidden]:
     """Evaluation on one device's share of the batch, or all of it."""
-    num_steps, batch_size = _check_shapes(batch)
+    num_steps, batch_size = check_shapes(batch)
     windows = make_windows(num_steps)
     valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
     batch = _without_idle_targets(batch, valid, loss)
@@ -990,8 +727,8 @@ def make_trainer(
       else Batch(inputs, (), lengths, mask)
     )
     check_placement(batch, mesh)
-    batch = _with_mask(batch)
-    _, batch_size = _check_shapes(batch)
+    batch = with_mask(batch)
+    _, batch_size = check_shapes(batch)
     params = check_like(
       'params',
       params,
@@ -1011,7 +748,7 @@ def make_trainer(
         axis if batch_size % mesh.size == 0 else None
       )  # Else each device does the whole.
       rows: Any = PartitionSpec(split)
-      specs = (PartitionSpec(), batch_specs(batch, split, _targets_by_row(loss)), rows)
+      specs = (PartitionSpec(), batch_specs(batch, split, targets_by_row(loss)), rows)
       run = jax.shard_map(
         run,
         mesh=mesh,
@@ -1025,7 +762,7 @@ def make_trainer(
 
   def end_epoch(state: TrainState) -> TrainState:
     check_placement((), mesh)
-    _check_type('state', state, TrainState)
+    check_type('state', state, TrainState)
     explain_deleted('end_epoch', (state,))
     leaves = jax.tree.leaves(state.hidden)
     hidden = (
@@ -1079,11 +816,6 @@ def _with_start(
     fresh.reshape(-1, *[1] * (old.ndim - 1)), start.astype(old.dtype), old
   )
   return jax.tree.map(put, _start_rows(model, params, len(fresh), axis), hidden)
-
-
-def _targets_by_row(loss: Loss) -> bool:
-  """Returns whether a loss is certain that its targets are [B, ...]."""
-  return loss.last_only or loss.terminal
 
 
 def _any_extra_args(inner_steps: int) -> dict[str, Any]:
@@ -1160,7 +892,7 @@ def _without_idle_targets(batch: Batch, valid: ValidSteps, loss: Loss) -> Batch:
   They may be anything: NaN there would come back as a NaN gradient, although it counts
     for nothing.
   """
-  if batch.mask is None or not _targets_by_row(loss):
+  if batch.mask is None or not targets_by_row(loss):
     return batch
 
   def cleared(leaf: Any) -> jax.Array:
@@ -1201,14 +933,14 @@ def _no_outputs(
     x,
   )
   shape: Any = outputs.outputs if isinstance(outputs, OutputsWithPenalty) else outputs
-  return jnp.zeros((_check_inputs(batch.inputs)[0], *shape.shape[1:]), shape.dtype)
+  return jnp.zeros((check_inputs(batch.inputs)[0], *shape.shape[1:]), shape.dtype)
 
 
 def _predict(
   model: Model, params: Params, batch: Batch, hidden: Hidden
 ) -> tuple[jax.Array, Hidden]:
   """(outputs [T, B, ...], hidden state after them), in windows of about √T steps."""
-  num_steps, batch_size = _check_inputs(batch.inputs)
+  num_steps, batch_size = check_inputs(batch.inputs)
   windows = make_windows(num_steps)
   valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
 
@@ -1249,7 +981,7 @@ def _objective(
   from a given hidden state.
   """
   factors = jnp.asarray(np.ones(windows.num_windows) if weights is None else weights)
-  valid = valid_steps(windows, _check_shapes(batch)[1], batch.lengths, batch.mask)
+  valid = valid_steps(windows, check_shapes(batch)[1], batch.lengths, batch.mask)
   num_seen = updates.windows.shape[1]
   apply = loss.apply if loss.memory is None else loss.memory.observe
 
@@ -1487,134 +1219,6 @@ def _steps_at_once(
   )
 
 
-def validate_batch(batch: Batch, loss: Loss) -> None:
-  """Looks at a batch's values, which compiled code cannot: call it on a data set once,
-  on the host.
-
-  Args:
-    batch: concrete arrays.
-    loss: the loss whose targets the batch holds.
-
-  Raises:
-    ValueError: NaN or infinite inputs at valid steps, lengths outside 1..T, labels
-      outside 0..C-1, wrong shapes.
-    TypeError: labels or lengths that are not integers, targets that are not floating
-      point, arrays that are traced or abstract.
-  """
-  batch = _with_mask(batch)
-  num_steps, batch_size = _check_shapes(batch)
-  _check_type('loss', loss, Loss)
-  if any(
-    isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
-    for leaf in jax.tree.leaves(batch)
-  ):
-    raise TypeError(
-      f'validate_batch looks at values and needs concrete arrays, got {batch!r}.'
-    )
-  valid = np.ones((num_steps, batch_size), bool)
-  if batch.lengths is not None:
-    lengths = np.asarray(batch.lengths)
-    if lengths.min() < 1 or lengths.max() > num_steps:
-      raise ValueError(
-        f'lengths must lie in 1..T={num_steps}, got values from {lengths.min()} to '
-        f'{lengths.max()}.'
-      )
-    valid = np.arange(num_steps)[:, None] < lengths
-  if batch.mask is not None:
-    valid = valid & np.asarray(batch.mask)
-  for path, leaf in jax.tree.leaves_with_path(batch.inputs):
-    inputs = np.asarray(leaf)
-    if (
-      jnp.issubdtype(inputs.dtype, jnp.floating)
-      and not np.isfinite(inputs[valid]).all()
-    ):
-      bad = np.argwhere(
-        ~np.isfinite(inputs.reshape(num_steps, batch_size, -1)).all(-1) & valid
-      )
-      name, place = f'inputs{jax.tree_util.keystr(path)}', tuple(bad[0].tolist())
-      raise ValueError(
-        f'{name} must be finite, got NaN or infinity in {len(bad)} places, the first '
-        f'at (step, row) {place}.'
-      )
-  loss.check(batch.targets, valid)
-
-
-def make_global_batch(
-  batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: bool = False
-) -> Batch:
-  """One batch of the rows that every process has, split over the devices of all of
-  them.
-
-  With `jax.distributed` each process calls the same functions in the same order:
-  `make_trainer(mesh=...)` with a mesh over `jax.devices()`, `init` with the same key,
-  `step` with what this returns. Metrics and totals are whole on every process:
-  `np.asarray` reads them. The hidden state and what `shard_params` splits are not: all
-  processes together write a checkpoint of them, by orbax say. What all have alike, such
-  as the source that `scan_train_steps` reads from, may be handed over as NumPy arrays.
-
-  Args:
-    batch: this process's rows, B / (number of processes) of them, in NumPy arrays. The
-      processes' rows follow one another as their devices do in the mesh.
-    loss: the loss whose targets the batch holds.
-    mesh: the trainer's.
-    stacked: whether all leaves have a leading axis of length N, as `scan_train_steps`
-      takes batches.
-
-  Returns:
-    The batch of B rows. On a single process that is the same batch, put on the mesh.
-
-  Raises:
-    ValueError: the rows are no multiple of this process's devices, or shapes do not
-      fit.
-    TypeError: as for the step, or arrays whose values are not at hand.
-
-  Example:
-    >>> import jax, numpy as np, fptt_jax
-    >>> mesh = jax.sharding.Mesh(jax.devices(), ('batch',))  # After jax.distributed.initialize(...), all processes'.
-    >>> mine = fptt_jax.Batch(np.ones((20, 8, 1), np.float32), np.ones(8, np.float32))
-    >>> batch = fptt_jax.make_global_batch(mine, fptt_jax.losses.terminal_regression(), mesh)
-    >>> batch.inputs.shape[1] == 8 * jax.process_count()
-    True
-  """
-  mesh, axis = one_axis(mesh)
-  _check_type('batch', batch, Batch)
-  _check_type('loss', loss, Loss)
-  leaves = jax.tree.leaves(batch)
-  if not all(_at_hand(leaf) for leaf in leaves):
-    raise TypeError(f'batch must be of concrete arrays, got {shapes(batch)}.')
-  one = batch
-  if check_flag('stacked', stacked):
-    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
-    if len(lengths) != 1 or 0 in lengths:
-      raise ValueError(
-        'with stacked=True all arrays must have a leading axis of one length N >= 1, '
-        f'got {shapes(batch)}.'
-      )
-    one = jax.tree.map(lambda x: x[0], batch)
-  one = _with_mask(one)
-  if one.mask is not None and batch.mask is None:
-    batch = batch._replace(lengths=None, mask=batch.lengths)
-  _, rows = _check_shapes(one)
-  devices = len(mesh.local_devices)
-  if rows % devices:
-    raise ValueError(
-      f"a process's rows must be a multiple of its {devices} devices in the mesh, got "
-      f'{rows}.'
-    )
-  specs = batch_specs(one, axis, _targets_by_row(loss))
-  for leaf, spec in zip(
-    jax.tree.leaves(one.targets), jax.tree.leaves(specs.targets), strict=True
-  ):
-    if leaf.shape[len(spec) - 1] != rows:
-      raise ValueError(
-        f'targets must be [B, ...], or [T, B, ...] for sequence losses, with B={rows}; '
-        f'got shape {leaf.shape}.'
-      )
-  if stacked:
-    specs = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs)
-  return jax.make_array_from_process_local_data(named(specs, mesh), batch)
-
-
 def _resolve(
   method: str | Method,
   num_windows: int | None,
@@ -1744,13 +1348,6 @@ def _check_types(
     )
 
 
-def _check_type(name: str, value: Any, expected: type) -> None:
-  if not isinstance(value, expected):
-    raise TypeError(
-      f'{name} must be a fptt_jax.{expected.__name__}, got {type(value).__name__}.'
-    )
-
-
 def _checked_state(state: TrainState, expected: TrainState) -> TrainState:
   """Return the state in the structure in which `init` makes it; raise unless all but
   the hidden state is like that.
@@ -1767,17 +1364,6 @@ def _checked_state(state: TrainState, expected: TrainState) -> TrainState:
   if sorted(leaf_paths(hidden)) == sorted(leaf_paths(expected.hidden)):
     hidden = arrange_like('state.hidden', hidden, expected.hidden, whose)
   return state._replace(hidden=hidden, **checked)
-
-
-def _at_hand(x: Any) -> bool:
-  """Whether it is an array whose values can be looked at here: neither traced nor in
-  part another process's.
-  """
-  return isinstance(x, np.ndarray) or (
-    isinstance(x, jax.Array)
-    and not isinstance(x, jax.core.Tracer)
-    and x.is_fully_addressable
-  )
 
 
 def _own(tree: Any) -> Any:
@@ -1807,96 +1393,6 @@ def _scalar(value: Any) -> jax.Array:
   # The sum over windows may be beyond float16, and half a precision loses small weights
   # of windows.
   return value.astype(at_least_float32(value.dtype))
-
-
-def _check_shapes(batch: Batch) -> tuple[int, int]:
-  """(T, B) of a batch, after checking what shapes and dtypes alone can tell."""
-  if not isinstance(batch, Batch):
-    raise TypeError(
-      'batch must be a fptt_jax.Batch(inputs, targets, lengths=None), got '
-      f'{type(batch).__name__}.'
-    )
-  num_steps, batch_size = _check_inputs(batch.inputs)
-  if batch.lengths is not None:
-    lengths = check_array('lengths', batch.lengths)
-    if lengths.shape != (batch_size,):
-      raise ValueError(
-        f'lengths must have shape [B] = ({batch_size},), or be a mask bool [T, B]; got '
-        f'{lengths.dtype}{list(lengths.shape)}.'
-      )
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-      raise TypeError(f'lengths must be integers, got {lengths.dtype}.')
-  if batch.mask is not None:
-    mask = check_array('mask', batch.mask)
-    if mask.shape != (num_steps, batch_size) or mask.dtype != bool:
-      raise ValueError(
-        f'mask must be bool [T, B] = bool{[num_steps, batch_size]}, got '
-        f'{mask.dtype}{list(mask.shape)}.'
-      )
-  for leaf in jax.tree.leaves(batch.targets):
-    if getattr(check_array('targets', leaf).dtype, 'kind', '') in tuple(
-      'OSUMm'
-    ):  # A dtype of keys has none.
-      raise TypeError(f'targets must be numbers, got dtype {leaf.dtype}.')
-    if batch_size not in leaf.shape[:2]:
-      raise ValueError(
-        f'targets must be [B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}; '
-        f'got shape {leaf.shape}.'
-      )
-  return num_steps, batch_size
-
-
-def _check_inputs(inputs: Any) -> tuple[int, int]:
-  """(T, B) of a tree of inputs [T, B, ...], after checking that all its arrays agree in
-  them.
-  """
-  first: tuple[int, ...] | None = None
-  for path, leaf in jax.tree.leaves_with_path(inputs):
-    name = f'inputs{jax.tree_util.keystr(path)}'
-    shape = check_array(name, leaf).shape
-    if len(shape) < 2:
-      raise ValueError(f'{name} must be time-major [T, B, ...], got shape {shape}.')
-    if shape[0] < 1 or shape[1] < 1:
-      raise ValueError(
-        f'{name} need at least one step and one sequence, got an empty batch [T, B, '
-        f'...] = {shape}.'
-      )
-    if not (
-      jnp.issubdtype(leaf.dtype, jnp.floating)
-      or jnp.issubdtype(leaf.dtype, jnp.integer)
-    ):
-      raise TypeError(
-        f'{name} must be floating point (features) or integers (tokens), got '
-        f'{leaf.dtype}.'
-      )
-    first = first or shape[:2]
-    if shape[:2] != first:
-      raise ValueError(
-        f'{name} must have the same [T, B] = {first} as the other inputs, got shape '
-        f'{shape}.'
-      )
-  if first is None:
-    raise ValueError(
-      f'inputs must be an array [T, B, ...] or a tree of them, got {inputs!r}.'
-    )
-  return first[0], first[1]
-
-
-def _lengths_and_mask(lengths: Any, mask: Any) -> tuple[Any, Any]:
-  """Both in their places, if a mask was given in the place of the lengths."""
-  if mask is None and getattr(lengths, 'ndim', 0) == 2 and lengths.dtype == bool:
-    return None, lengths
-  return lengths, mask
-
-
-def _with_mask(batch: Batch) -> Batch:
-  """The batch with a mask that was given in the place of the lengths where it
-  belongs.
-  """
-  if not isinstance(batch, Batch):
-    return batch
-  lengths, mask = _lengths_and_mask(batch.lengths, batch.mask)
-  return batch._replace(lengths=lengths, mask=mask)
 
 
 def _check_hidden(got: Hidden, expected: Hidden, which: str) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fptt_jax._batch import Batch
 from fptt_jax._checks import (
   arrange_like,
   as_key,
@@ -19,9 +20,9 @@ from fptt_jax._checks import (
   check_integer,
   shapes,
 )
-from fptt_jax.compiled import Compiled
-from fptt_jax.devices import check_divisible, one_axis
-from fptt_jax.training import Batch, Hidden, Params, StepMetrics, Trainer, TrainState
+from fptt_jax._compiled import Compiled
+from fptt_jax._types import Hidden, Params, StepMetrics, Trainer, TrainState
+from fptt_jax.parallel._devices import check_divisible, one_axis
 
 
 def scan_train_steps(

@@ -11,7 +11,7 @@ from fptt_jax._checks import (
   check_integer,
   check_number,
 )
-from fptt_jax.training import StepMetrics
+from fptt_jax._types import StepMetrics
 
 RUNAWAY = 100.0
 """λ has run away when its norm is so many times what was seen before."""

@@ -1,0 +1,93 @@
+"""Batches whose rows belong to several processes."""
+
+import jax
+from jax.sharding import PartitionSpec
+
+from fptt_jax._batch import (
+  Batch,
+  check_shapes,
+  check_type,
+  is_addressable,
+  targets_by_row,
+  with_mask,
+)
+from fptt_jax._checks import check_flag, shapes
+from fptt_jax.losses import Loss
+from fptt_jax.parallel._collectives import batch_specs, named
+from fptt_jax.parallel._devices import one_axis
+
+
+def make_global_batch(
+  batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: bool = False
+) -> Batch:
+  """One batch of the rows that every process has, split over the devices of all of
+  them.
+
+  With `jax.distributed` each process calls the same functions in the same order:
+  `make_trainer(mesh=...)` with a mesh over `jax.devices()`, `init` with the same key,
+  `step` with what this returns. Metrics and totals are whole on every process:
+  `np.asarray` reads them. The hidden state and what `shard_params` splits are not: all
+  processes together write a checkpoint of them, by orbax say. What all have alike, such
+  as the source that `scan_train_steps` reads from, may be handed over as NumPy arrays.
+
+  Args:
+    batch: this process's rows, B / (number of processes) of them, in NumPy arrays. The
+      processes' rows follow one another as their devices do in the mesh.
+    loss: the loss whose targets the batch holds.
+    mesh: the trainer's.
+    stacked: whether all leaves have a leading axis of length N, as `scan_train_steps`
+      takes batches.
+
+  Returns:
+    The batch of B rows. On a single process that is the same batch, put on the mesh.
+
+  Raises:
+    ValueError: the rows are no multiple of this process's devices, or shapes do not
+      fit.
+    TypeError: as for the step, or arrays whose values are not at hand.
+
+  Example:
+    >>> import jax, numpy as np, fptt_jax
+    >>> mesh = jax.sharding.Mesh(jax.devices(), ('batch',))  # After jax.distributed.initialize(...), all processes'.
+    >>> mine = fptt_jax.Batch(np.ones((20, 8, 1), np.float32), np.ones(8, np.float32))
+    >>> batch = fptt_jax.make_global_batch(mine, fptt_jax.losses.terminal_regression(), mesh)
+    >>> batch.inputs.shape[1] == 8 * jax.process_count()
+    True
+  """
+  mesh, axis = one_axis(mesh)
+  check_type('batch', batch, Batch)
+  check_type('loss', loss, Loss)
+  leaves = jax.tree.leaves(batch)
+  if not all(is_addressable(leaf) for leaf in leaves):
+    raise TypeError(f'batch must be of concrete arrays, got {shapes(batch)}.')
+  one = batch
+  if check_flag('stacked', stacked):
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
+    if len(lengths) != 1 or 0 in lengths:
+      raise ValueError(
+        'with stacked=True all arrays must have a leading axis of one length N >= 1, '
+        f'got {shapes(batch)}.'
+      )
+    one = jax.tree.map(lambda x: x[0], batch)
+  one = with_mask(one)
+  if one.mask is not None and batch.mask is None:
+    batch = batch._replace(lengths=None, mask=batch.lengths)
+  _, rows = check_shapes(one)
+  devices = len(mesh.local_devices)
+  if rows % devices:
+    raise ValueError(
+      f"a process's rows must be a multiple of its {devices} devices in the mesh, got "
+      f'{rows}.'
+    )
+  specs = batch_specs(one, axis, targets_by_row(loss))
+  for leaf, spec in zip(
+    jax.tree.leaves(one.targets), jax.tree.leaves(specs.targets), strict=True
+  ):
+    if leaf.shape[len(spec) - 1] != rows:
+      raise ValueError(
+        f'targets must be [B, ...], or [T, B, ...] for sequence losses, with B={rows}; '
+        f'got shape {leaf.shape}.'
+      )
+  if stacked:
+    specs = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs)
+  return jax.make_array_from_process_local_data(named(specs, mesh), batch)

@@ -1,0 +1,1 @@
+"""The train step, evaluation, and many steps or members in one program."""
