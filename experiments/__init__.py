@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from experiments.trained_runs import TrainedRun, load_run
+  from experiments.core.trained import TrainedRun, load_run
 
 __all__ = ('TrainedRun', 'load_run')
 
@@ -15,6 +15,6 @@ def __getattr__(name: str) -> Any:
   """Import what trained runs need when it is asked for: scripts start without it."""
   if name not in __all__:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  from experiments import trained_runs
+  from experiments.core import trained
 
-  return getattr(trained_runs, name)
+  return getattr(trained, name)

@@ -30,21 +30,34 @@ import optax
 from tabulate import tabulate
 from tqdm import tqdm
 
-from experiments import cells, options, processes, rates, recipe, reporting, runs
-from experiments.members import (
+from experiments.core import (
+  cells,
+  checkpoints,
+  devices,
+  files,
+  flags,
+  optimizers,
+  plotting,
+  processes,
+  rates,
+  recipe,
+  report,
+  workdir,
+)
+from experiments.core.flags import check, option
+from experiments.core.plotting import Curve, Plot
+from experiments.core.population import Population
+from experiments.core.rates import Rates
+from experiments.core.schedule import (
   Member,
-  Population,
   chunks,
-  end,
+  finish_run,
+  format_number,
   has_ended,
-  members,
+  list_members,
   remaining,
-  short,
   train_all,
 )
-from experiments.options import check, option
-from experiments.rates import Rates
-from experiments.reporting import Curve, Plot
 import fptt_jax
 from fptt_jax import nn
 
@@ -219,9 +232,9 @@ def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
 
 def make_trainer(
   config: Config, method: str, members: int
-) -> tuple[fptt_jax.Trainer, recipe.Meshes]:
+) -> tuple[fptt_jax.Trainer, devices.Meshes]:
   """The trainer of one run, and devices for so many."""
-  _, updates = recipe.updates_a_sequence(config, method, config.seq_len)
+  _, updates = recipe.updates_per_sequence(config, method, config.seq_len)
   decay = (
     optax.cosine_decay_schedule(1.0, config.batches * updates) if config.decay else None
   )
@@ -229,10 +242,10 @@ def make_trainer(
     fptt_jax.losses.terminal_regression(),
     recipe.window_steps(config, method, config.seq_len),
   )
-  meshes = recipe.choose_meshes(
+  meshes = devices.choose_meshes(
     config, config.batch_size, config.hidden, steps, members
   )
-  return recipe.make_trainer(
+  return optimizers.make_trainer(
     config,
     method,
     make_model(config),
@@ -252,12 +265,12 @@ def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> 
     evaluated: is called after each evaluation of a run.
   """
   config, method = chosen[0].config, chosen[0].method
-  num_windows, updates = recipe.updates_a_sequence(config, method, config.seq_len)
+  num_windows, updates = recipe.updates_per_sequence(config, method, config.seq_len)
   trainer, meshes = make_trainer(config, method, len(chosen))
   keys = [jax.random.split(jax.random.key(member.seed), 3) for member in chosen]
   draw = jax.jit(draw_batch, static_argnums=(1, 2))
   tests = [
-    processes.alike(draw(test_key, config.seq_len, config.test_size))
+    processes.replicated(draw(test_key, config.seq_len, config.test_size))
     for _, _, test_key in keys
   ]
   read = lambda _, data: draw_batch(
@@ -293,7 +306,7 @@ def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> 
       state, metrics, step = train_interval(
         group, state, start, parts, items, going, skipped, save, bar
       )
-      params = group.unstack(recipe.evaluation_params(config, method, state))
+      params = group.unstack(optimizers.evaluation_params(config, method, state))
       for number in going:
         totals, _ = trainer.evaluate(params[number], tests[number])
         row = log(
@@ -315,12 +328,12 @@ def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> 
         break
       save(step, state)
   group.close()
-  params = group.unstack(recipe.evaluation_params(config, method, state))
+  params = group.unstack(optimizers.evaluation_params(config, method, state))
   for number, (member, run) in enumerate(zip(chosen, group.runs, strict=False)):
     lost = {'lost': group.lost[number]} if number in group.lost else {}
     settings = {'lr': member.config.lr, 'momentum': member.config.momentum}
     summary = settings | summarize(num_windows, run.rows) | sizes(config) | lost
-    end(folder, member, summary, None if lost else params[number])
+    finish_run(folder, member, summary, None if lost else params[number])
 
 
 def train_interval(
@@ -438,7 +451,7 @@ def open_folder(config: Config, folder: str) -> Path:
     identity['tuned_rates'] = str(
       {name: tuple(own) for name, own in TUNED.methods.items()}
     )
-  path = runs.open_workdir(folder, 'add_task', config, **identity)
+  path = workdir.open_workdir(folder, 'add_task', config, **identity)
   print(
     f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch '
     f'{config.batch_size}, '
@@ -453,8 +466,8 @@ def train_runs(
   """Trains by each method from each seed, drawing `plot` meanwhile: a summary per
   run.
   """
-  size = recipe.population_size(config, config.batch_size, config.hidden)
-  evaluated = reporting.live(folder, config, plot)
+  size = devices.population_size(config, config.batch_size, config.hidden)
+  evaluated = plotting.live(folder, config, plot)
   return train_all(
     config, folder, size, lambda chosen: train(chosen, folder, evaluated)
   )
@@ -468,11 +481,11 @@ def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
 
 def announce(config: Config, folder: Path) -> None:
   """Prints which runs are still to be trained, and for about how long."""
-  left = [member for member in members(config) if not has_ended(folder, member)]
+  left = [member for member in list_members(config) if not has_ended(folder, member)]
   if not left:
     return
   print(f'to train, one after the other, {rates_in_words(config)}:')
-  size = recipe.population_size(config, config.batch_size, config.hidden)
+  size = devices.population_size(config, config.batch_size, config.hidden)
   total = 0.0
   for method in dict.fromkeys(member.method for member in left):
     chosen = [member for member in left if member.method == method]
@@ -503,7 +516,9 @@ def estimate(chosen: list[Member], folder: Path, together: int) -> float:
     state, metrics = trainer.step(state, batch)
     jax.block_until_ready((state, metrics))
     seconds.append(time.perf_counter() - started)
-  done = [max(runs.saved_steps(folder / member.name), default=0) for member in chosen]
+  done = [
+    max(checkpoints.saved_steps(folder / member.name), default=0) for member in chosen
+  ]
   batches = len(chosen) * config.batches - sum(done)
   return len(chosen) * seconds[0] + batches * statistics.median(seconds[1:])
 
@@ -516,7 +531,7 @@ def duration(seconds: float) -> str:
 
 def settings_in_words(config: Config) -> str:
   """Returns the rate and momentum of a run."""
-  return f'lr {short(config.lr)}, momentum {short(config.momentum)}'
+  return f'lr {format_number(config.lr)}, momentum {format_number(config.momentum)}'
 
 
 def rates_in_words(config: Config) -> str:
@@ -574,7 +589,7 @@ class Result(NamedTuple):
 def conclusion(config: Config, summaries: list[dict[str, Any]]) -> str:
   """Returns two sentences: what was compared, and what was seen."""
   results: dict[str, Result] = {}
-  for member, summary in zip(members(config), summaries, strict=True):
+  for member, summary in zip(list_members(config), summaries, strict=True):
     name = member.name.replace(f'-seed{member.seed}', '')
     result = results.setdefault(
       name, Result(name, settings_in_words(member.config), [])
@@ -613,13 +628,13 @@ def _reservation(config: Config, ranked: list[Result]) -> str:
 
 def tune(config: Config) -> None:
   """Searches the grid for each method, prints what was tried, and writes rates.json."""
-  folder = runs.make_folder(config.workdir)
+  folder = workdir.make_folder(config.workdir)
   found: dict[str, Any] = {}
   for method in config.method:
     point = lambda chosen, method=method: trial(config, method, chosen, folder / method)
     found[method] = rates.entry(*rates.search(point))
     if processes.is_first():
-      runs.write_json(folder / 'rates.json', rates.table(config, found))
+      files.write_json(folder / 'rates.json', rates.table(config, found))
   if not processes.is_first():
     return
   tried = [
@@ -641,7 +656,7 @@ def trial(config: Config, method: str, point: Rates, folder: Path) -> float | No
   """Trains at one point of the grid, unless that was done before, and returns its
   score.
   """
-  grid = (f'lr={short(point.lr)}', f'momentum={short(point.momentum)}')
+  grid = (f'lr={format_number(point.lr)}', f'momentum={format_number(point.momentum)}')
   chosen = dataclasses.replace(
     config, tune=False, method=(method,), seeds=(rates.SEED,), grid=grid
   )
@@ -659,7 +674,7 @@ def draw_tuning(path: Path, found: dict[str, Any]) -> None:
       curves.append(Curve(f'{method}, momentum {momentum:g}', method, x, y))
   title, marks = 'Adding problem: tuning', {'chance': CHANCE, 'solved': SOLVED}
   ylabel = 'mean MSE of the last quarter'
-  reporting.plot_curves(path, {'learning rate': curves}, title, ylabel, marks, 'log')
+  plotting.plot_curves(path, {'learning rate': curves}, title, ylabel, marks, 'log')
 
 
 def main(config: Config) -> None:
@@ -673,9 +688,9 @@ def main(config: Config) -> None:
     announce(config, folder)
   plot = PLOT._replace(title=f'{PLOT.title}, T={config.seq_len}, LSTM {config.hidden}')
   summaries = train_runs(config, folder, plot)
-  reporting.report(folder, config, summaries, plot, 'last_quarter_mse', digits=4)
+  report.write_report(folder, config, summaries, plot, 'last_quarter_mse', digits=4)
   print(conclusion(config, summaries))
 
 
 if __name__ == '__main__':
-  options.run(main, Config)
+  flags.run(main, Config)

@@ -16,11 +16,24 @@ from flax import nnx
 import jax
 import numpy as np
 
-from experiments import cells, data, epochs, options, processes, recipe, reporting, runs
+from experiments import data
+from experiments.core import (
+  cells,
+  devices,
+  files,
+  flags,
+  loop,
+  optimizers,
+  plotting,
+  processes,
+  recipe,
+  report,
+  workdir,
+)
+from experiments.core.flags import check, option
+from experiments.core.plotting import Plot
+from experiments.core.schedule import Member, train_all
 from experiments.data import Examples, Splits
-from experiments.members import Member, train_all
-from experiments.options import check, option
-from experiments.reporting import Plot
 import fptt_jax
 from fptt_jax import nn
 
@@ -31,7 +44,7 @@ SPLIT_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(epochs.EpochRecipe):
+class Config(loop.EpochRecipe):
   """Settings of the image tasks."""
 
   task: str = option(
@@ -84,7 +97,7 @@ class Config(epochs.EpochRecipe):
   alpha: float = option(0.1, 'strength of the tie of W to its summary')
   clip: float = option(1.0, 'largest global norm of the gradient; 0 does not clip')
   batch_size: int = option(128, 'B')
-  epochs: int = option(200, 'passes over the training images')
+  loop: int = option(200, 'passes over the training images')
   milestones: tuple[int, ...] = option(
     (50, 75, 90), 'epochs after which the learning rate is divided by milestone_factor'
   )
@@ -201,7 +214,7 @@ def check_fit(config: Config, num_steps: int) -> None:
   """
   config.check_length(num_steps)
   for method in config.method if config.reconstruction else ():
-    size = num_steps // recipe.updates_a_sequence(config, method, num_steps)[0]
+    size = num_steps // recipe.updates_per_sequence(config, method, num_steps)[0]
     expected = f"at most {size}, the shortest window's steps by method {method!r}"
     check(
       segment(config, num_steps) <= size,
@@ -272,7 +285,7 @@ def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
 
 def make_task(
   config: Config, sequences: Sequences, method: str, members: int
-) -> epochs.Task:
+) -> loop.Task:
   """What the loop over epochs needs, for so many runs side by side."""
   num_steps, features = sequences.shape
   size = len(sequences.splits.train.labels)
@@ -284,19 +297,19 @@ def make_task(
   )
   model = make_model(config, num_steps, features, sequences.num_classes)
   steps = recipe.window_steps(config, method, num_steps)
-  meshes = recipe.choose_meshes(
+  meshes = devices.choose_meshes(
     config, config.batch_size, config.hidden, steps, members
   )
-  wrap = epochs.averaging_wrapper(config)
+  wrap = loop.averaging_wrapper(config)
   count = size // config.batch_size
   if not count:
-    raise options.UserError(
+    raise flags.UserError(
       f'--batch_size must be at most the {size} training images, got '
       f'{config.batch_size}.'
     )
-  updates = recipe.updates_a_sequence(config, method, num_steps)[1]
-  decay = epochs.decay_schedule(config, count * updates)
-  trainer = recipe.make_trainer(
+  updates = recipe.updates_per_sequence(config, method, num_steps)[1]
+  decay = loop.decay_schedule(config, count * updates)
+  trainer = optimizers.make_trainer(
     config, method, model, loss, num_steps, decay=decay, mesh=meshes.batch, wrap=wrap
   )
   updates //= config.inner_steps
@@ -314,9 +327,9 @@ def make_task(
   )
   read_now = jax.jit(sequences.read)
 
-  def portions(epoch: int, seed: int) -> Iterator[epochs.Portion]:
+  def portions(epoch: int, seed: int) -> Iterator[loop.Portion]:
     order = np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
-    yield epochs.Portion(
+    yield loop.Portion(
       order[: count * config.batch_size].reshape(count, -1), np.full(count, updates)
     )
 
@@ -325,11 +338,11 @@ def make_task(
     for start in range(0, len(examples.labels), EVALUATION_BATCH):
       part = Examples(*(array[start : start + EVALUATION_BATCH] for array in examples))
       ids = np.arange(len(part.labels), dtype=np.int32) if by_example else None
-      totals, _ = trainer.evaluate(params, processes.alike(read_now(*part, ids)))
+      totals, _ = trainer.evaluate(params, processes.replicated(read_now(*part, ids)))
       sums = {name: sums[name] + totals[name].item() for name in sums}
     return percent(sums)
 
-  return epochs.Task(
+  return loop.Task(
     trainer,
     source=() if on_host else (images, labels),  # Bytes, on the device for all epochs.
     read=read,
@@ -361,12 +374,12 @@ def train(
   num_steps, features = sequences.shape
   config, method = chosen[0].config, chosen[0].method
   extra = {
-    'K': recipe.updates_a_sequence(config, method, num_steps)[0],
+    'K': recipe.updates_per_sequence(config, method, num_steps)[0],
     'recurrent_parameters': cells.recurrent_parameters(
       config.cell, widths(config, features)
     ),
   }
-  epochs.train(
+  loop.train(
     config,
     make_task(config, sequences, method, len(chosen)),
     chosen,
@@ -383,17 +396,19 @@ def run(
   summary each).
   """
   sequences, fingerprint = load(config)
-  options.checked(check_fit, config, sequences.shape[0])
-  path = runs.open_workdir(folder, 'images', config, images_sha256=fingerprint)
-  processes.told(runs.write_json, path / 'data.json', describe(config, sequences))
+  flags.checked(check_fit, config, sequences.shape[0])
+  path = workdir.open_workdir(folder, 'images', config, images_sha256=fingerprint)
+  processes.on_first_process(
+    files.write_json, path / 'data.json', describe(config, sequences)
+  )
   num_steps, features = sequences.shape
   sizes = ' / '.join(f'{len(part.labels):,}' for part in sequences.splits)
   print(
     f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} '
     f'{config.hidden}; writing to {path}'
   )
-  size = recipe.population_size(config, config.batch_size, config.hidden)
-  evaluated = reporting.live(path, config, plot)
+  size = devices.population_size(config, config.batch_size, config.hidden)
+  evaluated = plotting.live(path, config, plot)
   return path, train_all(
     config, path, size, lambda chosen: train(sequences, chosen, path, evaluated)
   )
@@ -406,10 +421,10 @@ def main(config: Config) -> None:
   label = 'validation accuracy, %'
   plot = Plot('accuracy.png', title, 'valid_accuracy', label, (('step', 'epoch'),))
   folder, summaries = run(config, config.workdir, plot)
-  reporting.report(
+  report.write_report(
     folder, config, summaries, plot, 'valid_accuracy', digits=2, best=max
   )
 
 
 if __name__ == '__main__':
-  options.run(main, Config)
+  flags.run(main, Config)

@@ -34,25 +34,27 @@ from flax import nnx
 import jax
 import numpy as np
 
-from experiments import (
+from experiments import data, dynamic_evaluation
+from experiments.core import (
   cells,
-  data,
-  dynamic_evaluation,
-  epochs,
-  options,
+  devices,
+  files,
+  flags,
+  loop,
+  optimizers,
+  plotting,
   processes,
   recipe,
-  reporting,
-  runs,
+  report,
   sampling,
-  streams,
-  trained_runs,
+  trained,
+  workdir,
 )
-from experiments.data import Text
-from experiments.members import Member, train_all
-from experiments.options import check, option
-from experiments.reporting import Plot
-from experiments.streams import Place
+from experiments.core.flags import check, option
+from experiments.core.plotting import Plot
+from experiments.core.schedule import Member, train_all
+from experiments.data import Text, streams
+from experiments.data.streams import Place
 import fptt_jax
 from fptt_jax import nn
 
@@ -132,7 +134,7 @@ whose 620 units make the paper's 22 million parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(epochs.EpochRecipe):
+class Config(loop.EpochRecipe):
   """Settings of a language model."""
 
   task: str = option('ptb300', 'text and defaults, see above', tuple(SOURCES))
@@ -158,7 +160,7 @@ class Config(epochs.EpochRecipe):
     "decay of the first moment: b1 of 'adam', heavy-ball momentum of 'sgd'. May be "
     'negative',
   )
-  epochs: int = option(100, 'passes over the training text')
+  loop: int = option(100, 'passes over the training text')
   plateau_factor: float = option(
     4.0,
     'divides the learning rate after an epoch without a better validation score; 1 '
@@ -379,7 +381,7 @@ def random_places(
 
 def portions(
   config: Config, method: str, length: int, seed: int, epoch: int
-) -> Iterator[epochs.Portion]:
+) -> Iterator[loop.Portion]:
   """An epoch's batches, with the updates they give and the factor of the learning
   rate.
   """
@@ -388,14 +390,14 @@ def portions(
   else:
     pairs = ((place, 1.0) for place in streams.places(length, config.seq_len))
   for place, lr_factor in pairs:
-    yield epochs.Portion(place, active_updates(config, method, place), lr_factor)
+    yield loop.Portion(place, active_updates(config, method, place), lr_factor)
 
 
 def active_updates(config: Config, method: str, place: Place) -> np.ndarray:
   """Updates that each batch gives: K or one, fewer where a padded batch ends before the
   last windows.
   """
-  num_windows, updates = recipe.updates_a_sequence(config, method, config.padded_len)
+  num_windows, updates = recipe.updates_per_sequence(config, method, config.padded_len)
   if place.steps is None or updates == config.inner_steps:
     return np.full(len(place.start), updates // config.inner_steps)
   return (
@@ -452,23 +454,23 @@ def adapted(
   return best.nats, heeding(read(text.test), best.learning_rate, best.decay)
 
 
-def make_task(config: Config, text: Text, method: str, members: int) -> epochs.Task:
+def make_task(config: Config, text: Text, method: str, members: int) -> loop.Task:
   """What the loop over epochs needs, for so many runs side by side."""
   model = make_model(config, len(text.vocabulary))
   loss = fptt_jax.losses.sequence_classification(len(text.vocabulary))
   steps = recipe.window_steps(config, method, config.padded_len)
-  meshes = recipe.choose_meshes(
+  meshes = devices.choose_meshes(
     config, config.batch_size, config.hidden, steps, members
   )
-  wrap = epochs.averaging_wrapper(config)
+  wrap = loop.averaging_wrapper(config)
   score = 'bpc' if config.by_characters else 'ppl'
   side_by_side = streams.streams(text.train, config.batch_size)
   num_batches = -(-(len(side_by_side) - 1) // config.seq_len)
-  decay = epochs.decay_schedule(
+  decay = loop.decay_schedule(
     config,
-    num_batches * recipe.updates_a_sequence(config, method, config.padded_len)[1],
+    num_batches * recipe.updates_per_sequence(config, method, config.padded_len)[1],
   )
-  trainer = recipe.make_trainer(
+  trainer = optimizers.make_trainer(
     config,
     method,
     model,
@@ -484,7 +486,7 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
     scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
     if config.dynamic_evaluation:
       here = jax.device_put(
-        jax.tree.map(processes.whole, params), jax.local_devices()[0]
+        jax.tree.map(processes.gather_to_host, params), jax.local_devices()[0]
       )
       best, found = adapted(config, model, loss, here, text)
       scores |= {
@@ -493,7 +495,7 @@ def make_task(config: Config, text: Text, method: str, members: int) -> epochs.T
       }
     return scores
 
-  return epochs.Task(
+  return loop.Task(
     trainer,
     source=np.pad(side_by_side, ((0, config.padded_len), (0, 0))).astype(np.int32),
     read=lambda source, place: streams.read(source, place, config.padded_len),
@@ -518,10 +520,10 @@ def train(
   """Trains runs of one method side by side, and keeps what came of each."""
   config, method = chosen[0].config, chosen[0].method
   extra = {
-    'K': recipe.updates_a_sequence(config, method, config.padded_len)[0],
+    'K': recipe.updates_per_sequence(config, method, config.padded_len)[0],
     'recurrent_parameters': cells.recurrent_parameters(config.cell, widths(config)),
   }
-  epochs.train(
+  loop.train(
     config,
     make_task(config, text, method, len(chosen)),
     chosen,
@@ -538,11 +540,11 @@ def run(
   summary each).
   """
   text = data.load_text(SOURCES[config.task], config.data_dir)
-  path = runs.open_workdir(
+  path = workdir.open_workdir(
     folder, 'language_model', config, text_sha256=data.fingerprint(text)
   )
   described = {'data_dir': config.data_dir, 'vocabulary': text.vocabulary}
-  processes.told(runs.write_json, path / 'data.json', described)
+  processes.on_first_process(files.write_json, path / 'data.json', described)
   text = text._replace(train=text.train[: config.train_tokens or None])
   kind = 'characters' if config.by_characters else 'words'
   print(
@@ -554,9 +556,9 @@ def run(
   size = (
     1
     if config.random_lengths
-    else recipe.population_size(config, config.batch_size, config.hidden)
+    else devices.population_size(config, config.batch_size, config.hidden)
   )
-  evaluated = reporting.live(path, config, plot)
+  evaluated = plotting.live(path, config, plot)
   return path, train_all(
     config, path, size, lambda chosen: train(text, chosen, path, evaluated)
   )
@@ -564,15 +566,14 @@ def run(
 
 def print_sample(config: Config) -> None:
   """Print a text drawn from the run in --workdir."""
-  trained = trained_runs.load_run(config.workdir)
-  if trained.script != 'language_model':
-    raise options.UserError(
-      f'--workdir={config.workdir} holds a run of {trained.script}, not a language '
-      'model.'
+  run = trained.load_run(config.workdir)
+  if run.script != 'language_model':
+    raise flags.UserError(
+      f'--workdir={config.workdir} holds a run of {run.script}, not a language model.'
     )
   print(
     sampling.sample_text(
-      trained,
+      run,
       config.sample,
       prompt=config.prompt,
       temperature=config.temperature,
@@ -596,8 +597,8 @@ def main(config: Config) -> None:
   plot = Plot(f'{score}.png', title, score, label, (('step', 'epoch'),))
   folder, summaries = run(config, config.workdir, plot)
   digits = 3 if config.by_characters else 2
-  reporting.report(folder, config, summaries, plot, score, digits=digits)
+  report.write_report(folder, config, summaries, plot, score, digits=digits)
 
 
 if __name__ == '__main__':
-  options.run(main, Config, TASKS)
+  flags.run(main, Config, TASKS)

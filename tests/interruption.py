@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from experiments import runs
+from experiments.core import checkpoints
 
 
 @contextlib.contextmanager
@@ -14,9 +14,11 @@ def interrupted_at(number: int) -> Iterator[None]:
   """Lets a training script run until its `number`-th checkpoint, of whichever run, is
   to be saved: its metrics are written.
   """
-  save, calls = runs.Run.save, []
+  save, calls = checkpoints.Run.save, []
 
-  def interrupted_save(self: runs.Run, step: int, carry: Any, **record: Any) -> None:
+  def interrupted_save(
+    self: checkpoints.Run, step: int, carry: Any, **record: Any
+  ) -> None:
     calls.append(step)
     if len(calls) == number:
       self.close()
@@ -25,7 +27,7 @@ def interrupted_at(number: int) -> Iterator[None]:
     self.wait()
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(runs.Run, 'save', interrupted_save)
+    patch.setattr(checkpoints.Run, 'save', interrupted_save)
     try:
       yield
     except KeyboardInterrupt:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import add_task, options, recipe, runs
+from experiments import add_task
+from experiments.core import checkpoints, files, flags, optimizers, recipe, workdir
 
 FLOAT32_TINY = dict(
   seq_len=12,
@@ -34,7 +35,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
   """Metrics without the wall-clock."""
   return [
     {k: v for k, v in row.items() if k != 'seconds'}
-    for row in runs.read_jsonl(folder / 'metrics.jsonl')
+    for row in files.read_jsonl(folder / 'metrics.jsonl')
   ]
 
 
@@ -134,7 +135,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(
     tmp_path / 'whole' / f'{method}-seed3'
   )
   assert {**resumed, 'seconds': 0} == {**whole, 'seconds': 0}
-  trainer = recipe.make_trainer(
+  trainer = optimizers.make_trainer(
     config,
     method,
     add_task.make_model(config),
@@ -143,8 +144,8 @@ def test_interrupted_run_resumes_to_the_same_numbers(
   )
   states = []
   for name in ('whole', 'cut'):
-    run = runs.Run(tmp_path / name / f'{method}-seed3')
-    assert runs.saved_steps(run.folder)[-1] == 6
+    run = checkpoints.Run(tmp_path / name / f'{method}-seed3')
+    assert checkpoints.saved_steps(run.folder)[-1] == 6
     (state, _), _ = run.restore(
       6,
       (
@@ -178,25 +179,25 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
   nothing is written.
   """
   config = add_task.Config(workdir=str(tmp_path), **FLOAT32_TINY)
-  runs.open_workdir(config.workdir, 'add_task', config)
-  assert runs.open_workdir(config.workdir, 'add_task', config) == tmp_path
+  workdir.open_workdir(config.workdir, 'add_task', config)
+  assert workdir.open_workdir(config.workdir, 'add_task', config) == tmp_path
   other = dataclasses.replace(config, clip=0.5)
   with pytest.raises(
-    options.UserError,
+    flags.UserError,
     match=r'another configuration; clip: was 1.0, now 0.5\. Choose another --workdir',
   ):
-    runs.open_workdir(config.workdir, 'add_task', other)
+    workdir.open_workdir(config.workdir, 'add_task', other)
   (tmp_path / 'file').write_text('')
-  with pytest.raises(options.UserError, match='cannot write to --workdir'):
-    runs.open_workdir(str(tmp_path / 'file' / 'below'), 'add_task', config)
+  with pytest.raises(flags.UserError, match='cannot write to --workdir'):
+    workdir.open_workdir(str(tmp_path / 'file' / 'below'), 'add_task', config)
 
 
 def test_metrics_cut_off_by_a_kill_are_left_out(tmp_path: Path) -> None:
   """A line without its end is not data."""
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-  assert runs.read_jsonl(path) == [{'step': 1}, {'step': 2}]
-  assert runs.read_jsonl(tmp_path / 'none') == []
+  assert files.read_jsonl(path) == [{'step': 1}, {'step': 2}]
+  assert files.read_jsonl(tmp_path / 'none') == []
 
 
 @pytest.mark.parametrize(
@@ -250,10 +251,10 @@ def test_unstable_sgd_is_warned_about() -> None:
   with pytest.warns(
     UserWarning, match=r'lr=4, alpha=1.* spectral radius [1-9]\.\d\d > 1'
   ):
-    recipe.make_optimizer(unstable, 'fptt')
-  recipe.make_optimizer(unstable, 'tbptt')
-  recipe.make_optimizer(dataclasses.replace(unstable, lr=0.5), 'fptt')
-  recipe.make_optimizer(dataclasses.replace(unstable, optimizer='adam'), 'fptt')
+    optimizers.make_optimizer(unstable, 'fptt')
+  optimizers.make_optimizer(unstable, 'tbptt')
+  optimizers.make_optimizer(dataclasses.replace(unstable, lr=0.5), 'fptt')
+  optimizers.make_optimizer(dataclasses.replace(unstable, optimizer='adam'), 'fptt')
 
 
 def draw_some_nan(
@@ -280,7 +281,7 @@ def test_what_is_not_finite_ends_a_run(
   rows = read_rows(tmp_path / 'fptt-seed0')
   assert [row['test_mse'] for row in rows] == [None]
   assert rows[0]['step'] < 40
-  lost = runs.read_json(tmp_path / 'fptt-seed0' / 'result.json')['lost']
+  lost = files.read_json(tmp_path / 'fptt-seed0' / 'result.json')['lost']
   said = r'loss is nan in batch \d of 2, window 0 of 3 \(update \d+\): gradient norm nan; (the last finite|norm of)'
   assert re.search(said, lost)
   assert capsys.readouterr().out.count(lost) == 2
@@ -301,7 +302,7 @@ def test_what_is_not_finite_is_not_saved(
   )
   _, [summary] = add_task.run(config, str(tmp_path))
   finite = int(re.search(r'update (\d+)\)', summary['lost'])[1]) // 3
-  assert runs.saved_steps(tmp_path / 'fptt-seed0')[-1] == finite
+  assert checkpoints.saved_steps(tmp_path / 'fptt-seed0')[-1] == finite
 
 
 def test_what_is_not_finite_is_skipped(

@@ -10,7 +10,7 @@ import optax
 from problems import elman, quick, tagging_batch
 import pytest
 
-from experiments.averaging import (
+from experiments.core.averaging import (
   AveragedState,
   averaged,
   averaged_params,

@@ -8,25 +8,35 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark, rivals
-from experiments.options import UserError
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import (
+  cases,
+  measurements,
+  ours,
+  plots,
+  rivals_flax,
+  rivals_torch,
+  settings,
+  timing,
+)
+from experiments.core.flags import UserError
 import fptt_jax
 
 CASES = [
-  rivals.Case('classes', 12, 3, 4, 2, 5, 3),
-  rivals.Case('regression', 12, 4, 4, 2, 5, 1),
-  rivals.Case('words', 12, 3, 4, 6, 5, 7, words=True),
+  cases.Case('classes', 12, 3, 4, 2, 5, 3),
+  cases.Case('regression', 12, 4, 4, 2, 5, 1),
+  cases.Case('words', 12, 3, 4, 6, 5, 7, words=True),
 ]
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_loop_over_windows_equals_the_trainer(case):
   """The same cell: losses of two batches agree to float32's rounding."""
-  trained, data = benchmark.trained(case, rivals.flax_cell(case)), rivals.draw(case)
-  params = rivals.make_model(case, rivals.flax_cell(case)).init(
+  trained, data = ours.train_step(case, rivals_flax.flax_cell(case)), cases.draw(case)
+  params = ours.make_model(case, rivals_flax.flax_cell(case)).init(
     jax.random.split(jax.random.key(0))[0]
   )
-  loop = rivals.flax_loop(case, params)
+  loop = rivals_flax.flax_loop(case, params)
   for _ in range(2):
     np.testing.assert_allclose(loop(*data), trained(*data), rtol=2e-5)
 
@@ -35,11 +45,11 @@ def test_one_buffer_trains_the_same():
   """Losses of two batches agree to float32's rounding."""
   case = CASES[0]
   steps = [
-    benchmark.trained(case, benchmark.lstm_cell(case), one_buffer=flat)
+    ours.train_step(case, ours.lstm_cell(case), one_buffer=flat)
     for flat in (False, True)
   ]
   for _ in range(2):
-    np.testing.assert_allclose(*(step(*rivals.draw(case)) for step in steps), rtol=1e-5)
+    np.testing.assert_allclose(*(step(*cases.draw(case)) for step in steps), rtol=1e-5)
 
 
 @pytest.mark.skipif(
@@ -51,15 +61,15 @@ def test_one_buffer_trains_the_same():
 def test_pytorch_equals_the_trainer(case, kind):
   """From the same weights: losses of three batches agree to float32's rounding."""
   data, trainer = (
-    rivals.draw(case),
-    benchmark.make_trainer(case, benchmark.lstm_cell(case)),
+    cases.draw(case),
+    ours.make_trainer(case, ours.lstm_cell(case)),
   )
   state = trainer.init(jax.random.key(0), fptt_jax.Batch(*data))
-  step = rivals.torch_loop(case, kind, jax.tree.map(np.array, state.params))
+  step = rivals_torch.torch_loop(case, kind, jax.tree.map(np.array, state.params))
   for _ in range(3):
     state, metrics = trainer.step(state, fptt_jax.Batch(*data))
     np.testing.assert_allclose(
-      step(*rivals.tensors(*data, device='cpu')), metrics.loss, rtol=1e-5
+      step(*rivals_torch.tensors(*data, device='cpu')), metrics.loss, rtol=1e-5
     )
 
 
@@ -67,8 +77,8 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
   """All parts at a toy's size: every system of the case has its row, and tables, JSON
   and plots are there.
   """
-  monkeypatch.setattr(benchmark, 'PAUSE', 0)
-  benchmark.main(benchmark.Config(cases=('smoke',), rounds=2, workdir=str(tmp_path)))
+  monkeypatch.setattr(measurements, 'PAUSE', 0)
+  benchmark.main(settings.Config(cases=('smoke',), rounds=2, workdir=str(tmp_path)))
   lines = json.loads((tmp_path / 'rivals.json').read_text())['lines']
   names = {line['system'].partition(', threads')[0] for line in lines}
   assert {'ours', 'ours, 4 batches a program', 'flax, one jit', 'flax, a loop'} <= names
@@ -109,7 +119,7 @@ def test_best_threads():
     name: {'median_ms': ms}
     for name, ms in (('ours', 1.0), ('x, threads 1', 3.0), ('x, threads 2', 4.0))
   }
-  assert list(benchmark.best_threads(rows)) == ['ours', 'x, threads 1']
+  assert list(timing.best_threads(rows)) == ['ours', 'x, threads 1']
 
 
 def test_disturbed_calls_do_not_count():
@@ -117,11 +127,8 @@ def test_disturbed_calls_do_not_count():
   disturbed, all count.
   """
   calls = {'a': [(3.0, 1.0), (9.0, 2.0), (5.0, 1.2)], 'b': [(7.0, 1.4), (8.0, 1.5)]}
-  rows = benchmark.undisturbed(
-    {
-      name: [benchmark.Call(*call) for call in several]
-      for name, several in calls.items()
-    }
+  rows = timing.drop_noisy_calls(
+    {name: [timing.Call(*call) for call in several] for name, several in calls.items()}
   )
   assert [
     (row['min_ms'], row['median_ms'], row['max_ms'], row['disturbed'])
@@ -141,18 +148,18 @@ def test_update_steps():
   rows = [{'value': k, 'median_ms': 10 + 0.5 * k} for k in (2, 10, 50)] + [
     {'value': 1, 'median_ms': 99.0}
   ]
-  assert benchmark.update_steps(rows, 100) == pytest.approx(5)
+  assert plots.update_steps(rows, 100) == pytest.approx(5)
 
 
 def test_flops():
   """LSTM 8 H (H + D) a step and row, readout 2 H C a window or step, three times, but
   for the gradient of inputs that are data.
   """
-  case = rivals.Case('', 10, 2, 3, 4, 5, 6)
-  assert benchmark.flops(case) == 3 * (
+  case = cases.Case('', 10, 2, 3, 4, 5, 6)
+  assert cases.flops(case) == 3 * (
     3 * (10 * 8 * 5 * 9 + 2 * 2 * 5 * 6) - 10 * 8 * 5 * 4
   )
-  assert benchmark.flops(case._replace(words=True)) == 3 * 3 * (
+  assert cases.flops(case._replace(words=True)) == 3 * 3 * (
     10 * 8 * 5 * 9 + 10 * 2 * 5 * 6
   )
 
@@ -160,15 +167,15 @@ def test_flops():
 def test_what_is_not_there_is_left_out_and_said(monkeypatch):
   """Kernels and PyTorch."""
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  monkeypatch.setattr(benchmark.kernels, 'available', lambda: False)
+  monkeypatch.setattr(measurements.kernels, 'available', lambda: False)
   reasons = {
     'ours, kernel': 'needs an NVIDIA GPU, and nvcc on the PATH or in $CUDA_HOME/bin',
     'PyTorch': 'not installed',
   }
-  assert benchmark.left_out() == reasons
+  assert measurements.left_out() == reasons
   assert not any(
     'PyTorch' in name or 'kernel' in name
-    for name in benchmark.systems(benchmark.CASES['M28'])
+    for name in measurements.systems(cases.CASES['M28'])
   )
 
 
@@ -178,10 +185,10 @@ def test_a_rival_that_fails_is_left_out_and_said(tmp_path: Path, monkeypatch, ca
   def fail(*args):
     raise RuntimeError('out of memory\nand so on')
 
-  monkeypatch.setattr(rivals, 'flax_loop', fail)
-  monkeypatch.setattr(benchmark, 'PAUSE', 0)
+  monkeypatch.setattr(rivals_flax, 'flax_loop', fail)
+  monkeypatch.setattr(measurements, 'PAUSE', 0)
   benchmark.main(
-    benchmark.Config(part='rivals', cases=('smoke',), rounds=1, workdir=str(tmp_path))
+    settings.Config(part='rivals', cases=('smoke',), rounds=1, workdir=str(tmp_path))
   )
   content = json.loads((tmp_path / 'rivals.json').read_text())
   assert content['left_out']['smoke: flax, a loop'] == 'RuntimeError: out of memory'
@@ -200,15 +207,15 @@ def test_batches_are_where_they_are_wanted(monkeypatch, devices):
   and on one device for the others.
   """
   mesh = None if devices == 1 else jax.sharding.Mesh(jax.devices()[:2], ('devices',))
-  monkeypatch.setattr(benchmark, 'split', lambda case: mesh)
+  monkeypatch.setattr(measurements, 'choose_mesh', lambda case: mesh)
   case, rows = (
-    benchmark.CASES['smoke'],
-    lambda name: benchmark.placed(case, name)[0].addressable_shards,
+    cases.CASES['smoke'],
+    lambda name: measurements.place_batch(case, name)[0].addressable_shards,
   )
   assert [shard.data.shape for shard in rows('ours')] == [
     (12, 4 // devices, 1)
   ] * devices
-  assert [shard.data.shape for shard in rows(f'ours, {benchmark.MANY_NAME}')] == [
+  assert [shard.data.shape for shard in rows(f'ours, {ours.MANY_NAME}')] == [
     (12, 4, 1)
   ] * devices
   for name in ('ours, one device', 'flax, one jit'):
@@ -219,7 +226,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match=r'cannot write to --workdir=.*file/run'):
     benchmark.main(
-      benchmark.Config(cases=('smoke',), workdir=str(tmp_path / 'file' / 'run'))
+      settings.Config(cases=('smoke',), workdir=str(tmp_path / 'file' / 'run'))
     )
 
 
@@ -227,4 +234,4 @@ def test_unknown_cases_are_refused():
   with pytest.raises(
     ValueError, match=r"--cases must be out of M28, .*, got \('M29',\)"
   ):
-    benchmark.Config(cases=('M29',))
+    settings.Config(cases=('M29',))

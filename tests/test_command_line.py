@@ -7,24 +7,25 @@ import subprocess
 import sys
 from typing import Any
 
-from absl import flags
+import absl.flags
 import pytest
 
-from experiments import add_task, images, language_model, options
+from experiments import add_task, images, language_model
+from experiments.core import flags
 
 
 @pytest.fixture
-def values(monkeypatch: pytest.MonkeyPatch) -> flags.FlagValues:
+def values(monkeypatch: pytest.MonkeyPatch) -> absl.flags.FlagValues:
   """A registry of flags of the test's own."""
-  own = flags.FlagValues()
-  monkeypatch.setattr(flags, 'FLAGS', own)
-  monkeypatch.setattr(options.flags, 'FLAGS', own)
+  own = absl.flags.FlagValues()
+  monkeypatch.setattr(absl.flags, 'FLAGS', own)
+  monkeypatch.setattr(flags.flags, 'FLAGS', own)
   for name in ('integer', 'float', 'string', 'bool', 'enum', 'list'):
-    define = getattr(flags, f'DEFINE_{name}')
+    define = getattr(absl.flags, f'DEFINE_{name}')
     bound = lambda *args, define=define, **kwargs: define(
       *args, flag_values=own, **kwargs
     )
-    monkeypatch.setattr(options.flags, f'DEFINE_{name}', bound)
+    monkeypatch.setattr(flags.flags, f'DEFINE_{name}', bound)
   return own
 
 
@@ -34,10 +35,10 @@ def refusal(config_class: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str)
   monkeypatch.setattr(sys, 'argv', argv)
   ran: list[Any] = []
   monkeypatch.setattr(
-    options.app, 'run', lambda main, flags_parser: main(flags_parser(argv))
+    flags.app, 'run', lambda main, flags_parser: main(flags_parser(argv))
   )
   with pytest.raises(SystemExit) as caught:
-    options.run(ran.append, config_class)
+    flags.run(ran.append, config_class)
   assert not ran
   text = str(
     caught.value.code
@@ -104,7 +105,7 @@ def test_letters_that_a_terminal_lacks_are_escaped(
   }
   for name, stream in streams.items():
     monkeypatch.setattr(sys, name, stream)
-  options._show_any_letter()
+  flags._show_any_letter()
   for stream in streams.values():
     print('Köln λ \udcff', file=stream, flush=True)
     # type: ignore[attr-defined]

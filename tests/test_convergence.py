@@ -13,7 +13,8 @@ import optax
 import problems
 import pytest
 
-from experiments import add_task, convergence
+from experiments import add_task
+from experiments.paper import convergence
 import fptt_jax
 from fptt_jax import Batch, fptt
 

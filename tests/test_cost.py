@@ -9,7 +9,8 @@ import optax
 import problems
 import pytest
 
-from experiments import add_task, cost
+from experiments import add_task
+from experiments.benchmark import cost
 import fptt_jax
 
 

@@ -17,9 +17,17 @@ from hypothesis import strategies
 import numpy as np
 import pytest
 
-from experiments import data, smoke
-from experiments.data import images, loading, sources, text
-from experiments.options import UserError
+from experiments import data
+from experiments.core.flags import UserError
+from experiments.data import (
+  __main__,
+  builders,
+  images,
+  loading,
+  sources,
+  synthetic,
+  text,
+)
 
 REAL = Path(os.environ.get('FPTT_JAX_DATA', 'unset'))
 needs_real_data = pytest.mark.skipif(
@@ -323,7 +331,6 @@ def test_two_preparations_at_once_do_no_harm(
   """A second one begins and ends while the first is writing: the first gives way, and
   both read one whole copy.
   """
-  from experiments.data import builders
 
   folder, arrays = official
   generate, others = builders.FpttJax._generate_examples, []
@@ -476,7 +483,7 @@ except UserError as error:
 
 def test_arrays_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
   """Shape, dtype, labels, no such file: what was got and what was expected."""
-  good = smoke.images(np.random.default_rng(0))
+  good = synthetic.images(np.random.default_rng(0))
   for change, message in (
     (
       dict(train_images=good.train_images[..., 0]),
@@ -536,7 +543,7 @@ def test_validation_images_are_held_out() -> None:
   """Every training image is in exactly one of the two parts, with its label; by seed
   alone; test is untouched.
   """
-  found = smoke.images(np.random.default_rng(0))
+  found = synthetic.images(np.random.default_rng(0))
   found = found._replace(train_labels=np.arange(64, dtype=np.int32))
   splits = data.hold_out(found, 10, seed=3)
   assert sorted([*splits.train.labels, *splits.valid.labels]) == list(range(64))
@@ -861,11 +868,10 @@ def test_the_command_writes_arrays(
   official: tuple[Path, data.Images], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
   """And says what they hold."""
-  from experiments.data import __main__ as command
 
   folder, arrays = official
-  command.main(
-    command.Config(
+  __main__.main(
+    __main__.Config(
       dataset='mnist', data_dir=str(folder), output=str(tmp_path / 'x.npz')
     )
   )
@@ -874,15 +880,15 @@ def test_the_command_writes_arrays(
     data.load_images('mnist', tmp_path / 'x.npz').train_images, arrays.train_images
   )
   with pytest.raises(UserError, match='cannot write --output='):
-    command.main(
-      command.Config(
+    __main__.main(
+      __main__.Config(
         dataset='mnist', data_dir=str(folder), output=str(tmp_path / 'no' / 'x.npz')
       )
     )
   with pytest.raises(
     ValueError, match=r"--output must be a file name ending in \.npz, got ''"
   ):
-    command.Config()
+    __main__.Config()
 
 
 # The originals.

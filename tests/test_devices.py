@@ -13,8 +13,8 @@ import optax
 import problems
 import pytest
 
-from experiments import recipe
-from experiments.options import UserError
+from experiments.core import devices, recipe
+from experiments.core.flags import UserError
 import fptt_jax
 from fptt_jax import losses
 from fptt_jax.parallel import _collectives
@@ -447,7 +447,7 @@ def test_evaluation_of_any_batch_size():
 )
 def test_scripts_choose_devices(options, batch_size, hidden, steps, members, expected):
   """A batch is split where there is one run, else the runs are shared out."""
-  meshes = recipe.choose_meshes(
+  meshes = devices.choose_meshes(
     recipe.Recipe(**options), batch_size, hidden, steps, members
   )
   mesh, other = meshes if members == 1 else meshes[::-1]
@@ -456,16 +456,16 @@ def test_scripts_choose_devices(options, batch_size, hidden, steps, members, exp
 
 
 @pytest.mark.parametrize(
-  ('devices', 'members', 'message'),
+  ('count', 'members', 'message'),
   [
     (9, 1, r'--devices must be at most the 8 there are, got 9\.'),
     (3, 1, r'--devices must be a divisor of the batch size, 16, got 3\.'),
     (2, 3, r'--devices must be a divisor of the population, 3, got 2\.'),
   ],
 )
-def test_devices_that_do_not_fit_are_refused(devices, members, message):
+def test_devices_that_do_not_fit_are_refused(count, members, message):
   with pytest.raises(UserError, match=message):
-    recipe.choose_meshes(recipe.Recipe(devices=devices), 16, 128, 7, members)
+    devices.choose_meshes(recipe.Recipe(devices=count), 16, 128, 7, members)
 
 
 def test_cpu_setup(monkeypatch):
@@ -550,7 +550,7 @@ def test_initial_states_that_differ_by_row(options):
 
 
 @pytest.mark.usefixtures('x64')
-def test_members_start_from_the_same_rows():
+def test_population_start_from_the_same_rows():
   """Members are shared out to devices whole, so each of them sees all rows of the
   batch.
   """

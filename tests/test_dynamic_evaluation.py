@@ -18,6 +18,7 @@ from problems import quick, quick_trainer
 import pytest
 
 from experiments import dynamic_evaluation, language_model
+from experiments.data.streams import sequences
 from experiments.dynamic_evaluation import (
   adaptation,
   evaluator,
@@ -25,7 +26,6 @@ from experiments.dynamic_evaluation import (
   mean_squares,
   tune,
 )
-from experiments.streams import sequences
 import fptt_jax
 from fptt_jax import nn
 

@@ -30,20 +30,16 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import (
-  add_task,
-  benchmark,
-  images,
-  language_model,
-  options,
-  paper,
-  recipe,
-)
-from experiments.data import __main__ as data_script
+from experiments import add_task, images, language_model
+from experiments.benchmark import cases
+from experiments.benchmark.settings import Config as BenchmarkConfig
+from experiments.core import flags, optimizers, recipe
+from experiments.data.__main__ import Config as DataConfig
+from experiments.paper.settings import Config as PaperConfig
 import fptt_jax
 from fptt_jax import losses, nn
 
-OURS = [Path(module.__file__).parent for module in (fptt_jax, options)]
+OURS = [Path(module.__file__).parent for module in (fptt_jax, flags)]
 KEY = jax.random.key(0)
 share_and_study = lambda share, study: pytest.mark.parametrize(
   'examples',
@@ -1568,9 +1564,9 @@ CONFIGS = {
   'add_task': add_task.Config,
   'images': images.Config,
   'language_model': language_model.Config,
-  'paper': paper.Config,
-  'benchmark': benchmark.Config,
-  'data': data_script.Config,
+  'paper': PaperConfig,
+  'benchmark': BenchmarkConfig,
+  'data': DataConfig,
 }
 INTEGERS = (
   st.sampled_from([-1, 0, 1, 2, 3, 10, 100, 2**31 - 1, 2**31, 10**30]) | st.integers()
@@ -1589,7 +1585,7 @@ def lists(field: dataclasses.Field) -> st.SearchStrategy[Any]:
   known = {
     'method': list(fptt_jax.METHODS),
     'methods': ['all', *fptt_jax.METHODS],
-    'cases': list(benchmark.CASES),
+    'cases': list(cases.CASES),
     'lines': ['all', 'bptt'],
     'grid': [
       'lr=0.1:0.01',
@@ -1679,7 +1675,7 @@ def check_before_training(config: Any) -> None:
   """
   num_steps = getattr(config, 'seq_len', 28)
   make_optimizers = [
-    recipe.make_optimizer(chosen, method)
+    optimizers.make_optimizer(chosen, method)
     for _, chosen in config.variants()
     for method in config.method
   ]
@@ -1732,7 +1728,7 @@ def test_flags(examples):
     def parse():
       fields = {field.name: field for field in dataclasses.fields(kind)}
       return kind(
-        **{name: options._read(fields[name], value) for name, value in values.items()}
+        **{name: flags._read(fields[name], value) for name, value in values.items()}
       )
 
     with warnings.catch_warnings():

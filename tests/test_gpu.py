@@ -8,7 +8,7 @@ import optax
 import problems
 import pytest
 
-from experiments import rivals
+from experiments.benchmark import cases, ours, rivals_torch
 import fptt_jax
 from fptt_jax import nn
 from fptt_jax.nn import kernels
@@ -114,20 +114,23 @@ def test_cuda_graph_trains_what_the_loop_does() -> None:
   torch = pytest.importorskip('torch')
   if not torch.cuda.is_available():
     pytest.skip('needs PyTorch with CUDA')
-  case = rivals.Case('', 12, 3, 4, 2, 32, 3)
+  case = cases.Case('', 12, 3, 4, 2, 32, 3)
   weights = jax.tree.map(
     np.array,
-    rivals.make_model(case, lambda rngs: nn.LSTM(2, 32, rngs=rngs)).init(
+    ours.make_model(case, lambda rngs: nn.LSTM(2, 32, rngs=rngs)).init(
       jax.random.key(0)
     ),
   )
-  inputs, targets = rivals.draw(case)
-  data = rivals.tensors(inputs, targets, device='cuda')
+  inputs, targets = cases.draw(case)
+  data = rivals_torch.tensors(inputs, targets, device='cuda')
   loop, graph = (
-    rivals.torch_loop(case, kind, weights, device='cuda')
+    rivals_torch.torch_loop(case, kind, weights, device='cuda')
     for kind in ('optimized', 'graph')
   )
   for _ in range(3):
     loop(*data)
-  for other in (data, rivals.tensors(1 - inputs, targets[::-1].copy(), device='cuda')):
+  for other in (
+    data,
+    rivals_torch.tensors(1 - inputs, targets[::-1].copy(), device='cuda'),
+  ):
     np.testing.assert_allclose(graph(*other), loop(*other), rtol=1e-4)

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cells, data, epochs, images, options, runs, smoke
+from experiments import data, images
+from experiments.core import cells, files, flags, loop, optimizers
+from experiments.data import synthetic
 import fptt_jax
 
 FLOAT32_TINY = dict(
@@ -30,7 +32,7 @@ def make_config(folder: Path, **settings: Any) -> images.Config:
   return images.Config(
     **{
       **FLOAT32_TINY,
-      'data_dir': smoke.data_files(folder / 'data')['images'],
+      'data_dir': synthetic.data_files(folder / 'data')['images'],
       **settings,
     }
   )
@@ -54,7 +56,7 @@ def test_script_learns_and_reports(
   images.main(config)
   first = capsys.readouterr().out
   [summary] = json.loads((tmp_path / 'run' / 'summary.json').read_text())['runs']
-  rows = runs.read_jsonl(tmp_path / 'run' / 'fptt-seed0' / 'metrics.jsonl')
+  rows = files.read_jsonl(tmp_path / 'run' / 'fptt-seed0' / 'metrics.jsonl')
   best = max(row['valid_accuracy'] for row in rows)
   assert summary['valid_accuracy'] == best
   assert rows[summary['best_epoch'] - 1]['valid_accuracy'] == best
@@ -88,10 +90,10 @@ def test_interrupted_run_resumes_to_the_same_numbers(
   assert [{**summary, 'seconds': 0} for summary in resumed] == [
     {**summary, 'seconds': 0} for summary in whole
   ]
-  files = [
+  paths = [
     tmp_path / name / 'fptt-seed0' / 'metrics.jsonl' for name in ('whole', 'cut')
   ]
-  curves = [[{**row, 'seconds': 0} for row in runs.read_jsonl(file)] for file in files]
+  curves = [[{**row, 'seconds': 0} for row in files.read_jsonl(file)] for file in paths]
   assert curves[0] == curves[1]
 
 
@@ -110,7 +112,7 @@ def test_learning_rate_falls_at_the_milestones_and_on_a_plateau(tmp_path: Path) 
   )
   config = make_config(tmp_path, method=('bptt',), **settings)
   images.run(config, str(tmp_path / 'run'))
-  rows = runs.read_jsonl(tmp_path / 'run' / 'bptt-seed0' / 'metrics.jsonl')
+  rows = files.read_jsonl(tmp_path / 'run' / 'bptt-seed0' / 'metrics.jsonl')
   expected = [1e-20, 1e-21, 5e-22, 2.5e-23, 1.25e-23]
   np.testing.assert_allclose([row['lr'] for row in rows], expected, rtol=1e-6)
 
@@ -137,7 +139,7 @@ def test_each_epoch_takes_each_training_image_once(tmp_path: Path) -> None:
   assert not np.array_equal(another, ids)
 
 
-def read_epoch(task: epochs.Task, epoch: int, seed: int) -> list[fptt_jax.Batch]:
+def read_epoch(task: loop.Task, epoch: int, seed: int) -> list[fptt_jax.Batch]:
   """All batches of an epoch."""
   return [
     task.read(task.source, item)
@@ -153,7 +155,7 @@ def test_the_permutation_is_fixed_and_kept_with_the_run(
   holds.
   """
   rng = np.random.default_rng(0)
-  pictures = smoke.images(rng, size=5)
+  pictures = synthetic.images(rng, size=5)
   monkeypatch.setattr(data, 'load_images', lambda name, data_dir: pictures)
   config = images.Config(
     **{
@@ -198,7 +200,7 @@ def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
     rng.normal(size=(6, 4, 2)).astype(np.float32),
     rng.integers(0, 3, 4).astype(np.int32),
   )
-  trainer = images.recipe.make_trainer(config, 'fptt', model, loss, 6)
+  trainer = optimizers.make_trainer(config, 'fptt', model, loss, 6)
   state = trainer.init(jax.random.key(0), batch)
   before = jax.tree.map(np.array, state.params)
   state, _ = trainer.step(state, batch)
@@ -267,16 +269,16 @@ def test_settings_of_no_meaning_are_refused(
 def test_settings_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
   """One line, once the images are there."""
   with pytest.raises(
-    options.UserError, match='between 1 and the sequence length T=6, got 7'
+    flags.UserError, match='between 1 and the sequence length T=6, got 7'
   ):
     images.run(make_config(tmp_path, num_windows=7), str(tmp_path / 'a'))
   with pytest.raises(
-    options.UserError,
+    flags.UserError,
     match='--batch_size must be at most the 48 training images, got 49',
   ):
     images.run(make_config(tmp_path, batch_size=49), str(tmp_path / 'b'))
   with pytest.raises(
-    options.UserError,
+    flags.UserError,
     match=r"--reconstruction_segment must be at most 3, the shortest window's .* 'fptt', got 4",
   ):
     images.run(
@@ -284,7 +286,7 @@ def test_settings_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
       str(tmp_path / 'd'),
     )
   with pytest.raises(
-    options.UserError,
+    flags.UserError,
     match=r"--reconstruction must be 0 with the method 'tbptt_final', got 1\.0",
   ):
     images.run(
@@ -292,7 +294,7 @@ def test_settings_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
       str(tmp_path / 'e'),
     )
   with pytest.raises(
-    options.UserError,
+    flags.UserError,
     match='validation split must have 1 to 63 of the 64 training images, got 64',
   ):
     images.run(make_config(tmp_path, valid_size=64), str(tmp_path / 'c'))

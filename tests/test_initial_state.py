@@ -194,7 +194,7 @@ def test_final_steps_reach_it_only_if_they_are_all() -> None:
 
 
 @pytest.mark.usefixtures('x64')
-def test_members_learn_their_own() -> None:
+def test_population_learn_their_own() -> None:
   """Each member of a population is trained as if alone."""
   trainer = fptt_jax.make_trainer(
     learned_elman(),

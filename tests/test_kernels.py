@@ -127,7 +127,7 @@ def test_a_row_without_steps_keeps_its_state(cell):
 
 
 @pytest.mark.parametrize('cell', LAYERS)
-def test_members_with_their_own_weights(cell):
+def test_population_with_their_own_weights(cell):
   """Under vmap all operands get an axis of members, the mask included, which they
   share.
   """
@@ -139,7 +139,7 @@ def test_members_with_their_own_weights(cell):
 
 
 @pytest.mark.parametrize('cell', LAYERS)
-def test_members_of_members(cell):
+def test_population_of_members(cell):
   """All leading axes are members."""
   run = layer(cell, 32, 'kernel')
   params, x = (

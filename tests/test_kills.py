@@ -12,9 +12,10 @@ import sys
 import time
 
 import pytest
-from test_stopping import last_saved
+from test_signals import last_saved
 
-from experiments import runs, smoke, stopping
+from experiments.core import files, signals
+from experiments.data import synthetic
 
 FAMILIES = {
   'add_task': dict(
@@ -68,7 +69,7 @@ def cache(folder: Path) -> dict[str, str]:
 
 def start(family: str, folder: Path, name: str, *flags: str) -> subprocess.Popen[str]:
   """A script under way; what it compiles is kept for the next one."""
-  places = smoke.data_files(folder / 'data')
+  places = synthetic.data_files(folder / 'data')
   data = {
     'images': [f'--data_dir={places["images"]}'],
     'language_model': [f'--data_dir={places["text"]}'],
@@ -103,7 +104,7 @@ def finish(family: str, folder: Path, name: str, *flags: str) -> None:
 def wait_for_lines(process: subprocess.Popen[str], path: Path, number: int) -> None:
   """Until a run has written so many lines of metrics."""
   deadline = time.monotonic() + 200
-  while len(runs.read_jsonl(path)) < number:
+  while len(files.read_jsonl(path)) < number:
     assert process.poll() is None, process.communicate()
     assert time.monotonic() < deadline
     time.sleep(0.005)
@@ -117,9 +118,9 @@ def assert_same_runs(folder: Path) -> None:
     whole, cut = (folder / which / name for which in ('whole', 'cut'))
     for file in ('metrics.jsonl', 'result.json'):
       rows = [
-        runs.read_jsonl(run / file)
+        files.read_jsonl(run / file)
         if file.endswith('l')
-        else [runs.read_json(run / file)]
+        else [files.read_json(run / file)]
         for run in (whole, cut)
       ]
       assert [{**row, 'seconds': 0} for row in rows[0]] == [
@@ -137,7 +138,7 @@ def test_killed_once(tmp_path: Path, family: str) -> None:
   if family == 'add_task':
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=100)
-    assert process.returncode == stopping.EXIT_CODE
+    assert process.returncode == signals.EXIT_CODE
     assert 'stopped by SIGTERM, saved after batch' in said
     assert said.rstrip().endswith(f'--workdir={tmp_path / "cut"}')
   else:

@@ -13,8 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import cells, language_model, runs, streams
-from experiments.options import UserError
+from experiments import language_model
+from experiments.core import cells, files
+from experiments.core.flags import UserError
+from experiments.data import streams
 import fptt_jax
 
 FLOAT32_TINY = dict(
@@ -129,7 +131,7 @@ def test_script_learns_a_text_and_writes_its_folder(tmp_path: Path) -> None:
   language_model.main(config)
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   for run in summary['runs']:
-    rows = runs.read_jsonl(
+    rows = files.read_jsonl(
       tmp_path / 'run' / f'{run["method"]}-seed0' / 'metrics.jsonl'
     )
     assert run['valid_ppl'] == min(row['valid_ppl'] for row in rows) < 3.5
@@ -160,7 +162,7 @@ def test_learning_rate_falls_on_a_plateau_and_training_stops_below_the_least(
     data_dir=str(write_text(tmp_path)), method=('tbptt',), **settings
   )
   _, [summary] = language_model.run(config, str(tmp_path / 'run'))
-  rows = runs.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
+  rows = files.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
   np.testing.assert_allclose(
     [row['lr'] for row in rows], [1e-30, 1e-30, 2.5e-31], rtol=1e-6
   )
@@ -184,10 +186,10 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     language_model.run(config, str(tmp_path / 'cut'))
   _, [resumed] = language_model.run(config, str(tmp_path / 'cut'))
   assert {**resumed, 'seconds': 0} == {**whole, 'seconds': 0}
-  files = [
+  paths = [
     tmp_path / name / 'fptt-seed1' / 'metrics.jsonl' for name in ('whole', 'cut')
   ]
-  curves = [[{**row, 'seconds': 0} for row in runs.read_jsonl(file)] for file in files]
+  curves = [[{**row, 'seconds': 0} for row in files.read_jsonl(file)] for file in paths]
   assert curves[0] == curves[1]
 
 
@@ -241,7 +243,7 @@ def test_divergence_is_said_and_nothing_of_it_is_kept(
   for said in (True, False):
     language_model.main(config)
     assert ('epoch   1  diverged' in capsys.readouterr().out) == said
-    [row] = runs.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
+    [row] = files.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
     assert row['train_ppl'] is None
     [summary] = json.loads((tmp_path / 'run' / 'summary.json').read_text())['runs']
     assert (summary['valid_ppl'], summary['test_ppl']) == (None, None)
@@ -257,7 +259,7 @@ def test_training_may_be_cut_to_the_first_tokens(tmp_path: Path) -> None:
     **{**FLOAT32_TINY, 'epochs': 1, 'train_tokens': 84},
   )
   path, [summary] = language_model.run(config, str(tmp_path / 'run'))
-  [row] = runs.read_jsonl(path / 'tbptt-seed0' / 'metrics.jsonl')
+  [row] = files.read_jsonl(path / 'tbptt-seed0' / 'metrics.jsonl')
   assert row['updates'] == 6  # Streams of 21 tokens: two sequences in 3 windows.
   assert summary['parameters'] == 6 * 8 + (4 * 8 * 17) + 8 * 6 + 6
 

@@ -12,7 +12,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 from test_images import make_config
 
-from experiments import add_task, images, loggers, runs
+from experiments import add_task, images
+from experiments.core import files, loggers, workdir
 import fptt_jax
 
 FLOAT32_TINY = dict(
@@ -79,7 +80,7 @@ def test_curves_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path: Path) 
     assert cut == whole
     for tag in ('train/loss', 'train/grad_norm', 'train/lambda_norm'):
       assert [step for step, _ in whole[tag]] == [1, 2, 3, 4, 5, 6]
-    rows = runs.read_jsonl(tmp_path / 'cut' / f'fptt-seed{seed}' / 'metrics.jsonl')
+    rows = files.read_jsonl(tmp_path / 'cut' / f'fptt-seed{seed}' / 'metrics.jsonl')
     errors = [(row['step'], pytest.approx(row['test_mse'])) for row in rows]
     assert whole['evaluation/test_mse'] == errors
     assert whole['train/loss'][-1][1] == pytest.approx(rows[-1]['train_loss'])
@@ -106,7 +107,7 @@ def test_curves_within_an_epoch(tmp_path: Path) -> None:
   ]  # 48 images in batches of 8.
   assert [step for step, _ in curves['evaluation/valid_accuracy']] == [6, 12]
   assert 'train/lambda_norm' not in curves
-  rows = runs.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
+  rows = files.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
   norms = [value for _, value in curves['train/grad_norm']]
   assert np.mean(norms[:3]) == pytest.approx(rows[0]['grad_norm'], rel=1e-5)
 
@@ -144,8 +145,8 @@ def test_updates_that_are_not_made_are_left_out(
 def test_the_logger_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:
   """A run goes on with another one."""
   config = add_task.Config(method=('bptt',), **FLOAT32_TINY)
-  runs.open_workdir(str(tmp_path), 'add_task', config)
-  runs.open_workdir(
+  workdir.open_workdir(str(tmp_path), 'add_task', config)
+  workdir.open_workdir(
     str(tmp_path),
     'add_task',
     add_task.Config(method=('bptt',), logger='tensorboard', **FLOAT32_TINY),

@@ -158,7 +158,7 @@ def test_scan_on_a_mesh():
   [(method, bool(number % 2), None) for number, method in enumerate(fptt_jax.METHODS)]
   + [('fptt', True, None), ('fptt', True, 2), ('bptt', False, 2)],
 )
-def test_members_equal_trainers(method, own_batches, devices):
+def test_population_equal_trainers(method, own_batches, devices):
   """Seeds side by side are the seeds one by one: state, metrics, evaluation, end of an
   epoch.
   """

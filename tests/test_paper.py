@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from experiments import items, paper, studies
-from experiments.options import UserError
+from experiments.core.flags import UserError
+from experiments.paper import __main__ as paper
+from experiments.paper import entries, items, quoted, settings, studies, tables, tuning
 import fptt_jax
 
 
-def run(item: str, folder: Path, **settings: Any) -> None:
-  paper.main(paper.Config(item=item, scale='smoke', workdir=str(folder), **settings))
+def run(item: str, folder: Path, **given: Any) -> None:
+  paper.main(settings.Config(item=item, scale='smoke', workdir=str(folder), **given))
 
 
 @pytest.mark.parametrize('scale', items.SCALES)
@@ -25,20 +26,20 @@ def test_every_item_declares_lines_that_mean_something(item: str, scale: str) ->
   """Configurations are valid, names are unique and fit for folders; each has the
   windows without the regularizer.
   """
-  entries = items.ITEMS[item](scale)
-  labels = [entry.label for entry in entries]
+  lines = items.ITEMS[item](scale)
+  labels = [entry.label for entry in lines]
   assert len(set(labels)) == len(labels)
   assert not any(set(label) & set('/ ') for label in labels)
-  methods = {entry.config.method[0] for entry in entries}
+  methods = {entry.config.method[0] for entry in lines}
   assert {'fptt', 'tbptt'} <= methods <= set(fptt_jax.METHODS)
-  assert all(len(entry.config.method) == 1 for entry in entries)
+  assert all(len(entry.config.method) == 1 for entry in lines)
   if scale in ('smoke', 'cpu'):
-    assert all(entry.paper is None and not entry.replication for entry in entries)
+    assert all(entry.paper is None and not entry.replication for entry in lines)
   # Cut to as many steps as a sequence has, truncated BPTT would be BPTT.
   shortest = {'smoke': 6, 'cpu': 28, 'short': 784, 'full': 784}[scale]
   assert all(
     (entry.config.truncation_steps or 300) < shortest
-    for entry in entries
+    for entry in lines
     if entry.config.method == ('tbptt_final',)
   )
 
@@ -149,8 +150,8 @@ def test_the_interval_is_student_s() -> None:
   """Mean ± t(0.975, n - 1) s/√n, as scipy has it; none for one value."""
   values = [3.0, 4.0, 8.0]
   low, high = stats.t.interval(0.95, 2, loc=5.0, scale=stats.sem(values))
-  assert paper.interval(values) == pytest.approx((high - low) / 2)
-  assert paper.interval([1.0]) is None
+  assert tables.interval(values) == pytest.approx((high - low) / 2)
+  assert tables.interval([1.0]) is None
 
 
 def test_tuning_chooses_by_validation_and_later_runs_use_it(
@@ -165,8 +166,8 @@ def test_tuning_chooses_by_validation_and_later_runs_use_it(
   assert set(scores) >= {2.0, 1.0, 0.5, 0.25}
   assert tuned['valid_ppl'] == min(scores.values()) == scores[tuned['lr']]
   inside = min(scores) < tuned['lr'] < max(scores)
-  assert inside or len(scores) == paper.MOST_RATES
-  tried = {f'tbptt-seed{paper.TUNE_SEED}-lr{rate:g}' for rate in scores}
+  assert inside or len(scores) == tuning.MAX_RATES
+  tried = {f'tbptt-seed{settings.TUNE_SEED}-lr{rate:g}' for rate in scores}
   results = {
     path.parent.name: json.loads(path.read_text())
     for path in tmp_path.glob('tune/tbptt/*/result.json')
@@ -217,8 +218,8 @@ def test_tuning_at_scale_short_tries_numbers_of_windows(
       for rate, score in zip(rates, found, strict=True)
     ]
 
-  monkeypatch.setattr(paper, 'run_entry', run_entry)
-  config = paper.Config(
+  monkeypatch.setattr(tuning, 'run_entry', run_entry)
+  config = settings.Config(
     item='table6',
     scale='short',
     lines=('mnist-fptt',),
@@ -226,13 +227,13 @@ def test_tuning_at_scale_short_tries_numbers_of_windows(
     tune=True,
   )
   paper.main(config)
-  tuned = paper.read_tuned(tmp_path)['mnist-fptt']
+  tuned = entries.read_tuned(tmp_path)['mnist-fptt']
   assert (tuned['lr'], tuned['num_windows'], len(tuned['tried'])) == (
     3e-3,
     28,
     7,
   )  # The second grid got 1e-2, too.
-  [entry] = paper.chosen_entries(dataclasses.replace(config, tune=False), tmp_path)
+  [entry] = entries.chosen_entries(dataclasses.replace(config, tune=False), tmp_path)
   assert (entry.config.lr, entry.config.num_windows) == (3e-3, 28)
   assert (entry.config.epochs, entry.config.decay, entry.config.milestones) == (
     30,
@@ -253,10 +254,10 @@ def test_tuning_again_tries_the_same_rates_where_the_declared_one_is_off_the_com
   assert declared == {2e-3, 1e-3, 5e-4}
   (tmp_path / 'tuned.json').write_text(json.dumps({'ptb_c-bptt': {'lr': 1e-3}}))
   for tune, expected in ((True, declared), (False, {3e-3, 1e-3, 3e-4})):
-    config = paper.Config(
+    config = settings.Config(
       item='table5', scale='smoke', lines=('ptb_c-bptt',), tune=tune
     )
-    [entry] = paper.chosen_entries(config, tmp_path)
+    [entry] = entries.chosen_entries(config, tmp_path)
     assert rates(entry) == expected
 
 
@@ -304,7 +305,7 @@ def test_several_seeds_are_averaged(tmp_path: Path) -> None:
   [line] = json.loads((tmp_path / 'fig1-test_mse.json').read_text())['lines']
   assert (line['seeds'], line['diverged']) == (3, 0)
   assert line['test_mse'] == pytest.approx(sum(results) / 3)
-  assert line['± test_mse'] == pytest.approx(paper.interval(results))
+  assert line['± test_mse'] == pytest.approx(tables.interval(results))
 
 
 def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
@@ -314,7 +315,7 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
     dict(test_mse=0.5, K=3, seconds=1.0, seed=0),
     dict(test_mse=None, K=3, seconds=1.0, seed=1),
   ]
-  line = paper.line(entry, summaries, ['test_mse'])
+  line = tables.table_row(entry, summaries, ['test_mse'])
   assert (line['test_mse'], line['seeds'], line['diverged'], line['± test_mse']) == (
     0.5,
     2,
@@ -332,7 +333,7 @@ def test_numbers_stay_in_their_columns_where_a_line_has_no_result(
   """A diverged run has no perplexity by dynamic evaluation, others have; parameters,
   intervals and quotes are in the table too.
   """
-  entries = [
+  lines = [
     entry
     for entry in items.table5('full')
     if entry.label in ('ptb_w-bptt', 'ptb_w-fptt')
@@ -349,15 +350,15 @@ def test_numbers_stay_in_their_columns_where_a_line_has_no_result(
     alike | dict(test_ppl=None),
     alike | dict(test_ppl=70.0, dynamic_test_ppl=55.0),
   )
-  for entry in entries:
+  for entry in lines:
     (tmp_path / entry.label / 'fptt-seed0').mkdir(parents=True)
     (tmp_path / entry.label / 'fptt-seed0' / 'metrics.jsonl').write_text(
       '{"step": 1, "valid_ppl": 90.0}\n'
     )
   results = [[bad], [good, good | dict(test_ppl=72.0, dynamic_test_ppl=59.0)]]
-  paper.report(
-    paper.Config(item='table5', scale='full'),
-    entries,
+  tables.write_tables(
+    settings.Config(item='table5', scale='full'),
+    lines,
     results if first == 0 else results[::-1],
     tmp_path,
   )
@@ -366,10 +367,10 @@ def test_numbers_stay_in_their_columns_where_a_line_has_no_result(
   assert [line['diverged'] for line in lines] == [1, 0]
   assert [line['test_ppl'] for line in lines] == [None, 71.0]
   assert [line['dynamic_test_ppl'] for line in lines] == [None, 57.0]
-  assert lines[1]['± dynamic_test_ppl'] == pytest.approx(paper.interval([55.0, 59.0]))
+  assert lines[1]['± dynamic_test_ppl'] == pytest.approx(tables.interval([55.0, 59.0]))
   assert [line['paper'] for line in content['lines']] == [51.9, 50.96]
   assert (lines[1]['parameters'], lines[1]['recurrent']) == (2_000, 1_000)
-  assert content['quoted'] == items.QUOTED['table5']
+  assert content['quoted'] == quoted.QUOTED['table5']
   text = (tmp_path / 'table5-test_ppl.txt').read_text()
   assert text.splitlines()[1] in capsys.readouterr().out
   header, _, *rows = text.splitlines()[1:5]
@@ -416,7 +417,7 @@ def test_every_item_runs_whole_at_smoke_scale(tmp_path: Path, item: str) -> None
 
 
 @pytest.mark.parametrize(
-  ('settings', 'message'),
+  ('given', 'message'),
   [
     (dict(methods=('fptp',)), r"--methods must be out of .*, got \('fptp',\)"),
     (
@@ -441,11 +442,11 @@ def test_every_item_runs_whole_at_smoke_scale(tmp_path: Path, item: str) -> None
   ],
 )
 def test_settings_of_no_meaning_are_refused(
-  settings: dict[str, Any], message: str
+  given: dict[str, Any], message: str
 ) -> None:
   """Before anything runs."""
   with pytest.raises(ValueError, match=message):
-    paper.Config(**settings)
+    settings.Config(**given)
 
 
 def test_lines_that_are_not_there_are_refused(tmp_path: Path) -> None:

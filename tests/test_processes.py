@@ -16,18 +16,11 @@ import chex
 import numpy as np
 import pytest
 from test_kills import FAMILIES, cache
-from test_stopping import last_saved
+from test_signals import last_saved
 
-from experiments import (
-  add_task,
-  images,
-  language_model,
-  options,
-  processes,
-  recipe,
-  runs,
-  smoke,
-)
+from experiments import add_task, images, language_model
+from experiments.core import files, flags, processes, recipe, workdir
+from experiments.data import synthetic
 
 SCRIPTS: dict[str, Any] = {
   'add_task': add_task,
@@ -40,7 +33,7 @@ def run_here(
   family: str, folder: Path, name: str, **settings: Any
 ) -> list[dict[str, Any]]:
   """A script to its end in this process."""
-  places = smoke.data_files(folder / 'data')
+  places = synthetic.data_files(folder / 'data')
   data = {
     'images': {'data_dir': places['images'], 'row': True},
     'language_model': {'data_dir': places['text']},
@@ -124,7 +117,7 @@ def test_one_of_two_processes_is_killed_and_both_go_on(
 ) -> None:
   """The survivor ends with a message, not silently and not never; started again, the
   two end with the numbers of one process that has two devices; one of them speaks."""
-  places = smoke.data_files(tmp_path / 'data')
+  places = synthetic.data_files(tmp_path / 'data')
   data = {
     'images': {'data_dir': places['images']},
     'language_model': {'data_dir': places['text']},
@@ -133,7 +126,7 @@ def test_one_of_two_processes_is_killed_and_both_go_on(
   started = pair(family, tmp_path, *flags)
   metrics = tmp_path / 'pair' / 'fptt-seed0' / 'metrics.jsonl'
   deadline = time.monotonic() + 200
-  while len(runs.read_jsonl(metrics)) < 4 and time.monotonic() < deadline:
+  while len(files.read_jsonl(metrics)) < 4 and time.monotonic() < deadline:
     time.sleep(0.02)
   started[1].kill()
   code, _, errors = finish(started)[0]
@@ -154,7 +147,7 @@ def test_one_of_two_processes_is_killed_and_both_go_on(
 
   [expected] = run_here(family, tmp_path, 'one', devices=2)
   rows = [
-    runs.read_jsonl(tmp_path / name / 'fptt-seed0' / 'metrics.jsonl')
+    files.read_jsonl(tmp_path / name / 'fptt-seed0' / 'metrics.jsonl')
     for name in ('pair', 'one')
   ]
   assert len(rows[0]) == len(rows[1])
@@ -163,7 +156,7 @@ def test_one_of_two_processes_is_killed_and_both_go_on(
     np.testing.assert_allclose(
       [got[name] for name in names], [wanted[name] for name in names], rtol=2e-4
     )
-  assert runs.read_json(tmp_path / 'pair' / 'fptt-seed0' / 'result.json').keys() == {
+  assert files.read_json(tmp_path / 'pair' / 'fptt-seed0' / 'result.json').keys() == {
     *expected,
     'config_sha256',
   } - {'run'}
@@ -198,10 +191,10 @@ def test_alone_all_is_as_if_there_were_no_others() -> None:
   processes.join('', None, None)
   processes.join('', 1, None)
   assert processes.is_first()
-  assert processes.told(lambda x: x, 3) == 3
-  assert [processes.agreed(asked) for asked in (True, False)] == [True, False]
+  assert processes.on_first_process(lambda x: x, 3) == 3
+  assert [processes.any_process(asked) for asked in (True, False)] == [True, False]
   tree = {'a': np.ones(3)}
-  assert processes.alike(tree) is tree
+  assert processes.replicated(tree) is tree
 
 
 @pytest.mark.parametrize(
@@ -237,19 +230,20 @@ def test_settings_of_no_meaning_are_refused(
 
 ONE_OF_TWO = """
 import atexit, jax
-from experiments import add_task, options
+from experiments import add_task
+from experiments.core import flags
 jax.process_count = lambda: 2
 atexit.register(print, 'waited for the other')
 def fail(config):
   raise {}
-options.run(fail, add_task.Config)
+flags.run(fail, add_task.Config)
 """
 
 
 @pytest.mark.parametrize(
   ('error', 'said', 'code'),
   [
-    ("options.UserError('no data')", 'error: no data', 1),
+    ("flags.UserError('no data')", 'error: no data', 1),
     ("OSError('gone')", 'OSError: gone', 1),
     ('KeyboardInterrupt', 'Ctrl-C', 130),
   ],
@@ -274,11 +268,11 @@ def test_all_processes_write_to_the_folder_of_the_first(
   """Without --workdir each names one after its own clock."""
   monkeypatch.setattr(
     processes,
-    'told',
+    'on_first_process',
     lambda function, *args: str(tmp_path / 'first') if args else function(),
   )
   assert (
-    runs.open_workdir(str(tmp_path / 'second'), 'add_task', add_task.Config())
+    workdir.open_workdir(str(tmp_path / 'second'), 'add_task', add_task.Config())
     == tmp_path / 'first'
   )
 
@@ -311,7 +305,7 @@ def test_data_parallel_is_one_device(
   )
   assert (here < 0.5 * whole) == shard_params
   rows = [
-    runs.read_jsonl(tmp_path / name / 'fptt-seed0' / 'metrics.jsonl')
+    files.read_jsonl(tmp_path / name / 'fptt-seed0' / 'metrics.jsonl')
     for name in ('one', 'all')
   ]
   for got, wanted in zip(*rows, strict=True):
@@ -320,7 +314,7 @@ def test_data_parallel_is_one_device(
       [got[name] for name in names], [wanted[name] for name in names], rtol=1e-5
     )
   with pytest.raises(
-    options.UserError,
+    flags.UserError,
     match=r'--batch_size must be a multiple of the 8 devices there are, got 9\.',
   ):
     add_task.run(
@@ -335,7 +329,7 @@ def test_data_on_the_host(tmp_path: Path) -> None:
   """
   settings = {
     **FAMILIES['images'],
-    'data_dir': smoke.data_files(tmp_path / 'data')['images'],
+    'data_dir': synthetic.data_files(tmp_path / 'data')['images'],
     'method': ('fptt',),
     'row': True,
   }
@@ -354,7 +348,7 @@ def test_data_on_the_host(tmp_path: Path) -> None:
     results.append(
       [
         {**row, 'seconds': 0}
-        for row in runs.read_jsonl(
+        for row in files.read_jsonl(
           tmp_path / str(host_data) / 'fptt-seed0' / 'metrics.jsonl'
         )
       ]

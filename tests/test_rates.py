@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 import jax.numpy as jnp
 import pytest
 
-from experiments import add_task, rates, recipe, runs
-from experiments.members import members
-from experiments.rates import Rates
+from experiments import add_task
+from experiments.core import files, optimizers, rates
+from experiments.core.rates import Rates
+from experiments.core.schedule import list_members
 
 GRID = [Rates(lr, momentum) for lr in rates.RATES for momentum in rates.MOMENTA]
 SCORES = st.lists(st.none() | st.floats(0, 1), min_size=len(GRID), max_size=len(GRID))
@@ -89,9 +90,9 @@ def test_each_method_has_its_own_rates_unless_they_are_given() -> None:
       {name: Rates(0.25, 0.0) for name in own},
     ),
   ]:
-    for member in members(config):
+    for member in list_members(config):
       assert (member.config.lr, member.config.momentum) == expected[member.method]
-      state = recipe.make_optimizer(config.variants()[0][1], member.method).init(
+      state = optimizers.make_optimizer(config.variants()[0][1], member.method).init(
         {'w': jnp.ones(2)}
       )
       found = state.hyperparams
@@ -119,7 +120,7 @@ def test_what_the_table_does_not_have_is_said_to_be_untuned(
   assert 'edge' not in plain
   assert f'seed {rates.SEED}' in plain
   assert 'other settings' not in plain
-  [sgd] = members(add_task.Config(method=('ogd',), optimizer='sgd'))
+  [sgd] = list_members(add_task.Config(method=('ogd',), optimizer='sgd'))
   assert (sgd.config.lr, sgd.config.momentum) == (add_task.UNTUNED_RATE, 0.0)
 
 
@@ -163,7 +164,7 @@ def test_tuning_trains_each_point_once(
   assert table.settings['seq_len'] == 4
   for one in row['tried']:
     folder = tmp_path / 'bptt' / f'bptt-seed{rates.SEED}-lr{one["lr"]:g}-momentum0.9'
-    late = runs.read_jsonl(folder / 'metrics.jsonl')[-1]
+    late = files.read_jsonl(folder / 'metrics.jsonl')[-1]
     assert one['score'] == late['test_mse']
   assert (tmp_path / 'rates.png').exists()
   assert f'bptt: lr {row["lr"]:g}, momentum 0.9' in capsys.readouterr().out

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
-from experiments import options, paper, runs
-from experiments.options import UserError
+from experiments.core import environment, flags
+from experiments.core.flags import UserError
+from experiments.paper import __main__ as paper
+from experiments.paper.settings import Config
+from experiments.paper.tables import interval
 from experiments.results import __main__ as command
 from experiments.results import plots, store, tables
 from experiments.results.collect import Origin, collect_folder
@@ -282,7 +285,7 @@ def test_several_seeds_are_averaged_with_an_interval(tmp_path: Path) -> None:
       tmp_path / 'run', f'fptt-seed{seed}', [value], **{'below_0.01_at': None}, **lost
     )
   collected(tmp_path / 'run', tmp_path)
-  half = paper.interval([0.5, 0.25])
+  half = interval([0.5, 0.25])
   assert half is not None
   text = tables.table_of('fig1', tmp_path)
   assert f'| 0, 1, 2 | 0.3750 ± {half:.4f} | never, never, never | 2 | ' in text
@@ -345,7 +348,7 @@ def test_a_real_run_folder_is_collected(tmp_path: Path) -> None:
   """What `experiments.paper` writes at smoke scale, with the scale its report says and
   this machine.
   """
-  config = paper.Config(
+  config = Config(
     item='fig1', scale='smoke', workdir=str(tmp_path / 'run'), lines=('T12-tbptt',)
   )
   paper.main(config)
@@ -547,14 +550,14 @@ def test_a_run_records_its_command_and_commit(monkeypatch: pytest.MonkeyPatch) -
     ],
   )
   assert (
-    options.command()
+    flags.command()
     == "python -m experiments.add_task --seeds=0:3 --notes 'a b' --nodecay"
   )
-  found = runs.machine()
-  assert found['command'] == options.command()
+  found = environment.describe_machine()
+  assert found['command'] == flags.command()
   head = subprocess.run(
     ['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True, check=False
   ).stdout.strip()
   assert (found['commit'] or '').removesuffix('-dirty') == head[:12]
   monkeypatch.setattr(sys.modules['__main__'], '__spec__', None)
-  assert options.command() is None
+  assert flags.command() is None

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import add_task, reporting, runs
-from experiments.members import Member, has_ended
-from experiments.options import UserError
+from experiments import add_task
+from experiments.core import checkpoints, files, plotting, workdir
+from experiments.core.flags import UserError
+from experiments.core.schedule import Member, has_ended
 
 pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
@@ -57,8 +58,8 @@ def leftovers() -> Iterator[None]:
 
 def saved_run(folder: Path, *steps: int) -> Path:
   """A run saved after some steps, a line of metrics before each."""
-  runs.open_workdir(str(folder), 'add_task', add_task.Config())
-  run = runs.Run(folder / 'run')
+  workdir.open_workdir(str(folder), 'add_task', add_task.Config())
+  run = checkpoints.Run(folder / 'run')
   for step in steps:
     run.log(step, loss=1.0)
     run.save(step, CARRY, note=step)
@@ -86,17 +87,17 @@ def truncate(path: Path) -> None:
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
   """Arrays of several dtypes, keys, the record; what was written later is dropped."""
   folder = saved_run(tmp_path, 1, 2, 3)
-  run = runs.Run(folder)
+  run = checkpoints.Run(folder)
   carry, record = run.restore(2, CARRY)
   run.close()
-  assert runs.fingerprint(carry) == runs.fingerprint(CARRY)
+  assert checkpoints.fingerprint(carry) == checkpoints.fingerprint(CARRY)
   assert record['note'] == 2
   assert (
     [row['step'] for row in run.rows]
-    == [row['step'] for row in runs.read_jsonl(folder / 'metrics.jsonl')]
+    == [row['step'] for row in files.read_jsonl(folder / 'metrics.jsonl')]
     == [1, 2]
   )
-  assert runs.saved_steps(folder) == [2]
+  assert checkpoints.saved_steps(folder) == [2]
 
 
 @pytest.mark.parametrize(
@@ -121,14 +122,14 @@ def test_a_broken_checkpoint_is_set_aside(
   folder = saved_run(tmp_path, 1, 2)
   damage(folder / 'checkpoints' / '2')
   said = r'the checkpoint after step 2 is broken \(.+\); set aside as broken/2-\d+-\d+, going on from the one after step 1'
-  with pytest.raises(runs.Broken, match=said):
-    runs.Run(folder).restore(2, CARRY)
-  assert runs.saved_steps(folder) == [1]
+  with pytest.raises(checkpoints.BrokenCheckpoint, match=said):
+    checkpoints.Run(folder).restore(2, CARRY)
+  assert checkpoints.saved_steps(folder) == [1]
   assert len(list((folder / 'broken').iterdir())) == 1
-  run = runs.Run(folder)
+  run = checkpoints.Run(folder)
   carry, _ = run.restore(1, CARRY)
   run.close()
-  assert runs.fingerprint(carry) == runs.fingerprint(CARRY)
+  assert checkpoints.fingerprint(carry) == checkpoints.fingerprint(CARRY)
 
 
 def test_a_run_goes_on_from_the_newest_intact_checkpoint(
@@ -176,7 +177,7 @@ def test_what_is_not_the_checkpoints_fault_sets_nothing_aside(
 ) -> None:
   """A device without room today."""
   folder = saved_run(tmp_path, 1, 2)
-  run = runs.Run(folder)
+  run = checkpoints.Run(folder)
 
   def fail(*args: Any, **kwargs: Any) -> None:
     raise error
@@ -185,7 +186,7 @@ def test_what_is_not_the_checkpoints_fault_sets_nothing_aside(
   with pytest.raises(type(error)):
     run.restore(2, CARRY)
   run.close()
-  assert runs.saved_steps(folder) == [1, 2]
+  assert checkpoints.saved_steps(folder) == [1, 2]
 
 
 @pytest.mark.parametrize('record', ['{}', '[]'])
@@ -194,9 +195,10 @@ def test_a_record_of_something_else_is_broken(tmp_path: Path, record: str) -> No
   folder = saved_run(tmp_path, 1, 2)
   (folder / 'checkpoints' / '2' / 'record' / 'metadata').write_text(record)
   with pytest.raises(
-    runs.Broken, match=r'after step 2 is broken \(its record is not one of ours\)'
+    checkpoints.BrokenCheckpoint,
+    match=r'after step 2 is broken \(its record is not one of ours\)',
   ):
-    runs.Run(folder).restore(2, CARRY)
+    checkpoints.Run(folder).restore(2, CARRY)
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
@@ -207,8 +209,8 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
     UserError,
     match=r"after step 1 does not fit this model and optimizer; \[0\]\['w'\]: was 'float32\[50, 50\]', now",
   ):
-    runs.Run(folder).restore(1, other)
-  assert runs.saved_steps(folder) == [1]
+    checkpoints.Run(folder).restore(1, other)
+  assert checkpoints.saved_steps(folder) == [1]
 
 
 def test_a_checkpoint_of_a_configuration_nobody_knows_is_refused(
@@ -221,7 +223,7 @@ def test_a_checkpoint_of_a_configuration_nobody_knows_is_refused(
   with pytest.raises(
     UserError, match=r'saved under a configuration that config\.json does not name'
   ):
-    runs.Run(folder).restore(1, CARRY)
+    checkpoints.Run(folder).restore(1, CARRY)
 
 
 def test_metrics_that_are_gone_or_damaged_are_not_made_up_for(tmp_path: Path) -> None:
@@ -234,16 +236,16 @@ def test_metrics_that_are_gone_or_damaged_are_not_made_up_for(tmp_path: Path) ->
     UserError,
     match=r'metrics\.jsonl has 1 lines, the checkpoint after step 2 was saved after 2: put it back',
   ):
-    runs.Run(folder).restore(2, CARRY)
+    checkpoints.Run(folder).restore(2, CARRY)
   metrics.write_text('{"step": 1, }\n' + lines[1])
   with pytest.raises(
     UserError,
     match=r'line 1 of .*metrics\.jsonl is damaged: .*Put it back, or choose another --workdir',
   ):
-    runs.Run(folder).restore(2, CARRY)
+    checkpoints.Run(folder).restore(2, CARRY)
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(UserError, match=r'config\.json is damaged'):
-    runs.open_workdir(str(tmp_path), 'add_task', add_task.Config())
+    workdir.open_workdir(str(tmp_path), 'add_task', add_task.Config())
 
 
 def test_reads_under_way_end_before_their_loop_is_closed(
@@ -254,7 +256,7 @@ def test_reads_under_way_end_before_their_loop_is_closed(
   """
   ended: list[str] = []
 
-  class Observed(runs._PatientLoop):
+  class Observed(checkpoints._PatientLoop):
     def close(self) -> None:
       super().close()
       ended.append('closed')
@@ -269,8 +271,8 @@ def test_reads_under_way_end_before_their_loop_is_closed(
 
   tasks: list[Any] = []
   make_loop = asyncio.new_event_loop
-  monkeypatch.setattr(runs, '_PatientLoop', Observed)
-  with runs._patient_loops():
+  monkeypatch.setattr(checkpoints, '_PatientLoop', Observed)
+  with checkpoints._patient_loops():
     loop = asyncio.new_event_loop()
   with pytest.raises(OSError, match='first'):
     loop.run_until_complete(fail())
@@ -279,8 +281,8 @@ def test_reads_under_way_end_before_their_loop_is_closed(
   folder = saved_run(tmp_path, 1, 2)
   ended.clear()
   truncate(largest(folder / 'checkpoints' / '2'))
-  with pytest.raises(runs.Broken):
-    runs.Run(folder).restore(2, CARRY)
+  with pytest.raises(checkpoints.BrokenCheckpoint):
+    checkpoints.Run(folder).restore(2, CARRY)
   assert 'closed' in ended
   assert asyncio.new_event_loop is make_loop
 
@@ -309,15 +311,15 @@ def test_json_of_another_kind_is_refused(
   none: the run goes on.
   """
   member = Member(add_task.Config(), 'fptt', 0, {})
-  folder = runs.open_workdir(str(tmp_path), 'add_task', member.config) / member.name
+  folder = workdir.open_workdir(str(tmp_path), 'add_task', member.config) / member.name
   folder.mkdir()
   path = tmp_path / name if name == 'config.json' else folder / name
   path.write_text(content + '\n', encoding='utf-8')
   read: dict[str, Callable[[], Any]] = {
-    'config.json': lambda: runs.open_workdir(
+    'config.json': lambda: workdir.open_workdir(
       str(tmp_path), 'add_task', add_task.Config()
     ),
-    'metrics.jsonl': lambda: runs.read_jsonl(folder / name),
+    'metrics.jsonl': lambda: files.read_jsonl(folder / name),
     'result.json': lambda: has_ended(tmp_path, member),
   }
   if (name, content) == ('result.json', '{}'):
@@ -333,7 +335,7 @@ def test_json_of_another_kind_is_refused(
 def test_a_folder_in_a_file_s_place_is_refused(name: str, tmp_path: Path) -> None:
   """As is what may not be read."""
   (tmp_path / name).mkdir()
-  read = runs.read_jsonl if name.endswith('l') else runs.read_json
+  read = files.read_jsonl if name.endswith('l') else files.read_json
   with pytest.raises(UserError, match=rf'cannot read .*{name}: Is a directory'):
     read(tmp_path / name)
 
@@ -349,21 +351,21 @@ def test_checkpoints_that_cannot_be_written_are_said_before_training(
   def refuse(dir: Path) -> Any:
     raise PermissionError(13, 'Permission denied', str(dir))
 
-  monkeypatch.setattr(runs.tempfile, 'TemporaryFile', refuse)
+  monkeypatch.setattr(checkpoints.tempfile, 'TemporaryFile', refuse)
   with pytest.raises(
     UserError, match=r'cannot write to .*checkpoints.*step 1 is whole'
   ):
-    runs.Run(folder)
+    checkpoints.Run(folder)
 
 
 def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(tmp_path: Path) -> None:
   """A file or an unreadable folder in their place: the run does not start anew."""
   folder = saved_run(tmp_path, 1)
   shutil.rmtree(folder / 'checkpoints')
-  assert runs.saved_steps(folder) == []
+  assert checkpoints.saved_steps(folder) == []
   (folder / 'checkpoints').write_text('')
   with pytest.raises(UserError, match=r'cannot read .*checkpoints: Not a directory'):
-    runs.saved_steps(folder)
+    checkpoints.saved_steps(folder)
 
 
 def test_files_that_may_not_be_looked_at_are_said(
@@ -378,17 +380,17 @@ def test_files_that_may_not_be_looked_at_are_said(
   with pytest.raises(
     UserError, match=r'cannot read .*metrics\.jsonl: Permission denied'
   ):
-    runs.read_jsonl(tmp_path / 'metrics.jsonl')
+    files.read_jsonl(tmp_path / 'metrics.jsonl')
   monkeypatch.setattr(Path, 'open', refuse)
   monkeypatch.setattr(Path, 'read_bytes', refuse)
   with pytest.raises(UserError, match=r'cannot read .*config\.json: Permission denied'):
-    runs.read_config(tmp_path)
+    workdir.read_config(tmp_path)
 
 
 def test_a_folder_of_bytes_without_letters_is_refused(tmp_path: Path) -> None:
   """Orbax could not take it."""
   with pytest.raises(UserError, match=r'--workdir=.*PYTHONUTF8'):
-    runs.open_workdir(str(tmp_path / 'K\udcff'), 'add_task', add_task.Config())
+    workdir.open_workdir(str(tmp_path / 'K\udcff'), 'add_task', add_task.Config())
 
 
 def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
@@ -396,7 +398,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
   said.
   """
   folder = saved_run(tmp_path, 1)
-  run = runs.Run(folder)
+  run = checkpoints.Run(folder)
   carry, _ = run.restore(1, CARRY)
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -413,15 +415,17 @@ def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
       run.close()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
-  again = runs.Run(folder)
-  assert runs.fingerprint(again.restore(1, CARRY)[0]) == runs.fingerprint(CARRY)
+  again = checkpoints.Run(folder)
+  assert checkpoints.fingerprint(again.restore(1, CARRY)[0]) == checkpoints.fingerprint(
+    CARRY
+  )
   again.close()
 
 
 def test_a_full_disk_while_metrics_are_written(tmp_path: Path) -> None:
   """The device that is always full."""
   folder = saved_run(tmp_path)
-  run = runs.Run(folder)
+  run = checkpoints.Run(folder)
   (folder / 'metrics.jsonl').symlink_to('/dev/full')
   with pytest.raises(
     UserError,
@@ -456,7 +460,7 @@ def test_other_settings_by_override(
   """
   config = add_task.Config(optimizer='sgd', lr=1e-3, decay=False, **FLOAT32_TINY)
   add_task.run(config, str(tmp_path))
-  before = runs.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
+  before = files.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
   other = dataclasses.replace(config, batches=8, lr=1e-30)
   with pytest.raises(
     UserError,
@@ -470,7 +474,7 @@ def test_other_settings_by_override(
     'goes on with other settings than before; batches: was 6, now 8; lr: was 0.001, '
     'now 1e-30' in capsys.readouterr().out
   )
-  rows = runs.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
+  rows = files.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
   assert rows[:-1] == before
   assert (summary['batches'], rows[-1]['test_mse']) == (
     8,
@@ -522,12 +526,12 @@ def test_two_commands_in_one_folder_do_not_train_the_same_run(tmp_path: Path) ->
 def test_a_full_disk_while_a_plot_is_drawn(tmp_path: Path) -> None:
   """One line, as for all other files."""
   (tmp_path / 'plot.png.tmp').symlink_to('/dev/full')
-  curve = reporting.Curve('fptt', 'fptt', [1, 2], [0.1, 0.2])
+  curve = plotting.Curve('fptt', 'fptt', [1, 2], [0.1, 0.2])
   with pytest.raises(
     UserError,
     match=r'cannot write .*/plot\.png: .*No space left on device\. The same command',
   ):
-    reporting.plot_curves(
+    plotting.plot_curves(
       tmp_path / 'plot.png', {'batches': [curve]}, 'Adding problem', 'MSE', {}
     )
 
@@ -538,7 +542,7 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     add_task.Config(keep=3, checkpoint_minutes=1e-9, chunk=1, **FLOAT32_TINY),
     str(tmp_path),
   )
-  assert runs.saved_steps(tmp_path / 'fptt-seed0') == [4, 5, 6]
+  assert checkpoints.saved_steps(tmp_path / 'fptt-seed0') == [4, 5, 6]
 
 
 def test_fingerprints_tell_arrays_apart() -> None:
@@ -547,4 +551,4 @@ def test_fingerprints_tell_arrays_apart() -> None:
   other = one.copy()
   other.view(np.uint8)[0] = 1
   carries: list[Any] = [{'a': jnp.asarray(x)} for x in (one, other)]
-  assert runs.fingerprint(carries[0]) != runs.fingerprint(carries[1])
+  assert checkpoints.fingerprint(carries[0]) != checkpoints.fingerprint(carries[1])

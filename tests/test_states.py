@@ -230,7 +230,7 @@ def test_arrays_of_another_byte_order(trainer):
 # Members of a population.
 
 
-def test_members_and_their_means(trainer):
+def test_population_and_their_means(trainer):
   many = fptt_jax.vmap_trainer(trainer)
   keys = jax.random.split(jax.random.key(0), 3)
   states = many.init(keys, BATCH)

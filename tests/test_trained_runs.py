@@ -14,17 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import (
-  add_task,
-  data,
-  images,
-  language_model,
-  load_run,
-  runs,
-  sampling,
-  smoke,
-)
-from experiments.options import UserError
+from experiments import add_task, data, images, language_model, load_run
+from experiments.core import parameters, sampling, workdir
+from experiments.core.flags import UserError
+from experiments.data import synthetic
 
 SOURCE = 'x_y = x y\n\tx\r\n' * 60
 CHARACTERS = dict(
@@ -89,7 +82,7 @@ def test_images_come_back(tmp_path: Path) -> None:
     num_windows=2,
   )
   config = images.Config(
-    data_dir=smoke.data_files(tmp_path / 'data')['images'],
+    data_dir=synthetic.data_files(tmp_path / 'data')['images'],
     grid=('lr=1e-3:1e-2',),
     workdir=str(tmp_path / 'run'),
     **settings,
@@ -378,7 +371,7 @@ def test_parameters_survive_a_full_disk(tmp_path: Path) -> None:
   """One line; nothing half-written stands for them."""
   (tmp_path / 'run').mkdir()
   (tmp_path / 'run' / 'parameters.npz.tmp').symlink_to('/dev/full')
-  runs.open_workdir(str(tmp_path), 'add_task', add_task.Config())
+  workdir.open_workdir(str(tmp_path), 'add_task', add_task.Config())
   with pytest.raises(UserError, match=r'cannot write .*parameters\.npz.*No space'):
-    runs.write_parameters(tmp_path / 'run', {'w': jnp.ones(3000)})
+    parameters.write_parameters(tmp_path / 'run', {'w': jnp.ones(3000)})
   assert not (tmp_path / 'run' / 'parameters.npz').exists()

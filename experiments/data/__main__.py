@@ -15,8 +15,9 @@ Files of your own have the same arrays:
 import dataclasses
 from pathlib import Path
 
-from experiments import data, options
-from experiments.options import UserError, option
+from experiments import data
+from experiments.core import flags
+from experiments.core.flags import UserError, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Config:
   output: str = option('', 'the .npz file to write')
 
   def __post_init__(self) -> None:
-    options.check_fields(self)
-    options.check(
+    flags.check_fields(self)
+    flags.check(
       self.output.endswith('.npz'), 'output', self.output, 'a file name ending in .npz'
     )
 
@@ -55,4 +56,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  options.run(main, Config)
+  flags.run(main, Config)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.options import UserError
+from experiments.core.flags import UserError
 
 # Hashes of `content` below, so of the examples in any order.
 CONTENT = {

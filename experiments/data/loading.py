@@ -13,10 +13,10 @@ import zlib
 
 import numpy as np
 
+from experiments.core.flags import UserError
 from experiments.data import images, sources, text
 from experiments.data.images import Images
 from experiments.data.text import Text
-from experiments.options import UserError
 
 IMAGES = ('mnist', 'cifar10', 'arrays')
 TEXTS = ('ptb', 'ptb_chars', 'text', 'text_chars')

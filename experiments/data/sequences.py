@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.core.flags import UserError
 from experiments.data.images import Images
-from experiments.options import UserError
 
 # Mean and standard deviation of pixels in [0, 1], as in the authors' release.
 MOMENTS = {'mnist': (0.1307, 0.3081), 'cifar10': (0.5, 0.5), 'arrays': (0.5, 0.5)}

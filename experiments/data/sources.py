@@ -17,7 +17,7 @@ from typing import NamedTuple
 import urllib.request
 import zlib
 
-from experiments.options import UserError
+from experiments.core.flags import UserError
 
 TIMEOUT = 5.0  # seconds without a byte
 TRIES = 2

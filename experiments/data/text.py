@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-from experiments.options import UserError
+from experiments.core.flags import UserError
 
 SPLITS = ('train', 'valid', 'test')
 END_OF_LINE = '<eos>'

@@ -8,8 +8,8 @@ python -m experiments.results --plots=runs/plots
 import dataclasses
 from pathlib import Path
 
-from experiments import options
-from experiments.options import check, option
+from experiments.core import flags
+from experiments.core.flags import check, option
 from experiments.results import plots, store, tables
 from experiments.results.collect import Origin, collect_folder, known_items
 
@@ -31,7 +31,7 @@ class Config:
   plots: str = option('', 'folder to draw all plots into')
 
   def __post_init__(self) -> None:
-    options.check_fields(self)
+    flags.check_fields(self)
     check(
       any((self.collect, self.tables, self.plots)),
       'collect',
@@ -80,4 +80,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == '__main__':
-  options.run(main, Config)
+  flags.run(main, Config)

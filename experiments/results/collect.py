@@ -10,8 +10,9 @@ from pathlib import Path
 import re
 from typing import Any
 
-from experiments import items, runs, studies
-from experiments.options import UserError
+from experiments.core import files
+from experiments.core.flags import UserError
+from experiments.paper import items, studies
 from experiments.results import store
 from experiments.results.store import Row
 
@@ -144,7 +145,7 @@ def reported_scale(folder: Path, name: str) -> str:
   Raises:
     UserError: there is no report, or several scales.
   """
-  reports = [runs.read_json(path) for path in sorted(folder.glob(f'{name}*.json'))]
+  reports = [files.read_json(path) for path in sorted(folder.glob(f'{name}*.json'))]
   scales = {report['scale'] for report in reports if 'scale' in report}
   if len(scales) != 1:
     found = ', '.join(sorted(scales)) or 'no scale'
@@ -156,11 +157,11 @@ def reported_scale(folder: Path, name: str) -> str:
 
 def training_rows(folder: Path, series: str) -> Iterator[Row]:
   """One row per run in a folder."""
-  files = (*folder.rglob('metrics.jsonl'), *folder.rglob('result.json'))
+  found = (*folder.rglob('metrics.jsonl'), *folder.rglob('result.json'))
   tuned = (
-    runs.read_json(folder / 'tuned.json') if (folder / 'tuned.json').exists() else {}
+    files.read_json(folder / 'tuned.json') if (folder / 'tuned.json').exists() else {}
   )
-  for run in sorted({file.parent for file in files}):
+  for run in sorted({file.parent for file in found}):
     parts = run.parent.relative_to(folder).parts
     stage = 'tuning' if parts[:1] == ('tune',) else 'final'
     line = '/'.join(parts[1:] if stage == 'tuning' else parts) or line_of(run.name)
@@ -188,10 +189,10 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
       f'{run.parent / "config.json"} is missing: {run.name} cannot be told from others.'
     )
   path = run.parent / 'summary.json'
-  summary = runs.read_json(path) if path.exists() else {'runs': []}
+  summary = files.read_json(path) if path.exists() else {'runs': []}
   result = read_result(run, summary['runs'])
   settings = settings_of(run, result)
-  given = (*NO_NUMBERS, *own_names(runs.read_json(run.parent / 'config.json'), result))
+  given = (*NO_NUMBERS, *own_names(files.read_json(run.parent / 'config.json'), result))
   numbers = {name: value for name, value in result.items() if name not in given}
   status = 'unfinished' if not result else 'diverged' if 'lost' in result else 'done'
   return Row(
@@ -205,7 +206,7 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
     settings=settings,
     source={name: value for name, value in summary.items() if name not in NO_SOURCE},
     numbers=numbers,
-    curves=columns(runs.read_jsonl(run / 'metrics.jsonl')),
+    curves=columns(files.read_jsonl(run / 'metrics.jsonl')),
   )
 
 
@@ -214,7 +215,7 @@ def read_result(run: Path, summaries: list[dict[str, Any]]) -> dict[str, Any]:
   end.
   """
   if (run / 'result.json').exists():
-    return runs.read_json(run / 'result.json')
+    return files.read_json(run / 'result.json')
   named = (
     summary
     for summary in summaries
@@ -225,7 +226,7 @@ def read_result(run: Path, summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def settings_of(run: Path, result: dict[str, Any]) -> dict[str, Any]:
   """The run's own settings, out of those of the command that ran it beside others."""
-  config = runs.read_json(run.parent / 'config.json')
+  config = files.read_json(run.parent / 'config.json')
   method = run.name.partition('-seed')[0]
   settings = {'script': config['script'], 'method': method}
   settings |= {name: value for name, value in config.items() if name not in NO_SETTINGS}
@@ -235,7 +236,8 @@ def settings_of(run: Path, result: dict[str, Any]) -> dict[str, Any]:
     settings[name] = result[name] if name in result else grid_value(run.name, name)
   described = run.parent / 'data.json'
   if (
-    described.exists() and (order := runs.read_json(described).get('order')) is not None
+    described.exists()
+    and (order := files.read_json(described).get('order')) is not None
   ):
     settings['permutation'] = order
   return settings
@@ -288,7 +290,7 @@ def report_rows(folder: Path, name: str, series: str) -> Iterator[Row]:
     path = folder / f'{kind}.json'
     if not path.exists():
       continue
-    report = runs.read_json(path)
+    report = files.read_json(path)
     source = {key: value for key, value in report.items() if key not in NO_SOURCE}
     for line, curves in report_lines(report, folder):
       columns_of_line = REPORTS.get(
@@ -308,7 +310,7 @@ def report_lines(
   """The lines of a report, each with its curves, which are in files of their own."""
   for line in report.get('lines', ()):
     path = folder / f'{line.get("run")}-{report.get("scale")}.json'
-    yield line, columns(runs.read_rows(path)) if path.exists() else {}
+    yield line, columns(files.read_rows(path)) if path.exists() else {}
   for varied, lines in report.get('growth', {}).items():
     for line in lines:
       yield {'varied': varied, **line}, {}

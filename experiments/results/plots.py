@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import add_task, benchmark, convergence, cost, items, reporting, runs
-from experiments.items import Score
-from experiments.reporting import Curve
+from experiments import add_task
+from experiments.benchmark import cost, plots
+from experiments.core import plotting, workdir
+from experiments.core.plotting import Curve
+from experiments.paper import convergence, items
+from experiments.paper.items import Score
 from experiments.results import store, tables
 from experiments.results.store import Row
 
@@ -24,7 +27,7 @@ def draw(name: str, out: Path, folder: Path = store.FOLDER) -> list[Path]:
   Returns:
     The plots.
   """
-  out = runs.make_folder(str(out))
+  out = workdir.make_folder(str(out))
   item = store.load(name, folder)
   drawn: list[Path] = []
   for series, rows in store.by_series(item):
@@ -54,7 +57,7 @@ def draw_curves(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
     if curves:
       drawn.append(out / f'{stem}-{score.test}.png')
       unit, marks = axis_of(score)
-      reporting.plot_curves(drawn[-1], {unit: curves}, stem, score.label, marks)
+      plotting.plot_curves(drawn[-1], {unit: curves}, stem, score.label, marks)
   return drawn
 
 
@@ -83,7 +86,7 @@ def draw_tuning(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
     if curves:
       drawn.append(out / f'{stem}-tuning-{score.choose}.png')
       panels, title = {'learning rate': curves}, f'{stem}: tuning'
-      reporting.plot_curves(drawn[-1], panels, title, score.label, {}, xscale='log')
+      plotting.plot_curves(drawn[-1], panels, title, score.label, {}, xscale='log')
   return drawn
 
 
@@ -96,15 +99,15 @@ def draw_report(path: Path, kind: str, rows: Sequence[Row]) -> list[Path]:
     studied = {row.settings['run']: row.curves for row in rows}
     convergence.plot(path, {name: as_lines(curves) for name, curves in studied.items()})
   elif kind == 'rivals':
-    benchmark.plot_rivals(path, lines)
+    plots.plot_rivals(path, lines)
   elif kind == 'population':
-    benchmark.plot_population(path, lines)
+    plots.plot_population(path, lines)
   elif kind == 'growth':
     varied: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
       if 'value' in line:
         varied.setdefault(line['varied'], []).append(line)
-    benchmark.plot_growth(path, varied)
+    plots.plot_growth(path, varied)
   else:
     return []
   return [path]

@@ -20,8 +20,8 @@ from pathlib import Path
 import re
 from typing import Any
 
-from experiments import runs
-from experiments.options import UserError
+from experiments.core import files
+from experiments.core.flags import UserError
 
 FOLDER = Path(__file__).parent
 """Where the committed results are."""
@@ -125,7 +125,7 @@ def load(name: str, folder: Path = FOLDER) -> Item:
   path = folder / f'{name}.json'
   if not path.exists():
     return Item(name)
-  content = runs.read_json(path)
+  content = files.read_json(path)
   curves = _read_curves(curves_path(name, folder))
   rows = []
   for described in content['rows']:
@@ -151,7 +151,7 @@ def save(item: Item, folder: Path = FOLDER) -> None:
   text = _as_json(item, rows)
   path = folder / f'{item.name}.json'
   if not path.exists() or path.read_text() != text:
-    runs.write_text(path, text)
+    files.write_text(path, text)
   lines = [
     json.dumps({'key': row.key, 'curves': row.curves}) + '\n'
     for row in rows

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments import items, paper, runs
-from experiments.items import Score
-from experiments.options import UserError
+from experiments.core import files
+from experiments.core.flags import UserError
+from experiments.paper import items
+from experiments.paper.items import Score
+from experiments.paper.tables import interval
 from experiments.results import store
 from experiments.results.store import Item, Row
 
@@ -45,7 +47,7 @@ def update_pages(pages: Sequence[Path], folder: Path = store.FOLDER) -> list[Pat
     text = page.read_text()
     updated = updated_text(text, folder)
     if updated != text:
-      runs.write_text(page, updated)
+      files.write_text(page, updated)
       changed.append(page)
   return changed
 
@@ -205,7 +207,7 @@ def mean_and_interval(values: Sequence[float], digits: int) -> str:
   """'mean ± half the width of its 95 % confidence interval', as text."""
   if not values:
     return ''
-  half = paper.interval(list(values))
+  half = interval(list(values))
   mean = f'{np.mean(values):.{digits}f}'
   return mean if half is None else f'{mean} ± {half:.{digits}f}'
 

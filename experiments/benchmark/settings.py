@@ -1,0 +1,34 @@
+"""Settings of `python -m experiments.benchmark`."""
+
+import dataclasses
+
+from experiments.benchmark.cases import CASES, DEFAULT_CASES
+from experiments.core import flags
+from experiments.core.flags import check, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to measure."""
+
+  part: str = option(
+    'all', 'what to measure', ('all', 'rivals', 'growth', 'population')
+  )
+  cases: tuple[str, ...] = option(DEFAULT_CASES, 'cases of rivals')
+  rounds: int = option(9, 'timed calls of each program')
+  precision: str = option(
+    'float32',
+    "of matrix products on a GPU, ours and the others'",
+    ('float32', 'tensorfloat32'),
+  )
+  workdir: str = option('', 'folder; default runs/benchmark-TIME')
+
+  def __post_init__(self) -> None:
+    flags.check_fields(self)
+    check(
+      bool(self.cases) and set(self.cases) <= set(CASES),
+      'cases',
+      self.cases,
+      f'out of {", ".join(CASES)}',
+    )
+    check(self.rounds >= 1, 'rounds', self.rounds, 'at least 1')

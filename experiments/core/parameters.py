@@ -1,0 +1,95 @@
+"""A run's best parameters as a file."""
+
+from pathlib import Path
+from typing import Any
+import zipfile
+import zlib
+
+import jax
+import numpy as np
+
+from experiments.core import processes
+from experiments.core.checkpoints import describe
+from experiments.core.files import atomic_write, first_line, user_errors
+from experiments.core.flags import UserError
+from experiments.core.workdir import config_sha256, differences
+
+PARAMETERS_FILE = 'parameters.npz'
+"""Name of the file of a run's best parameters."""
+
+
+def write_parameters(folder: Path, params: Any) -> None:
+  """Write a run's best parameters; in several processes all call it, the first one
+  writes.
+
+  Args:
+    folder: the run's folder.
+    params: a tree of arrays.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  leaves = jax.tree.leaves_with_path(params)
+  arrays = {
+    jax.tree_util.keystr(place): processes.gather_to_host(leaf)
+    for place, leaf in leaves
+  }
+  path = folder / PARAMETERS_FILE
+
+  def write() -> None:
+    with user_errors(path), atomic_write(path, 'wb') as file:
+      np.savez(file, **arrays, config_sha256=np.array(config_sha256(folder.parent)))
+
+  processes.on_first_process(write)
+
+
+def read_parameters(folder: Path, template: Any, config_sha256: str) -> Any:
+  """Read what :func:`write_parameters` wrote.
+
+  Args:
+    folder: the run's folder.
+    template: a tree of arrays, or of shapes and dtypes, as the parameters have.
+    config_sha256: hash of the configuration that they are of.
+
+  Returns:
+    A tree like `template`, of JAX arrays.
+
+  Raises:
+    UserError: the file is not there, damaged or of another model.
+  """
+  path = folder / PARAMETERS_FILE
+  try:
+    with path.open('rb') as raw, np.load(raw) as file:
+      arrays = {name: file[name] for name in file.files}
+  except FileNotFoundError as error:
+    raise UserError(
+      f'there is no {path}: put it back, or train this run again.'
+    ) from error
+  except (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
+    raise UserError(
+      f'{path} is damaged: {first_line(error)}. Put it back, or train this run again.'
+    ) from error
+  found = str(arrays.pop('config_sha256', ''))
+  if found != config_sha256:
+    raise UserError(
+      f'{path} is of another configuration than config.json: put it back, or train '
+      'this run again.'
+    )
+  differ = differences(
+    describe(template),
+    {name: f'{leaf.dtype}{list(leaf.shape)}' for name, leaf in arrays.items()},
+  )
+  if differ:
+    raise UserError(
+      f'{path} does not fit the model of config.json; {"; ".join(differ[:3])}.'
+    )
+  fetch = lambda place, leaf: jax.numpy.asarray(arrays[jax.tree_util.keystr(place)])
+  return jax.tree.map_with_path(fetch, template)

@@ -1,0 +1,150 @@
+"""Trained runs, read from their folders without the data they were trained on."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.core import files, parameters, workdir
+from experiments.core.flags import UserError
+from experiments.core.recipe import HYPERPARAMETERS
+import fptt_jax
+
+SCRIPTS = ('add_task', 'images', 'language_model')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+  """One run that has ended.
+
+  Attributes:
+    folder: the run's own folder.
+    script: the script that trained it, 'add_task', 'images' or 'language_model'.
+    config: the run's settings, those out of a grid among them.
+    model: the model.
+    params: the parameters that the run's results are measured at: those of the epoch
+      with the best validation score, on the adding problem those after the last batch.
+    result: what the run came to, as in result.json.
+    vocabulary: of a language model, the V token strings by id.
+    moments: of images, mean and standard deviation that pixels are normalized by.
+    order: of permuted images, int [T], the fixed order of the steps.
+  """
+
+  folder: Path
+  script: str
+  config: Any
+  model: fptt_jax.Model
+  params: Any
+  result: dict[str, Any]
+  vocabulary: list[str] | None = None
+  moments: tuple[float, float] | None = None
+  order: np.ndarray | None = None
+
+
+def load_run(folder: str | Path) -> TrainedRun:
+  """Read a trained run.
+
+  Args:
+    folder: the folder of one run, or a --workdir. Of the runs in a --workdir it is the
+      best one that summary.json names, or the only one that has ended.
+
+  Returns:
+    The run.
+
+  Raises:
+    UserError: there is no such run, it has not ended, it has diverged before it had any
+      result, or a file of it is damaged.
+  """
+  root, path = _find(Path(folder).expanduser().absolute())
+  described = workdir.read_config(root)
+  if not (path / 'result.json').is_file():
+    raise UserError(f'{path} has not ended: the command that began it goes on with it.')
+  result = files.read_json(path / 'result.json', ('method', 'seed', 'config_sha256'))
+  if result['config_sha256'] != described['sha256']:
+    raise UserError(
+      f'{path} has not ended under the settings of config.json: start its command '
+      'again.'
+    )
+  if described['script'] not in SCRIPTS:
+    raise UserError(
+      f'{root} is no folder of {", ".join(SCRIPTS)}, but of {described["script"]!r}.'
+    )
+  script = importlib.import_module(f'experiments.{described["script"]}')
+  data = (
+    {}
+    if described['script'] == 'add_task'
+    else files.read_json(root / 'data.json', script.DESCRIBED)
+  )
+  try:
+    config = _configuration(script, described, result, data)
+    model = script.model_of(config, data)
+    template = jax.eval_shape(model.init, jax.random.key(0))
+  except (TypeError, ValueError) as error:
+    raise UserError(f'{root}: config.json or data.json is damaged: {error}') from error
+  if not (path / parameters.PARAMETERS_FILE).exists() and (
+    'lost' in result or result.get('best_epoch') == 0
+  ):
+    raise UserError(
+      f'{path} has diverged and left no parameters: '
+      f'{result.get("lost", "no score is finite")}.'
+    )
+  params = parameters.read_parameters(path, template, described['sha256'])
+  return TrainedRun(
+    folder=path,
+    script=described['script'],
+    config=config,
+    model=model,
+    params=params,
+    result=result,
+    vocabulary=data.get('vocabulary'),
+    moments=tuple(data['moments']) if 'moments' in data else None,
+    order=None if data.get('order') is None else np.array(data['order']),
+  )
+
+
+def _find(path: Path) -> tuple[Path, Path]:
+  """Return a run's --workdir and its own folder."""
+  if not path.is_dir():
+    raise UserError(f'there is no folder {path}.')
+  if not (path / 'config.json').exists():
+    if (path.parent / 'config.json').exists():
+      return path.parent, path
+    raise UserError(f'{path} holds no run: it has no config.json.')
+  started = sorted(place.parent for place in path.glob('*/lock'))
+  ended = [place for place in started if (place / 'result.json').is_file()]
+  if not ended:
+    raise UserError(
+      f'no run in {path} has ended: the command that began them goes on with them.'
+    )
+  if len(ended) > 1 and (path / 'summary.json').exists():
+    best = files.read_json(path / 'summary.json').get('best')
+    ended = [place for place in ended if place.name == best] or ended
+  if len(ended) > 1:
+    names = ', '.join(place.name for place in ended)
+    raise UserError(
+      f'{path} holds several runs: give the folder of one of them, {names}.'
+    )
+  return path, ended[0]
+
+
+def _configuration(
+  script: Any, described: dict[str, Any], result: dict[str, Any], data: dict[str, Any]
+) -> Any:
+  """Make the configuration of one run from the files of its folder.
+
+  Raises:
+    ValueError: a setting is one that the script does not take.
+  """
+  settings = {}
+  for field in dataclasses.fields(script.Config):
+    if field.name in described:
+      value = described[field.name]
+      settings[field.name] = tuple(value) if isinstance(value, list) else value
+  settings |= {name: result[name] for name in HYPERPARAMETERS if name in result}
+  settings |= {'grid': (), 'method': (result['method'],), 'seeds': (result['seed'],)}
+  if 'data_dir' in data:
+    settings['data_dir'] = data['data_dir']
+  return script.Config(**settings)

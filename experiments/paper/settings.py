@@ -1,0 +1,99 @@
+"""Settings of `python -m experiments.paper`."""
+
+import dataclasses
+
+from experiments.core import flags
+from experiments.core.flags import check, option
+from experiments.paper import items, studies
+import fptt_jax
+
+TUNE_SEED = 1000
+"""No reported run uses it: what is drawn for tuning is drawn for nothing else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Which item, and how much of it."""
+
+  item: str = option('fig2', 'figure, table or study', (*items.ITEMS, *studies.STUDIES))
+  scale: str = option(
+    'cpu',
+    "'full': the paper's setting; 'short': its model, data and length in fewer epochs, "
+    "rate annealed to 0; 'cpu': reduced, for two "
+    "cores; 'smoke': seconds, means nothing",
+    items.SCALES,
+  )
+  methods: tuple[str, ...] = option(
+    ('all',), f'only lines of these methods: {", ".join(fptt_jax.METHODS)}'
+  )
+  lines: tuple[str, ...] = option(
+    ('all',), 'only the lines of these names, as the table shows them'
+  )
+  seeds: tuple[int, ...] = option((0,), 'seeds, one run each: 0,1,2 or 0:3')
+  tune: bool = option(
+    False, 'try the declared learning rates, choose by validation, and stop'
+  )
+  allow_config_change: bool = option(
+    False, 'go on with the runs in --workdir under other settings than they began with'
+  )
+  data_dir: str = option(
+    '',
+    'folder with the official data files (or mnist/, cifar10/, ptb/ in it); default a '
+    'prepared copy or a download',
+  )
+  workdir: str = option(
+    '', 'folder; default runs/ITEM-SCALE, so that the same command resumes'
+  )
+
+  def __post_init__(self) -> None:
+    flags.check_fields(self)
+    known = {'all', *fptt_jax.METHODS}
+    check(
+      set(self.methods) <= known,
+      'methods',
+      self.methods,
+      f'out of {", ".join(sorted(known))}',
+    )
+    check(
+      bool(self.seeds) and min(self.seeds, default=-1) >= 0,
+      'seeds',
+      self.seeds,
+      'integers >= 0',
+    )
+    check(
+      TUNE_SEED not in self.seeds,
+      'seeds',
+      self.seeds,
+      f'without {TUNE_SEED}, which tuning draws from',
+    )
+    check(
+      len(set(self.seeds)) == len(self.seeds),
+      'seeds',
+      self.seeds,
+      'different from each other',
+    )
+    if self.item in studies.STUDIES:
+      check(
+        self.scale != 'short',
+        'scale',
+        self.scale,
+        f'another one with --item={self.item}, which trains nothing to an end',
+      )
+      for name, only in (
+        ('methods', ('all',)),
+        ('lines', ('all',)),
+        ('seeds', (0,)),
+        ('allow_config_change', False),
+      ):
+        check(
+          getattr(self, name) == only,
+          name,
+          getattr(self, name),
+          f'left out with --item={self.item}, which is one study',
+        )
+    check(
+      self.item in items.ITEMS or not self.tune,
+      'tune',
+      self.tune,
+      f'false with --item={self.item}, which has nothing to tune',
+    )
