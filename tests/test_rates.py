@@ -43,6 +43,13 @@ def test_the_search_ends_where_no_neighbor_is_better(
   assert rates.is_inside(best, tried) == inner
 
 
+def test_one_rate_that_is_worse_does_not_end_the_search() -> None:
+  """The rate above it is tried as well."""
+  scores = {Rates(1e-2, 0.9): 0.5, Rates(3e-2, 0.9): 0.1, rates.START: 0.4}
+  best, _ = rates.search(lambda point: scores.get(point, 1.0))
+  assert best == Rates(3e-2, 0.9)
+
+
 def test_the_search_extends_to_the_best_of_a_bowl() -> None:
   """One minimum far from the start is found, and lower and higher rates beside it."""
   place = {lr: number for number, lr in enumerate(rates.RATES)}

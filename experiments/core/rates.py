@@ -2,8 +2,10 @@
 method.
 
 The search starts at `START` and moves to the first neighbor that is better: the other
-momentum, the next higher rate, the next lower rate. It ends when every neighbor has
-been tried and none is better, so the chosen rate lies inside the rates that were tried.
+momentum, the next two higher rates, the next lower rate. It ends when every neighbor
+has been tried and none is better, so the chosen rate lies inside the rates that were
+tried. Two higher rates, because a better rate has been seen above one that is a little
+worse.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,7 +58,7 @@ def neighbors(point: Rates) -> Iterator[Rates]:
     if momentum != point.momentum:
       yield Rates(point.lr, momentum)
   place = RATES.index(point.lr)
-  for other in (place + 1, place - 1):
+  for other in (place + 1, place + 2, place - 1):
     if 0 <= other < len(RATES):
       yield Rates(RATES[other], point.momentum)
 
