@@ -1,0 +1,48 @@
+"""Configuration of the documentation, built with Sphinx."""
+
+import fptt_jax
+
+project = 'fptt_jax'
+author = 'fptt_jax maintainers'
+copyright = '2026, fptt_jax maintainers'
+release = version = fptt_jax.__version__
+
+extensions = [
+  'myst_nb',
+  'sphinx_design',
+  'sphinx.ext.autodoc',
+  'sphinx.ext.autosummary',
+  'sphinx.ext.mathjax',
+  'sphinx.ext.napoleon',
+  'sphinx_copybutton',
+]
+source_suffix = {'.md': 'myst-nb', '.rst': 'restructuredtext'}
+exclude_patterns = ['_build']
+
+# Every notebook runs when the site is built; a cell that fails ends the build.
+nb_execution_mode = 'cache'
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_execution_show_tb = True
+nb_merge_streams = True
+
+myst_enable_extensions = ['amsmath', 'colon_fence', 'deflist', 'dollarmath']
+myst_heading_anchors = 3
+suppress_warnings = ['mystnb.unknown_mime_type']
+
+autosummary_generate = True
+autodoc_default_options = {'members': True, 'show-inheritance': False}
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'none'
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+html_theme = 'sphinx_book_theme'
+html_title = 'fptt_jax'
+html_theme_options = {
+  'home_page_in_toc': True,
+  'show_navbar_depth': 1,
+  'use_download_button': False,
+  'use_fullscreen_button': False,
+}
