@@ -1,4 +1,4 @@
-"""The examples in the docstrings run as printed; the figures of docs/scaling.md are
+"""The examples in the docstrings run as printed; the figures of docs/guides/several_devices.md are
 what its formulas give.
 """
 
@@ -133,7 +133,9 @@ def cases() -> list[Case]:
 
 def test_scaling_tables() -> None:
   """The three tables have these rows and no others."""
-  text = (Path(__file__).parents[1] / 'docs' / 'scaling.md').read_text()
+  text = (
+    Path(__file__).parents[1] / 'docs' / 'guides' / 'several_devices.md'
+  ).read_text()
   number = lambda x: f'{x:,.0f}' if x >= 10 else f'{x:.2g}'
   expected = []
   for case in cases():

@@ -470,10 +470,12 @@ def test_tables_are_put_between_their_markers() -> None:
 def test_committed_tables_are_those_of_the_committed_results() -> None:
   """Every page is what `--tables` makes of it; every item is on the results' page."""
   pages = command.pages(ROOT)
-  assert ROOT / 'docs' / 'results.md' in pages
+  assert ROOT / 'docs' / 'reproduction' / 'results.md' in pages
   for page in pages:
     assert tables.updated_text(page.read_text()) == page.read_text(), page
-  shown = tables.BLOCK.findall((ROOT / 'docs' / 'results.md').read_text())
+  shown = tables.BLOCK.findall(
+    (ROOT / 'docs' / 'reproduction' / 'results.md').read_text()
+  )
   assert sorted(shown) == sorted([*store.item_names(), 'provenance'])
 
 
