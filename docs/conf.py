@@ -38,6 +38,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
+html_static_path = ['_static']
+html_css_files = ['custom.css']
 html_theme = 'sphinx_book_theme'
 html_title = 'fptt_jax'
 html_theme_options = {
