@@ -16,7 +16,8 @@ extensions = [
   'sphinx.ext.napoleon',
   'sphinx_copybutton',
 ]
-source_suffix = {'.md': 'myst-nb', '.rst': 'restructuredtext'}
+# Autosummary writes its pages with the first suffix.
+source_suffix = {'.rst': 'restructuredtext', '.md': 'myst-nb'}
 exclude_patterns = ['_build']
 
 # Every notebook runs when the site is built; a cell that fails ends the build.
