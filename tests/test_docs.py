@@ -22,13 +22,6 @@ MODULES = [
 @pytest.mark.parametrize('name', MODULES)
 def test_docstring_examples(name: str) -> None:
   """Each example stands on its own imports and gives what it shows."""
-  if name == 'fptt_jax.nn.foreign':
-    pytest.importorskip(
-      'equinox', reason='Equinox is not installed for this version of JAX.'
-    )
-    pytest.importorskip(
-      'haiku', reason='Haiku is not installed for this version of JAX.'
-    )
   module = importlib.import_module(name)
   for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs={}):
     runner = doctest.DocTestRunner()

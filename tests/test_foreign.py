@@ -2,6 +2,7 @@
 into them.
 """
 
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -387,3 +388,14 @@ def test_variables_of_other_kinds_are_refused_by_name() -> None:
 
   with pytest.raises(TypeError, match=r'Frozen at layers\.1\.factor'):
     nn.from_nnx(lambda rngs: nn.Sequential(nn.GRU(D, H, rngs=rngs), Scaled()))
+
+
+@pytest.mark.parametrize(
+  ('adapter', 'package'), [(nn.from_equinox, 'equinox'), (nn.from_haiku, 'haiku')]
+)
+def test_examples_of_docstrings(adapter: Any, package: str) -> None:
+  """The examples run as printed. They are no doctests, which run without the packages."""
+  pytest.importorskip(package)
+  _, _, example = inspect.cleandoc(adapter.__doc__).partition('Example::\n\n')
+  assert package in example
+  exec(inspect.cleandoc(example), {})

@@ -40,15 +40,15 @@ def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
     TypeError: the module does not follow the protocol, keeps running statistics, or
       holds other arrays that depend on the key.
 
-  Example:
-    >>> import equinox as eqx
-    >>> import jax
-    >>> from fptt_jax import nn
-    >>> model = nn.from_equinox(lambda key: eqx.nn.GRUCell(2, 16, key=key))
-    >>> params = model.init(jax.random.key(0))
-    >>> state, y = model.apply(params, model.initial_state(4), jax.numpy.ones((28, 4, 2)), None, None)
-    >>> y.shape
-    (28, 4, 16)
+  Example::
+
+    import equinox as eqx
+    import jax
+    from fptt_jax import nn
+    model = nn.from_equinox(lambda key: eqx.nn.GRUCell(2, 16, key=key))
+    params = model.init(jax.random.key(0))
+    state, y = model.apply(params, model.initial_state(4), jax.numpy.ones((28, 4, 2)), None, None)
+    assert y.shape == (28, 4, 16)
   """
   eqx = _import('equinox', 'from_equinox', 'equinox')
   check_callable('build', build)
@@ -210,15 +210,15 @@ def from_haiku(
     ValueError: a shape that is none, a dtype that is neither floating point nor
       integer.
 
-  Example:
-    >>> import haiku as hk
-    >>> import jax
-    >>> from fptt_jax import nn
-    >>> model = nn.from_haiku(lambda: hk.DeepRNN([hk.LSTM(16), hk.Linear(10)]), (2,))
-    >>> params = model.init(jax.random.key(0))
-    >>> state, y = model.apply(params, model.initial_state(4), jax.numpy.ones((28, 4, 2)), None, None)
-    >>> y.shape
-    (28, 4, 10)
+  Example::
+
+    import haiku as hk
+    import jax
+    from fptt_jax import nn
+    model = nn.from_haiku(lambda: hk.DeepRNN([hk.LSTM(16), hk.Linear(10)]), (2,))
+    params = model.init(jax.random.key(0))
+    state, y = model.apply(params, model.initial_state(4), jax.numpy.ones((28, 4, 2)), None, None)
+    assert y.shape == (28, 4, 10)
   """
   hk = _import('haiku', 'from_haiku', 'dm-haiku')
   check_callable('build', build)
