@@ -302,7 +302,7 @@ def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> 
       items = lambda part, numbers=numbers: [
         batch_keys(data_key, numbers[part]) for _, data_key, _ in keys
       ]
-      parts = remaining(chunks(len(numbers), config.chunk), first - start)
+      parts = remaining(chunks(len(numbers), config.steps_per_call), first - start)
       state, metrics, step = train_interval(
         group, state, start, parts, items, going, skipped, save, bar
       )
@@ -318,11 +318,12 @@ def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> 
           metrics,
           fptt_jax.compute_metrics(totals)['loss'],
         )
-        bar.write(line(chosen[number], row, group.lost.get(number)))
+        bar.write(line(chosen[number], row, group.diverged_at.get(number)))
       going = [
         number
         for number in going
-        if number not in group.lost and None not in group.runs[number].rows[-1].values()
+        if number not in group.diverged_at
+        and None not in group.runs[number].rows[-1].values()
       ]
       if not going:
         break
@@ -330,7 +331,7 @@ def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> 
   group.close()
   params = group.unstack(optimizers.evaluation_params(config, method, state))
   for number, (member, run) in enumerate(zip(chosen, group.runs, strict=False)):
-    lost = {'lost': group.lost[number]} if number in group.lost else {}
+    lost = {'lost': group.diverged_at[number]} if number in group.diverged_at else {}
     settings = {'lr': member.config.lr, 'momentum': member.config.momentum}
     summary = settings | summarize(num_windows, run.rows) | sizes(config) | lost
     finish_run(folder, member, summary, None if lost else params[number])
@@ -351,10 +352,10 @@ def train_interval(
   metrics of the last part, the last batch's number. What is skipped is added up."""
   seen: list[tuple[fptt_jax.StepMetrics, int]] = []
 
-  def settle() -> None:
+  def flush_metrics() -> None:
     """Looks at what has run."""
     for metrics, batches in seen:
-      group.look(metrics, batches)
+      group.observe(metrics, batches)
       for number in going:
         skipped[number] += (
           int(np.sum(metrics.skipped[:, number]))
@@ -364,15 +365,15 @@ def train_interval(
 
   for part in parts:
     if seen and group.due():
-      settle()
+      flush_metrics()
       save(start + int(part[0]), state)
     state, metrics = group.steps(state, items(part))
-    settle()  # One chunk ahead, no more: the bar tells the truth.
+    flush_metrics()  # One chunk ahead, no more: the bar tells the truth.
     seen.append((metrics, start + int(part[0])))
     bar.update(len(part))
-    if group.all_lost(going):
+    if group.all_diverged(going):
       break
-  settle()
+  flush_metrics()
   return state, metrics, start + int(part[-1]) + 1
 
 
@@ -400,7 +401,9 @@ def log(
     train_loss=mean(metrics.loss),
     grad_norm=mean(metrics.grad_norm),
     **(
-      {'skipped': skipped} if group.members[number].config.nonfinite == 'skip' else {}
+      {'skipped': skipped}
+      if group.members[number].config.on_nonfinite == 'skip'
+      else {}
     ),
     test_mse=test_mse,
   )

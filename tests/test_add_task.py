@@ -275,7 +275,9 @@ def test_what_is_not_finite_ends_a_run(
   """At once, not at the next evaluation; it is said where, and kept."""
   monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
   config = add_task.Config(
-    method=('fptt',), **{**FLOAT32_TINY, 'batches': 40, 'eval_every': 40}, chunk=2
+    method=('fptt',),
+    **{**FLOAT32_TINY, 'batches': 40, 'eval_every': 40},
+    steps_per_call=2,
   )
   add_task.main(dataclasses.replace(config, workdir=str(tmp_path)))
   rows = read_rows(tmp_path / 'fptt-seed0')
@@ -297,7 +299,7 @@ def test_what_is_not_finite_is_not_saved(
   config = add_task.Config(
     method=('fptt',),
     **{**FLOAT32_TINY, 'batches': 40, 'eval_every': 40},
-    chunk=1,
+    steps_per_call=1,
     checkpoint_minutes=1e-9,
   )
   _, [summary] = add_task.run(config, str(tmp_path))
@@ -314,7 +316,7 @@ def test_what_is_not_finite_is_skipped(
   monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
   config = add_task.Config(
     method=('fptt',),
-    nonfinite='skip',
+    on_nonfinite='skip',
     optimizer='sgd',
     lr=0.1,
     decay=False,

@@ -73,7 +73,10 @@ def test_script_learns_and_reports(
 
 @pytest.mark.parametrize(
   'settings',
-  [dict(divergence='example', dropout=0.3), dict(average_after=1, restart=True)],
+  [
+    dict(divergence='example', dropout=0.3),
+    dict(average_after=1, restart_each_epoch=True),
+  ],
 )
 def test_interrupted_run_resumes_to_the_same_numbers(
   tmp_path: Path, settings: dict[str, Any]

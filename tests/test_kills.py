@@ -52,7 +52,7 @@ SIDE_BY_SIDE = [
   '--population=3',
   '--devices=1',
   '--checkpoint_minutes=0.0005',
-  '--chunk=2',
+  '--steps_per_call=2',
 ]
 
 

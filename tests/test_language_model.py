@@ -177,7 +177,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
   config = language_model.Config(
     data_dir=str(write_text(tmp_path)),
     seeds=(1,),
-    restart=True,
+    restart_each_epoch=True,
     evaluate_at='w_bar',
     **FLOAT32_TINY,
   )

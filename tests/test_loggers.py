@@ -24,7 +24,7 @@ FLOAT32_TINY = dict(
   batches=6,
   eval_every=2,
   test_size=16,
-  chunk=1,
+  steps_per_call=1,
 )
 STARTED = 1
 """A session log's status that tells TensorBoard to drop what was written later."""
@@ -93,7 +93,7 @@ def test_curves_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path: Path) 
 def test_curves_within_an_epoch(tmp_path: Path) -> None:
   """Scripts with epochs count batches too; a method without lambda logs none of it."""
   config = make_config(
-    tmp_path, method=('tbptt',), logger='tensorboard', epochs=2, chunk=2
+    tmp_path, method=('tbptt',), logger='tensorboard', epochs=2, steps_per_call=2
   )
   images.run(config, str(tmp_path / 'run'))
   curves = scalars(tmp_path / 'run' / 'tbptt-seed0')
@@ -117,7 +117,7 @@ def test_updates_that_are_not_made_are_left_out(
 ) -> None:
   """Skipped ones, and windows after the end of all sequences."""
   config = add_task.Config(
-    method=('tbptt',), logger='tensorboard', nonfinite='skip', **FLOAT32_TINY
+    method=('tbptt',), logger='tensorboard', on_nonfinite='skip', **FLOAT32_TINY
   )
   logged: list[tuple[int, dict[str, float]]] = []
   monkeypatch.setattr(
@@ -137,7 +137,7 @@ def test_updates_that_are_not_made_are_left_out(
     skipped=np.array([[[False, True, False]], [[False, False, False]]]),
     lambda_norm=np.zeros((2, 1)),
   )
-  group.look(metrics, 10, np.array([2, 2]))
+  group.observe(metrics, 10, np.array([2, 2]))
   group.close()
   assert logged == [(12, {'train/loss': 2.0, 'train/grad_norm': 4.0})]
 

@@ -110,7 +110,7 @@ def test_epochs_side_by_side(tmp_path: Path) -> None:
     plateau_factor=3.0,
     lr=0.1,
     optimizer='sgd',
-    chunk=2,
+    steps_per_call=2,
     devices=1,
   )
   one, many = (make_config(tmp_path, population=size, **settings) for size in (1, 3))
@@ -209,17 +209,17 @@ def test_one_diverges_and_one_stops(
   ]
 
 
-@pytest.mark.parametrize('chunk', [1, 0])
+@pytest.mark.parametrize('steps_per_call', [1, 0])
 def test_chunks_change_nothing(tmp_path: Path, chunk: int) -> None:
   """Batches one by one, or all of an interval in one program: the same run, which may
   even go on the other way.
   """
   config = add_task.Config(
-    method=('bptt',), optimizer='sgd', chunk=chunk, **FLOAT32_TINY
+    method=('bptt',), optimizer='sgd', steps_per_call=chunk, **FLOAT32_TINY
   )
-  add_task.run(dataclasses.replace(config, chunk=2), str(tmp_path / 'whole'))
+  add_task.run(dataclasses.replace(config, steps_per_call=2), str(tmp_path / 'whole'))
   with interrupted_at(2):
-    add_task.run(dataclasses.replace(config, chunk=2), str(tmp_path / 'cut'))
+    add_task.run(dataclasses.replace(config, steps_per_call=2), str(tmp_path / 'cut'))
   add_task.run(config, str(tmp_path / 'cut'))
   assert_same_runs(tmp_path / 'cut', tmp_path / 'whole', ['bptt-seed0'], 1e-6)
 
@@ -275,14 +275,14 @@ def test_those_that_have_ended_are_stood_in_for(
   images.run(config, str(tmp_path / 'whole'))
   with interrupted_at(3):
     images.run(config, str(tmp_path / 'cut'))
-  start, stand_ins = population.Population.start, []
+  start, placeholders = population.Population.start, []
   monkeypatch.setattr(
     population.Population,
     'start',
-    lambda self, *args: stand_ins.append(self.stand_ins) or start(self, *args),
+    lambda self, *args: placeholders.append(self.placeholders) or start(self, *args),
   )
   images.run(config, str(tmp_path / 'cut'))
-  assert stand_ins == [{1, 2}]
+  assert placeholders == [{1, 2}]
   for name in ('lr0.1', 'lr3e+38', 'lr0.01'):
     assert read(tmp_path / 'cut', f'tbptt-seed0-{name}') == read(
       tmp_path / 'whole', f'tbptt-seed0-{name}'
@@ -358,7 +358,13 @@ def test_lambda_that_runs_away_is_warned_about(
     **FLOAT32_TINY,
   )
   config = dataclasses.replace(
-    config, alpha=1.0, clip=0.0, decay=False, batches=40, eval_every=40, chunk=2
+    config,
+    alpha=1.0,
+    clip=0.0,
+    decay=False,
+    batches=40,
+    eval_every=40,
+    steps_per_call=2,
   )
   with pytest.warns(UserWarning, match='unstable'):
     add_task.run(config, str(tmp_path))
@@ -464,7 +470,7 @@ def test_chunks(number: int, size: int, lengths: set[int]) -> None:
       r'--grid must be without alpha, which tbptt does not have',
     ),
     (dict(population=-1), r'--population must be an integer >= 0, got -1\.'),
-    (dict(chunk=-1), r'--chunk must be an integer >= 0, got -1\.'),
+    (dict(steps_per_call=-1), r'--steps_per_call must be an integer >= 0, got -1\.'),
   ],
 )
 def test_settings_of_no_meaning_are_refused(

@@ -340,7 +340,7 @@ def test_data_on_the_host(tmp_path: Path) -> None:
         **settings,
         'epochs': 2,
         'divergence': 'example',
-        'chunk': 2,
+        'steps_per_call': 2,
         'host_data': host_data,
       }
     )

@@ -539,7 +539,9 @@ def test_a_full_disk_while_a_plot_is_drawn(tmp_path: Path) -> None:
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
   """As many as asked for."""
   add_task.run(
-    add_task.Config(keep=3, checkpoint_minutes=1e-9, chunk=1, **FLOAT32_TINY),
+    add_task.Config(
+      max_to_keep=3, checkpoint_minutes=1e-9, steps_per_call=1, **FLOAT32_TINY
+    ),
     str(tmp_path),
   )
   assert checkpoints.saved_steps(tmp_path / 'fptt-seed0') == [4, 5, 6]

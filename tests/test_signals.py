@@ -24,7 +24,7 @@ ADDING = dict(
   eval_every=6,
   test_size=16,
   num_windows=3,
-  chunk=2,
+  steps_per_call=2,
 )
 
 
@@ -61,7 +61,7 @@ def epochs_of_images(
     epochs=2,
     plateau_factor=2.0,
     dropout=0.3,
-    chunk=1,
+    steps_per_call=1,
     **settings,
   )
   return lambda name: images.run(config, str(folder / name))[1]
@@ -79,7 +79,7 @@ def epochs_of_text(
     hidden=8,
     epochs=2,
     lr=1.0,
-    chunk=1,
+    steps_per_call=1,
   )
   config = language_model.Config(data_dir=str(write_text(folder)), **shape, **settings)
   return lambda name: language_model.run(config, str(folder / name))[1]

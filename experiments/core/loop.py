@@ -28,9 +28,9 @@ class EpochRecipe(recipe.Recipe):
   """How the epochs of a run go."""
 
   epochs: int = option(25, 'passes over the training split')
-  test: bool = option(
+  evaluate_test: bool = option(
     True,
-    'look at the test split in the end; --notest while settings are still being chosen',
+    'look at the test split in the end; --evaluate_test=false while settings are still being chosen',
   )
   plateau_factor: float = option(
     1.0,
@@ -52,7 +52,7 @@ class EpochRecipe(recipe.Recipe):
     'n of non-monotonically triggered averaging of the weights (NT-ASGD); 0 does not '
     'average',
   )
-  restart: bool = option(
+  restart_each_epoch: bool = option(
     False,
     'restart the recursion at each epoch: W := its summary, lambda := 0 (fptt only)',
   )
@@ -251,7 +251,7 @@ def train(
     name: record[name] for name in Record._fields if name in record
   }
   records = [Record(**{'sums': {}, **known(record)}) for record in saved]
-  ended = group.stand_ins
+  ended = group.placeholders
 
   def finish(numbers: set[int]) -> None:
     if not numbers - ended:
@@ -261,7 +261,7 @@ def train(
     # that this run was beside them.
     group.wait()
     for number in numbers - ended:
-      lost = {'lost': group.lost[number]} if number in group.lost else {}
+      lost = {'lost': group.diverged_at[number]} if number in group.diverged_at else {}
       summary = (
         extra
         | _summary(config, task, group.runs[number], records[number], best[number])
@@ -344,15 +344,17 @@ def _evaluate(
     scores = {
       f'train_{task.score}': task.train_score(record.sums),
       'grad_norm': record.sums['grad_norm'] / max(1, record.sums['made']),
-      **({'skipped': record.skipped} if config.nonfinite == 'skip' else {}),
+      **({'skipped': record.skipped} if config.on_nonfinite == 'skip' else {}),
       f'valid_{task.score}': task.validate(member_params),
     }
     lr = group.members[number].config.lr * record.lr_factor
     row = group.log(
       number, epoch, record.batches, updates=record.updates, lr=lr, **scores
     )
-    bar.write(_line(group.members[number], task.score, row, group.lost.get(number)))
-    if None in row.values() or number in group.lost:
+    bar.write(
+      _line(group.members[number], task.score, row, group.diverged_at.get(number))
+    )
+    if None in row.values() or number in group.diverged_at:
       diverged.add(number)
     else:
       records[number], improved[number] = _judged(config, task, records[number], row)
@@ -401,7 +403,9 @@ def _summary(
     'epochs': run.rows[-1]['step'],
     'best_epoch': record.best_epoch,
     f'valid_{task.score}': record.best,
-    **(task.test(best_params) if config.test and record.best_epoch else nothing),
+    **(
+      task.test(best_params) if config.evaluate_test and record.best_epoch else nothing
+    ),
     'parameters': cells.count(best_params),
     'seconds': run.rows[-1]['seconds'],
   }
@@ -434,10 +438,10 @@ def _train_epoch(
   """
   factor, seen, done = None, [], records[0].done
 
-  def settle() -> None:
+  def flush_metrics() -> None:
     """Takes what was seen into the records."""
     for metrics, updates in seen:
-      group.look(metrics, records[0].batches, updates)
+      group.observe(metrics, records[0].batches, updates)
       metrics = jax.tree.map(np.asarray, metrics)
       for number, record in enumerate(records):
         own = jax.tree.map(lambda leaf, number=number: leaf[:, number], metrics)
@@ -451,13 +455,14 @@ def _train_epoch(
       *(task.portions(epoch, member.seed) for member in group.members), strict=True
     ):
       yield from zip(
-        *(portion.cut(config.chunk, done - start) for portion in portions), strict=True
+        *(portion.cut(config.steps_per_call, done - start) for portion in portions),
+        strict=True,
       )
       start += len(portions[0].updates)
 
   for parts in chunked():
     if seen and group.due():
-      settle()
+      flush_metrics()
       save(state)
     if parts[0].lr_factor != factor:
       factor = parts[0].lr_factor
@@ -470,12 +475,12 @@ def _train_epoch(
         opt_state=optax.tree.set(state.opt_state, learning_rate=learning_rate)
       )
     state, metrics = group.steps(state, [part.items for part in parts])
-    settle()  # One chunk ahead, no more: the bar tells the truth.
+    flush_metrics()  # One chunk ahead, no more: the bar tells the truth.
     seen.append((metrics, parts[0].updates))
     bar.update(len(parts[0].updates))
-    if group.all_lost(going):
+    if group.all_diverged(going):
       break
-  settle()
+  flush_metrics()
   return group.end_epoch(state)
 
 
@@ -484,7 +489,7 @@ def _end_epoch(
 ) -> tuple[fptt_jax.TrainState, Any]:
   """The state to go on from, and the parameters to evaluate."""
   method = group.members[0].method
-  if config.restart and fptt_jax.METHODS[method].regularized:
+  if config.restart_each_epoch and fptt_jax.METHODS[method].regularized:
     params, opt_state = group.each(fptt_jax.fptt_restart)(state.opt_state, state.params)
     state = state._replace(params=params, opt_state=opt_state)
   params = optimizers.evaluation_params(config, method, state)

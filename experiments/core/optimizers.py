@@ -155,7 +155,7 @@ def make_trainer(
     else None,
     mesh=mesh,
     shard_params=recipe.shard_params and mesh is not None,
-    skip_nonfinite=recipe.nonfinite == 'skip',
+    skip_nonfinite=recipe.on_nonfinite == 'skip',
   )
 
 

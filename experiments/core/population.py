@@ -56,16 +56,17 @@ class Population:
       folder: where their folders are.
       evaluated: is called after each evaluation of a run.
     """
-    own = [member for member in members if not member.stand_in]
+    own = [member for member in members if not member.placeholder]
     for member in own[
       1:
     ]:  # Of the first the trainer's optimizer is made, and warned about.
       optimizers.warn_if_unstable(member.config, member.method)
-    self.members, self.lost = members, dict[int, str]()
+    self.members, self.diverged_at = members, dict[int, str]()
     self._norms: list[list[tuple[float, float]]] = [[] for _ in own]
     self._warned: set[int] = set()
     self.runs = [
-      checkpoints.Run(folder / member.name, members[0].config.keep) for member in own
+      checkpoints.Run(folder / member.name, members[0].config.max_to_keep)
+      for member in own
     ]
     self._evaluated = evaluated
     self._loggers: list[TensorBoard] = []  # One per run, or none.
@@ -87,7 +88,7 @@ class Population:
     self.source = self._placed(source, split)
 
   @property
-  def stand_ins(self) -> set[int]:
+  def placeholders(self) -> set[int]:
     """Numbers of the members that are no runs."""
     return set(range(len(self.runs), len(self.members)))
 
@@ -148,7 +149,7 @@ class Population:
       records.append(record)
     if self.members[0].config.logger == 'tensorboard' and processes.is_first():
       self._loggers = [TensorBoard(run.folder, step) for run in self.runs]
-    for _ in self.stand_ins:
+    for _ in self.placeholders:
       carries.append(carries[0])
       records.append(records[0])
     if devices.over_all_devices(self.members[0].config):
@@ -191,7 +192,7 @@ class Population:
       lambda leaf: leaf[:, None], metrics
     ) if self._alone else metrics
 
-  def look(
+  def observe(
     self, metrics: fptt_jax.StepMetrics, batches: int, windows: np.ndarray | None = None
   ) -> None:
     """Notes which runs are lost after these N batches, gives the loggers what was
@@ -204,7 +205,7 @@ class Population:
     """
     metrics = jax.tree.map(np.asarray, metrics)
     for number, member in enumerate(self.members):
-      if number in self.lost or number in self.stand_ins:
+      if number in self.diverged_at or number in self.placeholders:
         continue
       own, radius = (
         jax.tree.map(lambda leaf, number=number: leaf[:, number], metrics),
@@ -214,7 +215,7 @@ class Population:
         own, first_update=batches * own.loss.shape[1], radius=radius
       )
       if found is not None:
-        self.lost[number] = found
+        self.diverged_at[number] = found
         continue
       self._log_means(number, own, batches, windows)
       norms = self._norms[number]
@@ -274,9 +275,9 @@ class Population:
     self._evaluated()
     return row
 
-  def all_lost(self, going: Iterable[int]) -> bool:
+  def all_diverged(self, going: Iterable[int]) -> bool:
     """Whether none of these runs, by number, is worth going on with."""
-    return all(number in self.lost for number in going)
+    return all(number in self.diverged_at for number in going)
 
   def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of one run's arrays as one of what is stacked."""
@@ -325,7 +326,7 @@ class Population:
     for logger in self._loggers:
       logger.flush()  # What a checkpoint follows is on the disk before it.
     for number, member_carry in enumerate(self.unstack(carry)):
-      if number in records and number not in self.lost:
+      if number in records and number not in self.diverged_at:
         self.runs[number].save(
           step, member_carry, places=len(self.members), **records[number]
         )

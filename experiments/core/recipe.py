@@ -91,7 +91,7 @@ class Recipe:
     'clip loss plus regularizer, as the release does, rather than the loss gradient '
     'alone',
   )
-  nonfinite: str = option(
+  on_nonfinite: str = option(
     'stop',
     'what a loss or gradient that is not finite does: end the run, or have its update '
     'skipped',
@@ -112,7 +112,7 @@ class Recipe:
     'devices to split a batch or a population over; 0 chooses: all of an '
     "accelerator's, a CPU's cores where that pays, or 1",
   )
-  chunk: int = option(
+  steps_per_call: int = option(
     25,
     'batches that run as one compiled program, after which progress shows; 0: all up '
     'to an evaluation',
@@ -134,7 +134,7 @@ class Recipe:
     None, 'how many processes there are; 1: this one alone, whatever started it'
   )
   process_id: int | None = option(None, 'the number of this process, from 0')
-  keep: int = option(
+  max_to_keep: int = option(
     2,
     'checkpoints to keep of each run, the last ones; each holds the weights of the '
     'best epoch as well',
@@ -247,9 +247,9 @@ class Recipe:
       f'from 0 to {(self.num_processes or 1) - 1}, one less than --num_processes',
     )
     check(
-      self.keep >= 2,
-      'keep',
-      self.keep,
+      self.max_to_keep >= 2,
+      'max_to_keep',
+      self.max_to_keep,
       'at least 2: runs side by side may have to go back by one',
     )
     check(
@@ -258,7 +258,7 @@ class Recipe:
       self.checkpoint_minutes,
       'a number > 0',
     )
-    for name in ('chunk', 'devices', 'population'):
+    for name in ('steps_per_call', 'devices', 'population'):
       check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
     check(0 <= self.clip < math.inf, 'clip', self.clip, 'a finite number >= 0')
     inside = (

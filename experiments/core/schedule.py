@@ -30,7 +30,7 @@ class Member(NamedTuple):
     method: its method.
     seed: its seed.
     varied: which settings are out of the grid.
-    stand_in: whether it only fills a program up, in place of a run that has ended:
+    placeholder: whether it only fills a program up, in place of a run that has ended:
       nothing of it is kept.
   """
 
@@ -38,7 +38,7 @@ class Member(NamedTuple):
   method: str
   seed: int
   varied: dict[str, float]
-  stand_in: bool = False
+  placeholder: bool = False
 
   @property
   def name(self) -> str:
@@ -125,7 +125,7 @@ def train_all(
         try:
           with workdir.lock_runs([folder / member.name for member in chosen]):
             train(
-              chosen + [chosen[0]._replace(stand_in=True)] * (group[1] - len(chosen))
+              chosen + [chosen[0]._replace(placeholder=True)] * (group[1] - len(chosen))
             )
         except (
           checkpoints.BrokenCheckpoint
