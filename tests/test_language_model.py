@@ -371,12 +371,12 @@ def test_dynamic_evaluation_follows_a_text_that_turns(tmp_path: Path) -> None:
 def test_the_test_text_can_be_left_alone(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """--notest: it is not evaluated, by dynamic evaluation neither; with
+  """--evaluate_test=false: it is not evaluated, by dynamic evaluation neither; with
   --allow_config_change it is, later.
   """
   config = language_model.Config(
     **FLOAT32_TINY
-    | dict(data_dir=str(write_text(tmp_path)), test=False, dynamic_evaluation=True)
+    | dict(data_dir=str(write_text(tmp_path)), evaluate_test=False, dynamic_evaluation=True)
   )
   with monkeypatch.context() as patch:
     patch.setattr(language_model, 'adapted', None)

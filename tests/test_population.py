@@ -210,12 +210,12 @@ def test_one_diverges_and_one_stops(
 
 
 @pytest.mark.parametrize('steps_per_call', [1, 0])
-def test_chunks_change_nothing(tmp_path: Path, chunk: int) -> None:
+def test_chunks_change_nothing(tmp_path: Path, steps_per_call: int) -> None:
   """Batches one by one, or all of an interval in one program: the same run, which may
   even go on the other way.
   """
   config = add_task.Config(
-    method=('bptt',), optimizer='sgd', steps_per_call=chunk, **FLOAT32_TINY
+    method=('bptt',), optimizer='sgd', steps_per_call=steps_per_call, **FLOAT32_TINY
   )
   add_task.run(dataclasses.replace(config, steps_per_call=2), str(tmp_path / 'whole'))
   with interrupted_at(2):

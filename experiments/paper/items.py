@@ -470,7 +470,7 @@ def grid(entry: Entry, rates: Collection[float], num_windows: int | None = None)
   batches.
   """
   shorter = (
-    dict(epochs=min(3, entry.config.epochs), test=False)
+    dict(epochs=min(3, entry.config.epochs), evaluate_test=False)
     if hasattr(entry.config, 'epochs')
     else {}
   )
