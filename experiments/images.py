@@ -97,7 +97,7 @@ class Config(loop.EpochRecipe):
   alpha: float = option(0.1, 'strength of the tie of W to its summary')
   clip: float = option(1.0, 'largest global norm of the gradient; 0 does not clip')
   batch_size: int = option(128, 'B')
-  loop: int = option(200, 'passes over the training images')
+  epochs: int = option(200, 'passes over the training images')
   milestones: tuple[int, ...] = option(
     (50, 75, 90), 'epochs after which the learning rate is divided by milestone_factor'
   )

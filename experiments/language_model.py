@@ -160,7 +160,7 @@ class Config(loop.EpochRecipe):
     "decay of the first moment: b1 of 'adam', heavy-ball momentum of 'sgd'. May be "
     'negative',
   )
-  loop: int = option(100, 'passes over the training text')
+  epochs: int = option(100, 'passes over the training text')
   plateau_factor: float = option(
     4.0,
     'divides the learning rate after an epoch without a better validation score; 1 '
