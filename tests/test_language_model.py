@@ -376,7 +376,9 @@ def test_the_test_text_can_be_left_alone(
   """
   config = language_model.Config(
     **FLOAT32_TINY
-    | dict(data_dir=str(write_text(tmp_path)), evaluate_test=False, dynamic_evaluation=True)
+    | dict(
+      data_dir=str(write_text(tmp_path)), evaluate_test=False, dynamic_evaluation=True
+    )
   )
   with monkeypatch.context() as patch:
     patch.setattr(language_model, 'adapted', None)
