@@ -167,7 +167,7 @@ def test_flops():
 def test_what_is_not_there_is_left_out_and_said(monkeypatch):
   """Kernels and PyTorch."""
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  monkeypatch.setattr(measurements.kernels, 'available', lambda: False)
+  monkeypatch.setattr(measurements.cuda, 'is_available', lambda: False)
   reasons = {
     'ours, kernel': 'needs an NVIDIA GPU, and nvcc on the PATH or in $CUDA_HOME/bin',
     'PyTorch': 'not installed',

@@ -17,7 +17,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import nn
-from fptt_jax.nn.cells import LRU, FastGRNN, IncrementalRNN, IndRNN, LRUState
+from fptt_jax.nn import LRU, FastGRNN, IncrementalRNN, IndRNN, LRUState
 
 T, B, D, H, N = 5, 3, 2, 4, 6
 KEY = jax.random.key(0)

@@ -417,14 +417,14 @@ def test_what_cannot_be_read_out_in_parts_is_refused(
     )
 
 
-def evaluated_loss(kind: str, fused: bool, readout_chunk: int) -> Any:
+def evaluated_loss(kind: str, implementation: str, readout_chunk: int) -> Any:
   """Returns a model, and (params, hidden) -> the evaluated loss of a ragged batch plus
   a number that reads `hidden`.
   """
   dtype = jnp.float64
 
   def build_small(rngs: nnx.Rngs) -> nn.Sequential:
-    lstm = nn.LSTM(D, 3, fused=fused, param_dtype=dtype, rngs=rngs)
+    lstm = nn.LSTM(D, 3, implementation=implementation, param_dtype=dtype, rngs=rngs)
     if kind == 'mixture':
       embed = nnx.Embed(3, 2, param_dtype=dtype, rngs=rngs)
       return nn.Sequential(lstm, nn.MixtureOfSoftmaxes(3, embed, 2, rngs=rngs))
@@ -456,7 +456,7 @@ def test_evaluation_has_the_gradient_of_whole_windows(kind: str) -> None:
   """
   gradients = []
   for readout_chunk in (T, 2):
-    model, evaluated = evaluated_loss(kind, True, readout_chunk)
+    model, evaluated = evaluated_loss(kind, 'custom_vjp', readout_chunk)
     params = model.init(jax.random.key(0))
     gradients.append(
       quick(jax.grad(evaluated, argnums=(0, 1)))(params, model.initial_state(B))
@@ -468,10 +468,10 @@ def test_evaluation_has_the_gradient_of_whole_windows(kind: str) -> None:
 
 @pytest.mark.usefixtures('x64')
 def test_evaluation_has_second_and_forward_derivatives() -> None:
-  """Layers that are not fused have them, so their evaluation has them, too."""
+  """Layers that run by the plain scan have them, and so has their evaluation."""
   found = []
   for readout_chunk in (T, 2):
-    model, evaluated = evaluated_loss('linear', False, readout_chunk)
+    model, evaluated = evaluated_loss('linear', 'scan', readout_chunk)
     params, hidden = model.init(jax.random.key(0)), model.initial_state(B)
     along = lambda p, f=evaluated, h=hidden: jax.jvp(lambda q: f(q, h), (p,), (p,))[1]
     found.append(quick(jax.value_and_grad(along))(params))

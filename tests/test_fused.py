@@ -13,7 +13,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import nn
-from fptt_jax.nn.fused import COLUMNS, ROWS, features_axis, steps_at_once
+from fptt_jax.nn._fused import COLUMNS, ROWS, choose_axis, steps_per_chunk
 
 H = 6
 LAYERS = {
@@ -31,17 +31,19 @@ LAYERS = {
 }
 
 
-def model(layer, features, fused, dtype=jnp.float64):
+def model(layer, features, implementation, dtype=jnp.float64):
   return nn.from_nnx(
-    lambda rngs: LAYERS[layer](features, H, fused=fused, param_dtype=dtype, rngs=rngs)
+    lambda rngs: LAYERS[layer](
+      features, H, implementation=implementation, param_dtype=dtype, rngs=rngs
+    )
   )
 
 
-def value_and_gradients(layer, fused, shape, masked, dtype=jnp.float64):
+def value_and_gradients(layer, implementation, shape, masked, dtype=jnp.float64):
   """Of a function of all that a window gives out, by weights, initial state and inputs;
   masked outputs mean nothing, they are left out."""
   run, (size, batch_size, features) = (
-    model(layer, features=shape[2], fused=fused, dtype=dtype),
+    model(layer, features=shape[2], implementation=implementation, dtype=dtype),
     shape,
   )
   draw = lambda seed, *shape: jax.random.normal(
@@ -94,10 +96,10 @@ def test_fused_equals_the_scan(layer, axis, shape, masked, steps):
   """Values and all gradients in float64; few and many features; all, some and single
   steps at once; masks with holes.
   """
-  assert features_axis(shape[1], H) == axis
-  assert steps_at_once(*shape[:2]) == steps
-  expected = value_and_gradients(layer, False, shape, masked)
-  assert_close(value_and_gradients(layer, True, shape, masked), expected, 1e-12)
+  assert choose_axis(shape[1], H) == axis
+  assert steps_per_chunk(*shape[:2]) == steps
+  expected = value_and_gradients(layer, 'scan', shape, masked)
+  assert_close(value_and_gradients(layer, 'custom_vjp', shape, masked), expected, 1e-12)
 
 
 @pytest.mark.parametrize('batch_size', [16, 64], ids=['rows', 'columns'])
@@ -106,9 +108,9 @@ def test_fused_in_float32_is_as_good_as_the_scan(layer, batch_size):
   """float32 differs from the scan in float32 by rounding alone: 12 steps of sums of
   some 20 products, each to 6e-8, for gradients of as many sequences."""
   shape = (12, batch_size, 7)
-  expected = value_and_gradients(layer, False, shape, False, jnp.float32)
+  expected = value_and_gradients(layer, 'scan', shape, False, jnp.float32)
   assert_close(
-    value_and_gradients(layer, True, shape, False, jnp.float32), expected, 2e-5
+    value_and_gradients(layer, 'custom_vjp', shape, False, jnp.float32), expected, 2e-5
   )
 
 
@@ -122,12 +124,12 @@ def test_fused_in_bfloat16_sums_in_float32(layer, batch_size):
   shape = (12, batch_size, 7)
   weights = jax.tree.map(
     lambda x: x.astype(jnp.float32),
-    model(layer, 7, True, jnp.bfloat16).init(jax.random.key(0)),
+    model(layer, 7, 'custom_vjp', jnp.bfloat16).init(jax.random.key(0)),
   )
   x = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
 
-  def gradients(dtype, fused):
-    run = model(layer, 7, fused, dtype)
+  def gradients(dtype, implementation):
+    run = model(layer, 7, implementation, dtype)
     total = lambda params: jnp.sum(
       run.apply(params, run.initial_state(batch_size), x.astype(dtype), None, None)[
         1
@@ -138,7 +140,7 @@ def test_fused_in_bfloat16_sums_in_float32(layer, batch_size):
       jax.tree.map(lambda w: w.astype(dtype), weights)
     )
 
-  exact = gradients(jnp.float32, False)
+  exact = gradients(jnp.float32, 'scan')
   distance = lambda tree: np.sqrt(
     sum(
       np.sum((np.asarray(a, np.float64) - b) ** 2)
@@ -146,8 +148,8 @@ def test_fused_in_bfloat16_sums_in_float32(layer, batch_size):
     )
   )
   scan, fused = (
-    distance(gradients(jnp.bfloat16, False)),
-    distance(gradients(jnp.bfloat16, True)),
+    distance(gradients(jnp.bfloat16, 'scan')),
+    distance(gradients(jnp.bfloat16, 'custom_vjp')),
   )
   assert fused <= 1.5 * scan
   assert fused <= 0.02 * np.sqrt(
@@ -160,7 +162,7 @@ def test_fused_in_bfloat16_sums_in_float32(layer, batch_size):
 @pytest.mark.parametrize('layer', LAYERS)
 def test_fused_under_vmap(layer, batch_size):
   """Over models and data, as populations are trained."""
-  runs = [model(layer, 2, fused) for fused in (True, False)]
+  runs = [model(layer, 2, choice) for choice in ('custom_vjp', 'scan')]
   params = jax.vmap(runs[0].init)(jax.random.split(jax.random.key(0), 3))
   x = jax.random.normal(jax.random.key(1), (3, 5, batch_size, 2))
 
@@ -174,11 +176,11 @@ def test_fused_under_vmap(layer, batch_size):
 
 
 def test_plain_scan_can_be_differentiated_forward():
-  """`fused=False` is the way to jvp and second derivatives."""
+  """`implementation='scan'` is the way to jvp and second derivatives."""
   x = jnp.ones((3, 2, 2))
 
-  def outputs(fused):
-    run = model('LSTM', 2, fused, jnp.float32)
+  def outputs(implementation):
+    run = model('LSTM', 2, implementation, jnp.float32)
     params = run.init(jax.random.key(0))
     return jax.jvp(
       lambda p: run.apply(p, run.initial_state(2), x, None, None)[1],
@@ -186,9 +188,9 @@ def test_plain_scan_can_be_differentiated_forward():
       (params,),
     )[1]
 
-  assert np.isfinite(outputs(False)).all()
+  assert np.isfinite(outputs('scan')).all()
   with pytest.raises(TypeError, match='forward-mode'):
-    outputs(True)
+    outputs('custom_vjp')
 
 
 @pytest.mark.parametrize(
@@ -206,11 +208,11 @@ def test_plain_scan_can_be_differentiated_forward():
     (997, 8, 997),
   ],
 )
-def test_steps_at_once(num_steps, batch_size, expected):
+def test_steps_per_chunk(num_steps, batch_size, expected):
   """The least divisor of S that makes 128 columns and no more than 1024, else the least
   that makes 64, all of S at most.
   """
-  assert steps_at_once(num_steps, batch_size) == expected
+  assert steps_per_chunk(num_steps, batch_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -225,11 +227,11 @@ def test_steps_at_once(num_steps, batch_size, expected):
     (1, 1000, ROWS),
   ],
 )
-def test_features_axis(batch_size, hidden, expected):
+def test_choose_axis(batch_size, hidden, expected):
   """Columns for 64 sequences or more, if a multiple of 16, and for 1,024 units or
   more.
   """
-  assert features_axis(batch_size, hidden) == expected
+  assert choose_axis(batch_size, hidden) == expected
 
 
 def compiled_step(num_steps, num_windows, features=1, batch_size=64, **options):

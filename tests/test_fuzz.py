@@ -504,7 +504,7 @@ def traceable(tree: Any) -> bool:
 # Layers.
 
 SIZES = dict(in_features=SIZE, hidden_features=SIZE)
-FUSED = dict(fused=choice(True, False), param_dtype=DTYPE, rngs=RNGS)
+FUSED = dict(implementation=choice('custom_vjp', 'scan'), param_dtype=DTYPE, rngs=RNGS)
 INIT = dict(init=choice('torch', 'flax'))
 LAYERS: dict[str, dict[str, Kind]] = {
   'LSTM': SIZES | INIT | dict(forget_bias=optional(FINITE)) | FUSED,

@@ -1,5 +1,7 @@
 """The same numbers on an NVIDIA GPU as on the CPU: run where there is one."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from experiments.benchmark import cases, ours, rivals_torch
 import fptt_jax
 from fptt_jax import nn
-from fptt_jax.nn import kernels
+from fptt_jax.nn.kernels import cuda
 
 
 def cuda_device() -> jax.Device:
@@ -55,7 +57,7 @@ def test_train_step_on_gpu_equals_cpu(method: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize('members', [1, 3])
 @pytest.mark.parametrize('batch_size', [5, 128])
-@pytest.mark.parametrize('hidden', kernels.SIZES)
+@pytest.mark.parametrize('hidden', cuda.SIZES)
 @pytest.mark.parametrize('layer', [nn.LSTM, nn.GRU])
 def test_kernel_on_gpu_equals_the_fused_scan(
   layer: type[nn.LSTM | nn.GRU], hidden: int, batch_size: int, members: int
@@ -64,7 +66,7 @@ def test_kernel_on_gpu_equals_the_fused_scan(
   rounding of float32 sums alone tells apart.
   """
   device = cuda_device()
-  if not kernels.available():
+  if not cuda.is_available():
     pytest.skip('needs nvcc')
   results = []
   with jax.default_device(device), jax.default_matmul_precision('float32'):
@@ -74,10 +76,9 @@ def test_kernel_on_gpu_equals_the_fused_scan(
     mask = (
       jax.random.bernoulli(jax.random.key(0), 0.7, (28, batch_size)).at[:, 0].set(False)
     )
-    for fused in ('kernel', True):
-      run = nn.from_nnx(
-        lambda rngs, fused=fused: layer(3, hidden, fused=fused, rngs=rngs)
-      )
+    for implementation in ('cuda', 'custom_vjp'):
+      build = functools.partial(layer, 3, hidden, implementation=implementation)
+      run = nn.from_nnx(lambda rngs, build=build: build(rngs=rngs))
 
       def total(params, state, x, weights, run=run):
         end, y = run.apply(params, state, x, mask, None)

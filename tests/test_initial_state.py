@@ -219,7 +219,7 @@ class OwnStart(nnx.Module):
   """A layer of one's own whose initial state reads a parameter."""
 
   def __init__(self, rngs: nnx.Rngs):
-    self.cell = nn.GRU(2, 3, fused=False, param_dtype=float, rngs=rngs)
+    self.cell = nn.GRU(2, 3, implementation='scan', param_dtype=float, rngs=rngs)
     self.before = nnx.Param(jax.random.normal(rngs.params(), (3,), float))
 
   def initial_state(self, batch_size: int) -> jax.Array:

@@ -18,7 +18,7 @@ T, B, D, C = 7, 3, 2, 3
 LAYERS = {
   'lstm': lambda r: nn.LSTM(D, 4, rngs=r),
   'gru': lambda r: nn.GRU(D, 4, rngs=r),
-  'plain scan': lambda r: nn.ElmanRNN(D, 4, fused=False, rngs=r),
+  'plain scan': lambda r: nn.ElmanRNN(D, 4, implementation='scan', rngs=r),
   'antisymmetric': lambda r: nn.AntisymmetricRNN(D, 4, rngs=r),
   'fastgrnn': lambda r: nn.FastGRNN(D, 4, rngs=r),
   'incremental': lambda r: nn.IncrementalRNN(D, 4, rngs=r),

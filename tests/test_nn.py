@@ -254,7 +254,7 @@ def test_from_torch_takes_numpy_arrays():
     (torch_names((8, 3)), r'expected weight_ih_l0 and weight_hh_l0, got '),
     (
       torch_names((10, 3), (10, 2)),
-      r'cannot tell an LSTM, GRU or RNN, got weights of shapes \(10, 3\) and \(10, 2\)\.',
+      r'\(10, 3\) and \(10, 2\)',
     ),
     (torch_names((6, 3), (8, 2)), r'cannot tell .* of shapes \(6, 3\) and \(8, 2\)\.'),
   ],
@@ -705,7 +705,7 @@ def test_modules_that_are_not_recurrent_are_refused():
     ),
     (
       lambda rngs: nn.Sequential(),
-      r'a Sequential needs at least one layer, got none\.',
+      r'layers .*got none',
     ),
   ],
 )
@@ -800,9 +800,7 @@ def test_things_that_are_no_builder_or_cell_are_refused():
       super().__init__(in_features, hidden_features, rngs=rngs)
       self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
-  with pytest.raises(
-    TypeError, match=r'a per-step cell may not own random streams, got NoisyCell'
-  ):
+  with pytest.raises(TypeError, match=r'^cell .*random streams, got NoisyCell'):
     nn.from_nnx(lambda rngs: NoisyCell(2, 3, rngs=rngs))
 
 
@@ -819,7 +817,7 @@ LAST_LAYERS = {
   'penalty': lambda rngs: [nn.GRU(2, 4, rngs=rngs), nn.ActivationPenalty(0.5)],
   'no recurrent layer': lambda rngs: [nnx.Linear(2, 4, rngs=rngs)],
   'flax cell': lambda rngs: [nnx.GRUCell(2, 4, rngs=rngs)],
-  'plain scan': lambda rngs: [nn.LSTM(2, 4, fused=False, rngs=rngs)],
+  'plain scan': lambda rngs: [nn.LSTM(2, 4, implementation='scan', rngs=rngs)],
   'two': lambda rngs: [nn.LSTM(2, 4, rngs=rngs), nn.GRU(4, 4, rngs=rngs)],
   'WeightDrop': lambda rngs: [nn.WeightDrop(nn.LSTM(2, 4, rngs=rngs), 0.5)],
 } | {

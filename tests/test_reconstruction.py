@@ -16,7 +16,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import Batch, OutputsWithPenalty, nn
-from fptt_jax.nn.reconstruction import Reconstruction
+from fptt_jax.nn import Reconstruction
 
 in_float64 = pytest.mark.usefixtures('x64')
 

@@ -41,13 +41,13 @@ from experiments.benchmark.timing import (
 )
 from experiments.core import devices, recipe
 import fptt_jax
-from fptt_jax.nn import kernels
+from fptt_jax.nn.kernels import cuda
 
 
 def left_out() -> dict[str, str]:
   """What cannot be timed here, and why."""
   reasons = {}
-  if not kernels.available():
+  if not cuda.is_available():
     reasons['ours, kernel'] = (
       'needs an NVIDIA GPU, and nvcc on the PATH or in $CUDA_HOME/bin'
     )
@@ -76,12 +76,12 @@ def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
     found['ours, one buffer'] = lambda: train_step(
       case, lstm_cell(case), mesh, one_buffer=True
     )
-  if 'ours, kernel' not in without and case.hidden in kernels.SIZES:
+  if 'ours, kernel' not in without and case.hidden in cuda.SIZES:
     found['ours, kernel'] = lambda: train_step(
-      case, lstm_cell(case, fused='kernel'), mesh
+      case, lstm_cell(case, implementation='cuda'), mesh
     )
     found[f'ours, kernel, {MANY_NAME}'] = lambda: train_steps(
-      case, lstm_cell(case, fused='kernel'), mesh
+      case, lstm_cell(case, implementation='cuda'), mesh
     )
   if case.words:
     found['ours, whole readout'] = lambda: train_step(

@@ -52,9 +52,11 @@ def make_trainer(
   )
 
 
-def lstm_cell(case: Case, fused: bool | str = True) -> Any:
+def lstm_cell(case: Case, implementation: str = 'custom_vjp') -> Any:
   """The LSTM of `fptt_jax`."""
-  return lambda rngs: nn.LSTM(case.features, case.hidden, fused=fused, rngs=rngs)
+  return lambda rngs: nn.LSTM(
+    case.features, case.hidden, implementation=implementation, rngs=rngs
+  )
 
 
 def train_step(

@@ -115,7 +115,7 @@ CASES = {
     options={'num_windows': 3, 'readout_chunk': 2},
   ),
   'fptt-lstm-scan-lagged': Case(
-    layer_of(nn.LSTM, fused=False),
+    layer_of(nn.LSTM, implementation='scan'),
     fptt={'gradient_estimate': 'lagged', 'correction': 'eq4', 'kappa': 2.0},
   ),
 }

@@ -20,14 +20,16 @@ from fptt_jax._probe import (
   mark_checked,
 )
 from fptt_jax._types import FeaturesAndReadout, Model
-from fptt_jax.nn.checks import check_batch_size
-from fptt_jax.nn.inspection import (
+from fptt_jax.nn._checks import check_batch_size
+from fptt_jax.nn._from_cell import as_recurrent
+from fptt_jax.nn._inspection import (
   example_inputs,
   is_known,
   referred_arrays,
   unknown_layers,
 )
-from fptt_jax.nn.layers import Sequential, as_windowed, scan_cell
+from fptt_jax.nn._recurrent import scan_cell
+from fptt_jax.nn._sequential import Sequential
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
@@ -62,7 +64,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
       'from_nnx takes a function (rngs) -> module, so that init can draw new '
       f'parameters; got {type(build).__name__}.'
     )
-  make = lambda key: as_windowed(build(nnx.Rngs(key)))
+  make = lambda key: as_recurrent(build(nnx.Rngs(key)))
   graph, abstract_params, streams, constants = _take_apart(make)
 
   def init(key: jax.Array) -> Any:
@@ -262,7 +264,7 @@ def to_nnx(build: Callable[[nnx.Rngs], nnx.Module], params: Any) -> nnx.Module:
     >>> carry, y = cell(jax.numpy.zeros((1, 3)), jax.numpy.ones((1, 2)))
   """
   module = build(nnx.Rngs(0))
-  windowed = as_windowed(
+  windowed = as_recurrent(
     module
   )  # It holds the same variables, so that the module is updated with it.
   state = nnx.state(windowed, nnx.Param)

@@ -16,8 +16,8 @@ from fptt_jax._checks import (
   check_size,
 )
 from fptt_jax._types import OutputsWithPenalty
-from fptt_jax.nn.checks import check_inputs, check_rngs
-from fptt_jax.nn.layers import as_windowed
+from fptt_jax.nn._checks import check_inputs, check_rngs
+from fptt_jax.nn._from_cell import as_recurrent
 
 
 class Reconstruction(nnx.Module):
@@ -93,7 +93,7 @@ class Reconstruction(nnx.Module):
     self.segment = check_integer('segment', segment, 2, INT32_MAX, 'an integer >= 2')
     self.anchors = check_size('anchors', anchors)
     self.weight = check_number('weight', weight, 0, FLOAT32_MAX, 'a finite number >= 0')
-    self.layer = as_windowed(layer)
+    self.layer = as_recurrent(layer)
     self.decoder = nnx.clone(self.layer)
     outputs = jax.eval_shape(
       lambda: self.layer(

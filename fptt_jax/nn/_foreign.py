@@ -14,8 +14,8 @@ import numpy as np
 from fptt_jax._checks import check_callable, check_dtype, check_size
 from fptt_jax._probe import check_new_model, check_state_rows, mark_checked
 from fptt_jax._types import Model
-from fptt_jax.nn.checks import check_batch_size
-from fptt_jax.nn.layers import scan_cell
+from fptt_jax.nn._checks import check_batch_size
+from fptt_jax.nn._recurrent import scan_cell
 
 
 def from_equinox(build: Callable[[jax.Array], Any]) -> Model:

@@ -12,26 +12,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax.nn.cells import LRU, FastGRNN, IncrementalRNN, IndRNN
-from fptt_jax.nn.layers import (
-  GRU,
-  LSTM,
-  AntisymmetricRNN,
-  ElmanRNN,
-  FromCell,
-  LearnedInitialState,
-  Recurrent,
-  Sequential,
-)
-from fptt_jax.nn.readouts import MixtureOfSoftmaxes, TiedReadout
-from fptt_jax.nn.reconstruction import Reconstruction
-from fptt_jax.nn.regularization import (
+from fptt_jax.nn._from_cell import FromCell
+from fptt_jax.nn._initial_state import LearnedInitialState
+from fptt_jax.nn._readouts import MixtureOfSoftmaxes, TiedReadout
+from fptt_jax.nn._reconstruction import Reconstruction
+from fptt_jax.nn._recurrent import Recurrent
+from fptt_jax.nn._regularization import (
   ActivationPenalty,
   EmbeddingDropout,
   LockedDropout,
   TemporalActivationPenalty,
   WeightDrop,
 )
+from fptt_jax.nn._sequential import Sequential
+from fptt_jax.nn.cells.antisymmetric import AntisymmetricRNN
+from fptt_jax.nn.cells.elman import ElmanRNN
+from fptt_jax.nn.cells.fastgrnn import FastGRNN
+from fptt_jax.nn.cells.gru import GRU
+from fptt_jax.nn.cells.incremental import IncrementalRNN
+from fptt_jax.nn.cells.indrnn import IndRNN
+from fptt_jax.nn.cells.lru import LRU
+from fptt_jax.nn.cells.lstm import LSTM
 
 KNOWN_LAYERS = frozenset(
   {

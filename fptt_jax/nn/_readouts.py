@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from fptt_jax._checks import check_size
 from fptt_jax._dtypes import at_least_float32
-from fptt_jax.nn.checks import check_embed, check_inputs, check_rngs
-from fptt_jax.nn.regularization import LockedDropout, Stateless
+from fptt_jax.nn._checks import check_embed, check_inputs, check_rngs
+from fptt_jax.nn._regularization import LockedDropout, Stateless
 
 
 class TiedReadout(nnx.Module):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from fptt_jax._checks import FLOAT32_MAX, check_array, check_number
 from fptt_jax._dtypes import at_least_float32
 from fptt_jax._types import OutputsWithPenalty
-from fptt_jax.nn.checks import check_embed
+from fptt_jax.nn._checks import check_embed
 
 
 class Stateless(nnx.Module):

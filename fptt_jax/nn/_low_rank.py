@@ -1,0 +1,47 @@
+"""Matrices as parameters, full or as the product of two factors of a low rank."""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+
+from fptt_jax._checks import check_integer
+
+
+def make_matrix(
+  draw: Callable[[tuple[int, ...]], jax.Array],
+  rows: int,
+  columns: int,
+  name: str,
+  rank: int | None,
+) -> nnx.List[Any]:
+  """Draws a matrix, or its two factors, as parameters.
+
+  Args:
+    draw: draws an array of a shape.
+    rows: number of rows.
+    columns: number of columns.
+    name: the name of `rank` in error messages.
+    rank: r, for factors [rows, r] and [r, columns]; None for one matrix.
+
+  Raises:
+    ValueError: the rank is not an integer from 1 to min(rows, columns).
+  """
+  if rank is None:
+    return nnx.List([nnx.Param(draw((rows, columns)))])
+  largest = min(rows, columns)
+  accepted = f'an integer from 1 to {largest} or None'
+  rank = check_integer(name, rank, 1, largest, accepted)
+  return nnx.List([nnx.Param(draw((rows, rank))), nnx.Param(draw((rank, columns)))])
+
+
+def matrix_values(factors: Sequence[Any]) -> list[jax.Array]:
+  """Returns the arrays of a matrix's factors."""
+  return [factor[...] for factor in factors]
+
+
+def multiply(x: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
+  """Multiplies x by the factors from the left, so that the low rank comes first."""
+  return functools.reduce(jax.numpy.matmul, factors, x)

@@ -1,0 +1,199 @@
+"""Base class of the recurrent layers, and the scan of a per-step function.
+
+A layer maps (state, x [S, B, D], mask [S, B] or None, key or None) to (state,
+y [S, B, H]). Every layer defines one step, which :func:`scan_cell` runs. A layer may
+also define the parts of its hand-written backward pass (:mod:`fptt_jax.nn._fused`),
+which is faster and needs less memory.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from flax import nnx
+import jax
+from jax import export
+import jax.numpy as jnp
+
+from fptt_jax._checks import (
+  FLOAT32_MAX,
+  check_choice,
+  check_dtype,
+  check_number,
+  check_size,
+)
+from fptt_jax.nn._checks import check_batch_size, check_inputs, check_rngs, check_window
+from fptt_jax.nn._fused import FusedCell, WindowKernel, run_fused
+from fptt_jax.nn.kernels import cuda
+
+Step = Callable[[Any, Any], tuple[Any, jax.Array]]
+IMPLEMENTATIONS = ('custom_vjp', 'scan', 'cuda')
+
+
+def scan_cell(
+  step: Step, state: Any, x: Any, mask: jax.Array | None
+) -> tuple[Any, jax.Array]:
+  """Runs `step(state, x_t) -> (state, y_t)` over a window.
+
+  Args:
+    step: one time step.
+    state: tree of arrays [B, ...].
+    x: tree of arrays [S, ...], scanned over.
+    mask: bool [S, B], or None if all steps are valid. Masked steps leave the state
+      unchanged.
+
+  Returns:
+    (state after the window, y [S, B, ...]). y is undefined at masked steps.
+  """
+
+  def body(state: Any, inputs: tuple[Any, jax.Array | None]) -> tuple[Any, jax.Array]:
+    x_t, mask_t = inputs
+    new_state, y_t = step(state, x_t)
+    # Inputs of a wider dtype would widen the state, which a scan does not allow.
+    new_state = jax.tree.map(_cast_like, new_state, state)
+    if mask_t is not None:
+      new_state = jax.tree.map(
+        lambda new, old: jnp.where(_add_axes(mask_t, new.ndim), new, old),
+        new_state,
+        state,
+      )
+    return new_state, y_t
+
+  return jax.lax.scan(body, state, (x, mask))
+
+
+def _cast_like(new: jax.Array, old: jax.Array) -> jax.Array:
+  # PRNG keys have the same dtype and cannot be cast.
+  return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
+def _add_axes(mask: jax.Array, ndim: int) -> jax.Array:
+  return mask.reshape(-1, *[1] * (ndim - 1))
+
+
+class Recurrent(nnx.Module):
+  """Base class of layers with H hidden units, whose state is one array h [B, H].
+
+  Subclasses define `step`, and `initial_state` if their state is another one. A
+  subclass with a hand-written backward pass also defines `_fused_cell`.
+
+  Attributes:
+    in_features: D.
+    hidden_features: H.
+    param_dtype: dtype of parameters and state.
+    implementation: how a window runs.
+
+      * 'custom_vjp': with the hand-written backward pass, if the layer has one. It is
+        fast and small, and differentiable once, in reverse mode.
+      * 'scan': the plain scan of `step`, which `jax.jvp` and second derivatives need.
+      * 'cuda': the hand-written backward pass, all steps of a window in one CUDA kernel
+        (:mod:`fptt_jax.nn.kernels.cuda`). Only :class:`LSTM` and :class:`GRU` have
+        one, for float32 and H of 32, 64 or 128. The kernels have only run in emulation
+        so far, so they are never the default.
+
+  Raises:
+    ValueError: an argument is outside its range; inputs, state or mask have the wrong
+      shape (when traced).
+    TypeError: `rngs` has no stream for parameters; inputs have the wrong dtype (when
+      traced).
+  """
+
+  _cuda_kernel: ClassVar[WindowKernel | None] = None
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    param_dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+    implementation: str = 'custom_vjp',
+  ):
+    check_choice('implementation', implementation, IMPLEMENTATIONS)
+    check_rngs(rngs)
+    self.in_features = check_size('in_features', in_features)
+    self.hidden_features = check_size('hidden_features', hidden_features)
+    self.param_dtype = check_dtype('param_dtype', param_dtype)
+    self.implementation = implementation
+    if implementation == 'cuda':
+      self._check_kernel()
+
+  @abc.abstractmethod
+  def step(self) -> Step:
+    """Returns one time step as a function of (state, x_t [B, D]).
+
+    It reads and prepares the weights, once per window.
+    """
+
+  def initial_state(self, batch_size: int) -> Any:
+    """Returns the state before the first step: zeros."""
+    return self._zeros(batch_size, self.hidden_features)
+
+  def __call__(
+    self,
+    state: Any,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ) -> tuple[Any, jax.Array]:
+    """Runs a window.
+
+    Args:
+      state: as `initial_state` makes it.
+      x: inputs [S, B, D].
+      mask: bool [S, B], or None if all steps are valid.
+      key: not used; these layers draw no noise.
+
+    Returns:
+      (state after the window, y [S, B, H]). y is undefined at masked steps.
+    """
+    x = self._check_call(state, x, mask)
+    # A single step leaves no product to defer. A symbolic size may be any number.
+    several_steps = export.is_symbolic_dim(x.shape[0]) or x.shape[0] > 1
+    by_kernel = self.implementation == 'cuda'
+    is_fused = by_kernel or (self.implementation == 'custom_vjp' and several_steps)
+    fused = self._fused_cell() if is_fused else None
+    if fused is None:
+      return scan_cell(self.step(), state, x, mask)
+    cell, weights = fused
+    if by_kernel:
+      cell = cell._replace(kernel=self._cuda_kernel)
+    return run_fused(cell, weights, state, x, mask)
+
+  def _fused_cell(self) -> tuple[FusedCell, Any] | None:
+    """Returns the parts of the fused window and the weights they take, if any."""
+    return None
+
+  def _last_output(self, state: Any) -> jax.Array | None:
+    """Returns the output [B, H] at each sequence's last valid step, or None.
+
+    It is read from the state after that step, where the layer's output is a known part
+    of the state.
+    """
+    # A subclass with its own call may return anything.
+    if self.implementation == 'scan' or type(self).__call__ is not Recurrent.__call__:
+      return None
+    fused = self._fused_cell()
+    return None if fused is None else fused[0].output(state)
+
+  def _check_call(self, state: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Validates a window's arguments and casts inputs to the layer's dtype."""
+    x = check_inputs(self, x, self.in_features)
+    check_window(self, state, x, mask)
+    return x.astype(self.param_dtype)
+
+  def _check_kernel(self) -> None:
+    """Raises unless the layer has a CUDA kernel for its size and dtype."""
+    name = type(self).__name__
+    if self._cuda_kernel is None:
+      raise ValueError(
+        f"implementation='cuda' needs a layer with a kernel, LSTM or GRU, got {name}."
+      )
+    cuda.check_supported(name, self.hidden_features, self.param_dtype)
+
+  def _check_number(self, name: str, value: Any, low: float, expected: str) -> float:
+    """Returns a number that is at least `low` and finite in the layer's dtype."""
+    return check_number(name, value, low, FLOAT32_MAX, expected, self.param_dtype)
+
+  def _zeros(self, batch_size: int, features: int) -> jax.Array:
+    """Returns a part of the initial state [B, features]."""
+    return jnp.zeros((check_batch_size(batch_size), features), self.param_dtype)

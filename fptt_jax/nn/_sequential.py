@@ -1,0 +1,202 @@
+"""Layers in sequence."""
+
+from typing import Any
+
+from flax import nnx
+import jax
+
+from fptt_jax._types import OutputsWithPenalty
+from fptt_jax._windows import take_steps
+from fptt_jax.nn._from_cell import FromCell, is_cell, is_recurrent, unwrap_rnn
+from fptt_jax.nn._initial_state import LearnedInitialState
+from fptt_jax.nn._recurrent import Recurrent
+
+
+class Sequential(nnx.Module):
+  """Layers in sequence, recurrent or not.
+
+  Recurrent layers run windows: (state, x, mask, key) -> (state, y). Per-step cells of
+  flax are wrapped in :class:`FromCell`; of an `nnx.RNN` the cell is used, and its carry
+  becomes part of the state. Every other layer acts on each step alone: `nnx.Embed`,
+  `nnx.Linear`, `nnx.Dropout`, an activation function. The first layer may take a tree
+  of inputs, such as tokens and features, and return one array.
+
+  The state is a tuple of the recurrent layers' states. Dropout layers draw a new mask
+  for each step and unit, and are off in evaluation (key None). Penalties that layers
+  return with their outputs (:class:`fptt_jax.OutputsWithPenalty`) are summed. The
+  layers at the end that act on each step alone are the readout, which a trainer can
+  run in chunks of steps (`readout_chunk`).
+
+  Args:
+    *layers: at least one module or function.
+
+  Raises:
+    ValueError: there are no layers.
+    TypeError: a layer is not callable, or is a class.
+
+  Example:
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> language_model = nn.from_nnx(lambda rngs: nn.Sequential(
+    ...   nnx.Embed(10_000, 256, rngs=rngs), nnx.Dropout(0.2),
+    ...   nn.LSTM(256, 256, rngs=rngs), nnx.Dropout(0.2),
+    ...   nnx.Linear(256, 10_000, rngs=rngs)))
+  """
+
+  def __init__(self, *layers: Any):
+    if not layers:
+      raise ValueError('layers must hold at least one layer, got none.')
+    for layer in layers:
+      if isinstance(layer, type) or not callable(layer):
+        raise TypeError(f'layers must be modules or functions, got {layer!r}.')
+    layers = tuple(unwrap_rnn(layer) for layer in layers)
+    self.layers = nnx.List(
+      [FromCell(layer) if is_cell(layer) else layer for layer in layers]
+    )
+
+  def initial_state(self, batch_size: int) -> tuple[Any, ...]:
+    """Returns the recurrent layers' initial states."""
+    return tuple(
+      layer.initial_state(batch_size) for layer in self.layers if is_recurrent(layer)
+    )
+
+  def __call__(
+    self,
+    state: tuple[Any, ...],
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    key: jax.Array | None = None,
+    last: jax.Array | int | None = None,
+  ) -> tuple[tuple[Any, ...], jax.Array | OutputsWithPenalty]:
+    """Runs a window through all layers.
+
+    Args:
+      state: as `initial_state` makes it.
+      x: inputs [S, B, ...].
+      mask: bool [S, B], or None if all steps are valid.
+      key: the window's random key, None in evaluation.
+      last: index of each sequence's last valid step, an int or int [B]. If given, the
+        layers after the last recurrent one run at that step only.
+
+    Returns:
+      (state after the window, outputs [S, B, ...], or [1, B, ...] with `last`).
+    """
+    first_after = 1 + max(
+      (index for index, layer in enumerate(self.layers) if is_recurrent(layer)),
+      default=-1,
+    )
+    new_state, x, penalties = self._run(0, first_after, state, x, mask, key)
+    if last is not None:
+      x = self._at_last_step(self.layers[first_after - 1], new_state, x, last)
+    _, x, _ = self._run(first_after, len(self.layers), (), x, mask, key)
+    return new_state, _with_penalty(x, penalties)
+
+  @property
+  def readout_start(self) -> int:
+    """Index of the readout's first layer, the number of layers if there is none."""
+    start = len(self.layers)
+    while start > 0 and _acts_on_steps(self.layers[start - 1]):
+      start -= 1
+    return start
+
+  def features(
+    self,
+    state: tuple[Any, ...],
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ) -> tuple[tuple[Any, ...], jax.Array | OutputsWithPenalty]:
+    """Runs a window through the layers before the readout."""
+    new_state, x, penalties = self._run(0, self.readout_start, state, x, mask, key)
+    # The readout's layers have empty states.
+    return (*new_state, *state[len(new_state) :]), _with_penalty(x, penalties)
+
+  def readout(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """Runs the readout on any steps of a window.
+
+    Args:
+      x: features [s, B, ...] of s steps.
+      key: the window's random key, None in evaluation.
+
+    Returns:
+      Outputs [s, B, ...].
+    """
+    layer: Any
+    for index in range(self.readout_start, len(self.layers)):
+      layer = self.layers[index]
+      if is_recurrent(layer):
+        state = layer.initial_state(x.shape[1])
+        _, x = layer(state, x, None, _layer_key(key, index))
+      elif isinstance(layer, nnx.Linear):
+        # As rows [s B, D]: for x [s, B, D], XLA copies and transposes the outputs'
+        # gradient to compute the weights' gradient.
+        rows = layer(x.reshape(-1, x.shape[-1]))
+        x = rows.reshape(*x.shape[:-1], layer.out_features)
+      else:
+        x = layer(x)
+    return x
+
+  def _run(
+    self,
+    start: int,
+    end: int,
+    state: tuple[Any, ...],
+    x: jax.Array,
+    mask: jax.Array | None,
+    key: jax.Array | None,
+  ) -> tuple[tuple[Any, ...], jax.Array, list[jax.Array]]:
+    """Runs the layers start..end - 1.
+
+    Returns:
+      (their new states, outputs, penalties).
+    """
+    states = iter(state)
+    new_states = []
+    penalties: list[jax.Array] = []
+    layer: Any
+    for index in range(start, end):
+      layer = self.layers[index]
+      layer_key = _layer_key(key, index)
+      if is_recurrent(layer):
+        new_state, x = layer(next(states), x, mask, layer_key)
+        new_states.append(new_state)
+        if isinstance(x, OutputsWithPenalty):
+          penalties.append(x.penalty)
+          x = x.outputs
+      elif isinstance(layer, nnx.Dropout):
+        x = layer(x, deterministic=layer_key is None, rngs=layer_key)
+      else:
+        x = layer(x)
+    return tuple(new_states), x, penalties
+
+  def _at_last_step(
+    self, layer: Any, state: tuple[Any, ...], x: jax.Array, last: jax.Array | int
+  ) -> jax.Array:
+    """Returns the outputs [1, B, ...] of the last recurrent layer at steps `last`."""
+    output = None
+    if isinstance(layer, Recurrent | LearnedInitialState):
+      # Read from the state, the outputs of the other steps need not be stored.
+      output = layer._last_output(state[-1])
+    return take_steps(x, last) if output is None else output[None]
+
+
+def _acts_on_steps(layer: Any) -> bool:
+  """Returns whether a layer may run on some steps of a window at a time."""
+  if is_recurrent(layer):
+    return bool(getattr(layer, 'in_readout', False))
+  if isinstance(layer, nnx.Dropout):
+    return False
+  is_module = isinstance(layer, nnx.Module)
+  return not (is_module and jax.tree.leaves(nnx.state(layer, nnx.RngState)))
+
+
+def _layer_key(key: jax.Array | None, index: int) -> jax.Array | None:
+  return None if key is None else jax.random.fold_in(key, index)
+
+
+def _with_penalty(
+  x: jax.Array, penalties: list[jax.Array]
+) -> jax.Array | OutputsWithPenalty:
+  if not penalties:
+    return x
+  return OutputsWithPenalty(x, sum(penalties[1:], penalties[0]))

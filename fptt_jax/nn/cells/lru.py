@@ -1,0 +1,238 @@
+"""Linear recurrent unit."""
+
+import math
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from fptt_jax._checks import FLOAT32_TINY, check_number, check_size
+from fptt_jax.nn._fused import elementwise_cell, run_fused
+from fptt_jax.nn._recurrent import Recurrent, Step
+
+
+class LRUState(NamedTuple):
+  """State of :class:`LRU`, as real arrays for optimizers and donation.
+
+  Attributes:
+    re: real part [B, N].
+    im: imaginary part [B, N].
+  """
+
+  re: jax.Array
+  im: jax.Array
+
+
+def _forward(
+  axis: int, prepared: Any, state: LRUState, drive_t: jax.Array
+) -> tuple[LRUState, tuple[()]]:
+  """Computes s' = λ s + drive; the Jacobian is λ, so there are no factors to keep."""
+  re, im = state
+  lambda_re, lambda_im = prepared
+  drive_re, drive_im = jnp.split(drive_t, 2, axis)
+  new_re = lambda_re * re - lambda_im * im + drive_re
+  new_im = lambda_re * im + lambda_im * re + drive_im
+  return type(state)(new_re, new_im), ()
+
+
+def _backward(
+  axis: int, weights: Any, factors: tuple[jax.Array, ...], d_state: LRUState
+) -> tuple[LRUState, jax.Array]:
+  re, im = d_state
+  lambda_re, lambda_im = weights
+  before_re = lambda_re * re + lambda_im * im
+  before_im = lambda_re * im - lambda_im * re
+  return type(d_state)(before_re, before_im), jnp.concatenate([re, im], axis)
+
+
+def _weight_gradient(previous: LRUState, dz: jax.Array) -> Any:
+  re, im = previous
+  d_re, d_im = jnp.split(dz, 2, -1)
+  return re * d_re + im * d_im, re * d_im - im * d_re
+
+
+FUSED_CELL = elementwise_cell(_forward, _backward, _weight_gradient)
+"""Weights: real and imaginary part of λ, each [N]; x and y [B, 2N] real, imaginary."""
+
+
+class LRU(Recurrent):
+  r"""Linear recurrent unit: a diagonal, complex, linear recurrence.
+
+  .. math::
+
+    \lambda = \exp(-e^{\nu} + i e^{\theta}), \quad s' = \lambda s + e^{\gamma} (x B),
+    \quad y = \mathrm{Re}(s' C) + x D
+
+  |λ| < 1 for all parameters. One layer alone is linear and learns little. The paper
+  puts a GELU and a gated linear unit after each, inside a residual block with
+  normalization, and a linear encoder before the first. The example shows this in a
+  :class:`fptt_jax.nn.Sequential`, without the residual.
+
+  Parameters, all real: `nu_log`, `theta_log`, `gamma_log` [N]; `b_re`, `b_im` [D, N];
+  `c_re`, `c_im` [N, H]; `d` [H] (elementwise) if D = H as in the paper, else a matrix
+  [D, H]. These are N(2D + 2H + 3) + H, or + DH, numbers. The state is an
+  :class:`LRUState`. In bfloat16 |λ| is at most 0.996: leave this layer's `param_dtype`
+  at float32.
+
+  Args:
+    in_features: D.
+    hidden_features: H, features of the output.
+    state_features: N, size of the complex state. Default H.
+    r_min: smallest initial |λ|.
+    r_max: largest initial |λ|. λ is uniform on the ring 0 <= r_min < r_max <= 1. Long
+      memories need a ring near 1.
+    max_phase: the initial phase of λ is uniform in (0, max_phase), at most 2π. Long
+      sequences need a small one.
+    implementation: 'custom_vjp' or 'scan'; see
+      :class:`fptt_jax.nn._recurrent.Recurrent`.
+    param_dtype: dtype of parameters and state.
+    rngs: source of the initial parameters. B's parts are normal with variance 1/(2D),
+      C's with 1/N, `d` with 1 (a matrix with 1/D). γ = log √(1 - |λ|²), with which
+      white noise of variance 1 gives E|s|² = 1 for any λ.
+
+  Raises:
+    ValueError: an argument is outside its range.
+
+  Example:
+    >>> import jax
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> ring = dict(r_min=0.9, r_max=0.999, max_phase=0.3)
+    >>> def block(rngs):
+    ...   lru = nn.LRU(16, 16, **ring, rngs=rngs)
+    ...   return lru, jax.nn.gelu, nnx.Linear(16, 32, rngs=rngs), jax.nn.glu
+    >>> def build(rngs):
+    ...   encoder = nnx.Linear(1, 16, rngs=rngs)
+    ...   blocks = [*block(rngs), *block(rngs)]
+    ...   return nn.Sequential(encoder, *blocks, nnx.Linear(16, 10, rngs=rngs))
+    >>> model = nn.from_nnx(build)
+    >>> params = model.init(jax.random.key(0))
+    >>> x = jax.numpy.ones((28, 4, 1))
+    >>> state, logits = model.apply(params, model.initial_state(4), x, None, None)
+    >>> logits.shape
+    (28, 4, 10)
+
+  References:
+    Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu and De, "Resurrecting Recurrent
+    Neural Networks for Long Sequences", ICML 2023.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    *,
+    state_features: int | None = None,
+    r_min: float = 0.0,
+    r_max: float = 1.0,
+    max_phase: float = 2 * math.pi,
+    implementation: str = 'custom_vjp',
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(in_features, hidden_features, param_dtype, rngs, implementation)
+    inputs = self.in_features
+    hidden = self.hidden_features
+    size = hidden
+    if state_features is not None:
+      size = check_size('state_features', state_features)
+    self.state_features = size
+    r_min = check_number('r_min', r_min, 0, 1, 'in [0, 1]')
+    r_max = check_number('r_max', r_max, 0, 1, 'in [0, 1]')
+    if r_min >= r_max:
+      raise ValueError(f'expected 0 <= r_min < r_max <= 1, got {r_min=}, {r_max=}.')
+    max_phase = check_number(
+      'max_phase', max_phase, FLOAT32_TINY, 2 * math.pi, 'in (0, 2π]'
+    )
+    nu_log, theta_log, gamma_log = _draw_ring(rngs, size, r_min, r_max, max_phase)
+    self.nu_log = nnx.Param(nu_log.astype(param_dtype))
+    self.theta_log = nnx.Param(theta_log.astype(param_dtype))
+    self.gamma_log = nnx.Param(gamma_log.astype(param_dtype))
+
+    def normal(scale: float, *shape: int) -> nnx.Param[Any]:
+      draw = jax.nn.initializers.normal(scale)
+      return nnx.Param(draw(rngs.params(), shape, param_dtype))
+
+    self.b_re = normal((2 * inputs) ** -0.5, inputs, size)
+    self.b_im = normal((2 * inputs) ** -0.5, inputs, size)
+    self.c_re = normal(size**-0.5, size, hidden)
+    self.c_im = normal(size**-0.5, size, hidden)
+    if inputs == hidden:
+      self.d = normal(1.0, hidden)
+    else:
+      self.d = normal(inputs**-0.5, inputs, hidden)
+
+  def initial_state(self, batch_size: int) -> LRUState:
+    """Returns the state before the first step: zeros."""
+    re = self._zeros(batch_size, self.state_features)
+    im = self._zeros(batch_size, self.state_features)
+    return LRUState(re, im)
+
+  def step(self) -> Step:
+    """Returns one time step as a function of (state, x_t)."""
+    lambda_re, lambda_im, b, c = self._matrices()
+    d = self.d[...]
+
+    def step(state: LRUState, x_t: jax.Array) -> tuple[LRUState, jax.Array]:
+      drive_re, drive_im = jnp.split(x_t @ b, 2, axis=-1)
+      re = lambda_re * state.re - lambda_im * state.im + drive_re
+      im = lambda_re * state.im + lambda_im * state.re + drive_im
+      y = jnp.concatenate([re, im], -1) @ c
+      return LRUState(re, im), y + _skip(d, x_t)
+
+    return step
+
+  def __call__(
+    self,
+    state: LRUState,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ) -> tuple[LRUState, jax.Array]:
+    """Runs a window; only the recurrence itself runs step by step.
+
+    Arguments and result are those of :meth:`Recurrent.__call__`.
+    """
+    if self.implementation == 'scan':
+      return super().__call__(state, x, mask, key)
+    x = self._check_call(state, x, mask)
+    lambda_re, lambda_im, b, c = self._matrices()
+    weights = (lambda_re[0], lambda_im[0])
+    state, (re, im) = run_fused(FUSED_CELL, weights, state, x @ b, mask)
+    return state, jnp.concatenate([re, im], -1) @ c + _skip(self.d[...], x)
+
+  def _matrices(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns λ's parts [1, N], the input matrix [D, 2N], the output's [2N, H]."""
+    modulus = jnp.exp(-jnp.exp(self.nu_log[None]))
+    phase = jnp.exp(self.theta_log[None])
+    scale = jnp.tile(jnp.exp(self.gamma_log[None]), 2)
+    b = jnp.concatenate([self.b_re[...], self.b_im[...]], -1) * scale
+    c = jnp.concatenate([self.c_re[...], -self.c_im[...]], 0)
+    return modulus * jnp.cos(phase), modulus * jnp.sin(phase), b, c
+
+
+def _draw_ring(
+  rngs: nnx.Rngs, size: int, r_min: float, r_max: float, max_phase: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Draws λ uniform on a ring of the complex plane.
+
+  Returns:
+    `nu_log`, `theta_log` and `gamma_log`, each [N].
+  """
+  # Neither |λ| = 1 nor |λ| = 0 may be drawn: a logarithm would be infinite.
+  smallest = 2.0**-24
+  area = jax.random.uniform(rngs.params(), (size,), jnp.float32, smallest, 1.0)
+  turn = jax.random.uniform(rngs.params(), (size,), jnp.float32, smallest, 1.0)
+  # 1 - |λ|² is drawn in place of |λ|²: near the unit circle 1 - |λ|² would round to 0.
+  gap = (1 - r_max**2) + area * (r_max**2 - r_min**2)
+  gap = jnp.minimum(gap, 1 - smallest)
+  nu_log = jnp.log(-0.5 * jnp.log1p(-gap))
+  return nu_log, jnp.log(max_phase * turn), 0.5 * jnp.log(gap)
+
+
+def _skip(d: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns the term x D of the output."""
+  if d.ndim == 1:
+    return x * d.reshape(*[1] * (x.ndim - 1), -1)
+  return x @ d

@@ -1,0 +1,203 @@
+"""Long short-term memory."""
+
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from fptt_jax._checks import FLOAT32_MAX
+from fptt_jax.nn._fused import (
+  FusedCell,
+  WindowKernel,
+  affine_gradient,
+  matmul,
+  scale_gates,
+)
+from fptt_jax.nn._initializers import draw_gates
+from fptt_jax.nn._recurrent import Recurrent, Step
+from fptt_jax.nn.kernels import cuda
+
+
+class LSTMState(NamedTuple):
+  """State of :class:`LSTM`.
+
+  The order is torch's; flax's cells carry (c, h).
+
+  Attributes:
+    h: output [B, H].
+    c: memory [B, H].
+  """
+
+  h: jax.Array
+  c: jax.Array
+
+
+def _prepare(axis: int, weights: Any) -> Any:
+  return scale_gates(axis, weights, (0.5, 0.5, 1.0, 0.5))
+
+
+def _forward(
+  axis: int, prepared: Any, state: LSTMState, drive_t: jax.Array
+) -> tuple[LSTMState, tuple[jax.Array, ...]]:
+  """Computes a step and the factors of its Jacobian.
+
+  The factors are, in this order: of dc for i, f and g; of dh for o and for c; of dc
+  for the c of the step before.
+  """
+  h, c = state
+  a = jnp.tanh(drive_t + matmul(axis, prepared[1], h))
+  i, f, g, o = jnp.split(a, 4, axis)
+  d_i, d_f, d_g, d_o = jnp.split(1 - a * a, 4, axis)
+  # σ(z) = (1 + tanh(z/2))/2; see scale_gates.
+  i = 0.5 * i + 0.5
+  f = 0.5 * f + 0.5
+  o = 0.5 * o + 0.5
+  new_c = f * c + i * g
+  t = jnp.tanh(new_c)
+  factors = (
+    0.25 * d_i * g,
+    0.25 * d_f * c,
+    d_g * i,
+    0.25 * d_o * t,
+    o * (1 - t * t),
+    f,
+  )
+  return type(state)(o * t, new_c), factors
+
+
+def _backward(
+  axis: int, weights: Any, factors: tuple[jax.Array, ...], d_state: LSTMState
+) -> tuple[LSTMState, jax.Array]:
+  to_i, to_f, to_g, to_o, to_c, f = factors
+  dh, dc = d_state
+  dc = dc + dh * to_c
+  dz = jnp.concatenate([dc * to_i, dc * to_f, dc * to_g, dh * to_o], axis)
+  return type(d_state)(matmul(axis, weights[1], dz), dc * f), dz
+
+
+def _output(state: LSTMState) -> jax.Array:
+  return state[0]
+
+
+FUSED_CELL = FusedCell(
+  prepare=_prepare,
+  forward=_forward,
+  backward=_backward,
+  weight_gradient=affine_gradient,
+  output=_output,
+  joint=True,
+)
+"""Weights (w_x [D, 4H], w_h [H, 4H], bias [4H]), gates i, f, g, o."""
+
+
+def _cuda_forward(
+  weights: Any, state: LSTMState, drive: jax.Array, mask: jax.Array | None
+) -> tuple[LSTMState, tuple[Any, Any]]:
+  matrices = {'w_h': weights[1]}
+  parts = {'h': state.h, 'c': state.c}
+  end, outputs = cuda.run_forward('LSTM', drive, matrices, parts, mask)
+  return type(state)(*end), outputs
+
+
+def _cuda_backward(
+  weights: Any, factors: Any, dy: jax.Array, mask: jax.Array | None, d_state: LSTMState
+) -> tuple[LSTMState, jax.Array]:
+  steps, batch, size = dy.shape
+  shapes = [(steps, batch, 4 * size), (batch, size), (batch, size)]
+  operands = (*factors, dy, *d_state, weights[1].T)
+  dz, *before = cuda.run_backward('LSTM', shapes, operands, dy, mask)
+  return type(d_state)(*before), dz
+
+
+CUDA_KERNEL = WindowKernel(_cuda_forward, _cuda_backward)
+"""All steps of :data:`FUSED_CELL`, float32, H in `cuda.SIZES`."""
+
+
+class LSTM(Recurrent):
+  r"""Long short-term memory with forget gates, as `torch.nn.LSTM` computes it.
+
+  .. math::
+
+    (i, f, g, o) = x W_x + h W_h + b, \quad c' = \sigma(f) c + \sigma(i) \tanh(g), \quad
+    h' = \sigma(o) \tanh(c')
+
+  Parameters: `w_x` [D, 4H], `w_h` [H, 4H], `bias` [4H], gates in the order i, f, g, o:
+  4H(D + H + 1) numbers. Torch's two biases are one sum here. The state is an
+  :class:`LSTMState`.
+
+  Args:
+    in_features: D.
+    hidden_features: H.
+    init: 'torch' draws all weights uniform in ±1/√H, the bias as the sum of two such.
+      'flax' draws `w_x` LeCun normal and `w_h` orthogonal per gate; the bias is 0.
+    forget_bias: initial bias of the forget gate, in place of `init`'s. 1 gives long
+      memories from the start.
+    implementation: 'custom_vjp', 'scan' or 'cuda'; see
+      :class:`fptt_jax.nn._recurrent.Recurrent`.
+    param_dtype: dtype of parameters and state.
+    rngs: source of the initial parameters.
+
+  Raises:
+    ValueError: an argument is outside its range.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> lstm = nn.LSTM(3, 16, rngs=nnx.Rngs(0))
+    >>> state, y = lstm(lstm.initial_state(4), jnp.ones((28, 4, 3)))
+    >>> y.shape
+    (28, 4, 16)
+
+  References:
+    Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 1997.
+  """
+
+  _cuda_kernel = CUDA_KERNEL
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    *,
+    init: str = 'torch',
+    forget_bias: float | None = None,
+    implementation: str = 'custom_vjp',
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(in_features, hidden_features, param_dtype, rngs, implementation)
+    w_x, w_h, biases = draw_gates(self, init, 4, rngs)
+    bias = biases[0] + biases[1]
+    if forget_bias is not None:
+      accepted = 'a finite number or None'
+      value = self._check_number('forget_bias', forget_bias, -FLOAT32_MAX, accepted)
+      size = self.hidden_features
+      bias = bias.at[size : 2 * size].set(value)
+    self.w_x = nnx.Param(w_x)
+    self.w_h = nnx.Param(w_h)
+    self.bias = nnx.Param(bias)
+
+  def initial_state(self, batch_size: int) -> LSTMState:
+    """Returns the state before the first step: zeros."""
+    h = self._zeros(batch_size, self.hidden_features)
+    c = self._zeros(batch_size, self.hidden_features)
+    return LSTMState(h, c)
+
+  def step(self) -> Step:
+    """Returns one time step as a function of (state, x_t)."""
+    w_x = self.w_x[...]
+    w_h = self.w_h[...]
+    bias = self.bias[None]
+
+    def step(state: LSTMState, x_t: jax.Array) -> tuple[LSTMState, jax.Array]:
+      i, f, g, o = jnp.split(x_t @ w_x + state.h @ w_h + bias, 4, axis=-1)
+      c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
+      h = jax.nn.sigmoid(o) * jnp.tanh(c)
+      return LSTMState(h, c), h
+
+    return step
+
+  def _fused_cell(self) -> tuple[FusedCell, Any]:
+    return FUSED_CELL, (self.w_x[...], self.w_h[...], self.bias[...])
