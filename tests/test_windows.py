@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fptt_jax
-from fptt_jax import windows as windows_lib
+from fptt_jax import _windows as windows_lib
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
 
