@@ -191,3 +191,45 @@ class Trainer(NamedTuple):
   end_epoch: Callable[[TrainState], TrainState]
   predict: Callable[..., Any]
   donate: bool = True
+
+
+class UpdateInputs(NamedTuple):
+  """What the objective of one update depends on besides the parameters.
+
+  Attributes:
+    hidden: [B, ...], hidden state before the update's first window.
+    fresh: bool [B], rows that start from the learned initial state; None for none.
+    batch: The batch of sequences.
+    key: PRNG key of the sequence.
+    loss_state: State of the loss.
+    schedule: Windows int [V], coefficients float [V] and records bool [V]: the windows
+      that the update runs through, their weights, and whether each is new.
+    first_loss_state: State of the loss before the sequence.
+    outputs: [T, B, ...], the model's outputs so far, or None.
+  """
+
+  hidden: Hidden
+  fresh: jax.Array | None
+  batch: Batch
+  key: jax.Array
+  loss_state: LossState
+  schedule: tuple[jax.Array, jax.Array, jax.Array]
+  first_loss_state: LossState
+  outputs: jax.Array | None
+
+
+class UpdateResult(NamedTuple):
+  """What an update's windows compute besides the objective.
+
+  Attributes:
+    hidden: [B, ...], hidden state after the last window.
+    loss_state: State of the loss after the last window. With a `memory` and one window
+      per update, the note that is to be written to it.
+    totals: Metrics of the windows.
+    outputs: [T, B, ...], the model's outputs so far, or None.
+  """
+
+  hidden: Hidden
+  loss_state: LossState
+  totals: MetricSums
+  outputs: jax.Array | None

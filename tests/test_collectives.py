@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from fptt_jax.parallel import _collectives
+from fptt_jax.parallel import _collectives, _placement
 
 N = 4
 MESH = jax.sharding.Mesh(jax.devices('cpu')[:N], ('devices',))
@@ -51,8 +51,8 @@ def assert_equal(got, expected):
 
 
 def test_where_leaves_are_cut():
-  assert _collectives.shard_specs(TREE, MESH) == SPECS
-  assert _collectives.shard_specs(np.ones((0, 3)), MESH) == PartitionSpec()
+  assert _placement.shard_specs(TREE, MESH) == SPECS
+  assert _placement.shard_specs(np.ones((0, 3)), MESH) == PartitionSpec()
 
 
 @pytest.mark.parametrize('joined', [0, 50, 4096])
@@ -60,7 +60,7 @@ def test_shards_are_gathered(monkeypatch, joined):
   """All by themselves, some or all joined: each device has the whole, of the dtypes
   there were.
   """
-  monkeypatch.setattr(_collectives, 'JOINED', joined)
+  monkeypatch.setattr(_collectives, 'MAX_JOINED', joined)
   assert_equal(
     on_devices(
       lambda t: _collectives.gather_shards(t, SPECS, 'devices'),
@@ -76,7 +76,7 @@ def test_shards_of_the_mean(monkeypatch, joined):
   """Device d has the tree times 2^d; what is cut and what is left whole come out as
   their mean over the devices.
   """
-  monkeypatch.setattr(_collectives, 'JOINED', joined)
+  monkeypatch.setattr(_collectives, 'MAX_JOINED', joined)
 
   def run(tree):
     mine = jax.tree.map(
@@ -94,7 +94,7 @@ def test_shards_of_the_mean(monkeypatch, joined):
 def test_placing_keys():
   """A PRNG key is one afterwards."""
   key = jax.random.key(3)
-  placed = _collectives.place(
+  placed = _placement.place(
     {'key': key, 'x': np.ones(4)},
     {'key': PartitionSpec(), 'x': PartitionSpec('devices')},
     MESH,

@@ -279,7 +279,7 @@ def test_shards(monkeypatch):
   and nothing is in the loop over steps. Evaluation gathers before its loop. The large
   array, of 32 x 128 numbers, goes by itself.
   """
-  monkeypatch.setattr(_collectives, 'JOINED', 256)
+  monkeypatch.setattr(_collectives, 'MAX_JOINED', 256)
   trainer, state, batch = clipped_trainer(mesh=mesh_of(8), shard_params=True)
   [window], _ = collectives(trainer.step.lower(state, batch).compile().as_text())
   sizes = {

@@ -16,7 +16,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import losses, nn
-from fptt_jax.training._schedules import METHODS, plan
+from fptt_jax.training._schedules import METHODS, plan_updates
 
 T, B, K, RATE = 7, 4, 3, 0.3
 LENGTHS = np.array([3, 1, 2, 3], np.int32)
@@ -66,7 +66,7 @@ def train_by_loop(
   params = model.init(jax.random.split(jax.random.key(0))[0])
   windows = fptt_jax.make_windows(T, num_windows=1 if method == 'bptt' else K)
   borders = list(zip(windows.starts.tolist(), windows.ends.tolist(), strict=True))
-  updates = plan(METHODS[method], len(borders))
+  updates = plan_updates(METHODS[method], len(borders))
   hidden = carried
   for rows, coefficients in zip(updates.windows, updates.coefficients, strict=True):
 

@@ -43,7 +43,7 @@ def test_plan_of_an_update_a_window(name):
   """U = K updates of one window each, full weight, going on from the hidden state of
   the update before.
   """
-  plan = _schedules.plan(fptt_jax.METHODS[name], 3)
+  plan = _schedules.plan_updates(fptt_jax.METHODS[name], 3)
   np.testing.assert_array_equal(plan.windows, [[0], [1], [2]])
   np.testing.assert_array_equal(plan.coefficients, [[1], [1], [1]])
   np.testing.assert_array_equal(plan.records, [[True], [True], [True]])
@@ -52,7 +52,7 @@ def test_plan_of_an_update_a_window(name):
 
 def test_plan_of_bptt_aux():
   """One update over all windows, on the sum of their losses."""
-  plan = _schedules.plan(fptt_jax.METHODS['bptt_aux'], 3)
+  plan = _schedules.plan_updates(fptt_jax.METHODS['bptt_aux'], 3)
   np.testing.assert_array_equal(plan.windows, [[0, 1, 2]])
   np.testing.assert_array_equal(plan.coefficients, [[1, 1, 1]])
   np.testing.assert_array_equal(plan.records, [[True, True, True]])
@@ -62,7 +62,7 @@ def test_plan_of_bptt_aux():
 @pytest.mark.parametrize('name', ['bptt', 'tbptt_final'])
 def test_plan_of_one_update_on_one_window(name):
   """One update, one window."""
-  plan = _schedules.plan(fptt_jax.METHODS[name], 1)
+  plan = _schedules.plan_updates(fptt_jax.METHODS[name], 1)
   np.testing.assert_array_equal(plan.windows, [[0]])
   np.testing.assert_array_equal(plan.coefficients, [[1]])
   np.testing.assert_array_equal(plan.records, [[True]])
@@ -72,7 +72,7 @@ def test_plan_of_ftrl():
   """The u-th update runs from the start with the mean of the first u+1 losses and
   records the newest window alone.
   """
-  plan = _schedules.plan(fptt_jax.METHODS['ftrl'], 3)
+  plan = _schedules.plan_updates(fptt_jax.METHODS['ftrl'], 3)
   np.testing.assert_array_equal(plan.windows, [[0, 1, 2]] * 3)
   np.testing.assert_allclose(
     plan.coefficients, [[1, 0, 0], [1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-7
@@ -87,7 +87,9 @@ def test_plan_of_ftrl():
 @given(st.integers(1, 60))
 def test_ftrl_coefficients_are_means(num_windows):
   """Row u weighs windows 0..u equally, sums to 1, and gives later windows nothing."""
-  coefficients = _schedules.plan(fptt_jax.METHODS['ftrl'], num_windows).coefficients
+  coefficients = _schedules.plan_updates(
+    fptt_jax.METHODS['ftrl'], num_windows
+  ).coefficients
   np.testing.assert_allclose(coefficients.sum(1), 1, rtol=1e-6)
   for u, row in enumerate(coefficients):
     assert (row[: u + 1] == row[0]).all()
@@ -102,7 +104,7 @@ def test_each_window_is_recorded_exactly_once_and_when_it_counts(name, num_windo
   once. WindowPlan run in order in every update, so that each starts from the hidden
   state of the one before; a recorded window has a weight in its update's objective.
   """
-  plan = _schedules.plan(fptt_jax.METHODS[name], num_windows)
+  plan = _schedules.plan_updates(fptt_jax.METHODS[name], num_windows)
   assert plan.windows.shape == plan.coefficients.shape == plan.records.shape
   np.testing.assert_array_equal(
     np.sort(plan.windows[plan.records]), np.arange(num_windows)

@@ -13,8 +13,8 @@ from fptt_jax._batch import (
 )
 from fptt_jax._checks import check_flag, shapes
 from fptt_jax.losses import Loss
-from fptt_jax.parallel._collectives import batch_specs, named
 from fptt_jax.parallel._devices import one_axis
+from fptt_jax.parallel._placement import batch_specs, named
 
 
 def make_global_batch(

@@ -1,7 +1,6 @@
-"""Where the arrays of a train step lie on a mesh of devices, and the collective
-operations between them.
+"""Collective operations over the devices of a mesh with one axis.
 
-A mesh has one axis, of n devices, which may belong to several processes.
+The mesh has n devices, which may belong to several processes.
 """
 
 from collections.abc import Callable
@@ -10,175 +9,151 @@ from typing import Any
 import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
-from fptt_jax._dtypes import at_least_float32
+from fptt_jax._dtypes import widen
 
-JOINED = 4096
-"""Gradients of at most so many numbers are joined for the mean over devices."""
-
-
-def named(specs: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Specs as shardings on the mesh."""
-  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
-
-def place(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Puts a tree on the mesh; of several processes each has to give the same. Keys go as
-  their data: JAX takes only that there.
-  """
-  is_key = lambda x: (
-    isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-  )
-  placed = jax.device_put(
-    jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree),
-    named(specs, mesh),
-  )
-  return jax.tree.map(
-    lambda x, p: (
-      jax.random.wrap_key_data(p, impl=jax.random.key_impl(x)) if is_key(x) else p
-    ),
-    tree,
-    placed,
-  )
-
-
-def batch_specs(batch: Any, axis: str | None, terminal: bool) -> Any:
-  """How a `fptt_jax.Batch` is split by rows; targets are [B, ...] for terminal tasks,
-  else [T, B, ...] where their shape allows.
-  """
-  rows: Any = PartitionSpec(axis)
-  columns: Any = PartitionSpec(None, axis)
-  num_steps_and_rows = jnp.shape(jax.tree.leaves(batch.inputs)[0])[:2]
-  time_major = lambda x: not terminal and jnp.shape(x)[:2] == num_steps_and_rows
-  targets = jax.tree.map(lambda x: columns if time_major(x) else rows, batch.targets)
-  return batch._replace(
-    inputs=jax.tree.map(lambda _: columns, batch.inputs),
-    targets=targets,
-    lengths=None if batch.lengths is None else rows,
-    mask=None if batch.mask is None else columns,
-  )
-
-
-def shard_specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Each leaf cut along its first axis that n divides, so that shards are contiguous;
-  whole on each device where there is none.
-
-  Leaves of one shape are cut alike: what an optimizer keeps for each parameter lies
-    where the parameter does.
-  """
-
-  def spec(leaf: Any) -> PartitionSpec:
-    fits = [length > 0 and length % mesh.size == 0 for length in jnp.shape(leaf)]
-    return (
-      PartitionSpec(*[None] * fits.index(True), mesh.axis_names[0])
-      if any(fits)
-      else PartitionSpec()
-    )
-
-  return jax.tree.map(spec, tree)
+MAX_JOINED = 4096
+"""Largest array, in numbers, that is joined with others for a collective operation."""
 
 
 def gather_shards(tree: Any, specs: Any, axis: str) -> Any:
-  """The whole of a tree of which each device has its shards; small arrays are
-  joined.
-  """
-
-  def together(shards: list[jax.Array]) -> list[jax.Array]:
-    joined, unravel = ravel_pytree(shards)
-    return [
-      shard.reshape(-1, *shard.shape[2:])
-      for shard in jax.vmap(unravel)(jax.lax.all_gather(joined, axis))
-    ]  # [n, d/n, ...]
-
-  return _of_shards(
-    tree,
-    specs,
-    together,
-    lambda leaf, cut: jax.lax.all_gather(leaf, axis, axis=cut, tiled=True),
-  )
-
-
-def mean_over_devices(tree: Any, specs: Any, axis: str | None) -> Any:
-  """The mean of all devices' trees; of leaves that are cut each device gets its shard.
-
-  For each operand of a collective operation the devices meet, so small arrays are
-  joined; to join large ones costs a CPU more than that. What is left whole takes one
-  operation, with an operand for each large array.
+  """Return the whole of a tree of which each device has its shards.
 
   Args:
-    tree: a device's own.
-    specs: how the mean lies on the devices, or a prefix of it.
-    axis: the mesh's; None for one device.
+    tree: One device's shards.
+    specs: Partition specs of the leaves, or a prefix of them.
+    axis: Name of the mesh axis.
   """
-  if axis is None:
-    return tree
-  # A sum of finite float16 numbers may be infinite: the mean is taken in float32.
+
+  def gather_small(shards: list[jax.Array]) -> list[jax.Array]:
+    joined, unravel = ravel_pytree(shards)
+    gathered = jax.vmap(unravel)(jax.lax.all_gather(joined, axis))  # [n, d/n, ...]
+    return [shard.reshape(-1, *shard.shape[2:]) for shard in gathered]
+
+  def gather_large(shard: jax.Array, cut: int) -> jax.Array:
+    return jax.lax.all_gather(shard, axis, axis=cut, tiled=True)
+
+  return _map_shards(tree, specs, gather_small, gather_large)
+
+
+def mean_over_devices(tree: Any, specs: Any, axis: str) -> Any:
+  """Return the mean of all devices' trees, or each device's shard of it.
+
+  The devices meet once per operand of a collective operation, so that small arrays are
+  joined. Joining large arrays costs a CPU more than it saves. All replicated leaves
+  take one operation, with one operand per large array.
+
+  Args:
+    tree: One device's tree.
+    specs: Partition specs of the mean's leaves, or a prefix of them. A device gets its
+      shard of each leaf that is cut.
+    axis: Name of the mesh axis.
+  """
   leaves, structure = jax.tree.flatten(tree)
   dtypes = [leaf.dtype for leaf in leaves]
-  leaves = [leaf.astype(at_least_float32(leaf.dtype)) for leaf in leaves]
-  whole = [number for number, cut in enumerate(_cuts(tree, specs)) if cut is None]
-  small = [number for number in whole if leaves[number].size <= JOINED]
-  large = [number for number in whole if leaves[number].size > JOINED]
-  joined, unravel = ravel_pytree([leaves[number] for number in small])
-  joined, means = jax.lax.pmean((joined, [leaves[number] for number in large]), axis)
-  for number, mean in zip(small + large, unravel(joined) + means, strict=True):
-    leaves[number] = mean
+  # The sum of finite float16 numbers may be infinite.
+  leaves = [widen(leaf) for leaf in leaves]
+  leaves = _mean_of_replicated(leaves, _cuts(tree, specs), axis)
   n = jax.lax.axis_size(axis)
 
-  def together(leaves: list[jax.Array]) -> list[jax.Array]:
-    parts = [leaf.reshape(n, -1, *leaf.shape[1:]) for leaf in leaves]  # [n, d/n, ...]
+  def scatter_small(leaves: list[jax.Array]) -> list[jax.Array]:
+    # The cut axes are in front: [n, d/n, ...].
+    parts = [leaf.reshape(n, -1, *leaf.shape[1:]) for leaf in leaves]
     rows = jax.vmap(lambda part: ravel_pytree(part)[0])(parts)
-    return ravel_pytree([part[0] for part in parts])[1](
-      jax.lax.psum_scatter(rows, axis) / n
-    )
+    _, unravel = ravel_pytree([part[0] for part in parts])
+    shards: list[jax.Array] = unravel(jax.lax.psum_scatter(rows, axis) / n)
+    return shards
 
-  alone = lambda leaf, cut: (
-    jax.lax.psum_scatter(leaf, axis, scatter_dimension=cut, tiled=True) / n
+  def scatter_large(leaf: jax.Array, cut: int) -> jax.Array:
+    return jax.lax.psum_scatter(leaf, axis, scatter_dimension=cut, tiled=True) / n
+
+  means = _map_shards(
+    jax.tree.unflatten(structure, leaves), specs, scatter_small, scatter_large
   )
-  means = jax.tree.leaves(
-    _of_shards(jax.tree.unflatten(structure, leaves), specs, together, alone)
+  leaves = [
+    mean.astype(dtype)
+    for mean, dtype in zip(jax.tree.leaves(means), dtypes, strict=True)
+  ]
+  return jax.tree.unflatten(structure, leaves)
+
+
+def _mean_of_replicated(
+  leaves: list[jax.Array], cuts: list[int | None], axis: str
+) -> list[jax.Array]:
+  """Replace the leaves that are not cut by their means over the devices."""
+  whole = [number for number, cut in enumerate(cuts) if cut is None]
+  small = [number for number in whole if leaves[number].size <= MAX_JOINED]
+  large = [number for number in whole if leaves[number].size > MAX_JOINED]
+  joined, unravel = ravel_pytree([leaves[number] for number in small])
+  joined, large_means = jax.lax.pmean(
+    (joined, [leaves[number] for number in large]), axis
   )
-  return jax.tree.unflatten(
-    structure, [mean.astype(dtype) for mean, dtype in zip(means, dtypes, strict=True)]
-  )
+  leaves = list(leaves)
+  for number, mean in zip(small + large, unravel(joined) + large_means, strict=True):
+    leaves[number] = mean
+  return leaves
 
 
 def sum_over_devices(tree: Any, axis: str | None) -> Any:
-  """The sum of all devices' trees."""
+  """Return the sum of all devices' trees; the tree itself without an axis."""
   return tree if axis is None else jax.lax.psum(tree, axis)
 
 
+def max_over_devices(x: jax.Array, axis: str | None) -> jax.Array:
+  """Return the largest of all devices' numbers; `x` itself without an axis."""
+  return x if axis is None else jax.lax.pmax(x, axis)
+
+
+def any_over_devices(flags: jax.Array, axis: str | None) -> jax.Array:
+  """Return whether flags are set on any device; the flags themselves without an axis."""
+  return flags if axis is None else jax.lax.pmax(flags.astype(jnp.int32), axis) > 0
+
+
+def all_over_devices(flags: jax.Array, axis: str | None) -> jax.Array:
+  """Return whether flags are set on all devices; the flags themselves without an axis."""
+  return flags if axis is None else jax.lax.pmin(flags.astype(jnp.int32), axis) > 0
+
+
+def fold_device(key: jax.Array, axis: str | None) -> jax.Array:
+  """Fold the device's number into a PRNG key; return the key itself without an axis."""
+  return key if axis is None else jax.random.fold_in(key, jax.lax.axis_index(axis))
+
+
 def _cuts(tree: Any, specs: Any) -> list[int | None]:
-  """The axis along which each leaf is cut, None for those left whole."""
+  """Return the axis along which each leaf is cut; None for replicated leaves."""
   return [
     len(spec) - 1 if spec else None
     for spec in jax.tree.leaves(jax.tree.broadcast(specs, tree))
   ]
 
 
-def _of_shards(
+def _map_shards(
   tree: Any,
   specs: Any,
-  together: Callable[[list[jax.Array]], list[jax.Array]],
-  alone: Callable[[jax.Array, int], jax.Array],
+  small_leaves: Callable[[list[jax.Array]], list[jax.Array]],
+  large_leaf: Callable[[jax.Array, int], jax.Array],
 ) -> Any:
-  """Changes the leaves that are cut: small ones `together`, their axes of the cut in
-  front, each large one `alone` (leaf, axis).
+  """Map the leaves of a tree that are cut.
+
+  Args:
+    tree: Tree of arrays.
+    specs: Partition specs of the leaves, or a prefix of them.
+    small_leaves: Maps all small leaves together, their cut axes moved to the front.
+    large_leaf: Maps one large leaf, given the axis along which it is cut.
   """
   leaves, structure = jax.tree.flatten(tree)
   cuts = {
     number: cut for number, cut in enumerate(_cuts(tree, specs)) if cut is not None
   }
-  small = [number for number in cuts if leaves[number].size <= JOINED]
-  changed = (
-    together([jnp.moveaxis(leaves[number], cuts[number], 0) for number in small])
-    if small
-    else []
-  )
+  small = [number for number in cuts if leaves[number].size <= MAX_JOINED]
+  changed: list[jax.Array] = []
+  if small:
+    changed = small_leaves(
+      [jnp.moveaxis(leaves[number], cuts[number], 0) for number in small]
+    )
   for number, cut in cuts.items():
     if number not in small:
-      leaves[number] = alone(leaves[number], cut)
+      leaves[number] = large_leaf(leaves[number], cut)
   for number, leaf in zip(small, changed, strict=True):
     leaves[number] = jnp.moveaxis(leaf, 0, cuts[number])
   return jax.tree.unflatten(structure, leaves)

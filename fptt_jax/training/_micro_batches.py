@@ -14,6 +14,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fptt_jax._types import Model
+
+
+def split_model(model: Model, parts: int) -> Model:
+  """Return a model that runs the rows of a window in equal parts.
+
+  Args:
+    model: The model.
+    parts: Number of parts; 1 returns the model as it is.
+  """
+  if parts == 1:
+    return model
+  apply_last = model.apply_last
+  if apply_last is not None:
+    apply_last = in_micro_batches(apply_last, parts)
+  split = model.split
+  if split is not None:
+    split = split._replace(features=in_micro_batches(split.features, parts))
+  apply = in_micro_batches(model.apply, parts)
+  return model._replace(apply=apply, apply_last=apply_last, split=split)
+
 
 def in_micro_batches(function: Callable[..., Any], parts: int) -> Callable[..., Any]:
   """Makes a model's `apply`, `apply_last` or `split.features` run over equal parts of

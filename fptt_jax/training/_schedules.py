@@ -81,7 +81,7 @@ METHODS: dict[str, Method] = {
 """Every method of the paper by name."""
 
 
-class Plan(NamedTuple):
+class UpdatePlan(NamedTuple):
   """Which windows each of the U updates of a sequence looks at (V windows each), as
   constant arrays.
 
@@ -101,20 +101,20 @@ class Plan(NamedTuple):
   restarts: bool
 
 
-def plan(method: Method, num_windows: int) -> Plan:
+def plan_updates(method: Method, num_windows: int) -> UpdatePlan:
   """Lays out the updates of one sequence of `num_windows` = K windows."""
   each = np.arange(num_windows, dtype=np.int32)
   if not method.update_each_window:
-    return Plan(
+    return UpdatePlan(
       each[None, :], np.ones((1, num_windows)), np.ones((1, num_windows), bool), True
     )
   if not method.whole_gradient:
-    return Plan(
+    return UpdatePlan(
       each[:, None], np.ones((num_windows, 1)), np.ones((num_windows, 1), bool), False
     )
   seen = each[None, :] <= each[:, None]
   coefficients = seen / (each[:, None] + 1)
-  return Plan(
+  return UpdatePlan(
     np.broadcast_to(each, (num_windows, num_windows)),
     coefficients,
     np.eye(num_windows, dtype=bool),

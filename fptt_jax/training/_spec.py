@@ -1,0 +1,281 @@
+"""The options of one trainer, validated once and passed on as one object."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fptt_jax._checks import (
+  FLOAT32_MAX,
+  INT32_MAX,
+  as_number,
+  check_callable,
+  check_flag,
+  check_integer,
+  check_size,
+)
+from fptt_jax._types import FeaturesAndReadout, Model
+from fptt_jax._windows import WindowPlan, make_windows
+from fptt_jax.losses import Loss
+from fptt_jax.training._micro_batches import split_model
+from fptt_jax.training._schedules import METHODS, Method
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+  """Resolved options of a trainer. The inner functions take it as first argument.
+
+  Attributes:
+    model: Model as evaluation runs it.
+    training_model: Model as training runs it: in micro-batches, where asked for.
+    loss: Loss of a window.
+    optimizer: Optax transformation that accepts extra arguments.
+    method: Training method.
+    method_name: Its name in `METHODS`, or 'custom'.
+    num_windows: K, or None.
+    window_size: Size S of the longest window, or None.
+    truncation_steps: Steps that 'tbptt_final' differentiates, or None.
+    carry_hidden: Whether a batch continues the sequences of the previous one.
+    loss_weights: float [K], weights of the windows' losses, or None.
+    inner_steps: Gradient steps per window.
+    skip_nonfinite: Whether updates with non-finite numbers are left out.
+    readout_chunk: Steps per chunk of the readout, or None.
+    return_outputs: Whether a step returns the model's outputs.
+    micro_batches: Parts that a window's rows are run in.
+    axis: Name of the mesh axis that is bound where the model runs, or None.
+  """
+
+  model: Model
+  training_model: Model
+  loss: Loss
+  optimizer: optax.GradientTransformationExtraArgs
+  method: Method
+  method_name: str
+  num_windows: int | None = None
+  window_size: int | None = None
+  truncation_steps: int | None = None
+  carry_hidden: bool = False
+  loss_weights: np.ndarray | None = None
+  inner_steps: int = 1
+  skip_nonfinite: bool = False
+  readout_chunk: int | None = None
+  return_outputs: bool = False
+  micro_batches: int = 1
+  axis: str | None = None
+
+  def plan_windows(self, num_steps: int) -> WindowPlan:
+    """Cut a sequence into the method's windows.
+
+    Args:
+      num_steps: T.
+
+    Returns:
+      The K windows. The only window of 'tbptt_final' is the last
+      `truncation_steps` steps.
+
+    Raises:
+      ValueError: `num_steps` is too short for the options.
+    """
+    windows = self._windows_of_method(num_steps)
+    weights = self.loss_weights
+    if weights is not None and len(weights) != windows.num_windows:
+      raise ValueError(
+        f'loss_weights must have one factor for each of the K={windows.num_windows} '
+        f'windows, got {len(weights)}.'
+      )
+    return windows
+
+  def _windows_of_method(self, num_steps: int) -> WindowPlan:
+    steps = self.truncation_steps
+    if steps is not None:
+      if steps > num_steps:
+        raise ValueError(
+          f'truncation_steps must be at most the sequence length T={num_steps}, got '
+          f'{steps}.'
+        )
+      return make_windows(steps, num_windows=1).shifted(num_steps - steps)
+    fixed = self.method.num_windows
+    if fixed == 'T':
+      return make_windows(num_steps, num_windows=num_steps)
+    if fixed is not None:
+      return make_windows(num_steps, num_windows=int(fixed))
+    return make_windows(
+      num_steps, num_windows=self.num_windows, window_size=self.window_size
+    )
+
+  def window_weights(self, num_windows: int) -> jax.Array:
+    """Return the weights of the windows' losses, float [K]; 1 by default."""
+    if self.loss_weights is None:
+      return jnp.asarray(np.ones(num_windows))
+    return jnp.asarray(self.loss_weights)
+
+
+def resolve_spec(
+  model: Model,
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  method: str | Method,
+  options: dict[str, Any],
+) -> StepSpec:
+  """Validate the options of a trainer.
+
+  Args:
+    model: Model to train.
+    loss: Loss of a window.
+    optimizer: Optax transformation.
+    method: Name in `METHODS`, or a `Method`.
+    options: The fields of :class:`StepSpec` that are plain options, as given.
+
+  Returns:
+    The options, resolved.
+
+  Raises:
+    ValueError: An option is out of range, or options contradict each other.
+    TypeError: `model`, `loss` or `optimizer` is of another type.
+  """
+  _check_types(model, loss, optimizer)
+  name, method = _find_method(method)
+  for flag in ('carry_hidden', 'skip_nonfinite', 'return_outputs'):
+    check_flag(flag, options[flag])
+  for size in ('inner_steps', 'micro_batches'):
+    options[size] = check_size(size, options[size])
+  for size in ('num_windows', 'window_size', 'truncation_steps', 'readout_chunk'):
+    if options[size] is not None:
+      options[size] = check_size(size, options[size])
+  _check_method_options(name, method, options)
+  _check_readout(model, loss, options)
+  options['loss_weights'] = _finite_weights(options['loss_weights'])
+  if isinstance(optimizer, optax.MultiSteps):
+    # It is not a transformation, and its own conversion drops extra arguments.
+    optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+  return StepSpec(
+    model=model,
+    training_model=split_model(model, options['micro_batches']),
+    loss=loss,
+    optimizer=optax.with_extra_args_support(optimizer),
+    method=method,
+    method_name=name,
+    **options,
+  )
+
+
+def _find_method(method: str | Method) -> tuple[str, Method]:
+  """Return the name and the settings of a method."""
+  if isinstance(method, Method):
+    return 'custom', _check_custom_method(method)
+  if isinstance(method, str) and method in METHODS:
+    return method, METHODS[method]
+  raise ValueError(
+    f'method must be one of {list(METHODS)} or a Method, got {method!r}.'
+  )
+
+
+def _check_custom_method(method: Method) -> Method:
+  for flag in ('regularized', 'update_each_window', 'whole_gradient', 'truncated'):
+    check_flag(f'method.{flag}', getattr(method, flag))
+  windows = method.num_windows
+  if windows is None or (isinstance(windows, str) and windows == 'T'):
+    return method
+  accepted = "an integer >= 1, 'T' or None"
+  windows = check_integer('method.num_windows', windows, 1, INT32_MAX, accepted)
+  return method._replace(num_windows=windows)
+
+
+def _check_method_options(name: str, method: Method, options: dict[str, Any]) -> None:
+  """Raise a ValueError unless the windows' options fit each other and the method."""
+  num_windows = options['num_windows']
+  window_size = options['window_size']
+  if num_windows is not None and window_size is not None:
+    raise ValueError(
+      f'give num_windows or window_size, not both: got num_windows={num_windows} and '
+      f'window_size={window_size}.'
+    )
+  if method.num_windows is not None:
+    for option in ('num_windows', 'window_size'):
+      if options[option] is not None:
+        raise ValueError(
+          f'method {name!r} fixes K={method.num_windows}: leave out {option}, got '
+          f'{option}={options[option]}.'
+        )
+  truncation_steps = options['truncation_steps']
+  if method.truncated != (truncation_steps is not None):
+    raise ValueError(
+      "truncation_steps goes with the method 'tbptt_final': got "
+      f'truncation_steps={truncation_steps} and method {name!r}.'
+    )
+
+
+def _check_readout(model: Model, loss: Loss, options: dict[str, Any]) -> None:
+  """Raise a ValueError unless `readout_chunk` fits model, loss and other options."""
+  chunk = options['readout_chunk']
+  if chunk is None:
+    return
+  if model.split is None:
+    raise ValueError(
+      f'readout_chunk={chunk} needs a model that has a split, got model.split=None.'
+    )
+  if loss.per_step is None:
+    raise ValueError(
+      f'readout_chunk={chunk} needs a loss that has a per_step, got loss.per_step=None.'
+    )
+  if options['return_outputs']:
+    raise ValueError(
+      f'return_outputs=True excludes readout_chunk, got readout_chunk={chunk}.'
+    )
+
+
+def _finite_weights(loss_weights: Any) -> np.ndarray | None:
+  """Return the weights of the windows' losses as float64 [K]."""
+  if loss_weights is None:
+    return None
+  is_array = isinstance(loss_weights, np.ndarray | jax.Array) and loss_weights.ndim == 1
+  is_text = isinstance(loss_weights, str | bytes | bytearray)
+  is_list = isinstance(loss_weights, Sequence) and not is_text
+  weights = []
+  if is_array or is_list:
+    weights = [as_number(weight) for weight in loss_weights]
+  finite = []
+  for weight in weights:
+    if weight is not None and abs(weight) <= FLOAT32_MAX:
+      finite.append(weight)
+  if not finite or len(finite) < len(weights):
+    raise ValueError(f'loss_weights must be K finite numbers, got {loss_weights!r}.')
+  return np.array(finite)
+
+
+def _check_types(
+  model: Model, loss: Loss, optimizer: optax.GradientTransformation
+) -> None:
+  """Raise a TypeError for the usual mistakes: a module, a function, a class."""
+  if not isinstance(model, Model):
+    raise TypeError(
+      'model must be a fptt_jax.Model, as fptt_jax.nn.from_nnx makes one, got '
+      f'{type(model).__name__}.'
+    )
+  if not isinstance(loss, Loss):
+    raise TypeError(
+      'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for '
+      f'your own), got {loss!r}.'
+    )
+  if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
+    raise TypeError(
+      f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.'
+    )
+  if model.split is not None and not isinstance(model.split, FeaturesAndReadout):
+    raise TypeError(
+      f'model.split must be a fptt_jax.FeaturesAndReadout or None, got {model.split!r}.'
+    )
+  for name in ('init', 'initial_state', 'apply'):
+    check_callable(f'model.{name}', getattr(model, name))
+  for name in ('learned_initial_state', 'apply_last'):
+    if getattr(model, name) is not None:
+      check_callable(f'model.{name}', getattr(model, name))
+  for name in ('init', 'apply', 'measure', 'end_epoch', 'check'):
+    check_callable(f'loss.{name}', getattr(loss, name))
+  for name in ('per_step', 'valid'):
+    if getattr(loss, name) is not None:
+      check_callable(f'loss.{name}', getattr(loss, name))
