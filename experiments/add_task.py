@@ -16,7 +16,6 @@ K=11, 1,000 batches. The paper's settings (Figs. 1-3) are --seq_len=200|500|750|
 
 from collections.abc import Callable, Iterable
 import dataclasses
-import math
 from pathlib import Path
 import statistics
 import time
@@ -44,7 +43,7 @@ from experiments.core import (
   report,
   workdir,
 )
-from experiments.core.flags import check, option
+from experiments.core.flags import check, option, redeclare
 from experiments.core.plotting import Curve, Plot
 from experiments.core.population import Population
 from experiments.core.rates import Rates
@@ -82,78 +81,94 @@ PLOT = Plot(
 class Config(recipe.Recipe):
   """Settings of the adding problem."""
 
-  method: tuple[str, ...] = option(
+  method: tuple[str, ...] = redeclare(
+    recipe.Recipe,
+    'method',
     ('fptt', 'tbptt', 'bptt'),
     f'methods, one after the other: {", ".join(recipe.METHODS)}',
   )
-  lr: float | None = option(
-    None, "learning rate of all methods; default: each method's own, tuned one"
-  )
-  momentum: float | None = option(
+  lr: float | None = redeclare(
+    recipe.Recipe,
+    'lr',
     None,
-    "decay of the first moment of all methods, adam's b1 or sgd's heavy ball; may be "
-    "negative; default: each method's own, tuned one",
+    "learning rate of all methods; default: each method's own, tuned one",
+  )
+  momentum: float | None = redeclare(
+    recipe.Recipe,
+    'momentum',
+    None,
+    "decay of the first moment of all methods, adam's b1 or sgd's heavy ball; may be negative; default: each method's own, tuned one",
   )
   tune: bool = option(
-    False, 'search rate and momentum of each method on draws of another seed, and stop'
+    False,
+    'search rate and momentum of each method on draws of another seed, and stop',
+    group='training',
   )
-  alpha: float = option(0.1, 'strength of the tie of W to its summary')
-  clip: float = option(1.0, 'largest global norm of the gradient; 0 does not clip')
-  seq_len: int = option(120, 'T, steps of a sequence')
-  hidden: int = option(128, 'H, LSTM units')
-  batch_size: int = option(128, 'B, fresh sequences a batch')
-  batches: int = option(1000, 'training batches; each gives K updates, or one')
-  forget_bias: float = option(1.0, "initial bias of the LSTM's forget gate")
+  alpha: float = redeclare(recipe.Recipe, 'alpha', 0.1)
+  clip: float = redeclare(recipe.Recipe, 'clip', 1.0)
+  seq_len: int = option(120, 'T, steps of a sequence', within='[2, inf)', group='task')
+  hidden: int = option(128, 'H, LSTM units', within='[1, inf)', group='model')
+  batch_size: int = option(
+    128, 'B, fresh sequences a batch', within='[1, inf)', group='training'
+  )
+  batches: int = option(
+    1000,
+    'training batches; each gives K updates, or one',
+    within='[1, inf)',
+    group='training',
+  )
+  forget_bias: float = option(
+    1.0, "initial bias of the LSTM's forget gate", within='(-inf, inf)', group='model'
+  )
   decay: bool = option(
     True,
     'decay the learning rate to 0 over the run along a half cosine (False: constant, '
     'as in the paper)',
+    group='optimizer',
   )
-  test_size: int = option(1024, 'sequences of the test set, drawn independently')
+  test_size: int = option(
+    1024,
+    'sequences of the test set, drawn independently',
+    within='[1, inf)',
+    group='task',
+  )
   eval_every: int = option(
-    50, 'batches between evaluations, which are also checkpoints'
+    50,
+    'batches between evaluations, which are also checkpoints',
+    within='[1, inf)',
+    group='training',
   )
   workdir: str = option(
     '',
     'folder of the run; default runs/add_task-TIME. The same command and folder resume '
     'a run',
+    group='run',
   )
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    check(
-      math.isfinite(self.forget_bias),
-      'forget_bias',
-      self.forget_bias,
-      'a finite number',
-    )
-    for name in ('hidden', 'batch_size', 'batches', 'test_size', 'eval_every'):
-      check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
-    check(
-      self.seq_len >= 2, 'seq_len', self.seq_len, 'at least 2 (a marker in each half)'
-    )
     self.check_length(self.seq_len)
     self._check_tuning()
 
   def _check_tuning(self) -> None:
-    """Raises if --tune is given with what it chooses, or if its seed is reported on."""
-    for name, unset in (
-      ('lr', None),
-      ('momentum', None),
-      ('grid', ()),
-      ('seeds', (0,)),
-    ):
+    """Validates --tune and the seed that tuning has used.
+
+    Raises:
+      ValueError: a setting that --tune chooses is given, or a run would report on the
+        draws that the rates were chosen on.
+    """
+    chosen = {'lr': None, 'momentum': None, 'grid': (), 'seeds': (0,)}
+    for name, unset in chosen.items():
       value = getattr(self, name)
       check(not self.tune or value == unset, name, value, 'left out with --tune')
+    is_tunable = not self.tune or self.optimizer == 'adam'
+    check(is_tunable, 'optimizer', self.optimizer, "'adam' with --tune")
     check(
-      not self.tune or self.optimizer == 'adam',
-      'optimizer',
-      self.optimizer,
-      "'adam' with --tune",
-    )
-    expected = f'without {rates.SEED}, on whose draws the rates were chosen, or give --lr and --momentum'
-    check(
-      rates.SEED not in self.seeds or not self.missing, 'seeds', self.seeds, expected
+      rates.SEED not in self.seeds or not self.missing,
+      'seeds',
+      self.seeds,
+      f'without {rates.SEED}, on whose draws the rates were chosen, or give --lr and '
+      '--momentum',
     )
 
   @property

@@ -8,7 +8,6 @@ classified after its last step. The defaults are the authors' release's: LSTM 12
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from experiments.core import (
   report,
   workdir,
 )
-from experiments.core.flags import check, option
+from experiments.core.flags import check, option, redeclare
 from experiments.core.plotting import Plot
 from experiments.core.schedule import Member, train_all
 from experiments.data import Examples, Splits
@@ -51,6 +50,7 @@ class Config(loop.EpochRecipe):
     'mnist',
     "'mnist', 'permuted' (MNIST), 'cifar10', or 'arrays': the .npz given as data_dir",
     ('mnist', 'permuted', 'cifar10', 'arrays'),
+    group='task',
   )
   data_dir: str = option(
     '',
@@ -58,87 +58,90 @@ class Config(loop.EpochRecipe):
     'test_images, uint8 [N, height, width, '
     'channels], and train_labels and test_labels, int32 [N], from 0; default a '
     'prepared copy or a download',
+    group='task',
   )
   host_data: bool = option(
     False,
     "keep the images in the host's memory, hand them over chunk by chunk: for more "
     'than a device holds',
+    group='task',
   )
   row: bool = option(
     False,
     'a row of the image a step instead of a pixel: quick, and another task than the '
     'paper has',
+    group='task',
   )
-  permutation_seed: int = option(0, "draws the fixed order of steps of 'permuted'")
-  train_size: int = option(0, 'use only so many training images; 0 for all')
-  valid_size: int = option(5000, 'training images held out to validate on')
-  cell: str = option('lstm', 'recurrent layer', tuple(cells.CELLS))
-  hidden: int = option(128, 'H, units of a recurrent layer')
-  layers: int = option(1, 'recurrent layers')
-  forget_bias: float = option(1.0, "initial bias of the LSTM's forget gate")
+  permutation_seed: int = option(
+    0, "draws the fixed order of steps of 'permuted'", within='[0, inf)', group='task'
+  )
+  train_size: int = option(
+    0, 'use only so many training images; 0 for all', within='[0, inf)', group='task'
+  )
+  valid_size: int = option(
+    5000, 'training images held out to validate on', within='[1, inf)', group='task'
+  )
+  cell: str = option('lstm', 'recurrent layer', tuple(cells.CELLS), group='model')
+  hidden: int = option(
+    128, 'H, units of a recurrent layer', within='[1, inf)', group='model'
+  )
+  layers: int = option(1, 'recurrent layers', within='[1, 100]', group='model')
+  forget_bias: float = option(
+    1.0, "initial bias of the LSTM's forget gate", within='(-inf, inf)', group='model'
+  )
   readout_hidden: int = option(
-    0, 'units of a hidden layer (relu) in the readout; 0 for a linear readout'
+    0,
+    'units of a hidden layer (relu) in the readout; 0 for a linear readout',
+    within='[0, inf)',
+    group='model',
   )
-  dropout: float = option(0.0, 'on the outputs of the last recurrent layer')
+  dropout: float = option(
+    0.0, 'on the outputs of the last recurrent layer', within='[0, 1)', group='model'
+  )
   divergence: str = option(
     'class_ema',
     'what Q of the divergence term is',
     ('class_ema', 'last_epoch', 'example', 'uniform', 'none'),
+    group='model',
   )
   reconstruction: float = option(
     0.0,
     "weight of r-LSTM's auxiliary loss, which reconstructs inputs before a random "
     'step; 0 is none',
+    within='[0, inf)',
+    group='model',
   )
-  reconstruction_segment: int = option(0, 'steps to reconstruct; default T/10')
-  num_windows: int | None = option(
-    10, 'K, updates a sequence, for methods that do not fix it'
+  reconstruction_segment: int = option(
+    0, 'steps to reconstruct; default T/10', within='[0, inf)', group='model'
   )
-  alpha: float = option(0.1, 'strength of the tie of W to its summary')
-  clip: float = option(1.0, 'largest global norm of the gradient; 0 does not clip')
-  batch_size: int = option(128, 'B')
-  epochs: int = option(200, 'passes over the training images')
-  milestones: tuple[int, ...] = option(
-    (50, 75, 90), 'epochs after which the learning rate is divided by milestone_factor'
+  num_windows: int | None = redeclare(
+    loop.EpochRecipe,
+    'num_windows',
+    10,
+    'K, updates a sequence, for methods that do not fix it',
   )
+  alpha: float = redeclare(loop.EpochRecipe, 'alpha', 0.1)
+  clip: float = redeclare(loop.EpochRecipe, 'clip', 1.0)
+  batch_size: int = option(128, 'B', within='[1, inf)', group='training')
+  epochs: int = redeclare(
+    loop.EpochRecipe, 'epochs', 200, 'passes over the training images'
+  )
+  milestones: tuple[int, ...] = redeclare(loop.EpochRecipe, 'milestones', (50, 75, 90))
   workdir: str = option(
     '',
     'folder of the run; default runs/images-TIME. The same command and folder resume a '
     'run',
+    group='run',
   )
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    check(
-      math.isfinite(self.forget_bias),
-      'forget_bias',
-      self.forget_bias,
-      'a finite number',
-    )
-    for name in ('hidden', 'layers', 'batch_size', 'valid_size'):
-      check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
-    check(
-      self.layers <= 100, 'layers', self.layers, 'at most 100: they are written out'
-    )
-    for name in (
-      'permutation_seed',
-      'train_size',
-      'readout_hidden',
-      'reconstruction_segment',
-    ):
-      check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
+    # One step cannot be reconstructed from the steps before it.
     check(
       self.reconstruction_segment != 1,
       'reconstruction_segment',
       self.reconstruction_segment,
       '0 or at least 2',
-    )
-    check(0 <= self.dropout < 1, 'dropout', self.dropout, 'in [0, 1)')
-    check(
-      0 <= self.reconstruction < math.inf,
-      'reconstruction',
-      self.reconstruction,
-      'a finite number >= 0',
     )
     check(
       self.task != 'arrays' or self.data_dir.endswith('.npz'),

@@ -50,7 +50,7 @@ from experiments.core import (
   trained,
   workdir,
 )
-from experiments.core.flags import check, option
+from experiments.core.flags import check, option, redeclare
 from experiments.core.plotting import Plot
 from experiments.core.schedule import Member, train_all
 from experiments.data import Text, streams
@@ -137,7 +137,9 @@ whose 620 units make the paper's 22 million parameters."""
 class Config(loop.EpochRecipe):
   """Settings of a language model."""
 
-  task: str = option('ptb300', 'text and defaults, see above', tuple(SOURCES))
+  task: str = option(
+    'ptb300', 'text and defaults, see above', tuple(SOURCES), group='task'
+  )
   data_dir: str = option(
     '',
     'folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt (or .gz); or a .npz with '
@@ -145,135 +147,177 @@ class Config(loop.EpochRecipe):
     'int32 [N], from 0, and the tokens vocabulary, str [V]; or, with --task=text or '
     'text_c, one text file, split '
     'in order 90 / 5 / 5 %; default a download of Penn Treebank',
+    group='task',
   )
   train_tokens: int = option(
-    0, 'use only so many tokens of the training text; 0 for all'
+    0,
+    'use only so many tokens of the training text; 0 for all',
+    within='[0, inf)',
+    group='task',
   )
-  num_windows: int | None = option(
-    6, 'K, updates a sequence, for methods that do not fix it'
+  num_windows: int | None = redeclare(
+    loop.EpochRecipe,
+    'num_windows',
+    6,
+    'K, updates a sequence, for methods that do not fix it',
   )
-  kappa: float = option(2.0, 'scale of the quadratic term')
-  optimizer: str = option('sgd', 'base optimizer', ('adam', 'sgd'))
-  lr: float = option(2.0, 'learning rate')
-  momentum: float | None = option(
+  kappa: float = redeclare(loop.EpochRecipe, 'kappa', 2.0)
+  optimizer: str = redeclare(loop.EpochRecipe, 'optimizer', 'sgd')
+  lr: float = redeclare(loop.EpochRecipe, 'lr', 2.0)
+  momentum: float | None = redeclare(
+    loop.EpochRecipe,
+    'momentum',
     0.9,
-    "decay of the first moment: b1 of 'adam', heavy-ball momentum of 'sgd'. May be "
-    'negative',
+    "decay of the first moment: b1 of 'adam', heavy-ball momentum of 'sgd'. May be negative",
   )
-  epochs: int = option(100, 'passes over the training text')
-  plateau_factor: float = option(
-    4.0,
-    'divides the learning rate after an epoch without a better validation score; 1 '
-    'does not',
+  epochs: int = redeclare(
+    loop.EpochRecipe, 'epochs', 100, 'passes over the training text'
   )
-  min_lr: float = option(1e-3, 'stop when the learning rate has fallen below this')
-  seq_len: int = option(300, 'T, tokens of a sequence')
+  plateau_factor: float = redeclare(loop.EpochRecipe, 'plateau_factor', 4.0)
+  min_lr: float = redeclare(loop.EpochRecipe, 'min_lr', 0.001)
+  seq_len: int = option(300, 'T, tokens of a sequence', within='[1, inf)', group='task')
   random_lengths: bool = option(
     False,
     'draw lengths near T, sometimes T/2, the learning rate in proportion (AWD-LSTM)',
+    group='task',
   )
-  batch_size: int = option(128, 'B, parallel streams of training text')
-  embedding: int = option(256, 'size of the token vectors')
-  cell: str = option('lstm', 'recurrent layer', tuple(cells.CELLS))
-  hidden: int = option(256, 'H, units of a recurrent layer')
-  layers: int = option(1, 'recurrent layers')
-  last_hidden: int = option(0, 'units of the last one; default H')
-  tied: bool = option(False, 'the readout shares the token vectors')
-  experts: int = option(0, 'softmaxes that the readout mixes; 0 for one plain softmax')
+  batch_size: int = option(
+    128, 'B, parallel streams of training text', within='[1, inf)', group='training'
+  )
+  embedding: int = option(
+    256, 'size of the token vectors', within='[1, inf)', group='model'
+  )
+  cell: str = option('lstm', 'recurrent layer', tuple(cells.CELLS), group='model')
+  hidden: int = option(
+    256, 'H, units of a recurrent layer', within='[1, inf)', group='model'
+  )
+  layers: int = option(1, 'recurrent layers', within='[1, 100]', group='model')
+  last_hidden: int = option(
+    0, 'units of the last one; default H', within='[0, inf)', group='model'
+  )
+  tied: bool = option(False, 'the readout shares the token vectors', group='model')
+  experts: int = option(
+    0,
+    'softmaxes that the readout mixes; 0 for one plain softmax',
+    within='[0, inf)',
+    group='model',
+  )
   locked: bool = option(
-    False, 'dropout masks last a window (variational) rather than one step'
+    False,
+    'dropout masks last a window (variational) rather than one step',
+    group='model',
   )
-  dropout: float = option(0.2, 'on the outputs of the last recurrent layer')
-  hidden_dropout: float = option(0.0, 'on the outputs of the others')
-  input_dropout: float = option(0.2, 'on the token vectors')
-  embedding_dropout: float = option(0.0, 'on whole tokens of the vocabulary, a window')
-  latent_dropout: float = option(0.0, "on the mixture's latent vectors")
-  weight_dropout: float = option(0.0, 'on recurrent matrices, a window')
+  dropout: float = option(
+    0.2, 'on the outputs of the last recurrent layer', within='[0, 1)', group='model'
+  )
+  hidden_dropout: float = option(
+    0.0, 'on the outputs of the others', within='[0, 1)', group='model'
+  )
+  input_dropout: float = option(
+    0.2, 'on the token vectors', within='[0, 1)', group='model'
+  )
+  embedding_dropout: float = option(
+    0.0, 'on whole tokens of the vocabulary, a window', within='[0, 1)', group='model'
+  )
+  latent_dropout: float = option(
+    0.0, "on the mixture's latent vectors", within='[0, 1)', group='model'
+  )
+  weight_dropout: float = option(
+    0.0, 'on recurrent matrices, a window', within='[0, 1)', group='model'
+  )
   activation_penalty: float = option(
-    0.0, 'factor of the mean square of the last outputs, dropped out (AR)'
+    0.0,
+    'factor of the mean square of the last outputs, dropped out (AR)',
+    within='[0, inf)',
+    group='model',
   )
   temporal_penalty: float = option(
-    0.0, 'factor of the mean square of their changes from step to step (TAR)'
+    0.0,
+    'factor of the mean square of their changes from step to step (TAR)',
+    within='[0, inf)',
+    group='model',
   )
   dynamic_evaluation: bool = option(
-    False, 'test once more with dynamic evaluation, tuned on the validation text'
+    False,
+    'test once more with dynamic evaluation, tuned on the validation text',
+    group='training',
   )
   dynamic_tokens: int = option(
-    0, 'tokens of the validation text to tune dynamic evaluation on; 0 for all'
+    0,
+    'tokens of the validation text to tune dynamic evaluation on; 0 for all',
+    within='[0, inf)',
+    group='training',
   )
   sample: int = option(
     0,
     'draw so many tokens from the run in --workdir (its best one), instead of training',
+    within='[0, inf)',
+    group='run',
   )
-  prompt: str = option('', 'what the text drawn by --sample begins with')
+  prompt: str = option('', 'what the text drawn by --sample begins with', group='run')
   temperature: float = option(
-    1.0, 'divides the logits of --sample; 0 takes the most probable token each time'
+    1.0,
+    'divides the logits of --sample; 0 takes the most probable token each time',
+    within='[0, inf)',
+    group='run',
   )
-  sample_seed: int = option(0, 'seed of --sample')
+  sample_seed: int = option(0, 'seed of --sample', within='[0, inf)', group='run')
   workdir: str = option(
     '',
     'folder of the run; default runs/language_model-TIME. The same command and folder '
     'resume a run',
+    group='run',
   )
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    check(self.sample >= 0, 'sample', self.sample, 'an integer >= 0')
-    check(
-      self.sample == 0 or bool(self.workdir),
-      'workdir',
-      self.workdir,
-      'the folder of a trained run with --sample',
-    )
-    check(
-      not self.prompt or self.sample > 0, 'prompt', self.prompt, 'given with --sample'
-    )
-    check(
-      0 <= self.temperature < math.inf,
-      'temperature',
-      self.temperature,
-      'a finite number >= 0',
-    )
-    check(self.sample_seed >= 0, 'sample_seed', self.sample_seed, 'an integer >= 0')
-    given = bool(self.data_dir or self.sample) or not self.task.startswith('text')
-    check(given, 'data_dir', self.data_dir, f'given with --task={self.task!r}')
+    self._check_data()
+    self._check_layers()
     check(
       'tbptt_final' not in self.method,
       'method',
       self.method,
       'without tbptt_final, which takes no padded last sequence',
     )
-    for name in ('seq_len', 'batch_size', 'embedding', 'hidden', 'layers'):
-      check(getattr(self, name) >= 1, name, getattr(self, name), 'at least 1')
     check(
-      self.layers <= 100, 'layers', self.layers, 'at most 100: they are written out'
+      self.population <= 1 or not self.random_lengths,
+      'population',
+      self.population,
+      '0 or 1 with --random_lengths, whose batches differ from run to run',
     )
-    for name in ('train_tokens', 'last_hidden', 'experts', 'dynamic_tokens'):
-      check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
-    for name in (
-      'dropout',
-      'hidden_dropout',
-      'input_dropout',
-      'embedding_dropout',
-      'latent_dropout',
-      'weight_dropout',
-    ):
-      check(0 <= getattr(self, name) < 1, name, getattr(self, name), 'in [0, 1)')
-    for name in ('activation_penalty', 'temporal_penalty'):
-      check(
-        0 <= getattr(self, name) < math.inf,
-        name,
-        getattr(self, name),
-        'a finite number >= 0',
-      )
-    dropped = self.weight_dropout == 0 or self.cell in cells.WITH_W_H
+    self.check_length(self.padded_len)
+
+  def _check_data(self) -> None:
+    """Validates settings of the text and of --sample that depend on each other.
+
+    Raises:
+      ValueError: a setting is missing, or has no effect without another one.
+    """
     check(
-      dropped,
+      self.sample == 0 or bool(self.workdir),
+      'workdir',
+      self.workdir,
+      'the folder of a trained run with --sample',
+    )
+    is_used = not self.prompt or self.sample > 0
+    check(is_used, 'prompt', self.prompt, 'given with --sample')
+    is_known = not self.task.startswith('text') or bool(self.data_dir or self.sample)
+    check(is_known, 'data_dir', self.data_dir, f'given with --task={self.task!r}')
+
+  def _check_layers(self) -> None:
+    """Validates settings of the layers that depend on each other.
+
+    Raises:
+      ValueError: the layers do not fit together.
+    """
+    check(
+      self.weight_dropout == 0 or self.cell in cells.WITH_W_H,
       'weight_dropout',
       self.weight_dropout,
       f'0 with --cell={self.cell}, which is not {", ".join(cells.WITH_W_H)}',
     )
     last = self.last_hidden or self.hidden
+    # A mixture of softmaxes projects to the embedding size by itself.
     fits = not self.tied or self.experts > 0 or last == self.embedding
     check(
       fits,
@@ -282,14 +326,6 @@ class Config(loop.EpochRecipe):
       f'the embedding size {self.embedding} with --tied and without --experts',
     )
     check(self.tied or not self.experts, 'experts', self.experts, '0 without --tied')
-    together = self.population > 1 and self.random_lengths
-    check(
-      not together,
-      'population',
-      self.population,
-      '0 or 1 with --random_lengths, whose batches differ from run to run',
-    )
-    self.check_length(self.padded_len)
 
   @property
   def padded_len(self) -> int:

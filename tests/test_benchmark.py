@@ -231,7 +231,5 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
 
 
 def test_unknown_cases_are_refused():
-  with pytest.raises(
-    ValueError, match=r"--cases must be out of M28, .*, got \('M29',\)"
-  ):
+  with pytest.raises(ValueError, match=r"--cases must be .*, got 'M29'"):
     settings.Config(cases=('M29',))

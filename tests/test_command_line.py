@@ -1,8 +1,10 @@
 """The command line: what is wrong with it is said in one line, with what was meant."""
 
+import dataclasses
 import io
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 from typing import Any
@@ -93,6 +95,33 @@ def test_the_other_scripts_say_it_too(
 ) -> None:
   """The flags are their own."""
   assert '--grid=kappa=1:2' in refusal(config_class, monkeypatch, '--kappa=1,2')
+
+
+@pytest.mark.usefixtures('values')
+@pytest.mark.parametrize(
+  'config_class', [add_task.Config, images.Config, language_model.Config]
+)
+def test_help_lists_every_flag_once_in_its_group(
+  config_class: Any,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  """The scripts' flags are six lists; each line fits a page of 88 columns."""
+  argv = ['script.py', '--help']
+  monkeypatch.setattr(sys, 'argv', argv)
+  monkeypatch.setattr(
+    flags.app, 'run', lambda main, flags_parser: main(flags_parser(argv))
+  )
+  with pytest.raises(SystemExit) as caught:
+    flags.run(lambda config: None, config_class)
+  assert caught.value.code == 0
+  shown = capsys.readouterr().out
+  headers = re.findall(r'^(\w+) flags:$', shown, re.MULTILINE)
+  assert headers == ['Task', 'Model', 'Optimizer', 'Training', 'Run', 'Devices']
+  listed = re.findall(r'^  --(\w+)=', shown, re.MULTILINE)
+  names = [field.name for field in dataclasses.fields(config_class)]
+  assert sorted(listed) == sorted(names)
+  assert all(len(line) <= 88 or ' ' not in line.strip() for line in shown.splitlines())
 
 
 def test_letters_that_a_terminal_lacks_are_escaped(

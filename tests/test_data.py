@@ -885,9 +885,7 @@ def test_the_command_writes_arrays(
         dataset='mnist', data_dir=str(folder), output=str(tmp_path / 'no' / 'x.npz')
       )
     )
-  with pytest.raises(
-    ValueError, match=r"--output must be a file name ending in \.npz, got ''"
-  ):
+  with pytest.raises(ValueError, match=r"--output must be .*, got ''"):
     __main__.Config()
 
 

@@ -2,7 +2,7 @@
 declared in one place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import difflib
 import io
@@ -12,17 +12,18 @@ from pathlib import Path
 import re
 import shlex
 import sys
+import textwrap
 import threading
 import time
 import traceback
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 import jax
+import numpy as np
 
 from experiments.core import signals
 import fptt_jax
-from fptt_jax._checks import FLOAT32_MAX, FLOAT32_TINY, INT32_MAX, as_number
 
 # The flags belong to the script that defines them, so that its --help shows them.
 flags.disclaim_key_flags()
@@ -42,15 +43,109 @@ MAX_RUNS = 10_000
 """So many seeds or combinations of a grid are no slip of the pen."""
 
 
+INT32_MAX = 2**31 - 1
+HELP_FLAGS = ('--help', '-help', '-h', '--helpshort', '--helpfull')
+"""Words on the command line that print the help text."""
+
+
 class UserError(Exception):
   """Something the user can put right: printed as one line, without a traceback."""
 
 
-def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-  """A dataclass field that is also a flag. A tuple as default makes a comma-separated
-  list.
+GROUPS = ('task', 'model', 'optimizer', 'training', 'run', 'devices', 'settings')
+"""Groups of flags, in the order in which --help lists them."""
+
+
+class Interval(NamedTuple):
+  """A range of numbers that a setting accepts.
+
+  Attributes:
+    low: lower end.
+    high: upper end.
+    includes_low: whether the lower end is accepted.
+    includes_high: whether the upper end is accepted.
   """
-  return dataclasses.field(default=default, metadata={'help': text, 'choices': choices})
+
+  low: float
+  high: float
+  includes_low: bool
+  includes_high: bool
+
+  def __contains__(self, value: float) -> bool:
+    """Returns whether a number is in the range; NaN never is."""
+    above = self.low <= value if self.includes_low else self.low < value
+    below = value <= self.high if self.includes_high else value < self.high
+    return above and below
+
+  def describe(self, is_integer: bool) -> str:
+    """Returns the range in words, for error messages."""
+    if self.low == -math.inf:
+      return 'a finite number'
+    if self.high == math.inf:
+      kind = 'an integer' if is_integer else 'a finite number'
+      return f'{kind} {">=" if self.includes_low else ">"} {self.low:g}'
+    start = '[' if self.includes_low else '('
+    end = ']' if self.includes_high else ')'
+    return f'in {start}{self.low:g}, {self.high:g}{end}'
+
+
+def _interval(text: str) -> Interval:
+  """Parses an interval such as '[0, 1)' or '(0, inf)'."""
+  low, high = (float(end) for end in text[1:-1].split(','))
+  return Interval(low, high, text[0] == '[', text[-1] == ']')
+
+
+def option(
+  default: Any,
+  text: str,
+  choices: Iterable[str] | None = None,
+  *,
+  within: str | None = None,
+  group: str = 'settings',
+) -> Any:
+  """Declares a dataclass field that is also a flag.
+
+  Args:
+    default: the default value, which also decides the type. A tuple makes a
+      comma-separated list of different values; it must not be given empty unless the
+      default is.
+    text: help text.
+    choices: accepted values, of each item of a list; None accepts all.
+    within: range that a number, or each number of a list, must lie in, such as
+      '[0, 1)' or '(0, inf)'.
+    group: group of the flag in --help, one of `GROUPS`.
+
+  Returns:
+    A dataclass field.
+  """
+  metadata = {
+    'help': text,
+    'choices': None if choices is None else tuple(choices),
+    'within': None if within is None else _interval(within),
+    'group': group,
+  }
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def redeclare(
+  config_class: Any, name: str, default: Any, text: str | None = None
+) -> Any:
+  """Declares a field of a base class again, with another default.
+
+  Args:
+    config_class: the dataclass that declares the field.
+    name: name of the field.
+    default: the new default.
+    text: new help text; None keeps the old one.
+
+  Returns:
+    A dataclass field with the same choices, range and group.
+  """
+  fields = {field.name: field for field in dataclasses.fields(config_class)}
+  metadata = dict(fields[name].metadata)
+  if text is not None:
+    metadata['help'] = text
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def dated_folder(config: Any) -> str:
@@ -154,6 +249,10 @@ def _parse_flags(argv: list[str], config_class: Any) -> list[str]:
   Raises:
     SystemExit: a flag is unknown, or its value is not one that it can have.
   """
+  if any(word in HELP_FLAGS for word in argv[1:]):
+    # absl lists the flags of one module in alphabetical order, and exits with 1.
+    print(_help_text(config_class))
+    raise SystemExit(0)
   try:
     remaining: list[str] = flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
@@ -290,15 +389,16 @@ def print_error(text: str) -> None:
 
 
 def _define(field: Any) -> None:
-  text, choices, default = (
-    field.metadata['help'],
-    field.metadata['choices'],
-    field.default,
-  )
+  """Defines the flag of a field, in the field's group."""
+  text = field.metadata['help']
+  choices = field.metadata['choices']
+  default = field.default
+  group = field.metadata['group']
   if isinstance(default, tuple):
-    flags.DEFINE_list(field.name, [str(value) for value in default], text)
+    values = [str(value) for value in default]
+    flags.DEFINE_list(field.name, values, text, module_name=group)
   elif choices:
-    flags.DEFINE_enum(field.name, default, list(choices), text)
+    flags.DEFINE_enum(field.name, default, list(choices), text, module_name=group)
   else:
     define = {
       bool: flags.DEFINE_bool,
@@ -306,7 +406,47 @@ def _define(field: Any) -> None:
       float: flags.DEFINE_float,
       str: flags.DEFINE_string,
     }
-    define[_kind(field)](field.name, default, text)
+    define[_kind(field)](field.name, default, text, module_name=group)
+
+
+def _help_text(config_class: Any) -> str:
+  """Returns the script's description, and its flags with their defaults by group."""
+  about = sys.modules[config_class.__module__].__doc__ or ''
+  main_module = sys.modules['__main__']
+  spec = getattr(main_module, '__spec__', None)
+  if spec is not None and spec.name.startswith('experiments.'):
+    # The configuration of a package is declared beside its __main__.
+    about = main_module.__doc__ or about
+  sections = [about.strip()]
+  for group in GROUPS:
+    fields = [
+      field
+      for field in dataclasses.fields(config_class)
+      if field.metadata['group'] == group
+    ]
+    if fields:
+      lines = '\n'.join(_flag_help(field) for field in fields)
+      sections.append(f'{group.capitalize()} flags:\n{lines}')
+  return '\n\n'.join(sections)
+
+
+def _flag_help(field: Any) -> str:
+  """Returns a flag with its default and its help text, wrapped."""
+  default = field.default
+  if isinstance(default, tuple):
+    default = ','.join(map(str, default))
+  elif isinstance(default, bool):
+    default = str(default).lower()
+  flag = f'  --{field.name}={"" if default is None else default}'
+  text = field.metadata['help']
+  choices = field.metadata['choices']
+  if choices and not all(choice in text for choice in choices):
+    text = f'{text}: {", ".join(choices)}'
+  indent = ' ' * 30
+  wrapped = textwrap.fill(text, 88, initial_indent=indent, subsequent_indent=indent)
+  if len(flag) < len(indent):
+    return flag.ljust(len(indent)) + wrapped.lstrip()
+  return f'{flag}\n{wrapped}'
 
 
 def _kind(field: Any) -> type:
@@ -339,52 +479,68 @@ def _read(field: Any, value: Any) -> Any:
 
 
 def check_fields(config: Any) -> None:
-  """Raises unless each setting is what its flag can be: of its type, one of its
-  choices, and a number that 32 bits hold.
+  """Validates each setting on its own: type, choices and range.
+
+  Args:
+    config: a dataclass instance of :func:`option` fields.
+
+  Raises:
+    ValueError: a value has the wrong type, is not a choice or is out of range, or a
+      list is empty or repeats a value.
   """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if isinstance(field.default, tuple):
-      kind = int if 'int' in str(field.type) else str
       check(isinstance(value, tuple), field.name, value, 'a tuple')
+      is_missing = bool(field.default) and not value
+      check(not is_missing, field.name, value, 'a list of at least one value')
       for item in value:
-        _check_field(field, kind, item)
+        _check_item(field, int if 'int' in str(field.type) else str, item)
+      is_distinct = len(set(value)) == len(value)
+      check(is_distinct, field.name, value, 'values different from each other')
     elif value is not None or 'None' not in str(field.type):
-      _check_field(field, _kind(field), value)
+      _check_item(field, _kind(field), value)
 
 
-def _check_field(field: Any, kind: type, value: Any) -> None:
+def _check_item(field: Any, kind: type, value: Any) -> None:
+  """Validates one value of a field.
+
+  Args:
+    field: the dataclass field.
+    kind: the type that the value must have.
+    value: the value, or one item of a list.
+
+  Raises:
+    ValueError: the value is not accepted.
+  """
   choices = field.metadata['choices']
+  within = field.metadata['within']
   if choices:
-    check(
-      isinstance(value, str) and value in choices,
-      field.name,
-      value,
-      f'one of {", ".join(choices)}',
-    )
-  elif kind is int:
+    is_choice = isinstance(value, str) and value in choices
+    check(is_choice, field.name, value, f'one of {", ".join(choices)}')
+    return
+  if kind is int:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
-    check(
-      is_integer and abs(value) <= INT32_MAX,
-      field.name,
-      value,
-      f'an integer of at most {INT32_MAX}',
-    )
+    fits = is_integer and abs(value) <= INT32_MAX
+    check(fits, field.name, value, f'an integer of at most {INT32_MAX}')
   elif kind is float:
-    number = as_number(value)
-    held = number is not None and (
-      number == 0
-      or not math.isfinite(number)
-      or FLOAT32_TINY <= abs(number) <= FLOAT32_MAX
-    )
-    check(held, field.name, value, 'a number that float32 holds')
+    check(_fits_float32(value), field.name, value, 'a number that float32 holds')
   else:
-    check(
-      isinstance(value, kind),
-      field.name,
-      value,
-      {bool: 'true or false', str: 'a text'}[kind],
-    )
+    expected = {bool: 'true or false', str: 'a text'}[kind]
+    check(isinstance(value, kind), field.name, value, expected)
+  if within is not None:
+    check(value in within, field.name, value, within.describe(kind is int))
+
+
+def _fits_float32(value: Any) -> bool:
+  """Returns whether a value is a number that neither underflows nor overflows."""
+  if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    return False
+  # Infinity and NaN are left to the range, whose message is plainer.
+  if value == 0 or not math.isfinite(value):
+    return True
+  limits = np.finfo(np.float32)
+  return bool(limits.tiny <= abs(value) <= limits.max)
 
 
 def check(condition: bool, name: str, got: Any, expected: str) -> None:

@@ -5,7 +5,6 @@ validation, one look at the test split.
 from collections.abc import Callable, Collection, Iterator
 import dataclasses
 import functools
-import math
 import operator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,57 +26,62 @@ import fptt_jax
 class EpochRecipe(recipe.Recipe):
   """How the epochs of a run go."""
 
-  epochs: int = option(25, 'passes over the training split')
+  epochs: int = option(
+    25, 'passes over the training split', within='[1, inf)', group='training'
+  )
   evaluate_test: bool = option(
     True,
     'look at the test split in the end; --evaluate_test=false while settings are still being chosen',
+    group='training',
   )
   plateau_factor: float = option(
     1.0,
     'divides the learning rate after an epoch without a better validation score; 1 '
     'does not',
+    within='[1, inf)',
+    group='optimizer',
   )
   milestones: tuple[int, ...] = option(
-    (), 'epochs after which the learning rate is divided by milestone_factor'
+    (),
+    'epochs after which the learning rate is divided by milestone_factor',
+    within='[1, inf)',
+    group='optimizer',
   )
-  milestone_factor: float = option(10.0, 'see milestones')
+  milestone_factor: float = option(
+    10.0, 'see milestones', within='[1, inf)', group='optimizer'
+  )
   decay: bool = option(
     False,
     'decay the learning rate to 0 over all epochs along a half cosine, update by '
     'update',
+    group='optimizer',
   )
-  min_lr: float = option(0.0, 'stop when the learning rate has fallen below this')
+  min_lr: float = option(
+    0.0,
+    'stop when the learning rate has fallen below this',
+    within='[0, inf)',
+    group='optimizer',
+  )
   average_after: int = option(
     0,
     'n of non-monotonically triggered averaging of the weights (NT-ASGD); 0 does not '
     'average',
+    within='[0, inf)',
+    group='optimizer',
   )
   restart_each_epoch: bool = option(
     False,
     'restart the recursion at each epoch: W := its summary, lambda := 0 (fptt only)',
+    group='optimizer',
   )
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    check(self.epochs >= 1, 'epochs', self.epochs, 'at least 1')
-    for name in ('plateau_factor', 'milestone_factor'):
-      check(
-        1 <= getattr(self, name) < math.inf,
-        name,
-        getattr(self, name),
-        'a finite number >= 1',
-      )
     check(
-      min(self.milestones, default=1) >= 1, 'milestones', self.milestones, 'epochs >= 1'
-    )
-    check(
-      0 <= self.min_lr <= self.lr,
+      self.lr is None or self.min_lr <= self.lr,
       'min_lr',
       self.min_lr,
-      f'from 0 to the learning rate, {self.lr:g}',
-    )
-    check(
-      self.average_after >= 0, 'average_after', self.average_after, 'an integer >= 0'
+      f'at most the learning rate, {self.lr}',
     )
 
 

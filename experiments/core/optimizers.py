@@ -6,7 +6,7 @@ import warnings
 import jax
 import optax
 
-from experiments.core.recipe import HYPERPARAMETERS, REGULARIZER, Recipe, regularize
+from experiments.core.recipe import HYPERPARAMETERS, REGULARIZER, Recipe
 import fptt_jax
 
 
@@ -64,7 +64,7 @@ def make_optimizer(
     clipping, rest = base(learning_rate, momentum, clip)
     if recipe.clip_regularizer:
       return regularize(recipe, optax.chain(clipping, rest), alpha, beta, kappa)
-    return optax.chain(clipping, regularize(recipe, rest, alpha, beta, kappa))
+    return optax.chain(clipping(recipe, rest, alpha, beta, kappa))
 
   return optax.inject_hyperparams(fptt if regularized else plain)(
     **hyperparameters(recipe, method)
@@ -84,6 +84,27 @@ def hyperparameters(recipe: Recipe, method: str) -> dict[str, float]:
     for name in names
   }
   return {HYPERPARAMETERS[name]: value for name, value in values.items()}
+
+
+def regularize(
+  recipe: Recipe,
+  base: optax.GradientTransformation,
+  alpha: jax.typing.ArrayLike,
+  beta: jax.typing.ArrayLike,
+  kappa: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+  """FPTT around `base`; the recipe says what is not given."""
+  warmup = optax.linear_schedule(0.1, 1.0, recipe.alpha_warmup)
+  return fptt_jax.fptt(
+    base,
+    alpha=(lambda count: alpha * warmup(count)) if recipe.alpha_warmup else alpha,
+    beta=beta,
+    kappa=kappa,
+    rho=recipe.rho,
+    correction=recipe.correction,
+    gradient_estimate=recipe.gradient_estimate,
+    inner_steps=recipe.inner_steps,
+  )
 
 
 def flat_loss_radius(recipe: Recipe, method: str) -> float | None:

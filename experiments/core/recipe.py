@@ -6,10 +6,6 @@ import dataclasses
 import itertools
 import math
 from typing import ClassVar
-import warnings
-
-import jax
-import optax
 
 from experiments.core.flags import MAX_RUNS, check, check_fields, option
 from experiments.core.loggers import LOGGERS, is_available
@@ -43,183 +39,215 @@ class Recipe:
   """Settings that --grid takes several values of."""
 
   method: tuple[str, ...] = option(
-    ('fptt',), f'methods to train by, one after the other: {", ".join(METHODS)}'
+    ('fptt',),
+    f'methods to train by, one after the other: {", ".join(METHODS)}',
+    choices=METHODS,
+    group='training',
   )
-  seeds: tuple[int, ...] = option((0,), 'seeds, one run each: 0,1,2 or 0:3')
+  seeds: tuple[int, ...] = option(
+    (0,), 'seeds, one run each: 0,1,2 or 0:3', within='[0, inf)', group='run'
+  )
   num_windows: int | None = option(
     None,
     'K, updates a sequence; default round(sqrt(T)), for methods that do not fix it',
+    within='[1, inf)',
+    group='training',
   )
   truncation_steps: int | None = option(
     None,
     "k of method 'tbptt_final': the last steps that are differentiated; default "
     'min(300, T)',
+    within='[1, inf)',
+    group='training',
   )
-  alpha: float = option(0.5, 'strength of the tie of W to its summary')
+  alpha: float = option(
+    0.5, 'strength of the tie of W to its summary', within='(0, inf)', group='optimizer'
+  )
   alpha_warmup: int = option(
     0,
     'windows over which alpha grows linearly from a tenth ("starting small, gradually '
     'increased"); 0 for none',
+    within='[0, inf)',
+    group='optimizer',
   )
-  beta: float = option(0.5, 'mixing of the summary')
-  kappa: float = option(1.0, 'scale of the quadratic term')
-  rho: float = option(0.0, 'fades the linear term')
+  beta: float = option(0.5, 'mixing of the summary', within='(0, 1]', group='optimizer')
+  kappa: float = option(
+    1.0, 'scale of the quadratic term', within='[0, inf)', group='optimizer'
+  )
+  rho: float = option(0.0, 'fades the linear term', within='[0, 1]', group='optimizer')
   correction: str = option(
     'eq6',
     'coefficient of the previous gradient: 1 (Eq. 6) or 1/2 (Eq. 4)',
     ('eq6', 'eq4'),
+    group='optimizer',
   )
   gradient_estimate: str = option(
     'running',
     'estimate of the gradient at the new weights',
     ('running', 'recomputed', 'lagged'),
+    group='optimizer',
   )
-  inner_steps: int = option(1, 'gradient steps a window')
-  optimizer: str = option('adam', 'base optimizer', ('adam', 'sgd'))
-  lr: float = option(1e-3, 'learning rate')
+  inner_steps: int = option(
+    1, 'gradient steps a window', within='[1, inf)', group='optimizer'
+  )
+  optimizer: str = option('adam', 'base optimizer', ('adam', 'sgd'), group='optimizer')
+  lr: float = option(1e-3, 'learning rate', within='(0, inf)', group='optimizer')
   momentum: float | None = option(
     None,
     "decay of the first moment: b1 of 'adam', default 0.9; heavy-ball momentum of "
     "'sgd', default 0. May be negative",
+    within='(-1, 1)',
+    group='optimizer',
   )
   weight_decay: float = option(
-    0.0, 'added to the gradient times the weights, after clipping'
+    0.0,
+    'added to the gradient times the weights, after clipping',
+    within='[0, inf)',
+    group='optimizer',
   )
-  clip: float = option(0.0, 'largest global norm of the gradient; 0 does not clip')
+  clip: float = option(
+    0.0,
+    'largest global norm of the gradient; 0 does not clip',
+    within='[0, inf)',
+    group='optimizer',
+  )
   clip_regularizer: bool = option(
     True,
     'clip loss plus regularizer, as the release does, rather than the loss gradient '
     'alone',
+    group='optimizer',
   )
   on_nonfinite: str = option(
     'stop',
     'what a loss or gradient that is not finite does: end the run, or have its update '
     'skipped',
     ('stop', 'skip'),
+    group='optimizer',
   )
   grid: tuple[str, ...] = option(
     (),
     'values to compare, every combination: lr=1e-3:3e-4,alpha=0.1:0.5, out of '
     f'{", ".join(HYPERPARAMETERS)}',
+    group='run',
   )
   population: int = option(
     0,
     'runs (seeds, grid) trained side by side in one program; 0 chooses: all, on a CPU '
     'one where a batch is better split',
+    within='[0, inf)',
+    group='run',
   )
   devices: int = option(
     0,
     'devices to split a batch or a population over; 0 chooses: all of an '
     "accelerator's, a CPU's cores where that pays, or 1",
+    within='[0, inf)',
+    group='devices',
   )
   steps_per_call: int = option(
     25,
     'batches that run as one compiled program, after which progress shows; 0: all up '
     'to an evaluation',
+    within='[0, inf)',
+    group='run',
   )
   data_parallel: bool = option(
-    False, 'split every batch over all devices, those of other processes included'
+    False,
+    'split every batch over all devices, those of other processes included',
+    group='devices',
   )
   shard_params: bool = option(
     False,
     'split weights and optimizer state over these devices, too, for networks of many '
     'parameters',
+    group='devices',
   )
   coordinator: str = option(
     '',
     'HOST:PORT of the first of several processes; SLURM and TPU hosts tell by '
     'themselves',
+    group='devices',
   )
   num_processes: int | None = option(
-    None, 'how many processes there are; 1: this one alone, whatever started it'
+    None,
+    'how many processes there are; 1: this one alone, whatever started it',
+    within='[1, inf)',
+    group='devices',
   )
-  process_id: int | None = option(None, 'the number of this process, from 0')
+  process_id: int | None = option(
+    None, 'the number of this process, from 0', within='[0, inf)', group='devices'
+  )
   max_to_keep: int = option(
     2,
     'checkpoints to keep of each run, the last ones; each holds the weights of the '
     'best epoch as well',
+    within='[2, inf)',
+    group='run',
   )
   checkpoint_minutes: float = option(
     10.0,
     'minutes after which a run is saved also before its epoch or interval has ended',
+    within='(0, inf]',
+    group='run',
   )
   allow_config_change: bool = option(
-    False, 'go on with the runs in --workdir under other settings than they began with'
+    False,
+    'go on with the runs in --workdir under other settings than they began with',
+    group='run',
   )
   logger: str = option(
-    'none', 'also write curves, within an epoch too, for this program', LOGGERS
+    'none',
+    'also write curves, within an epoch too, for this program',
+    LOGGERS,
+    group='run',
   )
   evaluate_at: str = option(
-    'w', 'evaluate at the weights or at their summary (fptt only)', ('w', 'w_bar')
+    'w',
+    'evaluate at the weights or at their summary (fptt only)',
+    ('w', 'w_bar'),
+    group='training',
   )
 
   def __post_init__(self) -> None:
     check_fields(self)
-    installed = is_available(self.logger)
+    self._check_optimizer()
+    self._check_processes()
+    self.variants()
+
+  def _check_optimizer(self) -> None:
+    """Validates settings of the optimizer and logger that depend on each other.
+
+    Raises:
+      ValueError: two settings exclude each other, or the logger is not installed.
+    """
+    expected = "'none' without tensorboardX: pip install tensorboardX"
+    check(is_available(self.logger), 'logger', self.logger, expected)
+    # The recomputed gradient enters lambda unclipped, so clipping outside the
+    # regularizer would mix clipped and unclipped gradients.
+    is_outside = self.clip > 0 and not self.clip_regularizer
     check(
-      installed,
-      'logger',
-      self.logger,
-      "'none' without tensorboardX: pip install tensorboardX",
+      not is_outside or self.gradient_estimate != 'recomputed',
+      'clip_regularizer',
+      self.clip_regularizer,
+      'true with --gradient_estimate=recomputed, whose lambda is not clipped',
     )
-    check(
-      bool(self.method) and set(self.method) <= set(METHODS),
-      'method',
-      self.method,
-      f'out of {", ".join(METHODS)}',
-    )
-    check(
-      bool(self.seeds) and min(self.seeds, default=-1) >= 0,
-      'seeds',
-      self.seeds,
-      'integers >= 0',
-    )
-    check(
-      self.num_windows is None or self.num_windows >= 1,
-      'num_windows',
-      self.num_windows,
-      'at least 1',
-    )
-    check(
-      len(set(self.method)) == len(self.method),
-      'method',
-      self.method,
-      'named once each',
-    )
-    check(
-      len(set(self.seeds)) == len(self.seeds),
-      'seeds',
-      self.seeds,
-      'different from each other',
-    )
-    check(
-      self.truncation_steps is None or self.truncation_steps >= 1,
-      'truncation_steps',
-      self.truncation_steps,
-      'at least 1',
-    )
-    check(
-      self.lr is None or 0 < self.lr < math.inf, 'lr', self.lr, 'a finite number > 0'
-    )
-    check(-1 < self.first_moment < 1, 'momentum', self.momentum, 'in (-1, 1)')
-    check(
-      0 <= self.weight_decay < math.inf,
-      'weight_decay',
-      self.weight_decay,
-      'a finite number >= 0',
-    )
-    check(self.alpha_warmup >= 0, 'alpha_warmup', self.alpha_warmup, 'an integer >= 0')
+
+  def _check_processes(self) -> None:
+    """Validates settings of devices and processes that depend on each other.
+
+    Raises:
+      ValueError: two settings exclude each other, or one is missing.
+    """
     check(
       not self.shard_params or self.data_parallel,
       'shard_params',
       self.shard_params,
       'false without --data_parallel',
     )
-    together = (self.data_parallel or self.coordinator) and (
-      self.population > 1 or self.devices > 0
-    )
+    is_distributed = self.data_parallel or bool(self.coordinator)
+    is_placed = self.population > 1 or self.devices > 0
     check(
-      not together,
+      not (is_distributed and is_placed),
       'population',
       self.population,
       'not given, nor --devices, with --data_parallel or --coordinator',
@@ -231,54 +259,19 @@ class Recipe:
       self.coordinator,
       'given with --num_processes and --process_id',
     )
+    count = self.num_processes or 1
     check(
-      self.num_processes is None or self.num_processes >= 1,
+      bool(self.coordinator) or count == 1,
       'num_processes',
       self.num_processes,
-      'at least 1',
+      '1 without --coordinator',
     )
-    alone = not self.coordinator and (self.num_processes or 1) > 1
-    check(not alone, 'num_processes', self.num_processes, '1 without --coordinator')
-    inside = 0 <= (self.process_id or 0) < (self.num_processes or 1) or not any(given)
     check(
-      inside,
+      not any(given) or (self.process_id or 0) < count,
       'process_id',
       self.process_id,
-      f'from 0 to {(self.num_processes or 1) - 1}, one less than --num_processes',
+      f'from 0 to {count - 1}, one less than --num_processes',
     )
-    check(
-      self.max_to_keep >= 2,
-      'max_to_keep',
-      self.max_to_keep,
-      'at least 2: runs side by side may have to go back by one',
-    )
-    check(
-      self.checkpoint_minutes > 0,
-      'checkpoint_minutes',
-      self.checkpoint_minutes,
-      'a number > 0',
-    )
-    for name in ('steps_per_call', 'devices', 'population'):
-      check(getattr(self, name) >= 0, name, getattr(self, name), 'an integer >= 0')
-    check(0 <= self.clip < math.inf, 'clip', self.clip, 'a finite number >= 0')
-    inside = (
-      self.clip_regularizer or not self.clip or self.gradient_estimate != 'recomputed'
-    )
-    check(
-      inside,
-      'clip_regularizer',
-      self.clip_regularizer,
-      'true with --gradient_estimate=recomputed, whose lambda is not clipped',
-    )
-    with (
-      warnings.catch_warnings()
-    ):  # Raises on FPTT options of no meaning; warnings come when it is used.
-      warnings.simplefilter('ignore')
-      try:
-        regularize(self, optax.identity(), self.alpha, self.beta, self.kappa)
-      except ValueError as error:
-        raise ValueError(f'--{error}') from error
-    self.variants()
 
   @property
   def first_moment(self) -> float:
@@ -353,27 +346,6 @@ class Recipe:
       self.truncation_steps,
       f'at most T={seq_len}',
     )
-
-
-def regularize(
-  recipe: Recipe,
-  base: optax.GradientTransformation,
-  alpha: jax.typing.ArrayLike,
-  beta: jax.typing.ArrayLike,
-  kappa: jax.typing.ArrayLike,
-) -> optax.GradientTransformationExtraArgs:
-  """FPTT around `base`; the recipe says what is not given."""
-  warmup = optax.linear_schedule(0.1, 1.0, recipe.alpha_warmup)
-  return fptt_jax.fptt(
-    base,
-    alpha=(lambda count: alpha * warmup(count)) if recipe.alpha_warmup else alpha,
-    beta=beta,
-    kappa=kappa,
-    rho=recipe.rho,
-    correction=recipe.correction,
-    gradient_estimate=recipe.gradient_estimate,
-    inner_steps=recipe.inner_steps,
-  )
 
 
 def window_steps(recipe: Recipe, method: str, seq_len: int) -> int:
