@@ -1,9 +1,10 @@
-"""From Flax modules to the pure functions of :class:`fptt_jax.Model`: NNX and Linen
-come in here and nowhere else.
+"""Adapters from Flax modules, NNX and Linen, to the pure functions of `fptt_jax.Model`.
+
+No other file of the library knows the lifecycle of Flax modules.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Self
 import warnings
 
 from flax import linen, nnx
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_dtype, check_like, check_size
+from fptt_jax._checks import check_dtype, check_like
 from fptt_jax._probe import (
   HiddenMemoryError,
   check_new_model,
@@ -20,7 +21,7 @@ from fptt_jax._probe import (
   mark_checked,
 )
 from fptt_jax._types import FeaturesAndReadout, Model
-from fptt_jax.nn._checks import check_batch_size
+from fptt_jax.nn._checks import check_batch_size, check_features_shape
 from fptt_jax.nn._from_cell import as_recurrent
 from fptt_jax.nn._inspection import (
   example_inputs,
@@ -36,102 +37,59 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   """Turns an NNX module into a :class:`fptt_jax.Model`.
 
   Args:
-    build: makes the module from `nnx.Rngs`: `lambda rngs: nn.LSTM(1, 128, rngs=rngs)`.
-      The module runs windows, as those of `fptt_jax.nn` do, or is a per-step cell such
-      as `nnx.GRUCell`, which must tell its `in_features` and own no random streams.
+    build: makes the module from `nnx.Rngs`, such as `lambda rngs: nn.LSTM(1, 128,
+      rngs=rngs)`. The module runs windows, as those of `fptt_jax.nn` do, or is a
+      per-step cell such as `nnx.GRUCell`. A cell needs an attribute `in_features` and
+      must not own random streams.
 
-  Returns: The model; its params are a nested dict of the module's `nnx.Param` values.
-    `init` may be traced (jit, vmap over seeds). If the module's initial state depends
-    on its parameters, the model has a `learned_initial_state`.
+  Returns:
+    The model. Its params are a nested dict of the module's `nnx.Param` values. `init`
+    may be traced (jit, vmap over seeds). If the module's initial state depends on its
+    parameters, the model has a `learned_initial_state`.
 
   Raises:
-    TypeError: `build` is a module rather than a function, the module has no recurrent
-      interface, or keeps state that is neither a parameter nor a random stream (batch
-      statistics, caches): the carry of a train step holds parameters only.
+    TypeError: `build` is a module and not a function; the module is not recurrent; or
+      it keeps state that is neither a parameter nor a random stream, such as batch
+      statistics or caches. A train step carries parameters only.
 
   Example:
     >>> import jax
     >>> from flax import nnx
     >>> from fptt_jax import nn
-    >>> model = nn.from_nnx(lambda rngs: nn.Sequential(nn.LSTM(1, 16, rngs=rngs), nnx.Linear(16, 10, rngs=rngs)))
+    >>> def build(rngs):
+    ...   return nn.Sequential(nn.LSTM(1, 16, rngs=rngs), nnx.Linear(16, 10, rngs=rngs))
+    >>> model = nn.from_nnx(build)
     >>> params = model.init(jax.random.key(0))
-    >>> state, logits = model.apply(params, model.initial_state(4), jax.numpy.ones((28, 4, 1)), None, None)
+    >>> x = jax.numpy.ones((28, 4, 1))
+    >>> state, logits = model.apply(params, model.initial_state(4), x, None, None)
     >>> logits.shape
     (28, 4, 10)
   """
   if isinstance(build, nnx.Module) or not callable(build):
     raise TypeError(
-      'from_nnx takes a function (rngs) -> module, so that init can draw new '
-      f'parameters; got {type(build).__name__}.'
+      'build must be a function (rngs) -> module, so that init can draw new '
+      f'parameters, got {type(build).__name__}.'
     )
-  make = lambda key: as_recurrent(build(nnx.Rngs(key)))
-  graph, abstract_params, streams, constants = _take_apart(make)
+
+  def make(key: jax.Array) -> Any:
+    return as_recurrent(build(nnx.Rngs(key)))
 
   def init(key: jax.Array) -> Any:
     return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
 
-  def start(params: Any, batch_size: int) -> Any:
-    return module(params, None).initial_state(batch_size)
-
-  def initial_state(batch_size: int) -> Any:
-    if not learned:
-      return nnx.merge(graph, abstract_params, streams, constants).initial_state(
-        batch_size
-      )
-    shapes = jax.eval_shape(
-      lambda params: start(params, batch_size), nnx.to_pure_dict(abstract_params)
-    )
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-  def module(params: Any, key: jax.Array | None) -> Any:
-    """The module with these parameters, in evaluation without a key."""
-    weights = jax.tree.map(
-      lambda leaf: leaf, abstract_params
-    )  # A copy: the next line writes into it.
-    nnx.replace_by_pure_dict(weights, params)
-    merged: Any = nnx.merge(graph, weights, _seeded(streams, key), constants)
-    if key is None:
-      merged.eval()
-    else:
-      merged.train()
-    return merged
-
-  def apply(
-    params: Any,
-    state: Any,
-    x: jax.Array,
-    mask: jax.Array | None,
-    key: jax.Array | None,
-    *last: jax.Array | int,
-  ) -> tuple[Any, jax.Array]:
-    merged = module(params, key)
-    if known:
-      result: tuple[Any, jax.Array] = merged(state, x, mask, key, *last)
-      return result
-    before = _arrays(merged)
-    result = merged(state, x, mask, key, *last)
-    _refuse_changes(before, _arrays(merged))
-    return result
-
-  abstract = nnx.merge(graph, abstract_params, streams, constants)
+  parts = _split_module(make)
+  abstract = parts.merge()
   known = is_known(abstract)
-  learned = _reads_params(
-    lambda params: start(params, 1), nnx.to_pure_dict(abstract_params)
-  )
-  model = Model(
-    init, initial_state, apply, learned_initial_state=start if learned else None
-  )
-  _check(model, abstract, known)
+  initial_state, learned_initial_state = _initial_state_functions(parts)
+  apply = _make_apply(parts, known)
+  model = Model(init, initial_state, apply, learned_initial_state=learned_initial_state)
+  _check_model(model, abstract, known)
   if not isinstance(abstract, Sequential):
     return model
   model = model._replace(apply_last=apply)
   if abstract.readout_start == len(abstract.layers):
     return model
-  features = lambda params, state, x, mask, key: module(params, key).features(
-    state, x, mask, key
-  )
-  readout = lambda params, features, key: module(params, key).readout(features, key)
-  return model._replace(split=FeaturesAndReadout(features, readout))
+  return model._replace(split=_split_readout(parts))
 
 
 def from_linen(
@@ -143,20 +101,21 @@ def from_linen(
 
   Args:
     module: follows the protocol of flax's cells: `module(carry, x_t) -> (carry, y_t)`
-      and `initialize_carry(key, input_shape)`. A module of your own with embedding,
-      several cells and a readout inside does as well.
+      and `initialize_carry(key, input_shape)`. It may hold an embedding, several cells
+      and a readout.
     features_shape: shape of one step of one sequence: (D,), or () for tokens.
-    dtype: the inputs' dtype.
+    dtype: dtype of the inputs.
 
-  Returns: The model; its params are the module's 'params' collection. In training the
-    stream 'dropout' is seeded anew each step; in evaluation there is none,
-    `self.has_rng('dropout')` tells a module which it is.
+  Returns:
+    The model. Its params are the module's 'params' collection. In training, the stream
+    'dropout' gets a new key at each step. In evaluation there is none, so
+    `self.has_rng('dropout')` is False.
 
   Raises:
-    TypeError: the module does not follow the protocol, or has collections beside
+    TypeError: the module does not follow the protocol, or has other collections than
       'params'.
-    ValueError: a shape that is none, a dtype that is neither floating point nor
-      integer.
+    ValueError: `features_shape` is not a shape, or `dtype` is neither floating point
+      nor integer.
 
   Example:
     >>> from flax import linen
@@ -164,33 +123,22 @@ def from_linen(
     >>> model = nn.from_linen(linen.OptimizedLSTMCell(16), (1,))
   """
   if not isinstance(module, linen.Module) or not hasattr(module, 'initialize_carry'):
-    kind = (
-      f'the class {module.__name__}'
-      if isinstance(module, type)
-      else type(module).__name__
-    )
+    is_class = isinstance(module, type)
+    got = f'the class {module.__name__}' if is_class else type(module).__name__
     raise TypeError(
-      'from_linen expected a per-step cell with initialize_carry(key, input_shape), '
-      f'got {kind}.'
+      'module must be a per-step cell with initialize_carry(key, input_shape), got '
+      f'{got}.'
     )
-  if not isinstance(features_shape, tuple | list):
-    raise ValueError(
-      'features_shape must be the shape of one step, such as (D,), got '
-      f'{features_shape!r}.'
-    )
-  features_shape = tuple(check_size('features_shape', size) for size in features_shape)
+  features_shape = check_features_shape(features_shape)
   dtype = check_dtype('dtype', dtype, tokens=True)
 
   def initial_state(batch_size: int) -> Any:
-    return module.initialize_carry(
-      jax.random.key(0), (check_batch_size(batch_size), *features_shape)
-    )
+    shape = (check_batch_size(batch_size), *features_shape)
+    return module.initialize_carry(jax.random.key(0), shape)
 
   def init(key: jax.Array) -> Any:
-    variables = module.init(
-      key, initial_state(1), jnp.zeros((1, *features_shape), dtype)
-    )
-    return variables.get('params', {})
+    x = jnp.zeros((1, *features_shape), dtype)
+    return module.init(key, initial_state(1), x).get('params', {})
 
   def apply(
     params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None
@@ -199,60 +147,35 @@ def from_linen(
       state: Any, inputs: tuple[jax.Array, jax.Array | None]
     ) -> tuple[Any, jax.Array]:
       x_t, key_t = inputs
-      result: Any = module.apply(
-        {'params': params},
-        state,
-        x_t,
-        rngs=None if key_t is None else {'dropout': key_t},
-      )
+      rngs = None if key_t is None else {'dropout': key_t}
+      result: Any = module.apply({'params': params}, state, x_t, rngs=rngs)
       return result
 
-    return scan_cell(
-      step, state, (x, None if key is None else jax.random.split(key, x.shape[0])), mask
-    )
+    keys = None if key is None else jax.random.split(key, x.shape[0])
+    return scan_cell(step, state, (x, keys), mask)
 
-  check_state_rows(type(module).__name__, initial_state)
-  _refuse_collections(
-    module, initial_state, jax.ShapeDtypeStruct((1, *features_shape), dtype)
-  )
+  name = type(module).__name__
+  check_state_rows(name, initial_state)
+  x_t = jax.ShapeDtypeStruct((1, *features_shape), dtype)
+  _check_collections(module, initial_state, x_t)
   model = Model(init, initial_state, apply)
-  check_new_model(
-    model, jax.ShapeDtypeStruct((1, 1, *features_shape), dtype), type(module).__name__
-  )
+  check_new_model(model, jax.ShapeDtypeStruct((1, 1, *features_shape), dtype), name)
   return model
 
 
-def _refuse_collections(
-  module: linen.Module, initial_state: Callable[[int], Any], x: jax.ShapeDtypeStruct
-) -> None:
-  """Raises a TypeError if a Linen module has collections beside its parameters."""
-  run = lambda key, x: module.init(key, initial_state(1), x)
-  collections = jax.eval_shape(run, jax.random.key(0), x)
-  others = sorted(set(collections) - {'params'})
-  if not others:
-    return
-  advice = 'Carry such state in the hidden state.'
-  if 'batch_stats' in others:
-    advice = 'In place of batch normalization use LayerNorm, which keeps no running statistics.'
-  raise TypeError(
-    "from_linen takes modules whose only collection is 'params', got one that has "
-    f'{others}. {advice}'
-  )
-
-
 def to_nnx(build: Callable[[nnx.Rngs], nnx.Module], params: Any) -> nnx.Module:
-  """Puts trained parameters into a module of the kind that :func:`from_nnx` was given.
+  """Puts trained parameters into a module.
 
   Args:
-    build: the function that `from_nnx` was given.
+    build: the function that :func:`from_nnx` was given.
     params: parameters of its model, such as `state.params` or the result of
       :func:`fptt_jax.fptt_eval_params`.
 
   Returns:
-    What `build` makes, a layer or a cell of your own say, with these parameters.
+    The module that `build` makes, with these parameters.
 
   Raises:
-    ValueError: the parameters are not those of such a module.
+    ValueError: the parameters have other names or shapes than the module's.
 
   Example:
     >>> import jax
@@ -264,122 +187,249 @@ def to_nnx(build: Callable[[nnx.Rngs], nnx.Module], params: Any) -> nnx.Module:
     >>> carry, y = cell(jax.numpy.zeros((1, 3)), jax.numpy.ones((1, 2)))
   """
   module = build(nnx.Rngs(0))
-  windowed = as_recurrent(
-    module
-  )  # It holds the same variables, so that the module is updated with it.
-  state = nnx.state(windowed, nnx.Param)
+  # The wrapper shares the module's variables, so updating it updates the module.
+  recurrent = as_recurrent(module)
+  state = nnx.state(recurrent, nnx.Param)
   check_like('params', params, nnx.to_pure_dict(state), 'as build makes them')
   nnx.replace_by_pure_dict(state, params)
-  nnx.update(windowed, state)
+  nnx.update(recurrent, state)
   return module
 
 
 def with_float32_params(model: Model) -> Model:
-  """Keeps the parameters of a model that computes in fewer bits in float32, for mixed
-  precision.
+  """Keeps the parameters of a low-precision model in float32 (mixed precision).
 
-  Each window's function casts them to the dtypes that the model draws them in: products
-  are of bfloat16, say, while gradients, W, W̄, λ and the optimizer's moments are
-  float32, so that updates are not lost which bfloat16 would round away.
+  Each window casts them to the dtypes in which the model draws them. Products are then
+  of bfloat16, for example, while gradients, W, W̄, λ and the optimizer's moments are
+  float32: updates that bfloat16 would round away are kept.
 
   Args:
-    model: a model with parameters of fewer bits: of layers with
-      `param_dtype=jnp.bfloat16` (flax's with `dtype`, too). Parameters of other dtypes
-      stay what they are.
+    model: a model with parameters of fewer than 32 bits, such as layers with
+      `param_dtype=jnp.bfloat16` (for flax's layers, also `dtype`). Parameters of other
+      dtypes do not change.
 
   Raises:
-    TypeError: `model` is no :class:`fptt_jax.Model`.
+    TypeError: `model` is not a :class:`fptt_jax.Model`.
 
   Example:
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> from fptt_jax import nn
     >>> half = dict(param_dtype=jnp.bfloat16)
-    >>> build = lambda rngs: nn.Sequential(nn.LSTM(1, 16, **half, rngs=rngs), nnx.Linear(16, 10, dtype=jnp.bfloat16, **half, rngs=rngs))
+    >>> def build(rngs):
+    ...   readout = nnx.Linear(16, 10, dtype=jnp.bfloat16, **half, rngs=rngs)
+    ...   return nn.Sequential(nn.LSTM(1, 16, **half, rngs=rngs), readout)
     >>> model = nn.with_float32_params(nn.from_nnx(build))
     >>> params = model.init(jax.random.key(0))
     >>> params['layers'][1]['kernel'].dtype
     dtype('float32')
-    >>> model.apply(params, model.initial_state(4), jnp.ones((28, 4, 1)), None, None)[1].dtype
+    >>> x = jnp.ones((28, 4, 1))
+    >>> model.apply(params, model.initial_state(4), x, None, None)[1].dtype
     dtype(bfloat16)
   """
   if not isinstance(model, Model):
     raise TypeError(
-      'with_float32_params expected a fptt_jax.Model, as from_nnx makes it, got '
+      'model must be a fptt_jax.Model, as from_nnx makes it, got '
       f'{type(model).__name__}.'
     )
   drawn = jax.eval_shape(model.init, jax.random.key(0))
-  low = lambda leaf: (
-    jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
-  )
-  keep = lambda leaf: leaf.astype(jnp.float32) if low(leaf) else leaf
+
+  def init(key: jax.Array) -> Any:
+    return jax.tree.map(_widen_low_precision, model.init(key))
 
   def cast(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda params, *args: function(
-      jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, drawn), *args
-    )
+    def run(params: Any, *args: Any) -> Any:
+      cast_params = jax.tree.map(lambda w, like: w.astype(like.dtype), params, drawn)
+      return function(cast_params, *args)
+
+    return run
 
   apply = cast(model.apply)
   if is_checked(model.apply):
     mark_checked(apply)
+  split = model.split
+  if split is not None:
+    split = FeaturesAndReadout(cast(split.features), cast(split.readout))
+  learned = model.learned_initial_state
   return Model(
-    init=lambda key: jax.tree.map(keep, model.init(key)),
+    init=init,
     initial_state=model.initial_state,
     apply=apply,
-    apply_last=model.apply_last and cast(model.apply_last),
-    split=model.split
-    and FeaturesAndReadout(cast(model.split.features), cast(model.split.readout)),
-    learned_initial_state=model.learned_initial_state
-    and cast(model.learned_initial_state),
+    apply_last=None if model.apply_last is None else cast(model.apply_last),
+    split=split,
+    learned_initial_state=None if learned is None else cast(learned),
   )
+
+
+def _widen_low_precision(leaf: jax.Array) -> jax.Array:
+  is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+  if is_float and jnp.finfo(leaf.dtype).bits < 32:
+    return leaf.astype(jnp.float32)
+  return leaf
+
+
+class _Parts(NamedTuple):
+  """An NNX module as values that functions of JAX can take.
+
+  Attributes:
+    graph: its structure.
+    params: its parameters, abstract.
+    streams: its random streams, abstract.
+    constants: its other arrays.
+  """
+
+  graph: Any
+  params: Any
+  streams: Any
+  constants: Any
+
+  @classmethod
+  def split(cls, module: nnx.Module) -> Self:
+    """Splits a module."""
+    parts: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    return cls(*parts)
+
+  def merge(self) -> Any:
+    """Makes the module with abstract parameters."""
+    return nnx.merge(self.graph, self.params, self.streams, self.constants)
+
+  def abstract_params(self) -> Any:
+    """Returns the parameters as a nested dict of shapes and dtypes."""
+    return nnx.to_pure_dict(self.params)
+
+  def make(self, params: Any, key: jax.Array | None) -> Any:
+    """Makes the module with parameters; without a key it is in evaluation mode."""
+    # replace_by_pure_dict writes into its argument, so it gets a copy.
+    weights = jax.tree.map(lambda leaf: leaf, self.params)
+    nnx.replace_by_pure_dict(weights, params)
+    streams = _seed_streams(self.streams, key)
+    module: Any = nnx.merge(self.graph, weights, streams, self.constants)
+    if key is None:
+      module.eval()
+    else:
+      module.train()
+    return module
+
+
+def _make_apply(parts: _Parts, known: bool) -> Callable[..., tuple[Any, jax.Array]]:
+  """Makes `Model.apply`, which also takes `last` for a :class:`Sequential`."""
+
+  def apply(
+    params: Any,
+    state: Any,
+    x: jax.Array,
+    mask: jax.Array | None,
+    key: jax.Array | None,
+    *last: jax.Array | int,
+  ) -> tuple[Any, jax.Array]:
+    module = parts.make(params, key)
+    if known:
+      result: tuple[Any, jax.Array] = module(state, x, mask, key, *last)
+      return result
+    before = _arrays(module)
+    result = module(state, x, mask, key, *last)
+    _check_unchanged(before, _arrays(module))
+    return result
+
+  return apply
+
+
+def _initial_state_functions(
+  parts: _Parts,
+) -> tuple[Callable[[int], Any], Callable[[Any, int], Any] | None]:
+  """Makes `Model.initial_state` and `Model.learned_initial_state`."""
+
+  def learned_initial_state(params: Any, batch_size: int) -> Any:
+    return parts.make(params, None).initial_state(batch_size)
+
+  def initial_state(batch_size: int) -> Any:
+    return parts.merge().initial_state(batch_size)
+
+  def zero_state(batch_size: int) -> Any:
+    shapes = jax.eval_shape(
+      lambda params: learned_initial_state(params, batch_size), parts.abstract_params()
+    )
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+  def state_of_one_row(params: Any) -> Any:
+    return learned_initial_state(params, 1)
+
+  if _reads_params(state_of_one_row, parts.abstract_params()):
+    return zero_state, learned_initial_state
+  return initial_state, None
+
+
+def _split_readout(parts: _Parts) -> FeaturesAndReadout:
+  """Makes `Model.split` of a :class:`Sequential`."""
+
+  def features(
+    params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None
+  ) -> Any:
+    return parts.make(params, key).features(state, x, mask, key)
+
+  def readout(params: Any, features: Any, key: jax.Array | None) -> Any:
+    return parts.make(params, key).readout(features, key)
+
+  return FeaturesAndReadout(features, readout)
 
 
 def _reads_params(function: Callable[[Any], Any], params: Any) -> bool:
   """Returns whether a function reads its parameters, or returns some of them."""
   jaxpr = jax.make_jaxpr(function)(params).jaxpr
-  read = [variable for equation in jaxpr.eqns for variable in equation.invars] + list(
-    jaxpr.outvars
-  )
-  names = {id(variable) for variable in read}
-  return any(id(variable) in names for variable in jaxpr.invars)
+  read = [variable for equation in jaxpr.eqns for variable in equation.invars]
+  read.extend(jaxpr.outvars)
+  identities = {id(variable) for variable in read}
+  return any(id(variable) in identities for variable in jaxpr.invars)
 
 
-def _take_apart(make: Callable[[jax.Array], Any]) -> tuple[Any, Any, Any, Any]:
-  """Returns a module's graph, its abstract parameters, its random streams and its
-  constants.
+def _split_module(make: Callable[[jax.Array], Any]) -> _Parts:
+  """Splits the module that `make` builds.
 
-  Nothing is computed but the constants, and only if there are some.
+  Only its constants are computed, and only if there are some.
+
+  Raises:
+    TypeError: the module keeps other variables, refers to modules outside its graph,
+      or draws constants from its random streams.
   """
   key = jax.random.key(0)
   abstract = nnx.eval_shape(make, key)
-  parts: Any = nnx.split(abstract, nnx.Param, nnx.RngState, ...)
-  graph, params, streams, constants = parts
-  _refuse_variables(constants)
+  parts = _Parts.split(abstract)
+  _check_variables(parts.constants)
   referred = list(referred_arrays(abstract))
   for place, found in referred:
     if isinstance(found, nnx.Module | nnx.Variable):
       raise TypeError(
-        f'the function or object at {place} refers to the {type(found).__name__} it '
-        'was made with, whose parameters would '
-        'not be trained there: make it an nnx.Module that has it as an attribute.'
+        f'the function or object at {place} refers to a {type(found).__name__}, whose '
+        'parameters would not be trained there: make it an nnx.Module that has it as '
+        'an attribute.'
       )
-  if not referred and not jax.tree.leaves(constants):
-    return graph, params, streams, constants
+  if not referred and not jax.tree.leaves(parts.constants):
+    return parts
   with jax.ensure_compile_time_eval():
-    module, other = make(key), make(jax.random.key(1))
-    values = dict(enumerate(referred_arrays(module)))
-    for number, (place, found) in enumerate(referred_arrays(other)):
-      if number not in values or not np.array_equal(values[number][1], found):
-        raise TypeError(
-          f'the array at {place} is drawn from rngs, but is no nnx.Param: init could '
-          'not draw it anew. Make it an nnx.Param, '
-          'or draw it from a key of its own, such as jax.random.key(0).'
-        )
-    parts = nnx.split(module, nnx.Param, nnx.RngState, ...)
-  return parts[0], params, streams, parts[3]
+    module = make(key)
+    _check_constants(module, make(jax.random.key(1)))
+    concrete = _Parts.split(module)
+  return parts._replace(graph=concrete.graph, constants=concrete.constants)
 
 
-def _refuse_variables(state: Any) -> None:
+def _check_constants(module: nnx.Module, other: nnx.Module) -> None:
+  """Raises a TypeError if arrays outside the parameters depend on the key.
+
+  Args:
+    module: made with one key.
+    other: made with another key.
+  """
+  values = dict(enumerate(referred_arrays(module)))
+  for index, (place, found) in enumerate(referred_arrays(other)):
+    if index not in values or not np.array_equal(values[index][1], found):
+      raise TypeError(
+        f'the array at {place} is drawn from rngs but is not an nnx.Param, so init '
+        'cannot draw it anew. Make it an nnx.Param, or draw it from a fixed key, such '
+        'as jax.random.key(0).'
+      )
+
+
+def _check_variables(state: Any) -> None:
   """Raises a TypeError if a module keeps state that a train step does not carry."""
   kept = {
     '.'.join(map(str, path)): leaf
@@ -388,29 +438,52 @@ def _refuse_variables(state: Any) -> None:
   }
   if not kept:
     return
-  places = ', '.join(
-    f'{type(variable).__name__} at {place}' for place, variable in kept.items()
-  )
+  places = ', '.join(f'{type(kept[place]).__name__} at {place}' for place in kept)
   advice = 'Carry it in the hidden state, or make a constant a plain array.'
   if any(isinstance(variable, nnx.BatchStat) for variable in kept.values()):
-    advice = 'In place of batch normalization use nnx.LayerNorm, which keeps no running statistics.'
+    advice = (
+      'Use nnx.LayerNorm in place of batch normalization: it keeps no running '
+      'statistics.'
+    )
   raise TypeError(
-    'from_nnx takes modules whose only state is nnx.Param (and random streams), got '
+    'the only state of a module must be nnx.Param and random streams, got '
     f'{places}. {advice}'
   )
 
 
+def _check_collections(
+  module: linen.Module, initial_state: Callable[[int], Any], x: jax.ShapeDtypeStruct
+) -> None:
+  """Raises a TypeError if a Linen module has collections other than 'params'."""
+
+  def init(key: jax.Array, x: jax.Array) -> Any:
+    return module.init(key, initial_state(1), x)
+
+  collections = jax.eval_shape(init, jax.random.key(0), x)
+  others = sorted(set(collections) - {'params'})
+  if not others:
+    return
+  advice = 'Carry such state in the hidden state.'
+  if 'batch_stats' in others:
+    advice = (
+      'Use LayerNorm in place of batch normalization: it keeps no running statistics.'
+    )
+  raise TypeError(
+    f"the only collection of module must be 'params', got also {others}. {advice}"
+  )
+
+
 def _arrays(module: nnx.Module) -> dict[Any, list[Any]]:
-  """Returns the arrays of a module by their path, without random streams and what `sow`
-  keeps for inspection.
-  """
+  """Returns a module's arrays by path, without random streams and sown values."""
   parts: Any = nnx.split(module, (nnx.RngState, nnx.Intermediate), ...)
   return {path: jax.tree.leaves(leaf) for path, leaf in nnx.to_flat_state(parts[2])}
 
 
-def _refuse_changes(before: dict[Any, list[Any]], after: dict[Any, list[Any]]) -> None:
-  """Raises if a module's call replaced or added one of its arrays: the next window
-  would not see it.
+def _check_unchanged(before: dict[Any, list[Any]], after: dict[Any, list[Any]]) -> None:
+  """Raises if a module's call replaced or added an array, which no window would see.
+
+  Raises:
+    HiddenMemoryError: names the first such array.
   """
   for path, arrays in after.items():
     if list(map(id, before.get(path, ()))) != list(map(id, arrays)):
@@ -421,17 +494,20 @@ def _refuse_changes(before: dict[Any, list[Any]], after: dict[Any, list[Any]]) -
       )
 
 
-def _check(model: Model, module: Any, known: bool) -> None:
-  """Checks a model once when it is made: rows in its state, state at all, and by a
-  probe what unknown layers do.
+def _check_model(model: Model, module: Any, known: bool) -> None:
+  """Checks a new model: rows in its state, any state at all, unknown layers.
+
+  Args:
+    model: the model.
+    module: its module, abstract.
+    known: whether all layers are known to be safe, so that no probe is needed.
   """
   name = type(module).__name__
   check_state_rows(name, model.initial_state)
   if not jax.tree.leaves(jax.eval_shape(lambda: model.initial_state(1))):
     warnings.warn(
-      f'{name} carries no hidden state: nothing is remembered from step to step. Put a '
-      'recurrent layer or a per-step cell '
-      'into it, such as nn.LSTM or nnx.GRUCell.',
+      f'{name} carries no hidden state and remembers nothing from step to step. Add a '
+      'recurrent layer or a per-step cell, such as nn.LSTM or nnx.GRUCell.',
       UserWarning,
       stacklevel=3,
     )
@@ -439,21 +515,20 @@ def _check(model: Model, module: Any, known: bool) -> None:
     mark_checked(model.apply)
     return
   inputs = example_inputs(module)
-  if inputs is not None:  # Else the trainer probes it when it sees a batch.
-    check_new_model(model, inputs, f'{name} with {", ".join(unknown_layers(module))}')
+  # Without example inputs, the trainer probes the model on its first batch.
+  if inputs is not None:
+    layers = ', '.join(unknown_layers(module))
+    check_new_model(model, inputs, f'{name} with {layers}')
 
 
-def _seeded(streams: Any, key: jax.Array | None) -> Any:
-  """The random streams a module keeps, started anew from the window's key, each with a
-  key of its own.
-  """
+def _seed_streams(streams: Any, key: jax.Array | None) -> Any:
+  """Restarts a module's random streams from the window's key, each with its own key."""
   key = jax.random.key(0) if key is None else key
   leaves, structure = jax.tree.flatten(streams)
-  is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-  fresh = [
-    jax.random.fold_in(key, number)
-    if is_key[number]
-    else jnp.zeros(leaf.shape, leaf.dtype)
-    for number, leaf in enumerate(leaves)
-  ]
+  fresh = []
+  for index, leaf in enumerate(leaves):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      fresh.append(jax.random.fold_in(key, index))
+    else:
+      fresh.append(jnp.zeros(leaf.shape, leaf.dtype))
   return jax.tree.unflatten(structure, fresh)

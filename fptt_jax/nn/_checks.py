@@ -36,6 +36,16 @@ def check_batch_size(batch_size: Any) -> Any:
   return check_size('batch_size', batch_size)
 
 
+def check_features_shape(features_shape: Any) -> tuple[int, ...]:
+  """Returns the shape of one step; a ValueError names what is not a shape."""
+  if not isinstance(features_shape, tuple | list):
+    raise ValueError(
+      'features_shape must be the shape of one step, such as (D,), got '
+      f'{features_shape!r}.'
+    )
+  return tuple(check_size('features_shape', size) for size in features_shape)
+
+
 def check_inputs(layer: nnx.Module, x: Any, features: int) -> jax.Array:
   """Returns a layer's inputs as a JAX array.
 

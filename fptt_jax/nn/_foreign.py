@@ -1,6 +1,4 @@
-"""Models from Equinox and Haiku. Neither library is needed, unless its function here is
-called.
-"""
+"""Adapters from Equinox and Haiku, which are imported only when they are used."""
 
 from collections.abc import Callable
 import importlib
@@ -11,66 +9,61 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_callable, check_dtype, check_size
+from fptt_jax._checks import check_callable, check_dtype
 from fptt_jax._probe import check_new_model, check_state_rows, mark_checked
 from fptt_jax._types import Model
-from fptt_jax.nn._checks import check_batch_size
-from fptt_jax.nn._recurrent import scan_cell
+from fptt_jax.nn._checks import check_batch_size, check_features_shape
+from fptt_jax.nn._recurrent import Step, scan_cell
+
+RowStep = Callable[[Any, Any, jax.Array, dict[str, Any]], tuple[Any, jax.Array]]
+"""(module, state, x_t, keyword arguments) -> (state, y_t) of one row."""
 
 
 def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
   """Turns an Equinox per-step module into a :class:`fptt_jax.Model`.
 
-  Equinox modules act on one row; here they are mapped over the rows of a batch.
+  Equinox modules act on one row. Here they are mapped over the rows of a batch.
 
   Args:
-    build: makes the module from a key: `lambda key: eqx.nn.GRUCell(2, 16, key=key)`.
-      The module is `eqx.nn.GRUCell`, `eqx.nn.LSTMCell`, or one of your own with
-      `initial_state()` and `(state, x_t [D]) -> (state, y_t)`, which may hold several
-      cells and a readout. If its call has an argument `key`, it is given one per step
-      and row in training and None in evaluation, where the module is in Equinox's
-      inference mode.
+    build: makes the module from a key, such as `lambda key: eqx.nn.GRUCell(2, 16,
+      key=key)`. The module is an `eqx.nn.GRUCell`, an `eqx.nn.LSTMCell`, or a module
+      with `initial_state()` and `(state, x_t [D]) -> (state, y_t)`, which may hold
+      several cells and a readout. If its call has an argument `key`, it gets one per
+      step and row in training, and None in evaluation, where the module is in
+      Equinox's inference mode.
 
-  Returns: The model. Its params are the module with its floating-point arrays; all else
-    in it is None. After training, `eqx.combine(params, build(key))` is the module with
-    trained parameters.
+  Returns:
+    The model. Its params are the module's floating-point arrays, with None in place of
+    all else. After training, `eqx.combine(params, build(key))` is the trained module.
 
   Raises:
     ImportError: Equinox is not installed.
     TypeError: the module does not follow the protocol, keeps running statistics, or
       holds other arrays that depend on the key.
 
-  Example::
-
-    import equinox as eqx
-    import jax
-    from fptt_jax import nn
-    model = nn.from_equinox(lambda key: eqx.nn.GRUCell(2, 16, key=key))
-    params = model.init(jax.random.key(0))
-    state, y = model.apply(params, model.initial_state(4), jax.numpy.ones((28, 4, 2)), None, None)
-    assert y.shape == (28, 4, 16)
+  Example:
+    >>> import equinox as eqx
+    >>> import jax
+    >>> from fptt_jax import nn
+    >>> model = nn.from_equinox(lambda key: eqx.nn.GRUCell(2, 16, key=key))
+    >>> params = model.init(jax.random.key(0))
+    >>> x = jax.numpy.ones((28, 4, 2))
+    >>> state, y = model.apply(params, model.initial_state(4), x, None, None)
+    >>> y.shape
+    (28, 4, 16)
   """
   eqx = _import('equinox', 'from_equinox', 'equinox')
   check_callable('build', build)
   if isinstance(build, eqx.Module):
     raise TypeError(
       'build must be a function (key) -> module, so that init can draw new '
-      f'parameters; got {type(build).__name__}.'
+      f'parameters, got {type(build).__name__}.'
     )
   abstract = eqx.filter_eval_shape(build, jax.random.key(0))
-  if any(
-    isinstance(leaf, eqx.nn.StateIndex)
-    for leaf in jax.tree.leaves(
-      abstract, is_leaf=lambda x: isinstance(x, eqx.nn.StateIndex)
-    )
-  ):
-    raise TypeError(
-      f'{type(abstract).__name__} keeps state, such as running statistics: use '
-      'eqx.nn.LayerNorm in its place.'
-    )
+  _check_stateless(eqx, abstract)
   constants = _equinox_constants(eqx, build, abstract)
-  step_of_row = _equinox_step(eqx, abstract)
-  takes_key = _takes_key(abstract)
+  run_row = _equinox_step(eqx, abstract)
+  takes_key = 'key' in inspect.signature(type(abstract).__call__).parameters
 
   def init(key: jax.Array) -> Any:
     return eqx.filter(build(key), eqx.is_inexact_array)
@@ -87,102 +80,13 @@ def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
   ) -> tuple[Any, jax.Array]:
     module = eqx.combine(params, constants)
     module = eqx.nn.inference_mode(module, value=key is None)
+    step = _map_over_rows(run_row, module, takes_key)
+    keys = None if key is None else jax.random.split(key, x.shape[0])
+    return scan_cell(step, state, (x, keys), mask)
 
-    def step(
-      state: Any, inputs: tuple[jax.Array, jax.Array | None]
-    ) -> tuple[Any, jax.Array]:
-      x_t, key_t = inputs
-      if key_t is None or not takes_key:
-        return jax.vmap(lambda state, x: step_of_row(module, state, x, {}))(state, x_t)
-      keys = jax.random.split(key_t, x_t.shape[0])
-      return jax.vmap(
-        lambda state, x, key: step_of_row(module, state, x, {'key': key})
-      )(state, x_t, keys)
-
-    return scan_cell(
-      step, state, (x, None if key is None else jax.random.split(key, x.shape[0])), mask
-    )
-
-  mark_checked(
-    apply
-  )  # Steps of single rows, by pure functions, cannot mix or hide anything.
+  # Pure steps of single rows cannot mix rows or hide memory, so no probe is needed.
+  mark_checked(apply)
   return Model(init, initial_state, apply)
-
-
-def _equinox_constants(
-  eqx: Any, build: Callable[[jax.Array], Any], abstract: Any
-) -> Any:
-  """Returns the module without its parameters: functions, numbers, and arrays that are
-  no floating point.
-  """
-  is_other = lambda leaf: (
-    isinstance(leaf, jax.ShapeDtypeStruct)
-    and not jnp.issubdtype(leaf.dtype, jnp.inexact)
-  )
-  if not any(is_other(leaf) for leaf in jax.tree.leaves(abstract)):
-    return eqx.filter(
-      abstract, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct), inverse=True
-    )
-  with jax.ensure_compile_time_eval():
-    first, second = (
-      eqx.filter(build(jax.random.key(seed)), eqx.is_inexact_array, inverse=True)
-      for seed in range(2)
-    )
-  others = jax.tree.leaves(eqx.filter(second, eqx.is_array))
-  for (path, leaf), other in zip(
-    jax.tree.leaves_with_path(eqx.filter(first, eqx.is_array)), others, strict=True
-  ):
-    if not np.array_equal(leaf, other):
-      raise TypeError(
-        f'the array {leaf.dtype}{list(leaf.shape)} at {jax.tree_util.keystr(path)} '
-        'depends on the key, but is no parameter, '
-        'because it is not of floating point: draw it from a key of its own.'
-      )
-  return first
-
-
-def _equinox_step(
-  eqx: Any, module: Any
-) -> Callable[[Any, Any, jax.Array, dict[str, Any]], tuple[Any, jax.Array]]:
-  """Returns (module, state, x_t, keywords) -> (state, y_t) for one row."""
-  if isinstance(module, eqx.nn.GRUCell | eqx.nn.LSTMCell):
-
-    def run_cell(
-      module: Any, state: Any, x: jax.Array, keywords: dict[str, Any]
-    ) -> tuple[Any, jax.Array]:
-      state = module(x, state, **keywords)
-      return state, state[0] if isinstance(state, tuple) else state
-
-    return run_cell
-  if (
-    not isinstance(module, eqx.Module)
-    or not callable(module)
-    or not callable(getattr(module, 'initial_state', None))
-  ):
-    raise TypeError(
-      'from_equinox expected eqx.nn.GRUCell, eqx.nn.LSTMCell or a module with '
-      'initial_state() and '
-      f'(state, x_t) -> (state, y_t), got {type(module).__name__}.'
-    )
-  return lambda module, state, x, keywords: module(state, x, **keywords)
-
-
-def _takes_key(module: Any) -> bool:
-  """Returns whether the module's call has an argument `key`."""
-  return 'key' in inspect.signature(type(module).__call__).parameters
-
-
-def _equinox_initial_state(eqx: Any, abstract: Any, constants: Any) -> Any:
-  """Returns the state of one row before the first step."""
-  if isinstance(abstract, eqx.nn.GRUCell | eqx.nn.LSTMCell):
-    zeros = jnp.zeros(abstract.hidden_size, abstract.weight_hh.dtype)
-    return (zeros, zeros) if isinstance(abstract, eqx.nn.LSTMCell) else zeros
-  # Parameters are zeros here: a state that depends on them would not be trained.
-  is_struct = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
-  zeros = jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), eqx.filter(abstract, is_struct)
-  )
-  return jax.tree.map(jnp.asarray, eqx.combine(constants, zeros).initial_state())
 
 
 def from_haiku(
@@ -193,51 +97,47 @@ def from_haiku(
   """Turns a Haiku recurrent core into a :class:`fptt_jax.Model`.
 
   Args:
-    build: makes the core, inside of Haiku's transformation: `lambda:
-      hk.DeepRNN([hk.LSTM(16), hk.Linear(10)])`. It is any `hk.RNNCore`, `(x_t [B, D],
-      state) -> (y_t, state)` with `initial_state(batch_size)`.
+    build: makes the core inside Haiku's transformation, such as `lambda:
+      hk.DeepRNN([hk.LSTM(16), hk.Linear(10)])`. The core is any `hk.RNNCore`: `(x_t
+      [B, D], state) -> (y_t, state)` with `initial_state(batch_size)`.
     features_shape: shape of one step of one sequence: (D,), or () for tokens.
-    dtype: the inputs' dtype.
+    dtype: dtype of the inputs.
 
-  Returns: The model. Its params are Haiku's, so that they fit `hk.transform` of the
-    same core. In training the core has random keys, in evaluation
-    `hk.maybe_next_rng_key()` is None.
+  Returns:
+    The model. Its params are those of `hk.transform` of the same core. In training the
+    core has random keys; in evaluation `hk.maybe_next_rng_key()` is None.
 
   Raises:
     ImportError: Haiku is not installed.
-    TypeError: the core does not follow the protocol, keeps state of Haiku's own, or its
-      initial state has parameters.
-    ValueError: a shape that is none, a dtype that is neither floating point nor
-      integer.
+    TypeError: the core does not follow the protocol, keeps Haiku state, or its initial
+      state has parameters.
+    ValueError: `features_shape` is not a shape, or `dtype` is neither floating point
+      nor integer.
 
-  Example::
-
-    import haiku as hk
-    import jax
-    from fptt_jax import nn
-    model = nn.from_haiku(lambda: hk.DeepRNN([hk.LSTM(16), hk.Linear(10)]), (2,))
-    params = model.init(jax.random.key(0))
-    state, y = model.apply(params, model.initial_state(4), jax.numpy.ones((28, 4, 2)), None, None)
-    assert y.shape == (28, 4, 10)
+  Example:
+    >>> import haiku as hk
+    >>> import jax
+    >>> from fptt_jax import nn
+    >>> model = nn.from_haiku(lambda: hk.DeepRNN([hk.LSTM(16), hk.Linear(10)]), (2,))
+    >>> params = model.init(jax.random.key(0))
+    >>> x = jax.numpy.ones((28, 4, 2))
+    >>> state, y = model.apply(params, model.initial_state(4), x, None, None)
+    >>> y.shape
+    (28, 4, 10)
   """
   hk = _import('haiku', 'from_haiku', 'dm-haiku')
   check_callable('build', build)
-  if not isinstance(features_shape, tuple | list):
-    raise ValueError(
-      'features_shape must be the shape of one step, such as (D,), got '
-      f'{features_shape!r}.'
-    )
-  features_shape = tuple(check_size('features_shape', size) for size in features_shape)
+  features_shape = check_features_shape(features_shape)
   dtype = check_dtype('dtype', dtype, tokens=True)
 
-  def core() -> Any:
-    made = build()
-    if not isinstance(made, hk.RNNCore):
-      raise TypeError(f'build must make a hk.RNNCore, got {type(made).__name__}.')
-    return made
+  def make_core() -> Any:
+    core = build()
+    if not isinstance(core, hk.RNNCore):
+      raise TypeError(f'build must make a hk.RNNCore, got {type(core).__name__}.')
+    return core
 
-  start = hk.transform_with_state(lambda batch_size: core().initial_state(batch_size))
-  run = hk.transform_with_state(lambda x, state: core()(x, state))
+  start = hk.transform_with_state(lambda size: make_core().initial_state(size))
+  run = hk.transform_with_state(lambda x, state: make_core()(x, state))
 
   def initial_state(batch_size: int) -> Any:
     state, _ = start.apply({}, {}, None, check_batch_size(batch_size))
@@ -257,30 +157,152 @@ def from_haiku(
       (y_t, state), _ = run.apply(params, {}, key_t, x_t, state)
       return state, y_t
 
-    return scan_cell(
-      step, state, (x, None if key is None else jax.random.split(key, x.shape[0])), mask
-    )
+    keys = None if key is None else jax.random.split(key, x.shape[0])
+    return scan_cell(step, state, (x, keys), mask)
 
+  x_t = jax.ShapeDtypeStruct((1, *features_shape), dtype)
+  _check_haiku_core(start, run, initial_state, x_t)
+  model = Model(init, initial_state, apply)
+  x = jax.ShapeDtypeStruct((1, *x_t.shape), dtype)
+  check_new_model(model, x, 'the core')
+  return model
+
+
+def _check_haiku_core(
+  start: Any, run: Any, initial_state: Callable[[int], Any], x_t: jax.ShapeDtypeStruct
+) -> None:
+  """Raises a TypeError if a core has a trained initial state or Haiku state."""
   key = jax.random.key(0)
-  own_params, _ = jax.eval_shape(lambda key: start.init(key, 1), key)
-  if jax.tree.leaves(own_params):
+  params, _ = jax.eval_shape(lambda key: start.init(key, 1), key)
+  if jax.tree.leaves(params):
     raise TypeError(
-      f"the core's initial state has parameters, {sorted(own_params)}: they would not "
-      'be trained.'
+      f"the core's initial state has parameters, {sorted(params)}, which would not be "
+      'trained.'
     )
   check_state_rows('from_haiku', initial_state)
-  x = jax.ShapeDtypeStruct((1, *features_shape), dtype)
-  _, kept = jax.eval_shape(lambda key, x: run.init(key, x, initial_state(1)), key, x)
+
+  def init(key: jax.Array, x: jax.Array) -> Any:
+    return run.init(key, x, initial_state(1))
+
+  _, kept = jax.eval_shape(init, key, x_t)
   if jax.tree.leaves(kept):
     raise TypeError(
       f'the core keeps state in {sorted(kept)}, such as running statistics: use '
-      'hk.LayerNorm in its place.'
+      'hk.LayerNorm instead.'
     )
-  model = Model(init, initial_state, apply)
-  check_new_model(
-    model, jax.ShapeDtypeStruct((1, 1, *features_shape), dtype), 'the core'
+
+
+def _check_stateless(eqx: Any, module: Any) -> None:
+  """Raises a TypeError if an Equinox module keeps state outside its carry."""
+
+  def is_index(leaf: Any) -> bool:
+    return isinstance(leaf, eqx.nn.StateIndex)
+
+  if any(map(is_index, jax.tree.leaves(module, is_leaf=is_index))):
+    raise TypeError(
+      f'{type(module).__name__} keeps state, such as running statistics: use '
+      'eqx.nn.LayerNorm instead.'
+    )
+
+
+def _equinox_constants(
+  eqx: Any, build: Callable[[jax.Array], Any], abstract: Any
+) -> Any:
+  """Returns the module without its parameters.
+
+  These are functions, numbers and arrays that are not floating point.
+
+  Raises:
+    TypeError: such an array depends on the key.
+  """
+  arrays = [leaf for leaf in jax.tree.leaves(abstract) if _is_abstract(leaf)]
+  if all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in arrays):
+    return eqx.filter(abstract, _is_abstract, inverse=True)
+  with jax.ensure_compile_time_eval():
+    first, second = (
+      eqx.filter(build(jax.random.key(seed)), eqx.is_inexact_array, inverse=True)
+      for seed in range(2)
+    )
+  leaves = jax.tree.leaves_with_path(eqx.filter(first, eqx.is_array))
+  others = jax.tree.leaves(eqx.filter(second, eqx.is_array))
+  for (path, leaf), other in zip(leaves, others, strict=True):
+    if not np.array_equal(leaf, other):
+      place = jax.tree_util.keystr(path)
+      raise TypeError(
+        f'the array {leaf.dtype}{list(leaf.shape)} at {place} depends on the key, but '
+        'is not trained, because it is not floating point: draw it from a fixed key.'
+      )
+  return first
+
+
+def _is_abstract(leaf: Any) -> bool:
+  return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _equinox_step(eqx: Any, module: Any) -> RowStep:
+  """Returns the step of one row.
+
+  Raises:
+    TypeError: the module does not follow the protocol.
+  """
+  if isinstance(module, eqx.nn.GRUCell | eqx.nn.LSTMCell):
+    return _run_equinox_cell
+  is_module = isinstance(module, eqx.Module) and callable(module)
+  if not is_module or not callable(getattr(module, 'initial_state', None)):
+    raise TypeError(
+      'build must make an eqx.nn.GRUCell, an eqx.nn.LSTMCell or a module with '
+      'initial_state() and (state, x_t) -> (state, y_t), got '
+      f'{type(module).__name__}.'
+    )
+  return _run_equinox_module
+
+
+def _run_equinox_cell(
+  module: Any, state: Any, x: jax.Array, keywords: dict[str, Any]
+) -> tuple[Any, jax.Array]:
+  # Equinox's cells take (x, state) and return the state, whose first part is h.
+  state = module(x, state, **keywords)
+  return state, state[0] if isinstance(state, tuple) else state
+
+
+def _run_equinox_module(
+  module: Any, state: Any, x: jax.Array, keywords: dict[str, Any]
+) -> tuple[Any, jax.Array]:
+  result: tuple[Any, jax.Array] = module(state, x, **keywords)
+  return result
+
+
+def _map_over_rows(run_row: RowStep, module: Any, takes_key: bool) -> Step:
+  """Makes a step (state, (x_t [B, ...], key or None)) of a batch."""
+
+  def run_with_key(state: Any, x: jax.Array, key: jax.Array) -> Any:
+    return run_row(module, state, x, {'key': key})
+
+  def run_without_key(state: Any, x: jax.Array) -> Any:
+    return run_row(module, state, x, {})
+
+  def step(
+    state: Any, inputs: tuple[jax.Array, jax.Array | None]
+  ) -> tuple[Any, jax.Array]:
+    x_t, key_t = inputs
+    if key_t is None or not takes_key:
+      return jax.vmap(run_without_key)(state, x_t)
+    keys = jax.random.split(key_t, x_t.shape[0])
+    return jax.vmap(run_with_key)(state, x_t, keys)
+
+  return step
+
+
+def _equinox_initial_state(eqx: Any, abstract: Any, constants: Any) -> Any:
+  """Returns the state of one row before the first step."""
+  if isinstance(abstract, eqx.nn.GRUCell | eqx.nn.LSTMCell):
+    zeros = jnp.zeros(abstract.hidden_size, abstract.weight_hh.dtype)
+    return (zeros, zeros) if isinstance(abstract, eqx.nn.LSTMCell) else zeros
+  # Parameters are zeros here: a state that depends on them would not be trained.
+  zeros = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), eqx.filter(abstract, _is_abstract)
   )
-  return model
+  return jax.tree.map(jnp.asarray, eqx.combine(constants, zeros).initial_state())
 
 
 def _import(module: str, function: str, package: str) -> Any:

@@ -69,7 +69,8 @@ def matmul(axis: int, weights: jax.Array, a: jax.Array) -> jax.Array:
     weights: [H, G] for rows, [G, H] for columns.
     a: [..., B, H] for rows, [H, B] for columns.
 
-  Returns: [..., B, G] for rows, [G, B] for columns, at least float32.
+  Returns:
+    [..., B, G] for rows, [G, B] for columns, at least float32.
   """
   return _einsum('hg,...h->...g' if axis == ROWS else 'gh,hb->gb', weights, a)
 
@@ -233,7 +234,8 @@ def run_fused(
     x: inputs [S, B, D].
     mask: bool [S, B] or None. Steps where it is False leave the state unchanged.
 
-  Returns: (state after the window, y [S, B, H]). At a masked step y repeats the output
+  Returns:
+    (state after the window, y [S, B, H]). At a masked step y repeats the output
     of the step before.
   """
   if cell.elementwise or cell.kernel is not None:
@@ -274,7 +276,8 @@ def steps_per_chunk(num_steps: int, batch_size: int) -> int:
     num_steps: S.
     batch_size: B.
 
-  Returns: a divisor of S.
+  Returns:
+    a divisor of S.
   """
   if jax.default_backend() != 'cpu':
     return num_steps
@@ -358,7 +361,8 @@ def _run_forward(
 ) -> tuple[State, tuple[Any, Any, Any]]:
   """Runs a window.
 
-  Returns: (state after the window, (y of S steps, the operands of the weights'
+  Returns:
+    (state after the window, (y of S steps, the operands of the weights'
     gradient that the backward pass keeps of y and x, factors)).
   """
   prepared = cell.prepare(axis, _lay_out(axis, weights, transposed=axis == COLUMNS))
@@ -447,7 +451,8 @@ def _run_step(
 ) -> tuple[State, Factors]:
   """Runs one step in at least float32.
 
-  Returns: the new state in the state's dtypes, the factors in `dtype`.
+  Returns:
+    the new state in the state's dtypes, the factors in `dtype`.
   """
   wide_state = jax.tree.map(widen, state)
   new, factors = cell.forward(axis, prepared, wide_state, widen(drive_t))
@@ -474,7 +479,8 @@ def _run_chunk_backward(
     carry: (gradient of the state, gradient of the weights so far).
     inputs: (factors, dy, mask, kept operands, x) of the chunk's steps.
 
-  Returns: (new carry, gradient of x).
+  Returns:
+    (new carry, gradient of x).
   """
   d_state, d_weights = carry
   factors, dy, mask, kept, x = inputs

@@ -1,6 +1,4 @@
-"""What can be told of an NNX module without running it: its constants, its known
-layers, the inputs it takes.
-"""
+"""Facts about an NNX module that need no run: its constants, layers and inputs."""
 
 from collections.abc import Iterator
 import functools
@@ -36,94 +34,97 @@ from fptt_jax.nn.cells.lstm import LSTM
 
 KNOWN_LAYERS = frozenset(
   {
-    *(GRU, LSTM, ElmanRNN, AntisymmetricRNN, FastGRNN, IncrementalRNN, IndRNN, LRU),
-    *(ActivationPenalty, EmbeddingDropout, LockedDropout, TemporalActivationPenalty),
-    *(MixtureOfSoftmaxes, TiedReadout),
-    *(nnx.Dropout, nnx.Embed, nnx.Linear),
+    ActivationPenalty,
+    AntisymmetricRNN,
+    ElmanRNN,
+    EmbeddingDropout,
+    FastGRNN,
+    GRU,
+    IncrementalRNN,
+    IndRNN,
+    LRU,
+    LSTM,
+    LockedDropout,
+    MixtureOfSoftmaxes,
+    TemporalActivationPenalty,
+    TiedReadout,
+    nnx.Dropout,
+    nnx.Embed,
+    nnx.Linear,
   }
 )
-"""Layers that keep rows apart, do not look ahead and carry all their memory; subclasses
-may do anything.
+"""Layers that keep rows apart, do not look ahead and keep all memory in their state.
+
+Subclasses of them may do otherwise and are not known.
 """
+KNOWN_WRAPPERS = (LearnedInitialState, Reconstruction, WeightDrop)
+"""Layers that are known if the layer they wrap is."""
 KNOWN_CELLS = frozenset(
   {nnx.GRUCell, nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.SimpleCell}
 )
 KNOWN_FUNCTIONS = (
-  *(
-    jax.nn.relu,
-    jax.nn.elu,
-    jax.nn.gelu,
-    jax.nn.silu,
-    jax.nn.softplus,
-    jax.nn.sigmoid,
-    jax.nn.leaky_relu,
-  ),
-  *(
-    jax.nn.selu,
-    jax.nn.celu,
-    jax.nn.relu6,
-    jax.nn.log_sigmoid,
-    jax.nn.soft_sign,
-    jax.nn.hard_tanh,
-    jax.nn.glu,
-  ),
-  *(
-    jax.nn.softmax,
-    jax.nn.log_softmax,
-    jax.nn.tanh,
-    jnp.tanh,
-    jnp.sin,
-    jnp.cos,
-    jnp.square,
-    jnp.abs,
-  ),
+  jax.nn.celu,
+  jax.nn.elu,
+  jax.nn.gelu,
+  jax.nn.glu,
+  jax.nn.hard_tanh,
+  jax.nn.leaky_relu,
+  jax.nn.log_sigmoid,
+  jax.nn.log_softmax,
+  jax.nn.relu,
+  jax.nn.relu6,
+  jax.nn.selu,
+  jax.nn.sigmoid,
+  jax.nn.silu,
+  jax.nn.soft_sign,
+  jax.nn.softmax,
+  jax.nn.softplus,
+  jax.nn.tanh,
+  jnp.abs,
+  jnp.cos,
+  jnp.sin,
+  jnp.square,
+  jnp.tanh,
 )
+LIBRARIES = ('builtins', 'flax', 'jax', 'jaxlib', 'numpy', 'optax')
+"""Packages whose functions and objects refer to nothing of the user's."""
 
 
 def is_known(layer: Any) -> bool:
-  """Returns whether a layer needs no probe, because it and all layers in it are
-  known.
-  """
+  """Returns whether a layer needs no probe: it and all layers in it are known."""
   if type(layer) is Sequential:
     return all(is_known(inner) for inner in layer.layers)
-  if type(layer) in (LearnedInitialState, WeightDrop, Reconstruction):
+  if type(layer) in KNOWN_WRAPPERS:
     return is_known(layer.layer)
   if type(layer) is FromCell:
-    functions = [
-      value for name, value in vars(layer.cell).items() if name.endswith('_fn')
-    ]
-    return type(layer.cell) in KNOWN_CELLS and all(
-      is_known(function) for function in functions
-    )
-  return type(layer) in KNOWN_LAYERS or any(
-    layer is function for function in KNOWN_FUNCTIONS
-  )
+    attributes = vars(layer.cell).items()
+    functions = [value for name, value in attributes if name.endswith('_fn')]
+    return type(layer.cell) in KNOWN_CELLS and all(map(is_known, functions))
+  if type(layer) in KNOWN_LAYERS:
+    return True
+  # By identity: functions of other kinds may not be hashable or comparable.
+  return any(layer is function for function in KNOWN_FUNCTIONS)
 
 
 def unknown_layers(layer: Any) -> list[str]:
-  """Returns the names of the layers of a stack, or of the module itself, that are not
-  known.
-  """
-  layers = list(layer.layers) if type(layer) is Sequential else [layer]
+  """Returns the names of a stack's layers, or of the module itself, if not known."""
+  is_stack = type(layer) is Sequential
   names = []
-  for number, inner in enumerate(layers):
-    if not is_known(inner):
-      inner = inner.cell if isinstance(inner, FromCell) else inner
-      name = (
-        type(inner).__name__
-        if isinstance(inner, nnx.Module)
-        else getattr(inner, '__name__', repr(inner))
-      )
-      names.append(f'layers[{number}] {name}' if type(layer) is Sequential else name)
+  for index, inner in enumerate(layer.layers if is_stack else [layer]):
+    if is_known(inner):
+      continue
+    name = _layer_name(inner.cell if isinstance(inner, FromCell) else inner)
+    names.append(f'layers[{index}] {name}' if is_stack else name)
   return names
 
 
 def example_inputs(module: Any) -> jax.ShapeDtypeStruct | None:
-  """Returns inputs [1, 1, ...] that the module takes, by its first layer that tells;
-  None if none does.
+  """Returns inputs [1, 1, ...] that the module takes, None if they are unknown.
+
+  The first layer with a known number of features determines them.
   """
   for layer in module.layers if isinstance(module, Sequential) else [module]:
-    while isinstance(layer, LearnedInitialState | WeightDrop | Reconstruction):
+    while isinstance(layer, KNOWN_WRAPPERS):
       layer = layer.layer
     embed = layer.embed if isinstance(layer, EmbeddingDropout) else layer
     if isinstance(embed, nnx.Embed):
@@ -139,24 +140,35 @@ def example_inputs(module: Any) -> jax.ShapeDtypeStruct | None:
 
 
 def referred_arrays(module: nnx.Module) -> Iterator[tuple[str, Any]]:
-  """Yields all that a module refers to outside of its variables, each with the
-  attribute's place.
+  """Yields what a module refers to outside its variables, with its path.
 
-  That is arrays among its attributes and, within functions and plain objects among
-  them, arrays, modules and variables, which NNX neither finds nor replaces.
+  These are arrays among its attributes and, inside functions and plain objects among
+  its attributes, arrays, modules and variables. NNX neither finds nor replaces them.
   """
   for path, node in nnx.iter_graph(module):
-    for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
-      if str(name).startswith('_pytree'):  # The names within a list may be numbers.
+    attributes = vars(node) if isinstance(node, nnx.Module) else {}
+    for name, value in attributes.items():
+      # The names of a list's attributes may be numbers.
+      if str(name).startswith('_pytree'):
         continue
       place = '.'.join(map(str, (*path, name)))
       for found in _referred(value, False, set()):
         yield place, found
 
 
+def _layer_name(layer: Any) -> str:
+  if isinstance(layer, nnx.Module):
+    return type(layer).__name__
+  return str(getattr(layer, '__name__', repr(layer)))
+
+
 def _referred(value: Any, within: bool, seen: set[int]) -> Iterator[Any]:
-  """Yields the arrays in a value, and the modules in functions and objects: `within`
-  tells whether it is in one.
+  """Yields arrays in a value, and modules inside functions and objects.
+
+  Args:
+    value: any object.
+    within: whether it is inside a function or object, and not in containers alone.
+    seen: identities of the objects already visited; extended here.
   """
   if isinstance(value, nnx.Module | nnx.Variable):
     if within:
@@ -174,7 +186,7 @@ def _referred(value: Any, within: bool, seen: set[int]) -> Iterator[Any]:
 
 
 def _parts(value: Any) -> list[Any]:
-  """Returns what a function, container or object of the user's refers to."""
+  """Returns what a function, container or object of the user refers to."""
   if isinstance(value, tuple | list | set | frozenset):
     return list(value)
   if isinstance(value, dict):
@@ -187,24 +199,20 @@ def _parts(value: Any) -> list[Any]:
     return [value.__wrapped__] if hasattr(value, '__wrapped__') else []
   if inspect.isfunction(value):
     cells = [_contents(cell) for cell in value.__closure__ or ()]
-    return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    defaults = value.__defaults__ or ()
+    keyword_defaults = value.__kwdefaults__ or {}
+    return [*cells, *defaults, *keyword_defaults.values()]
   return list(vars(value).values()) if hasattr(value, '__dict__') else []
 
 
 def _belongs_to_a_library(value: Any) -> bool:
   module = getattr(value, '__module__', None) or type(value).__module__
-  return str(module).partition('.')[0] in (
-    'jax',
-    'jaxlib',
-    'flax',
-    'numpy',
-    'builtins',
-    'optax',
-  )
+  return str(module).partition('.')[0] in LIBRARIES
 
 
 def _contents(cell: Any) -> Any:
+  """Returns the value of a closure's cell, None if it is not yet assigned."""
   try:
     return cell.cell_contents
-  except ValueError:  # Not yet assigned.
+  except ValueError:
     return None
