@@ -183,9 +183,10 @@ def test_incremental_rnn_at_equilibrium_has_gradient_minus_identity():
       )
     )
     params = quick(model.init)(KEY)
-    step = lambda h, m=model, p=params: m.apply(
-      p, h[None], jnp.asarray(random(1, 1, D)), None, None
-    )[0][0]
+
+    def step(h, m=model, p=params):
+      return m.apply(p, h[None], jnp.asarray(random(1, 1, D)), None, None)[0][0]
+
     h = jnp.asarray(random(H, seed=1))
     value, jacobian = quick(lambda h, f=step: (f(h), jax.jacobian(f)(h)))(h)
     jacobians.append(np.asarray(jacobian))
@@ -261,7 +262,10 @@ def test_a_stack_of_indrnns_learns():
   to a quarter within 150 steps.
   """
   limit = 2 ** (1 / 6)
-  layers = lambda rngs: [IndRNN(d, 8, max_weight=limit, rngs=rngs) for d in (D, 8, 8)]
+
+  def layers(rngs):
+    return [IndRNN(d, 8, max_weight=limit, rngs=rngs) for d in (D, 8, 8)]
+
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(*layers(rngs), nnx.Linear(8, 1, rngs=rngs))
   )
@@ -382,10 +386,13 @@ def test_cells_keep_their_dtype(name, dtype):
   promoted on the way.
   """
   model = model_of(name, param_dtype=dtype)
-  run = lambda key, x: (
-    model.init(key),
-    *model.apply(model.init(key), model.initial_state(B), x, None, None),
-  )
+
+  def run(key, x):
+    return (
+      model.init(key),
+      *model.apply(model.init(key), model.initial_state(B), x, None, None),
+    )
+
   params, state, y = jax.eval_shape(
     run, KEY, jax.ShapeDtypeStruct((T, B, D), jnp.float32)
   )
@@ -550,9 +557,12 @@ def test_lru_near_the_unit_circle_is_finite():
     lambda rngs: LRU(D, D, state_features=64, r_min=1 - 1e-7, r_max=1, rngs=rngs)
   )
   params = quick(model.init)(KEY)
-  loss = lambda p: model.apply(
-    p, model.initial_state(B), jnp.ones((T, B, D)), None, None
-  )[1].sum()
+
+  def loss(p):
+    return model.apply(p, model.initial_state(B), jnp.ones((T, B, D)), None, None)[
+      1
+    ].sum()
+
   chex.assert_tree_all_finite((params, quick(jax.value_and_grad(loss))(params)))
   assert np.exp(params['gamma_log']).max() < 1e-3
 
@@ -563,9 +573,12 @@ def test_lru_survives_the_extreme_draws(monkeypatch, ring, greatest):
   """The least and the greatest number a uniform draw can give leave all logarithms and
   their exponentials finite.
   """
-  extreme = lambda key, shape, dtype, low, high: jnp.full(
-    shape, np.nextafter(np.float32(high), 0) if greatest else low, dtype
-  )
+
+  def extreme(key, shape, dtype, low, high):
+    return jnp.full(
+      shape, np.nextafter(np.float32(high), 0) if greatest else low, dtype
+    )
+
   monkeypatch.setattr(jax.random, 'uniform', extreme)
   params = nn.from_nnx(
     lambda rngs: LRU(D, D, r_min=ring[0], r_max=ring[1], rngs=rngs)
@@ -574,7 +587,7 @@ def test_lru_survives_the_extreme_draws(monkeypatch, ring, greatest):
   chex.assert_tree_all_finite((logs, [jnp.exp(log) for log in logs]))
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -582,74 +595,72 @@ def test_lru_survives_the_extreme_draws(monkeypatch, ring, greatest):
   [
     (
       lambda rngs: FastGRNN(D, H, w_rank=3, rngs=rngs),
-      r'w_rank must be an integer from 1 to 2 or None, got 3\.',
+      r'w_rank .*3',
     ),
     (
       lambda rngs: FastGRNN(D, H, u_rank=0, rngs=rngs),
-      r'u_rank must be an integer from 1 to 4 or None, got 0\.',
+      r'u_rank .*0',
     ),
     (
       lambda rngs: FastGRNN(D, H, nu=float('nan'), rngs=rngs),
-      r'nu must be a finite number, got nan\.',
+      r'nu .*nan',
     ),
     (
       lambda rngs: FastGRNN(0, H, rngs=rngs),
-      r'in_features must be an integer >= 1, got 0\.',
+      r'in_features .*0',
     ),
     (
       lambda rngs: IncrementalRNN(D, H, inner_steps=0, rngs=rngs),
-      r'inner_steps must be an integer from 1 to 100, got 0\.',
+      r'inner_steps .*0',
     ),
     (
       lambda rngs: IncrementalRNN(D, H, eta=0.0, rngs=rngs),
-      r'eta must be a number > 0, got 0\.0\.',
+      r'eta .*0\.0',
     ),
     (
       lambda rngs: IncrementalRNN(D, H, u_rank=1.5, rngs=rngs),
-      r'u_rank must be an integer from 1 to 4 or None, got 1\.5\.',
+      r'u_rank .*1\.5',
     ),
     (
       lambda rngs: IndRNN(D, H, max_weight=-1.0, rngs=rngs),
-      r'max_weight must be a number > 0 or None, got -1\.0\.',
+      r'max_weight .*-1\.0',
     ),
     (
       lambda rngs: IndRNN(D, H, initial_range=(1.0, 0.0), rngs=rngs),
-      r'with low <= high, got \(1\.0, 0\.0\)\.',
+      r'initial_range .*\(1\.0, 0\.0\)',
     ),
     (
       lambda rngs: IndRNN(D, H, max_weight=0.5, rngs=rngs),
-      r'within ±max_weight=0\.5, got \(0\.0, 1\.0\)\.',
+      r'initial_range .*max_weight=0\.5.*\(0\.0, 1\.0\)',
     ),
     (
       lambda rngs: LRU(D, H, r_min=0.9, r_max=0.9, rngs=rngs),
-      r'0 <= r_min < r_max <= 1, got r_min=0\.9, r_max=0\.9\.',
+      r'r_min=0\.9, r_max=0\.9',
     ),
     (
       lambda rngs: LRU(D, H, r_max=1.1, rngs=rngs),
-      r'r_max must be in \[0, 1\], got 1\.1\.',
+      r'r_max .*1\.1',
     ),
     (
       lambda rngs: LRU(D, H, max_phase=0.0, rngs=rngs),
-      r'max_phase must be in \(0, 2π\], got 0\.0\.',
+      r'max_phase .*0\.0',
     ),
     (
       lambda rngs: LRU(D, H, state_features=0, rngs=rngs),
-      r'state_features must be an integer >= 1, got 0\.',
+      r'state_features .*0',
     ),
   ],
 )
-def test_impossible_cells_are_refused(build, message):
-  """Where they are built, with the value given and what was expected."""
+def test_impossible_cells_raise(build, message):
+  """The error names the argument and the value when the cell is built."""
   with pytest.raises(ValueError, match=message):
     nn.from_nnx(build)
 
 
-def test_inputs_of_other_features_are_refused():
-  """By the cell's name, with the shape expected."""
+def test_inputs_of_other_features_raise():
+  """The error names the cell and the shape received."""
   model = model_of('LRU')
-  with pytest.raises(
-    ValueError, match=r'LRU expected inputs \[S, B, 2\], got shape \(5, 3, 3\)\.'
-  ):
+  with pytest.raises(ValueError, match=r'LRU .*inputs .*\(5, 3, 3\)'):
     jax.eval_shape(
       lambda x: model.apply(
         model.init(KEY), LRUState(*model.initial_state(B)), x, None, None

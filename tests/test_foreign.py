@@ -59,7 +59,10 @@ def test_equinox_cells(eqx: Any, name: str) -> None:
   """WindowPlan give what the cell gives row by row and step by step, before and after
   training.
   """
-  build = lambda key: getattr(eqx.nn, name)(D, H, key=key)
+
+  def build(key):
+    return getattr(eqx.nn, name)(D, H, key=key)
+
   model = nn.from_equinox(build)
   for params in (model.init(KEY), trained(model)):
     cell = eqx.combine(params, build(jax.random.key(5)))
@@ -177,7 +180,10 @@ def test_haiku_cores_that_cannot_be_meant(hk: Any) -> None:
 
   with pytest.raises(TypeError, match='initial state'):
     nn.from_haiku(lambda: Trained(H), (D,))
-  norm = lambda x: hk.BatchNorm(True, True, 0.9)(x, is_training=True)
+
+  def norm(x):
+    return hk.BatchNorm(True, True, 0.9)(x, is_training=True)
+
   with pytest.raises(TypeError, match='LayerNorm'):
     nn.from_haiku(lambda: hk.DeepRNN([hk.GRU(H), norm]), (D,))
   with pytest.raises(TypeError, match='rows'):

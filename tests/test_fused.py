@@ -1,4 +1,4 @@
-"""WindowPlan taken apart against the plain scan of the same layer."""
+"""The hand-written backward pass equals the plain scan of the same layer."""
 
 import functools
 import re
@@ -46,9 +46,10 @@ def value_and_gradients(layer, implementation, shape, masked, dtype=jnp.float64)
     model(layer, features=shape[2], implementation=implementation, dtype=dtype),
     shape,
   )
-  draw = lambda seed, *shape: jax.random.normal(
-    jax.random.key(seed), shape, jnp.float32
-  ).astype(dtype)
+
+  def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
   params = run.init(jax.random.key(0))
   state = jax.tree.map(
     lambda leaf: draw(1, *leaf.shape) / 2, run.initial_state(batch_size)
@@ -130,23 +131,29 @@ def test_fused_in_bfloat16_sums_in_float32(layer, batch_size):
 
   def gradients(dtype, implementation):
     run = model(layer, 7, implementation, dtype)
-    total = lambda params: jnp.sum(
-      run.apply(params, run.initial_state(batch_size), x.astype(dtype), None, None)[
-        1
-      ].astype(jnp.float32)
-      ** 2
-    )
+
+    def total(params):
+      return jnp.sum(
+        run.apply(params, run.initial_state(batch_size), x.astype(dtype), None, None)[
+          1
+        ].astype(jnp.float32)
+        ** 2
+      )
+
     return problems.quick(jax.grad(total))(
       jax.tree.map(lambda w: w.astype(dtype), weights)
     )
 
   exact = gradients(jnp.float32, 'scan')
-  distance = lambda tree: np.sqrt(
-    sum(
-      np.sum((np.asarray(a, np.float64) - b) ** 2)
-      for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True)
+
+  def distance(tree):
+    return np.sqrt(
+      sum(
+        np.sum((np.asarray(a, np.float64) - b) ** 2)
+        for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(exact), strict=True)
+      )
     )
-  )
+
   scan, fused = (
     distance(gradients(jnp.bfloat16, 'scan')),
     distance(gradients(jnp.bfloat16, 'custom_vjp')),
@@ -167,9 +174,11 @@ def test_fused_under_vmap(layer, batch_size):
   x = jax.random.normal(jax.random.key(1), (3, 5, batch_size, 2))
 
   def gradients(run):
-    total = lambda params, x: jnp.sum(
-      jnp.sin(run.apply(params, run.initial_state(batch_size), x, None, None)[1])
-    )
+    def total(params, x):
+      return jnp.sum(
+        jnp.sin(run.apply(params, run.initial_state(batch_size), x, None, None)[1])
+      )
+
     return problems.quick(jax.vmap(jax.grad(total)))(params, x)
 
   assert_close(gradients(runs[0]), gradients(runs[1]), 1e-12)

@@ -280,12 +280,15 @@ def test_gradient_of_a_learned_initial_state_is_that_of_finite_differences(
     _, outputs = model.apply(params, model.start(params, B), batch.inputs, None, None)
     return jnp.square(outputs[-1] - batch.targets).mean()
 
-  difference = lambda step: (
-    (mean_squares(flat + step) - mean_squares(flat - step)) / 2e-6
-  )
+  def difference(step):
+    return (mean_squares(flat + step) - mean_squares(flat - step)) / 2e-6
+
   expected = quick(jax.vmap(difference))(1e-6 * jnp.eye(flat.size))
   state = trainer.init(jax.random.key(0), batch)._replace(params=unravel(flat))
-  evaluated = lambda flat: trainer.evaluate(unravel(flat), batch)[0]['loss'] / B
+
+  def evaluated(flat):
+    return trainer.evaluate(unravel(flat), batch)[0]['loss'] / B
+
   np.testing.assert_allclose(
     jax.jit(jax.grad(evaluated))(flat), expected, rtol=1e-5, atol=1e-7
   )

@@ -1,4 +1,4 @@
-"""Kernels, emulated on the CPU, against the scans they stand in for."""
+"""CUDA kernels, emulated on the CPU, equal the scans that they replace."""
 
 import ctypes
 import functools
@@ -196,7 +196,7 @@ def test_training_equals_the_fused_scan(cell, devices):
   assert_close(trained(cell, 'cuda', mesh), trained(cell, 'custom_vjp'))
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -236,23 +236,24 @@ def test_training_equals_the_fused_scan(cell, devices):
     ),
   ],
 )
-def test_layers_without_a_kernel_are_refused(build, error, message):
-  """Where they are built, with what was got and expected."""
+def test_layers_without_a_kernel_raise(build, error, message):
+  """The error names the argument and the layer when the layer is built."""
   with pytest.raises(error, match=message):
     nn.from_nnx(build)
 
 
-def test_states_that_do_not_fit_are_refused():
-  """A kernel would read beyond them; the layer looks at them, too, and the kernel does
-  not rely on it.
-  """
+def test_states_of_other_shapes_raise():
+  """A kernel would read beyond them, so layer and kernel both check."""
   run = layer('LSTM', 32, 'cuda')
   params, x = run.init(jax.random.key(0)), draw(1, 4, 3, D)
   with pytest.raises(ValueError, match=r'state\.h .*float32\[2, 32\]'):
     run.apply(params, run.initial_state(2), x, None, None)
-  run_kernel = lambda state: lstm.CUDA_KERNEL.forward(
-    (None, params['w_h']), state, draw(1, 4, 3, 4 * 32), None
-  )
+
+  def run_kernel(state):
+    return lstm.CUDA_KERNEL.forward(
+      (None, params['w_h']), state, draw(1, 4, 3, 4 * 32), None
+    )
+
   with pytest.raises(ValueError, match=r'^h .*\(3, 32\).*\(2, 32\)'):
     run_kernel(run.initial_state(2))
   halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), run.initial_state(3))
@@ -260,15 +261,15 @@ def test_states_that_do_not_fit_are_refused():
     run_kernel(halves)
 
 
-def test_weights_that_do_not_fit_are_refused():
-  """The layer makes none such; the kernel does not rely on it."""
+def test_weights_of_other_shapes_raise():
+  """The layer never makes them, but a kernel would read beyond them."""
   weights = None, draw(1, 32, 96), None, draw(1, 1, 32)
   with pytest.raises(ValueError, match=r'recurrent_bias .*\(96,\).*\(32,\)'):
     gru.CUDA_KERNEL.forward(weights, draw(1, 3, 32), draw(1, 4, 3, 96), None)
 
 
-def test_other_platforms_are_refused(monkeypatch):
-  """On a CPU that is not told to emulate."""
+def test_other_platforms_raise(monkeypatch):
+  """A CPU without the emulation cannot run the kernels."""
   monkeypatch.setattr(cuda, '_built', set())
   run = layer('LSTM', 32, 'cuda')
   with pytest.raises(RuntimeError, match=r"implementation='cuda' .*'cpu'"):
@@ -278,7 +279,7 @@ def test_other_platforms_are_refused(monkeypatch):
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
-  """And where it was looked for."""
+  """The error names the compiler and the places searched."""
   monkeypatch.setenv('PATH', '')
   monkeypatch.delenv('CUDA_HOME', raising=False)
   with pytest.raises(RuntimeError, match=r'nvcc.* PATH .*\$CUDA_HOME/bin'):
@@ -286,8 +287,8 @@ def test_a_missing_compiler_is_named(monkeypatch):
   assert not cuda.is_available()
 
 
-def test_what_the_compiler_says_is_told(monkeypatch, tmp_path):
-  """If the source does not compile; nothing is left behind."""
+def test_a_failed_compilation_shows_the_compiler_output(monkeypatch, tmp_path):
+  """No library is left behind."""
   (tmp_path / 'broken.cu').write_text('no program')
   monkeypatch.setattr(cuda, 'FOLDER', tmp_path)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))

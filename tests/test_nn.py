@@ -148,10 +148,13 @@ def test_initialisation_is_pure_and_may_be_mapped(name):
 def test_layers_keep_their_dtype(layer, dtype):
   """Parameters, state and outputs have param_dtype; nothing is promoted on the way."""
   model = nn.from_nnx(lambda rngs: layer(D, H, param_dtype=dtype, rngs=rngs))
-  run = lambda key, x: (
-    model.init(key),
-    *model.apply(model.init(key), model.initial_state(B), x, None, None),
-  )
+
+  def run(key, x):
+    return (
+      model.init(key),
+      *model.apply(model.init(key), model.initial_state(B), x, None, None),
+    )
+
   params, state, y = jax.eval_shape(run, KEY, jax.ShapeDtypeStruct((T, B, D), dtype))
   assert {leaf.dtype for leaf in jax.tree.leaves((params, state, y))} == {
     jnp.dtype(dtype)
@@ -243,20 +246,20 @@ def test_from_torch_takes_numpy_arrays():
   [
     (
       torch_names((8, 3), (8, 2)) | {'weight_ih_l0_reverse': random(8, 3)},
-      r'unidirectional torch\.nn\.LSTM, .* got \[.*_reverse',
+      r'state_dict .*_reverse',
     ),
     (
       torch_names((8, 3), (8, 2)) | {'weight_hr_l0': random(2, 2)},
-      r'without projections',
+      r'state_dict .*weight_hr_l0',
     ),
-    ({}, r'got \[\]'),
-    ({'kernel': random(2, 2)}, r"got \['kernel'\]"),
-    (torch_names((8, 3)), r'expected weight_ih_l0 and weight_hh_l0, got '),
+    ({}, r'state_dict .*\[\]'),
+    ({'kernel': random(2, 2)}, r"state_dict .*\['kernel'\]"),
+    (torch_names((8, 3)), r'state_dict .*weight_hh_l0.*weight_ih_l0'),
     (
       torch_names((10, 3), (10, 2)),
-      r'\(10, 3\) and \(10, 2\)',
+      r'state_dict .*\(10, 3\) and \(10, 2\)',
     ),
-    (torch_names((6, 3), (8, 2)), r'cannot tell .* of shapes \(6, 3\) and \(8, 2\)\.'),
+    (torch_names((6, 3), (8, 2)), r'state_dict .*\(6, 3\) and \(8, 2\)'),
   ],
   ids=[
     'bidirectional',
@@ -268,10 +271,8 @@ def test_from_torch_takes_numpy_arrays():
     'two widths',
   ],
 )
-def test_from_torch_refuses_other_modules(weights, message):
-  """What is not a plain recurrent module's state_dict is told from one by names and
-  shapes.
-  """
+def test_from_torch_rejects_other_modules(weights, message):
+  """Names and shapes that no plain recurrent module has raise an error."""
   with pytest.raises(ValueError, match=message):
     nn.from_torch(weights)
 
@@ -505,11 +506,14 @@ def test_forget_bias_replaces_the_forget_gates_part(init):
   """`forget_bias` is what the second of the four gates' biases start at; the others are
   as without it.
   """
-  make = lambda forget_bias: np.asarray(
-    nn.from_nnx(
-      lambda rngs: nn.LSTM(D, H, init=init, forget_bias=forget_bias, rngs=rngs)
-    ).init(KEY)['bias']
-  )
+
+  def make(forget_bias):
+    return np.asarray(
+      nn.from_nnx(
+        lambda rngs: nn.LSTM(D, H, init=init, forget_bias=forget_bias, rngs=rngs)
+      ).init(KEY)['bias']
+    )
+
   bias, plain = make(1.5), make(None)
   np.testing.assert_array_equal(bias[H : 2 * H], 1.5)
   np.testing.assert_array_equal(
@@ -603,7 +607,10 @@ def test_dropout_masks_are_fresh_for_each_step_unit_and_layer(streams):
   no step's mask like another's, and the layers' masks differ, whether or not the layers
   keep streams of their own.
   """
-  make = lambda rngs: nnx.Dropout(0.5, rngs=rngs if streams else None)
+
+  def make(rngs):
+    return nnx.Dropout(0.5, rngs=rngs if streams else None)
+
   one = nn.from_nnx(lambda rngs: nn.Sequential(make(rngs)))
   two = nn.from_nnx(lambda rngs: nn.Sequential(make(rngs), make(rngs)))
   x = jnp.ones((8, 4, 64))
@@ -619,7 +626,7 @@ def test_dropout_masks_are_fresh_for_each_step_unit_and_layer(streams):
   assert len({np.asarray(row).tobytes() for row in y[0]}) == 4
 
 
-# What is refused, and what is not imported.
+# Errors.
 
 
 class Counting(nnx.Module):
@@ -635,10 +642,8 @@ class Counting(nnx.Module):
     return state, self.norm(x)
 
 
-def test_modules_with_other_state_are_refused():
-  """Batch statistics would have to be carried: refused by name, in a module of its own
-  and inside a stack.
-  """
+def test_modules_with_other_state_raise():
+  """The error names batch statistics, in a single module and inside a stack."""
   for build in (
     Counting,
     lambda rngs: nn.Sequential(
@@ -660,22 +665,22 @@ class LinenCounting(linen.Module):
     return jnp.zeros(input_shape)
 
 
-def test_linen_modules_with_other_collections_are_refused():
-  """Their 'params' are all there may be."""
+def test_linen_modules_with_other_collections_raise():
+  """The error names the collection that is not 'params'."""
   with pytest.raises(TypeError, match=r'batch_stats.*LayerNorm'):
     nn.from_linen(LinenCounting(), (D,))
 
 
-def test_modules_that_are_not_recurrent_are_refused():
-  """With the advice to put them into a Sequential."""
+def test_modules_that_are_not_recurrent_raise():
+  """The error advises to put them into a Sequential."""
   with pytest.raises(
     TypeError,
-    match=r'expected a recurrent module .* got Linear; put layers without state into a fptt_jax\.nn\.Sequential',
+    match=r'recurrent .*Linear.*Sequential',
   ):
     nn.from_nnx(lambda rngs: nnx.Linear(D, H, rngs=rngs))
   with pytest.raises(
     TypeError,
-    match=r'from_linen expected a per-step cell with initialize_carry.*, got Dense\.',
+    match=r'module .*initialize_carry.* Dense',
   ):
     nn.from_linen(linen.Dense(3), (D,))
 
@@ -685,23 +690,23 @@ def test_modules_that_are_not_recurrent_are_refused():
   [
     (
       lambda rngs: nn.LSTM(D, H, init='xavier', rngs=rngs),
-      r"init must be one of \['torch', 'flax'\], got 'xavier'\.",
+      r"init .*'xavier'",
     ),
     (
       lambda rngs: nn.GRU(0, H, rngs=rngs),
-      r'in_features must be an integer >= 1, got 0\.',
+      r'in_features .*0',
     ),
     (
       lambda rngs: nn.ElmanRNN(D, 0, rngs=rngs),
-      r'hidden_features must be an integer >= 1, got 0\.',
+      r'hidden_features .*0',
     ),
     (
       lambda rngs: nn.AntisymmetricRNN(D, H, epsilon=0, rngs=rngs),
-      r'epsilon must be a finite number > 0, got 0\.',
+      r'epsilon .*0',
     ),
     (
       lambda rngs: nn.AntisymmetricRNN(D, H, gamma=-1.0, rngs=rngs),
-      r'gamma must be a finite number >= 0, got -1\.0\.',
+      r'gamma .*-1\.0',
     ),
     (
       lambda rngs: nn.Sequential(),
@@ -709,20 +714,20 @@ def test_modules_that_are_not_recurrent_are_refused():
     ),
   ],
 )
-def test_impossible_layers_are_refused(build, message):
-  """Where they are built, with the value given."""
+def test_impossible_layers_raise(build, message):
+  """The error names the argument and the value when the layer is built."""
   with pytest.raises(ValueError, match=message):
     nn.from_nnx(build)
 
 
 @OWN_LAYERS
-def test_inputs_of_other_features_are_refused(layer):
-  """Both ways a window may have the wrong shape are told with the shape expected."""
+def test_inputs_of_other_features_raise(layer):
+  """The error names the layer and the shape received."""
   model = nn.from_nnx(lambda rngs: layer(D, H, rngs=rngs))
   for shape in ((T, B, D + 1), (T, B)):
     with pytest.raises(
       ValueError,
-      match=rf'{layer.__name__} expected inputs \[S, B, 2\], got shape \({T}, {B}',
+      match=rf'{layer.__name__} .*inputs .*\({T}, {B}',
     ):
       jax.eval_shape(
         lambda x: model.apply(model.init(KEY), model.initial_state(B), x, None, None),
@@ -782,17 +787,13 @@ def test_low_precision_layers_take_float32_inputs():
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_things_that_are_no_builder_or_cell_are_refused():
-  """A module instead of a function, a class instead of a module, a cell that owns
+def test_wrong_builders_and_cells_raise():
+  """A module in place of a function, a class in place of a module, a cell that owns
   random streams.
   """
-  with pytest.raises(
-    TypeError, match=r'from_nnx takes a function \(rngs\) -> module, .* got LSTM\.'
-  ):
+  with pytest.raises(TypeError, match=r'build .*LSTM'):
     nn.from_nnx(nn.LSTM(1, 2, rngs=nnx.Rngs(0)))
-  with pytest.raises(
-    TypeError, match=r'from_linen expected .*, got the class GRUCell\.'
-  ):
+  with pytest.raises(TypeError, match=r'module .*class GRUCell'):
     nn.from_linen(linen.GRUCell, (2,))
 
   class NoisyCell(nnx.SimpleCell):
@@ -843,7 +844,10 @@ def test_outputs_of_the_last_step_are_those_of_the_whole_window(layers, readout,
   """`apply_last` gives the state and penalties of `apply`, and of its outputs those of
   each sequence's last valid step.
   """
-  tail = lambda rngs: [jnp.tanh, nnx.Linear(4, 3, rngs=rngs)] if readout else []
+
+  def tail(rngs):
+    return [jnp.tanh, nnx.Linear(4, 3, rngs=rngs)] if readout else []
+
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(*LAST_LAYERS[layers](rngs), *tail(rngs))
   )
@@ -1029,6 +1033,6 @@ def test_float32_params_compute_in_the_models_dtypes():
 def test_float32_params_take_models_only():
   with pytest.raises(
     TypeError,
-    match=r'with_float32_params expected a fptt_jax.Model, as from_nnx makes it, got function',
+    match=r'model .*function',
   ):
     nn.with_float32_params(lambda rngs: nn.LSTM(1, 2, rngs=rngs))

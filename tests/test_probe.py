@@ -172,7 +172,10 @@ def test_rnn_is_its_cell_with_the_state_carried(options: dict[str, Any]) -> None
   """In a stack or alone: over windows of a sequence it computes what flax's own loop
   computes over the whole.
   """
-  cell = lambda rngs: nnx.GRUCell(D, H, rngs=rngs)
+
+  def cell(rngs):
+    return nnx.GRUCell(D, H, rngs=rngs)
+
   alone = nn.from_nnx(lambda rngs: nnx.RNN(cell(rngs), **options))
   params, x = alone.init(KEY), jax.random.normal(KEY, (T, B, D))
   expected = nnx.RNN(cell(nnx.Rngs(KEY)), time_major=True)(x)

@@ -118,7 +118,10 @@ def test_mixture_is_its_definition_and_serves_as_logits() -> None:
   x = np.random.default_rng(2).normal(size=(S, B, H)).astype(np.float32)
   log_p = quick(run)(params, x)
   weights = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
-  softmax = lambda a: np.exp(a) / np.exp(a).sum(-1, keepdims=True)
+
+  def softmax(a):
+    return np.exp(a) / np.exp(a).sum(-1, keepdims=True)
+
   z = np.tanh(x @ weights['latent']['kernel'] + weights['latent']['bias']).reshape(
     S, B, M, E
   )
@@ -194,20 +197,18 @@ def test_full_size_models_have_the_published_number_of_parameters(
   assert sum(leaf.shape[0] == vocabulary for leaf in jax.tree.leaves(shapes)) == 2
 
 
-def test_sizes_that_do_not_fit_are_refused() -> None:
-  """With what was got and what was expected."""
+def test_invalid_sizes_raise() -> None:
+  """The error names the layer or the argument, and the shape or value."""
   rngs = nnx.Rngs(0)
   layer = build_mixture(rngs)
-  with pytest.raises(
-    ValueError, match=r'TiedReadout expected inputs \[S, B, 4\], got shape \(3, 2, 5\)'
-  ):
+  with pytest.raises(ValueError, match=r'TiedReadout .*inputs .*\(3, 2, 5\)'):
     nn.TiedReadout(layer.embed)(jnp.ones((S, B, E + 1)))
   with pytest.raises(
     ValueError,
-    match=r'MixtureOfSoftmaxes expected inputs \[S, B, 6\], got shape \(3, 6\)',
+    match=r'MixtureOfSoftmaxes .*inputs .*\(3, 6\)',
   ):
     layer((), jnp.ones((S, H)))
-  with pytest.raises(ValueError, match='experts must be an integer >= 1, got 0'):
+  with pytest.raises(ValueError, match=r'experts .*0'):
     build_mixture(rngs, experts=0)
-  with pytest.raises(ValueError, match=r'rate must be in \[0, 1\), got 1.0'):
+  with pytest.raises(ValueError, match=r'rate .*1\.0'):
     build_mixture(rngs, dropout=1.0)

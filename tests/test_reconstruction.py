@@ -53,11 +53,14 @@ def elman_pair() -> tuple[fptt_jax.Model, Any]:
   """One unit, one feature, layer and decoder with weights of their own; two steps, so
   that anchor and sub-sequence are fixed.
   """
-  cell = lambda w_x, w_h: {
-    'w_x': jnp.float32([[w_x]]),
-    'w_h': jnp.float32([[w_h]]),
-    'bias': jnp.float32([0]),
-  }
+
+  def cell(w_x, w_h):
+    return {
+      'w_x': jnp.float32([[w_x]]),
+      'w_h': jnp.float32([[w_h]]),
+      'bias': jnp.float32([0]),
+    }
+
   readout = {'kernel': jnp.float32([[2.0]]), 'bias': jnp.float32([0.25])}
   wrapped = nn.from_nnx(
     lambda rngs: Reconstruction(
@@ -164,9 +167,10 @@ def test_anchors_and_sub_sequences_are_all_those_before_the_end(kind: type) -> N
   params = random_params(wrapped)
   x = jnp.asarray(problems.regression_batch(5, 2, dtype=np.float64).inputs)
   mask = jnp.arange(5)[:, None] < jnp.array([4, 1])[None]
-  run = lambda key: (
-    wrapped.apply(params, wrapped.initial_state(2), x, mask, key)[1].penalty
-  )
+
+  def run(key):
+    return wrapped.apply(params, wrapped.initial_state(2), x, mask, key)[1].penalty
+
   penalties = np.asarray(
     problems.quick(jax.vmap(run))(jax.random.split(jax.random.key(0), 200))
   )
@@ -257,9 +261,11 @@ def test_training_lowers_the_error_through_the_layer() -> None:
   state = trainer.init(jax.random.key(0), batch)
 
   def error(params: Any) -> jax.Array:
-    run = lambda key: wrapped.apply(
-      params, wrapped.initial_state(4), jnp.asarray(batch.inputs), None, key
-    )[1].penalty.mean()
+    def run(key):
+      return wrapped.apply(
+        params, wrapped.initial_state(4), jnp.asarray(batch.inputs), None, key
+      )[1].penalty.mean()
+
     return jax.vmap(run)(jax.random.split(jax.random.key(5), 8)).mean()
 
   error_and_gradient = problems.quick(jax.value_and_grad(error))
@@ -288,30 +294,28 @@ def test_cells_of_flax_are_wrapped_too() -> None:
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    (dict(segment=1), 'segment must be an integer >= 2, got 1'),
-    (dict(segment=2, anchors=0), 'anchors must be an integer >= 1, got 0'),
-    (dict(segment=2, weight=-1.0), 'weight must be a finite number >= 0, got -1.0'),
-    (dict(segment=2, in_features=0), 'in_features must be an integer >= 1, got 0'),
+    (dict(segment=1), r'segment .*1'),
+    (dict(segment=2, anchors=0), r'anchors .*0'),
+    (dict(segment=2, weight=-1.0), r'weight .*-1\.0'),
+    (dict(segment=2, in_features=0), r'in_features .*0'),
   ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
-  """Refused where the layer is built, with what was got."""
+  """The error names the argument and the value when the layer is built."""
   layer = nn.ElmanRNN(1, 1, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match=message):
     Reconstruction(layer, options.pop('in_features', 1), rngs=nnx.Rngs(0), **options)
 
 
 def test_bad_inputs() -> None:
-  """Layers that run no windows, windows too short, other features and integers are
-  refused with what was got and expected.
-  """
+  """Layers that do not run windows, short windows, wrong features and integers."""
   wrapped, params = elman_pair()
   state, key = wrapped.initial_state(1), jax.random.key(0)
-  with pytest.raises(ValueError, match=r'at least segment=2 steps, got S=1'):
+  with pytest.raises(ValueError, match=r'segment=2 .*S=1'):
     wrapped.apply(params, state, jnp.ones((1, 1, 1)), None, key)
-  with pytest.raises(ValueError, match=r'inputs \[S, B, 1\], got shape \(3, 1, 2\)'):
+  with pytest.raises(ValueError, match=r'inputs .*\(3, 1, 2\)'):
     wrapped.apply(params, state, jnp.ones((3, 1, 2)), None, key)
-  with pytest.raises(TypeError, match=r'floating-point inputs, .* got int32'):
+  with pytest.raises(TypeError, match=r'inputs, .*int32'):
     wrapped.apply(params, state, jnp.ones((3, 1, 1), jnp.int32), None, key)
-  with pytest.raises(TypeError, match='expected a recurrent module'):
+  with pytest.raises(TypeError, match=r'recurrent .*Linear'):
     Reconstruction(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), 1, segment=2, rngs=nnx.Rngs(0))

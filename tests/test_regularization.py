@@ -76,7 +76,10 @@ def test_embedding_dropout_drops_words_everywhere() -> None:
   for word in range(V):
     np.testing.assert_allclose(rows[word], matrix[word : word + 1], rtol=1e-6)
   model = nn.from_nnx(lambda rngs: nn.EmbeddingDropout(embed, 0.5))
-  run = lambda p: model.apply(p, (), words, None, KEY)[1].sum()
+
+  def run(p):
+    return model.apply(p, (), words, None, KEY)[1].sum()
+
   gradient = quick(jax.grad(run))({'embed': {'embedding': embed.embedding[...]}})[
     'embed'
   ]['embedding']
@@ -105,7 +108,9 @@ def test_weight_drop_runs_the_layer_with_dropped_weights(kind: type) -> None:
 
   @quick
   def run(params: Any) -> Any:
-    loss = lambda p: jnp.square(model.apply(p, start, x, None, KEY)[1]).sum()
+    def loss(p):
+      return jnp.square(model.apply(p, start, x, None, KEY)[1]).sum()
+
     return (
       jax.grad(loss)(params),
       model.apply(params, start, x, None, KEY),
@@ -226,55 +231,58 @@ def test_stack_trains_on_loss_plus_penalties_and_evaluates_without() -> None:
   )
   layers = params['layers']
   weights = {'layers': {0: layers[0]['embed'], 1: layers[2]['layer'], 2: layers[6]}}
-  run = lambda model, params: quick(
-    lambda p: model.apply(p, model.initial_state(B), words, None, None)[1]
-  )(params)
+
+  def run(model, params):
+    return quick(
+      lambda p: model.apply(p, model.initial_state(B), words, None, None)[1]
+    )(params)
+
   np.testing.assert_allclose(run(model, params), run(bare, weights), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
   ('build', 'error', 'message'),
   [
-    (lambda: nn.LockedDropout(1.0), ValueError, r'rate must be in \[0, 1\), got 1.0'),
+    (lambda: nn.LockedDropout(1.0), ValueError, r'rate .*1\.0'),
     (
       lambda: nn.WeightDrop(nn.ElmanRNN(2, 2, rngs=nnx.Rngs(0)), -0.1),
       ValueError,
-      r'rate must be in \[0, 1\), got -0.1',
+      r'rate .*-0\.1',
     ),
     (
       lambda: nn.WeightDrop(nn.AntisymmetricRNN(2, 2, rngs=nnx.Rngs(0)), 0.1),
       TypeError,
-      'one recurrent matrix w_h, got AntisymmetricRNN',
+      r'layer .*w_h.* AntisymmetricRNN',
     ),
     (
       lambda: nn.EmbeddingDropout(nnx.Embed(2, 2, rngs=nnx.Rngs(0)), float('nan')),
       ValueError,
-      'rate must be in .*, got nan',
+      r'rate .*nan',
     ),
     (
       lambda: nn.ActivationPenalty(-1.0),
       ValueError,
-      'alpha must be a number >= 0, got -1.0',
+      r'alpha .*-1\.0',
     ),
     (
       lambda: nn.ActivationPenalty(float('inf')),
       ValueError,
-      'alpha must be a number >= 0, got inf',
+      r'alpha .*inf',
     ),
     (
       lambda: nn.LockedDropout('half'),
       ValueError,
-      r"rate must be in \[0, 1\), got 'half'",
+      r"rate .*'half'",
     ),
     (
       lambda: nn.TemporalActivationPenalty(-1.0),
       ValueError,
-      'beta must be a number >= 0, got -1.0',
+      r'beta .*-1\.0',
     ),
   ],
 )
-def test_arguments_of_no_meaning_are_refused(build, error, message) -> None:
-  """With what was got and what was expected."""
+def test_invalid_arguments_raise(build, error, message) -> None:
+  """The error names the argument and the value."""
   with pytest.raises(error, match=message):
     build()
 
@@ -296,8 +304,9 @@ def test_activations_keep_their_dtype(dtype) -> None:
       nn.ActivationPenalty(1.0),
     )
   )
-  run = lambda key, x: model.apply(
-    model.init(key), model.initial_state(B), x, None, key
-  )[1]
+
+  def run(key, x):
+    return model.apply(model.init(key), model.initial_state(B), x, None, key)[1]
+
   y = jax.eval_shape(run, KEY, jax.ShapeDtypeStruct((S, B), jnp.int32))
   assert (y.outputs.dtype, y.penalty.dtype) == (dtype, jnp.float32)
