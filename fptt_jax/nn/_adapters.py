@@ -86,7 +86,9 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   _check_model(model, abstract, known)
   if not isinstance(abstract, Sequential):
     return model
+  # A Sequential accepts `last`, so one function serves as apply and apply_last.
   model = model._replace(apply_last=apply)
+  # Without a readout there is nothing to run in chunks.
   if abstract.readout_start == len(abstract.layers):
     return model
   return model._replace(split=_split_readout(parts))
@@ -232,6 +234,7 @@ def with_float32_params(model: Model) -> Model:
       'model must be a fptt_jax.Model, as from_nnx makes it, got '
       f'{type(model).__name__}.'
     )
+  # The dtypes in which the model computes.
   drawn = jax.eval_shape(model.init, jax.random.key(0))
 
   def init(key: jax.Array) -> Any:
@@ -326,6 +329,7 @@ def _make_apply(parts: _Parts, known: bool) -> Callable[..., tuple[Any, jax.Arra
     if known:
       result: tuple[Any, jax.Array] = module(state, x, mask, key, *last)
       return result
+    # Modules are merged anew for each window, so whatever a call writes is lost.
     before = _arrays(module)
     result = module(state, x, mask, key, *last)
     _check_unchanged(before, _arrays(module))
@@ -354,6 +358,8 @@ def _initial_state_functions(
   def state_of_one_row(params: Any) -> Any:
     return learned_initial_state(params, 1)
 
+  # A state that depends on parameters can only be computed where they are at hand; a
+  # trainer starts from zeros of its shape and calls the learned function in the loss.
   if _reads_params(state_of_one_row, parts.abstract_params()):
     return zero_state, learned_initial_state
   return initial_state, None
@@ -375,6 +381,7 @@ def _split_readout(parts: _Parts) -> FeaturesAndReadout:
 
 def _reads_params(function: Callable[[Any], Any], params: Any) -> bool:
   """Returns whether a function reads its parameters, or returns some of them."""
+  # The jaxpr shows dependence without running anything.
   jaxpr = jax.make_jaxpr(function)(params).jaxpr
   read = [variable for equation in jaxpr.eqns for variable in equation.invars]
   read.extend(jaxpr.outvars)
@@ -405,6 +412,7 @@ def _split_module(make: Callable[[jax.Array], Any]) -> _Parts:
       )
   if not referred and not jax.tree.leaves(parts.constants):
     return parts
+  # Constants are part of the model, so they are computed now, even under a trace.
   with jax.ensure_compile_time_eval():
     module = make(key)
     _check_constants(module, make(jax.random.key(1)))
@@ -421,6 +429,7 @@ def _check_constants(module: nnx.Module, other: nnx.Module) -> None:
   """
   values = dict(enumerate(referred_arrays(module)))
   for index, (place, found) in enumerate(referred_arrays(other)):
+    # An array that the other module lacks shows a structure that depends on the key.
     if index not in values or not np.array_equal(values[index][1], found):
       raise TypeError(
         f'the array at {place} is drawn from rngs but is not an nnx.Param, so init '
@@ -485,6 +494,7 @@ def _check_unchanged(before: dict[Any, list[Any]], after: dict[Any, list[Any]]) 
   Raises:
     HiddenMemoryError: names the first such array.
   """
+  # By identity: equal values would still be a write. Traced arrays cannot be compared.
   for path, arrays in after.items():
     if list(map(id, before.get(path, ()))) != list(map(id, arrays)):
       place = '.'.join(map(str, path))
@@ -526,6 +536,7 @@ def _seed_streams(streams: Any, key: jax.Array | None) -> Any:
   key = jax.random.key(0) if key is None else key
   leaves, structure = jax.tree.flatten(streams)
   fresh = []
+  # A stream holds a key and a counter of its draws, which starts at 0.
   for index, leaf in enumerate(leaves):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       fresh.append(jax.random.fold_in(key, index))

@@ -62,6 +62,7 @@ def check_inputs(layer: nnx.Module, x: Any, features: int) -> jax.Array:
   x = check_array(f'inputs of {name}', x)
   if x.ndim != 3 or x.shape[-1] != features:
     raise ValueError(f'{name} expected inputs [S, B, {features}], got shape {x.shape}.')
+  # Bools are rejected: a mask passed as inputs would otherwise be cast silently.
   is_float = jnp.issubdtype(x.dtype, jnp.floating)
   if not is_float and not jnp.issubdtype(x.dtype, jnp.integer):
     raise TypeError(f'{name} expected inputs that are numbers, got dtype {x.dtype}.')
@@ -84,6 +85,7 @@ def check_window(layer: Any, state: Any, x: jax.Array, mask: Any) -> None:
         f'{name} expected a mask bool[S, B] = bool{list(x.shape[:2])}, got '
         f'{mask.dtype}{list(mask.shape)}.'
       )
+  # Shapes only: the initial state is not computed.
   expected = jax.eval_shape(lambda: layer.initial_state(x.shape[1]))
   source = 'as initial_state gives it'
   check_like(f'{name}: state', state, expected, source, exactly=True)

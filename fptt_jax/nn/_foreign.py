@@ -41,16 +41,16 @@ def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
     TypeError: the module does not follow the protocol, keeps running statistics, or
       holds other arrays that depend on the key.
 
-  Example:
-    >>> import equinox as eqx
-    >>> import jax
-    >>> from fptt_jax import nn
-    >>> model = nn.from_equinox(lambda key: eqx.nn.GRUCell(2, 16, key=key))
-    >>> params = model.init(jax.random.key(0))
-    >>> x = jax.numpy.ones((28, 4, 2))
-    >>> state, y = model.apply(params, model.initial_state(4), x, None, None)
-    >>> y.shape
-    (28, 4, 16)
+  Example::
+
+    import equinox as eqx
+    import jax
+    from fptt_jax import nn
+    model = nn.from_equinox(lambda key: eqx.nn.GRUCell(2, 16, key=key))
+    params = model.init(jax.random.key(0))
+    x = jax.numpy.ones((28, 4, 2))
+    state, y = model.apply(params, model.initial_state(4), x, None, None)
+    assert y.shape == (28, 4, 16)
   """
   eqx = _import('equinox', 'from_equinox', 'equinox')
   check_callable('build', build)
@@ -59,6 +59,7 @@ def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
       'build must be a function (key) -> module, so that init can draw new '
       f'parameters, got {type(build).__name__}.'
     )
+  # Shapes only: large models are not drawn to be inspected.
   abstract = eqx.filter_eval_shape(build, jax.random.key(0))
   _check_stateless(eqx, abstract)
   constants = _equinox_constants(eqx, build, abstract)
@@ -114,16 +115,16 @@ def from_haiku(
     ValueError: `features_shape` is not a shape, or `dtype` is neither floating point
       nor integer.
 
-  Example:
-    >>> import haiku as hk
-    >>> import jax
-    >>> from fptt_jax import nn
-    >>> model = nn.from_haiku(lambda: hk.DeepRNN([hk.LSTM(16), hk.Linear(10)]), (2,))
-    >>> params = model.init(jax.random.key(0))
-    >>> x = jax.numpy.ones((28, 4, 2))
-    >>> state, y = model.apply(params, model.initial_state(4), x, None, None)
-    >>> y.shape
-    (28, 4, 10)
+  Example::
+
+    import haiku as hk
+    import jax
+    from fptt_jax import nn
+    model = nn.from_haiku(lambda: hk.DeepRNN([hk.LSTM(16), hk.Linear(10)]), (2,))
+    params = model.init(jax.random.key(0))
+    x = jax.numpy.ones((28, 4, 2))
+    state, y = model.apply(params, model.initial_state(4), x, None, None)
+    assert y.shape == (28, 4, 10)
   """
   hk = _import('haiku', 'from_haiku', 'dm-haiku')
   check_callable('build', build)
@@ -140,6 +141,7 @@ def from_haiku(
   run = hk.transform_with_state(lambda x, state: make_core()(x, state))
 
   def initial_state(batch_size: int) -> Any:
+    # Without parameters: _check_haiku_core has shown that the core needs none.
     state, _ = start.apply({}, {}, None, check_batch_size(batch_size))
     return state
 
@@ -184,6 +186,7 @@ def _check_haiku_core(
   def init(key: jax.Array, x: jax.Array) -> Any:
     return run.init(key, x, initial_state(1))
 
+  # A train step carries parameters and the hidden state only.
   _, kept = jax.eval_shape(init, key, x_t)
   if jax.tree.leaves(kept):
     raise TypeError(
@@ -218,6 +221,8 @@ def _equinox_constants(
   arrays = [leaf for leaf in jax.tree.leaves(abstract) if _is_abstract(leaf)]
   if all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in arrays):
     return eqx.filter(abstract, _is_abstract, inverse=True)
+  # Constants are part of the model, so they are computed now, even if this function is
+  # traced. Two keys show whether an array depends on the key.
   with jax.ensure_compile_time_eval():
     first, second = (
       eqx.filter(build(jax.random.key(seed)), eqx.is_inexact_array, inverse=True)
@@ -247,6 +252,7 @@ def _equinox_step(eqx: Any, module: Any) -> RowStep:
   """
   if isinstance(module, eqx.nn.GRUCell | eqx.nn.LSTMCell):
     return _run_equinox_cell
+  # A module without initial_state would need a state of unknown structure.
   is_module = isinstance(module, eqx.Module) and callable(module)
   if not is_module or not callable(getattr(module, 'initial_state', None)):
     raise TypeError(

@@ -39,6 +39,7 @@ class FromCell(nnx.Module):
       raise TypeError(
         f'cell must be an nnx.Module with initialize_carry, got {type(cell).__name__}.'
       )
+    # A scan over steps would draw the same noise at each of them.
     if jax.tree.leaves(nnx.state(cell, nnx.RngState)):
       raise TypeError(
         f'cell must not own random streams, got {type(cell).__name__}, which does: put '
@@ -53,6 +54,7 @@ class FromCell(nnx.Module):
   def initial_state(self, batch_size: int) -> Any:
     """Returns the cell's initial carry."""
     features = 1 if self.in_features is None else self.in_features
+    # Flax's cells draw their carry from rngs only if an initializer is random.
     shape = (check_batch_size(batch_size), features)
     return self.cell.initialize_carry(shape, nnx.Rngs(0))
 
@@ -124,6 +126,7 @@ def unwrap_rnn(layer: Any) -> Any:
       'nnx.RNN(reverse=True) reads later steps, which are not in the window: leave out '
       'reverse.'
     )
+  # An integer axis means one set of variables per time step.
   if any(isinstance(axis, int) for axis in layer.state_axes.values()):
     raise TypeError(
       f'nnx.RNN(state_axes={layer.state_axes}) has separate state for each step, which '
@@ -136,6 +139,7 @@ def _check_carry_without_features(cell: Any) -> None:
   """Raises a TypeError if a cell's carry depends on the unknown number of features."""
   name = type(cell).__name__
   shapes = []
+  # Two sizes suffice: a carry that depends on D differs between them.
   for features in (1, 2):
     initialize = functools.partial(cell.initialize_carry, (2, features))
     try:

@@ -27,6 +27,11 @@ from fptt_jax._dtypes import at_least_float32, widen
 State = Any
 Weights = Any
 Factors = tuple[jax.Array, ...]
+Mask = jax.Array | None
+ChunkInputs = tuple[jax.Array, Mask]
+"""(x [n, ...], mask [n, B]) of the n steps of a chunk."""
+ChunkOutputs = tuple[Any, Any, Any]
+"""(y, operands kept for the weights' gradient, factors) of steps."""
 
 ROWS = -1
 """The axis of the features in arrays [..., B, H]."""
@@ -55,10 +60,8 @@ class WindowKernel(NamedTuple):
       the window, dz [n, B, ...], which is 0 at masked steps).
   """
 
-  forward: Callable[
-    [Any, State, jax.Array, jax.Array | None], tuple[State, tuple[Any, Any]]
-  ]
-  backward: Callable[[Weights, Any, Any, jax.Array | None, State], tuple[State, Any]]
+  forward: Callable[[Any, State, jax.Array, Mask], tuple[State, tuple[Any, Any]]]
+  backward: Callable[[Weights, Any, Any, Mask, State], tuple[State, Any]]
 
 
 def matmul(axis: int, weights: jax.Array, a: jax.Array) -> jax.Array:
@@ -221,7 +224,7 @@ def elementwise_cell(
 
 
 def run_fused(
-  cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: jax.Array | None
+  cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: Mask
 ) -> tuple[State, Any]:
   """Runs a cell over a window.
 
@@ -238,6 +241,7 @@ def run_fused(
     (state after the window, y [S, B, H]). At a masked step y repeats the output
     of the step before.
   """
+  # Elementwise cells have no products, and kernels read rows.
   if cell.elementwise or cell.kernel is not None:
     axis = ROWS
   else:
@@ -296,7 +300,7 @@ def _run_window(
   weights: Weights,
   state: State,
   x: jax.Array,
-  mask: jax.Array | None,
+  mask: Mask,
 ) -> tuple[State, Any]:
   """Runs a window as `run_fused` does, with features along `axis`."""
   state, (y, _, _) = _run_forward(cell, axis, weights, state, x, mask)
@@ -309,7 +313,7 @@ def _run_window_forward(
   weights: Weights,
   state: State,
   x: jax.Array,
-  mask: jax.Array | None,
+  mask: Mask,
 ) -> tuple[Any, Any]:
   """Runs a window and returns the residuals of its backward pass with the result."""
   end, (y, kept, factors) = _run_forward(cell, axis, weights, state, x, mask)
@@ -323,6 +327,7 @@ def _run_window_backward(
   """Returns the gradients of weights, state, x and (None) mask."""
   given_weights, x, mask, kept, factors = residuals
   d_state, dy = gradient
+  # Backward, products are with the transposed weights.
   weights = _lay_out(axis, given_weights, transposed=axis == ROWS)
   dtypes = jax.tree.map(lambda d: d.dtype, d_state)
   d_state = jax.tree.map(widen, d_state)
@@ -333,6 +338,7 @@ def _run_window_backward(
     weights,
     jax.linear_transpose(cell.output, d_state),
   )
+  # Sums over many steps need at least float32.
   zeros = jax.tree.map(
     lambda w: jnp.zeros(w.shape, at_least_float32(w.dtype)), given_weights
   )
@@ -357,14 +363,15 @@ def _run_forward(
   weights: Weights,
   state: State,
   x: jax.Array,
-  mask: jax.Array | None,
-) -> tuple[State, tuple[Any, Any, Any]]:
+  mask: Mask,
+) -> tuple[State, ChunkOutputs]:
   """Runs a window.
 
   Returns:
     (state after the window, (y of S steps, the operands of the weights'
     gradient that the backward pass keeps of y and x, factors)).
   """
+  # Columns multiply the weights from the left, rows from the right.
   prepared = cell.prepare(axis, _lay_out(axis, weights, transposed=axis == COLUMNS))
   few_features = not cell.elementwise and x.shape[axis] <= FEW_FEATURES
   if cell.kernel is not None:
@@ -384,14 +391,12 @@ def _run_chunk_forward(
   axis: int,
   prepared: Any,
   state: State,
-  inputs: tuple[jax.Array, jax.Array | None],
-) -> tuple[State, tuple[Any, Any, Any]]:
+  inputs: ChunkInputs,
+) -> tuple[State, ChunkOutputs]:
   """Runs a chunk; one product gives the drive of all its steps."""
   x, mask = inputs
 
-  def step(
-    state: State, inputs: tuple[jax.Array, jax.Array | None]
-  ) -> tuple[State, tuple[Any, Any, Any]]:
+  def step(state: State, inputs: ChunkInputs) -> tuple[State, ChunkOutputs]:
     drive_t, mask_t = inputs
     new, factors = _run_step(cell, axis, prepared, state, drive_t, mask_t, x.dtype)
     return new, (cell.output(new), cell.output(state), factors)
@@ -404,14 +409,14 @@ def _run_chunk_of_few_features(
   axis: int,
   prepared: Any,
   state: State,
-  inputs: tuple[jax.Array, jax.Array | None],
-) -> tuple[State, tuple[Any, Any, Any]]:
+  inputs: ChunkInputs,
+) -> tuple[State, ChunkOutputs]:
   """Runs a chunk; each step computes its own drive."""
   x, mask = inputs
 
   def step(
-    state: State, inputs: tuple[tuple[jax.Array, ...], jax.Array | None]
-  ) -> tuple[State, tuple[Any, Any, Any]]:
+    state: State, inputs: tuple[tuple[jax.Array, ...], Mask]
+  ) -> tuple[State, ChunkOutputs]:
     features, mask_t = inputs
     x_t = jnp.stack(features, axis)
     drive_t = cell.drive(axis, prepared, x_t)
@@ -429,13 +434,14 @@ def _run_chunk_by_kernel(
   axis: int,
   prepared: Any,
   state: State,
-  inputs: tuple[jax.Array, jax.Array | None],
-) -> tuple[State, tuple[Any, Any, Any]]:
+  inputs: ChunkInputs,
+) -> tuple[State, ChunkOutputs]:
   """Runs a chunk by the cell's kernel."""
   assert cell.kernel is not None
   x, mask = inputs
   drive = cell.drive(axis, prepared, x)
   end, (y, factors) = cell.kernel.forward(prepared, state, drive, mask)
+  # A kernel returns the outputs after each step; the weights multiplied those before.
   previous = jnp.concatenate([cell.output(state)[None], y[:-1]])
   return end, (y, _join_operands(cell, axis, previous, x), factors)
 
@@ -446,7 +452,7 @@ def _run_step(
   prepared: Any,
   state: State,
   drive_t: jax.Array,
-  mask_t: jax.Array | None,
+  mask_t: Mask,
   dtype: jnp.dtype,
 ) -> tuple[State, Factors]:
   """Runs one step in at least float32.
@@ -488,8 +494,10 @@ def _run_chunk_backward(
   def step(d_state: State, inputs: tuple[Any, ...]) -> tuple[State, Any]:
     factors, dy_t = jax.tree.map(widen, inputs[:2])
     mask_t = inputs[2]
+    # The output is a part of the state, so its gradient joins the state's.
     d_state = jax.tree.map(jnp.add, d_state, *add_output(dy_t))
     before, dz = cell.backward(axis, weights, factors, d_state)
+    # A masked step passes the state's gradient on and adds nothing to the weights'.
     if mask_t is not None:
       dz = _where(axis, mask_t, dz, jax.tree.map(jnp.zeros_like, dz))
     before = _where(axis, mask_t, before, d_state)
@@ -629,7 +637,7 @@ def _add_axes(vector: jax.Array, like: jax.Array) -> jax.Array:
   return vector.reshape(*[1] * (like.ndim - 2), *vector.shape)
 
 
-def _where(axis: int, mask_t: jax.Array | None, new: Any, old: Any) -> Any:
+def _where(axis: int, mask_t: Mask, new: Any, old: Any) -> Any:
   """Selects `new` at valid rows and `old` at masked ones."""
   if mask_t is None:
     return new

@@ -39,6 +39,7 @@ class LearnedInitialState(nnx.Module):
 
   def __init__(self, layer: Any):
     self.layer = as_recurrent(layer)
+    # One row: all sequences share the learned state.
     leaves = jax.tree.leaves(self.layer.initial_state(1))
     self.initial = nnx.List(
       [nnx.Param(jnp.asarray(leaf)[0]) for leaf in leaves if _is_float(leaf)]
@@ -52,6 +53,7 @@ class LearnedInitialState(nnx.Module):
   def initial_state(self, batch_size: int) -> Any:
     """Returns the learned state before the first step, the same for each row."""
     leaves, structure = jax.tree.flatten(self.layer.initial_state(batch_size))
+    # Parameters are in the order of the state's floating-point leaves.
     learned = iter(self.initial)
     rows = [
       jnp.broadcast_to(next(learned)[...], leaf.shape) if _is_float(leaf) else leaf

@@ -38,6 +38,7 @@ def _draw_as_torch(
   layer: Recurrent, num_gates: int, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
   """Draws all weights uniform in ±1/√H."""
+  # The order of the draws is part of the result: seeds give the same weights.
   bound = layer.hidden_features**-0.5
   width = num_gates * layer.hidden_features
   shapes = [

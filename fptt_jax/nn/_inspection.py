@@ -92,6 +92,7 @@ LIBRARIES = ('builtins', 'flax', 'jax', 'jaxlib', 'numpy', 'optax')
 
 def is_known(layer: Any) -> bool:
   """Returns whether a layer needs no probe: it and all layers in it are known."""
+  # By exact type throughout: a subclass may override anything.
   if type(layer) is Sequential:
     return all(is_known(inner) for inner in layer.layers)
   if type(layer) in KNOWN_WRAPPERS:
@@ -176,6 +177,7 @@ def _referred(value: Any, within: bool, seen: set[int]) -> Iterator[Any]:
     return
   if isinstance(value, type) or id(value) in seen:
     return
+  # Objects may refer to each other in circles.
   seen.add(id(value))
   if isinstance(value, jax.Array | np.ndarray):
     yield value
@@ -195,6 +197,8 @@ def _parts(value: Any) -> list[Any]:
     return [value.func, *value.args, *value.keywords.values()]
   if inspect.ismethod(value):
     return [value.__self__, value.__func__]
+  # Libraries' functions close over caches and registries, but not over user arrays. A
+  # decorated user function is found by its __wrapped__.
   if _belongs_to_a_library(value):
     return [value.__wrapped__] if hasattr(value, '__wrapped__') else []
   if inspect.isfunction(value):
@@ -202,6 +206,7 @@ def _parts(value: Any) -> list[Any]:
     defaults = value.__defaults__ or ()
     keyword_defaults = value.__kwdefaults__ or {}
     return [*cells, *defaults, *keyword_defaults.values()]
+  # A plain object of the user: its attributes may hold anything.
   return list(vars(value).values()) if hasattr(value, '__dict__') else []
 
 

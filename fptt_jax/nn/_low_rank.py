@@ -31,6 +31,7 @@ def make_matrix(
   """
   if rank is None:
     return nnx.List([nnx.Param(draw((rows, columns)))])
+  # A larger rank would have more parameters than the full matrix and no more freedom.
   largest = min(rows, columns)
   accepted = f'an integer from 1 to {largest} or None'
   rank = check_integer(name, rank, 1, largest, accepted)

@@ -131,8 +131,10 @@ class MixtureOfSoftmaxes(Stateless):
     """Maps features [S, B, H] to log-probabilities [S, B, V] of at least float32."""
     x = check_inputs(self, x, self.in_features)
     state, z = self.dropout(state, jnp.tanh(self.latent(x)), mask, key)
+    # One product gives all experts' latents.
     z = z.reshape(*x.shape[:2], self.experts, self.embed.features)
     logits = self.embed.attend(z) + self.bias[None, None, None]
+    # Sums of exponentials over V words need more than 16 bits.
     log_pi = jax.nn.log_softmax(widen(self.prior(x)))
     log_p = jax.nn.log_softmax(widen(logits))
     return state, jax.nn.logsumexp(log_pi[..., None] + log_p, axis=-2)

@@ -94,6 +94,7 @@ class Reconstruction(nnx.Module):
     self.anchors = check_size('anchors', anchors)
     self.weight = check_number('weight', weight, 0, FLOAT32_MAX, 'a finite number >= 0')
     self.layer = as_recurrent(layer)
+    # Same structure as the layer, so that it can start from the layer's state.
     self.decoder = nnx.clone(self.layer)
     x = jnp.zeros((1, 1, self.in_features), jnp.float32)
     _, outputs = jax.eval_shape(lambda: self.layer(self.layer.initial_state(1), x))
@@ -140,8 +141,10 @@ class Reconstruction(nnx.Module):
     anchor_keys = jax.random.split(anchor_key, self.anchors)
     error = jax.vmap(anchor_error)(anchor_keys).mean(0)
     counted = valid >= self.segment
+    # A window without any counted sequence has the penalty 0, and not 0/0.
     count = jnp.maximum(counted.sum(), 1).astype(error.dtype)
     mean = jnp.sum(error, where=counted) / count
+    # The trainer averages penalties over valid steps, so each step carries the mean.
     penalty = jnp.full((num_steps, batch_size), self.weight * mean)
     return new_state, OutputsWithPenalty(y, penalty)
 
@@ -174,6 +177,7 @@ class Reconstruction(nnx.Module):
       key: random key of anchor, segment and decoder.
     """
     anchor_key, start_key, decoder_key = jax.random.split(key, 3)
+    # Sequences with too few valid steps draw a legal anchor, but are not counted.
     largest = jnp.maximum(valid, self.segment)
     anchor = jax.random.randint(anchor_key, valid.shape, self.segment, largest + 1)
     last_start = anchor - self.segment

@@ -54,7 +54,8 @@ class LockedDropout(Stateless):
     >>> from fptt_jax import nn
     >>> def build(rngs):
     ...   lstm = nn.LSTM(1, 16, rngs=rngs)
-    ...   return nn.Sequential(lstm, nn.LockedDropout(0.4), nnx.Linear(16, 9, rngs=rngs))
+    ...   readout = nnx.Linear(16, 9, rngs=rngs)
+    ...   return nn.Sequential(lstm, nn.LockedDropout(0.4), readout)
     >>> model = nn.from_nnx(build)
 
   References:
@@ -111,6 +112,7 @@ class EmbeddingDropout(Stateless):
     y = self.embed(x)
     if key is None:
       return state, y
+    # Over the vocabulary, so that all occurrences of a word share one factor.
     words = _draw_noise(key, self.rate, (self.embed.num_embeddings,), y.dtype)
     return state, y * words[x][..., None]
 
@@ -163,6 +165,7 @@ class WeightDrop(nnx.Module):
     noise_key, layer_key = jax.random.split(key)
     w_h = self.layer.w_h[...]
     noise = _draw_noise(noise_key, self.rate, w_h.shape, w_h.dtype)
+    # A copy, because the layer's own weights must not be written to while traced.
     graph, weights = nnx.split(self.layer)
     nnx.replace_by_pure_dict(weights, {'w_h': w_h * noise})
     return nnx.merge(graph, weights)(state, x, mask, layer_key)
@@ -240,6 +243,7 @@ class TemporalActivationPenalty(Stateless):
     squares = jnp.where(counted, _mean_square(x[1:] - before), 0)
     differences = jnp.pad(squares, ((1, 0), (0, 0)))
     dtype = differences.dtype
+    # At least 1: a window may have no difference at all.
     num_counted = jnp.maximum(counted.sum(), 1).astype(dtype)
     weight = valid.sum().astype(dtype) / num_counted
     return state, OutputsWithPenalty(x, self.beta * weight * differences)

@@ -95,6 +95,7 @@ class Sequential(nnx.Module):
   def readout_start(self) -> int:
     """Index of the readout's first layer, the number of layers if there is none."""
     start = len(self.layers)
+    # From the end, up to the last layer that needs the order or number of steps.
     while start > 0 and _acts_on_steps(self.layers[start - 1]):
       start -= 1
     return start

@@ -49,6 +49,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> list[dict[str, jax.Array]]:
     )
   names = sorted(map(str, state_dict))
   are_known = all(map(_NAME.fullmatch, names))
+  # Any other name belongs to a projection, a reverse direction or another module.
   numbers = sorted({int(name.rpartition('_l')[2]) for name in names if are_known})
   if not numbers or numbers != list(range(len(numbers))):
     raise ValueError(
@@ -68,6 +69,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> list[dict[str, jax.Array]]:
 
 def _as_array(name: str, value: Any) -> np.ndarray:
   """Returns a tensor or array as a NumPy array of floats."""
+  # A torch tensor; torch itself is not imported.
   if hasattr(value, 'detach'):
     value = np.asarray(value.detach())
   array = check_array(name, value)
@@ -87,6 +89,7 @@ def _convert_layer(
   names = [f'weight_ih_l{number}', f'weight_hh_l{number}']
   if not all(name in weights for name in names):
     raise ValueError(f'state_dict must hold {names}, got {sorted(weights)}.')
+  # Torch multiplies columns, the layers here multiply rows.
   w_x, w_h = (weights[name].T for name in names)
   layer = _layer_kind(w_x, w_h)
   if layer is None:
@@ -104,6 +107,8 @@ def _convert_layer(
       f'biases in state_dict must have the shape ({width},), got '
       f'{[bias.shape for bias in biases]}.'
     )
+  # Torch's GRU applies its reset gate after the recurrent bias, so only the GRU keeps
+  # both biases; elsewhere only their sum matters.
   params = {'w_x': w_x, 'w_h': w_h}
   if layer == 'GRU':
     params |= {'bias': biases[0], 'recurrent_bias': biases[1]}

@@ -143,6 +143,7 @@ class AntisymmetricRNN(Recurrent):
   def _a_transposed(self) -> jax.Array:
     """Returns Aᵀ [H, H]: a step multiplies the row h by it."""
     size = self.hidden_features
+    # Only H(H-1)/2 numbers are stored, so that the optimizer's state is half as large.
     upper = jnp.zeros((size, size), self.w[...].dtype)
     upper = upper.at[jnp.triu_indices(size, 1)].set(self.w[...])
     return (upper - upper.T).T - self.gamma * jnp.eye(size, dtype=upper.dtype)

@@ -86,6 +86,7 @@ class FastGRNN(Recurrent):
     w_x = matrix_values(self.w_x)
     w_h = matrix_values(self.w_h)
     bias_z, bias_h = jnp.split(self.bias[None], 2, axis=-1)
+    # Once per window and not per step.
     scale = jax.nn.sigmoid(self.zeta[...])
     shift = jax.nn.sigmoid(self.nu[...])
 

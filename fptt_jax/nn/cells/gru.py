@@ -58,6 +58,7 @@ def _backward(
   to_r, to_z, to_n, to_recurrent_n, z = factors
   d_rz = jnp.concatenate([dh * to_r, dh * to_z], axis)
   d_recurrent = jnp.concatenate([d_rz, dh * to_recurrent_n], axis)
+  # The candidate's recurrent part passes the reset gate, the input part does not.
   before = matmul(axis, weights[1], d_recurrent) + dh * z
   d_input = jnp.concatenate([d_rz, dh * to_n], axis)
   return before, (d_input, d_recurrent)
@@ -194,6 +195,7 @@ class GRU(Recurrent):
   def _recurrent_bias(self) -> jax.Array:
     """Returns the second bias [3H], zeros if there is none."""
     if self.recurrent_bias is None:
+      # Zeros compute the same function, so the steps need no second variant.
       return jnp.zeros_like(self.bias[...])
     return self.recurrent_bias[...]
 

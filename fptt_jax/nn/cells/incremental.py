@@ -99,6 +99,7 @@ class IncrementalRNN(Recurrent):
     def step(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
       drive = x_t @ w_x + bias
       g = h
+      # Unrolled: a loop of a few small products would cost more than it saves.
       for i in range(len(etas)):
         g = g + etas[i] * (jax.nn.relu(multiply(g + h, w_h) + drive) - (g + h))
       return g, g

@@ -41,6 +41,7 @@ def _backward(
 ) -> tuple[LRUState, jax.Array]:
   re, im = d_state
   lambda_re, lambda_im = weights
+  # Real arithmetic of conj(λ) d: the gradient flows through the conjugate.
   before_re = lambda_re * re + lambda_im * im
   before_im = lambda_re * im - lambda_im * re
   return type(d_state)(before_re, before_im), jnp.concatenate([re, im], axis)
@@ -198,6 +199,7 @@ class LRU(Recurrent):
       return super().__call__(state, x, mask, key)
     x = self._check_call(state, x, mask)
     lambda_re, lambda_im, b, c = self._matrices()
+    # Input and output products run over all steps at once, outside the recurrence.
     weights = (lambda_re[0], lambda_im[0])
     state, (re, im) = run_fused(FUSED_CELL, weights, state, x @ b, mask)
     return state, jnp.concatenate([re, im], -1) @ c + _skip(self.d[...], x)
@@ -208,6 +210,7 @@ class LRU(Recurrent):
     phase = jnp.exp(self.theta_log[None])
     scale = jnp.tile(jnp.exp(self.gamma_log[None]), 2)
     b = jnp.concatenate([self.b_re[...], self.b_im[...]], -1) * scale
+    # Re((re + i im)(c_re + i c_im)) = re c_re - im c_im, as one product.
     c = jnp.concatenate([self.c_re[...], -self.c_im[...]], 0)
     return modulus * jnp.cos(phase), modulus * jnp.sin(phase), b, c
 

@@ -46,6 +46,7 @@ def _forward(
   for the c of the step before.
   """
   h, c = state
+  # One tanh over all gates: see scale_gates.
   a = jnp.tanh(drive_t + matmul(axis, prepared[1], h))
   i, f, g, o = jnp.split(a, 4, axis)
   d_i, d_f, d_g, d_o = jnp.split(1 - a * a, 4, axis)
@@ -71,6 +72,7 @@ def _backward(
 ) -> tuple[LSTMState, jax.Array]:
   to_i, to_f, to_g, to_o, to_c, f = factors
   dh, dc = d_state
+  # c reaches the loss through h, too.
   dc = dc + dh * to_c
   dz = jnp.concatenate([dc * to_i, dc * to_f, dc * to_g, dh * to_o], axis)
   return type(d_state)(matmul(axis, weights[1], dz), dc * f), dz

@@ -54,6 +54,7 @@ def build(cell: str, platform: str) -> None:
   handlers = ctypes.CDLL(str(library))
   for direction in ('forward', 'backward'):
     target = f'{cell.lower()}_{direction}'
+    # Targets are looked up by name when a compiled program is loaded.
     capsule = jax.ffi.pycapsule(getattr(handlers, target))
     jax.ffi.register_ffi_target(f'fptt_jax_{target}', capsule, platform=platform)
   _built.add((cell, platform))
@@ -153,6 +154,7 @@ def run_forward(
     if name != 'mask':
       check_supported(cell, size, operand.dtype)
   step_results = (num_steps, batch_size, size)
+  # In the order in which the kernel writes them.
   results = [
     step_results,
     *len(state) * [(batch_size, size)],
@@ -188,6 +190,7 @@ def _call(
   cell: str, direction: str, shapes: list[tuple[int, ...]], *operands: jax.Array
 ) -> list[jax.Array]:
   backend = jax.default_backend()
+  # Built while tracing, so that layers can be constructed without a GPU.
   if backend == 'gpu':
     build(cell, 'CUDA')
   elif (cell, backend) not in _built:
@@ -214,6 +217,7 @@ def _library_path(cell: str, command: list[str]) -> Path:
   )
   source = _source(cell)
   headers = sorted(FOLDER.glob('*.h'))
+  # Everything that the binary depends on: a stale library would give wrong numbers.
   origins = [
     source.read_text(),
     *(header.read_text() for header in headers),
