@@ -17,6 +17,8 @@ from experiments import language_model
 import fptt_jax
 from fptt_jax import nn
 
+# Layers without a state are tested alone.
+pytestmark = pytest.mark.filterwarnings('ignore:.*no hidden state:UserWarning')
 KEY = jax.random.key(0)
 S, B, H, E, V, M = 3, 2, 6, 4, 7, 3
 

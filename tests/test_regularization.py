@@ -16,6 +16,8 @@ import pytest
 import fptt_jax
 from fptt_jax import nn
 
+# Layers without a state are tested alone.
+pytestmark = pytest.mark.filterwarnings('ignore:.*no hidden state:UserWarning')
 KEY = jax.random.key(3)
 S, B, D, H, V = 4, 3, 5, 6, 8
 

@@ -358,8 +358,7 @@ def _initial_state_functions(
   def state_of_one_row(params: Any) -> Any:
     return learned_initial_state(params, 1)
 
-  # A state that depends on parameters can only be computed where they are at hand; a
-  # trainer starts from zeros of its shape and calls the learned function in the loss.
+  # `initial_state` then only gives shapes and dtypes; see Model.learned_initial_state.
   if _reads_params(state_of_one_row, parts.abstract_params()):
     return zero_state, learned_initial_state
   return initial_state, None

@@ -1,10 +1,12 @@
-// A window of a GRU in one kernel, forward and backward; see window.h. Gates in the order r, z, n.
+// All steps of a GRU's window in one kernel, forward and backward; see window.h.
+// Gates are in the order r, z, n.
 
 #include "window.h"
 
 namespace {
 
-// Of each thread's 3H/4 weights those in registers: all, but where two rows leave too few of the 128.
+// How many of a thread's 3H/4 weights are in registers: all, unless two rows per block
+// leave too few of the 128 registers.
 template <int H, int kRows>
 constexpr int kHeld = H < 128 || kRows == 1 ? 3 * H / 4 : 84;
 
@@ -13,7 +15,7 @@ struct Forward {
   const float *drive, *w_h, *recurrent_bias, *h_0;
   const bool* mask;
   float *y, *h_end;
-  float *to_r, *to_z, *to_n, *to_recurrent_n, *z;  // See _gru_forward.
+  float *to_r, *to_z, *to_n, *to_recurrent_n, *z;  // Factors: see _forward in cells/gru.py.
 
   template <int H, int kRows>
   ffi::Error start(dim3 grid, Stream stream) const;
@@ -21,11 +23,11 @@ struct Forward {
 
 struct Backward {
   Shape shape;
-  const float* factors[4];  // What dh is multiplied by for r, z, n's recurrent part, n.
+  const float* factors[4];  // Of dh for r, z, the recurrent part of n, and n.
   const float *z, *dy;
   const bool* mask;
   const float *dh_end, *w_h;
-  float *inputs, *recurrent, *dh_0;  // dz twice, see _gru_backward.
+  float *inputs, *recurrent, *dh_0;  // dz of w_x and dz of w_h: see _backward in cells/gru.py.
 
   template <int H, int kRows>
   ffi::Error start(dim3 grid, Stream stream) const;
@@ -36,7 +38,8 @@ using ForwardOf = ForwardProduct<H, 3, kRows, kHeld<H, kRows>>;
 template <int H, int kRows>
 using BackwardOf = BackwardProduct<H, 3, kRows, kHeld<H, kRows>>;
 
-// Each of the four threads of a unit has all gates of a row: more tanh than one gate each, fewer shuffles one after the other.
+// Each of a unit's four threads computes all gates of a row. One gate per thread would
+// need fewer tanh, but more shuffles in sequence.
 template <int H, int kRows>
 __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
   SHARED_MEMORY(float4, shared);
@@ -75,7 +78,8 @@ __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
 #pragma unroll
     for (int gate = 0; gate < 3; gate++) recurrent[gate] = add_up(add_row(sum[gate], row, 1), 2) + bias[gate];
 
-    // From here as _gru_forward, whose weights and drive these are: halved for r and z, where σ(x) = (1 + tanh(x/2))/2.
+    // From here on as _forward in cells/gru.py: weights and drive are halved for r and z,
+    // since σ(x) = (1 + tanh(x/2))/2.
     const float r = 0.5f * tanhf(drive[0] + recurrent[0]) + 0.5f, z = 0.5f * tanhf(drive[1] + recurrent[1]) + 0.5f;
     const float n = tanhf(drive[2] + r * recurrent[2]), to_n = (1 - z) * (1 - n * n);
     const size_t at = rows.of_step(step, row) * H + unit;
@@ -95,7 +99,8 @@ __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
   if (writes) window.h_end[state_at] = h;
 }
 
-// Of a unit and row there are four numbers dz, n's recurrent part being the third: each of kTwins threads has kRows of them.
+// A unit and row have four numbers dz, the third for the recurrent part of n. Each of
+// kTwins threads handles kRows of them.
 template <int H, int kRows>
 __global__ void __launch_bounds__(4 * H) backward_window(const Backward window) {
   SHARED_MEMORY(float4, shared);
@@ -145,7 +150,7 @@ __global__ void __launch_bounds__(4 * H) backward_window(const Backward window) 
     if (real) dh *= next_z;
     fetch(step - 1);
     __syncthreads();
-    dh += product.sum_up(step);  // Of zeros at a masked step.
+    dh += product.sum_up(step);  // A sum of zeros at a masked step.
   }
 
   if (there && twin == 0) window.dh_0[state_at] = dh;
@@ -230,6 +235,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gru_backward, backward,
                                   .Arg<Array>()  // w_h [..., H, 3H]
                                   .Arg<Mask>()  // [..., S, B]
                                   .Ret<Array>()  // dz of the inputs' product [..., S, B, 3H]
-                                  .Ret<Array>()  // dz of the recurrent one
+                                  .Ret<Array>()  // dz of the recurrent product
                                   .Ret<Array>(),  // dh_0 [..., B, H]
                               {ffi::Traits::kCmdBufferCompatible});

@@ -1,12 +1,14 @@
-// A window of an LSTM in one kernel, forward and backward; see window.h. Gates in the order i, f, g, o.
+// All steps of an LSTM's window in one kernel, forward and backward; see window.h.
+// Gates are in the order i, f, g, o.
 
 #include "window.h"
 
 namespace {
 
-constexpr int kNumFactors = 6;  // In the order i, f, g, o, c, step before: see _lstm_forward.
+constexpr int kNumFactors = 6;  // In the order of _forward in cells/lstm.py.
 
-// Of each thread's H weights those in registers: what 128 registers a thread, the most there are for 512 threads, leave room for.
+// How many of a thread's H weights are in registers: as many as fit into 128 registers,
+// the most that each of 512 threads can have.
 template <int H, int kRows>
 constexpr int kHeldForward = H < 128 ? H : kRows == 1 ? 96 : 76;
 template <int H, int kRows>
@@ -40,7 +42,7 @@ using ForwardOf = ForwardProduct<H, 4, kRows, kHeldForward<H, kRows>>;
 template <int H, int kRows>
 using BackwardOf = BackwardProduct<H, 4, kRows, kHeldBackward<H, kRows>>;
 
-// Of the four threads of a unit each has one of the gates.
+// Each of a unit's four threads computes one gate.
 template <int H, int kRows>
 __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
   SHARED_MEMORY(float4, shared);
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
     product.sum_up(step, sum);
     float activated[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; r++) {  // Two gates, then one, are kept, the others handed over.
+    for (int r = 0; r < kRows; r++) {  // Keep two gates, then one; hand over the others.
       const float even_gate = add_one_of(sum[0][r], sum[2][r], part & 2, 2);
       const float odd_gate = add_one_of(sum[1][r], sum[3][r], part & 2, 2);
       activated[r] = tanhf(drive[r] + add_one_of(even_gate, odd_gate, part & 1, 1));
@@ -92,7 +94,8 @@ __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
       }
     }
 
-    // From here as _lstm_forward, whose weights and drive these are: halved where σ(z) = (1 + tanh(z/2))/2.
+    // From here on as _forward in cells/lstm.py: weights and drive are halved for i, f and
+    // o, since σ(z) = (1 + tanh(z/2))/2.
     const float i = 0.5f * gates[0] + 0.5f, f = 0.5f * gates[1] + 0.5f, g = gates[2], o = 0.5f * gates[3] + 0.5f;
     const float new_c = f * c + i * g, t = tanhf(new_c);
     if (writes) {
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(4 * H) forward_window(const Forward window) {
   }
 }
 
-// Of a unit and row each of kTwins threads hands on kRows of the four gates' dz.
+// A unit and row have four gates' dz. Each of kTwins threads writes kRows of them.
 template <int H, int kRows>
 __global__ void __launch_bounds__(4 * H) backward_window(const Backward window) {
   SHARED_MEMORY(float4, shared);

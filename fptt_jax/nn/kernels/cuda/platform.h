@@ -1,6 +1,8 @@
-// Where kernels run: on an NVIDIA GPU (nvcc), or, for tests, in emulation on the CPU (any C++17 compiler).
+// The platform of the kernels: an NVIDIA GPU (nvcc), or for tests an emulation on the CPU
+// (any C++17 compiler).
 //
-// A kernel names its dynamic shared memory by SHARED_MEMORY and is started by `launch`; all else it uses is CUDA's own.
+// A kernel declares its dynamic shared memory by SHARED_MEMORY and is started by `launch`.
+// Everything else that it uses is plain CUDA.
 
 #pragma once
 
@@ -60,17 +62,18 @@ struct dim3 {
 };
 
 using Stream = int;
-using StreamContext = xla::ffi::DeviceOrdinal;  // Something that every handler can be given: there are no streams here.
+using StreamContext = xla::ffi::DeviceOrdinal;  // Any context that a handler can take: a CPU has no streams.
 
 namespace emulation {
 
-// A block's threads are fibers, run in turn from one barrier to the next: quick, and the same each time. A shuffle is a barrier of
-// a warp; so each warp runs from one __syncthreads to the next while those after it wait, and one too few shows. All threads have
-// to meet the same barriers and shuffles, as these kernels' do.
+// A block's threads are fibers that run in turn from one barrier to the next, which is fast
+// and deterministic. A shuffle is a barrier of a warp: each warp runs from one
+// __syncthreads to the next while the later ones wait, so a missing barrier shows. All
+// threads must reach the same barriers and shuffles, as they do in these kernels.
 struct Block {
   std::vector<ucontext_t> fibers;
   std::unique_ptr<float4[]> shared;
-  std::vector<float> exchanged[2];  // By shuffles, in turn: nobody is two shuffles ahead of another.
+  std::vector<float> exchanged[2];  // By shuffles, alternating: no thread is two shuffles ahead of another.
   std::vector<int> shuffles;
   ucontext_t caller;
   unsigned current = 0;
@@ -119,7 +122,7 @@ inline float __shfl_sync(unsigned, float value, int lane, int width) {
   return emulation::shuffle(value, first + static_cast<unsigned>(lane));
 }
 
-inline unsigned num_multiprocessors() { return 4; }  // So few that small tests have more rows, too.
+inline unsigned num_multiprocessors() { return 4; }  // Few, so that small tests have more rows than that.
 
 template <typename Arguments>
 xla::ffi::Error launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared_bytes, Stream, Arguments arguments) {
@@ -145,7 +148,7 @@ xla::ffi::Error launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t
       block.index = dim3(x, y);
       block.current = 0;
       block.shuffles.assign(threads, 0);
-      std::memset(block.shared.get(), 0xff, shared_bytes);  // NaN: what was not written must not be read.
+      std::memset(block.shared.get(), 0xff, shared_bytes);  // NaN, so that a read before a write shows.
       for (int thread = 0; thread < threads; thread++) {
         ucontext_t& context = block.fibers[thread];
         getcontext(&context);

@@ -1,16 +1,21 @@
-// What the kernels of a cell's window share.
+// The parts that all cells' kernels share.
 //
-// Legend: S steps, B batch, H hidden, R members of a population, G gates. All arrays are row-major float32, the mask bool.
+// Legend: S steps, B batch, H hidden, R members of a population, G gates. All arrays are
+// row-major float32; the mask is bool.
 //
-// A block of 4H threads owns kRows rows of the batch of one member, 1 or 2, for the whole window, so blocks need not wait for each
-// other. One row is the least work a step, and taken as long as every block can have a multiprocessor for itself; two make more of
-// each weight that is read. (Reasoned, not measured.)
+// A block of 4H threads owns kRows rows of one member's batch, 1 or 2, for the whole
+// window, so blocks never wait for each other. One row per block is the least work per
+// step, and is used while every block can have a multiprocessor of its own. Two rows use
+// each weight that is read twice. (Reasoned, not measured.)
 //
-// The recurrent weights stay on the chip, each thread its GH/4 of them: what its registers do not hold is in shared memory, such
-// that a warp's threads read one after the other. Threads that share a sum are neighbours in a warp and add up by shuffles.
-// What is handed to the next step goes through one of two buffers in shared memory in turn, so one barrier a step is enough: a
-// thread that writes to a buffer has passed a barrier since the last step that read it. What the next step needs from memory is
-// fetched before this step's sums; backward before the barrier, since ptxas was seen to put it off until the step needs it.
+// The recurrent weights stay on the chip, GH/4 of them per thread: those that do not fit
+// into registers are in shared memory, ordered so that a warp reads consecutive words.
+// Threads that share a sum are neighbors in a warp and add by shuffles. A step passes
+// values to the next one through two alternating buffers in shared memory, so one barrier
+// per step suffices: a thread that writes to a buffer has passed a barrier since the last
+// step that read it. Operands of the next step are fetched from memory before the sums of
+// this step; backward, before the barrier, because ptxas was measured to delay the loads
+// until the step needs them.
 
 #pragma once
 
@@ -39,12 +44,13 @@ __device__ __forceinline__ float dot(const float4& a, const float4& b, float sum
 
 __device__ __forceinline__ float add_up(float value, int lanes) { return value + __shfl_xor_sync(0xffffffffu, value, lanes); }
 
-// Two threads, `lanes` apart, add up a and b; the second one keeps the sum of b, the other that of a.
+// Adds a and b over two threads `lanes` apart; the first keeps the sum of a, the second
+// the sum of b.
 __device__ __forceinline__ float add_one_of(float a, float b, bool second, int lanes) {
   return (second ? b : a) + __shfl_xor_sync(0xffffffffu, second ? a : b, lanes);
 }
 
-// Two threads, `lanes` apart, add up; of two rows each keeps its own.
+// Adds over two threads `lanes` apart; of two rows, each thread keeps its own.
 template <int kRows>
 __device__ __forceinline__ float add_row(const float (&rows)[kRows], int row, int lanes) {
   if constexpr (kRows == 2) {
@@ -54,20 +60,22 @@ __device__ __forceinline__ float add_row(const float (&rows)[kRows], int row, in
   }
 }
 
-// The rows of a block, and where they lie: counted in 32 bits, to save registers, as 2^32 rows of H numbers fit no memory.
+// A block's rows and their places, counted in 32 bits to save registers: no memory holds
+// 2^32 rows of H numbers.
 struct Rows {
   unsigned member, first, batch, num_steps;
 
   __device__ __forceinline__ Rows(const Shape& shape, int rows)
       : member(blockIdx.y), first(blockIdx.x * rows), batch(shape.batch), num_steps(shape.num_steps) {}
   __device__ __forceinline__ bool has(int row) const { return first + row < batch; }
-  __device__ __forceinline__ size_t of_state(int row) const { return member * batch + first + row; }  // Of [R, B].
-  __device__ __forceinline__ size_t of_step(int step, int row) const {  // Of [R, S, B].
+  __device__ __forceinline__ size_t of_state(int row) const { return member * batch + first + row; }  // Index into [R, B].
+  __device__ __forceinline__ size_t of_step(int step, int row) const {  // Index into [R, S, B].
     return member * num_steps * batch + first + row + step * batch;
   }
 };
 
-// A thread's weights in float4: the first kHeld of kNumber in registers, the others in shared memory.
+// A thread's weights in float4: the first kHeld of kNumber are in registers, the others
+// in shared memory.
 template <int kThreads, int kNumber, int kHeld>
 struct Weights {
   static constexpr int kStored = (kNumber - kHeld) * kThreads;
@@ -86,8 +94,8 @@ struct Weights {
   }
 };
 
-// h w_h of a step forward. Four threads a unit: each sums a quarter for all gates and rows. Then each row is finished by 4 / kRows
-// of them, of which one writes.
+// The product h w_h of a step forward. Each of a unit's four threads sums a quarter for all
+// gates and rows. Then 4 / kRows of them finish each row, and one of these writes.
 template <int H, int kGates, int kRows, int kHeldWeights>
 struct ForwardProduct {
   static constexpr int kThreads = 4 * H, kChunks = H / 16;
@@ -109,7 +117,7 @@ struct ForwardProduct {
     }
   }
 
-  __device__ __forceinline__ void hand_on(int step, float h) {  // To step `step`.
+  __device__ __forceinline__ void hand_on(int step, float h) {  // Passes h on to step `step`.
     if (part < kRows) reinterpret_cast<float*>(hidden)[((step % 2) * kRows + row) * H + unit] = h;
   }
 
@@ -130,8 +138,8 @@ struct ForwardProduct {
   }
 };
 
-// dz w_hᵀ of a step backward. Eight threads a pair of units: each sums an eighth for both units and all rows. Then kTwins of them
-// have the sum of one unit and row and go on with it.
+// The product dz w_hᵀ of a step backward. Each of eight threads per pair of units sums an
+// eighth for both units and all rows. Then kTwins of them hold the sum of one unit and row.
 template <int H, int kGates, int kRows, int kHeldWeights>
 struct BackwardProduct {
   static constexpr int kThreads = 4 * H, kChunks = kGates * H / 32, kTwins = 4 / kRows;
@@ -184,7 +192,7 @@ ffi::Error run_of_size(const Window& window, unsigned members, Stream stream) {
   return window.template start<H, 2>(dim3((batch + 1) / 2, members), stream);
 }
 
-// A window of steps [..., S, B, H] in which all leading axes are members.
+// The shape of a window [..., S, B, H]; all leading axes are members.
 template <typename Window>
 ffi::Error run(Window window, const ffi::AnyBuffer::Dimensions& steps, Stream stream) {
   const size_t rank = steps.size();
