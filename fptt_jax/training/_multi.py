@@ -1,6 +1,4 @@
-"""More in one compiled program: many steps one after the other, many members of a
-population side by side.
-"""
+"""Many train steps in one compiled program, and many members side by side."""
 
 from collections.abc import Callable
 import functools
@@ -22,6 +20,7 @@ from fptt_jax._checks import (
 )
 from fptt_jax._compiled import Compiled
 from fptt_jax._types import Hidden, Params, StepMetrics, Trainer, TrainState
+from fptt_jax.losses import MetricSums
 from fptt_jax.parallel._devices import check_divisible, one_axis
 
 
@@ -31,186 +30,195 @@ def scan_train_steps(
   *,
   donate: bool | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]:
-  """Compiles N train steps into one program: an epoch, say, without a word to the host
-  in between.
+  """Compile N train steps into one program, such as an epoch without host round trips.
 
   Args:
-    trainer: what :func:`fptt_jax.make_trainer` or :func:`vmap_trainer` made.
-    read: (source, item) -> Batch, traced: what it does (gathering rows, scaling bytes
-      to floats, drawing noise) is part of the program. Default: the items are batches.
-    donate: whether the old state is donated, as :class:`fptt_jax.Trainer` says. None:
-      as the trainer does.
+    trainer: Trainer from :func:`fptt_jax.make_trainer` or :func:`vmap_trainer`.
+    read: (source, item) -> Batch. It is traced, so that gathering rows, scaling bytes
+      to floats or drawing noise is part of the program. By default, items are batches.
+    donate: Whether the old state is donated. None: as in the trainer.
 
-  Returns: (state, source, items) -> (state, StepMetrics [N, ...]). `source` is a tree
-    of arrays that all steps read, such as a data set that stays on the device; `items`
-    is a tree of arrays with one leading axis of length N, such as the rows of each
-    batch. The old state is donated. Compiled once for each N; equal to N calls of
-    `trainer.step`.
+  Returns:
+    (state, source, items) -> (state, StepMetrics [N, ...]), which equals N calls of
+    `trainer.step`. It is compiled once per N.
 
-    Calls return before they are done: hand over the next items while the device is at
-    work, for data larger than memory a chunk of batches after the other.
+    `source` is a tree of arrays that all steps read, such as a data set on the device.
+    `items` is a tree of arrays with a leading axis of length N, such as the row numbers
+    of each batch.
+
+    Calls return before they are done. Data larger than memory can be passed in chunks
+    of batches: prepare the next items while the device computes.
 
   Raises:
-    TypeError, ValueError: `trainer` or `read` is none (here); items that are no arrays
-      of one length (when traced).
+    TypeError: `trainer` is not a :class:`fptt_jax.Trainer`, or `read` not a function.
+    ValueError: When traced: items are not arrays with a leading axis of one length.
 
   Example:
     >>> import jax, numpy as np, optax, fptt_jax
     >>> from flax import nnx
     >>> from fptt_jax import nn
-    >>> model = nn.from_nnx(lambda rngs: nn.Sequential(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 3, rngs=rngs)))
+    >>> model = nn.from_nnx(
+    ...   lambda rngs: nn.Sequential(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 3, rngs=rngs))
+    ... )
     >>> loss = fptt_jax.losses.terminal_classification(3)
-    >>> trainer = fptt_jax.make_trainer(model, loss, fptt_jax.fptt(optax.adam(1e-3)), num_windows=4)
-    >>> images, labels = np.ones((40, 20), np.uint8), np.ones(40, np.int32)  # N examples of T=20 pixels
+    >>> optimizer = fptt_jax.fptt(optax.adam(1e-3))
+    >>> trainer = fptt_jax.make_trainer(model, loss, optimizer, num_windows=4)
+    >>> images = np.ones((40, 20), np.uint8)  # 40 examples of T=20 pixels.
+    >>> labels = np.ones(40, np.int32)
     >>> def read(source, rows):
     ...   images, labels = source
     ...   return fptt_jax.Batch(images[rows].T[..., None] / 255.0, labels[rows])
     >>> epoch = fptt_jax.scan_train_steps(trainer, read)
-    >>> source, rows = jax.device_put((images, labels)), np.random.default_rng(0).permutation(40).reshape(5, 8)
+    >>> source = jax.device_put((images, labels))
+    >>> rows = np.random.default_rng(0).permutation(40).reshape(5, 8)
     >>> state = trainer.init(jax.random.key(0), read(source, rows[0]))
     >>> state, metrics = epoch(state, source, rows)
-    >>> metrics.loss.shape  # N batches, K windows
+    >>> metrics.loss.shape  # N batches, K windows.
     (5, 4)
   """
   _check_trainer(trainer)
   check_callable('read', read)
+  if donate is None:
+    donate = trainer.donate
 
   def run(state: TrainState, source: Any, items: Any) -> tuple[TrainState, StepMetrics]:
     _leading_axis('items', items)
-    one = jax.tree.map(
-      lambda item: jax.ShapeDtypeStruct(item.shape[1:], item.dtype), items
+    item = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), items
     )
-    first = jax.eval_shape(read, source, one)
+    first = jax.eval_shape(read, source, item)
+    # The scan needs its carry in the structure that a step returns.
     like, _ = jax.eval_shape(trainer.step, state, first)
-    state = arrange_like(
-      'state',
-      state._replace(key=as_key('state.key', state.key)),
-      like,
-      'as a step returns it',
-    )
-    return jax.lax.scan(
-      lambda state, item: trainer.step(state, read(source, item)), state, items
-    )
+    state = state._replace(key=as_key('state.key', state.key))
+    state = arrange_like('state', state, like, 'as a step returns it')
 
-  return Compiled(
-    run, donate=trainer.donate if donate is None else check_flag('donate', donate)
-  )
+    def body(state: TrainState, item: Any) -> tuple[TrainState, StepMetrics]:
+      return trainer.step(state, read(source, item))
+
+    return jax.lax.scan(body, state, items)
+
+  return Compiled(run, donate=check_flag('donate', donate))
 
 
 def vmap_trainer(
   trainer: Trainer, *, own_batches: bool = False, mesh: jax.sharding.Mesh | None = None
 ) -> Trainer:
-  """A trainer of R members at once, which differ in seed, in hyper-parameters, or in
-  what they are shown.
+  """Return a trainer of R members at once.
 
-  A small network leaves most of an accelerator idle: 32 of them take hardly longer than
-  one. Members know nothing of each other; one that diverges stays so by itself.
+  Members may differ in seed, in hyperparameters and in data. They are independent: the
+  divergence of one does not affect the others. A small network leaves most of an
+  accelerator idle, so that 32 members take hardly longer than one.
 
   Args:
-    trainer: the trainer of one member, made without a mesh.
-    own_batches: whether `init` and `step` take a batch for each member, all leaves with
-      a leading axis of length R, rather than one that all are shown.
-    mesh: devices, along one axis, to share the members out to: R must be a multiple of
-      their number.
+    trainer: Trainer of one member, made without a mesh.
+    own_batches: Whether `init` and `step` take one batch per member, with a leading
+      axis of length R, rather than one batch for all.
+    mesh: Mesh with one axis, over whose devices the members are split. R must be a
+      multiple of their number.
 
   Returns:
-    A :class:`fptt_jax.Trainer`. `init` takes R keys, [R]; every leaf of the state, of
-    the metrics, and of `evaluate`'s parameters, totals and hidden state has a leading
-    axis of length R. `evaluate` takes one batch for all, and so does `predict`, whose
-    outputs are [R, T, B, ...] (or [R, B, T, ...]). Values of batches are not looked at
-    where each member has its own: see `fptt_jax.validate_batch`.
+    A :class:`fptt_jax.Trainer`. `init` takes R keys, [R]. All leaves of the state, of
+    the metrics, and of `evaluate`'s parameters, totals and hidden state have a leading
+    axis of length R. `evaluate` and `predict` take one batch for all members; the
+    outputs of `predict` are [R, T, B, ...] or [R, B, T, ...]. With `own_batches`,
+    values of batches are not checked: see :func:`fptt_jax.validate_batch`.
 
-    Members differ in a hyper-parameter that is in the optimizer's state: wrap what
-    makes the optimizer in `optax.inject_hyperparams` and set it, an array [R], by
-    `optax.tree.set`.
+    To give members different hyperparameters, wrap the function that makes the
+    optimizer in `optax.inject_hyperparams`, and set them to arrays [R] in the
+    optimizer's state by `optax.tree.set`.
 
   Raises:
-    TypeError, ValueError: an argument of another kind (here); keys, states, parameters
-      or own batches of another number than R (when called).
+    TypeError: `trainer` or `mesh` is of another type.
+    ValueError: When called: keys, states, parameters or batches are not of R members,
+      or the devices cannot share R members evenly.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, fptt_jax
     >>> from flax import nnx
     >>> from fptt_jax import nn
-    >>> model = nn.from_nnx(lambda rngs: nn.Sequential(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)))
+    >>> model = nn.from_nnx(
+    ...   lambda rngs: nn.Sequential(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs))
+    ... )
     >>> @optax.inject_hyperparams
     ... def optimizer(learning_rate, alpha):
     ...   return fptt_jax.fptt(optax.adam(learning_rate), alpha=alpha)
-    >>> one = fptt_jax.make_trainer(model, fptt_jax.losses.terminal_regression(), optimizer(1e-3, 0.1), num_windows=4)
+    >>> loss = fptt_jax.losses.terminal_regression()
+    >>> one = fptt_jax.make_trainer(model, loss, optimizer(1e-3, 0.1), num_windows=4)
     >>> many = fptt_jax.vmap_trainer(one)
     >>> batch = fptt_jax.Batch(jnp.ones((20, 8, 1)), jnp.ones(8))
     >>> state = many.init(jax.random.split(jax.random.key(0), 3), batch)
-    >>> state = state._replace(opt_state=optax.tree.set(state.opt_state, learning_rate=jnp.array([1e-2, 1e-3, 1e-4])))
-    >>> state, metrics = many.step(state, batch)
-    >>> metrics.loss.shape  # R members, K windows
+    >>> rates = jnp.array([1e-2, 1e-3, 1e-4])
+    >>> opt_state = optax.tree.set(state.opt_state, learning_rate=rates)
+    >>> state, metrics = many.step(state._replace(opt_state=opt_state), batch)
+    >>> metrics.loss.shape  # R members, K windows.
     (3, 4)
   """
   _check_trainer(trainer)
-  batch_axis = 0 if check_flag('own_batches', own_batches) else None
-  axis = None
   if mesh is not None:
-    mesh, axis = one_axis(mesh)
-  members: Any = PartitionSpec(axis)
-  batches: Any = members if own_batches else PartitionSpec()
+    mesh, _ = one_axis(mesh)
+  members = _Members(trainer, check_flag('own_batches', own_batches), mesh)
+  return Trainer(
+    init=members.init,
+    step=Compiled(members.step, donate=trainer.donate),
+    evaluate=Compiled(members.evaluate),
+    end_epoch=Compiled(members.end_epoch),
+    predict=Compiled(members.predict, static_argnames=('batch_major', 'return_hidden')),
+    donate=trainer.donate,
+  )
 
-  def shared_out(
-    function: Callable[..., Any], in_specs: tuple[Any, ...]
-  ) -> Callable[..., Any]:
-    if mesh is None:
-      return function
-    return jax.shard_map(
-      function, mesh=mesh, in_specs=in_specs, out_specs=members, check_vma=False
-    )
 
-  def check_members(name: str, tree: Any, number: int | None = None) -> int:
-    """R, the length of the leading axis of all arrays; raises unless it is `number` (if
-    given) and the devices can share it.
-    """
-    found = _leading_axis(name, tree)
-    if found < 1 or (number is not None and found != number):
-      raise ValueError(
-        f'{name} must have a leading axis of R={number or "1 or more"} members, got '
-        f'{found}.'
-      )
-    if mesh is not None:
-      check_divisible('the number of members R', found, mesh)
-    return found
+class _Members:
+  """The functions of R members, before they are compiled."""
 
-  def init(keys: jax.Array, batch: Batch) -> TrainState:
+  def __init__(
+    self, trainer: Trainer, own_batches: bool, mesh: jax.sharding.Mesh | None
+  ) -> None:
+    """Keep the options, see :func:`vmap_trainer`."""
+    self.trainer = trainer
+    self.own_batches = own_batches
+    self.mesh = mesh
+    self.batch_axis = 0 if own_batches else None
+    # How members, and what all of them share, lie on the mesh.
+    self.split: Any = PartitionSpec(None if mesh is None else mesh.axis_names[0])
+    self.shared: Any = PartitionSpec()
+
+  def init(self, keys: jax.Array, batch: Batch) -> TrainState:
+    """Make the members' first states."""
     keys = as_key('keys', keys)
     if jnp.ndim(keys) != 1:
       raise ValueError(
-        'init of a population takes one key for each member, [R]; got shape '
-        f'{keys.shape}.'
+        f'keys must be one key per member, [R], for init, got shape {keys.shape}.'
       )
-    number = check_members('keys', keys)
-    if own_batches:
-      check_members('batch', batch, number)
-    state: TrainState = jax.vmap(trainer.init, in_axes=(0, batch_axis))(keys, batch)
-    return (
-      state if mesh is None else jax.device_put(state, NamedSharding(mesh, members))
-    )
+    self._check_batch(batch, self._count('keys', keys))
+    init = jax.vmap(self.trainer.init, in_axes=(0, self.batch_axis))
+    state: TrainState = init(keys, batch)
+    if self.mesh is None:
+      return state
+    return jax.device_put(state, NamedSharding(self.mesh, self.split))
 
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    number = check_members('state', state)
-    if own_batches:
-      check_members('batch', batch, number)
-    run = shared_out(
-      jax.vmap(trainer.step, in_axes=(0, batch_axis)), (members, batches)
-    )
-    result: tuple[TrainState, StepMetrics] = run(state, batch)
+  def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    """Train each member on its batch."""
+    self._check_batch(batch, self._count('state', state))
+    step = jax.vmap(self.trainer.step, in_axes=(0, self.batch_axis))
+    batch_spec = self.split if self.own_batches else self.shared
+    result: tuple[TrainState, StepMetrics]
+    result = self._on_devices(step, self.split, batch_spec)(state, batch)
     return result
 
-  def evaluate(params: Params, batch: Batch, hidden: Hidden | None = None) -> Any:
-    number = check_members('params', params)
-    if jax.tree.leaves(hidden):
-      check_members('hidden', hidden, number)
-    return shared_out(
-      jax.vmap(trainer.evaluate, in_axes=(0, None, 0)),
-      (members, PartitionSpec(), members),
-    )(params, batch, hidden)
+  def evaluate(
+    self, params: Params, batch: Batch, hidden: Hidden | None = None
+  ) -> tuple[MetricSums, Hidden]:
+    """Evaluate each member on one batch."""
+    self._check_hidden(hidden, self._count('params', params))
+    evaluate = jax.vmap(self.trainer.evaluate, in_axes=(0, None, 0))
+    result: tuple[MetricSums, Hidden]
+    result = self._on_devices(evaluate, self.split, self.shared, self.split)(
+      params, batch, hidden
+    )
+    return result
 
   def predict(
+    self,
     params: Params,
     inputs: Any,
     lengths: jax.typing.ArrayLike | None = None,
@@ -220,46 +228,79 @@ def vmap_trainer(
     batch_major: bool = False,
     return_hidden: bool = False,
   ) -> Any:
-    number = check_members('params', params)
-    if jax.tree.leaves(hidden):
-      check_members('hidden', hidden, number)
-    one = functools.partial(
-      trainer.predict, batch_major=batch_major, return_hidden=return_hidden
+    """Compute each member's outputs on one batch."""
+    self._check_hidden(hidden, self._count('params', params))
+    predict = functools.partial(
+      self.trainer.predict, batch_major=batch_major, return_hidden=return_hidden
     )
-    run = jax.vmap(one, in_axes=(0, None, None, None, 0))
-    shared: Any = PartitionSpec()
-    return shared_out(run, (members, shared, shared, shared, members))(
-      params, inputs, lengths, mask, hidden
-    )
+    predict = jax.vmap(predict, in_axes=(0, None, None, None, 0))
+    specs = (self.split, self.shared, self.shared, self.shared, self.split)
+    return self._on_devices(predict, *specs)(params, inputs, lengths, mask, hidden)
 
-  def end_epoch(state: TrainState) -> TrainState:
-    check_members('state', state)
-    result: TrainState = shared_out(jax.vmap(trainer.end_epoch), (members,))(state)
+  def end_epoch(self, state: TrainState) -> TrainState:
+    """Do the loss's end-of-epoch work of each member."""
+    self._count('state', state)
+    end_epoch = self._on_devices(jax.vmap(self.trainer.end_epoch), self.split)
+    result: TrainState = end_epoch(state)
     return result
 
-  return Trainer(
-    init,
-    Compiled(step, donate=trainer.donate),
-    Compiled(evaluate),
-    Compiled(end_epoch),
-    Compiled(predict, static_argnames=('batch_major', 'return_hidden')),
-    trainer.donate,
-  )
+  def _on_devices(
+    self, function: Callable[..., Any], *in_specs: Any
+  ) -> Callable[..., Any]:
+    """Run a function of members on each device, for its share of them."""
+    if self.mesh is None:
+      return function
+    return jax.shard_map(
+      function,
+      mesh=self.mesh,
+      in_specs=in_specs,
+      out_specs=self.split,
+      check_vma=False,
+    )
+
+  def _check_batch(self, batch: Batch, number: int) -> None:
+    if self.own_batches:
+      self._count('batch', batch, number)
+
+  def _check_hidden(self, hidden: Hidden, number: int) -> None:
+    if jax.tree.leaves(hidden):
+      self._count('hidden', hidden, number)
+
+  def _count(self, name: str, tree: Any, number: int | None = None) -> int:
+    """Return R, the length of the leading axis of all arrays.
+
+    Args:
+      name: Name of the argument, for the error.
+      tree: Tree of arrays.
+      number: R, where it is known already.
+
+    Raises:
+      ValueError: The length is another, or the devices cannot share R members evenly.
+    """
+    found = _leading_axis(name, tree)
+    if found < 1 or (number is not None and found != number):
+      raise ValueError(
+        f'{name} must have a leading axis of R={number or "1 or more"} members, got '
+        f'{found}.'
+      )
+    if self.mesh is not None:
+      check_divisible('the number of members R', found, self.mesh)
+    return found
 
 
 def take_member(tree: Any, member: int, *, axis: int = 0) -> Any:
-  """Return what one member of a population has.
+  """Return the part of a tree that belongs to one member of a population.
 
   Args:
-    tree: A state, parameters, totals, hidden state or metrics of all R members: arrays
+    tree: State, parameters, totals, hidden state or metrics of all R members: arrays
       with an axis of length R.
-    member: The number r of the member, 0..R-1.
-    axis: Which axis is of length R: 0 for what a population's functions return, 1 for
-      the metrics [N, R, ...] of N steps in one program.
+    member: Number r of the member, 0..R-1.
+    axis: The axis of length R: 0 for what a population's functions return, 1 for the
+      metrics [N, R, ...] of N steps in one program.
 
   Returns:
-    The tree with that axis taken out, of copies: a later step of the population does
-      not delete them.
+    The tree without that axis. Its arrays are copies, which later steps of the
+    population do not delete.
 
   Raises:
     ValueError: `member` or `axis` is out of range, or the arrays have axes of different
@@ -278,13 +319,8 @@ def take_member(tree: Any, member: int, *, axis: int = 0) -> Any:
       f'{shapes(tree)}.'
     )
   [(number,)] = lengths
-  member = check_integer(
-    'member',
-    member,
-    0,
-    number - 1,
-    f'the number of one of the R={number} members, 0..{number - 1}',
-  )
+  accepted = f'the number of one of the R={number} members, 0..{number - 1}'
+  member = check_integer('member', member, 0, number - 1, accepted)
   return jax.tree.map(lambda leaf: leaf[member] if axis == 0 else leaf[:, member], tree)
 
 
@@ -297,7 +333,7 @@ def _check_trainer(trainer: Trainer) -> None:
 
 
 def _leading_axis(name: str, tree: Any) -> int:
-  """The length of the leading axis of all arrays of a tree."""
+  """Return the length of the leading axis of all arrays of a tree."""
   lengths = {check_array(name, leaf).shape[:1] for leaf in jax.tree.leaves(tree)}
   if len(lengths) != 1 or () in lengths:
     raise ValueError(

@@ -1,0 +1,92 @@
+"""Who may import whom."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / 'fptt_jax'
+
+
+def files_of(*patterns: str) -> list[Path]:
+  """Returns the files of the library that match; fails where a pattern has none."""
+  found = []
+  for pattern in patterns:
+    matching = sorted(LIBRARY.glob(pattern))
+    assert matching, pattern
+    found += matching
+  return found
+
+
+def imports_of(path: Path) -> Iterator[str]:
+  """Yields the full name of each module or object that a file imports."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path} has a relative import'
+      for alias in node.names:
+        yield f'{node.module}.{alias.name}'
+
+
+def offenders(paths: list[Path], prefixes: tuple[str, ...]) -> list[str]:
+  """Lists the imports of names that start with one of the prefixes."""
+  return [
+    f'{path.relative_to(ROOT)}: {name}'
+    for path in paths
+    for name in imports_of(path)
+    if f'{name}.'.startswith(tuple(f'{prefix}.' for prefix in prefixes))
+  ]
+
+
+def test_models_losses_and_equations_know_no_training() -> None:
+  """`nn`, the losses, the equations and the types stand below the train step."""
+  below = files_of(
+    'nn/**/*.py',
+    'losses*',
+    'losses/*.py' if (LIBRARY / 'losses').is_dir() else 'losses.py',
+    '_[!_]*.py',
+  )
+  paths = [path for path in below if path.suffix == '.py']
+  assert not offenders(paths, ('fptt_jax.training', 'fptt_jax.parallel'))
+
+
+def test_parallel_knows_no_training() -> None:
+  """A placement wraps functions that it is given."""
+  assert not offenders(files_of('parallel/*.py'), ('fptt_jax.training',))
+
+
+@pytest.mark.parametrize('name', ['_step', '_window', '_evaluate', '_spec', '_readout'])
+def test_the_step_never_sees_a_mesh(name: str) -> None:
+  """It has a placement and names of axes."""
+  [path] = files_of(f'training/{name}.py')
+  assert not offenders([path], ('jax.sharding', 'fptt_jax.parallel._devices'))
+  names = {
+    node.id if isinstance(node, ast.Name) else node.attr
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Name | ast.Attribute)
+  }
+  assert not names & {'mesh', 'Mesh', 'PartitionSpec', 'NamedSharding', 'shard_map'}
+
+
+def test_experiments_use_public_names_only() -> None:
+  """No script imports a private module, or a private name, of the library."""
+  private = [
+    f'{path.relative_to(ROOT)}: {name}'
+    for path in sorted((ROOT / 'experiments').rglob('*.py'))
+    for name in imports_of(path)
+    if name.startswith('fptt_jax.')
+    and any(part.startswith('_') for part in name.split('.')[1:])
+  ]
+  assert not private
+
+
+def test_the_library_starts_without_flax() -> None:
+  """Flax takes a second to import, and optimizers and losses need none of it."""
+  program = "import fptt_jax, sys; assert 'flax' not in sys.modules"
+  subprocess.run([sys.executable, '-c', program], check=True, cwd=ROOT)
