@@ -1,6 +1,6 @@
-"""Watching a run from the host: the first numbers that are not finite, a λ that runs
-away.
-"""
+"""Watching a run from the host: non-finite numbers, and a diverging λ."""
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,20 +13,24 @@ from fptt_jax._checks import (
 )
 from fptt_jax._types import StepMetrics
 
-RUNAWAY = 100.0
-"""λ has run away when its norm is so many times what was seen before."""
+DIVERGENCE_FACTOR = 100.0
+"""λ diverges when its norm is so many times the largest norm seen before."""
 
 
 def raise_if_nonfinite(
   metrics: StepMetrics, *, first_update: int = 0, radius: float | None = None
 ) -> None:
-  """Raises where :func:`find_nonfinite` finds something, which is the error's message;
-  same arguments.
+  """Raise an error where :func:`find_nonfinite` finds something.
+
+  Args:
+    metrics: As for :func:`find_nonfinite`.
+    first_update: As for :func:`find_nonfinite`.
+    radius: As for :func:`find_nonfinite`.
 
   Raises:
-    FloatingPointError: a loss or gradient norm is not finite and its update was not
+    FloatingPointError: A loss or gradient norm is not finite and its update was not
       skipped, or targets or lengths are out of range.
-    ValueError, TypeError: as :func:`find_nonfinite`.
+    ValueError, TypeError: As for :func:`find_nonfinite`.
   """
   found = find_nonfinite(metrics, first_update=first_update, radius=radius)
   if found is not None:
@@ -36,144 +40,183 @@ def raise_if_nonfinite(
 def find_nonfinite(
   metrics: StepMetrics, *, first_update: int = 0, radius: float | None = None
 ) -> str | None:
-  """Describe the first update whose loss or gradient norm is not finite and that was
-  not skipped, or whose targets or lengths are out of range.
+  """Describe the first update that was not finite and was not skipped.
+
+  Updates of targets or lengths out of range count, too.
 
   Args:
-    metrics: of one run, concrete: of a step, or of N steps with a leading axis, as
-      `fptt_jax.scan_train_steps` gives them. Of a population take one member's:
-      `jax.tree.map(lambda leaf: leaf[r], metrics)`, or `leaf[:, r]` after N steps.
-    first_update: number of the first update in them. Batches, windows and updates count
-      from 0, updates that were skipped too.
-    radius: what `fptt_jax.spectral_radius` says of the settings, for the report.
+    metrics: Concrete metrics of one run: of one step, or of N steps with a leading
+      axis, as `fptt_jax.scan_train_steps` returns them. For a population, pass those of
+      one member: see :func:`fptt_jax.take_member`.
+    first_update: Number of the first update in `metrics`. Batches, windows and updates
+      are counted from 0; skipped updates count.
+    radius: Spectral radius from `fptt_jax.spectral_radius`, for the description.
 
-  Returns: None where all is finite; else a sentence: where, the loss and the gradient
-    norm, those of the last finite update before, the norm of λ where there is one, the
-    radius where given. Of targets or lengths out of range (`StepMetrics.invalid`) just
-    where: such an update was not applied.
+  Returns:
+    None if all is finite. Otherwise a sentence with the place, the loss, the gradient
+    norm, those of the last finite update before it, the norm of λ with `fptt`, and the
+    radius. Of targets or lengths out of range (`StepMetrics.invalid`) only the place:
+    such an update was not applied.
 
   Raises:
-    ValueError: metrics with other axes, or a number outside its range.
-    TypeError: what are no metrics, or none that can be looked at here.
+    ValueError: `metrics` has other axes, or a number is out of range.
+    TypeError: `metrics` is not a `StepMetrics`, or holds traced arrays.
 
   Example:
     >>> import numpy as np, fptt_jax
     >>> losses, norms = np.array([2.31, np.nan]), np.array([14.2, np.inf])
-    >>> metrics = fptt_jax.StepMetrics(losses, norms, {}, skipped=np.zeros(2, bool), lambda_norm=np.float32(0))
+    >>> metrics = fptt_jax.StepMetrics(
+    ...   losses, norms, {}, skipped=np.zeros(2, bool), lambda_norm=np.float32(0)
+    ... )
     >>> fptt_jax.find_nonfinite(metrics, first_update=6)
     'loss is nan in window 1 of 2 (update 7): gradient norm inf; the last finite update, 6, had loss 2.31 and gradient norm 14.2.'
   """
   check_integer('first_update', first_update, 0, INT32_MAX, 'an integer >= 0')
   if radius is not None:
     check_number('radius', radius, 0, FLOAT32_MAX, 'a finite number >= 0')
-  if not isinstance(metrics, StepMetrics):
-    raise TypeError(
-      f'metrics must be a fptt_jax.StepMetrics, got {type(metrics).__name__}.'
-    )
-  numbers = {
-    name: as_floats(name, getattr(metrics, name))
-    for name in ('loss', 'grad_norm', 'lambda_norm')
-  }
-  skipped = np.asarray(metrics.skipped)
-  shape = numbers['loss'].shape
-  fits = (
-    numbers['lambda_norm'].shape == shape[:-1]
-    and numbers['grad_norm'].shape == skipped.shape == shape
-  )
-  if len(shape) not in (1, 2) or not fits or 0 in shape or skipped.dtype != bool:
-    got = ', '.join(f'{name} {array.shape}' for name, array in numbers.items())
-    raise ValueError(
-      'metrics must be of one run: loss, grad_norm and skipped (booleans) [U] or [N, '
-      'U], lambda_norm of each batch; '
-      f'got {got}, skipped {skipped.dtype} {skipped.shape}.'
-    )
-  invalid = (
-    np.zeros(shape, bool) if metrics.invalid is None else np.asarray(metrics.invalid)
-  )
-  if invalid.shape != shape or invalid.dtype != bool:
-    raise ValueError(
-      f'metrics.invalid must be booleans {shape} or None, got {invalid.dtype} '
-      f'{invalid.shape}.'
-    )
-  num_batches, num_updates = shape if len(shape) == 2 else (1, *shape)
-  losses, norms, lambdas = (array.ravel() for array in numbers.values())
-  finite = np.isfinite(losses) & np.isfinite(norms)
-  fine = (finite | skipped.ravel()) & ~invalid.ravel()
+  run = _as_run(metrics)
+  finite = np.isfinite(run.losses) & np.isfinite(run.norms)
+  fine = (finite | run.skipped) & ~run.invalid
   if fine.all():
     return None
-
   at = int(fine.argmin())
-  batch, window = divmod(at, num_updates)
-  loss, norm = f'{losses[at]:.3g}', f'{norms[at]:.3g}'
-  where = f'window {window} of {num_updates} (update {first_update + at})'
-  if len(shape) == 2:
-    where = f'batch {batch} of {num_batches}, {where}'
-  if invalid.flat[at]:
-    return f'targets or lengths are out of range in {where}, which was not applied: fptt_jax.validate_batch tells more.'
-  if np.isfinite(losses[at]):
-    parts = [f'gradient norm is {norm} in {where}: loss {loss}']
-  else:
-    parts = [f'loss is {loss} in {where}: gradient norm {norm}']
+  batch, window = divmod(at, run.num_updates)
+  where = f'window {window} of {run.num_updates} (update {first_update + at})'
+  if run.num_batches is not None:
+    where = f'batch {batch} of {run.num_batches}, {where}'
+  if run.invalid[at]:
+    return (
+      f'targets or lengths are out of range in {where}, which was not applied: '
+      'fptt_jax.validate_batch tells more.'
+    )
+  parts = [_describe_update(run, at, where)]
   before = np.flatnonzero(finite[:at])
   if len(before):
     last = before[-1]
     parts.append(
-      f'the last finite update, {first_update + last}, had loss {losses[last]:.3g} and '
-      f'gradient norm {norms[last]:.3g}'
+      f'the last finite update, {first_update + last}, had loss '
+      f'{run.losses[last]:.3g} and gradient norm {run.norms[last]:.3g}'
     )
-  if lambdas[: batch + 1].any():
-    earlier = f'{lambdas[batch - 1]:.3g} before and ' if batch else ''
-    parts.append(f'norm of lambda {earlier}{lambdas[batch]:.3g} after the batch')
+  if run.lambdas[: batch + 1].any():
+    earlier = f'{run.lambdas[batch - 1]:.3g} before and ' if batch else ''
+    parts.append(f'norm of lambda {earlier}{run.lambdas[batch]:.3g} after the batch')
   if radius is not None:
     parts.append(f"the recursion's spectral radius is {radius:.3g} (unstable above 1)")
   return '; '.join(parts) + '.'
 
 
+class _Run(NamedTuple):
+  """Metrics of one run, flattened over batches and updates.
+
+  Attributes:
+    losses: float64 [N U].
+    norms: float64 [N U], norms of the gradients.
+    lambdas: float64 [N], norms of λ.
+    skipped: bool [N U].
+    invalid: bool [N U].
+    num_updates: U, updates per batch.
+    num_batches: N, or None for metrics of a single step.
+  """
+
+  losses: np.ndarray
+  norms: np.ndarray
+  lambdas: np.ndarray
+  skipped: np.ndarray
+  invalid: np.ndarray
+  num_updates: int
+  num_batches: int | None
+
+
+def _as_run(metrics: StepMetrics) -> _Run:
+  """Check and flatten the metrics of one run."""
+  if not isinstance(metrics, StepMetrics):
+    raise TypeError(
+      f'metrics must be a fptt_jax.StepMetrics, got {type(metrics).__name__}.'
+    )
+  losses = as_floats('loss', metrics.loss)
+  norms = as_floats('grad_norm', metrics.grad_norm)
+  lambdas = as_floats('lambda_norm', metrics.lambda_norm)
+  skipped = np.asarray(metrics.skipped)
+  shape: tuple[int, ...] = losses.shape
+  fits = norms.shape == skipped.shape == shape and lambdas.shape == shape[:-1]
+  if len(shape) not in (1, 2) or not fits or 0 in shape or skipped.dtype != bool:
+    raise ValueError(
+      'metrics must be of one run: loss, grad_norm and skipped (booleans) [U] or [N, '
+      f'U], lambda_norm of each batch; got loss {losses.shape}, grad_norm '
+      f'{norms.shape}, lambda_norm {lambdas.shape}, skipped {skipped.dtype} '
+      f'{skipped.shape}.'
+    )
+  invalid = np.zeros(shape, bool)
+  if metrics.invalid is not None:
+    invalid = np.asarray(metrics.invalid)
+  if invalid.shape != shape or invalid.dtype != bool:
+    raise ValueError(
+      f'metrics.invalid must be booleans {shape} or None, got {invalid.dtype} '
+      f'{invalid.shape}.'
+    )
+  return _Run(
+    losses=losses.ravel(),
+    norms=norms.ravel(),
+    lambdas=lambdas.ravel(),
+    skipped=skipped.ravel(),
+    invalid=invalid.ravel(),
+    num_updates=shape[-1],
+    num_batches=shape[0] if len(shape) == 2 else None,
+  )
+
+
+def _describe_update(run: _Run, at: int, where: str) -> str:
+  """Return the loss and gradient norm of an update, the non-finite one first."""
+  loss = f'{run.losses[at]:.3g}'
+  norm = f'{run.norms[at]:.3g}'
+  if np.isfinite(run.losses[at]):
+    return f'gradient norm is {norm} in {where}: loss {loss}'
+  return f'loss is {loss} in {where}: gradient norm {norm}'
+
+
 def lambda_diverges(
   lambda_norms: np.typing.ArrayLike, grad_norms: np.typing.ArrayLike
 ) -> bool:
-  """Whether λ has run away by the last of N batches, most often long before the loss is
-  no longer finite.
+  """Return whether λ has diverged by the last of N batches.
 
-  λ is an estimate of the window loss's gradient: where the recursion is stable a filter
-  of past gradients with a gain of a few; where it is not, λ grows exponentially. So it
-  has run away when its norm is more than 100 times the largest norm, of a gradient or
-  its own, in the first half of the batches. Not in all so far: on a squared error the
-  gradient grows along with the weights, and λ never gets ahead of it. Its own, since by
-  Adam λ is of the size of α times the step, however small the gradients are.
+  λ estimates the gradient of the window loss. If the recursion is stable, λ is a filter
+  of past gradients with a gain of a few; if not, λ grows exponentially. This shows most
+  often long before the loss is no longer finite.
+
+  λ has diverged when its norm is more than 100 times the largest norm, of a gradient or
+  of λ, in the first half of the batches. Only the first half counts, because for a
+  squared error gradients grow together with λ and would hide it. The norms of λ count,
+  because with Adam λ has the size of α times the step, however small the gradients are.
 
   Args:
     lambda_norms: [N], `StepMetrics.lambda_norm` of all batches so far.
-    grad_norms: [N, U], their `StepMetrics.grad_norm`. Numbers that are not finite (of
-      skipped updates) are left out.
+    grad_norms: [N, U], their `StepMetrics.grad_norm`. Non-finite numbers, of skipped
+      updates, are ignored.
 
-  Returns: True, too, where the last norm of λ is not finite. With one batch, or without
-    `fptt`, nothing can be seen: False.
+  Returns:
+    Whether λ has diverged, or its last norm is not finite. False with one batch, and
+    without `fptt`.
 
   Raises:
-    ValueError: other shapes, or no batch.
-    TypeError: what are no real numbers.
+    ValueError: The shapes differ from these, or N is 0.
+    TypeError: An argument does not hold real numbers.
 
   Example:
     >>> import fptt_jax
     >>> fptt_jax.lambda_diverges([0.1, 0.2, 5.0, 200.0], [[1.0, 1.1]] * 4)
     True
   """
-  lambdas, grads = (
-    as_floats('lambda_norms', lambda_norms),
-    as_floats('grad_norms', grad_norms),
-  )
-  if (
-    lambdas.ndim != 1
-    or grads.ndim != 2
-    or len(lambdas) != len(grads)
-    or not lambdas.size
-  ):
+  lambdas = as_floats('lambda_norms', lambda_norms)
+  grads = as_floats('grad_norms', grad_norms)
+  has_axes = lambdas.ndim == 1 and grads.ndim == 2
+  if not has_axes or len(lambdas) != len(grads) or not lambdas.size:
     raise ValueError(
-      'expected norms of lambda [N] and of gradients [N, U], N >= 1; got '
+      'lambda_norms must be [N] and grad_norms [N, U], N >= 1; got shapes '
       f'{lambdas.shape} and {grads.shape}.'
     )
   half = (len(lambdas) + 1) // 2
   seen = np.concatenate([lambdas[:half], grads[:half].ravel()])
   largest = seen[np.isfinite(seen)].max(initial=0)
-  return bool(not np.isfinite(lambdas[-1]) or lambdas[-1] > RUNAWAY * largest > 0)
+  if not np.isfinite(lambdas[-1]):
+    return True
+  return bool(lambdas[-1] > DIVERGENCE_FACTOR * largest > 0)

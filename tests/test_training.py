@@ -1033,9 +1033,11 @@ def test_one_trace_for_each_shape():
 
     return wrapper
 
+  assert loss.memory is not None
+  memory = loss.memory._replace(observe=counted('loss', loss.memory.observe))
   trainer = fptt_jax.make_trainer(
     model._replace(apply=counted('model', model.apply)),
-    loss._replace(apply=counted('loss', loss.apply)),
+    loss._replace(memory=memory),
     fptt_jax.fptt(
       optax.sgd(optax.cosine_decay_schedule(1e-2, 10)),
       alpha=optax.constant_schedule(0.5),
@@ -1666,9 +1668,7 @@ def test_carried_hidden_state_of_another_batch_size_is_refused():
 def test_truncated_final_loss_takes_no_ragged_batch():
   """tbptt_final counts its steps from T."""
   trainer = make(method='tbptt_final', truncation_steps=2)
-  with pytest.raises(
-    ValueError, match=r"'tbptt_final' .* takes no ragged batch: got lengths\."
-  ):
+  with pytest.raises(ValueError, match=r"'tbptt_final' .* got lengths\."):
     trainer.step(
       trainer.init(jax.random.key(0), GOOD),
       GOOD._replace(lengths=np.array([6, 5], np.int32)),
@@ -1837,7 +1837,7 @@ def test_a_loss_that_is_no_number_is_refused(function, got):
   state = jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
   with pytest.raises(
     ValueError,
-    match=rf'a loss must return one floating-point number a window, got {got}\.',
+    match=rf'a loss must return one floating-point number per window, got {got}\.',
   ):
     jax.eval_shape(trainer.step, state, GOOD)
 
@@ -1978,10 +1978,11 @@ def test_a_penalty_of_the_model_is_added_as_its_mean_over_valid_steps(
 def test_a_penalty_of_another_shape_is_refused() -> None:
   """The message names what was got and what was expected."""
   plain = problems.elman()
-  wrong = lambda params, h, x, mask, key: (
-    h,
-    fptt_jax.OutputsWithPenalty(plain.apply(params, h, x, mask, key)[1], jnp.zeros(4)),
-  )
+
+  def wrong(*arguments: Any) -> Any:
+    hidden, outputs = plain.apply(*arguments)
+    return hidden, fptt_jax.OutputsWithPenalty(outputs, jnp.zeros(4))
+
   trainer = quick_trainer(
     plain._replace(apply=wrong),
     fptt_jax.losses.terminal_regression(),

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from experiments import add_task
 from experiments.core import plotting
 import fptt_jax
-from fptt_jax._transform import find_states
 
 LABELS = {
   'distance': r'$\|W_t - \bar W_t\|$',
@@ -50,6 +49,16 @@ class MonitoredState(NamedTuple):
   lam_gap: jax.Array
   gradient: optax.Updates
   optimizer_state: optax.OptState
+
+
+def find_states(opt_state: optax.OptState) -> list[fptt_jax.FPTTState]:
+  """Finds the states of `fptt` in an optimizer's state."""
+
+  def is_state(node: Any) -> bool:
+    return isinstance(node, fptt_jax.FPTTState)
+
+  nodes = jax.tree.leaves(opt_state, is_leaf=is_state)
+  return [node for node in nodes if is_state(node)]
 
 
 def monitored(
