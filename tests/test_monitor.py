@@ -239,6 +239,6 @@ def test_criterion(lambdas, grads, expected):
 def test_norms_of_other_shapes_are_refused(lambdas, grads):
   with pytest.raises(
     ValueError,
-    match='lambda_norms must be .*grad_norms',
+    match=r'lambda_norms must be .*grad_norms',
   ):
     fptt_jax.lambda_diverges(lambdas, grads)
