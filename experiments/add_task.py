@@ -665,8 +665,8 @@ def tune(config: Config) -> None:
     print(f'{method}: lr {row["lr"]:g}, momentum {row["momentum"]:g}')
   name = rates.FILE.name
   print(
-    f'{folder / "rates.json"} takes the place of experiments/{name} if you copy it '
-    'there'
+    f'{folder / "rates.json"} takes the place of experiments/core/{name} if you copy '
+    'it there'
   )
 
 
