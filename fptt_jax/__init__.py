@@ -19,10 +19,9 @@ from fptt_jax._monitor import find_nonfinite, lambda_diverges, raise_if_nonfinit
 from fptt_jax._stability import spectral_radius
 from fptt_jax._states import state_from_arrays, state_to_arrays
 from fptt_jax._transform import (
-  ALGORITHM_2,
-  RELEASE,
   FPTTState,
   fptt,
+  fptt_algorithm2,
   fptt_eval_params,
   fptt_restart,
 )
@@ -48,9 +47,7 @@ if typing.TYPE_CHECKING:
 __version__ = '0.2.0.dev0'
 
 __all__ = (
-  'ALGORITHM_2',
   'METHODS',
-  'RELEASE',
   'Batch',
   'FPTTState',
   'Loss',
@@ -69,6 +66,7 @@ __all__ = (
   'make_windows',
   'find_nonfinite',
   'fptt',
+  'fptt_algorithm2',
   'fptt_eval_params',
   'fptt_restart',
   'make_global_batch',

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_array, check_flag, shapes
+from fptt_jax._checks import check_array, check_flag
+from fptt_jax._trees import shapes
 from fptt_jax.losses import Loss
 
 

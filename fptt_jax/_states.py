@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import arrange_like, check_like, leaf_paths
+from fptt_jax._trees import arrange_like, check_like, leaf_paths
 
 
 def state_to_arrays(state: Any) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
-"""Cutting T time steps into K windows whose lengths differ by at most one step.
+"""Division of T time steps into K windows whose lengths differ by at most one step.
 
-Every window is laid out on S = ceil(T/K) steps. The windows that are one step shorter
-read one step of the window after them, masked out. The last window is always a full
-one, so no slice ever passes the end and no array is padded or copied.
+Every window is laid out on S = ceil(T/K) steps. A window that is one step shorter reads
+one step of the next window, masked out. The last window always has S steps, so that no
+slice passes the end and no array is padded or copied.
 """
 
 from typing import Any, NamedTuple
@@ -11,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_array, check_integer, check_size
+from fptt_jax._checks import check_integer, check_size
 
 
 class WindowPlan(NamedTuple):
-  """Where the windows of a sequence lie (plain integers and NumPy arrays, fixed at
-  trace time).
+  """Positions of a sequence's windows: integers and NumPy arrays, fixed when traced.
 
   Attributes:
-    size: S, steps of the longest window.
+    size: S, number of steps of the longest window.
     starts: int32 [K], first step of each window.
     ends: int32 [K], one past the last step of each window.
   """
@@ -30,82 +29,90 @@ class WindowPlan(NamedTuple):
 
   @property
   def num_windows(self) -> int:
-    """K."""
+    """K, the number of windows."""
     return len(self.starts)
 
   @property
   def even(self) -> bool:
-    """Whether all windows have S steps, so that nothing needs a mask."""
+    """Whether all windows have S steps, so that no mask is needed."""
     return bool((self.ends - self.starts == self.size).all())
 
   def shifted(self, steps: int) -> 'WindowPlan':
-    """The same windows, `steps` later."""
-    return self._replace(
-      starts=self.starts + np.int32(steps), ends=self.ends + np.int32(steps)
-    )
+    """Return the same windows, `steps` later."""
+    offset = np.int32(steps)
+    return self._replace(starts=self.starts + offset, ends=self.ends + offset)
 
 
 def make_windows(
   num_steps: int, *, num_windows: int | None = None, window_size: int | None = None
 ) -> WindowPlan:
-  """Cuts `num_steps` into windows; by default K = round(√T), the paper's rule of thumb
-  (Sec. 4.2).
+  """Divide `num_steps` steps into windows.
+
+  By default K = round(√T), the paper's rule of thumb (Sec. 4.2).
 
   Args:
-    num_steps: T >= 1.
-    num_windows: K, 1 <= K <= T. K = 1 is back-propagation through time (but for the
-      regularizer), K = T an update each step.
-    window_size: alternatively the longest window S, 1 <= S <= T; K = ceil(T/S).
+    num_steps: T >= 1, length of the sequence.
+    num_windows: K, 1 <= K <= T. K = 1 is back-propagation through time, apart from the
+      regularizer. K = T is one update per step.
+    window_size: S, 1 <= S <= T, length of the longest window. Then K = ceil(T/S). Give
+      `num_windows` or `window_size`, not both.
 
   Returns:
-    The :class:`WindowPlan`, whose lengths are floor(T/K) or ceil(T/K), spread evenly.
+    The :class:`WindowPlan`. Window lengths are floor(T/K) or ceil(T/K), evenly spread.
 
   Raises:
-    ValueError: a number outside its range, or both `num_windows` and `window_size`.
+    ValueError: If a number is out of range, or if both numbers are given.
+
+  Example:
+    >>> import fptt_jax
+    >>> fptt_jax.make_windows(10, num_windows=3).ends
+    array([ 3,  6, 10], dtype=int32)
   """
   num_steps = check_size('the number of time steps', num_steps)
   if num_windows is not None and window_size is not None:
     raise ValueError(
-      f'give num_windows or window_size, not both: got num_windows={num_windows} and '
-      f'window_size={window_size}.'
+      'num_windows and window_size must not both be given, got '
+      f'num_windows={num_windows} and window_size={window_size}.'
     )
   expected = f'an integer between 1 and the sequence length T={num_steps}'
   if window_size is not None:
-    num_windows = -(
-      -num_steps // check_integer('window_size', window_size, 1, num_steps, expected)
-    )
+    window_size = check_integer('window_size', window_size, 1, num_steps, expected)
+    num_windows = -(-num_steps // window_size)
   elif num_windows is None:
     num_windows = round(num_steps**0.5)
   num_windows = check_integer('num_windows', num_windows, 1, num_steps, expected)
-  # floor(k T / K): the last window, T - floor((K-1) T / K), is ceil(T/K) long.
+  # Window k starts at floor(k T / K). The last one then has ceil(T/K) steps. In int32,
+  # k T would overflow for long sequences.
   borders = np.arange(num_windows + 1, dtype=np.int64) * num_steps // num_windows
-  starts, ends = borders[:-1].astype(np.int32), borders[1:].astype(np.int32)
+  starts = borders[:-1].astype(np.int32)
+  ends = borders[1:].astype(np.int32)
   return WindowPlan(int((ends - starts).max()), starts, ends)
 
 
 class WindowView(NamedTuple):
-  """One window of a batch, as a loss sees it. Fields that are arrays may be traced.
+  """One window of a batch, as a loss sees it. Array fields may be traced.
+
+  A step is valid if it lies before its sequence's end and the batch's mask, if any, is
+  True there. A batch is ragged if it has lengths or a mask.
 
   Attributes:
-    k: int32 [], the window's number, from 0.
+    k: int32 [], the window's index, from 0.
     num_windows: K.
     num_steps: T.
     size: S.
-    ragged: whether sequences may have masked steps: they end before T, or the batch has
-      a mask.
-    masked: whether any step of any window may be masked; False where all windows are
-      even and the batch is not ragged.
-    start: int32 [], the window's first step, counted from 0.
+    ragged: Whether the batch is ragged.
+    masked: Whether any step of any window may be masked. False if all windows have S
+      steps and the batch is not ragged.
+    start: int32 [], the window's first step, from 0.
     end: int32 [], one past the window's last step.
-    lengths: int32 [B], number of valid steps of each whole sequence (T where the batch
-      is not ragged).
+    lengths: int32 [B], number of valid steps of each whole sequence; T if not ragged.
     seen: int32 [B], number of valid steps of each sequence up to the window's end.
     active: bool [B], whether each sequence has a valid step in the window.
-    last: each sequence's last valid step in the window, int32 [B], counted from its
-      start, 0 without one; the number S - 1 where nothing is masked.
-    mask: bool [S, B], which steps of the window are real.
-    axis: name of the mesh axis over which the batch is split, B being this device's
-      share; None where it is whole.
+    last: int32 [B], each sequence's last valid step in the window, counted from its
+      start; 0 if it has none. The number S - 1 if nothing is masked.
+    mask: bool [S, B], which steps of the window are valid.
+    axis: Name of the mesh axis over which the batch is split, so that B is this
+      device's share; None if the batch is not split.
   """
 
   k: jax.Array
@@ -124,15 +131,14 @@ class WindowView(NamedTuple):
   axis: str | None = None
 
   def mean(self, values: jax.Array, where: jax.Array) -> jax.Array:
-    """Mean of the values where they count, 0 where none does: over the whole batch, if
-    the mean over the devices is taken of it.
+    """Return the masked mean, or 0 if the mask is empty.
 
-    A device of a split batch divides by the devices' mean count, not by its own.
+    Its mean over the mesh axis equals the mean over the global batch, because each
+    device divides by the devices' mean count, not by its own.
 
     Args:
       values: float [B] or [S, B].
-      where: bool of the same shape; may vary from row to row only in ragged batches
-        (`active`, `ended`, `mask`).
+      where: bool of the same shape. Devices' counts may differ in ragged batches only.
 
     Returns:
       [], in the dtype of the values but at least float32.
@@ -142,21 +148,24 @@ class WindowView(NamedTuple):
     return jnp.sum(values, where=where, dtype=wide) / self.divisor(where, wide)
 
   def divisor(self, where: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """What `mean` divides by: how many values count, 1 where none does."""
+    """Return the divisor of `mean`: the number of True values, or 1 if there is none."""
     count = jnp.sum(where).astype(dtype)
+    # Without raggedness all devices count the same, and the collective is saved.
     if self.axis is not None and self.ragged:
       count = jax.lax.pmean(count, self.axis)
     return jnp.where(count > 0, count, 1)
 
   def gather(self, rows: Any) -> Any:
-    """A tree of arrays [B, ...] of the whole batch, given this device's share of it."""
-    return (
-      rows if self.axis is None else jax.lax.all_gather(rows, self.axis, tiled=True)
-    )
+    """Return a tree of arrays [B, ...] of the global batch, given this device's share."""
+    if self.axis is None:
+      return rows
+    return jax.lax.all_gather(rows, self.axis, tiled=True)
 
   def total(self, sums: jax.Array) -> jax.Array:
-    """Sums over the whole batch, given those over this device's share of it."""
-    return sums if self.axis is None else jax.lax.psum(sums, self.axis)
+    """Return sums over the global batch, given those over this device's share."""
+    if self.axis is None:
+      return sums
+    return jax.lax.psum(sums, self.axis)
 
   @property
   def ended(self) -> jax.Array:
@@ -164,30 +173,26 @@ class WindowView(NamedTuple):
     return self.active & (self.seen == self.lengths)
 
   def slice(self, x: jax.Array) -> jax.Array:
-    """The window's S steps of a time-major array [T, B, ...]; zero where `mask` is
-    False.
+    """Return the window's steps of a time-major array, with 0 at masked steps.
 
-    What lies past a sequence's end may be anything: NaN there would come back as NaN
-    gradients, even masked out of the loss.
+    Args:
+      x: [T, B, ...].
+
+    Returns:
+      [S, B, ...].
 
     Raises:
-      ValueError: the array is not [T, B, ...].
-      TypeError: it is none.
+      ValueError: If the array is not [T, B, ...].
     """
-    check_array('what a window is cut out of, such as targets,', x)
-    if x.shape[:2] != (self.num_steps, self.mask.shape[1]):
+    expected = (self.num_steps, self.mask.shape[1])
+    if x.shape[:2] != expected:
       raise ValueError(
-        'expected a time-major array [T, B, ...] = '
-        f'{(self.num_steps, self.mask.shape[1])}, got shape {x.shape}.'
+        f'x must be a time-major array [T, B, ...] = {expected}, got shape {x.shape}.'
       )
     x = jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=0)
-    if not self.masked:
-      return x
-    return jnp.where(
-      self.mask.reshape(*self.mask.shape, *[1] * (x.ndim - 2)),
-      x,
-      jnp.zeros([], x.dtype),
-    )
+    # Padding may hold anything. A NaN would come back as a NaN gradient, even if the
+    # loss masks it out.
+    return _zero_where_masked(x, self)
 
 
 def write_window(
@@ -196,25 +201,33 @@ def write_window(
   window: WindowView,
   record: jax.Array | None = None,
 ) -> jax.Array:
-  """Puts a window's outputs where they belong in those of the whole sequence; zeros at
-  masked steps.
+  """Write a window's outputs into those of the whole sequence, with 0 at masked steps.
 
-  WindowPlan must come in order: a window that is one step shorter also writes a zero
-  into the step after it, over which the next window writes.
+  Windows must be written in order: one that is a step shorter also writes 0 into the
+  step after it, which the next window overwrites.
 
   Args:
-    sequence: [T, B, ...].
-    outputs: [S, B, ...].
-    window: the window they are of.
-    record: bool [], whether to write at all; None means yes.
+    sequence: [T, B, ...], the outputs so far.
+    outputs: [S, B, ...], the window's outputs.
+    window: The window.
+    record: bool [], whether to write; None means True.
+
+  Returns:
+    [T, B, ...].
   """
-  if window.masked:
-    mask = window.mask.reshape(*window.mask.shape, *[1] * (outputs.ndim - 2))
-    outputs = jnp.where(mask, outputs, jnp.zeros([], outputs.dtype))
+  outputs = _zero_where_masked(outputs, window)
   if record is not None:
     before = jax.lax.dynamic_slice_in_dim(sequence, window.start, window.size, axis=0)
     outputs = jnp.where(record, outputs, before)
   return jax.lax.dynamic_update_slice_in_dim(sequence, outputs, window.start, axis=0)
+
+
+def _zero_where_masked(x: jax.Array, window: WindowView) -> jax.Array:
+  """Return x [S, B, ...] with 0 at the window's masked steps."""
+  if not window.masked:
+    return x
+  mask = window.mask.reshape(*window.mask.shape, *[1] * (x.ndim - 2))
+  return jnp.where(mask, x, jnp.zeros([], x.dtype))
 
 
 def lengths_in_range(lengths: jax.Array, num_steps: int) -> jax.Array:
@@ -223,23 +236,30 @@ def lengths_in_range(lengths: jax.Array, num_steps: int) -> jax.Array:
 
 
 def take_steps(x: jax.Array, step: jax.Array | int) -> jax.Array:
-  """One step of each sequence: x [S, B, ...] -> [1, B, ...], at `step`, an int or int
-  [B].
+  """Return one step of each sequence.
+
+  Args:
+    x: [S, B, ...].
+    step: An int, or int [B].
+
+  Returns:
+    [1, B, ...].
   """
   if isinstance(step, int):
     return x[step : step + 1]
-  return jnp.take_along_axis(x, step.reshape(1, -1, *[1] * (x.ndim - 2)), axis=0)
+  index = step.reshape(1, -1, *[1] * (x.ndim - 2))
+  return jnp.take_along_axis(x, index, axis=0)
 
 
 class ValidSteps(NamedTuple):
-  """Which steps of a batch are valid, and how many of them each window has.
+  """The valid steps of a batch, counted up to the end of each window.
 
   Attributes:
     lengths: int32 [B], number of valid steps of each sequence.
-    mask: bool [T, B], which steps are valid; None where these are the first `lengths`.
-    seen: int32 [K, B], number of valid steps up to the end of each window; None where
+    mask: bool [T, B], which steps are valid; None if these are the first `lengths`.
+    seen: int32 [K, B], number of valid steps up to the end of each window; None if
       `mask` is.
-    ragged: whether any step may be masked.
+    ragged: Whether any step may be masked.
   """
 
   lengths: jax.Array
@@ -248,8 +268,9 @@ class ValidSteps(NamedTuple):
   ragged: bool
 
   def occupied(self) -> jax.Array | None:
-    """Whether any sequence has a valid step in each window, bool [K]; None without a
-    mask, where `lengths` tell.
+    """Return bool [K], whether any sequence has a valid step in each window.
+
+    Returns None without a mask. `lengths` alone give the answer then.
     """
     if self.seen is None:
       return None
@@ -263,14 +284,16 @@ def valid_steps(
   lengths: jax.typing.ArrayLike | None = None,
   mask: jax.typing.ArrayLike | None = None,
 ) -> ValidSteps:
-  """Counts the valid steps of a batch once, so that a window need not look at all of
-  the mask.
+  """Count the valid steps of a batch, once for all windows.
 
   Args:
-    windows: the windows of the sequence.
+    windows: The windows of the sequence.
     batch_size: B.
     lengths: int [B], number of steps before each sequence's end; None means T.
     mask: bool [T, B], which steps are valid; None means all before the end.
+
+  Returns:
+    The counts.
   """
   num_steps = int(windows.ends[-1])
   ragged = lengths is not None or mask is not None
@@ -281,34 +304,47 @@ def valid_steps(
     return ValidSteps(lengths, None, None, ragged)
   steps = jnp.arange(num_steps, dtype=jnp.int32)
   mask = jnp.asarray(mask) & (steps[:, None] < lengths[None, :])
-  # Scattered into windows first: a running sum over all T steps would be an array [T,
-  # B] of integers.
-  window_of_step = np.repeat(
-    np.arange(windows.num_windows), windows.ends - windows.starts
-  )
-  counts = (
-    jnp.zeros((windows.num_windows, batch_size), jnp.int32).at[window_of_step].add(mask)
-  )
+  # Steps are first summed by window: a cumulative sum over all T steps would be an
+  # integer array [T, B].
+  sizes = windows.ends - windows.starts
+  window_of_step = np.repeat(np.arange(windows.num_windows), sizes)
+  counts = jnp.zeros((windows.num_windows, batch_size), jnp.int32)
+  counts = counts.at[window_of_step].add(mask)
   return ValidSteps(counts.sum(0), mask, jnp.cumsum(counts, axis=0), ragged)
 
 
 def window_at(
   windows: WindowPlan, k: jax.Array, valid: ValidSteps, axis: str | None = None
 ) -> WindowView:
-  """Returns the `k`-th window of a batch with the given valid steps."""
-  start, end = jnp.asarray(windows.starts)[k], jnp.asarray(windows.ends)[k]
+  """Return the view of window `k` on a batch.
+
+  Args:
+    windows: The windows of the sequence.
+    k: int32 [], the window's index.
+    valid: The batch's valid steps.
+    axis: Name of the mesh axis over which the batch is split, if any.
+
+  Returns:
+    The view.
+  """
+  start = jnp.asarray(windows.starts)[k]
+  end = jnp.asarray(windows.ends)[k]
   steps = start + jnp.arange(windows.size, dtype=jnp.int32)
-  masked = valid.ragged or not windows.even
+  in_window = (steps < end)[:, None]
   if valid.mask is None or valid.seen is None:
-    mask = (steps < end)[:, None] & (steps[:, None] < valid.lengths[None, :])
-    seen, active = jnp.minimum(valid.lengths, end), valid.lengths > start
+    # Valid steps come first, so that counts follow from the lengths.
+    mask = in_window & (steps[:, None] < valid.lengths[None, :])
+    seen = jnp.minimum(valid.lengths, end)
+    active = valid.lengths > start
     last = jnp.clip(seen - start - 1, 0, windows.size - 1)
   else:
-    mask = (steps < end)[:, None] & jax.lax.dynamic_slice_in_dim(
+    mask = in_window & jax.lax.dynamic_slice_in_dim(
       valid.mask, start, windows.size, axis=0
     )
-    seen, active = valid.seen[k], mask.any(0)
+    seen = valid.seen[k]
+    active = mask.any(0)
     last = jnp.max(jnp.where(mask, (steps - start)[:, None], 0), axis=0)
+  masked = valid.ragged or not windows.even
   return WindowView(
     k=k,
     num_windows=windows.num_windows,

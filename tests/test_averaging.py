@@ -89,9 +89,7 @@ def test_averaging_within_the_trainer() -> None:
     fptt_jax.losses.sequence_classification(3),
     tagging_batch(8, 4),
   )
-  fptt = fptt_jax.fptt(
-    optax.sgd(0.1), alpha=0.2, gradient_estimate='recomputed', inner_steps=2
-  )
+  fptt = fptt_jax.fptt(optax.sgd(0.1), alpha=0.2, gradient_estimate='recomputed')
   plain = fptt_jax.make_trainer(model, loss, fptt, num_windows=4, inner_steps=2)
   trainer = fptt_jax.make_trainer(
     model, loss, averaged(fptt), num_windows=4, inner_steps=2

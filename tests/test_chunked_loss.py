@@ -69,8 +69,8 @@ def make(
   } | options
   optimizer = optax.sgd(0.5, momentum=0.9)
   if options['method'] == 'fptt':
-    preset = fptt_jax.ALGORITHM_2 if explicit else {}
-    optimizer = fptt_jax.fptt(optimizer, alpha=0.5, **preset)
+    wrap = fptt_jax.fptt_algorithm2 if explicit else fptt_jax.fptt
+    optimizer = wrap(optimizer, alpha=0.5)
   loss = (
     losses.sequence_regression()
     if kind == 'series'

@@ -97,9 +97,7 @@ def test_estimate_has_no_gap_at_the_arg_min(solver: str) -> None:
       60 if solver == 'many steps' else 1,
     )
     lr = lr if solver == 'many steps' else 0.01
-  optimizer = convergence.monitored(
-    fptt(optax.sgd(lr), alpha=alpha, inner_steps=inner_steps)
-  )
+  optimizer = convergence.monitored(fptt(optax.sgd(lr), alpha=alpha))
   state = walk(optimizer, grad, 1.0, targets, inner_steps)
   gap = convergence.read(state)[0]['lam_gap']
   assert state.windows == 5

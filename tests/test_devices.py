@@ -180,7 +180,7 @@ def test_explicit_gradients_on_two_devices():
   loss, targets, out = TASKS['series']
 
   def run(where):
-    tx = fptt_jax.fptt(clipped_adam(), gradient_estimate='recomputed', inner_steps=2)
+    tx = fptt_jax.fptt(clipped_adam(), gradient_estimate='recomputed')
     model = problems.elman(hidden=8, out=out, dtype=jnp.float64)
     trainer = problems.quick_trainer(
       model, loss, tx, num_windows=4, inner_steps=2, **where

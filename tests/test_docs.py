@@ -42,7 +42,7 @@ def test_there_are_examples() -> None:
     'fptt_jax.training._trainer.make_trainer',
     'fptt_jax.parallel._batches.make_global_batch',
     'fptt_jax._stability.spectral_radius',
-    'fptt_jax.losses.from_function',
+    'fptt_jax.losses._function.from_function',
     'fptt_jax.nn._adapters.from_nnx',
     'fptt_jax.training._multi.scan_train_steps',
     'fptt_jax.training._multi.vmap_trainer',

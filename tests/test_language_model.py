@@ -447,8 +447,7 @@ def test_defaults_are_the_release_s_setting() -> None:
     alpha=0.5,
     beta=0.5,
     kappa=2.0,
-    rho=0.0,
-    correction='eq6',
+    linear_scale=1.0,
     gradient_estimate='running',
     inner_steps=1,
   )

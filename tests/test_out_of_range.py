@@ -139,7 +139,7 @@ def test_methods(method, kind):
   ('optimizer', 'options'),
   [
     (fptt_jax.fptt(ADAM), dict(skip_nonfinite=True)),
-    (fptt_jax.fptt(ADAM, inner_steps=3), dict(inner_steps=3)),
+    (fptt_jax.fptt(ADAM), dict(inner_steps=3)),
     (fptt_jax.fptt(ADAM, gradient_estimate='recomputed'), {}),
     (optax.MultiSteps(fptt_jax.fptt(ADAM), 2), {}),
   ],

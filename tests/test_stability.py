@@ -2,8 +2,6 @@
 the real transformation's own growth.
 """
 
-import functools
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import jax
@@ -21,10 +19,10 @@ LIMITS = [
   (dict(momentum=0.9), 3.17),
   (dict(kappa=2.0, momentum=0.9), 2.38),
   (dict(kappa=2.0, momentum=0.9, beta=0.7), 0.18),
-  (dict(correction='eq4'), 2.5),
-  (dict(kappa=2.0, correction='eq4'), 1.0),
-  (dict(momentum=0.9, correction='eq4'), 4.75),
-  (dict(kappa=2.0, momentum=0.9, correction='eq4'), 0.10),
+  (dict(linear_scale=0.5), 2.5),
+  (dict(kappa=2.0, linear_scale=0.5), 1.0),
+  (dict(momentum=0.9, linear_scale=0.5), 4.75),
+  (dict(kappa=2.0, momentum=0.9, linear_scale=0.5), 0.10),
 ]
 
 
@@ -59,10 +57,10 @@ def test_limits_on_a_flat_loss(options, limit):
     (5 / 4, dict(kappa=2.0)),
     (19 / 6, dict(momentum=0.9)),
     (19 / 8, dict(kappa=2.0, momentum=0.9)),
-    (5 / 2, dict(correction='eq4')),
-    (1.0, dict(kappa=2.0, correction='eq4')),
-    (19 / 4, dict(momentum=0.9, correction='eq4')),
-    (1 / 10, dict(kappa=2.0, momentum=0.9, correction='eq4')),
+    (5 / 2, dict(linear_scale=0.5)),
+    (1.0, dict(kappa=2.0, linear_scale=0.5)),
+    (19 / 4, dict(momentum=0.9, linear_scale=0.5)),
+    (1 / 10, dict(kappa=2.0, momentum=0.9, linear_scale=0.5)),
   ],
 )
 def test_limits_are_fractions(limit, options):
@@ -107,7 +105,7 @@ def test_only_the_products_with_lr_count(lr, alpha, scale, curvature, momentum):
   """The radius depends on lr·α and lr·h only: measuring the loss in other units changes
   nothing.
   """
-  options = dict(kappa=1.5, beta=0.4, rho=0.2, momentum=momentum)
+  options = dict(kappa=1.5, beta=0.4, linear_scale=0.8, momentum=momentum)
   scaled = spectral_radius(
     lr * scale, alpha / scale, curvature=curvature / scale, **options
   )
@@ -119,26 +117,19 @@ def test_only_the_products_with_lr_count(lr, alpha, scale, curvature, momentum):
 
 @pytest.mark.parametrize('curvature', [0.5, 1.0, 3.0])
 def test_without_the_regulariser_it_is_gradient_descent(curvature):
-  """κ = 0, ρ = 1: W is plain gradient descent, with its factor |1 - lr h| once λ's own
+  """κ = c = 0: W is plain gradient descent, with its factor |1 - lr h| once λ's own
   poles are the smaller ones.
   """
   assert spectral_radius(
-    0.9, 1e-3, kappa=0.0, rho=1.0, curvature=curvature
+    0.9, 1e-3, kappa=0.0, linear_scale=0.0, curvature=curvature
   ) == pytest.approx(max(abs(1 - 0.9 * curvature), np.sqrt(0.5)), abs=1e-9)
 
 
-def update_map(lr, momentum, curvature, alpha, kappa, beta, rho, correction):
+def update_map(lr, momentum, curvature, **hyperparameters):
   """(W, W̄, λ, m) -> the same after one update of the real transformation on the loss
   h/2 W².
   """
-  tx = fptt(
-    optax.sgd(lr, momentum),
-    alpha=alpha,
-    kappa=kappa,
-    beta=beta,
-    rho=rho,
-    correction=correction,
-  )
+  tx = fptt(optax.sgd(lr, momentum), **hyperparameters)
 
   def step(vector):
     w, w_bar, lam, trace = vector
@@ -150,11 +141,9 @@ def update_map(lr, momentum, curvature, alpha, kappa, beta, rho, correction):
   return step
 
 
-@functools.partial(jax.jit, static_argnames='correction')
-def jacobian(correction, **hyperparameters):
-  return jax.jacobian(update_map(correction=correction, **hyperparameters))(
-    jnp.arange(1.0, 5.0)
-  )
+@jax.jit
+def jacobian(**hyperparameters):
+  return jax.jacobian(update_map(**hyperparameters))(jnp.arange(1.0, 5.0))
 
 
 @settings(
@@ -175,16 +164,15 @@ def jacobian(correction, **hyperparameters):
       alpha=st.floats(0.05, 2.0),
       kappa=st.floats(0.0, 2.0),
       beta=st.floats(0.05, 1.0),
-      rho=st.floats(0.0, 1.0),
+      linear_scale=st.floats(0.0, 1.0),
     )
   ),
-  correction=st.sampled_from(['eq6', 'eq4']),
 )
-def test_radius_is_the_jacobians(x64, hyperparameters, correction):
+def test_radius_is_the_jacobians(x64, hyperparameters):
   """The radius is that of the Jacobian of `fptt(optax.sgd(...))` itself, without the
   translation mode when the loss is flat.
   """
-  transition = np.asarray(jacobian(correction, **hyperparameters))
+  transition = np.asarray(jacobian(**hyperparameters))
   eigenvalues = np.linalg.eigvals(transition)
   if hyperparameters['curvature'] == 0:
     neutral = np.argmin(np.abs(eigenvalues - 1))
@@ -194,14 +182,14 @@ def test_radius_is_the_jacobians(x64, hyperparameters, correction):
       transition @ np.array([1.0, 1.0, 0.0, 0.0]), [1.0, 1.0, 0.0, 0.0], atol=1e-12
     )
     eigenvalues = np.delete(eigenvalues, neutral)
-  assert spectral_radius(**hyperparameters, correction=correction) == pytest.approx(
+  assert spectral_radius(**hyperparameters) == pytest.approx(
     np.abs(eigenvalues).max(), abs=1e-6, rel=1e-6
   )
 
 
-@functools.partial(jax.jit, static_argnames='correction')
-def log_estimates(correction, **hyperparameters):
-  step = update_map(correction=correction, **hyperparameters)
+@jax.jit
+def log_estimates(**hyperparameters):
+  step = update_map(**hyperparameters)
   record = lambda vector, _: (step(vector), jnp.log(jnp.abs(vector[2])))
   return jax.lax.scan(record, jnp.array([1.0, 0.7, 0.3, 0.0]), length=600)[1]
 
@@ -217,7 +205,7 @@ def log_estimates(correction, **hyperparameters):
       lr=2.0, alpha=1.0, kappa=2.0, momentum=0.9, curvature=0.5
     ),  # the failing PTB-300 setting
     dict(lr=2.0, alpha=0.5, kappa=2.0, momentum=0.9, curvature=0.5),  # the working one
-    dict(lr=0.1, alpha=0.5, rho=0.3, curvature=1.0, correction='eq4'),
+    dict(lr=0.1, alpha=0.5, curvature=1.0, linear_scale=0.35),
     dict(lr=0.1, alpha=0.5, curvature=-0.5),  # a maximum
   ],
   ids=str,
@@ -226,35 +214,31 @@ def test_radius_is_the_growth_of_a_run(x64, options):
   """600 updates in float64: λ grows by radius^n. A least-squares line through log|λ|
   averages the rotation of complex pairs.
   """
-  defaults = dict(
-    momentum=0.0, curvature=0.0, kappa=1.0, beta=0.5, rho=0.0, correction='eq6'
-  )
+  defaults = dict(momentum=0.0, curvature=0.0, kappa=1.0, beta=0.5, linear_scale=1.0)
   logs = log_estimates(**{**defaults, **options})
   slope = np.polyfit(np.arange(300), logs[300:], 1)[0]
   assert np.exp(slope) == pytest.approx(spectral_radius(**options), rel=2e-3)
 
 
 @pytest.mark.parametrize(
-  ('name', 'value', 'expected'),
+  ('name', 'value'),
   [
-    ('lr', 0.0, 'a finite number > 0'),
-    ('lr', float('nan'), 'a finite number > 0'),
-    ('lr', 'fast', 'a finite number > 0'),
-    ('alpha', -1.0, 'a finite number > 0'),
-    ('alpha', float('inf'), 'a finite number > 0'),
-    ('kappa', -0.5, 'a finite number >= 0'),
-    ('beta', 0.0, r'a number in \(0, 1\]'),
-    ('beta', 1.5, r'a number in \(0, 1\]'),
-    ('rho', 1.1, r'a number in \[0, 1\]'),
-    ('momentum', 1.0, r'a number in \[0, 1\)'),
-    ('momentum', -0.1, r'a number in \[0, 1\)'),
-    ('curvature', float('nan'), 'a finite number'),
-    ('correction', 'eq5', r"one of \['eq4', 'eq6'\]"),
+    ('lr', 0.0),
+    ('lr', float('nan')),
+    ('lr', 'fast'),
+    ('alpha', -1.0),
+    ('alpha', float('inf')),
+    ('kappa', -0.5),
+    ('beta', 0.0),
+    ('beta', 1.5),
+    ('linear_scale', 1.1),
+    ('linear_scale', -0.1),
+    ('momentum', 1.0),
+    ('momentum', -0.1),
+    ('curvature', float('nan')),
   ],
 )
-def test_bad_arguments(name, value, expected):
-  """An argument outside its range is named, with what was expected and what came."""
-  with pytest.raises(
-    ValueError, match=rf'^{name} must be {expected}, got {value!r}\.$'
-  ):
+def test_arguments_out_of_range(name, value):
+  """An error names the argument and shows the value."""
+  with pytest.raises(ValueError, match=f'^{name} must be .* got {value!r}'):
     spectral_radius(**{'lr': 0.1, 'alpha': 0.5, name: value})

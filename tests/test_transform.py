@@ -18,10 +18,9 @@ from problems import default_float64
 import pytest
 
 from fptt_jax import (
-  ALGORITHM_2,
-  RELEASE,
   FPTTState,
   fptt,
+  fptt_algorithm2,
   fptt_eval_params,
   fptt_restart,
 )
@@ -41,14 +40,13 @@ every_float = pytest.mark.parametrize(
   'dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bfloat16']
 )
 
-COEFFICIENT = {'eq6': 1.0, 'eq4': 0.5}
-VARIANTS = [(c, e) for c in COEFFICIENT for e in ('running', 'recomputed', 'lagged')]
+ESTIMATES = ('running', 'recomputed', 'lagged')
 numbers = st.fixed_dictionaries(
   dict(
     alpha=st.floats(0.1, 2.0),
     beta=st.floats(0.05, 1.0),
     kappa=st.floats(0.0, 2.0),
-    rho=st.floats(0.0, 1.0),
+    linear_scale=st.floats(0.0, 1.0),
   )
 )
 seeds = st.integers(0, 2**16)
@@ -68,17 +66,22 @@ def examples(number: int) -> Callable:
 
 
 def follow(
-  tx: optax.GradientTransformation, params: Any, grad_fn: Callable, xs: Any
+  tx: optax.GradientTransformation,
+  params: Any,
+  grad_fn: Callable,
+  xs: Any,
+  **extra_args: Any,
 ) -> tuple[Any, Any]:
-  """(params, state) before the first and after each update, stacked; `grad_fn(params,
-  x)` is the gradient of window x.
+  """Return (params, state) before the first and after each update, stacked.
+
+  `grad_fn(params, x)` is the gradient of window x.
   """
   tx = optax.with_extra_args_support(tx)
 
   def update(carry: Any, x: Any) -> tuple[Any, Any]:
     params, state = carry
     updates, state = tx.update(
-      grad_fn(params, x), state, params, grad_fn=lambda p: grad_fn(p, x)
+      grad_fn(params, x), state, params, grad_fn=lambda p: grad_fn(p, x), **extra_args
     )
     carry = optax.apply_updates(params, updates), state
     return carry, carry
@@ -90,12 +93,10 @@ def follow(
   )
 
 
-def walk(*args: Any) -> tuple[Any, Any]:
-  """`follow`, operation by operation instead of compiled: a tenth of the time for a few
-  updates of a few numbers.
-  """
+def walk(*args: Any, **extra_args: Any) -> tuple[Any, Any]:
+  """Run `follow` without compiling: ten times as fast for a few small updates."""
   with jax.disable_jit():
-    return follow(*args)
+    return follow(*args, **extra_args)
 
 
 def as_given(params: Any, x: Any) -> Any:
@@ -161,8 +162,8 @@ def test_sgd_by_hand():
 
 
 def test_momentum_by_hand():
-  """Every hyper-parameter away from its default: momentum 1/2, lr 1/2, α 1, β 1/4, κ 2,
-  ρ 1/2, eq4 (c (1-ρ) = 1/4, κα = 2).
+  """All hyperparameters differ from their defaults: momentum 1/2, lr 1/2, α 1, β 1/4, κ 2,
+  c 1/4.
   """
   # t=0: g' = 4                                m = 4                  W = 2 - 2        λ
   # = -(0 - 2) W̄ = .75 2 + 0 - .25 2 t=1: g' = 2 - .25 2 + 2 (0 - 1) = -.5      m = .5
@@ -174,8 +175,7 @@ def test_momentum_by_hand():
     alpha=1.0,
     beta=0.25,
     kappa=2.0,
-    rho=0.5,
-    correction='eq4',
+    linear_scale=0.25,
   )
   params, state = walk(tx, jnp.array(2.0), as_given, jnp.array([4.0, 2.0, 0.0]))
   chex.assert_trees_all_equal(params, jnp.array([2.0, 0.0, -0.75, -0.28125]))
@@ -204,22 +204,21 @@ def test_adam_by_hand(x64):
   close(state.w_bar, jnp.array([0.0, -0.1, -0.2428582624, -0.3098922485]))
 
 
-def numpy_recursion(w, targets, lr, momentum, alpha, beta, kappa, rho, c, estimate, n):
+def numpy_recursion(
+  w, targets, lr, momentum, alpha, beta, kappa, linear_scale, estimate, n
+):
   """Eq. 6 in a plain loop over windows with loss log cosh(w - target), heavy-ball SGD;
   hyper-parameters one a window.
   """
-  w_bar, lam, m, rows = (
-    w.copy(),
-    np.zeros_like(w),
-    np.zeros_like(w),
-    [(w, w, np.zeros_like(w))],
-  )
+  w_bar = w.copy()
+  lam = np.zeros_like(w)
+  m = np.zeros_like(w)
+  rows = [(w, w_bar, lam)]
   for k, target in enumerate(targets):
     for _ in range(n):
       g = np.tanh(w - target)
-      m = momentum * m + (
-        g - c * (1 - rho[k]) * lam + kappa[k] * alpha[k] * (w - w_bar)
-      )
+      quadratic = kappa[k] * alpha[k] * (w - w_bar)
+      m = momentum * m + (g - linear_scale[k] * lam + quadratic)
       w = w - lr * m
     estimates = {
       'running': lam - alpha[k] * (w - w_bar),
@@ -232,8 +231,8 @@ def numpy_recursion(w, targets, lr, momentum, alpha, beta, kappa, rho, c, estima
   return [np.stack(column) for column in zip(*rows, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def jax_recursion(w, targets, lr, momentum, hyperparameters, correction, estimate, n):
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def jax_recursion(w, targets, lr, momentum, hyperparameters, estimate, n):
   """The same by `fptt`; a hyper-parameter with a dimension becomes a schedule over
   windows.
   """
@@ -241,14 +240,9 @@ def jax_recursion(w, targets, lr, momentum, hyperparameters, correction, estimat
     name: value if value.ndim == 0 else value.__getitem__
     for name, value in hyperparameters.items()
   }
-  tx = fptt(
-    optax.sgd(lr, momentum),
-    correction=correction,
-    gradient_estimate=estimate,
-    inner_steps=n,
-    **hyperparameters,
-  )
-  params, state = follow(tx, w, tanh_gradient, jnp.repeat(targets, n, axis=0))
+  tx = fptt(optax.sgd(lr, momentum), gradient_estimate=estimate, **hyperparameters)
+  xs = jnp.repeat(targets, n, axis=0)
+  params, state = follow(tx, w, tanh_gradient, xs, inner_steps=n)
   return jax.tree.map(lambda x: x[::n], [params, state.w_bar, state.lam])
 
 
@@ -258,12 +252,12 @@ def jax_recursion(w, targets, lr, momentum, hyperparameters, correction, estimat
   lr=st.floats(0.01, 0.5),
   momentum=st.floats(0.0, 0.9),
   hyperparameters=numbers,
-  variant=st.sampled_from(VARIANTS),
+  estimate=st.sampled_from(ESTIMATES),
   inner_steps=st.sampled_from([1, 3]),
   scheduled=st.booleans(),
 )
 def test_equals_numpy(
-  x64, seed, lr, momentum, hyperparameters, variant, inner_steps, scheduled
+  x64, seed, lr, momentum, hyperparameters, estimate, inner_steps, scheduled
 ):
   """W, W̄ and λ follow a plain NumPy loop for any hyper-parameters, numbers or
   schedules (over windows), in all variants.
@@ -281,11 +275,10 @@ def test_equals_numpy(
     lr,
     momentum,
     **per_window,
-    c=COEFFICIENT[variant[0]],
-    estimate=variant[1],
+    estimate=estimate,
     n=inner_steps,
   )
-  actual = jax_recursion(w, targets, lr, momentum, traced, *variant, inner_steps)
+  actual = jax_recursion(w, targets, lr, momentum, traced, estimate, inner_steps)
   chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -345,7 +338,7 @@ def test_regulariser_is_a_filter_of_past_estimates(x64, seed, alpha, kappa):
   λ_{t-1} / 2.
   """
   _, _, lam, regularized, gradients = recorded_run(
-    seed, alpha=alpha, beta=0.5, kappa=kappa, rho=0.0
+    seed, alpha=alpha, beta=0.5, kappa=kappa, linear_scale=1.0
   )
   tight(regularized[0], gradients[0])
   tight(regularized[1:] - gradients[1:], -lam[1:-1] + kappa / 2 * lam[:-2])
@@ -357,7 +350,9 @@ def test_estimate_is_a_filter_of_past_updates(x64, seed, alpha, kappa):
   """At β = 1/2, λ_{t+1} = λ_t - λ_{t-1} / 2 - α (W_{t+1} - W_t): only updates drive λ,
   the gradients do not appear.
   """
-  w, _, lam, _, _ = recorded_run(seed, alpha=alpha, beta=0.5, kappa=kappa, rho=0.0)
+  w, _, lam, _, _ = recorded_run(
+    seed, alpha=alpha, beta=0.5, kappa=kappa, linear_scale=1.0
+  )
   tight(lam[2:], lam[1:-1] - lam[:-2] / 2 - alpha * (w[2:] - w[1:-1]))
 
 
@@ -366,7 +361,7 @@ def test_estimate_is_a_filter_of_past_updates(x64, seed, alpha, kappa):
 def test_kappa_two_is_pure_damping(x64, seed, alpha):
   """At κ = 2, β = 1/2: g' = g - (λ_t - λ_{t-1}), a constant λ has no effect."""
   _, _, lam, regularized, gradients = recorded_run(
-    seed, alpha=alpha, beta=0.5, kappa=2.0, rho=0.0
+    seed, alpha=alpha, beta=0.5, kappa=2.0, linear_scale=1.0
   )
   tight(regularized[1:], gradients[1:] - (lam[1:-1] - lam[:-2]))
 
@@ -397,7 +392,7 @@ def test_first_update_equals_the_base_optimisers(base):
   itself, to the last bit.
   """
   params, grads = random_tree(0), random_tree(1)
-  tx = fptt(base, alpha=1.3, beta=0.3, kappa=2.0, rho=0.1, correction='eq4')
+  tx = fptt(base, alpha=1.3, beta=0.3, kappa=2.0, linear_scale=0.4)
   actual, state = tx.update(grads, tx.init(params), params)
   expected, base_state = base.update(grads, base.init(params), params)
   chex.assert_trees_all_equal(
@@ -407,10 +402,10 @@ def test_first_update_equals_the_base_optimisers(base):
 
 @every_base
 def test_no_regulariser_is_the_base_optimiser(base):
-  """κ = 0 and ρ = 1 switch the regularizer off: W goes where the base optimizer goes,
-  to the last bit, while λ is nonzero.
+  """κ = c = 0 turns the regularizer off: W equals the base optimizer's to the last bit,
+  while λ is nonzero.
   """
-  tx, params = fptt(base, kappa=0.0, rho=1.0), random_tree(0)
+  tx, params = fptt(base, kappa=0.0, linear_scale=0.0), random_tree(0)
   w, state, w_base, base_state = params, tx.init(params), params, base.init(params)
   for t in range(3):
     w, state = one_update(tx, w, state, random_tree(t))
@@ -419,52 +414,50 @@ def test_no_regulariser_is_the_base_optimiser(base):
   assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(state.lam))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def gradient_seen_by_the_base(hyperparameters, correction, g, w, w_bar, lam):
-  tx = fptt(optax.trace(decay=0.0), correction=correction, **hyperparameters)
+@jax.jit
+def gradient_seen_by_the_base(hyperparameters, g, w, w_bar, lam):
+  tx = fptt(optax.trace(decay=0.0), **hyperparameters)
   state = tx.init(w)._replace(w_bar=w_bar, lam=lam)
   return tx.update(g, state, w)[1].base_optimizer_state.trace
 
 
 @examples(25)
-@given(seed=seeds, hyperparameters=numbers, correction=st.sampled_from(['eq6', 'eq4']))
-def test_regularised_gradient_is_the_gradient_of_the_objective(
-  x64, seed, hyperparameters, correction
+@given(seed=seeds, hyperparameters=numbers)
+def test_regularized_gradient_is_the_gradient_of_the_objective(
+  x64, seed, hyperparameters
 ):
-  """Autodiff of Eq. 4's objective ℓ + α/2 |W - W̄ - s λ|², s = 1/α (eq6) or 1/(2α)
-  (eq4), with κ and ρ as documented.
-  """
-  alpha, kappa, rho = (hyperparameters[name] for name in ('alpha', 'kappa', 'rho'))
+  """Autodiff of the documented objective, and of Eq. 4's ℓ + α/2 |W - W̄ - c/α λ|²."""
+  alpha = hyperparameters['alpha']
+  kappa = hyperparameters['kappa']
+  c = hyperparameters['linear_scale']
   w, w_bar, lam, target = jnp.asarray(np.random.default_rng(seed).normal(size=(4, 3)))
-  c = COEFFICIENT[correction]
-  loss = lambda w: jnp.sum(jnp.log(jnp.cosh(w - target)))
-  documented = lambda w: (
-    loss(w)
-    - c * (1 - rho) * jnp.vdot(lam, w)
-    + kappa * alpha / 2 * jnp.sum((w - w_bar) ** 2)
-  )
-  as_printed = lambda w: (
-    loss(w) + alpha / 2 * jnp.sum((w - w_bar - c / alpha * lam) ** 2)
-  )
-  for objective, options in (
-    (documented, hyperparameters),
-    (as_printed, {**hyperparameters, 'kappa': 1.0, 'rho': 0.0}),
-  ):
-    actual = gradient_seen_by_the_base(
-      options, correction, jax.grad(loss)(w), w, w_bar, lam
-    )
-    tight(actual, jax.grad(objective)(w))
+
+  def loss(w):
+    return jnp.sum(jnp.log(jnp.cosh(w - target)))
+
+  def documented(w):
+    quadratic = kappa * alpha / 2 * jnp.sum((w - w_bar) ** 2)
+    return loss(w) - c * jnp.vdot(lam, w) + quadratic
+
+  def as_printed(w):
+    return loss(w) + alpha / 2 * jnp.sum((w - w_bar - c / alpha * lam) ** 2)
+
+  grads = jax.grad(loss)(w)
+  actual = gradient_seen_by_the_base(hyperparameters, grads, w, w_bar, lam)
+  tight(actual, jax.grad(documented)(w))
+  printed = {**hyperparameters, 'kappa': 1.0}
+  actual = gradient_seen_by_the_base(printed, grads, w, w_bar, lam)
+  tight(actual, jax.grad(as_printed)(w))
 
 
 # --- At the arg-min of the inner problem
 # --------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def exact_inner_solutions(w, targets, curvature, alpha, rho, correction):
-  tx = fptt(
-    optax.sgd(1 / (curvature + alpha)), alpha=alpha, rho=rho, correction=correction
-  )
+@jax.jit
+def exact_inner_solutions(w, targets, curvature, alpha, linear_scale):
+  base = optax.sgd(1 / (curvature + alpha))
+  tx = fptt(base, alpha=alpha, linear_scale=linear_scale)
   w, state = follow(tx, w, lambda p, target: curvature * (p - target), targets)
   return w, state.lam
 
@@ -474,12 +467,10 @@ def exact_inner_solutions(w, targets, curvature, alpha, rho, correction):
   seed=seeds,
   alpha=st.floats(0.2, 2.0),
   curvature=st.floats(0.2, 3.0),
-  rho=st.floats(0.0, 1.0),
-  correction=st.sampled_from(['eq6', 'eq4']),
+  linear_scale=st.floats(0.0, 1.0),
 )
-def test_estimate_at_the_arg_min(x64, seed, alpha, curvature, rho, correction):
-  """With κ = 1 and an exact inner solution λ' = ∇ℓ(W') + (1 - c (1-ρ)) λ: eq6 gives ∇ℓ
-  + ρλ, eq4 at ρ = 0 gives ∇ℓ + λ/2.
+def test_estimate_at_the_arg_min(x64, seed, alpha, curvature, linear_scale):
+  """With κ = 1 and an exact inner solution, λ' = ∇ℓ(W') + (1 - c) λ.
 
   On a quadratic loss of curvature h one gradient step of length 1/(h + α) solves the
   inner problem exactly.
@@ -487,15 +478,14 @@ def test_estimate_at_the_arg_min(x64, seed, alpha, curvature, rho, correction):
   rng = np.random.default_rng(seed)
   targets = rng.normal(size=(6, 3))
   w, lam = exact_inner_solutions(
-    rng.normal(size=3), targets, curvature, alpha, rho, correction
+    rng.normal(size=3), targets, curvature, alpha, linear_scale
   )
-  left_over = 1 - COEFFICIENT[correction] * (1 - rho)
-  tight(lam[1:], curvature * (w[1:] - targets) + left_over * lam[:-1])
+  tight(lam[1:], curvature * (w[1:] - targets) + (1 - linear_scale) * lam[:-1])
 
 
 @pytest.mark.parametrize('solver', ['one exact step', 'many steps'])
 def test_running_equals_explicit_at_the_arg_min(x64, solver):
-  """κ = 1, ρ = 0, eq6, inner problem solved: the running λ is ∇ℓ_t(W_{t+1}), the
+  """κ = c = 1, inner problem solved: the running λ is ∇ℓ_t(W_{t+1}), the
   trajectories agree, and Eq. 5 holds as printed.
   """
   alpha, rng = 0.7, np.random.default_rng(0)
@@ -509,10 +499,8 @@ def test_running_equals_explicit_at_the_arg_min(x64, solver):
   xs = jnp.repeat(targets, inner_steps, axis=0)
   runs = {}
   for estimate in ('running', 'recomputed'):
-    tx = fptt(
-      optax.sgd(lr), alpha=alpha, gradient_estimate=estimate, inner_steps=inner_steps
-    )
-    params, state = follow(tx, w, grad_fn, xs)
+    tx = fptt(optax.sgd(lr), alpha=alpha, gradient_estimate=estimate)
+    params, state = follow(tx, w, grad_fn, xs, inner_steps=inner_steps)
     runs[estimate] = jax.tree.map(
       lambda x: x[::inner_steps], (params, state.w_bar, state.lam)
     )
@@ -586,10 +574,13 @@ def test_explicit_gradient_is_taken_once_a_window():
     jax.debug.callback(lambda p: calls.append(p), params)
     return params
 
-  tx = fptt(optax.sgd(0.1), gradient_estimate='recomputed', inner_steps=3)
-  step = jax.jit(
-    lambda params, state: one_update(tx, params, state, jnp.ones(2), grad_fn=grad_fn)
-  )
+  tx = fptt(optax.sgd(0.1), gradient_estimate='recomputed')
+
+  @jax.jit
+  def step(params, state):
+    extra_args = dict(grad_fn=grad_fn, inner_steps=3)
+    return one_update(tx, params, state, jnp.ones(2), **extra_args)
+
   params, state = jnp.ones(2), tx.init(jnp.ones(2))
   at_the_end = []
   for _ in range(6):
@@ -608,7 +599,7 @@ def test_explicit_gradient_needs_grad_fn():
   tx = fptt(optax.sgd(0.1), gradient_estimate='recomputed')
   with pytest.raises(
     ValueError,
-    match=r'grad_fn=f\) with f\(params\) -> grads .* same hidden state; got no grad_fn',
+    match=r'^grad_fn .* got None',
   ):
     tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
 
@@ -631,7 +622,7 @@ def test_explicit_gradient_refuses_masked_parameters(wrap):
   tx = wrap(fptt(optax.sgd(0.1), gradient_estimate='recomputed'))
   with pytest.raises(
     ValueError,
-    match=r'masked parameters.*Put the mask inside, fptt\(optax.masked\(base',
+    match=r"^gradient_estimate .* got 'recomputed'.*fptt\(optax.masked\(base",
   ):
     tx.update(grads, tx.init(params), params, grad_fn=lambda p: p)
   inside = fptt(wrap(optax.sgd(0.1)), gradient_estimate='recomputed')
@@ -679,10 +670,9 @@ def test_summary_and_estimate_move_at_window_ends_only(estimate):
   """With 3 inner steps λ and W̄ change on calls 3, 6, 9, ... and on no other; W moves
   on every call.
   """
-  tx = fptt(optax.sgd(0.1), gradient_estimate=estimate, inner_steps=3)
-  w, state = walk(
-    tx, random_tree(0)['b'], lambda p, target: p - target, random_tree(1, 9)['b']
-  )
+  tx = fptt(optax.sgd(0.1), gradient_estimate=estimate)
+  start, targets = random_tree(0)['b'], random_tree(1, 9)['b']
+  w, state = walk(tx, start, lambda p, target: p - target, targets, inner_steps=3)
   moves = lambda x: np.all(x[1:] != x[:-1], axis=-1)
   rests = lambda x: np.all(x[1:] == x[:-1], axis=-1)
   ends = np.arange(1, 10) % 3 == 0
@@ -697,7 +687,7 @@ def test_schedules_count_windows():
   """Call n of `update` sees the schedules at window ⌊n / inner_steps⌋: they are asked
   for 0, 0, 1, 1, 2, 2.
   """
-  asked = {name: [] for name in ('alpha', 'beta', 'kappa', 'rho')}
+  asked = {name: [] for name in ('alpha', 'beta', 'kappa', 'linear_scale')}
 
   def schedule(name, value):
     def at(window):
@@ -706,36 +696,39 @@ def test_schedules_count_windows():
 
     return at
 
-  values = dict(alpha=0.5, beta=0.4, kappa=1.0, rho=0.1)
+  values = dict(alpha=0.5, beta=0.4, kappa=1.0, linear_scale=0.9)
   tx = fptt(
     optax.sgd(0.1),
-    inner_steps=2,
     **{name: schedule(name, value) for name, value in values.items()},
   )
-  assert list(asked.values()) == 4 * [[0]]  # Checked when built.
+  assert list(asked.values()) == 4 * [[0]]  # The value at window 0 is checked.
   params, state = jnp.ones(2), tx.init(jnp.ones(2))
   for _ in range(6):
-    params, state = one_update(tx, params, state, params)
+    params, state = one_update(tx, params, state, params, inner_steps=2)
   assert [windows[1:] for windows in asked.values()] == 4 * [[0, 0, 1, 1, 2, 2]]
 
 
 @pytest.mark.parametrize('estimate', ['running', 'recomputed'])
 def test_inner_steps_may_be_traced(estimate):
-  """`inject_hyperparams` turns `inner_steps` into an array of the state: same
-  trajectory as the number, and it may be changed.
-  """
-  options = dict(gradient_estimate=estimate, alpha=0.3)
-  args = random_tree(0)['b'], lambda p, target: p - target, random_tree(1, 7)['b']
-  static = follow(fptt(optax.sgd(0.1), inner_steps=3, **options), *args)
-  injected = optax.inject_hyperparams(fptt)(optax.sgd(0.1), inner_steps=3, **options)
-  w, state = follow(injected, *args)
-  chex.assert_trees_all_close((w, state.inner_state), static, rtol=1e-6)
-  state = last(state)
-  state.hyperparams['inner_steps'] = jnp.asarray(1, jnp.int32)
-  _, state = one_update(injected, w[-1], state, w[-1], grad_fn=lambda p: p)
-  assert np.all(
-    state.inner_state.lam != static[1].lam[-1]
-  )  # Call 8 is no end of a window of 3, but it is one of 1.
+  """A traced `inner_steps` gives the same trajectory as the number."""
+  tx = fptt(optax.sgd(0.1), gradient_estimate=estimate, alpha=0.3)
+  start, targets = random_tree(0)['b'], random_tree(1, 7)['b']
+
+  def run(inner_steps):
+    return follow(
+      tx, start, lambda p, target: p - target, targets, inner_steps=inner_steps
+    )
+
+  chex.assert_trees_all_close(jax.jit(run)(3), run(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize('value', [0, -1, 1.5, float('nan'), 2**31, 'many'])
+def test_inner_steps_out_of_range(value):
+  """`update` rejects a number of inner steps that is not an integer >= 1."""
+  tx = fptt(optax.sgd(0.1))
+  state = tx.init(jnp.ones(2))
+  with pytest.raises(ValueError, match=f'^inner_steps .* got {value!r}'):
+    tx.update(jnp.ones(2), state, jnp.ones(2), inner_steps=value)
 
 
 # --- The battery that optax puts its own optimizers through
@@ -822,7 +815,7 @@ def test_converges(base):
     )
 
 
-OPTIONS = dict(alpha=0.3, beta=0.4, kappa=1.5, rho=0.2)
+OPTIONS = dict(alpha=0.3, beta=0.4, kappa=1.5, linear_scale=0.8)
 
 
 @functools.cache
@@ -1173,12 +1166,14 @@ def test_none_leaves():
   assert restarted['absent'] is None
 
 
-def trees_of_a_run(tx: optax.GradientTransformation, params: Any) -> list[Any]:
-  """Every tree of the parameters' shapes that FPTT makes: at the start, after an
-  update, read out, restarted.
-  """
+def trees_of_a_run(
+  tx: optax.GradientTransformation, params: Any, **extra_args: Any
+) -> list[Any]:
+  """Return W̄, λ and W at the start, after an update, read out and restarted."""
   state = tx.init(params)
-  new_params, new_state = one_update(tx, params, state, params, grad_fn=lambda p: p)
+  new_params, new_state = one_update(
+    tx, params, state, params, grad_fn=lambda p: p, **extra_args
+  )
   restarted, restarted_state = fptt_restart(new_state, new_params)
   states = [
     tree for s in (state, new_state, restarted_state) for tree in (s.w_bar, s.lam)
@@ -1198,9 +1193,10 @@ def test_shardings_are_kept(estimate, inner_steps):
     )
     for name, shape in (('w', (8, 6)), ('b', (6,)))
   }
-  tx = fptt(optax.adam(0.1), gradient_estimate=estimate, inner_steps=inner_steps)
+  tx = fptt(optax.adam(0.1), gradient_estimate=estimate)
+  run = functools.partial(trees_of_a_run, tx, inner_steps=inner_steps)
   with jax.set_mesh(mesh):
-    trees = jax.eval_shape(functools.partial(trees_of_a_run, tx), params)
+    trees = jax.eval_shape(run, params)
   for tree in trees:
     assert {name: leaf.sharding.spec for name, leaf in tree.items()} == specs
 
@@ -1226,7 +1222,7 @@ def test_abstract_init(dtype):
   """The state of parameters that exist as shapes only has the shapes and dtypes of the
   real one.
   """
-  tx, params = fptt(optax.adam(0.1), inner_steps=2), random_tree(0, dtype=dtype)
+  tx, params = fptt(optax.adam(0.1)), random_tree(0, dtype=dtype)
   abstract = jax.eval_shape(tx.init, jax.eval_shape(lambda: params))
   chex.assert_trees_all_equal_shapes_and_dtypes(abstract, tx.init(params))
 
@@ -1263,12 +1259,11 @@ def test_strict_promotion(strict_dtypes, estimate, inner_steps, dtype, state_dty
   parameters under the float32 state.
   """
   params = random_tree(0, dtype=dtype)
-  options = dict(
-    gradient_estimate=estimate, inner_steps=inner_steps, state_dtype=state_dtype
-  )
+  options = dict(gradient_estimate=estimate, state_dtype=state_dtype)
+  extra_args = dict(grad_fn=lambda q: q, inner_steps=inner_steps)
   for alpha in (0.5, optax.linear_schedule(0.1, 1.0, 10)):
     tx = fptt(optax.sgd(0.1, momentum=0.9), alpha=alpha, **options)
-    update = lambda g, s, p: tx.update(g, s, p, grad_fn=lambda q: q)
+    update = functools.partial(tx.update, **extra_args)
     updates, _ = jax.eval_shape(update, params, tx.init(params), params)
     chex.assert_trees_all_equal_dtypes(updates, params)
 
@@ -1279,11 +1274,12 @@ def test_explicit_gradient_may_be_of_another_dtype(inner_steps):
   last inner step or the only one.
   """
   params = {'w': jnp.ones(3, jnp.bfloat16)}
-  tx = fptt(optax.sgd(0.1), gradient_estimate='recomputed', inner_steps=inner_steps)
+  tx = fptt(optax.sgd(0.1), gradient_estimate='recomputed')
   state = tx.init(params)
+  grad_fn = lambda p: {'w': jnp.full(3, 0.3)}
   for _ in range(inner_steps):
     _, state = tx.update(
-      params, state, params, grad_fn=lambda p: {'w': jnp.full(3, 0.3)}
+      params, state, params, grad_fn=grad_fn, inner_steps=inner_steps
     )
   chex.assert_trees_all_equal(state.lam, {'w': jnp.full(3, 0.3, jnp.float32)})
 
@@ -1294,30 +1290,16 @@ def test_explicit_gradient_of_another_structure_is_refused():
   tx = fptt(optax.sgd(0.1), gradient_estimate='recomputed')
   with pytest.raises(
     ValueError,
-    match=r"grad_fn must return gradients of the structure of the parameters, .*'w'.*, got ",
+    match=r"^grad_fn .*'w'.* got ",
   ):
     tx.update(params, tx.init(params), params, grad_fn=lambda p: (0.0, p))
 
 
-def test_things_of_the_wrong_kind_are_refused():
-  """A learning rate or a factory instead of an optimizer, an integer state, a schedule
-  that starts at α = 0.
-  """
-  for base in (1e-3, optax.adam):
-    with pytest.raises(
-      TypeError,
-      match=r'base_optimizer must be an optax\.GradientTransformation, such as optax\.adam',
-    ):
-      fptt(base)
-  with pytest.raises(
-    ValueError,
-    match=r'state_dtype must be a floating-point dtype of 16 or 32 bits \(64 with jax_enable_x64\), got ',
-  ):
+def test_bad_state_dtype_and_schedule():
+  """An integer state, and a schedule that starts at α = 0."""
+  with pytest.raises(ValueError, match=r'^state_dtype .*float.* got .*int32'):
     fptt(BASE, state_dtype=jnp.int32)
-  with pytest.raises(
-    ValueError,
-    match=r'alpha at window 0 must be a finite number > 0 or a schedule, got ',
-  ):
+  with pytest.raises(ValueError, match=r'^alpha at window 0 .*> 0.* got '):
     fptt(BASE, alpha=optax.linear_schedule(0.0, 0.5, 10))
 
 
@@ -1491,7 +1473,7 @@ def test_state_without_fptt(read):
   params = random_tree(0)
   with pytest.raises(
     ValueError,
-    match=r'the optimizer state must hold an FPTTState, got a tuple without one.*contains fptt',
+    match=r'^opt_state must hold an FPTTState.* got a tuple',
   ):
     read(optax.adam(0.1).init(params), params)
 
@@ -1507,7 +1489,7 @@ def test_state_of_other_parameters(read):
   ):
     with pytest.raises(
       ValueError,
-      match=rf"does not belong to these parameters: W̄ has .*'w': \(2,\).*, got parameters of .*{shown}",
+      match=rf"^params .*'w': \(2,\).*, got .*{shown}",
     ):
       read(state, other)
 
@@ -1516,36 +1498,20 @@ def test_state_of_other_parameters(read):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def test_release_is_the_default():
-  """RELEASE spells out Eq. 6 with the running estimate, which are also the defaults."""
-  assert dict(RELEASE) == dict(
-    beta=0.5, kappa=1.0, rho=0.0, correction='eq6', gradient_estimate='running'
-  )
-  params, grads = random_tree(0), random_tree(1, 3)
-  preset, default = (
-    walk(tx, params, as_given, grads)
-    for tx in (fptt(BASE, alpha=0.2, **RELEASE), fptt(BASE, alpha=0.2))
-  )
-  chex.assert_trees_all_equal(preset, default)
-
-
 def test_algorithm_2_as_printed(x64):
-  """The preset is the paper's box, line by line, with plain SGD: ∇ℓ(W) there includes
-  the regularizer's gradient.
+  """`fptt_algorithm2` is the paper's box, line by line, with plain SGD.
+
+  The box's gradient includes the regularizer's.
   """
-  assert dict(ALGORITHM_2) == dict(
-    beta=0.5, kappa=1.0, rho=0.0, correction='eq4', gradient_estimate='recomputed'
-  )
   eta, alpha, rng = 0.3, 0.7, np.random.default_rng(0)
   start, targets = rng.normal(size=4), rng.normal(size=(8, 4))
   grad = lambda w, target: np.tanh(w - target)
 
-  w, w_bar, grad_previous, rows = (
-    start,
-    start,
-    np.zeros(4),
-    [],
-  )  # W̄_1 = W_1; no loss before the first
+  # W̄_1 = W_1, and there is no loss before the first window.
+  w = start
+  w_bar = start
+  grad_previous = np.zeros(4)
+  rows = []
   for target in targets:
     # ℓ(W) = ℓ_t(W) + α/2 |W - W̄_t - 1/(2α) ∇ℓ_{t-1}(W_t)|²
     w = w - eta * (grad(w, target) + alpha * (w - w_bar - grad_previous / (2 * alpha)))
@@ -1553,19 +1519,12 @@ def test_algorithm_2_as_printed(x64):
     grad_previous = grad(w, target)
     rows.append((w, w_bar, grad_previous))
 
-  tx = fptt(optax.sgd(eta), alpha=alpha, **ALGORITHM_2)
+  tx = fptt_algorithm2(optax.sgd(eta), alpha)
   params, state = walk(tx, jnp.asarray(start), tanh_gradient, jnp.asarray(targets))
   tight(
     (params[1:], state.w_bar[1:], state.lam[1:]),
     tuple(np.stack(column) for column in zip(*rows, strict=True)),
   )
-
-
-def test_presets_are_read_only():
-  """A preset shared by several runs cannot be changed by one of them."""
-  for preset in (ALGORITHM_2, RELEASE):
-    with pytest.raises(TypeError, match='does not support item assignment'):
-      preset['kappa'] = 2.0
 
 
 # --- Bad input
@@ -1581,12 +1540,7 @@ OUT_OF_RANGE = {
     'a finite number >= 0 or a schedule',
     [-1.0, float('inf'), float('nan'), 'two'],
   ),
-  'rho': (r'a number in \[0, 1\] or a schedule', [-0.1, 1.1, float('nan')]),
-  'inner_steps': (
-    'an integer >= 1',
-    [0, -1, 1.5, float('nan'), float('inf'), 'many', '3', optax.constant_schedule(2)],
-  ),
-  'correction': (r"one of \['eq4', 'eq6'\]", ['eq5', None, ['eq6']]),
+  'linear_scale': (r'a number in \[0, 1\] or a schedule', [-0.1, 1.1, float('nan')]),
   'gradient_estimate': (
     r"one of \['running', 'recomputed', 'lagged'\]",
     ['exact', None],
@@ -1613,11 +1567,11 @@ def test_bad_options(name, expected, value):
 
 
 def test_values_on_the_edge_are_accepted():
-  """The closed ends of the ranges are legal: κ = 0, ρ = 0 and 1, β = 1 (with its
-  warning), NumPy and JAX scalars.
-  """
-  fptt(optax.sgd(0.1), alpha=np.float64(1e-8), kappa=0, rho=1, inner_steps=np.int64(2))
-  fptt(optax.sgd(0.1), alpha=jnp.asarray(0.5), beta=jnp.asarray(0.5), rho=0)
+  """The closed ends of the ranges are accepted, and NumPy and JAX scalars."""
+  tx = fptt(optax.sgd(0.1), alpha=np.float64(1e-8), kappa=0, linear_scale=1)
+  state = tx.init(jnp.ones(2))
+  tx.update(jnp.ones(2), state, jnp.ones(2), inner_steps=np.int64(2))
+  fptt(optax.sgd(0.1), alpha=jnp.asarray(0.5), beta=jnp.asarray(0.5), linear_scale=0)
   with pytest.warns(UserWarning, match='beta=1 '):
     fptt(optax.sgd(0.1), beta=1)
 
@@ -1626,7 +1580,7 @@ def test_traced_values_are_not_checked():
   """A traced number has no value yet, nor has a schedule built of one: neither may stop
   the construction, nor warn.
   """
-  wild = dict(alpha=-1.0, beta=1.5, kappa=-1.0, rho=2.0)
+  wild = dict(alpha=-1.0, beta=1.5, kappa=-1.0, linear_scale=2.0)
   build = lambda wild: fptt(optax.sgd(0.1), **wild).init(jnp.ones(2)).step_count
   assert jax.jit(build)(wild) == 0
   assert (
@@ -1654,9 +1608,7 @@ def test_large_beta_warns_where_it_was_written():
 def test_update_needs_params():
   """Without params there is no W - W̄: the error says how to call."""
   tx = fptt(optax.sgd(0.1))
-  with pytest.raises(
-    ValueError, match=r'update\(grads, state, params\), got params=None'
-  ):
+  with pytest.raises(ValueError, match=r'^params .* got None'):
     tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
 
 
@@ -1667,6 +1619,6 @@ def test_integer_parameters(dtype):
   """
   with pytest.raises(
     TypeError,
-    match=rf'floating-point parameters, got a leaf of dtype {dtype} and shape \(3,\).*optax.partition',
+    match=rf'^params .* got a leaf of dtype {dtype} and shape \(3,\)',
   ):
     fptt(optax.sgd(0.1)).init({'w': jnp.ones(2), 'n': jnp.zeros(3, dtype)})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fptt_jax
-from fptt_jax import _windows as windows_lib
+from fptt_jax._windows import valid_steps, window_at
 
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -21,9 +21,7 @@ def at(
   steps.
   """
   batch_size = 2 if lengths is None else len(lengths)
-  return windows_lib.window_at(
-    windows, jnp.int32(k), windows_lib.valid_steps(windows, batch_size, lengths)
-  )
+  return window_at(windows, jnp.int32(k), valid_steps(windows, batch_size, lengths))
 
 
 @st.composite
@@ -188,16 +186,8 @@ def test_slice_cuts_the_windows_steps():
 def test_slice_refuses_arrays_of_another_length(shape):
   """A shorter array's slice would be clamped, so silently shifted."""
   window = at(fptt_jax.make_windows(10, num_windows=4), 1, jnp.full(2, 10, jnp.int32))
-  with pytest.raises(
-    ValueError,
-    match=r'expected a time-major array \[T, B, \.\.\.\] = \(10, 2\), got shape ',
-  ):
+  with pytest.raises(ValueError, match=r'^x .*\(10, 2\), got shape '):
     window.slice(jnp.zeros(shape))
-  with pytest.raises(
-    TypeError,
-    match=r'what a window is cut out of, such as targets, must be an array, got NoneType\.',
-  ):
-    window.slice(None)
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,7 @@ def test_a_plateau_schedule_counts_sequences(inner_steps):
   plateau = optax.contrib.reduce_on_plateau(
     accumulation_size=num_windows * inner_steps, **options
   )
-  optimizer = fptt_jax.fptt(
-    optax.chain(optax.sgd(0.02), plateau), inner_steps=inner_steps
-  )
+  optimizer = fptt_jax.fptt(optax.chain(optax.sgd(0.02), plateau))
   model, batch = problems.elman(), problems.regression_batch(6, 4)
   trainer = problems.quick_trainer(
     model,

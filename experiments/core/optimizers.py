@@ -100,10 +100,8 @@ def regularize(
     alpha=(lambda count: alpha * warmup(count)) if recipe.alpha_warmup else alpha,
     beta=beta,
     kappa=kappa,
-    rho=recipe.rho,
-    correction=recipe.correction,
+    linear_scale=recipe.linear_scale,
     gradient_estimate=recipe.gradient_estimate,
-    inner_steps=recipe.inner_steps,
   )
 
 
@@ -118,7 +116,7 @@ def flat_loss_radius(recipe: Recipe, method: str) -> float | None:
   ):
     return None
   settings = dict(
-    kappa=recipe.kappa, beta=recipe.beta, rho=recipe.rho, correction=recipe.correction
+    kappa=recipe.kappa, beta=recipe.beta, linear_scale=recipe.linear_scale
   )
   if recipe.first_moment < 0:
     return None
@@ -133,14 +131,13 @@ def warn_if_unstable(recipe: Recipe, method: str) -> None:
   found = flat_loss_radius(recipe, method)
   if found is not None and found > 1:
     others = ', '.join(
-      f'{name}={getattr(recipe, name):g}' for name in ('kappa', 'beta', 'rho')
+      f'{name}={getattr(recipe, name):g}' for name in ('kappa', 'beta', 'linear_scale')
     )
     others += f', momentum={recipe.first_moment:g}'
     warnings.warn(
-      f'FPTT with SGD at lr={recipe.lr:g}, alpha={recipe.alpha:g}, {others}, '
-      f'{recipe.correction} is unstable even on a '
-      f'flat loss: its linearized recursion has spectral radius {found:.2f} > 1. Lower '
-      'lr * alpha.',
+      f'FPTT with SGD at lr={recipe.lr:g}, alpha={recipe.alpha:g}, {others} is '
+      'unstable even on a flat loss: its linearized recursion has spectral radius '
+      f'{found:.2f} > 1. Lower lr * alpha.',
       stacklevel=2,
     )
 

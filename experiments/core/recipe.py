@@ -74,11 +74,10 @@ class Recipe:
   kappa: float = option(
     1.0, 'scale of the quadratic term', within='[0, inf)', group='optimizer'
   )
-  rho: float = option(0.0, 'fades the linear term', within='[0, 1]', group='optimizer')
-  correction: str = option(
-    'eq6',
-    'coefficient of the previous gradient: 1 (Eq. 6) or 1/2 (Eq. 4)',
-    ('eq6', 'eq4'),
+  linear_scale: float = option(
+    1.0,
+    'scale of the linear term: 1 (Eq. 6) or 1/2 (Eq. 4), 0 for none',
+    within='[0, 1]',
     group='optimizer',
   )
   gradient_estimate: str = option(

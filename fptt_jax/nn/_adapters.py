@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_dtype, check_like
+from fptt_jax._checks import check_dtype
 from fptt_jax._probe import (
   HiddenMemoryError,
   check_new_model,
@@ -20,6 +20,7 @@ from fptt_jax._probe import (
   is_checked,
   mark_checked,
 )
+from fptt_jax._trees import check_like
 from fptt_jax._types import FeaturesAndReadout, Model
 from fptt_jax.nn._checks import check_batch_size, check_features_shape
 from fptt_jax.nn._from_cell import as_recurrent

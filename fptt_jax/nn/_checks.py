@@ -7,7 +7,8 @@ import jax
 from jax import export
 import jax.numpy as jnp
 
-from fptt_jax._checks import check_array, check_like, check_size
+from fptt_jax._checks import check_array, check_size
+from fptt_jax._trees import check_like
 
 
 def check_rngs(rngs: Any) -> None:

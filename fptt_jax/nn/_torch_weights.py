@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import FLOATS, check_array, shapes
+from fptt_jax._checks import FLOATS, check_array
+from fptt_jax._trees import shapes
 
 _NAME = re.compile(r'(weight|bias)_(ih|hh)_l\d{1,3}', re.ASCII)
 _LAYERS_BY_GATES = {1: 'ElmanRNN', 3: 'GRU', 4: 'LSTM'}

@@ -11,7 +11,8 @@ from fptt_jax._batch import (
   targets_by_row,
   with_mask,
 )
-from fptt_jax._checks import check_flag, shapes
+from fptt_jax._checks import check_flag
+from fptt_jax._trees import shapes
 from fptt_jax.losses import Loss
 from fptt_jax.parallel._devices import one_axis
 from fptt_jax.parallel._placement import batch_specs, named

@@ -10,15 +10,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fptt_jax._batch import Batch
 from fptt_jax._checks import (
-  arrange_like,
   as_key,
   check_array,
   check_callable,
   check_flag,
   check_integer,
-  shapes,
 )
 from fptt_jax._compiled import Compiled
+from fptt_jax._trees import arrange_like, shapes
 from fptt_jax._types import Hidden, Params, StepMetrics, Trainer, TrainState
 from fptt_jax.losses import MetricSums
 from fptt_jax.parallel._devices import check_divisible, one_axis

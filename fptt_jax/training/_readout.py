@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from fptt_jax._dtypes import at_least_float32
 from fptt_jax._windows import WindowView
-from fptt_jax.losses import MetricSums, totals_where
+from fptt_jax.losses._base import MetricSums, totals_where
 
 Readout = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
 PerStep = Callable[[jax.Array, Any], dict[str, jax.Array]]

@@ -18,17 +18,11 @@ from fptt_jax._batch import (
   validate_batch,
   with_mask,
 )
-from fptt_jax._checks import (
-  arrange_like,
-  as_key,
-  check_arrays,
-  check_flag,
-  check_like,
-  leaf_paths,
-)
+from fptt_jax._checks import as_key, check_arrays, check_flag
+from fptt_jax._trees import arrange_like, check_like, leaf_paths
 from fptt_jax._compiled import Compiled, explain_deleted
 from fptt_jax._probe import check_model, check_state_rows
-from fptt_jax._transform import check_nothing_follows, find_states
+from fptt_jax._transform import check_usable, find_states
 from fptt_jax._types import Hidden, Model, Params, StepMetrics, Trainer, TrainState
 from fptt_jax.losses import Loss, MetricSums
 from fptt_jax.parallel._placement import Placement, make_placement
@@ -335,7 +329,7 @@ class _Functions:
     if not self._is_optimizer_checked:
       copies = jax.tree.map(jnp.copy, params)
       extra_args = _placeholder_extra_args(spec.inner_steps)
-      check_nothing_follows(spec.optimizer, copies, extra_args)
+      check_usable(spec.optimizer, copies, extra_args)
       self._is_optimizer_checked = True
     regularized = bool(find_states(opt_state))
     if spec.method.regularized and not regularized:

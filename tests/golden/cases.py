@@ -116,7 +116,7 @@ CASES = {
   ),
   'fptt-lstm-scan-lagged': Case(
     layer_of(nn.LSTM, implementation='scan'),
-    fptt={'gradient_estimate': 'lagged', 'correction': 'eq4', 'kappa': 2.0},
+    fptt={'gradient_estimate': 'lagged', 'linear_scale': 0.5, 'kappa': 2.0},
   ),
 }
 

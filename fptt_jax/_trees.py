@@ -1,0 +1,120 @@
+"""Paths, shapes and structures of trees of arrays."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fptt_jax._checks import ARRAYS
+
+
+def shapes(tree: Any) -> Any:
+  """Return the tree with the shape of each leaf.
+
+  A number has the shape (). A leaf without a shape is replaced by its type's name.
+  """
+
+  def shape(leaf: Any) -> Any:
+    if isinstance(leaf, ARRAYS):
+      return leaf.shape
+    if isinstance(leaf, int | float | complex):
+      return ()
+    return type(leaf).__name__
+
+  return jax.tree.map(shape, tree)
+
+
+def leaf_paths(tree: Any) -> list[str]:
+  """Return the path of each leaf of a tree, such as 'layers/0/kernel'.
+
+  Keys, indices and field names are written alike, because some file formats turn
+  integer keys into text and named tuples into dicts.
+  """
+
+  def entry(key: Any) -> str:
+    for field in ('key', 'idx', 'name'):
+      if hasattr(key, field):
+        return str(getattr(key, field))
+    return str(key)
+
+  return ['/'.join(map(entry, path)) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def arrange_like(name: str, got: Any, expected: Any, whose: str) -> Any:
+  """Return the leaves of `got` in the structure of `expected`, matched by path.
+
+  Args:
+    name: The argument's name.
+    got: A tree, or a flat dict from paths to leaves.
+    expected: A tree of the expected structure.
+    whose: Where that structure comes from, such as 'as init makes it'.
+
+  Raises:
+    ValueError: If the paths differ; names the first ones that do.
+  """
+  structure: Any = jax.tree.structure(expected)
+  if jax.tree.structure(got) == structure:
+    return got
+  found = dict(zip(leaf_paths(got), jax.tree.leaves(got), strict=True))
+  paths = leaf_paths(expected)
+  missing = [path for path in paths if path not in found]
+  unexpected = [path for path in found if path not in paths]
+  if not missing and not unexpected and len(found) == len(paths):
+    return structure.unflatten([found[path] for path in paths])
+  differences = []
+  if missing:
+    differences.append(f'missing {_first_of(missing)}')
+  if unexpected:
+    differences.append(f'unexpected {_first_of(unexpected)}')
+  # Paths repeat where keys differ in type only, such as 0 and '0'.
+  raise ValueError(
+    f'{name} must have the same leaves, {whose}; got '
+    f'{"; ".join(differences) or "repeated paths"}.'
+  )
+
+
+def check_like(
+  name: str, got: Any, expected: Any, whose: str, exactly: bool = False
+) -> Any:
+  """Return `got` in the structure of `expected` if its leaves have the same types.
+
+  Args:
+    name: The argument's name.
+    got: A tree of arrays.
+    expected: A tree of arrays, concrete or abstract.
+    whose: Where the expected tree comes from, such as 'as init makes it'.
+    exactly: Whether dtypes must be equal, not only of the same kind.
+
+  Raises:
+    ValueError: If paths, shapes or dtypes differ; names the first difference.
+  """
+  got = arrange_like(name, got, expected, whose)
+  leaves = jax.tree.leaves_with_path(got)
+  for (path, leaf), like in zip(leaves, jax.tree.leaves(expected), strict=True):
+    if _describe(leaf, exactly) != _describe(like, exactly):
+      raise ValueError(
+        f'{name}{jax.tree_util.keystr(path)} must be {_describe(like)}, {whose}, got '
+        f'{_describe(leaf)}.'
+      )
+  return got
+
+
+def _first_of(paths: Sequence[str]) -> str:
+  """Return the first three paths, and the number of the others."""
+  # A large model in another layout has hundreds of differences.
+  text = ', '.join(map(repr, paths[:3]))
+  if len(paths) > 3:
+    text += f' and {len(paths) - 3} more'
+  return text
+
+
+def _describe(leaf: Any, exactly: bool = True) -> str:
+  """Return a text such as float32[2, 3], or floating[2, 3] unless `exactly`."""
+  if not isinstance(leaf, ARRAYS):
+    return type(leaf).__name__
+  dtype = leaf.dtype
+  if not exactly:
+    kinds = (jnp.inexact, jnp.integer, jax.dtypes.prng_key)
+    dtype = next((kind for kind in kinds if jnp.issubdtype(leaf.dtype, kind)), dtype)
+  return f'{dtype}{list(leaf.shape)}'

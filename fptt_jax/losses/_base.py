@@ -1,0 +1,231 @@
+"""The interface of a loss, and what all losses share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fptt_jax._checks import INT32_MAX, as_floats, check_integer
+from fptt_jax._dtypes import widen
+from fptt_jax._windows import WindowView
+
+LossState = Any
+MetricSums = dict[str, jax.Array]
+"""Sums of metrics by name, and 'count', the number of terms: means are sum / count."""
+
+
+class Memory(NamedTuple):
+  """A loss's `apply` in two parts, so that a window writes only a part of the state.
+
+  A large loss state is then updated in place, also where an update is skipped.
+
+  Attributes:
+    observe: (outputs, targets, window, loss_state) -> (scalar objective, note). The
+      note is a tree of arrays with all that `write` needs. It must be equal on all
+      devices.
+    write: (loss_state, note, keep) -> new loss state, or the old one where `keep`, True
+      or bool [], is False.
+  """
+
+  observe: Callable[[jax.Array, Any, WindowView, LossState], tuple[jax.Array, Any]]
+  write: Callable[[LossState, Any, jax.Array | bool], LossState]
+
+
+class Loss(NamedTuple):
+  """A loss as pure functions. :func:`from_function` makes one from a single function.
+
+  Attributes:
+    init: (num_windows) -> loss state.
+    apply: (outputs, targets, window, loss_state) -> (scalar objective of this window,
+      new loss state). It must be 0 if no sequence is active in the window.
+    measure: (outputs, targets, window) -> :data:`MetricSums`, which evaluation sums
+      over windows, batches and devices.
+    end_epoch: (loss_state) -> loss state of the next epoch.
+    check: (targets, valid bool [T, B]) -> None. Raises an error if concrete targets are
+      invalid at a valid step.
+    last_only: Whether `apply` and `measure` use only the output at each sequence's last
+      valid step in the window, `window.last`. They must then accept outputs [1, B, ...]
+      of that step as well.
+    per_step: (outputs [s, B, ...], targets [s, B, ...] of the same steps) -> {'loss':
+      float [s, B], other metrics}, for any s steps. Give it if `apply` is the mean of
+      'loss' over the window's valid steps, `measure` sums all entries over them, and
+      there is no state. Outputs may then be computed a few steps at a time. Else None.
+    terminal: Whether targets are certain to be [B, ...], even if their shape could be
+      read as [T, B, ...].
+    memory: `apply` in two parts; None if the state is small.
+    valid: (targets, mask bool [T, B]) -> bool [], traced: whether all targets are in
+      range at the valid steps. If it is False, the train step skips the batch's updates
+      and reports them in `StepMetrics.invalid`. None skips this check.
+  """
+
+  init: Callable[[int], LossState]
+  apply: Callable[[jax.Array, Any, WindowView, LossState], tuple[jax.Array, LossState]]
+  measure: Callable[[jax.Array, Any, WindowView], MetricSums]
+  end_epoch: Callable[[LossState], LossState] = lambda loss_state: loss_state
+  check: Callable[[Any, np.ndarray], None] = lambda targets, valid: None
+  last_only: bool = False
+  per_step: Callable[[jax.Array, Any], dict[str, jax.Array]] | None = None
+  terminal: bool = False
+  memory: Memory | None = None
+  valid: Callable[[Any, jax.Array], jax.Array] | None = None
+
+
+def compute_metrics(totals: MetricSums) -> dict[str, Any]:
+  """Divide metric sums by their count, on the host.
+
+  Args:
+    totals: Concrete sums by name, with 'count': numbers, or arrays [R] of R members
+      trained side by side.
+
+  Returns:
+    The means by name, without 'count': floats, or float64 arrays [R]. NaN where the
+    count is 0.
+
+  Raises:
+    ValueError: If there is no 'count', or the shapes differ.
+    TypeError: If a sum is not a concrete real number or array.
+
+  Example:
+    >>> import fptt_jax
+    >>> fptt_jax.compute_metrics({'count': 4, 'loss': 2.0})
+    {'loss': 0.5}
+  """
+  sums = {name: as_floats(name, total) for name, total in totals.items()}
+  shapes = {name: total.shape for name, total in sums.items()}
+  if 'count' not in sums or len(set(shapes.values())) > 1:
+    raise ValueError(
+      "totals must have a 'count', and all of its arrays must have the same shape; got "
+      f'the shapes {shapes}.'
+    )
+  count = sums.pop('count')
+  divisor = np.where(count > 0, count, np.nan)
+  means: dict[str, Any] = {name: total / divisor for name, total in sums.items()}
+  if count.ndim == 0:
+    means = {name: float(mean) for name, mean in means.items()}
+  return means
+
+
+def no_state(num_windows: int) -> LossState:
+  """Return the state of a loss that remembers nothing."""
+  del num_windows
+  return ()
+
+
+def totals_where(where: jax.Array, values: dict[str, jax.Array]) -> MetricSums:
+  """Return the sums of the values where `where` is True, and their count."""
+  sums = {
+    name: jnp.sum(value, where=where, dtype=jnp.float32)
+    for name, value in values.items()
+  }
+  return {'count': jnp.sum(where, dtype=jnp.int32), **sums}
+
+
+def squared_error(predicted: jax.Array, expected: jax.Array) -> jax.Array:
+  """Return (predicted - expected)² elementwise, in at least float32."""
+  # float16 cannot hold the square of a difference above 256.
+  return jnp.square(widen(predicted) - widen(expected))
+
+
+def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Return bool [...], whether the largest of the logits [..., C] is the label's."""
+  return logits.argmax(-1).astype(labels.dtype) == labels
+
+
+def widen_indices(indices: jax.Array) -> jax.Array:
+  """Return indices in at least 32 bits."""
+  # Fewer bits may not hold the number of classes, to which indices are compared.
+  if jnp.iinfo(indices.dtype).bits >= 32:
+    return indices
+  return jnp.asarray(indices, jnp.int32)
+
+
+def in_range(indices: jax.Array, limit: int) -> jax.Array:
+  """Return bool, elementwise, whether indices lie in 0..limit-1."""
+  indices = widen_indices(indices)
+  return (indices >= 0) & (indices < limit)
+
+
+def check_classes(num_classes: Any) -> int:
+  """Return the number of classes; raise ValueError unless it is an integer >= 2."""
+  return check_integer('num_classes', num_classes, 2, INT32_MAX, 'an integer >= 2')
+
+
+def require_integers(name: str, values: jax.Array) -> None:
+  """Raise TypeError unless an array has an integer dtype."""
+  if not jnp.issubdtype(values.dtype, jnp.integer):
+    raise TypeError(
+      f'{name} must be integers (class indices), got dtype {values.dtype} of shape '
+      f'{values.shape}.'
+    )
+
+
+def require_floats(name: str, values: jax.Array) -> None:
+  """Raise TypeError unless an array has a floating-point dtype."""
+  if not jnp.issubdtype(values.dtype, jnp.floating):
+    raise TypeError(
+      f'{name} must be floating point, got dtype {values.dtype} of shape '
+      f'{values.shape}.'
+    )
+
+
+def require_features(outputs: jax.Array, features: int) -> None:
+  """Raise ValueError unless outputs are [S, B, features]."""
+  if outputs.ndim != 3 or outputs.shape[-1] != features:
+    raise ValueError(
+      f'outputs must have shape [S, B, {features}], got {outputs.shape}.'
+    )
+
+
+def check_indices(name: str, values: Any, valid: np.ndarray, limit: int) -> None:
+  """Validate concrete class indices.
+
+  Args:
+    name: The argument's name.
+    values: Concrete integers of the shape of `valid`.
+    valid: bool, where the values must be in range.
+    limit: The number of classes.
+
+  Raises:
+    TypeError: If the values are not integers.
+    ValueError: If their shape differs, or one is not in 0..limit-1.
+  """
+  require_integers(name, values)
+  values = np.asarray(values)
+  if values.shape != valid.shape:
+    raise ValueError(f'{name} must have shape {valid.shape}, got {values.shape}.')
+  if not valid.any():
+    return
+  low = int(values[valid].min())
+  high = int(values[valid].max())
+  if low >= 0 and high < limit:
+    return
+  message = f'{name} must lie in 0..{limit - 1}, got values from {low} to {high}.'
+  if low < 0:
+    # Other libraries ignore labels such as -1 or -100.
+    message += ' Negative labels are not ignored; give lengths or a mask.'
+  raise ValueError(message)
+
+
+def check_finite(name: str, values: Any, valid: np.ndarray) -> None:
+  """Validate concrete numbers.
+
+  Args:
+    name: The argument's name.
+    values: Concrete floating-point numbers that begin with the axes of `valid`.
+    valid: bool, where the values must be finite.
+
+  Raises:
+    TypeError: If the values are not floating point.
+    ValueError: If their leading axes differ, or one is not finite.
+  """
+  require_floats(name, values)
+  values = np.asarray(values)
+  if values.shape[: valid.ndim] != valid.shape:
+    raise ValueError(
+      f'{name} must have leading dimensions {valid.shape}, got shape {values.shape}.'
+    )
+  bad = np.count_nonzero(~np.isfinite(values[valid]))
+  if bad:
+    raise ValueError(f'{name} must be finite, got {bad} NaN or infinite values.')

@@ -1,0 +1,119 @@
+"""Losses with one target per step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fptt_jax._dtypes import widen
+from fptt_jax._windows import WindowView
+from fptt_jax.losses._base import (
+  Loss,
+  LossState,
+  MetricSums,
+  check_classes,
+  check_finite,
+  check_indices,
+  correct,
+  in_range,
+  no_state,
+  require_features,
+  require_floats,
+  require_integers,
+  squared_error,
+  totals_where,
+  widen_indices,
+)
+
+
+def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss:
+  """Make a cross-entropy loss with one label per step, as for language modeling.
+
+  The objective is the mean cross-entropy over the window's valid steps.
+
+  Args:
+    num_classes: C >= 2, for language the vocabulary's size V. Outputs are logits
+      [S, B, C].
+    accuracy: Whether to measure the accuracy as well, at the cost of one more pass over
+      the logits.
+
+  Returns:
+    A :class:`Loss` for targets int [T, B]. It measures 'loss' in nats per step;
+    perplexity is its exponential.
+
+  Raises:
+    ValueError: If `num_classes` is not an integer >= 2.
+  """
+  num_classes = check_classes(num_classes)
+
+  def per_step(outputs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    require_integers('targets', labels)
+    if labels.ndim != 2:
+      raise ValueError(f'targets must be [T, B], got a window of shape {labels.shape}.')
+    require_features(outputs, num_classes)
+    labels = widen_indices(labels)
+    logits = widen(outputs)
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    metrics = {'loss': cross_entropy(logits, labels)}
+    if accuracy:
+      metrics['accuracy'] = correct(logits, labels)
+    return metrics
+
+  def check(targets: Any, valid: np.ndarray) -> None:
+    check_indices('targets', targets, valid, num_classes)
+
+  def valid(targets: Any, mask: jax.Array) -> jax.Array:
+    require_integers('targets', targets)
+    if targets.shape != mask.shape:
+      raise ValueError(f'targets must be [T, B] = {mask.shape}, got {targets.shape}.')
+    return jnp.all(in_range(targets, num_classes) | ~mask)
+
+  return _mean_over_steps(per_step, check)._replace(valid=valid)
+
+
+def sequence_regression() -> Loss:
+  """Make a mean squared error loss with one real target per step.
+
+  The mean is over the window's valid steps and the O outputs.
+
+  Returns:
+    A :class:`Loss` for targets float [T, B, O] and outputs [S, B, O]. It measures
+    'loss', the mean squared error per step.
+  """
+
+  def per_step(outputs: jax.Array, expected: jax.Array) -> dict[str, jax.Array]:
+    require_floats('targets', expected)
+    # Shapes that differ would broadcast.
+    if expected.shape != outputs.shape:
+      raise ValueError(
+        'targets must be [T, B, O] like the outputs, got a window of targets '
+        f'{expected.shape} and outputs {outputs.shape}.'
+      )
+    squared = squared_error(outputs, expected)
+    return {'loss': squared.reshape(*outputs.shape[:2], -1).mean(-1)}
+
+  def check(targets: Any, valid: np.ndarray) -> None:
+    check_finite('targets', targets, valid)
+
+  return _mean_over_steps(per_step, check)
+
+
+def _mean_over_steps(
+  per_step: Callable[[jax.Array, Any], dict[str, jax.Array]],
+  check: Callable[[Any, np.ndarray], None],
+) -> Loss:
+  """Return the loss that is the mean of `per_step`'s 'loss' over the valid steps."""
+
+  def apply(
+    outputs: jax.Array, targets: Any, window: WindowView, loss_state: LossState
+  ) -> tuple[jax.Array, LossState]:
+    losses = per_step(outputs, window.slice(targets))['loss']
+    return window.mean(losses, window.mask), loss_state
+
+  def measure(outputs: jax.Array, targets: Any, window: WindowView) -> MetricSums:
+    return totals_where(window.mask, per_step(outputs, window.slice(targets)))
+
+  return Loss(no_state, apply, measure, check=check, per_step=per_step)

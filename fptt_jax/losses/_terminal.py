@@ -1,0 +1,487 @@
+"""Losses with one target per sequence, and the references of their Div term."""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fptt_jax._checks import check_choice, check_number, check_size
+from fptt_jax._dtypes import widen
+from fptt_jax._trees import shapes
+from fptt_jax._windows import WindowView, take_steps
+from fptt_jax.losses._base import (
+  Loss,
+  LossState,
+  Memory,
+  MetricSums,
+  check_classes,
+  check_finite,
+  check_indices,
+  correct,
+  in_range,
+  no_state,
+  require_features,
+  require_floats,
+  require_integers,
+  squared_error,
+  totals_where,
+  widen_indices,
+)
+
+DIVERGENCES = ('class_ema', 'last_epoch', 'example', 'uniform', 'none')
+
+
+class Examples(NamedTuple):
+  """The sequences of a batch in one window, as a :class:`Reference` sees them.
+
+  Attributes:
+    labels: int [B].
+    ids: int [B], the sequences' indices in the training set; None if they are not
+      given.
+    window: The window. `window.active` says which sequences have a step in it.
+    num_classes: C.
+  """
+
+  labels: jax.Array
+  ids: jax.Array | None
+  window: WindowView
+  num_classes: int
+
+
+class Reference(NamedTuple):
+  """An earlier estimate Q of the predictions, for the Div term of the terminal loss.
+
+  An estimate is looked up in the state before a window's objective is computed. A note
+  of the window's predictions is then written into the state, unless the update is
+  skipped. The state is a tree of arrays, equal on all devices.
+
+  Attributes:
+    init: (num_windows, num_classes) -> state.
+    lookup: (state, examples) -> Q, float [B, C].
+    observe: (state, examples, probabilities float [B, C], objective []) -> note, a tree
+      of arrays. With a batch split over devices, `examples` are this device's share and
+      the note must be equal on all devices: see `WindowView.total` and
+      `WindowView.gather`. The objective is known only after Q was looked up.
+    update: (state, note, keep) -> new state, or the old one where `keep`, True or
+      bool [], is False.
+    end_epoch: (state) -> state of the next epoch.
+  """
+
+  init: Callable[[int, int], LossState]
+  lookup: Callable[[LossState, Examples], jax.Array]
+  observe: Callable[[LossState, Examples, jax.Array, jax.Array], Any]
+  update: Callable[[LossState, Any, jax.Array | bool], LossState]
+  end_epoch: Callable[[LossState], LossState] = lambda state: state
+
+
+def terminal_classification(
+  num_classes: int,
+  *,
+  divergence: str | Reference = 'class_ema',
+  ema_decay: float = 0.99,
+  num_examples: int | None = None,
+) -> Loss:
+  r"""Make a classification loss with one label per sequence.
+
+  At each window's last output the objective is the paper's :math:`\ell_t = \beta\,CE +
+  (1-\beta)\,Div` with β = t/T. CE is the cross-entropy of the prediction P̂ against the
+  label. Div = -Σ_c Q(c) log P̂(c) keeps P̂ close to an earlier estimate Q of it ("our
+  estimate in last training epoch"). t is the window's last valid step. The last window
+  of a sequence has β = 1, so K = 1 gives plain cross-entropy.
+
+  In a ragged batch β = t/length_i. Sequences without a valid step in the window do not
+  count, and the mean is over the others. Under a mask, t and length_i count valid steps
+  only.
+
+  Args:
+    num_classes: C >= 2. Outputs are logits [S, B, C].
+    divergence: How Q is found. All start uniform. 'class_ema': per class and window, an
+      exponential moving average of P̂ over the batches. 'last_epoch': per class and
+      window, the mean of P̂ over the last epoch (call `end_epoch`). 'example': P̂ of the
+      same example at the same window in its last visit, the paper's literal reading; it
+      needs `num_examples`. 'uniform': 1/C. 'none': no Div term. Or a
+      :class:`Reference` of your own.
+    ema_decay: Weight of the old Q with 'class_ema', in [0, 1).
+    num_examples: N, size of the training set, for 'example' or a reference of your own
+      that needs example ids. Targets are then pairs (labels [B], example ids [B]).
+
+  Returns:
+    A :class:`Loss` for targets int [B], or the pairs above. It measures 'loss'
+    (cross-entropy, nats) and 'accuracy' of the last output of each sequence.
+
+  Raises:
+    ValueError: If an argument is out of range, or `num_examples` does not go with
+      `divergence`.
+
+  Example:
+    >>> from fptt_jax import losses
+    >>> loss = losses.terminal_classification(10, divergence='uniform')
+  """
+  num_classes = check_classes(num_classes)
+  below_one = math.nextafter(1, 0)
+  ema_decay = check_number('ema_decay', ema_decay, 0, below_one, 'in [0, 1)')
+  if num_examples is not None:
+    num_examples = check_size('num_examples', num_examples)
+  reference = divergence if isinstance(divergence, Reference) else None
+  if reference is None:
+    check_choice('divergence', divergence, DIVERGENCES)
+    if (divergence == 'example') != (num_examples is not None):
+      raise ValueError(
+        "num_examples must be given with divergence='example' only, got num_examples="
+        f'{num_examples!r} and divergence={divergence!r}.'
+      )
+    reference = _make_reference(str(divergence), ema_decay, num_examples)
+  task = _Classification(num_classes, num_examples, reference)
+  return Loss(
+    task.init,
+    task.apply,
+    task.measure,
+    task.end_epoch,
+    task.check,
+    last_only=True,
+    memory=Memory(task.observe, task.write),
+    valid=task.valid,
+  )
+
+
+class _Classification(NamedTuple):
+  """The functions of a terminal classification loss.
+
+  Attributes:
+    num_classes: C.
+    num_examples: N if targets are pairs (labels, example ids), else None.
+    reference: The reference of the Div term; None for no such term.
+  """
+
+  num_classes: int
+  num_examples: int | None
+  reference: Reference | None
+
+  def init(self, num_windows: int) -> LossState:
+    if self.reference is None:
+      return {}
+    return self.reference.init(num_windows, self.num_classes)
+
+  def observe(
+    self, outputs: jax.Array, targets: Any, window: WindowView, loss_state: LossState
+  ) -> tuple[jax.Array, Any]:
+    labels, ids = self._labels_and_ids(targets, window.mask.shape[1])
+    logits = widen(_last_outputs(outputs, window, self.num_classes))
+    log_p = jax.nn.log_softmax(logits)
+    beta = _progress(window, log_p.dtype)
+    cross_entropy = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    if self.reference is None:
+      return window.mean(beta * cross_entropy, window.active), ()
+    examples = Examples(labels, ids, window, self.num_classes)
+    q = self.reference.lookup(loss_state, examples).astype(log_p.dtype)
+    div = jnp.sum(q * log_p, axis=-1)
+    per_sequence = beta * cross_entropy - (1 - beta) * div
+    objective = window.mean(per_sequence, window.active)
+    # The reference is a constant of later windows' objectives.
+    p, value = jax.lax.stop_gradient((jnp.exp(log_p), objective))
+    return objective, self.reference.observe(loss_state, examples, p, value)
+
+  def write(
+    self, loss_state: LossState, note: Any, keep: jax.Array | bool
+  ) -> LossState:
+    if self.reference is None:
+      return loss_state
+    return self.reference.update(loss_state, note, keep)
+
+  def apply(
+    self, outputs: jax.Array, targets: Any, window: WindowView, loss_state: LossState
+  ) -> tuple[jax.Array, LossState]:
+    objective, note = self.observe(outputs, targets, window, loss_state)
+    return objective, self.write(loss_state, note, True)
+
+  def end_epoch(self, loss_state: LossState) -> LossState:
+    if self.reference is None:
+      return loss_state
+    return self.reference.end_epoch(loss_state)
+
+  def measure(self, outputs: jax.Array, targets: Any, window: WindowView) -> MetricSums:
+    labels, _ = self._labels_and_ids(targets, window.mask.shape[1])
+    logits = widen(_last_outputs(outputs, window, self.num_classes))
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    metrics = {
+      'loss': cross_entropy(logits, labels),
+      'accuracy': correct(logits, labels),
+    }
+    return totals_where(window.ended, metrics)
+
+  def valid(self, targets: Any, mask: jax.Array) -> jax.Array:
+    labels, ids = self._labels_and_ids(targets, mask.shape[1])
+    good = in_range(labels, self.num_classes)
+    if ids is not None and self.num_examples is not None:
+      good &= in_range(ids, self.num_examples)
+    return jnp.all(good | ~mask.any(0))
+
+  def check(self, targets: Any, valid: np.ndarray) -> None:
+    labels, ids = self._labels_and_ids(targets, valid.shape[1])
+    rows = _rows(valid)
+    check_indices('labels', labels, rows, self.num_classes)
+    if ids is not None and self.num_examples is not None:
+      check_indices('example ids', ids, rows, self.num_examples)
+
+  def _labels_and_ids(
+    self, targets: Any, batch_size: int
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Return the labels and the example ids, if any, after checking their shapes."""
+    if self.num_examples is None:
+      if shapes(targets) != (batch_size,):
+        raise ValueError(
+          f'targets must be labels [B], B={batch_size}, got shapes {shapes(targets)}.'
+        )
+      require_integers('labels', targets)
+      return widen_indices(targets), None
+    if shapes(targets) != ((batch_size,), (batch_size,)):
+      raise ValueError(
+        'targets must be a pair (labels [B], example ids [B]), '
+        f'B={batch_size}, got shapes {shapes(targets)}.'
+      )
+    labels, ids = targets
+    require_integers('labels', labels)
+    require_integers('example ids', ids)
+    return widen_indices(labels), widen_indices(ids)
+
+
+def _make_reference(
+  name: str, ema_decay: float, num_examples: int | None
+) -> Reference | None:
+  """Return the reference of a name in `DIVERGENCES`."""
+  if name == 'class_ema':
+    return _class_ema(ema_decay)
+  if name == 'last_epoch':
+    return _last_epoch()
+  if name == 'uniform':
+    return _uniform()
+  if num_examples is not None:
+    return _per_example(num_examples)
+  return None
+
+
+def _class_ema(decay: float) -> Reference:
+  """Return the moving average of the predictions per class and window.
+
+  Its state is {'q': float [K, C, C]}, indexed by window, label and predicted class.
+  """
+
+  def init(num_windows: int, num_classes: int) -> LossState:
+    return {'q': _uniform_table(num_windows, num_classes, num_classes)}
+
+  def observe(
+    state: LossState, examples: Examples, p: jax.Array, objective: jax.Array
+  ) -> Any:
+    rows = state['q'][examples.window.k]
+    sums, counts = _sums_by_class(p, examples, rows.dtype)
+    moved = decay * rows + (1 - decay) * sums / jnp.maximum(counts, 1)[:, None]
+    seen = counts[:, None] > 0
+    # Without this order XLA copies the whole table in each window, since it does not
+    # see that the rows are read before they are written.
+    return examples.window.k, jnp.where(seen & _true_after(objective), moved, rows)
+
+  def update(state: LossState, note: Any, keep: jax.Array | bool) -> LossState:
+    k, rows = note
+    table = state['q']
+    return {'q': table.at[k].set(_where(keep, rows, table[k]))}
+
+  return Reference(init, _lookup_class, observe, update)
+
+
+def _last_epoch() -> Reference:
+  """Return the mean prediction of the last epoch per class and window.
+
+  Its state is {'q': float [K, C, C], 'sum': like 'q', 'count': float [K, C]}, where the
+  sum and the count are those of the current epoch.
+  """
+
+  def init(num_windows: int, num_classes: int) -> LossState:
+    table = _uniform_table(num_windows, num_classes, num_classes)
+    count = jnp.zeros((num_windows, num_classes))
+    return {'q': table, 'sum': jnp.zeros_like(table), 'count': count}
+
+  def observe(
+    state: LossState, examples: Examples, p: jax.Array, objective: jax.Array
+  ) -> Any:
+    del objective
+    return examples.window.k, *_sums_by_class(p, examples, state['q'].dtype)
+
+  def update(state: LossState, note: Any, keep: jax.Array | bool) -> LossState:
+    k, sums, counts = note
+    sums = _where(keep, sums, jnp.zeros_like(sums))
+    counts = _where(keep, counts, jnp.zeros_like(counts))
+    return {
+      'q': state['q'],
+      'sum': state['sum'].at[k].add(sums),
+      'count': state['count'].at[k].add(counts),
+    }
+
+  def end_epoch(state: LossState) -> LossState:
+    count = state['count'][..., None]
+    # A class that did not occur keeps its old estimate.
+    q = jnp.where(count > 0, state['sum'] / jnp.maximum(count, 1), state['q'])
+    return {
+      'q': q,
+      'sum': jnp.zeros_like(state['sum']),
+      'count': jnp.zeros_like(state['count']),
+    }
+
+  return Reference(init, _lookup_class, observe, update, end_epoch)
+
+
+def _per_example(num_examples: int) -> Reference:
+  """Return each example's prediction at the same window in its last visit.
+
+  Its state is {'q': float [N, K, C]}.
+  """
+
+  def init(num_windows: int, num_classes: int) -> LossState:
+    return {'q': _uniform_table(num_examples, num_windows, num_classes)}
+
+  def lookup(state: LossState, examples: Examples) -> jax.Array:
+    return state['q'][examples.ids, examples.window.k]
+
+  def observe(
+    state: LossState, examples: Examples, p: jax.Array, objective: jax.Array
+  ) -> Any:
+    del objective
+    window = examples.window
+    q = lookup(state, examples)
+    seen = jnp.where(window.active[:, None], p.astype(q.dtype), q)
+    return window.k, *window.gather((examples.ids, seen))
+
+  def update(state: LossState, note: Any, keep: jax.Array | bool) -> LossState:
+    k, ids, rows = note
+    table = state['q']
+    return {'q': table.at[ids, k].set(_where(keep, rows, table[ids, k]))}
+
+  return Reference(init, lookup, observe, update)
+
+
+def _uniform() -> Reference:
+  """Return the uniform distribution. It has no state."""
+
+  def lookup(state: LossState, examples: Examples) -> jax.Array:
+    del state
+    shape = (*examples.labels.shape, examples.num_classes)
+    return jnp.full(shape, 1 / examples.num_classes, float)
+
+  return Reference(
+    init=lambda num_windows, num_classes: {},
+    lookup=lookup,
+    observe=lambda state, examples, p, objective: (),
+    update=lambda state, note, keep: state,
+  )
+
+
+def _uniform_table(*shape: int) -> jax.Array:
+  """Return float [..., C] filled with 1/C."""
+  return jnp.full(shape, 1 / shape[-1], float)
+
+
+def _lookup_class(state: LossState, examples: Examples) -> jax.Array:
+  """Return the rows of the examples' classes in a table [K, C, C]."""
+  table: jax.Array = state['q']
+  return table[examples.window.k, examples.labels]
+
+
+def _sums_by_class(
+  p: jax.Array, examples: Examples, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+  """Return the sums [C, C] of predictions by label and the counts [C] of labels.
+
+  Both are over the active sequences of the global batch.
+  """
+  window = examples.window
+  labels = examples.labels
+  members = jax.nn.one_hot(labels, examples.num_classes, dtype=dtype)
+  members = members * window.active[:, None].astype(dtype)
+  ones = jnp.ones((*labels.shape, 1), dtype)
+  # The counts are an extra column, so that one collective sums both.
+  columns = jnp.concatenate([p.astype(dtype), ones], -1)
+  both = window.total(members.T @ columns)
+  return both[:, :-1], both[:, -1]
+
+
+def _where(keep: jax.Array | bool, new: jax.Array, old: jax.Array) -> jax.Array:
+  """Return `new` where `keep`, else `old`; a constant True needs no select."""
+  if keep is True:
+    return new
+  return jnp.where(keep, new, old)
+
+
+def _true_after(number: jax.Array) -> jax.Array:
+  """Return True, computed from a number so that it is not known before that is.
+
+  It orders the read of a large table for the number before a write. An optimization
+  barrier does not: on CPU, XLA drops barriers before it assigns buffers.
+  """
+  return (number <= 0) | (number >= 0) | jnp.isnan(number)
+
+
+def terminal_regression() -> Loss:
+  """Make a squared error loss with one real target per sequence (the adding problem).
+
+  The objective is β times the squared error at each window's last output, with β = t/T
+  as for :func:`terminal_classification`. The error is the mean over the O outputs.
+
+  Returns:
+    A :class:`Loss` for targets float [B] and outputs [S, B, 1], or targets [B, O] and
+    outputs [S, B, O]. It measures 'loss', the mean squared error of the last output of
+    each sequence.
+  """
+
+  def apply(
+    outputs: jax.Array, targets: jax.Array, window: WindowView, loss_state: LossState
+  ) -> tuple[jax.Array, LossState]:
+    squared = _squared_errors(outputs, targets, window)
+    beta = _progress(window, squared.dtype)
+    return window.mean(beta * squared, window.active), loss_state
+
+  def measure(outputs: jax.Array, targets: jax.Array, window: WindowView) -> MetricSums:
+    return totals_where(
+      window.ended, {'loss': _squared_errors(outputs, targets, window)}
+    )
+
+  def check(targets: Any, valid: np.ndarray) -> None:
+    check_finite('targets', targets, _rows(valid))
+
+  return Loss(no_state, apply, measure, check=check, last_only=True)
+
+
+def _squared_errors(
+  outputs: jax.Array, targets: jax.Array, window: WindowView
+) -> jax.Array:
+  """Return the mean squared error of each sequence's last output, float [B]."""
+  require_floats('targets', targets)
+  batch_size = window.mask.shape[1]
+  if targets.ndim not in (1, 2) or targets.shape[0] != batch_size:
+    raise ValueError(
+      f'targets must be [B] or [B, O] with B={batch_size}, got {targets.shape}.'
+    )
+  expected = targets.reshape(targets.shape[0], -1)
+  predicted = _last_outputs(outputs, window, expected.shape[-1])
+  return jnp.mean(squared_error(predicted, expected), axis=-1)
+
+
+def _progress(window: WindowView, dtype: jnp.dtype) -> jax.Array:
+  """Return β = t/length_i of each sequence, float [B], in valid steps."""
+  # A sequence without valid steps has length 0 and is never active.
+  return window.seen.astype(dtype) / jnp.maximum(window.lengths, 1).astype(dtype)
+
+
+def _last_outputs(outputs: jax.Array, window: WindowView, features: int) -> jax.Array:
+  """Return the outputs [B, features] at each sequence's last valid step."""
+  require_features(outputs, features)
+  if outputs.shape[0] > 1:
+    outputs = take_steps(outputs, window.last)
+  return outputs[0]
+
+
+def _rows(valid: np.ndarray) -> np.ndarray:
+  """Return which sequences have a valid step, bool [B], given bool [T, B]."""
+  return np.any(valid, axis=0)
