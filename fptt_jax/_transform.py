@@ -689,20 +689,9 @@ def _value_at(
 
 def _check_hyperparameters(hyperparameters: _Hyperparameters) -> _Hyperparameters:
   """Validate the hyperparameters; concrete numbers become floats."""
-  checked = {
-    name: _check_hyperparameter(name, value)
-    for name, value in hyperparameters._asdict().items()
-  }
-  beta: Any = checked['beta']
-  if callable(beta):
-    beta = beta(jnp.zeros([], jnp.int32))
-  if not isinstance(beta, jax.core.Tracer) and beta > 0.5:
-    warnings.warn(
-      f'fptt with beta={float(beta):g} > 0.5 extrapolates: W̄ weighs its old value by '
-      f'1 - 2 beta = {1 - 2 * float(beta):g}, and momentum makes it unstable early (see '
-      'fptt_jax.spectral_radius).',
-      stacklevel=3,
-    )
+  checked = {}
+  for name, value in hyperparameters._asdict().items():
+    checked[name] = _check_hyperparameter(name, value)
   return _Hyperparameters(**checked)
 
 
@@ -711,13 +700,19 @@ def _check_hyperparameter(name: str, value: Hyperparameter) -> Hyperparameter:
   low, high, expected = RANGES[name]
   first = value(jnp.zeros([], jnp.int32)) if callable(value) else value
   if isinstance(first, jax.core.Tracer):
-    return value
+    return value  # It has no value yet. `_value_at` checks it in each window.
   which = f'{name} at window 0' if callable(value) else name
   number = check_number(which, first, low, high, f'{expected} or a schedule')
-  if not callable(value):
-    return number
-  _check_schedule(name, value)
-  return value
+  if callable(value):
+    _check_schedule(name, value)
+  if name == 'beta' and number > 0.5:
+    warnings.warn(
+      f'fptt with beta={number:g} > 0.5 extrapolates: W̄ weighs its old value by '
+      f'1 - 2 beta = {1 - 2 * number:g}, and momentum makes it unstable early (see '
+      'fptt_jax.spectral_radius).',
+      stacklevel=4,  # The caller of `fptt`.
+    )
+  return value if callable(value) else number
 
 
 def _check_schedule(

@@ -173,13 +173,13 @@ def test_differences_are_paths(trainer):
   params = texts(state.params)
   params['layers']['7'] = params['layers'].pop('2')
   with pytest.raises(
-    ValueError, match=r"^params .*none at 'layers/2', some at 'layers/7'"
+    ValueError, match=r"^params .*got .*'layers/2'.*'layers/7'"
   ) as error:
     trainer.evaluate(params, BATCH)
   assert len(str(error.value)) < 200
   arrays = fptt_jax.state_to_arrays(state)
   del arrays['params/layers/10']
-  with pytest.raises(ValueError, match="none at 'params/layers/10'"):
+  with pytest.raises(ValueError, match=r"arrays .*'params/layers/10'"):
     fptt_jax.state_from_arrays(state, arrays)
   arrays['params/layers/10'] = np.ones(7, np.float32)
   with pytest.raises(ValueError, match=r'layers.*10.*\[7\]'):

@@ -19,10 +19,10 @@ from fptt_jax._batch import (
   with_mask,
 )
 from fptt_jax._checks import as_key, check_arrays, check_flag
-from fptt_jax._trees import arrange_like, check_like, leaf_paths
 from fptt_jax._compiled import Compiled, explain_deleted
 from fptt_jax._probe import check_model, check_state_rows
 from fptt_jax._transform import check_usable, find_states
+from fptt_jax._trees import arrange_like, check_like, leaf_paths
 from fptt_jax._types import Hidden, Model, Params, StepMetrics, Trainer, TrainState
 from fptt_jax.losses import Loss, MetricSums
 from fptt_jax.parallel._placement import Placement, make_placement

@@ -90,7 +90,6 @@ CASES = {
   'fptt-lru-inner': Case(
     layer_of(nn.LRU),
     'tagging',
-    fptt={'inner_steps': 2},
     options={'num_windows': 3, 'inner_steps': 2},
   ),
   'fptt-recomputed-sharded': Case(
