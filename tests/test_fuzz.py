@@ -236,7 +236,7 @@ LAYERS: dict[str, dict[str, Argument]] = {
   'ElmanRNN': SIZES | {'init': choice('torch', 'flax')},
   'AntisymmetricRNN': SIZES
   | {'epsilon': SMALL_POSITIVE, 'gamma': SMALL_POSITIVE, 'w_scale': SMALL_POSITIVE},
-  'FastGRNN': SIZES | {'w_rank': optional(SIZE), 'zeta': SMALL, 'nu': SMALL},
+  'FastGRNN': SIZES | {'zeta': SMALL, 'nu': SMALL},
   'IncrementalRNN': SIZES | {'inner_steps': integer(1, 100), 'eta': SMALL_POSITIVE},
   'IndRNN': SIZES | {'max_weight': optional(SMALL_POSITIVE)},
   'LRU': SIZES | {'state_features': optional(SIZE)},

@@ -727,6 +727,86 @@ def test_means_divide_by_the_count():
   )
 
 
+@pytest.mark.parametrize(
+  'totals', [{'loss': 2.0}, {'count': 2, 'loss': np.ones(3)}, {}], ids=str
+)
+def test_sums_without_a_count_or_of_other_shapes(totals):
+  """An error shows the shapes of the sums."""
+  with pytest.raises(ValueError, match=r'^totals .*count.* got'):
+    fptt_jax.compute_metrics(totals)
+
+
+@pytest.mark.parametrize('value', ['x', None, True, 1j])
+def test_sums_that_are_not_numbers(value):
+  """An error names the sum and shows the value."""
+  with pytest.raises(TypeError, match=f'^loss .* got {value!r}'):
+    fptt_jax.compute_metrics({'count': 2, 'loss': value})
+
+
+# References of the user's.
+
+
+def smoothed_labels(num_examples: int | None = None) -> losses.Loss:
+  """A loss whose Q is the label, smoothed by the number of windows seen so far."""
+
+  def lookup(state: jax.Array, examples: losses.Examples) -> jax.Array:
+    uniform = 1 / examples.num_classes
+    share = state / 10
+    if examples.ids is not None:
+      share = share * examples.ids[:, None]
+    one_hot = jax.nn.one_hot(examples.labels, examples.num_classes)
+    return (1 - share) * one_hot + share * uniform
+
+  reference = losses.Reference(
+    init=lambda num_windows, num_classes: jnp.zeros([]),
+    lookup=lookup,
+    observe=lambda state, examples, predictions: jnp.ones([]),
+    update=lambda state, note, keep: state + jnp.where(keep, note, 0),
+    end_epoch=lambda state: state - 1,
+  )
+  return losses.terminal_classification(
+    C, divergence=reference, num_examples=num_examples
+  )
+
+
+def test_own_reference_by_hand():
+  """β CE - (1 - β) Σ_c Q(c) log P(c), with Q from the reference."""
+  labels = np.array([2, 0])
+  outputs = random(3, 2, C)
+  place = window(0, [0, 3, 6], [6, 6])
+  log_p = log_softmax(outputs[-1])
+  for ids, shares in ((None, 0.3), (np.array([1, 2]), np.array([[0.3], [0.6]]))):
+    loss = smoothed_labels(None if ids is None else 5)
+    targets = labels if ids is None else (labels, ids)
+    state = loss.init(2) + 3
+    value, new_state = loss.apply(outputs, targets, place, state)
+    q = (1 - shares) * np.eye(C)[labels] + shares / C
+    cross_entropy = -log_p[np.arange(2), labels]
+    expected = np.mean(0.5 * cross_entropy - 0.5 * (q * log_p).sum(-1))
+    np.testing.assert_allclose(value, expected, **EXACT)
+    assert new_state == 4
+    assert loss.end_epoch(new_state) == 3
+
+
+def test_own_reference_in_a_trainer():
+  """The state moves once per window, but not where an update is skipped."""
+  batch = problems.label_batch(6, 4)
+  trainer = problems.quick_trainer(
+    problems.elman(out=C),
+    smoothed_labels(),
+    optax.sgd(0.1),
+    method='tbptt',
+    num_windows=3,
+  )
+  state = trainer.init(jax.random.key(0), batch)
+  state, _ = trainer.step(state, batch)
+  assert state.loss_state == 3
+  invalid = batch._replace(targets=np.full_like(batch.targets, C))
+  state, metrics = trainer.step(state, invalid)
+  assert metrics.invalid.all()
+  assert state.loss_state == 3
+
+
 # What is refused.
 
 
@@ -735,31 +815,31 @@ def test_means_divide_by_the_count():
   [
     (
       lambda: losses.terminal_classification(1),
-      r'num_classes must be an integer >= 2, got 1\.',
+      '^num_classes .* got 1',
     ),
     (
       lambda: losses.sequence_classification(0),
-      r'num_classes must be an integer >= 2, got 0\.',
+      '^num_classes .* got 0',
     ),
     (
       lambda: losses.terminal_classification(3, divergence='kl'),
-      r"divergence must be one of \['class_ema', .*\], got 'kl'\.",
+      "^divergence .*'class_ema'.* got 'kl'",
     ),
     (
       lambda: losses.terminal_classification(3, ema_decay=1.0),
-      r'ema_decay must be in \[0, 1\), got 1\.0\.',
+      r'^ema_decay .* got 1\.0',
     ),
     (
       lambda: losses.terminal_classification(3, ema_decay=-0.1),
-      r'ema_decay must be in \[0, 1\), got -0\.1\.',
+      r'^ema_decay .* got -0\.1',
     ),
     (
       lambda: losses.terminal_classification(3, divergence='example'),
-      r"num_examples goes with divergence='example': got num_examples=None and 'example'\.",
+      '^num_examples .* got num_examples=None',
     ),
     (
       lambda: losses.terminal_classification(3, num_examples=10),
-      r"num_examples goes with divergence='example': got num_examples=10 and 'class_ema'\.",
+      '^num_examples .* got num_examples=10',
     ),
   ],
 )
@@ -780,84 +860,84 @@ INTS, FLOATS = np.array([0, 1]), np.array([0.0, 1.0], np.float32)
       3,
       FLOATS,
       TypeError,
-      r'labels must be integers \(class .*, got dtype float32 of shape \(2,\)\.',
+      r'^labels .* got dtype float32 of shape \(2,\)',
     ),
     (
       classification('none'),
       4,
       INTS,
       ValueError,
-      r'outputs of shape \[S, B, 3\], got \(2, 2, 4\)\.',
+      r'^outputs .*3\], got \(2, 2, 4\)',
     ),
     (
       classification('none'),
       3,
       (INTS, INTS),
       ValueError,
-      r'expected targets to be labels \[B\], B=2, got shapes',
+      r'^targets .*B=2, got shapes \(\(2,\), \(2,\)\)',
     ),
     (
       classification('example'),
       3,
       INTS,
       ValueError,
-      r'to be a pair \(labels \[B\], example ids \[B\]\), B=2, got shapes',
+      r'^targets .*example ids.*B=2, got shapes \(2,\)',
     ),
     (
       losses.terminal_regression(),
       1,
       INTS,
       TypeError,
-      r'targets must be floating point, got dtype int64 of shape \(2,\)\.',
+      r'^targets .* got dtype int64 of shape \(2,\)',
     ),
     (
       classification('none'),
       3,
       INTS[:, None],
       ValueError,
-      r'labels \[B\], B=2, got shapes \(2, 1\)\.',
+      r'^targets .*B=2, got shapes \(2, 1\)',
     ),
     (
       losses.terminal_regression(),
       2,
       random(1, 2),
       ValueError,
-      r'targets \[B\] or \[B, O\] with B=2, got \(1, 2\)\.',
+      r'^targets .*B=2, got \(1, 2\)',
     ),
     (
       losses.terminal_regression(),
       2,
       FLOATS,
       ValueError,
-      r'outputs of shape \[S, B, 1\], got \(2, 2, 2\)\.',
+      r'^outputs .*1\], got \(2, 2, 2\)',
     ),
     (
       losses.sequence_classification(3),
       3,
       np.zeros((2, 2)),
       TypeError,
-      r'targets must be integers \(class indices\), got dtype',
+      '^targets .* got dtype float',
     ),
     (
       losses.sequence_classification(3),
       2,
       np.zeros((2, 2), int),
       ValueError,
-      r'outputs of shape \[S, B, 3\], got \(2, 2, 2\)\.',
+      r'^outputs .*3\], got \(2, 2, 2\)',
     ),
     (
       losses.sequence_regression(),
       3,
       random(2, 2, 1),
       ValueError,
-      r'got a window of targets \(2, 2, 1\) and outputs \(2, 2, 3\)\.',
+      r'^targets .*\(2, 2, 1\) and outputs \(2, 2, 3\)',
     ),
     (
       losses.sequence_regression(),
       1,
       random(2, 2),
       ValueError,
-      r'got a window of targets \(2, 2\) and outputs \(2, 2, 1\)\.',
+      r'^targets .*\(2, 2\) and outputs \(2, 2, 1\)',
     ),
   ],
 )
@@ -878,68 +958,68 @@ def test_outputs_and_targets_that_do_not_fit_are_refused(
       classification('none'),
       np.array([0, 3]),
       ValueError,
-      r'labels must lie in 0\.\.2, got values from 0 to 3\.',
+      r'^labels .*0\.\.2, got .*3',
     ),
     (
       classification('none'),
       np.array([-1, 0]),
       ValueError,
-      r'labels must lie in 0\.\.2, got values from -1 to 0\.',
+      r'^labels .*0\.\.2, got .*-1',
     ),
     (
       classification('none'),
       np.array([[0, 1]]),
       ValueError,
-      r'expected targets to be labels \[B\], B=2, got shapes \(1, 2\)\.',
+      r'^targets .*B=2, got shapes \(1, 2\)',
     ),
-    (classification('none'), FLOATS, TypeError, r'labels must be integers'),
+    (classification('none'), FLOATS, TypeError, '^labels .* got dtype float32'),
     (
       classification('example'),
       (INTS, np.array([0, 5])),
       ValueError,
-      r'example ids must lie in 0\.\.4, got values from 0 to 5\.',
+      r'^example ids .*0\.\.4, got .*5',
     ),
     (
       losses.terminal_regression(),
       INTS,
       TypeError,
-      r'targets must be floating point, got dtype int64',
+      '^targets .* got dtype int64',
     ),
     (
       losses.terminal_regression(),
       np.zeros(3),
       ValueError,
-      r'targets must have leading dimensions \(2,\), got shape \(3,\)\.',
+      r'^targets .*\(2,\), got shape \(3,\)',
     ),
     (
       losses.terminal_regression(),
       np.array([0, np.nan]),
       ValueError,
-      r'targets must be finite, got 1 NaN or infinite values\.',
+      '^targets .*finite, got 1 ',
     ),
     (
       losses.sequence_classification(3),
       np.full((4, 2), 3),
       ValueError,
-      r'targets must lie in 0\.\.2, got values from 3 to 3\.',
+      r'^targets .*0\.\.2, got .*3',
     ),
     (
       losses.sequence_classification(3),
       np.zeros((3, 2), int),
       ValueError,
-      r'targets must have shape \(4, 2\), got \(3, 2\)\.',
+      r'^targets .*\(4, 2\), got \(3, 2\)',
     ),
     (
       losses.sequence_regression(),
       np.zeros((3, 2, 1)),
       ValueError,
-      r'leading dimensions \(4, 2\), got shape \(3, 2, 1\)\.',
+      r'^targets .*\(4, 2\), got shape \(3, 2, 1\)',
     ),
     (
       losses.sequence_regression(),
       np.zeros((4, 2, 1), int),
       TypeError,
-      r'targets must be floating point, got dtype int64',
+      '^targets .* got dtype int64',
     ),
   ],
 )
@@ -957,7 +1037,7 @@ def test_check_accepts_what_the_losses_run_on(name):
   loss, targets = LOSSES[name]
   loss.check(np.asarray(targets), np.ones((6, 2), bool))
   if name != 'from_function':
-    with pytest.raises(ValueError, match=r'must have|expected targets'):
+    with pytest.raises(ValueError, match=r'^(targets|labels) .* got'):
       loss.check(np.asarray(targets), np.ones((6, 3), bool))
 
 

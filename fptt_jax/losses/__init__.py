@@ -19,6 +19,7 @@ from fptt_jax.losses._sequence import sequence_classification, sequence_regressi
 from fptt_jax.losses._terminal import (
   DIVERGENCES,
   Examples,
+  Predictions,
   Reference,
   terminal_classification,
   terminal_regression,
@@ -31,6 +32,7 @@ __all__ = (
   'LossState',
   'Memory',
   'MetricSums',
+  'Predictions',
   'Reference',
   'compute_metrics',
   'from_function',

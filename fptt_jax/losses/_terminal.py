@@ -52,6 +52,20 @@ class Examples(NamedTuple):
   num_classes: int
 
 
+class Predictions(NamedTuple):
+  """What was computed from the outputs of a window's last steps.
+
+  Attributes:
+    q: float [B, C], the estimates that were looked up.
+    p: float [B, C], the predicted probabilities.
+    objective: float [], known only after `q` was.
+  """
+
+  q: jax.Array
+  p: jax.Array
+  objective: jax.Array
+
+
 class Reference(NamedTuple):
   """An earlier estimate Q of the predictions, for the Div term of the terminal loss.
 
@@ -62,10 +76,9 @@ class Reference(NamedTuple):
   Attributes:
     init: (num_windows, num_classes) -> state.
     lookup: (state, examples) -> Q, float [B, C].
-    observe: (state, examples, probabilities float [B, C], objective []) -> note, a tree
-      of arrays. With a batch split over devices, `examples` are this device's share and
-      the note must be equal on all devices: see `WindowView.total` and
-      `WindowView.gather`. The objective is known only after Q was looked up.
+    observe: (state, examples, predictions) -> note, a tree of arrays. With a batch split
+      over devices, examples and predictions are this device's share, and the note must
+      be equal on all devices: see `WindowView.total` and `WindowView.gather`.
     update: (state, note, keep) -> new state, or the old one where `keep`, True or
       bool [], is False.
     end_epoch: (state) -> state of the next epoch.
@@ -73,7 +86,7 @@ class Reference(NamedTuple):
 
   init: Callable[[int, int], LossState]
   lookup: Callable[[LossState, Examples], jax.Array]
-  observe: Callable[[LossState, Examples, jax.Array, jax.Array], Any]
+  observe: Callable[[LossState, Examples, Predictions], Any]
   update: Callable[[LossState, Any, jax.Array | bool], LossState]
   end_epoch: Callable[[LossState], LossState] = lambda state: state
 
@@ -177,13 +190,13 @@ class _Classification(NamedTuple):
     if self.reference is None:
       return window.mean(beta * cross_entropy, window.active), ()
     examples = Examples(labels, ids, window, self.num_classes)
-    q = self.reference.lookup(loss_state, examples).astype(log_p.dtype)
-    div = jnp.sum(q * log_p, axis=-1)
+    q = self.reference.lookup(loss_state, examples)
+    div = jnp.sum(q.astype(log_p.dtype) * log_p, axis=-1)
     per_sequence = beta * cross_entropy - (1 - beta) * div
     objective = window.mean(per_sequence, window.active)
     # The reference is a constant of later windows' objectives.
-    p, value = jax.lax.stop_gradient((jnp.exp(log_p), objective))
-    return objective, self.reference.observe(loss_state, examples, p, value)
+    predictions = Predictions(q, *jax.lax.stop_gradient((jnp.exp(log_p), objective)))
+    return objective, self.reference.observe(loss_state, examples, predictions)
 
   def write(
     self, loss_state: LossState, note: Any, keep: jax.Array | bool
@@ -273,16 +286,16 @@ def _class_ema(decay: float) -> Reference:
   def init(num_windows: int, num_classes: int) -> LossState:
     return {'q': _uniform_table(num_windows, num_classes, num_classes)}
 
-  def observe(
-    state: LossState, examples: Examples, p: jax.Array, objective: jax.Array
-  ) -> Any:
+  def observe(state: LossState, examples: Examples, predictions: Predictions) -> Any:
     rows = state['q'][examples.window.k]
-    sums, counts = _sums_by_class(p, examples, rows.dtype)
+    sums, counts = _sums_by_class(predictions.p, examples, rows.dtype)
     moved = decay * rows + (1 - decay) * sums / jnp.maximum(counts, 1)[:, None]
     seen = counts[:, None] > 0
     # Without this order XLA copies the whole table in each window, since it does not
     # see that the rows are read before they are written.
-    return examples.window.k, jnp.where(seen & _true_after(objective), moved, rows)
+    return examples.window.k, jnp.where(
+      seen & _true_after(predictions.objective), moved, rows
+    )
 
   def update(state: LossState, note: Any, keep: jax.Array | bool) -> LossState:
     k, rows = note
@@ -304,11 +317,9 @@ def _last_epoch() -> Reference:
     count = jnp.zeros((num_windows, num_classes))
     return {'q': table, 'sum': jnp.zeros_like(table), 'count': count}
 
-  def observe(
-    state: LossState, examples: Examples, p: jax.Array, objective: jax.Array
-  ) -> Any:
-    del objective
-    return examples.window.k, *_sums_by_class(p, examples, state['q'].dtype)
+  def observe(state: LossState, examples: Examples, predictions: Predictions) -> Any:
+    dtype = state['q'].dtype
+    return examples.window.k, *_sums_by_class(predictions.p, examples, dtype)
 
   def update(state: LossState, note: Any, keep: jax.Array | bool) -> LossState:
     k, sums, counts = note
@@ -345,13 +356,13 @@ def _per_example(num_examples: int) -> Reference:
   def lookup(state: LossState, examples: Examples) -> jax.Array:
     return state['q'][examples.ids, examples.window.k]
 
-  def observe(
-    state: LossState, examples: Examples, p: jax.Array, objective: jax.Array
-  ) -> Any:
-    del objective
+  def observe(state: LossState, examples: Examples, predictions: Predictions) -> Any:
+    del state
     window = examples.window
-    q = lookup(state, examples)
-    seen = jnp.where(window.active[:, None], p.astype(q.dtype), q)
+    q = predictions.q
+    # A sequence without a step in the window keeps its old estimate.
+    p = predictions.p.astype(q.dtype)
+    seen = jnp.where(window.active[:, None], p, q)
     return window.k, *window.gather((examples.ids, seen))
 
   def update(state: LossState, note: Any, keep: jax.Array | bool) -> LossState:
@@ -373,7 +384,7 @@ def _uniform() -> Reference:
   return Reference(
     init=lambda num_windows, num_classes: {},
     lookup=lookup,
-    observe=lambda state, examples, p, objective: (),
+    observe=lambda state, examples, predictions: (),
     update=lambda state, note, keep: state,
   )
 
