@@ -32,11 +32,12 @@ myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type']
 
 autosummary_generate = True
-autodoc_default_options = {'members': True, 'show-inheritance': False}
+templates_path = ['_templates']
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'none'
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 html_static_path = ['_static']
