@@ -31,6 +31,9 @@ myst_enable_extensions = ['amsmath', 'colon_fence', 'deflist', 'dollarmath']
 myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type']
 
+# Names in single backticks are code.
+default_role = 'code'
+
 autosummary_generate = True
 templates_path = ['_templates']
 autodoc_member_order = 'bysource'
