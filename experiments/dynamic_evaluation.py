@@ -179,7 +179,8 @@ def evaluator(
       gradient descent.
     segment: steps a segment.
 
-  Returns: A function (batches, learning_rate, decay) -> nats a step. Batches are a text
+  Returns:
+    A function (batches, learning_rate, decay) -> nats a step. Batches are a text
     in order, usually B = 1, T a multiple of `segment`; each call starts from the
     trained weights and the model's initial state. At learning rate 0 it is static
     evaluation.

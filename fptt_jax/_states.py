@@ -18,7 +18,8 @@ def state_to_arrays(state: Any) -> dict[str, np.ndarray]:
   Args:
     state: A tree of concrete arrays. PRNG keys become their data.
 
-  Returns: {'params/layers/0/kernel': array, ..., 'key': uint32 array}, as
+  Returns:
+    {'params/layers/0/kernel': array, ..., 'key': uint32 array}, as
     `numpy.savez`, `pickle` or `flax.serialization.msgpack_serialize` take them.
 
   Example:

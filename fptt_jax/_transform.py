@@ -249,7 +249,8 @@ def fptt_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
   Raises:
     ValueError: If `opt_state` holds no FPTTState, or its W̄ does not match `params`.
 
-  Example: With `flax.training.train_state.TrainState`, pass `state.opt_state` and
+  Example:
+    With `flax.training.train_state.TrainState`, pass `state.opt_state` and
     `state.params`. With `nnx.Optimizer`:
 
     >>> import optax, fptt_jax
@@ -298,7 +299,8 @@ def fptt_restart(
   Raises:
     ValueError: As for :func:`fptt_eval_params`.
 
-  Example: With flax's `TrainState`, call
+  Example:
+    With flax's `TrainState`, call
     `state.replace(params=params, opt_state=opt_state)` with the result. With
     `nnx.Optimizer`:
 

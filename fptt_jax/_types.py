@@ -90,7 +90,8 @@ class Model(NamedTuple):
       params: the model's parameters.
       batch_size: B.
 
-    Returns: A tree of arrays [B, ...], as `learned_initial_state` gives it or, without
+    Returns:
+      A tree of arrays [B, ...], as `learned_initial_state` gives it or, without
       one, `initial_state`.
     """
     if self.learned_initial_state is None:

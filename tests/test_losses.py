@@ -1069,3 +1069,23 @@ def test_a_window_writes_its_part_of_a_table_in_place(divergence, skip_nonfinite
   [shape] = {leaf.shape for leaf in jax.tree.leaves(state.loss_state) if leaf.ndim == 3}
   whole = re.findall(rf'= f32\[{",".join(map(str, shape))}\]\S* (copy|select)\(', text)
   assert not whole
+
+
+def test_a_replaced_apply_of_a_loss_with_a_memory_is_used() -> None:
+  """It is not bypassed by the parts that the loss was made with."""
+  loss = losses.terminal_classification(3)
+
+  def doubled(outputs, targets, window, loss_state):
+    value, loss_state = loss.apply(outputs, targets, window, loss_state)
+    return 2 * value, loss_state
+
+  batch = problems.label_batch(6, 4)
+  seen = []
+  for chosen in (loss, loss._replace(apply=doubled)):
+    optimizer = fptt_jax.fptt(optax.sgd(0.0))
+    trainer = problems.quick_trainer(
+      problems.elman(out=3), chosen, optimizer, num_windows=2
+    )
+    state = trainer.init(jax.random.key(0), batch)
+    seen.append(trainer.step(state, batch)[1].loss)
+  np.testing.assert_allclose(seen[1], 2 * seen[0], rtol=1e-6)

@@ -31,7 +31,8 @@ def load_images(name: str, data_dir: str | Path = '') -> Images:
     data_dir: a folder with the official files, or a .npz that :func:`save` wrote; ''
       for a prepared copy or a download.
 
-  Returns: :class:`Images` in the official order; only a copy that tensorflow-datasets'
+  Returns:
+    :class:`Images` in the official order; only a copy that tensorflow-datasets'
     own builder prepared has its own order.
 
   Raises:
@@ -69,7 +70,8 @@ def load_text(name: str, data_dir: str | Path = '') -> Text:
       Treebank. For a text of one's own also one file (or .gz), which is split in order
       by `text.SHARES`.
 
-  Returns: The text as token ids. The .npz of 'ptb' serves 'ptb_chars', too; any other
+  Returns:
+    The text as token ids. The .npz of 'ptb' serves 'ptb_chars', too; any other
     one holds the tokens that are asked for.
 
   Raises:

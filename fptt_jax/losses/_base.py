@@ -22,6 +22,8 @@ class Memory(NamedTuple):
   A large loss state is then updated in place, also where an update is skipped.
 
   Attributes:
+    apply: The `Loss.apply` that these are the parts of. A loss whose `apply` was
+      replaced is run as a whole.
     observe: (outputs, targets, window, loss_state) -> (scalar objective, note). The
       note is a tree of arrays with all that `write` needs. It must be equal on all
       devices.
@@ -29,6 +31,7 @@ class Memory(NamedTuple):
       or bool [], is False.
   """
 
+  apply: Callable[[jax.Array, Any, WindowView, LossState], tuple[jax.Array, LossState]]
   observe: Callable[[jax.Array, Any, WindowView, LossState], tuple[jax.Array, Any]]
   write: Callable[[LossState, Any, jax.Array | bool], LossState]
 

@@ -156,7 +156,7 @@ def terminal_classification(
     task.end_epoch,
     task.check,
     last_only=True,
-    memory=Memory(task.observe, task.write),
+    memory=Memory(task.apply, task.observe, task.write),
     valid=task.valid,
   )
 

@@ -149,6 +149,9 @@ def resolve_spec(
   _check_method_options(name, method, options)
   _check_readout(model, loss, options)
   options['loss_weights'] = _finite_weights(options['loss_weights'])
+  if loss.memory is not None and loss.memory.apply != loss.apply:
+    # The parts would silently compute the loss that was replaced.
+    loss = loss._replace(memory=None)
   if isinstance(optimizer, optax.MultiSteps):
     # It is not a transformation, and its own conversion drops extra arguments.
     optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
