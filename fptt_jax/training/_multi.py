@@ -25,7 +25,7 @@ from fptt_jax.parallel._devices import check_divisible, one_axis
 
 def scan_train_steps(
   trainer: Trainer,
-  read: Callable[[Any, Any], Batch] = lambda source, item: item,
+  make_batch: Callable[[Any, Any], Batch] = lambda source, item: item,
   *,
   donate: bool | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]:
@@ -33,7 +33,7 @@ def scan_train_steps(
 
   Args:
     trainer: Trainer from :func:`fptt_jax.make_trainer` or :func:`vmap_trainer`.
-    read: (source, item) -> Batch. It is traced, so that gathering rows, scaling bytes
+    make_batch: (source, item) -> Batch. It is traced, so that gathering rows, scaling bytes
       to floats or drawing noise is part of the program. By default, items are batches.
     donate: Whether the old state is donated. None: as in the trainer.
 
@@ -49,7 +49,7 @@ def scan_train_steps(
     of batches: prepare the next items while the device computes.
 
   Raises:
-    TypeError: `trainer` is not a :class:`fptt_jax.Trainer`, or `read` not a function.
+    TypeError: `trainer` is not a :class:`fptt_jax.Trainer`, or `make_batch` not a function.
     ValueError: When traced: items are not arrays with a leading axis of one length.
 
   Example:
@@ -64,19 +64,19 @@ def scan_train_steps(
     >>> trainer = fptt_jax.make_trainer(model, loss, optimizer, num_windows=4)
     >>> images = np.ones((40, 20), np.uint8)  # 40 examples of T=20 pixels.
     >>> labels = np.ones(40, np.int32)
-    >>> def read(source, rows):
+    >>> def make_batch(source, rows):
     ...   images, labels = source
     ...   return fptt_jax.Batch(images[rows].T[..., None] / 255.0, labels[rows])
-    >>> epoch = fptt_jax.scan_train_steps(trainer, read)
+    >>> epoch = fptt_jax.scan_train_steps(trainer, make_batch)
     >>> source = jax.device_put((images, labels))
     >>> rows = np.random.default_rng(0).permutation(40).reshape(5, 8)
-    >>> state = trainer.init(jax.random.key(0), read(source, rows[0]))
+    >>> state = trainer.init(jax.random.key(0), make_batch(source, rows[0]))
     >>> state, metrics = epoch(state, source, rows)
     >>> metrics.loss.shape  # N batches, K windows.
     (5, 4)
   """
   _check_trainer(trainer)
-  check_callable('read', read)
+  check_callable('make_batch', make_batch)
   if donate is None:
     donate = trainer.donate
 
@@ -85,14 +85,14 @@ def scan_train_steps(
     item = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), items
     )
-    first = jax.eval_shape(read, source, item)
+    first = jax.eval_shape(make_batch, source, item)
     # The scan needs its carry in the structure that a step returns.
     like, _ = jax.eval_shape(trainer.step, state, first)
     state = state._replace(key=as_key('state.key', state.key))
     state = arrange_like('state', state, like, 'as a step returns it')
 
     def body(state: TrainState, item: Any) -> tuple[TrainState, StepMetrics]:
-      return trainer.step(state, read(source, item))
+      return trainer.step(state, make_batch(source, item))
 
     return jax.lax.scan(body, state, items)
 
