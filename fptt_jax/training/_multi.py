@@ -33,8 +33,9 @@ def scan_train_steps(
 
   Args:
     trainer: Trainer from :func:`fptt_jax.make_trainer` or :func:`vmap_trainer`.
-    make_batch: (source, item) -> Batch. It is traced, so that gathering rows, scaling bytes
-      to floats or drawing noise is part of the program. By default, items are batches.
+    make_batch: (source, item) -> Batch. It is traced, so that gathering rows, scaling
+      bytes to floats or drawing noise is part of the program. By default, items are
+      batches.
     donate: Whether the old state is donated. None: as in the trainer.
 
   Returns:
@@ -49,7 +50,8 @@ def scan_train_steps(
     of batches: prepare the next items while the device computes.
 
   Raises:
-    TypeError: `trainer` is not a :class:`fptt_jax.Trainer`, or `make_batch` not a function.
+    TypeError: `trainer` is not a :class:`fptt_jax.Trainer`, or `make_batch` is not a
+      function.
     ValueError: When traced: items are not arrays with a leading axis of one length.
 
   Example:
