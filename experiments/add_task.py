@@ -97,7 +97,8 @@ class Config(recipe.Recipe):
     recipe.Recipe,
     'momentum',
     None,
-    "decay of the first moment of all methods, adam's b1 or sgd's heavy ball; may be negative; default: each method's own, tuned one",
+    "decay of the first moment of all methods, adam's b1 or sgd's heavy ball; may "
+    "be negative; default: each method's own, tuned one",
   )
   tune: bool = option(
     False,

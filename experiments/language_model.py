@@ -168,7 +168,8 @@ class Config(loop.EpochRecipe):
     loop.EpochRecipe,
     'momentum',
     0.9,
-    "decay of the first moment: b1 of 'adam', heavy-ball momentum of 'sgd'. May be negative",
+    "decay of the first moment: b1 of 'adam', heavy-ball momentum of 'sgd'. May be "
+    'negative',
   )
   epochs: int = redeclare(
     loop.EpochRecipe, 'epochs', 100, 'passes over the training text'

@@ -70,7 +70,10 @@ def explain_deleted(called: str, trees: Any, error: Exception | None = None) -> 
     RuntimeError: an array was deleted, which donation does, or (if `error` is of that)
       is there twice.
   """
-  advice = 'Keep a copy, jax.tree.map(jnp.copy, state), before the step, or make the trainer with donate=False.'
+  advice = (
+    'Keep a copy, jax.tree.map(jnp.copy, state), before the step, or make the '
+    'trainer with donate=False.'
+  )
   leaves = [
     (path, leaf)
     for path, leaf in jax.tree.leaves_with_path(trees)

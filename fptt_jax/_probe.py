@@ -277,7 +277,10 @@ def _difference(a: Tree, b: Tree) -> jax.Array:
 
 def _chunked_loss(differences: dict[str, float], name: str) -> None:
   if differences['rows'] > TOLERANCE:
-    what = 'mixes the rows of a batch: another row changes the outputs or the state of the others'
+    what = (
+      'mixes the rows of a batch: another row changes the outputs or the state of '
+      'the others'
+    )
   elif differences['steps'] > TOLERANCE:
     what = 'looks ahead: another last step changes the outputs of earlier steps'
   elif differences['halves'] > TOLERANCE:

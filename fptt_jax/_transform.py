@@ -112,12 +112,13 @@ def fptt(
 
   Args:
     base: The optimizer that takes the step on the regularized gradient.
-    alpha: α > 0, strength of the tie between W and W̄: a number, an array [] or an optax
-      schedule over windows ("starting small, gradually increased", Sec. 3.1). The
+    alpha: α > 0, strength of the tie between W and W̄: a number, an array [] or an
+      optax schedule over windows ("starting small, gradually increased", Sec. 3.1). The
       release uses 0.1 on images, 0.5 on the adding problem and on PTB-300, and 0.2 on
       PTB-c and PTB-w.
-    beta: β in (0, 1], mixing rate of W̄: number or schedule. A β above 1/2 gives the old
-      W̄ the negative weight 1 - 2β and causes a warning. The release uses 0.7 on PTB-w.
+    beta: β in (0, 1], mixing rate of W̄: number or schedule. A β above 1/2 gives the
+      old W̄ the negative weight 1 - 2β and causes a warning. The release uses 0.7 on
+      PTB-w.
     kappa: κ >= 0, scale of the quadratic term: number or schedule. The release uses 2
       on language.
     linear_scale: c in [0, 1], scale of the linear term: number or schedule. 1 is Eq. 6,
@@ -466,7 +467,9 @@ def _base_step(
   params: optax.Params,
   extra_args: Mapping[str, Any],
 ) -> tuple[optax.Updates, optax.OptState]:
-  """Return the base optimizer's updates, in the gradients' dtypes, and its new state."""
+  """Return the base optimizer's updates, in the gradients' dtypes, and its new
+  state.
+  """
 
   def regularize(grads: optax.Updates, params: optax.Params) -> optax.Updates:
     return _regularized_gradient(grads, params, state.w_bar, state.lam, now)
@@ -503,7 +506,9 @@ def _move_state(
   params_next: optax.Params,
   extra_args: Mapping[str, Any],
 ) -> tuple[optax.Params, optax.Params]:
-  """Return λ and W̄ after this call: new ones if it ends a window, else the old ones."""
+  """Return λ and W̄ after this call: new ones if it ends a window, else the old
+  ones.
+  """
   ends_window = (state.step_count + 1) % jnp.asarray(inner_steps, jnp.int32) == 0
   one_step = isinstance(inner_steps, int) and inner_steps == 1
 
@@ -617,7 +622,8 @@ def _state_dtype(
   """Return the dtype of W̄ and λ for a parameter."""
   if not _is_floating(param):
     raise TypeError(
-      f'params must be floating point, got a leaf of {_describe(param)}. Keep it out of '
+      f'params must be floating point, got a leaf of {_describe(param)}. Keep it '
+      'out of '
       'the trained tree, or give it another transformation with optax.partition.'
     )
   if state_dtype is None:

@@ -148,7 +148,9 @@ class WindowView(NamedTuple):
     return jnp.sum(values, where=where, dtype=wide) / self.divisor(where, wide)
 
   def divisor(self, where: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return the divisor of `mean`: the number of True values, or 1 if there is none."""
+    """Return the divisor of `mean`: the number of True values, or 1 if there is
+    none.
+    """
     count = jnp.sum(where).astype(dtype)
     # Without raggedness all devices count the same, and the collective is saved.
     if self.axis is not None and self.ragged:
@@ -156,7 +158,9 @@ class WindowView(NamedTuple):
     return jnp.where(count > 0, count, 1)
 
   def gather(self, rows: Any) -> Any:
-    """Return a tree of arrays [B, ...] of the global batch, given this device's share."""
+    """Return a tree of arrays [B, ...] of the global batch, given this device's
+    share.
+    """
     if self.axis is None:
       return rows
     return jax.lax.all_gather(rows, self.axis, tiled=True)

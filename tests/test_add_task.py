@@ -284,7 +284,10 @@ def test_what_is_not_finite_ends_a_run(
   assert [row['test_mse'] for row in rows] == [None]
   assert rows[0]['step'] < 40
   lost = files.read_json(tmp_path / 'fptt-seed0' / 'result.json')['lost']
-  said = r'loss is nan in batch \d of 2, window 0 of 3 \(update \d+\): gradient norm nan; (the last finite|norm of)'
+  said = (
+    r'loss is nan in batch \d of 2, window 0 of 3 \(update \d+\): gradient norm nan; '
+    r'(the last finite|norm of)'
+  )
   assert re.search(said, lost)
   assert capsys.readouterr().out.count(lost) == 2
 

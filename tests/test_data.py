@@ -32,7 +32,7 @@ from experiments.data import (
 REAL = Path(os.environ.get('FPTT_JAX_DATA', 'unset'))
 needs_real_data = pytest.mark.skipif(
   not (REAL / 'mnist').is_dir() or not (REAL / 'ptb').is_dir(),
-  reason='real data: set FPTT_JAX_DATA to a folder with mnist/, cifar10/ and ptb/ holding the official files',
+  reason='real data: set FPTT_JAX_DATA to a folder with the official files',
 )
 
 
@@ -232,7 +232,10 @@ def test_a_prepared_copy_that_was_changed_is_refused(
   monkeypatch.setitem(images.CONTENT, 'mnist', 'another')
   with pytest.raises(
     UserError,
-    match=r'does not hold the original mnist: .* expected another; delete that folder and run again',
+    match=(
+      r'does not hold the original mnist: .* expected another; delete that folder '
+      r'and run again'
+    ),
   ):
     data.load_images('mnist')
 
@@ -268,7 +271,10 @@ def test_a_prepared_copy_without_its_description_is_named(
     path.write_bytes(content)
   with pytest.raises(
     UserError,
-    match=r'cannot prepare or read mnist .*fptt_jax/mnist is damaged, delete that folder and run again',
+    match=(
+      r'cannot prepare or read mnist .*fptt_jax/mnist is damaged, delete that folder '
+      r'and run again'
+    ),
   ):
     data.load_images('mnist', folder)
 
@@ -365,7 +371,9 @@ def dying(self, split):
   yield 0, self._splits[split][0]
   os._exit(9)
 builders.FpttJax._generate_examples = dying
-files = {{name: (Path({str(folder)!r}) / 'mnist' / name).read_bytes() for name in sources.SOURCES['mnist'].files}}
+folder = Path({str(folder)!r}) / 'mnist'
+names = sources.SOURCES['mnist'].files
+files = {{name: (folder / name).read_bytes() for name in names}}
 builders.write_images('mnist', images.decode('mnist', files), Path({str(prepared)!r}))
 """
   ended = subprocess.run(
@@ -440,7 +448,10 @@ def test_a_download_is_checked(
   )
   with pytest.raises(
     UserError,
-    match=r'train-images-idx3-ubyte\.gz answers is not the official file: its sha256 is',
+    match=(
+      r'train-images-idx3-ubyte\.gz answers is not the official file: its sha256 '
+      r'is'
+    ),
   ):
     data.load_images('mnist')
   monkeypatch.setattr(sources.urllib.request, 'urlopen', answer)
@@ -487,7 +498,8 @@ def test_arrays_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
   for change, message in (
     (
       dict(train_images=good.train_images[..., 0]),
-      r'train_images must be uint8 \[N, height, width, channels\], got uint8\[64, 6, 6\]',
+      r'train_images must be uint8 \[N, height, width, channels\], got uint8\[64, '
+      r'6, 6\]',
     ),
     (
       dict(test_images=good.test_images.astype(np.float32)),
@@ -817,7 +829,10 @@ def test_bad_text_files_are_named(tmp_path: Path) -> None:
   write_text(tmp_path)
   with pytest.raises(
     UserError,
-    match=r'ptb\.train\.txt is not the original: its sha256 is .*expected fcea919f.*http',
+    match=(
+      r'ptb\.train\.txt is not the original: its sha256 is .*expected '
+      r'fcea919f.*http'
+    ),
   ):
     data.load_text('ptb', tmp_path)
   valid = tmp_path / 'ptb.valid.txt'

@@ -386,7 +386,10 @@ def test_what_does_not_fit_is_refused():
   batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32))
   with pytest.raises(
     ValueError,
-    match=r'batch size B must be a multiple of the 3 devices it is split over, got 16\.',
+    match=(
+      r'batch size B must be a multiple of the 3 devices it is split over, got '
+      r'16\.'
+    ),
   ):
     build(mesh_of(3)).init(jax.random.key(0), batch)
   with pytest.raises(
@@ -603,7 +606,9 @@ def explicit_mesh(number, axis='batch'):
 
 
 def train_placed(mesh, spec=None, over=None):
-  """The losses of two steps and the evaluated one, the inputs sharded as `spec` over the mesh `over`."""
+  """The losses of two steps and the evaluated one, the inputs sharded as `spec` over
+  the mesh `over`.
+  """
   trainer = problems.quick_trainer(
     problems.lstm(),
     losses.terminal_regression(),
@@ -643,7 +648,9 @@ def test_explicit_meshes_and_inputs_sharded_over_them(spec):
 
 
 def test_the_trainers_mesh_may_be_set():
-  """With an automatic axis; without a mesh of its own a trainer does not mind which one is set."""
+  """With an automatic axis; without a mesh of its own a trainer does not mind which one
+  is set.
+  """
   expected = train_placed(None)
   with jax.set_mesh(mesh_of(2)):
     assert_same(train_placed(mesh_of(2)), expected, 1e-5)

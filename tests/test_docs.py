@@ -1,5 +1,5 @@
-"""The examples in the docstrings run as printed; the figures of docs/guides/several_devices.md are
-what its formulas give.
+"""The examples in the docstrings run as printed; the figures of
+docs/guides/several_devices.md are what its formulas give.
 """
 
 import doctest

@@ -400,7 +400,9 @@ def test_variables_of_other_kinds_are_refused_by_name() -> None:
   ('adapter', 'package'), [(nn.from_equinox, 'equinox'), (nn.from_haiku, 'haiku')]
 )
 def test_examples_of_docstrings(adapter: Any, package: str) -> None:
-  """The examples run as printed. They are no doctests, which run without the packages."""
+  """The examples run as printed. They are no doctests, which run without the
+  packages.
+  """
   pytest.importorskip(package)
   _, _, example = inspect.cleandoc(adapter.__doc__).partition('Example::\n\n')
   assert package in example

@@ -282,7 +282,10 @@ def test_settings_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
     images.run(make_config(tmp_path, batch_size=49), str(tmp_path / 'b'))
   with pytest.raises(
     flags.UserError,
-    match=r"--reconstruction_segment must be at most 3, the shortest window's .* 'fptt', got 4",
+    match=(
+      r"--reconstruction_segment must be at most 3, the shortest window's .* 'fptt', "
+      r'got 4'
+    ),
   ):
     images.run(
       make_config(tmp_path, reconstruction=1.0, reconstruction_segment=4),

@@ -338,7 +338,10 @@ def test_bad_calls():
   many = fptt_jax.vmap_trainer(make(dtype=jnp.float32), mesh=mesh_of(3))
   with pytest.raises(
     ValueError,
-    match=r'number of members R must be a multiple of the 3 devices it is split over, got 4\.',
+    match=(
+      r'number of members R must be a multiple of the 3 devices it is split over, '
+      r'got 4\.'
+    ),
   ):
     many.init(KEYS, batches[0])
   with pytest.raises(

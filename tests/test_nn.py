@@ -737,7 +737,10 @@ def test_inputs_of_other_features_raise(layer):
 
 def test_core_does_not_import_flax():
   """`import fptt_jax` in a fresh interpreter loads no Flax; fptt_jax.nn does."""
-  code = 'import sys, fptt_jax; a = "flax" in sys.modules; import fptt_jax.nn; print(a, "flax" in sys.modules)'
+  code = (
+    'import sys, fptt_jax; a = "flax" in sys.modules; import fptt_jax.nn; print(a, '
+    '"flax" in sys.modules)'
+  )
   done = subprocess.run(
     [sys.executable, '-c', code], capture_output=True, text=True, check=True
   )

@@ -242,7 +242,7 @@ def test_tuning_at_scale_short_tries_numbers_of_windows(
   )
 
 
-def test_tuning_again_tries_the_same_rates_where_the_declared_one_is_off_the_common_grid(
+def test_tuning_again_tries_the_same_rates_off_the_common_grid(
   tmp_path: Path,
 ) -> None:
   """PTB-c's 2e-3 and its halves, whatever was chosen before."""

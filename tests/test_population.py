@@ -373,7 +373,8 @@ def test_lambda_that_runs_away_is_warned_about(
   ]
   assert len(said) == 1
   assert re.search(
-    r'warning: +fptt seed 0 lr 2: .* norm is \S+ after batch \d+, .* spectral radius 1.82; lower lr',
+    r'warning: +fptt seed 0 lr 2: .* norm is \S+ after batch \d+, .* spectral '
+    r'radius 1.82; lower lr',
     said[0],
   )
   rows = {name: read(tmp_path, f'fptt-seed0-lr{name}')[0] for name in ('0.01', '2')}

@@ -121,7 +121,10 @@ def test_a_broken_checkpoint_is_set_aside(
   """
   folder = saved_run(tmp_path, 1, 2)
   damage(folder / 'checkpoints' / '2')
-  said = r'the checkpoint after step 2 is broken \(.+\); set aside as broken/2-\d+-\d+, going on from the one after step 1'
+  said = (
+    r'the checkpoint after step 2 is broken \(.+\); set aside as broken/2-\d+-\d+, '
+    r'going on from the one after step 1'
+  )
   with pytest.raises(checkpoints.BrokenCheckpoint, match=said):
     checkpoints.Run(folder).restore(2, CARRY)
   assert checkpoints.saved_steps(folder) == [1]
@@ -162,7 +165,10 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(
   for _ in range(2):
     with pytest.raises(
       UserError,
-      match=r'after step 2 is broken \(.*\), and there is no other\. Delete .*fptt-seed0 to',
+      match=(
+        r'after step 2 is broken \(.*\), and there is no other\. Delete .*fptt-seed0 '
+        r'to'
+      ),
     ):
       add_task.run(config, str(tmp_path / 'lost'))
   assert (lost / 'metrics.jsonl').read_text() == metrics
@@ -207,7 +213,10 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
   other = (CARRY[0] | {'w': jnp.zeros((50, 60))}, CARRY[1])
   with pytest.raises(
     UserError,
-    match=r"after step 1 does not fit this model and optimizer; \[0\]\['w'\]: was 'float32\[50, 50\]', now",
+    match=(
+      r"after step 1 does not fit this model and optimizer; \[0\]\['w'\]: was "
+      r"'float32\[50, 50\]', now"
+    ),
   ):
     checkpoints.Run(folder).restore(1, other)
   assert checkpoints.saved_steps(folder) == [1]
@@ -234,13 +243,19 @@ def test_metrics_that_are_gone_or_damaged_are_not_made_up_for(tmp_path: Path) ->
   metrics.write_text(lines[0])
   with pytest.raises(
     UserError,
-    match=r'metrics\.jsonl has 1 lines, the checkpoint after step 2 was saved after 2: put it back',
+    match=(
+      r'metrics\.jsonl has 1 lines, the checkpoint after step 2 was saved after 2: '
+      r'put it back'
+    ),
   ):
     checkpoints.Run(folder).restore(2, CARRY)
   metrics.write_text('{"step": 1, }\n' + lines[1])
   with pytest.raises(
     UserError,
-    match=r'line 1 of .*metrics\.jsonl is damaged: .*Put it back, or choose another --workdir',
+    match=(
+      r'line 1 of .*metrics\.jsonl is damaged: .*Put it back, or choose another '
+      r'--workdir'
+    ),
   ):
     checkpoints.Run(folder).restore(2, CARRY)
   (tmp_path / 'config.json').write_text('{')
@@ -405,7 +420,10 @@ def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
   try:
     with pytest.raises(
       UserError,
-      match=r'cannot write to .*/run: .*\. The checkpoint after step 1 is whole: the same command',
+      match=(
+        r'cannot write to .*/run: .*\. The checkpoint after step 1 is whole: the '
+        r'same command'
+      ),
     ):
       _ = (
         run.save(2, carry),
@@ -445,7 +463,10 @@ def test_a_full_disk_when_a_run_has_ended(tmp_path: Path) -> None:
   result.symlink_to('/dev/full')
   with pytest.raises(
     UserError,
-    match=r'cannot write .*/fptt-seed0/result\.json: .*No space left on device\. The same command',
+    match=(
+      r'cannot write .*/fptt-seed0/result\.json: .*No space left on device\. The '
+      r'same command'
+    ),
   ):
     add_task.run(config, str(tmp_path))
   result.unlink()
@@ -464,7 +485,10 @@ def test_other_settings_by_override(
   other = dataclasses.replace(config, batches=8, lr=1e-30)
   with pytest.raises(
     UserError,
-    match=r'batches: was 6, now 8; lr: was 0.001, now 1e-30\. Choose another --workdir, or .*--allow_config_change',
+    match=(
+      r'batches: was 6, now 8; lr: was 0.001, now 1e-30\. Choose another --workdir, '
+      r'or .*--allow_config_change'
+    ),
   ):
     add_task.run(other, str(tmp_path))
   _, [summary] = add_task.run(
@@ -494,8 +518,10 @@ def test_a_model_of_other_size_is_refused_even_so(tmp_path: Path) -> None:
   with interrupted_at(2):
     add_task.run(config, str(tmp_path))
   said = (
-    r"does not fit this model and optimizer; .*hidden\[0\]\.c: was 'float32\[8, 4\]', now 'float32\[8, 5\]'; .* and 19 more\. "
-    r'To go back: the settings that "overrides" of config\.json say there were, with --allow_config_change'
+    r"does not fit this model and optimizer; .*hidden\[0\]\.c: was 'float32\[8, "
+    r"4\]', now 'float32\[8, 5\]'; .* and 19 more\. "
+    r'To go back: the settings that "overrides" of config\.json say there were, '
+    r'with --allow_config_change'
   )
   with pytest.raises(UserError, match=said):
     add_task.run(

@@ -656,7 +656,8 @@ def test_a_method_goes_by_its_true_name():
     (
       plain,
       'fptt',
-      r"method 'fptt' needs fptt\(...\) around the optimizer, got one without; without it this is 'tbptt'\.",
+      r"method 'fptt' needs fptt\(...\) around the optimizer, got one without; "
+      r"without it this is 'tbptt'\.",
     ),
     (
       wrapped,
@@ -1410,7 +1411,8 @@ def make(method: str = 'tbptt', **options: Any) -> fptt_jax.Trainer:
     ),
     (
       {'method': 'tbptt_final'},
-      r"truncation_steps goes with the method 'tbptt_final': got truncation_steps=None and method 'tbptt_final'\.",
+      r"truncation_steps goes with the method 'tbptt_final': got "
+      r"truncation_steps=None and method 'tbptt_final'\.",
     ),
     (
       {'method': 'bptt', 'truncation_steps': 2},
@@ -1549,7 +1551,10 @@ def changed(
   return model._replace(apply=lambda *args: change(*model.apply(*args)))
 
 
-SAME_HIDDEN = r"the hidden state that model\.apply returns must have .* of the model's initial state for this batch, "
+SAME_HIDDEN = (
+  r"the hidden state that model\.apply returns must have .* of the model's initial "
+  r'state for this batch, '
+)
 
 
 @pytest.mark.parametrize(
@@ -1581,7 +1586,8 @@ SAME_HIDDEN = r"the hidden state that model\.apply returns must have .* of the m
       losses.terminal_regression(),
       GOOD,
       ValueError,
-      r'the model must return outputs \[S, B, \.\.\.\] = \(3, 2\) \+ features, got shape \(2, 1\)\.',
+      r'the model must return outputs \[S, B, \.\.\.\] = \(3, 2\) \+ features, got '
+      r'shape \(2, 1\)\.',
     ),
     (
       problems.elman(out=2),
@@ -1609,14 +1615,16 @@ SAME_HIDDEN = r"the hidden state that model\.apply returns must have .* of the m
       losses.sequence_regression(),
       Batch(GOOD.inputs, np.zeros((5, 2, 1), np.float32)),
       ValueError,
-      r'expected a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(5, 2, 1\)\.',
+      r'expected a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(5, 2, '
+      r'1\)\.',
     ),
     (
       problems.elman(),
       losses.sequence_regression(),
       Batch(GOOD.inputs, np.zeros((2, 6, 1), np.float32)),
       ValueError,
-      r'expected a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(2, 6, 1\)\.',
+      r'expected a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(2, 6, '
+      r'1\)\.',
     ),
   ],
   ids=[
@@ -1651,10 +1659,16 @@ def test_carried_hidden_state_of_another_batch_size_is_refused():
   """
   other = problems.regression_batch(6, 3)
   trainer = make(carry_hidden=True)
-  message = r'the carried hidden state must have .* for this batch, float32\[3, 4\]; got float32\[2, 4\]\.'
+  message = (
+    r'the carried hidden state must have .* for this batch, float32\[3, 4\]; got '
+    r'float32\[2, 4\]\.'
+  )
   with pytest.raises(ValueError, match=message):
     trainer.step(trainer.init(jax.random.key(0), GOOD), other)
-  message = r'the given hidden state must have .* for this batch, float32\[3, 4\]; got float32\[2, 4\]\.'
+  message = (
+    r'the given hidden state must have .* for this batch, float32\[3, 4\]; got '
+    r'float32\[2, 4\]\.'
+  )
   with pytest.raises(ValueError, match=message):
     trainer.evaluate(
       trainer.init(jax.random.key(0), GOOD).params,
@@ -1817,7 +1831,10 @@ def test_parts_of_the_wrong_kind_are_refused(arguments, message):
     fptt_jax.make_trainer(*arguments)
   with pytest.raises(
     TypeError,
-    match=r'batch must be a fptt_jax\.Batch\(inputs, targets, lengths=None\), got tuple\.',
+    match=(
+      r'batch must be a fptt_jax\.Batch\(inputs, targets, lengths=None\), got '
+      r'tuple\.'
+    ),
   ):
     make().init(jax.random.key(0), (GOOD.inputs, GOOD.targets))
 
@@ -1989,6 +2006,9 @@ def test_a_penalty_of_another_shape_is_refused() -> None:
   batch = problems.regression_batch(8, 4)
   with pytest.raises(
     ValueError,
-    match=r'penalty that model.apply returns must be \[S, B\] = \(8, 4\), got shape \(4,\)',
+    match=(
+      r'penalty that model.apply returns must be \[S, B\] = \(8, 4\), got shape '
+      r'\(4,\)'
+    ),
   ):
     trainer.step(trainer.init(jax.random.key(0), batch), batch)

@@ -162,8 +162,8 @@ def test_sgd_by_hand():
 
 
 def test_momentum_by_hand():
-  """All hyperparameters differ from their defaults: momentum 1/2, lr 1/2, α 1, β 1/4, κ 2,
-  c 1/4.
+  """All hyperparameters differ from their defaults: momentum 1/2, lr 1/2, α 1, β 1/4, κ
+  2, c 1/4.
   """
   # t=0: g' = 4                                m = 4                  W = 2 - 2        λ
   # = -(0 - 2) W̄ = .75 2 + 0 - .25 2 t=1: g' = 2 - .25 2 + 2 (0 - 1) = -.5      m = .5
@@ -283,7 +283,7 @@ def test_equals_numpy(
 
 
 # --- What the running form really is
-# ------------------------------------------------------------------------------------------
+# ----------------------------------------
 
 
 @jax.jit
@@ -451,7 +451,7 @@ def test_regularized_gradient_is_the_gradient_of_the_objective(
 
 
 # --- At the arg-min of the inner problem
-# --------------------------------------------------------------------------------------
+# ----------------------------------------
 
 
 @jax.jit
@@ -537,7 +537,7 @@ def test_running_differs_from_explicit_after_one_step():
 
 
 # --- The explicit gradient
-# ----------------------------------------------------------------------------------------------------
+# ----------------------------------------
 
 
 @every_float
@@ -662,7 +662,7 @@ def test_explicit_gradient_through_wrappers(wrap):
 
 
 # --- Inner steps
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 
 
 @pytest.mark.parametrize('estimate', ['running', 'recomputed', 'lagged'])
@@ -954,7 +954,7 @@ def test_tree_map_params(base):
 
 
 # --- Composition
-# --------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 
 
 def test_clip_before_and_clip_inside():
@@ -1325,7 +1325,7 @@ def test_vmap_over_alpha():
 
 
 # --- Reading out and restarting
-# -----------------------------------------------------------------------------------------------
+# ----------------------------------------
 
 
 def partitioned(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -1495,7 +1495,7 @@ def test_state_of_other_parameters(read):
 
 
 # --- Presets
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 
 
 def test_algorithm_2_as_printed(x64):
@@ -1528,7 +1528,7 @@ def test_algorithm_2_as_printed(x64):
 
 
 # --- Bad input
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------
 
 OUT_OF_RANGE = {
   'alpha': (

@@ -179,7 +179,10 @@ class Run:
     differ = differences(record['arrays'], describe(carry))
     if differ:
       more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
-      back = ' To go back: the settings that "overrides" of config.json say there were, with --allow_config_change.'
+      back = (
+        ' To go back: the settings that "overrides" of config.json say there were, '
+        'with --allow_config_change.'
+      )
       raise UserError(
         f'{which} does not fit this model and optimizer; '
         f'{"; ".join(differ[:3])}{more}.{back if config["overrides"] else ""}'

@@ -222,7 +222,8 @@ def run(
       ):  # Those come of others' ends.
         traceback.print_exc()
       _leave(
-        f'error: {error}\nIf another process has ended, start all of them again; they go on by\n  {shlex.join(again)}',
+        f'error: {error}\nIf another process has ended, start all of them again; '
+        f'they go on by\n  {shlex.join(again)}',
         1,
       )
 
@@ -326,7 +327,10 @@ def _stray(word: str, config_class: Any) -> str:
   elif name in fields and isinstance(fields[name].default, bool):
     hint = f'Did you mean --{name}={word}, or --no{name}?'
   else:
-    hint = 'Settings are --NAME=VALUE; several values are separated by commas, without blanks.'
+    hint = (
+      'Settings are --NAME=VALUE; several values are separated by commas, without '
+      'blanks.'
+    )
   shown = word if len(word) <= 60 else f'{word[:60]}...'
   return f'{shown!r} belongs to no flag. {hint}'
 

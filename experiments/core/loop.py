@@ -31,7 +31,8 @@ class EpochRecipe(recipe.Recipe):
   )
   evaluate_test: bool = option(
     True,
-    'look at the test split in the end; --evaluate_test=false while settings are still being chosen',
+    'look at the test split in the end; --evaluate_test=false while settings are '
+    'still being chosen',
     group='training',
   )
   plateau_factor: float = option(

@@ -231,7 +231,10 @@ class Population:
         known = (
           '' if radius is None else f", the recursion's spectral radius {radius:.3g}"
         )
-        text = f'lambda runs away: its norm is {lambdas[-1]:.3g} after batch {batches + len(own.loss):,}{known}; lower lr * alpha'
+        text = (
+          f'lambda runs away: its norm is {lambdas[-1]:.3g} after batch '
+          f'{batches + len(own.loss):,}{known}; lower lr * alpha'
+        )
         print_warning(f'{member.label}: {text}')
 
   def _log_means(

@@ -126,7 +126,8 @@ def table(config: Any, methods: dict[str, Any]) -> dict[str, Any]:
   """Returns the file's content: how the rates were chosen, and an entry per method."""
   return {
     'command': 'python -m experiments.add_task --tune',
-    'chosen_by': 'mean MSE over the last quarter of the evaluations, on draws of their own',
+    'chosen_by': 'mean MSE over the last quarter of the evaluations, on draws of '
+    'their own',
     'search': 'from the start to the first better neighbor, until none is better',
     'start': START._asdict(),
     'grid': {'lr': RATES, 'momentum': MOMENTA},

@@ -39,7 +39,7 @@ def catch_signals() -> Iterator[None]:
     # Not print: the signal may have come in the middle of one.
     os.write(
       2,
-      f'\n{_noted[-1]}: stopping after the batches under way; once more stops at once\n'.encode(),
+      f'\n{_noted[-1]}: stopping after this chunk; once more stops at once\n'.encode(),
     )
 
   heard = [

@@ -43,11 +43,17 @@ def main(config: Config) -> None:
   """Converts the data set into one file of arrays."""
   if config.dataset == 'ptb':
     found = data.load_text(config.dataset, config.data_dir)
-    counts = f'{len(found.train):,} train, {len(found.valid):,} valid, {len(found.test):,} test tokens'
+    counts = (
+      f'{len(found.train):,} train, {len(found.valid):,} valid, {len(found.test):,} '
+      'test tokens'
+    )
     counts += f', vocabulary {len(found.vocabulary):,}'
   else:
     found = data.load_images(config.dataset, config.data_dir)
-    counts = f'{len(found.train_labels):,} train, {len(found.test_labels):,} test images {list(found.train_images.shape[1:])}'
+    counts = (
+      f'{len(found.train_labels):,} train, {len(found.test_labels):,} test images '
+      f'{list(found.train_images.shape[1:])}'
+    )
   try:
     data.save(found, Path(config.output))
   except OSError as error:

@@ -214,7 +214,10 @@ def _prepared(
     if found is None:
       raise FileExistsError('there is a copy without its dataset_info.json')
   except builders.DAMAGED as error:
-    advice = f'If the copy in {folder / "fptt_jax" / source.name} is damaged, delete that folder and run again.'
+    advice = (
+      f'If the copy in {folder / "fptt_jax" / source.name} is damaged, delete that '
+      'folder and run again.'
+    )
     raise UserError(
       f'cannot prepare or read {source.name} in {folder} (TFDS_DATA_DIR): {error}. '
       f'{advice}'

@@ -25,7 +25,10 @@ import fptt_jax
 
 LABELS = {
   'distance': r'$\|W_t - \bar W_t\|$',
-  'lam_gap': r'$\|\lambda_{t+1} - \nabla\ell_t(W_{t+1})\| \,/\, \|\nabla\ell_t(W_{t+1})\|$',
+  'lam_gap': (
+    r'$\|\lambda_{t+1} - \nabla\ell_t(W_{t+1})\| \,/\, '
+    r'\|\nabla\ell_t(W_{t+1})\|$'
+  ),
   'path_gradient': r'$\|\mathrm{mean}_t \nabla\ell_t(W_{t+1})\|$',
   'stationarity': r'$\|\mathrm{mean}_t \nabla\ell_t(W)\|$, fixed data',
   'train_loss': 'mean window loss',

@@ -122,7 +122,10 @@ def convergence_study(scale: str, folder: Path) -> None:
 def print_row(row: dict[str, Any]) -> None:
   """One line of what was just measured."""
   interval = '' if row['± update_ms'] is None else f' ± {row["± update_ms"]:.2f}'
-  times = f'gradient {row["gradient_ms"]:9.2f} ms  update {row["update_ms"]:8.2f}{interval} ms'
+  times = (
+    f'gradient {row["gradient_ms"]:9.2f} ms  update '
+    f'{row["update_ms"]:8.2f}{interval} ms'
+  )
   memory = f'memory {row["temp_bytes"] / 2**20:8.2f} MiB'
   print(
     f'T {row["T"]:>5}  {row["method"]:>5}  K {row["K"]:>5}  {times}  {memory}',

@@ -76,9 +76,9 @@ class Reference(NamedTuple):
   Attributes:
     init: (num_windows, num_classes) -> state.
     lookup: (state, examples) -> Q, float [B, C].
-    observe: (state, examples, predictions) -> note, a tree of arrays. With a batch split
-      over devices, examples and predictions are this device's share, and the note must
-      be equal on all devices: see `WindowView.total` and `WindowView.gather`.
+    observe: (state, examples, predictions) -> note, a tree of arrays. With a batch
+      split over devices, examples and predictions are this device's share, and the note
+      must be equal on all devices: see `WindowView.total` and `WindowView.gather`.
     update: (state, note, keep) -> new state, or the old one where `keep`, True or
       bool [], is False.
     end_epoch: (state) -> state of the next epoch.
@@ -114,9 +114,9 @@ def terminal_classification(
     num_classes: C >= 2. Outputs are logits [S, B, C].
     divergence: How Q is found. All start uniform. 'class_ema': per class and window, an
       exponential moving average of P̂ over the batches. 'last_epoch': per class and
-      window, the mean of P̂ over the last epoch (call `end_epoch`). 'example': P̂ of the
-      same example at the same window in its last visit, the paper's literal reading; it
-      needs `num_examples`. 'uniform': 1/C. 'none': no Div term. Or a
+      window, the mean of P̂ over the last epoch (call `end_epoch`). 'example': P̂ of
+      the same example at the same window in its last visit, the paper's literal
+      reading; it needs `num_examples`. 'uniform': 1/C. 'none': no Div term. Or a
       :class:`Reference` of your own.
     ema_decay: Weight of the old Q with 'class_ema', in [0, 1).
     num_examples: N, size of the training set, for 'example' or a reference of your own

@@ -49,9 +49,11 @@ def make_global_batch(
 
   Example:
     >>> import jax, numpy as np, fptt_jax
-    >>> mesh = jax.sharding.Mesh(jax.devices(), ('batch',))  # After jax.distributed.initialize(...), all processes'.
+    >>> # After jax.distributed.initialize(...), these are all processes' devices.
+    >>> mesh = jax.sharding.Mesh(jax.devices(), ('batch',))
     >>> mine = fptt_jax.Batch(np.ones((20, 8, 1), np.float32), np.ones(8, np.float32))
-    >>> batch = fptt_jax.make_global_batch(mine, fptt_jax.losses.terminal_regression(), mesh)
+    >>> loss = fptt_jax.losses.terminal_regression()
+    >>> batch = fptt_jax.make_global_batch(mine, loss, mesh)
     >>> batch.inputs.shape[1] == 8 * jax.process_count()
     True
   """

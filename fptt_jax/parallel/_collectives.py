@@ -105,12 +105,16 @@ def max_over_devices(x: jax.Array, axis: str | None) -> jax.Array:
 
 
 def any_over_devices(flags: jax.Array, axis: str | None) -> jax.Array:
-  """Return whether flags are set on any device; the flags themselves without an axis."""
+  """Return whether flags are set on any device; the flags themselves without an
+  axis.
+  """
   return flags if axis is None else jax.lax.pmax(flags.astype(jnp.int32), axis) > 0
 
 
 def all_over_devices(flags: jax.Array, axis: str | None) -> jax.Array:
-  """Return whether flags are set on all devices; the flags themselves without an axis."""
+  """Return whether flags are set on all devices; the flags themselves without an
+  axis.
+  """
   return flags if axis is None else jax.lax.pmin(flags.astype(jnp.int32), axis) > 0
 
 

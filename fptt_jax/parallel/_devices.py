@@ -54,21 +54,24 @@ def one_axis(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, str]:
 
 
 def check_placement(batch: Any, mesh: jax.sharding.Mesh | None) -> None:
-  """Checks that neither a mesh set by the caller nor the placement of a batch contradicts a trainer's mesh.
+  """Checks that neither a mesh set by the caller nor the placement of a batch
+  contradicts a trainer's mesh.
 
   Args:
     batch: tree of arrays, which may be traced or abstract.
     mesh: the trainer's, whose axis is automatic, or None.
 
   Raises:
-    ValueError: `jax.set_mesh` is in force with explicit axes or another mesh than `mesh`, or an array is sharded explicitly over
-      another mesh.
+    ValueError: `jax.set_mesh` is in force with explicit axes or another mesh than
+      `mesh`, or an array is sharded explicitly over another mesh.
   """
   current = jax.sharding.get_abstract_mesh()
   if mesh is not None and not current.empty and current != mesh.abstract_mesh:
     raise ValueError(
-      f'mesh of the trainer is {mesh.abstract_mesh}: expected no other mesh set by jax.set_mesh, got {current}. Call the trainer '
-      'outside of it, or set the same mesh with axis_types=(jax.sharding.AxisType.Auto,).'
+      f'mesh of the trainer is {mesh.abstract_mesh}: expected no other mesh set by '
+      f'jax.set_mesh, got {current}. Call the trainer '
+      'outside of it, or set the same mesh with '
+      'axis_types=(jax.sharding.AxisType.Auto,).'
     )
   for path, leaf in jax.tree.leaves_with_path(batch):
     sharding = (
@@ -94,7 +97,8 @@ def check_placement(batch: Any, mesh: jax.sharding.Mesh | None) -> None:
       )
       name = jax.tree_util.keystr(path).lstrip('.')
       raise ValueError(
-        f'batch must be {accepted}, got {name} sharded as {sharding.spec} over {sharding.mesh}.'
+        f'batch must be {accepted}, got {name} sharded as {sharding.spec} over '
+        f'{sharding.mesh}.'
       )
 
 

@@ -59,7 +59,9 @@ def scan_train_steps(
     >>> from flax import nnx
     >>> from fptt_jax import nn
     >>> model = nn.from_nnx(
-    ...   lambda rngs: nn.Sequential(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 3, rngs=rngs))
+    ...   lambda rngs: nn.Sequential(
+    ...     nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 3, rngs=rngs)
+    ...   )
     ... )
     >>> loss = fptt_jax.losses.terminal_classification(3)
     >>> optimizer = fptt_jax.fptt(optax.adam(1e-3))
@@ -138,7 +140,9 @@ def vmap_trainer(
     >>> from flax import nnx
     >>> from fptt_jax import nn
     >>> model = nn.from_nnx(
-    ...   lambda rngs: nn.Sequential(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs))
+    ...   lambda rngs: nn.Sequential(
+    ...     nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)
+    ...   )
     ... )
     >>> @optax.inject_hyperparams
     ... def optimizer(learning_rate, alpha):

@@ -137,9 +137,14 @@ def make_trainer(
     >>> import jax, optax, fptt_jax
     >>> from flax import nnx
     >>> from fptt_jax import nn
-    >>> model = nn.from_nnx(lambda rngs: nn.Sequential(nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)))
+    >>> model = nn.from_nnx(
+    ...   lambda rngs: nn.Sequential(
+    ...     nn.GRU(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)
+    ...   )
+    ... )
     >>> optimizer = fptt_jax.fptt(optax.adam(1e-3), alpha=0.1)
-    >>> trainer = fptt_jax.make_trainer(model, fptt_jax.losses.terminal_regression(), optimizer, num_windows=4)
+    >>> loss = fptt_jax.losses.terminal_regression()
+    >>> trainer = fptt_jax.make_trainer(model, loss, optimizer, num_windows=4)
     >>> batch = fptt_jax.Batch(jax.numpy.ones((20, 8, 1)), jax.numpy.ones(8))
     >>> state = trainer.init(jax.random.key(0), batch)
     >>> state, metrics = trainer.step(state, batch)
@@ -323,7 +328,9 @@ class _Functions:
       )
 
   def _check_optimizer(self, params: Params, opt_state: optax.OptState) -> None:
-    """Raise a ValueError unless `fptt` is in the optimizer where the method needs it."""
+    """Raise a ValueError unless `fptt` is in the optimizer where the method needs
+    it.
+    """
     spec = self.spec
     # Once per trainer: init is traced again for each shape of a batch.
     if not self._is_optimizer_checked:
