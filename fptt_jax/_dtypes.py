@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
   """Return `dtype`, or float32 if it has fewer than 32 bits."""
+  # Sums of many bfloat16 or float16 numbers lose their low digits or overflow.
   if jnp.finfo(dtype).bits >= 32:
     return jnp.dtype(dtype)
   return jnp.dtype(jnp.float32)

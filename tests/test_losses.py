@@ -688,7 +688,7 @@ def test_own_loss_says_itself_that_it_is_a_mean_over_steps():
   ],
   ids=['B=T', 'B=T=O', 'mixed', 'none'],
 )
-def test_targets_whose_shapes_do_not_tell_are_refused(num_steps, targets):
+def test_targets_of_ambiguous_shapes(num_steps, targets):
   """When the trainer looks at a batch, takes a step, or evaluates; with a measure of
   one's own nothing has to be told.
   """
@@ -807,7 +807,7 @@ def test_own_reference_in_a_trainer():
   assert state.loss_state == 3
 
 
-# What is refused.
+# Invalid arguments and targets.
 
 
 @pytest.mark.parametrize(
@@ -843,8 +843,8 @@ def test_own_reference_in_a_trainer():
     ),
   ],
 )
-def test_impossible_settings_are_refused(make, message):
-  """Settings that mean nothing fail where they are made."""
+def test_arguments_out_of_range(make, message):
+  """An error names the argument and shows the value."""
   with pytest.raises(ValueError, match=message):
     make()
 
@@ -941,9 +941,7 @@ INTS, FLOATS = np.array([0, 1]), np.array([0.0, 1.0], np.float32)
     ),
   ],
 )
-def test_outputs_and_targets_that_do_not_fit_are_refused(
-  loss, features, targets, error, message
-):
+def test_outputs_and_targets_that_do_not_match(loss, features, targets, error, message):
   """Shapes and dtypes are checked when the step is traced, before anything
   broadcasts.
   """
@@ -1023,14 +1021,14 @@ def test_outputs_and_targets_that_do_not_fit_are_refused(
     ),
   ],
 )
-def test_check_refuses_targets_that_mean_nothing(loss, targets, error, message):
+def test_check_rejects_invalid_targets(loss, targets, error, message):
   """`check` looks at concrete values on the host, T = 4 and B = 2 here."""
   with pytest.raises(error, match=message):
     loss.check(targets, np.ones((4, 2), bool))
 
 
 @EACH_LOSS
-def test_check_accepts_what_the_losses_run_on(name):
+def test_check_accepts_valid_targets(name):
   """The targets of the tests above pass, where the same targets for another batch size
   do not (from_function has no check).
   """

@@ -1,6 +1,4 @@
-"""Labels, example ids and lengths out of range in any batch: no update, and it is
-told.
-"""
+"""A batch with labels, ids or lengths out of range is skipped and reported."""
 
 import chex
 from flax import nnx
@@ -40,9 +38,7 @@ def make(kind, optimizer=None, method='fptt', **options):
 
 
 def with_target(batch, value, at=1):
-  """Return the batch with one label (of the first step, if there is one for each)
-  changed.
-  """
+  """Return the batch with one label changed, of the first step if there are several."""
   labels = batch.targets[0] if isinstance(batch.targets, tuple) else batch.targets
   labels = labels.copy()
   labels.reshape(-1)[at] = value
@@ -51,8 +47,8 @@ def with_target(batch, value, at=1):
   return batch._replace(targets=labels)
 
 
-def assert_refused(trainer, good, bad):
-  """Check that `bad` after `good` moves nothing, and tells so."""
+def assert_skipped(trainer, good, bad):
+  """Assert that the step on `bad` changes nothing and reports it."""
   state = trainer.init(jax.random.key(0), good)
   state, metrics = trainer.step(state, good)
   assert not metrics.invalid.any()
@@ -75,12 +71,13 @@ def assert_refused(trainer, good, bad):
   'kind', ['class_ema', 'last_epoch', 'example', 'none', 'sequence']
 )
 def test_labels_out_of_range(kind):
-  """Each kind of loss, with labels too large and negative ones, which NumPy would count
-  back.
+  """Each kind of loss, with labels that are too large or negative.
+
+  NumPy would count negative indices from the end.
   """
   trainer, good = make(kind)
   for value in (C, -1, 2**31 - 1):
-    assert_refused(trainer, good, with_target(good, value))
+    assert_skipped(trainer, good, with_target(good, value))
 
 
 def test_example_ids_out_of_range():
@@ -88,14 +85,14 @@ def test_example_ids_out_of_range():
   for value in (10, -1):
     ids = good.targets[1].copy()
     ids[2] = value
-    assert_refused(trainer, good, good._replace(targets=(good.targets[0], ids)))
+    assert_skipped(trainer, good, good._replace(targets=(good.targets[0], ids)))
 
 
 @pytest.mark.parametrize(
   'kind', ['class_ema', 'last_epoch', 'example', 'sequence', 'regression']
 )
 def test_lengths_out_of_range(kind):
-  """Too long, none and negative ones, of a loss without labels as well."""
+  """Lengths that are too large, 0 or negative, also for a loss without labels."""
   if kind == 'regression':
     good = problems.regression_batch(T, B)
     trainer = quick_trainer(
@@ -110,7 +107,7 @@ def test_lengths_out_of_range(kind):
   good = good._replace(lengths=np.array([T, 4, 5, T], np.int32))
   for value in (0, -3, T + 1):
     bad = good._replace(lengths=np.array([T, 4, value, T], np.int32))
-    assert_refused(trainer, good, bad)
+    assert_skipped(trainer, good, bad)
     totals, _ = trainer.evaluate(trainer.init(jax.random.key(0), good).params, bad)
     assert np.isnan(totals['loss'])
 
@@ -126,13 +123,13 @@ def test_lengths_out_of_range(kind):
   ],
 )
 def test_methods(method, kind):
-  """Whatever the windows are."""
+  """Every method skips the whole batch."""
   fixed = method in ('bptt', 'tbptt_final')
   options = dict(num_windows=None) if fixed else {}
   if method == 'tbptt_final':
     options |= dict(truncation_steps=T)
   trainer, good = make(kind, method=method, **options)
-  assert_refused(trainer, good, with_target(good, -1))
+  assert_skipped(trainer, good, with_target(good, -1))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +144,7 @@ def test_methods(method, kind):
 )
 def test_optimizers(optimizer, options):
   trainer, good = make('class_ema', optimizer, **options)
-  assert_refused(trainer, good, with_target(good, C))
+  assert_skipped(trainer, good, with_target(good, C))
 
 
 @pytest.mark.parametrize(
@@ -155,16 +152,14 @@ def test_optimizers(optimizer, options):
   [('class_ema', False), ('last_epoch', False), ('example', True)],
 )
 def test_mesh(kind, shard_params):
-  """One device alone sees the label; all refuse the update and leave their tables
-  alone.
-  """
+  """Only one device sees the label; all of them skip the update and keep their tables."""
   mesh = jax.sharding.Mesh(jax.devices()[:2], ('batch',))
   trainer, good = make(kind, mesh=mesh, shard_params=shard_params)
-  assert_refused(trainer, good, with_target(good, C, at=3))
+  assert_skipped(trainer, good, with_target(good, C, at=3))
 
 
 def test_scan_and_population():
-  """One bad batch of three; one member whose own batch is bad."""
+  """One invalid batch of three, and one member of three whose batch is invalid."""
   loss = losses.terminal_classification(C)
   optimizer = fptt_jax.fptt(ADAM)
   trainer = fptt_jax.make_trainer(problems.elman(out=C), loss, optimizer, num_windows=K)
@@ -190,10 +185,8 @@ def test_scan_and_population():
   assert still == [False, True, False]
 
 
-def test_what_is_masked_may_be_anything():
-  """Labels past the end of a sequence are out of range; the update is that of other
-  labels there.
-  """
+def test_masked_labels_may_be_anything():
+  """Labels after the end of a sequence do not change the update."""
   trainer, good = make('sequence')
   good = good._replace(lengths=np.array([T, 4, 5, T], np.int32))
   padded = good._replace(targets=good.targets.copy())
@@ -206,8 +199,8 @@ def test_what_is_masked_may_be_anything():
 
 
 @pytest.mark.parametrize('kind', ['class_ema', 'sequence'])
-def test_evaluation_tells(kind):
-  """No mean of a batch with a label out of range passes for one."""
+def test_evaluation_gives_nan(kind):
+  """The metrics of a batch with a label out of range are NaN."""
   trainer, good = make(kind)
   params = trainer.init(jax.random.key(0), good).params
   for value in (C, -1):
@@ -218,7 +211,7 @@ def test_evaluation_tells(kind):
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.int8, np.uint32, np.int64])
 def test_labels_of_any_integer_dtype(dtype):
-  """More classes than a dtype of few bits can hold: the same numbers as with int32."""
+  """With more classes than 8 bits can hold, all dtypes give the numbers of int32."""
   classes = 300
   batch = problems.label_batch(T, B, classes=100)
   trainer = quick_trainer(
@@ -238,7 +231,7 @@ def test_labels_of_any_integer_dtype(dtype):
 
 
 def test_chunked_readout():
-  """Outputs computed a few steps at a time."""
+  """A readout that runs a few steps at a time."""
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(nn.GRU(2, 4, rngs=rngs), nnx.Linear(4, C, rngs=rngs))
   )
@@ -251,19 +244,19 @@ def test_chunked_readout():
     carry_hidden=True,
   )
   good = problems.tagging_batch(T, B)
-  assert_refused(trainer, good, with_target(good, -1))
+  assert_skipped(trainer, good, with_target(good, -1))
 
 
 @pytest.mark.parametrize('value', [-1, -100])
-def test_check_batch_says_what_negative_labels_are_not(value):
+def test_validate_batch_explains_negative_labels(value):
   good = problems.label_batch(T, B)
   loss = losses.terminal_classification(C)
   with pytest.raises(ValueError, match=rf'labels .* {value} .*lengths'):
     fptt_jax.validate_batch(with_target(good, value), loss)
 
 
-def test_a_loss_of_ones_own_with_valid():
-  """`Loss.valid` of the user's: targets above 1 are refused."""
+def test_valid_of_an_own_loss():
+  """A user's `Loss.valid` decides which targets are valid."""
   mean = losses.from_function(lambda outputs, targets, window: jnp.mean(outputs))
   loss = mean._replace(valid=lambda targets, mask: jnp.all(targets <= 1))
   trainer = quick_trainer(problems.elman(), loss, fptt_jax.fptt(ADAM), num_windows=K)

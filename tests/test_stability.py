@@ -1,6 +1,4 @@
-"""The spectral radius of FPTT's recursion: the numbers the documentation quotes, and
-the real transformation's own growth.
-"""
+"""The spectral radius against quoted numbers and against runs of `fptt` itself."""
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -116,7 +114,7 @@ def test_only_the_products_with_lr_count(lr, alpha, scale, curvature, momentum):
 
 
 @pytest.mark.parametrize('curvature', [0.5, 1.0, 3.0])
-def test_without_the_regulariser_it_is_gradient_descent(curvature):
+def test_without_the_regularizer_it_is_gradient_descent(curvature):
   """κ = c = 0: W is plain gradient descent, with its factor |1 - lr h| once λ's own
   poles are the smaller ones.
   """

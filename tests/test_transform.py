@@ -1,6 +1,4 @@
-"""The recursion of one window: hand-computed, against plain NumPy, its identities, and
-its place among optax's transformations.
-"""
+"""FPTT's recursion: by hand, against NumPy, its identities, and its use with optax."""
 
 from collections.abc import Callable
 import functools
@@ -53,8 +51,9 @@ seeds = st.integers(0, 2**16)
 
 
 def examples(number: int) -> Callable:
-  """Hypothesis in a reproducible way; a fixture here is a setting for the whole test
-  (float64), not state of one example.
+  """Return reproducible Hypothesis settings.
+
+  Fixtures here set up the whole test (float64), not one example.
   """
   return settings(
     deadline=None,
@@ -162,8 +161,8 @@ def test_sgd_by_hand():
 
 
 def test_momentum_by_hand():
-  """All hyperparameters differ from their defaults: momentum 1/2, lr 1/2, α 1, β 1/4, κ
-  2, c 1/4.
+  """All hyperparameters differ from their defaults: momentum 1/2, lr 1/2, α 1, β 1/4, κ 2,
+  c 1/4.
   """
   # t=0: g' = 4                                m = 4                  W = 2 - 2        λ
   # = -(0 - 2) W̄ = .75 2 + 0 - .25 2 t=1: g' = 2 - .25 2 + 2 (0 - 1) = -.5      m = .5
@@ -208,7 +207,7 @@ def numpy_recursion(
   w, targets, lr, momentum, alpha, beta, kappa, linear_scale, estimate, n
 ):
   """Eq. 6 in a plain loop over windows with loss log cosh(w - target), heavy-ball SGD;
-  hyper-parameters one a window.
+  hyperparameters one a window.
   """
   w_bar = w.copy()
   lam = np.zeros_like(w)
@@ -233,7 +232,7 @@ def numpy_recursion(
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def jax_recursion(w, targets, lr, momentum, hyperparameters, estimate, n):
-  """The same by `fptt`; a hyper-parameter with a dimension becomes a schedule over
+  """The same by `fptt`; a hyperparameter with a dimension becomes a schedule over
   windows.
   """
   hyperparameters = {
@@ -259,7 +258,7 @@ def jax_recursion(w, targets, lr, momentum, hyperparameters, estimate, n):
 def test_equals_numpy(
   x64, seed, lr, momentum, hyperparameters, estimate, inner_steps, scheduled
 ):
-  """W, W̄ and λ follow a plain NumPy loop for any hyper-parameters, numbers or
+  """W, W̄ and λ follow a plain NumPy loop for any hyperparameters, numbers or
   schedules (over windows), in all variants.
   """
   rng = np.random.default_rng(seed)
@@ -283,7 +282,7 @@ def test_equals_numpy(
 
 
 # --- What the running form really is
-# ----------------------------------------
+# ------------------------------------------------------------------------------------------
 
 
 @jax.jit
@@ -333,7 +332,7 @@ def test_the_running_average_has_no_memory_at_one_half(x64, seed, hyperparameter
 
 @examples(25)
 @given(seed=seeds, alpha=st.floats(0.1, 2.0), kappa=st.floats(0.0, 2.0))
-def test_regulariser_is_a_filter_of_past_estimates(x64, seed, alpha, kappa):
+def test_regularizer_is_a_filter_of_past_estimates(x64, seed, alpha, kappa):
   """At β = 1/2 the regularizer's gradient is -λ_t + (κ/2) λ_{t-1}: α (W_t - W̄_t) is
   λ_{t-1} / 2.
   """
@@ -387,7 +386,7 @@ def test_poles_of_the_estimate():
 
 
 @every_base
-def test_first_update_equals_the_base_optimisers(base):
+def test_first_update_equals_the_base_optimizers(base):
   """A fresh state has λ = 0 and W = W̄, so the base optimizer gets the loss gradient
   itself, to the last bit.
   """
@@ -401,7 +400,7 @@ def test_first_update_equals_the_base_optimisers(base):
 
 
 @every_base
-def test_no_regulariser_is_the_base_optimiser(base):
+def test_no_regularizer_is_the_base_optimizer(base):
   """κ = c = 0 turns the regularizer off: W equals the base optimizer's to the last bit,
   while λ is nonzero.
   """
@@ -451,7 +450,7 @@ def test_regularized_gradient_is_the_gradient_of_the_objective(
 
 
 # --- At the arg-min of the inner problem
-# ----------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 @jax.jit
@@ -484,7 +483,7 @@ def test_estimate_at_the_arg_min(x64, seed, alpha, curvature, linear_scale):
 
 
 @pytest.mark.parametrize('solver', ['one exact step', 'many steps'])
-def test_running_equals_explicit_at_the_arg_min(x64, solver):
+def test_running_equals_recomputed_at_the_arg_min(x64, solver):
   """κ = c = 1, inner problem solved: the running λ is ∇ℓ_t(W_{t+1}), the
   trajectories agree, and Eq. 5 holds as printed.
   """
@@ -515,7 +514,7 @@ def test_running_equals_explicit_at_the_arg_min(x64, solver):
   )
 
 
-def test_running_differs_from_explicit_after_one_step():
+def test_running_differs_from_recomputed_after_one_step():
   """One gradient step is not the arg-min: there the estimates are different algorithms
   (the paper treats them as one).
   """
@@ -536,12 +535,12 @@ def test_running_differs_from_explicit_after_one_step():
     assert np.min(np.abs(finals[one] - finals[other])) > 1e-3
 
 
-# --- The explicit gradient
-# ----------------------------------------
+# --- The recomputed gradient
+# ----------------------------------------------------------------------------------------------------
 
 
 @every_float
-def test_explicit_gradient_is_taken_once_at_the_new_weights(dtype):
+def test_recomputed_gradient_is_taken_once_at_the_new_weights(dtype):
   """`grad_fn` sees exactly what `apply_updates` returns, rounding included, once an
   update; what it returns is λ.
   """
@@ -564,7 +563,7 @@ def test_explicit_gradient_is_taken_once_at_the_new_weights(dtype):
     )
 
 
-def test_explicit_gradient_is_taken_once_a_window():
+def test_recomputed_gradient_is_taken_once_a_window():
   """With inner steps the second pass runs after the last of them only: 6 updates in
   windows of 3 evaluate it twice.
   """
@@ -592,7 +591,7 @@ def test_explicit_gradient_is_taken_once_a_window():
   )
 
 
-def test_explicit_gradient_needs_grad_fn():
+def test_recomputed_gradient_needs_grad_fn():
   """Without `grad_fn` the error says which argument is missing and what it must
   compute.
   """
@@ -614,7 +613,7 @@ def test_explicit_gradient_needs_grad_fn():
   ],
   ids=['masked', 'partition'],
 )
-def test_explicit_gradient_refuses_masked_parameters(wrap):
+def test_recomputed_gradient_refuses_masked_parameters(wrap):
   """Under a mask `grad_fn` would get MaskedNodes; the advice in the error (mask inside)
   works.
   """
@@ -644,7 +643,7 @@ def test_explicit_gradient_refuses_masked_parameters(wrap):
   ],
   ids=['chain', 'multi_steps', 'apply_if_finite', 'inject_hyperparams'],
 )
-def test_explicit_gradient_through_wrappers(wrap):
+def test_recomputed_gradient_through_wrappers(wrap):
   """The function `grad_fn` gets through optax's wrappers, two of which call `update`
   inside `lax.cond`.
   """
@@ -662,7 +661,7 @@ def test_explicit_gradient_through_wrappers(wrap):
 
 
 # --- Inner steps
-# ----------------------------------------
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('estimate', ['running', 'recomputed', 'lagged'])
@@ -753,7 +752,7 @@ def test_unknown_extra_arguments_and_one_trace(base):
   assert len(traces) == 1
 
 
-def test_extra_arguments_reach_the_base_optimiser():
+def test_extra_arguments_reach_the_base_optimizer():
   """One that asks for an extra argument (a loss value, say) gets it, and one that knows
   of none is spared it.
   """
@@ -825,7 +824,7 @@ def plain_run(name: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize('name', BASES)
 def test_wrapped_in_inject_hyperparams(name):
-  """Hyper-parameters kept in the state give the same updates and the same inner state
+  """Hyperparameters kept in the state give the same updates and the same inner state
   as plain numbers.
   """
   injected = optax.inject_hyperparams(functools.partial(fptt, BASES[name]))(**OPTIONS)
@@ -926,7 +925,7 @@ def test_weakly_typed_parameters():
 
 @every_base
 def test_schedules_are_accepted_like_numbers(base):
-  """A constant schedule is the number, for all four hyper-parameters, to the last
+  """A constant schedule is the number, for all four hyperparameters, to the last
   bit.
   """
   schedules = {name: optax.constant_schedule(value) for name, value in OPTIONS.items()}
@@ -954,7 +953,7 @@ def test_tree_map_params(base):
 
 
 # --- Composition
-# ----------------------------------------
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_clip_before_and_clip_inside():
@@ -1269,7 +1268,7 @@ def test_strict_promotion(strict_dtypes, estimate, inner_steps, dtype, state_dty
 
 
 @pytest.mark.parametrize('inner_steps', [1, 2])
-def test_explicit_gradient_may_be_of_another_dtype(inner_steps):
+def test_recomputed_gradient_may_be_of_another_dtype(inner_steps):
   """A `grad_fn` in float32 beside bfloat16 gradients: λ takes its own dtype, after the
   last inner step or the only one.
   """
@@ -1284,8 +1283,8 @@ def test_explicit_gradient_may_be_of_another_dtype(inner_steps):
   chex.assert_trees_all_equal(state.lam, {'w': jnp.full(3, 0.3, jnp.float32)})
 
 
-def test_explicit_gradient_of_another_structure_is_refused():
-  """A `grad_fn` that returns (loss, gradients), say: both structures are shown."""
+def test_recomputed_gradient_of_another_structure():
+  """A `grad_fn` that returns (loss, gradients) raises an error."""
   params = {'w': jnp.ones(3)}
   tx = fptt(optax.sgd(0.1), gradient_estimate='recomputed')
   with pytest.raises(
@@ -1325,7 +1324,7 @@ def test_vmap_over_alpha():
 
 
 # --- Reading out and restarting
-# ----------------------------------------
+# -----------------------------------------------------------------------------------------------
 
 
 def partitioned(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -1467,9 +1466,7 @@ def test_results_share_no_buffer(name, jitted):
 
 @pytest.mark.parametrize('read', [fptt_eval_params, fptt_restart])
 def test_state_without_fptt(read):
-  """An optimizer that is no FPTT is told so, with what was looked into and what to do
-  instead.
-  """
+  """An optimizer state without FPTT raises an error that shows its type."""
   params = random_tree(0)
   with pytest.raises(
     ValueError,
@@ -1495,7 +1492,7 @@ def test_state_of_other_parameters(read):
 
 
 # --- Presets
-# ----------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_algorithm_2_as_printed(x64):
@@ -1528,7 +1525,7 @@ def test_algorithm_2_as_printed(x64):
 
 
 # --- Bad input
-# ----------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 
 OUT_OF_RANGE = {
   'alpha': (
@@ -1558,9 +1555,7 @@ OUT_OF_RANGE = {
   ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_bad_options(name, expected, value):
-  """A value outside its range is refused when the transformation is built, with what
-  was expected and what came.
-  """
+  """A value out of range raises an error when `fptt` is called."""
   with pytest.raises(ValueError, match=f'^{name} must be {expected}, got ') as error:
     fptt(optax.sgd(0.1), **{name: value})
   assert repr(value) in str(error.value)
@@ -1606,7 +1601,7 @@ def test_large_beta_warns_where_it_was_written():
 
 
 def test_update_needs_params():
-  """Without params there is no W - W̄: the error says how to call."""
+  """`update` without params raises an error, since W - W̄ needs them."""
   tx = fptt(optax.sgd(0.1))
   with pytest.raises(ValueError, match=r'^params .* got None'):
     tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
@@ -1614,9 +1609,7 @@ def test_update_needs_params():
 
 @pytest.mark.parametrize('dtype', ['int32', 'bool'])
 def test_integer_parameters(dtype):
-  """Counters among the trained parameters are refused, with their dtype and shape and
-  the way out.
-  """
+  """Integers among the parameters raise an error with their dtype and shape."""
   with pytest.raises(
     TypeError,
     match=rf'^params .* got a leaf of dtype {dtype} and shape \(3,\)',

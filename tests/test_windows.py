@@ -1,4 +1,4 @@
-"""WindowPlan tile the sequence, and masks count its valid steps."""
+"""Windows cover the sequence, and their masks count its valid steps."""
 
 import chex
 from hypothesis import given, settings
@@ -183,7 +183,7 @@ def test_slice_cuts_the_windows_steps():
 
 
 @pytest.mark.parametrize('shape', [(9, 2), (11, 2), (2, 10), (10, 3), (10,)])
-def test_slice_refuses_arrays_of_another_length(shape):
+def test_slice_rejects_arrays_of_another_length(shape):
   """A shorter array's slice would be clamped, so silently shifted."""
   window = at(fptt_jax.make_windows(10, num_windows=4), 1, jnp.full(2, 10, jnp.int32))
   with pytest.raises(ValueError, match=r'^x .*\(10, 2\), got shape '):
