@@ -136,18 +136,25 @@ def fptt_states(state: Any) -> list[FPTTState]:
   return [node for node in nodes if isinstance(node, FPTTState)]
 
 
-# --- The recursion, by hand and against NumPy
-# ---------------------------------------------------------------------------------
+# The recursion, by hand and against NumPy.
 
 
 def test_sgd_by_hand():
   """The default recursion on one weight, lr = α = β = 1/2, gradients 1, 1, -2; every
   number is a binary fraction, so exact.
   """
-  # t=0: g' = 1                            W = 1 - 1/2             λ = -1/2 (1/2 - 1) W̄
-  # = 1/2 1 + 1/2 1/2 - 1/4 t=1: g' = 1 - .25 + .5 (.5 - .5)       W = .5 - .375 λ = .25
-  # - .5 (.125 - .5) W̄ = .25 + .0625 - .4375 t=2: g' = -2 - .4375 + .5 (.125+.125)  W =
-  # .125 + 2.3125 / 2   λ = .4375 - .5 (1.28125 + .125) W̄ = -.0625 + .640625 + .265625
+  # t=0: g' = 1
+  #      W = 1 - 1/2
+  #      λ = -1/2 (1/2 - 1)
+  #      W̄ = 1/2 1 + 1/2 1/2 - 1/4
+  # t=1: g' = 1 - .25 + .5 (.5 - .5)
+  #      W = .5 - .375
+  #      λ = .25 - .5 (.125 - .5)
+  #      W̄ = .25 + .0625 - .4375
+  # t=2: g' = -2 - .4375 + .5 (.125 + .125)
+  #      W = .125 + 2.3125 / 2
+  #      λ = .4375 - .5 (1.28125 + .125)
+  #      W̄ = -.0625 + .640625 + .265625
   params, state = walk(
     fptt(optax.sgd(0.5), alpha=0.5),
     jnp.array(1.0),
@@ -164,11 +171,18 @@ def test_momentum_by_hand():
   """All hyperparameters differ from their defaults: momentum 1/2, lr 1/2, α 1, β 1/4, κ 2,
   c 1/4.
   """
-  # t=0: g' = 4                                m = 4                  W = 2 - 2        λ
-  # = -(0 - 2) W̄ = .75 2 + 0 - .25 2 t=1: g' = 2 - .25 2 + 2 (0 - 1) = -.5      m = .5
-  # 4 - .5 = 1.5    W = 0 - .75      λ = 2 - (-.75 - 1) W̄ = .75 - .1875 - .9375 t=2: g'
-  # = 0 - .9375 + 2 (-.75 + .375)      m = .75 - 1.6875       W = -.75 + .46875 λ = 3.75
-  # - (-.28125 + .375)           W̄ = -.28125 - .0703125 - .9140625
+  # t=0: g' = 4, m = 4
+  #      W = 2 - 2
+  #      λ = -(0 - 2)
+  #      W̄ = .75 2 + 0 - .25 2
+  # t=1: g' = 2 - .25 2 + 2 (0 - 1) = -.5, m = .5 4 - .5 = 1.5
+  #      W = 0 - .75
+  #      λ = 2 - (-.75 - 1)
+  #      W̄ = .75 - .1875 - .9375
+  # t=2: g' = 0 - .9375 + 2 (-.75 + .375), m = .75 - 1.6875
+  #      W = -.75 + .46875
+  #      λ = 3.75 - (-.28125 + .375)
+  #      W̄ = -.28125 - .0703125 - .9140625
   tx = fptt(
     optax.sgd(0.5, momentum=0.5),
     alpha=1.0,
@@ -186,15 +200,22 @@ def test_adam_by_hand(x64):
   """Adam (lr .1, both decays 1/2, ε 0) on gradients 1, 3, -1 sees the regularized
   gradient in both of its moments.
   """
-  # t=0: g' = 1                                       m/.5 = v/.5 = 1 W = -.1 λ = .05 W̄
-  # = -.05 - .05 t=1: g' = 3 - .05 + .5 (-.1 + .1)                 m = .25 + 1.475,
-  # m/.75 = 2.3 v = .25 + 4.35125, v/.75 = 6.135             W = -.1 - .1 2.3 /
-  # 2.4768932153 = -.1 - .0928582624 λ = .05 + .5 .0928582624 = .0964291312       W̄ =
-  # -.05 - .0964291312 - .0964291312 t=2: g' = -1 - .0964291312 + .5 (W - W̄ = .05) =
-  # -1.0714291312 m = .8625 - .5357145656, m/.875 = .3734690679 v = 2.300625 +
-  # .5739801916, v/.875 = 3.2852630761 W = -.1928582624 - .1 .3734690679 / 1.8125294690
-  # = -.1928582624 - .0206048549 λ = .0964291312 - .5 (W - W̄ = .0293951451)   W̄ = .5
-  # (-.2428582624 - .2134631173) - .0817315586
+  # t=0: g' = 1, m/.5 = v/.5 = 1
+  #      W = -.1
+  #      λ = .05
+  #      W̄ = -.05 - .05
+  # t=1: g' = 3 - .05 + .5 (-.1 + .1)
+  #      m = .25 + 1.475, m/.75 = 2.3
+  #      v = .25 + 4.35125, v/.75 = 6.135
+  #      W = -.1 - .1 2.3 / 2.4768932153 = -.1 - .0928582624
+  #      λ = .05 + .5 .0928582624 = .0964291312
+  #      W̄ = -.05 - .0964291312 - .0964291312
+  # t=2: g' = -1 - .0964291312 + .5 (W - W̄ = .05) = -1.0714291312
+  #      m = .8625 - .5357145656, m/.875 = .3734690679
+  #      v = 2.300625 + .5739801916, v/.875 = 3.2852630761
+  #      W = -.1928582624 - .1 .3734690679 / 1.8125294690 = -.1928582624 - .0206048549
+  #      λ = .0964291312 - .5 (W - W̄ = .0293951451)
+  #      W̄ = .5 (-.2428582624 - .2134631173) - .0817315586
   tx = fptt(optax.adam(0.1, b1=0.5, b2=0.5, eps=0.0), alpha=0.5)
   params, state = walk(tx, jnp.array(0.0), as_given, jnp.array([1.0, 3.0, -1.0]))
   close = functools.partial(chex.assert_trees_all_close, rtol=0, atol=2e-10)
@@ -281,8 +302,7 @@ def test_equals_numpy(
   chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-# --- What the running form really is
-# ------------------------------------------------------------------------------------------
+# What the running form really is.
 
 
 @jax.jit
@@ -449,8 +469,7 @@ def test_regularized_gradient_is_the_gradient_of_the_objective(
   tight(actual, jax.grad(as_printed)(w))
 
 
-# --- At the arg-min of the inner problem
-# --------------------------------------------------------------------------------------
+# At the arg-min of the inner problem.
 
 
 @jax.jit
@@ -535,8 +554,7 @@ def test_running_differs_from_recomputed_after_one_step():
     assert np.min(np.abs(finals[one] - finals[other])) > 1e-3
 
 
-# --- The recomputed gradient
-# ----------------------------------------------------------------------------------------------------
+# The recomputed gradient.
 
 
 @every_float
@@ -660,8 +678,7 @@ def test_recomputed_gradient_through_wrappers(wrap):
   )
 
 
-# --- Inner steps
-# --------------------------------------------------------------------------------------------------------------
+# Inner steps.
 
 
 @pytest.mark.parametrize('estimate', ['running', 'recomputed', 'lagged'])
@@ -730,8 +747,7 @@ def test_inner_steps_out_of_range(value):
     tx.update(jnp.ones(2), state, jnp.ones(2), inner_steps=value)
 
 
-# --- The battery that optax puts its own optimizers through
-# -------------------------------------------------------------------
+# The battery that optax puts its own optimizers through.
 
 
 @every_base
@@ -952,8 +968,7 @@ def test_tree_map_params(base):
   chex.assert_trees_all_equal(doubled, expected)
 
 
-# --- Composition
-# --------------------------------------------------------------------------------------------------------------
+# Composition.
 
 
 def test_clip_before_and_clip_inside():
@@ -1323,8 +1338,7 @@ def test_vmap_over_alpha():
     )
 
 
-# --- Reading out and restarting
-# -----------------------------------------------------------------------------------------------
+# Reading out and restarting.
 
 
 def partitioned(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -1491,8 +1505,7 @@ def test_state_of_other_parameters(read):
       read(state, other)
 
 
-# --- Presets
-# ------------------------------------------------------------------------------------------------------------------
+# Presets.
 
 
 def test_algorithm_2_as_printed(x64):
@@ -1524,8 +1537,7 @@ def test_algorithm_2_as_printed(x64):
   )
 
 
-# --- Bad input
-# ----------------------------------------------------------------------------------------------------------------
+# Bad input.
 
 OUT_OF_RANGE = {
   'alpha': (
