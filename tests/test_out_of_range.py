@@ -152,7 +152,7 @@ def test_optimizers(optimizer, options):
   [('class_ema', False), ('last_epoch', False), ('example', True)],
 )
 def test_mesh(kind, shard_params):
-  """Only one device sees the label; all of them skip the update and keep their tables."""
+  """Only one device sees the label; all skip the update and keep their tables."""
   mesh = jax.sharding.Mesh(jax.devices()[:2], ('batch',))
   trainer, good = make(kind, mesh=mesh, shard_params=shard_params)
   assert_skipped(trainer, good, with_target(good, C, at=3))

@@ -99,13 +99,13 @@ def walk(*args: Any, **extra_args: Any) -> tuple[Any, Any]:
 
 
 def as_given(params: Any, x: Any) -> Any:
-  """Gradients that do not depend on the parameters: x is the gradient."""
+  """Return x as the gradient, whatever the parameters."""
   del params
   return x
 
 
 def tanh_gradient(w: Any, target: Any) -> Any:
-  """Gradient of log cosh(w - target): nonlinear, bounded, curvature in (0, 1]."""
+  """Return the gradient of log cosh(w - target): bounded, curvature in (0, 1]."""
   return jnp.tanh(w - target)
 
 
@@ -119,7 +119,7 @@ def one_update(
 def random_tree(
   seed: int = 0, *lead: int, dtype: Any = np.float32
 ) -> dict[str, jax.Array]:
-  """A matrix and a bias; `lead` dimensions in front for a stack of gradients."""
+  """Return a matrix and a bias, with leading axes `lead` for a stack of them."""
   rng = np.random.default_rng(seed)
   return {
     'w': jnp.asarray(rng.normal(size=(*lead, 2, 3)), dtype),
@@ -140,8 +140,9 @@ def fptt_states(state: Any) -> list[FPTTState]:
 
 
 def test_sgd_by_hand():
-  """The default recursion on one weight, lr = α = β = 1/2, gradients 1, 1, -2; every
-  number is a binary fraction, so exact.
+  """The defaults on one weight, with lr = α = β = 1/2 and gradients 1, 1, -2.
+
+  Every number is a binary fraction, so the comparison is exact.
   """
   # t=0: g' = 1
   #      W = 1 - 1/2
@@ -168,9 +169,7 @@ def test_sgd_by_hand():
 
 
 def test_momentum_by_hand():
-  """All hyperparameters differ from their defaults: momentum 1/2, lr 1/2, α 1, β 1/4, κ 2,
-  c 1/4.
-  """
+  """No default values: lr = momentum = 1/2, α = 1, β = c = 1/4, κ = 2."""
   # t=0: g' = 4, m = 4
   #      W = 2 - 2
   #      λ = -(0 - 2)
@@ -197,8 +196,9 @@ def test_momentum_by_hand():
 
 
 def test_adam_by_hand(x64):
-  """Adam (lr .1, both decays 1/2, ε 0) on gradients 1, 3, -1 sees the regularized
-  gradient in both of its moments.
+  """Adam with lr 1/10, both decays 1/2 and ε = 0, on gradients 1, 3, -1.
+
+  Both of its moments are of the regularized gradient.
   """
   # t=0: g' = 1, m/.5 = v/.5 = 1
   #      W = -.1
@@ -227,8 +227,9 @@ def test_adam_by_hand(x64):
 def numpy_recursion(
   w, targets, lr, momentum, alpha, beta, kappa, linear_scale, estimate, n
 ):
-  """Eq. 6 in a plain loop over windows with loss log cosh(w - target), heavy-ball SGD;
-  hyperparameters one a window.
+  """Run the recursion with heavy-ball SGD on log cosh(w - target) in NumPy.
+
+  Hyperparameters are arrays with one number per window.
   """
   w_bar = w.copy()
   lam = np.zeros_like(w)
@@ -253,8 +254,9 @@ def numpy_recursion(
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def jax_recursion(w, targets, lr, momentum, hyperparameters, estimate, n):
-  """The same by `fptt`; a hyperparameter with a dimension becomes a schedule over
-  windows.
+  """Run the same recursion with `fptt`.
+
+  A hyperparameter that is an array becomes a schedule over windows.
   """
   hyperparameters = {
     name: value if value.ndim == 0 else value.__getitem__
@@ -279,9 +281,7 @@ def jax_recursion(w, targets, lr, momentum, hyperparameters, estimate, n):
 def test_equals_numpy(
   x64, seed, lr, momentum, hyperparameters, estimate, inner_steps, scheduled
 ):
-  """W, W̄ and λ follow a plain NumPy loop for any hyperparameters, numbers or
-  schedules (over windows), in all variants.
-  """
+  """W, W̄ and λ equal a NumPy loop for numbers and schedules in all variants."""
   rng = np.random.default_rng(seed)
   w, targets = rng.normal(size=3), rng.normal(size=(5, 3))
   fade = (
@@ -307,8 +307,9 @@ def test_equals_numpy(
 
 @jax.jit
 def recorded_adam(params, gradients, hyperparameters):
-  """W, W̄, λ and the regularized gradients that Adam was given (the trace of decay 0
-  keeps its last input).
+  """Return W, W̄, λ and the regularized gradients that Adam received.
+
+  The trace with decay 0 keeps its last input.
   """
   tx = fptt(optax.chain(optax.trace(decay=0.0), optax.adam(0.1)), **hyperparameters)
   params, state = follow(tx, params, as_given, gradients)
@@ -332,8 +333,9 @@ tight = functools.partial(chex.assert_trees_all_close, rtol=1e-11, atol=1e-11)
 @examples(25)
 @given(seed=seeds, hyperparameters=numbers)
 def test_summary_without_the_new_estimate(x64, seed, hyperparameters):
-  """W̄_{t+1} = (1 - 2β) W̄_t + 2β W_{t+1} - (β/α) λ_t: put the recursion of λ into the
-  one of W̄. True for any base optimizer.
+  """W̄_{t+1} = (1 - 2β) W̄_t + 2β W_{t+1} - (β/α) λ_t for any base optimizer.
+
+  This inserts the recursion of λ into the one of W̄.
   """
   alpha, beta = hyperparameters['alpha'], hyperparameters['beta']
   w, w_bar, lam, _, _ = recorded_run(seed, **hyperparameters)
@@ -345,7 +347,7 @@ def test_summary_without_the_new_estimate(x64, seed, hyperparameters):
 @examples(25)
 @given(seed=seeds, hyperparameters=numbers)
 def test_the_running_average_has_no_memory_at_one_half(x64, seed, hyperparameters):
-  """At β = 1/2, W̄_{t+1} = W_{t+1} - λ_t / (2α): the old mean has dropped out."""
+  """At β = 1/2, W̄_{t+1} = W_{t+1} - λ_t / (2α), without the old W̄."""
   w, w_bar, lam, _, _ = recorded_run(seed, **{**hyperparameters, 'beta': 0.5})
   tight(w_bar[1:], w[1:] - lam[:-1] / (2 * hyperparameters['alpha']))
 
@@ -353,9 +355,7 @@ def test_the_running_average_has_no_memory_at_one_half(x64, seed, hyperparameter
 @examples(25)
 @given(seed=seeds, alpha=st.floats(0.1, 2.0), kappa=st.floats(0.0, 2.0))
 def test_regularizer_is_a_filter_of_past_estimates(x64, seed, alpha, kappa):
-  """At β = 1/2 the regularizer's gradient is -λ_t + (κ/2) λ_{t-1}: α (W_t - W̄_t) is
-  λ_{t-1} / 2.
-  """
+  """At β = 1/2 the regularizer's gradient is -λ_t + (κ/2) λ_{t-1}."""
   _, _, lam, regularized, gradients = recorded_run(
     seed, alpha=alpha, beta=0.5, kappa=kappa, linear_scale=1.0
   )
@@ -366,9 +366,7 @@ def test_regularizer_is_a_filter_of_past_estimates(x64, seed, alpha, kappa):
 @examples(25)
 @given(seed=seeds, alpha=st.floats(0.1, 2.0), kappa=st.floats(0.0, 2.0))
 def test_estimate_is_a_filter_of_past_updates(x64, seed, alpha, kappa):
-  """At β = 1/2, λ_{t+1} = λ_t - λ_{t-1} / 2 - α (W_{t+1} - W_t): only updates drive λ,
-  the gradients do not appear.
-  """
+  """At β = 1/2, λ_{t+1} = λ_t - λ_{t-1} / 2 - α (W_{t+1} - W_t), without gradients."""
   w, _, lam, _, _ = recorded_run(
     seed, alpha=alpha, beta=0.5, kappa=kappa, linear_scale=1.0
   )
@@ -378,7 +376,7 @@ def test_estimate_is_a_filter_of_past_updates(x64, seed, alpha, kappa):
 @examples(25)
 @given(seed=seeds, alpha=st.floats(0.1, 2.0))
 def test_kappa_two_is_pure_damping(x64, seed, alpha):
-  """At κ = 2, β = 1/2: g' = g - (λ_t - λ_{t-1}), a constant λ has no effect."""
+  """At κ = 2 and β = 1/2, g' = g - (λ_t - λ_{t-1}): a constant λ has no effect."""
   _, _, lam, regularized, gradients = recorded_run(
     seed, alpha=alpha, beta=0.5, kappa=2.0, linear_scale=1.0
   )
@@ -386,8 +384,9 @@ def test_kappa_two_is_pure_damping(x64, seed, alpha):
 
 
 def test_poles_of_the_estimate():
-  """While W stands still λ has the poles (1±i)/2, whose 4th power is -1/4: every 4
-  windows λ is divided by -4, and |pole| < 1.
+  """While W does not move, λ has the poles (1±i)/2.
+
+  Their fourth power is -1/4, so λ is divided by -4 every four windows.
   """
   tx = fptt(optax.set_to_zero(), alpha=0.5)
   params, lam_0 = jnp.zeros(3), jnp.array([1.0, -3.0, 0.5])
@@ -407,9 +406,7 @@ def test_poles_of_the_estimate():
 
 @every_base
 def test_first_update_equals_the_base_optimizers(base):
-  """A fresh state has λ = 0 and W = W̄, so the base optimizer gets the loss gradient
-  itself, to the last bit.
-  """
+  """The first update equals the base optimizer's bit for bit, since λ = W - W̄ = 0."""
   params, grads = random_tree(0), random_tree(1)
   tx = fptt(base, alpha=1.3, beta=0.3, kappa=2.0, linear_scale=0.4)
   actual, state = tx.update(grads, tx.init(params), params)
@@ -421,9 +418,7 @@ def test_first_update_equals_the_base_optimizers(base):
 
 @every_base
 def test_no_regularizer_is_the_base_optimizer(base):
-  """κ = c = 0 turns the regularizer off: W equals the base optimizer's to the last bit,
-  while λ is nonzero.
-  """
+  """With κ = c = 0, W equals the base optimizer's bit for bit while λ is nonzero."""
   tx, params = fptt(base, kappa=0.0, linear_scale=0.0), random_tree(0)
   w, state, w_base, base_state = params, tx.init(params), params, base.init(params)
   for t in range(3):
@@ -503,8 +498,9 @@ def test_estimate_at_the_arg_min(x64, seed, alpha, curvature, linear_scale):
 
 @pytest.mark.parametrize('solver', ['one exact step', 'many steps'])
 def test_running_equals_recomputed_at_the_arg_min(x64, solver):
-  """κ = c = 1, inner problem solved: the running λ is ∇ℓ_t(W_{t+1}), the
-  trajectories agree, and Eq. 5 holds as printed.
+  """If the inner problem is solved with κ = c = 1, λ is ∇ℓ_t(W_{t+1}).
+
+  The trajectories agree, and Eq. 5 holds as printed.
   """
   alpha, rng = 0.7, np.random.default_rng(0)
   w, targets = jnp.asarray(rng.normal(size=4)), jnp.asarray(rng.normal(size=(5, 4)))
@@ -534,9 +530,7 @@ def test_running_equals_recomputed_at_the_arg_min(x64, solver):
 
 
 def test_running_differs_from_recomputed_after_one_step():
-  """One gradient step is not the arg-min: there the estimates are different algorithms
-  (the paper treats them as one).
-  """
+  """After one gradient step the two estimates are different algorithms."""
   w, targets = random_tree(0)['b'], random_tree(1, 4)['b']
   finals = {
     estimate: last(
@@ -559,9 +553,7 @@ def test_running_differs_from_recomputed_after_one_step():
 
 @every_float
 def test_recomputed_gradient_is_taken_once_at_the_new_weights(dtype):
-  """`grad_fn` sees exactly what `apply_updates` returns, rounding included, once an
-  update; what it returns is λ.
-  """
+  """`grad_fn` gets the rounded result of `apply_updates`, once per update."""
   seen = []
 
   def grad_fn(params):
@@ -582,9 +574,7 @@ def test_recomputed_gradient_is_taken_once_at_the_new_weights(dtype):
 
 
 def test_recomputed_gradient_is_taken_once_a_window():
-  """With inner steps the second pass runs after the last of them only: 6 updates in
-  windows of 3 evaluate it twice.
-  """
+  """Six updates in windows of three inner steps call `grad_fn` twice."""
   calls = []
 
   def grad_fn(params):
@@ -610,9 +600,7 @@ def test_recomputed_gradient_is_taken_once_a_window():
 
 
 def test_recomputed_gradient_needs_grad_fn():
-  """Without `grad_fn` the error says which argument is missing and what it must
-  compute.
-  """
+  """Without `grad_fn` an error names the argument."""
   tx = fptt(optax.sgd(0.1), gradient_estimate='recomputed')
   with pytest.raises(
     ValueError,
@@ -632,9 +620,7 @@ def test_recomputed_gradient_needs_grad_fn():
   ids=['masked', 'partition'],
 )
 def test_recomputed_gradient_refuses_masked_parameters(wrap):
-  """Under a mask `grad_fn` would get MaskedNodes; the advice in the error (mask inside)
-  works.
-  """
+  """Inside a mask an error is raised; its advice to put the mask inside works."""
   params, grads = random_tree(0), random_tree(1)
   tx = wrap(fptt(optax.sgd(0.1), gradient_estimate='recomputed'))
   with pytest.raises(
@@ -662,9 +648,7 @@ def test_recomputed_gradient_refuses_masked_parameters(wrap):
   ids=['chain', 'multi_steps', 'apply_if_finite', 'inject_hyperparams'],
 )
 def test_recomputed_gradient_through_wrappers(wrap):
-  """The function `grad_fn` gets through optax's wrappers, two of which call `update`
-  inside `lax.cond`.
-  """
+  """`grad_fn` passes through optax's wrappers, two of which use `lax.cond`."""
   tx = wrap(fptt(optax.sgd(0.1), gradient_estimate='recomputed'))
   step = jax.jit(
     lambda params, state: one_update(
@@ -683,9 +667,7 @@ def test_recomputed_gradient_through_wrappers(wrap):
 
 @pytest.mark.parametrize('estimate', ['running', 'recomputed', 'lagged'])
 def test_summary_and_estimate_move_at_window_ends_only(estimate):
-  """With 3 inner steps λ and W̄ change on calls 3, 6, 9, ... and on no other; W moves
-  on every call.
-  """
+  """With three inner steps λ and W̄ move on every third call, W on every call."""
   tx = fptt(optax.sgd(0.1), gradient_estimate=estimate)
   start, targets = random_tree(0)['b'], random_tree(1, 9)['b']
   w, state = walk(tx, start, lambda p, target: p - target, targets, inner_steps=3)
@@ -700,9 +682,7 @@ def test_summary_and_estimate_move_at_window_ends_only(estimate):
 
 
 def test_schedules_count_windows():
-  """Call n of `update` sees the schedules at window ⌊n / inner_steps⌋: they are asked
-  for 0, 0, 1, 1, 2, 2.
-  """
+  """Call n of `update` evaluates the schedules at window ⌊n / inner_steps⌋."""
   asked = {name: [] for name in ('alpha', 'beta', 'kappa', 'linear_scale')}
 
   def schedule(name, value):
@@ -752,9 +732,7 @@ def test_inner_steps_out_of_range(value):
 
 @every_base
 def test_unknown_extra_arguments_and_one_trace(base):
-  """`update` takes extra arguments that nobody asked for, and the state that comes out
-  traces like the one that went in.
-  """
+  """`update` accepts unknown extra arguments, and is traced once."""
   tx, traces = fptt(base), []
 
   @jax.jit
@@ -769,9 +747,7 @@ def test_unknown_extra_arguments_and_one_trace(base):
 
 
 def test_extra_arguments_reach_the_base_optimizer():
-  """One that asks for an extra argument (a loss value, say) gets it, and one that knows
-  of none is spared it.
-  """
+  """A base optimizer gets those extra arguments that its `update` takes."""
   scale_by_value = lambda updates, state, params=None, *, value, **extra: (
     jax.tree.map(lambda u: value * u, updates),
     state,
@@ -795,8 +771,9 @@ MINIMA = {
 
 
 def four_problems(params: Any) -> jax.Array:
-  """Sum of optax's four test problems: independent but for clipping, so one run shows
-  each of them converge.
+  """Return the sum of optax's four test problems.
+
+  They are independent except for clipping, so one run covers all of them.
   """
   params, minima = dict(params), dict(MINIMA)
   x, y = params.pop('rosenbrock')
@@ -807,9 +784,7 @@ def four_problems(params: Any) -> jax.Array:
 
 @every_base
 def test_converges(base):
-  """FPTT on a loss that does not change goes to the base optimizer's minimum, and so
-  does W̄ (λ → 0 there).
-  """
+  """On a constant loss, W and W̄ converge to the base optimizer's minimum."""
   start = jax.tree.map(lambda m: jnp.zeros(m.shape), MINIMA) | {
     'parabola': jnp.array([-1.0, 10.0, 1.0])
   }
@@ -840,9 +815,7 @@ def plain_run(name: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize('name', BASES)
 def test_wrapped_in_inject_hyperparams(name):
-  """Hyperparameters kept in the state give the same updates and the same inner state
-  as plain numbers.
-  """
+  """Hyperparameters in the state give the same updates as plain numbers."""
   injected = optax.inject_hyperparams(functools.partial(fptt, BASES[name]))(**OPTIONS)
   params, state = walk(injected, random_tree(0), as_given, random_tree(1, 3))
   chex.assert_trees_all_close(
@@ -853,9 +826,7 @@ def test_wrapped_in_inject_hyperparams(name):
 @every_float
 @every_base
 def test_preserves_dtype(base, dtype):
-  """Updates have the gradients' dtype, whatever the dtype of W̄ and λ and however long
-  the chain of the base optimizer.
-  """
+  """Updates have the gradients' dtype, whatever the dtype of W̄ and λ."""
   tx, params = fptt(base), random_tree(0, dtype=dtype)
   updates, _ = jax.eval_shape(
     tx.update, params, jax.eval_shape(tx.init, params), params
@@ -869,9 +840,7 @@ def test_preserves_dtype(base, dtype):
   ids=['adamw', 'mu_dtype'],
 )
 def test_updates_have_the_gradients_dtype(base):
-  """A base optimizer that answers bfloat16 gradients in float32 (decay of float32
-  weights, float32 moments) is cast back.
-  """
+  """Float32 updates of a base optimizer are cast back to bfloat16 gradients."""
   params, grads = random_tree(0), random_tree(1, dtype=jnp.bfloat16)
   assert (
     jax.tree.leaves(base.update(grads, base.init(params), params)[0])[0].dtype
@@ -885,9 +854,7 @@ def test_updates_have_the_gradients_dtype(base):
 
 @pytest.mark.parametrize('name', BASES)
 def test_gradient_accumulation(name):
-  """`MultiSteps(fptt(base), 2)` is FPTT on the averaged gradients; on the calls between
-  nothing moves, λ and W̄ included.
-  """
+  """`MultiSteps(fptt(base), 2)` is FPTT on averaged gradients."""
   pairs = jax.tree.map(
     lambda g, d: jnp.reshape(jnp.stack([g + d, g - d], 1), (6, *g.shape[1:])),
     random_tree(1, 3),
@@ -910,9 +877,7 @@ def test_gradient_accumulation(name):
   ids=lambda d: jnp.dtype(d).name,
 )
 def test_state_is_stable(base, dtype):
-  """The state is arrays without weak types, and `update` returns the shapes and dtypes
-  it got (or `lax.cond` would refuse).
-  """
+  """The state has no weak types, and `update` keeps its shapes and dtypes."""
   with default_float64(dtype == jnp.float64):
     tx, params = fptt(base), random_tree(0, dtype=dtype)
     state = tx.init(params)
@@ -929,9 +894,7 @@ def test_state_is_stable(base, dtype):
 
 
 def test_weakly_typed_parameters():
-  """`jnp.array(1.0)` is weakly typed; W̄ and λ made from it are not, before and after
-  an update, or the step would retrace.
-  """
+  """W̄ and λ of weakly typed parameters are not weakly typed."""
   tx, params = fptt(optax.sgd(0.1)), jnp.array(1.0)
   assert params.weak_type
   state = tx.init(params)
@@ -941,9 +904,7 @@ def test_weakly_typed_parameters():
 
 @every_base
 def test_schedules_are_accepted_like_numbers(base):
-  """A constant schedule is the number, for all four hyperparameters, to the last
-  bit.
-  """
+  """A constant schedule equals the number, for all four hyperparameters."""
   schedules = {name: optax.constant_schedule(value) for name, value in OPTIONS.items()}
   params, grads = random_tree(0), random_tree(1)
   trajectories = []
@@ -956,9 +917,7 @@ def test_schedules_are_accepted_like_numbers(base):
 
 @every_base
 def test_tree_map_params(base):
-  """`optax.tree.map_params` finds W̄, λ and the base optimizer's moments, and leaves
-  the counters alone.
-  """
+  """`optax.tree.map_params` finds W̄, λ and the base optimizer's moments."""
   tx, params = fptt(base), random_tree(0)
   _, state = one_update(tx, params, tx.init(params), params)
   doubled = optax.tree.map_params(tx, lambda v: 2 * v, state)
@@ -972,9 +931,7 @@ def test_tree_map_params(base):
 
 
 def test_clip_before_and_clip_inside():
-  """Clipping at 1: before `fptt` g' = clip(4) - λ = 3/4, inside it g' = clip(4 - λ) =
-  1; the first updates agree.
-  """
+  """Clipping in front of `fptt` acts on g alone, clipping inside on g - λ."""
   # Both: W_1 = -1/2, λ_1 = 1/4, W̄_1 = -1/2 (as in test_sgd_by_hand), so that W_1 -
   # W̄_1 = 0. Then -1/2 - .375 or -1/2 - .5.
   before = optax.chain(optax.clip(1.0), fptt(optax.sgd(0.5), alpha=0.5))
@@ -985,9 +942,7 @@ def test_clip_before_and_clip_inside():
 
 
 def test_inside_a_chain():
-  """What comes before `fptt` in a chain acts on the loss gradient only: scaling by -2
-  is FPTT on -2 g.
-  """
+  """A transformation in front of `fptt` acts on the loss gradient only."""
   params, grads = random_tree(0), random_tree(1, 3)
   chained = walk(
     optax.chain(optax.scale(-2.0), fptt(optax.adam(0.1))), params, as_given, grads
@@ -1020,9 +975,7 @@ def nested_tree(seed: int, *lead: int) -> Any:
   ids=['tree', 'prefix'],
 )
 def test_masked(mask):
-  """Masked in: FPTT of the part alone. Masked out, a leaf or a whole subtree: the raw
-  gradient comes through, as documented.
-  """
+  """Leaves inside a mask follow FPTT; the others get their raw gradient."""
   params, grads = nested_tree(0), nested_tree(1, 4)
   w, state = walk(optax.masked(fptt(optax.adam(0.1)), mask), params, as_given, grads)
   w_alone, state_alone = walk(
@@ -1038,9 +991,7 @@ def test_masked(mask):
 
 
 def test_partition_freezes():
-  """`partition` with `set_to_zero` is the way to freeze: frozen leaves keep every bit,
-  the rest is FPTT of the rest.
-  """
+  """`partition` with `set_to_zero` keeps frozen leaves bit for bit."""
   params, grads = nested_tree(0), nested_tree(1, 4)
   tx = optax.partition(
     {'train': fptt(optax.adam(0.1)), 'freeze': optax.set_to_zero()},
@@ -1059,7 +1010,7 @@ def test_partition_freezes():
 
 
 def test_partition_of_two():
-  """Two FPTTs with their own α on two parts of the tree do not see each other."""
+  """Two FPTTs with different α on two parts of the tree are independent."""
   parts = {
     'encoder': fptt(optax.sgd(0.1), alpha=0.2),
     'head': fptt(optax.adam(0.1), alpha=1.0),
@@ -1075,9 +1026,7 @@ def test_partition_of_two():
 
 
 def test_alpha_changed_in_the_state():
-  """After a new α is written into the state of `inject_hyperparams` the next update is
-  that of an FPTT built with it.
-  """
+  """A new α in the state of `inject_hyperparams` is used by the next update."""
   params, grads = random_tree(0), random_tree(1, 3)
   injected = optax.inject_hyperparams(fptt)(optax.sgd(0.1), alpha=0.25)
   params, state = last(walk(injected, params, as_given, grads))
@@ -1090,9 +1039,7 @@ def test_alpha_changed_in_the_state():
 
 
 def test_apply_if_finite():
-  """A NaN gradient leaves W, W̄, λ and the step count as they were: the run equals one
-  that never saw it.
-  """
+  """A NaN gradient changes neither W, W̄, λ nor the step count."""
   params, grads = random_tree(0), random_tree(1, 4)
   broken = jax.tree.map(lambda g: g.at[1].set(jnp.nan), grads)
   w, state = follow(
@@ -1109,9 +1056,7 @@ def test_apply_if_finite():
 
 
 def test_decoupled_weight_decay_counts_as_movement():
-  """AdamW's decay is no part of the gradient but moves W: with zero gradients λ_1 = -α
-  (W_1 - W_0) = α lr decay W_0.
-  """
+  """AdamW's decay moves W, and therefore λ, with zero gradients."""
   tx = fptt(optax.adamw(0.5, weight_decay=0.5), alpha=0.5)
   params, state = one_update(
     tx, jnp.array([4.0, -8.0]), tx.init(jnp.array([4.0, -8.0])), jnp.zeros(2)
@@ -1121,9 +1066,7 @@ def test_decoupled_weight_decay_counts_as_movement():
 
 
 def test_bfloat16_parameters_keep_a_float32_state():
-  """Rounding belongs to W_{t+1}: an update that bfloat16 rounds away moves neither W
-  nor λ; one it keeps enters λ as rounded.
-  """
+  """An update that bfloat16 rounds away moves neither W nor λ."""
   tx = fptt(optax.sgd(1.0), alpha=1.0)
   params = jnp.array([1.0, 1.0], jnp.bfloat16)
   # Neighbours of 1 in bfloat16 are 1 - 1/256 and 1 + 1/128: 1 - 0.001 rounds to 1, and
@@ -1144,9 +1087,7 @@ def test_bfloat16_parameters_keep_a_float32_state():
 )
 @pytest.mark.parametrize('estimate', ['running', 'recomputed', 'lagged'])
 def test_state_dtype(x64, state_dtype, estimate):
-  """W̄ and λ are kept in the dtype asked for, whatever the parameters' (here float32),
-  and follow the default to its precision.
-  """
+  """W̄ and λ have the requested dtype, whatever the dtype of the parameters."""
   args = random_tree(0)['b'], lambda p, target: p - target, random_tree(1, 5)['b']
   w, state = walk(
     fptt(optax.sgd(0.1), gradient_estimate=estimate, state_dtype=state_dtype), *args
@@ -1163,9 +1104,7 @@ def test_state_dtype(x64, state_dtype, estimate):
 
 
 def test_none_leaves():
-  """None among the parameters (an absent bias) stays None in the state and changes
-  nothing else.
-  """
+  """None among the parameters, such as an absent bias, stays None."""
   params, grads = random_tree(0), random_tree(1, 3)
   w, state = walk(
     fptt(optax.adam(0.1)),
@@ -1198,7 +1137,7 @@ def trees_of_a_run(
 @pytest.mark.parametrize('inner_steps', [1, 2])
 @pytest.mark.parametrize('estimate', ['running', 'recomputed', 'lagged'])
 def test_shardings_are_kept(estimate, inner_steps):
-  """On a mesh of 4 x 2 devices W̄ and λ are laid out like the parameters, always."""
+  """On a mesh of 4 x 2 devices W̄ and λ are sharded like the parameters."""
   mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Explicit,) * 2)
   specs = {'w': PartitionSpec('x', 'y'), 'b': PartitionSpec('y')}
   params = {
@@ -1216,9 +1155,7 @@ def test_shardings_are_kept(estimate, inner_steps):
 
 
 def test_shardings_of_arrays_are_kept():
-  """The same outside `jit`, where no tracing helps: real arrays on a mesh of one device
-  keep their named sharding.
-  """
+  """Outside `jit`, arrays on a mesh of one device keep their named sharding."""
   # Releases differ in the kind of axes that a mesh has by default.
   mesh = jax.make_mesh((1,), ('x',), axis_types=(AxisType.Explicit,))
   sharding = NamedSharding(mesh, PartitionSpec('x'))
@@ -1233,18 +1170,14 @@ def test_shardings_of_arrays_are_kept():
 
 @every_float
 def test_abstract_init(dtype):
-  """The state of parameters that exist as shapes only has the shapes and dtypes of the
-  real one.
-  """
+  """The state of abstract parameters has the shapes and dtypes of the real one."""
   tx, params = fptt(optax.adam(0.1)), random_tree(0, dtype=dtype)
   abstract = jax.eval_shape(tx.init, jax.eval_shape(lambda: params))
   chex.assert_trees_all_equal_shapes_and_dtypes(abstract, tx.init(params))
 
 
 def test_donation():
-  """A jitted step may be given the parameters and the state for good: no buffer is
-  shared and none goes unused (a warning).
-  """
+  """A jitted step may donate parameters and state: no buffer is shared or unused."""
   tx = fptt(optax.adam(0.1))
   step = jax.jit(functools.partial(one_update, tx), donate_argnums=(0, 1))
   params = random_tree(0)
@@ -1269,9 +1202,7 @@ def test_donation():
 @pytest.mark.parametrize('inner_steps', [1, 2])
 @pytest.mark.parametrize('estimate', ['running', 'recomputed', 'lagged'])
 def test_strict_promotion(strict_dtypes, estimate, inner_steps, dtype, state_dtype):
-  """No implicit promotion in `update`, numbers or schedules, float32 or bfloat16
-  parameters under the float32 state.
-  """
+  """`update` needs no implicit dtype promotion."""
   params = random_tree(0, dtype=dtype)
   options = dict(gradient_estimate=estimate, state_dtype=state_dtype)
   extra_args = dict(grad_fn=lambda q: q, inner_steps=inner_steps)
@@ -1284,9 +1215,7 @@ def test_strict_promotion(strict_dtypes, estimate, inner_steps, dtype, state_dty
 
 @pytest.mark.parametrize('inner_steps', [1, 2])
 def test_recomputed_gradient_may_be_of_another_dtype(inner_steps):
-  """A `grad_fn` in float32 beside bfloat16 gradients: λ takes its own dtype, after the
-  last inner step or the only one.
-  """
+  """λ keeps its dtype if `grad_fn` returns float32 for bfloat16 gradients."""
   params = {'w': jnp.ones(3, jnp.bfloat16)}
   tx = fptt(optax.sgd(0.1), gradient_estimate='recomputed')
   state = tx.init(params)
@@ -1318,7 +1247,7 @@ def test_bad_state_dtype_and_schedule():
 
 
 def test_parameters_may_be_python_numbers():
-  """As optax's own optimizers take them."""
+  """Python numbers are accepted as by optax's optimizers."""
   tx = fptt(optax.sgd(0.5))
   state = tx.init({'w': 1.0})
   assert state.w_bar['w'].dtype == jnp.asarray(1.0).dtype
@@ -1326,7 +1255,7 @@ def test_parameters_may_be_python_numbers():
 
 
 def test_vmap_over_alpha():
-  """A sweep of α in one program: each lane of `vmap` is the run with that α."""
+  """Each lane of a `vmap` over α equals the run with that α."""
   run = lambda alpha: follow(
     fptt(optax.adam(0.1), alpha=alpha), random_tree(0), as_given, random_tree(1, 4)
   )[0]
@@ -1375,7 +1304,7 @@ def wrapped(name: str) -> optax.GradientTransformationExtraArgs:
 
 @functools.cache
 def wrapped_run(name: str) -> tuple[Any, Any]:
-  """(state, params) of the wrapped FPTT after three updates."""
+  """Return (state, params) of the wrapped FPTT after three updates."""
   grads = jax.tree.map(
     lambda g: jnp.repeat(g, WRAPPERS[name][1], axis=0), random_tree(1, 3)
   )
@@ -1385,9 +1314,7 @@ def wrapped_run(name: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize('name', WRAPPERS)
 def test_eval_params_through_wrappers(name):
-  """However deep the state, W̄ is that of the FPTT alone (Adam acts leaf by leaf); a
-  leaf that no FPTT covers is the parameter.
-  """
+  """W̄ is found at any depth; leaves outside every FPTT are the parameters."""
   state, params = wrapped_run(name)
   alone, _ = wrapped_run('bare')
   w_bar, covered = fptt_eval_params(state, params), WRAPPERS[name][2]
@@ -1400,9 +1327,7 @@ def test_eval_params_through_wrappers(name):
 
 @pytest.mark.parametrize('name', WRAPPERS)
 def test_restart_through_wrappers(name):
-  """W := W̄, λ := 0, everything else kept; the next update is the base optimizer's from
-  its kept moments.
-  """
+  """A restart sets W := W̄ and λ := 0; the next update is the base optimizer's."""
   state, params = wrapped_run(name)
   new_params, new_state = fptt_restart(state, params)
   chex.assert_trees_all_equal(new_params, fptt_eval_params(state, params))
@@ -1424,9 +1349,7 @@ def test_restart_through_wrappers(name):
 
 @every_float
 def test_restart_rounds_the_summary_too(dtype):
-  """After a restart W - W̄ is 0 to the last bit even if W is bfloat16: with a zero
-  gradient SGD does not move, λ stays 0.
-  """
+  """After a restart W - W̄ is exactly 0, even for bfloat16 W."""
   tx = fptt(optax.sgd(0.1))
   params, state = last(
     walk(tx, random_tree(0, dtype=dtype), as_given, random_tree(1, 3, dtype=dtype))
@@ -1441,9 +1364,7 @@ def test_restart_rounds_the_summary_too(dtype):
 
 
 def test_eval_params_have_the_parameters_dtype():
-  """The float32 W̄ under bfloat16 parameters comes back rounded to bfloat16, ready for
-  the same model.
-  """
+  """The float32 W̄ of bfloat16 parameters is rounded to bfloat16."""
   params = random_tree(0, dtype=jnp.bfloat16)
   params, state = last(
     walk(fptt(optax.sgd(0.1)), params, as_given, random_tree(1, 3, dtype=jnp.bfloat16))
@@ -1458,9 +1379,7 @@ def test_eval_params_have_the_parameters_dtype():
 @pytest.mark.parametrize('jitted', [False, True], ids=['eager', 'jit'])
 @pytest.mark.parametrize('name', ['bare', 'masked'])
 def test_results_share_no_buffer(name, jitted):
-  """W̄ as read out survives the donation of its source; a restarted pair can be donated
-  (no buffer twice) and leaves W alone.
-  """
+  """W̄ survives the donation of its state, and a restarted pair can be donated."""
   state, params = jax.tree.map(jnp.copy, wrapped_run(name))
   read, restart = (
     jax.jit(f) if jitted else f for f in (fptt_eval_params, fptt_restart)
@@ -1491,7 +1410,7 @@ def test_state_without_fptt(read):
 
 @pytest.mark.parametrize('read', [fptt_eval_params, fptt_restart])
 def test_state_of_other_parameters(read):
-  """Parameters of another structure or shape: the error shows both."""
+  """Parameters of another structure or shape raise an error that shows both."""
   state = fptt(BASE).init({'w': jnp.ones(2)})
   for other, shown in (
     ({'v': jnp.ones(2)}, r"'v': \(2,\)"),
@@ -1584,9 +1503,7 @@ def test_values_on_the_edge_are_accepted():
 
 
 def test_traced_values_are_not_checked():
-  """A traced number has no value yet, nor has a schedule built of one: neither may stop
-  the construction, nor warn.
-  """
+  """Traced numbers, and schedules of traced numbers, raise no error or warning."""
   wild = dict(alpha=-1.0, beta=1.5, kappa=-1.0, linear_scale=2.0)
   build = lambda wild: fptt(optax.sgd(0.1), **wild).init(jnp.ones(2)).step_count
   assert jax.jit(build)(wild) == 0
@@ -1601,9 +1518,7 @@ def test_traced_values_are_not_checked():
 
 
 def test_large_beta_warns_where_it_was_written():
-  """β > 1/2 gives the old mean a negative weight: a warning that names it and points at
-  the caller's line; 1/2 does not warn.
-  """
+  """β > 1/2 causes a warning that points at the caller's line; 1/2 does not."""
   with pytest.warns(
     UserWarning, match=r'beta=0\.7 > 0\.5 .* 1 - 2 beta = -0\.4'
   ) as record:
