@@ -1,5 +1,5 @@
-"""FastGRNN, iRNN, IndRNN and LRU against their equations, their papers' claims and the
-contract of a layer.
+"""FastGRNN, iRNN, IndRNN and LRU satisfy their equations, their papers' claims and the
+contract of layers.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ def init_of(build: Callable[[nnx.Rngs], nnx.Module]) -> Any:
 
 @functools.cache
 def run_of(name: str) -> tuple[Any, Callable[..., Any]]:
-  """A cell's initial state, and its window (state, x, mask) -> (state, y), compiled
-  once for each shape.
+  """Return a cell's initial state and its compiled window (state, x, mask) -> (state,
+  y).
   """
   model = model_of(name)
   params = scattered(quick(model.init)(KEY))
@@ -67,7 +67,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def scattered(params: Any) -> Any:
-  """Parameters moved a little, so that none is at a special value such as 0 or 1."""
+  """Perturb parameters so that none has a special value such as 0 or 1."""
   leaves, structure = jax.tree.flatten(params)
   return jax.tree.unflatten(
     structure,
@@ -129,7 +129,7 @@ def independent(
 )
 @pytest.mark.usefixtures('x64')
 def test_steps_by_their_equations(name, equation):
-  """A window is the paper's equation, applied step by step to column vectors."""
+  """A window equals the paper's equation, applied step by step to column vectors."""
   model = model_of(name, param_dtype=jnp.float64)
   params, x = scattered(quick(model.init)(KEY)), random(T, B, D)
   start = state_like(model.initial_state(B))
@@ -146,9 +146,8 @@ def test_steps_by_their_equations(name, equation):
 @pytest.mark.parametrize('name', ['LRU', 'LRU square'])
 @pytest.mark.usefixtures('x64')
 def test_lru_is_a_convolution(name):
-  """y_t = Re(C s_t) + D x_t with s_t = λ^(t+1) s + Σ_r λ^(t-r) γ B x_r, powers of
-  complex numbers in NumPy; the skip D acts unit by unit where inputs and outputs are
-  equally many and is a matrix elsewhere.
+  """y_t = Re(C s_t) + D x_t with s_t = λ^(t+1) s + Σ_r λ^(t-r) γ B x_r, in complex
+  NumPy. D is elementwise if there are as many inputs as outputs, else a matrix.
   """
   model = model_of(name, param_dtype=jnp.float64)
   params, x = scattered(quick(model.init)(KEY)), random(T, B, D)
@@ -172,8 +171,8 @@ def test_lru_is_a_convolution(name):
 
 @pytest.mark.usefixtures('x64')
 def test_incremental_rnn_at_equilibrium_has_gradient_minus_identity():
-  """With enough inner steps h' solves relu((h' + h) U + x W + b) = h' + h, and ∂h'/∂h =
-  -I; with one it is far from it.
+  """With many inner steps h' solves relu((h' + h) U + x W + b) = h' + h and ∂h'/∂h =
+  -I. With one step both are far off.
   """
   jacobians = []
   for inner_steps in (1, 30):
@@ -202,9 +201,8 @@ def test_incremental_rnn_at_equilibrium_has_gradient_minus_identity():
 
 @pytest.mark.usefixtures('x64')
 def test_indrnn_limit_bounds_the_growth_over_a_sequence():
-  """u = 3 limited to 2^(1/T): a state of 1 is exactly 2 after T steps without input,
-  and the gradient of that in the stored u is the one at the limit, T 2^((T-1)/T), not
-  the 0 of a clip.
+  """With u = 3 limited to 2^(1/T), a state of 1 is 2 after T steps. The gradient in the
+  stored u is T 2^((T-1)/T), the one at the limit, and not 0.
   """
   limit = 2 ** (1 / T)
   model = nn.from_nnx(
@@ -225,9 +223,7 @@ def test_indrnn_limit_bounds_the_growth_over_a_sequence():
 
 @pytest.mark.parametrize('name', ['IndRNN', 'LRU square'])
 def test_units_are_independent(name):
-  """A change of one unit's state changes its own after the next step and no other
-  unit's.
-  """
+  """A change of one unit's state changes that unit only."""
   start, run = run_of(name)
   first = np.broadcast_to(np.arange(T)[:, None] < 1, (T, B))
   start = state_like(start)
@@ -242,9 +238,7 @@ def test_units_are_independent(name):
 
 @pytest.mark.parametrize('ring', [(0.0, 0.5), (0.95, 0.99)])
 def test_lru_keeps_the_variance_of_white_noise(ring):
-  """γ: the mean of |s|² after many steps is that of one step's drive, 1, on a ring near
-  0 and on one near 1.
-  """
+  """The mean of |s|² after many steps is 1, on a ring near 0 and on one near 1."""
   model = nn.from_nnx(
     lambda rngs: LRU(8, 8, state_features=64, r_min=ring[0], r_max=ring[1], rngs=rngs)
   )
@@ -258,8 +252,8 @@ def test_lru_keeps_the_variance_of_white_noise(ring):
 
 
 def test_a_stack_of_indrnns_learns():
-  """Three layers and a readout under FPTT: the error of a sum over the sequence falls
-  to a quarter within 150 steps.
+  """Three layers and a readout under FPTT reduce the error of a sum to a quarter within
+  150 steps.
   """
   limit = 2 ** (1 / 6)
 
@@ -291,9 +285,8 @@ def test_a_stack_of_indrnns_learns():
 
 @EACH_CELL
 def test_masks_and_windows(name):
-  """Masked steps leave the state, bit for bit; each sequence's state is the one after
-  its own valid steps; two windows joined at the state are one; a later input changes no
-  earlier output.
+  """Masked steps leave the state bit for bit, two joined windows equal one, and later
+  inputs change no earlier output.
   """
   start, run = run_of(name)
   x, lengths = random(T, B, D).astype(np.float32), [5, 2, 3]
@@ -320,8 +313,8 @@ def test_masks_and_windows(name):
 @ONE_OF_EACH
 @pytest.mark.usefixtures('x64')
 def test_gradients_are_finite_differences(name):
-  """In each parameter, the inputs and the first state, along a random direction,
-  through a window with a masked step.
+  """Gradients in parameters, inputs and state equal finite differences along a random
+  direction, with a masked step.
   """
   model = model_of(name, param_dtype=jnp.float64)
   params, x = scattered(quick(model.init)(KEY)), random(3, 2, D)
@@ -366,10 +359,8 @@ def test_gradients_are_finite_differences(name):
 
 
 @ONE_OF_EACH
-def test_initialisation_is_pure_and_may_be_mapped(name):
-  """Compiled and mapped over seeds it gives what it gives for each; different seeds
-  differ.
-  """
+def test_initialization_is_pure_and_may_be_mapped(name):
+  """Compiled and mapped over seeds, init gives the same as for each seed. Seeds differ."""
   model, keys = model_of(name), jax.random.split(KEY, 2)
   many, one = quick(lambda keys: (jax.vmap(model.init)(keys), model.init(keys[1])))(
     keys
@@ -382,9 +373,7 @@ def test_initialisation_is_pure_and_may_be_mapped(name):
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures('strict_dtypes')
 def test_cells_keep_their_dtype(name, dtype):
-  """Parameters, state and outputs have param_dtype, float32 inputs or not; nothing is
-  promoted on the way.
-  """
+  """Parameters, state and outputs have param_dtype for float32 inputs, too."""
   model = model_of(name, param_dtype=dtype)
 
   def run(key, x):
@@ -407,8 +396,8 @@ def test_cells_keep_their_dtype(name, dtype):
 @pytest.mark.parametrize('method', ['fptt', 'bptt'])
 @ONE_OF_EACH
 def test_cells_train(name, method):
-  """One step on a ragged batch: all numbers finite, every parameter tensor of the cell
-  moved, the state kept in its type.
+  """After one step on a ragged batch all numbers are finite, every parameter has moved,
+  and the state has kept its type.
   """
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(CELLS[name](rngs=rngs), nnx.Linear(H, 1, rngs=rngs))
@@ -463,13 +452,13 @@ def test_cells_train(name, method):
   ],
 )
 def test_parameter_counts(build, count):
-  """The formulas of the docstrings."""
+  """The counts are those of the docstrings' formulas."""
   params = jax.eval_shape(nn.from_nnx(build).init, KEY)
   assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
 def assert_uniform(values: Any, low: float, high: float) -> None:
-  """Within the bounds, filling them, of a uniform's mean and deviation."""
+  """Assert bounds, mean and deviation of a uniform distribution."""
   values, width = np.asarray(values), high - low
   assert low <= values.min() < low + 0.05 * width
   assert high - 0.05 * width < values.max() <= high
@@ -477,8 +466,8 @@ def assert_uniform(values: Any, low: float, high: float) -> None:
   np.testing.assert_allclose(values.std(), width / 12**0.5, rtol=0.1)
 
 
-def test_fast_grnn_initialisation():
-  """Matrices and factors normal with deviation 0.1, biases 1, ζ and ν as given."""
+def test_fast_grnn_initialization():
+  """Matrices and factors are normal with deviation 0.1, biases 1, ζ and ν as given."""
   full = init_of(lambda rngs: FastGRNN(64, 64, rngs=rngs))
   low = init_of(
     lambda rngs: FastGRNN(64, 64, w_rank=32, u_rank=16, zeta=6.0, nu=-6.0, rngs=rngs)
@@ -498,8 +487,8 @@ def test_fast_grnn_initialisation():
   assert [np.shape(low['w_h'][i]) for i in range(2)] == [(64, 16), (16, 64)]
 
 
-def test_incremental_rnn_initialisation():
-  """All uniform in ±1/√H, one η an inner step."""
+def test_incremental_rnn_initialization():
+  """All weights are uniform in ±1/√H, and there is one η per inner step."""
   params = init_of(
     lambda rngs: IncrementalRNN(64, 64, inner_steps=4, eta=0.125, rngs=rngs)
   )
@@ -509,8 +498,10 @@ def test_incremental_rnn_initialisation():
   np.testing.assert_array_equal(params['eta'], [0.125] * 4)
 
 
-def test_indrnn_initialisation():
-  """The u uniform in the given range, input weights in He's with slope 8, bias 0."""
+def test_indrnn_initialization():
+  """u is uniform in the given range, input weights are He's with slope 8, the bias is
+  0.
+  """
   params = init_of(
     lambda rngs: IndRNN(64, 512, max_weight=1.01, initial_range=(0.5, 1.01), rngs=rngs)
   )
@@ -520,9 +511,9 @@ def test_indrnn_initialisation():
   assert_uniform(init_of(lambda rngs: IndRNN(1, 512, rngs=rngs))['u'], 0, 1)
 
 
-def test_lru_initialisation():
-  """Uniform in area on the ring, |λ|² uniform, phases uniform up to the greatest, γ² =
-  1 - |λ|², B, C and the skip normal.
+def test_lru_initialization():
+  """λ is uniform in area on the ring and in phase, γ² = 1 - |λ|², and B, C and D are
+  normal.
   """
   p = init_of(
     lambda rngs: LRU(
@@ -550,8 +541,8 @@ def test_lru_initialisation():
 
 
 def test_lru_near_the_unit_circle_is_finite():
-  """A ring of |λ| within 1e-7 of 1, where 1 - |λ|² is 0 in float32: parameters, outputs
-  and gradients are numbers.
+  """With |λ| within 1e-7 of 1, where 1 - |λ|² is 0 in float32, parameters, outputs and
+  gradients are finite.
   """
   model = nn.from_nnx(
     lambda rngs: LRU(D, D, state_features=64, r_min=1 - 1e-7, r_max=1, rngs=rngs)
@@ -570,9 +561,7 @@ def test_lru_near_the_unit_circle_is_finite():
 @pytest.mark.parametrize('greatest', [False, True])
 @pytest.mark.parametrize('ring', [(0.0, 1.0), (0.0, 0.5), (0.9, 1.0)])
 def test_lru_survives_the_extreme_draws(monkeypatch, ring, greatest):
-  """The least and the greatest number a uniform draw can give leave all logarithms and
-  their exponentials finite.
-  """
+  """The smallest and the largest uniform draw give finite logarithms and exponentials."""
 
   def extreme(key, shape, dtype, low, high):
     return jnp.full(

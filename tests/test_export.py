@@ -78,7 +78,7 @@ def test_outputs_for_any_batch_size(name: str) -> None:
 
 @pytest.mark.parametrize('name', ['LSTM', 'LRU'])
 def test_gradient_for_any_number_of_steps_and_any_mask(name: str) -> None:
-  """The backward pass needs neither size, nor whether the mask is full."""
+  """The backward pass supports a symbolic size and any mask."""
   model = of_layer(LAYERS[name])
   params, run = model.init(KEY), outputs(model)
   gradient = jax.jit(
@@ -103,7 +103,7 @@ def test_gradient_for_any_number_of_steps_and_any_mask(name: str) -> None:
 
 
 def test_language_model_in_training() -> None:
-  """Noise, penalties and the tied mixture draw the same for a symbolic size."""
+  """Noise, penalties and the tied mixture are equal for a symbolic size."""
   model = nn.from_nnx(awd)
   params, run = model.init(KEY), jax.jit(outputs(model))
   steps, size = export.symbolic_shape('s, b')
@@ -131,7 +131,7 @@ def test_linen_cell() -> None:
 
 
 def test_evaluation_and_training_step() -> None:
-  """The trainer's own functions are exported for any number of sequences."""
+  """The trainer's own functions can be exported for any number of sequences."""
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(nn.GRU(1, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs))
   )

@@ -1,5 +1,5 @@
-"""Models from Equinox and Haiku, from modules of one's own, and trained parameters back
-into them.
+"""Models from Equinox, Haiku and user modules, and trained parameters put back into
+modules.
 """
 
 import inspect
@@ -56,7 +56,7 @@ def equinox() -> Any:
 
 @pytest.mark.parametrize('name', ['GRUCell', 'LSTMCell'])
 def test_equinox_cells(eqx: Any, name: str) -> None:
-  """WindowPlan give what the cell gives row by row and step by step, before and after
+  """Windows equal the cell called row by row and step by step, before and after
   training.
   """
 
@@ -77,7 +77,9 @@ def test_equinox_cells(eqx: Any, name: str) -> None:
 
 
 def test_equinox_module_of_ones_own(eqx: Any) -> None:
-  """Several cells, a readout, dropout, integer constants and static fields."""
+  """A module may have several cells, a readout, dropout, integer constants and static
+  fields.
+  """
 
   class Tagger(eqx.Module):
     cells: list[Any]
@@ -123,9 +125,7 @@ def test_equinox_module_of_ones_own(eqx: Any) -> None:
 
 
 def test_equinox_modules_that_cannot_be_meant(eqx: Any) -> None:
-  """A module without steps, one that is made already, and one with running
-  statistics.
-  """
+  """A module without steps, a module instance and running statistics raise errors."""
   with pytest.raises(TypeError, match='Linear'):
     nn.from_equinox(lambda key: eqx.nn.Linear(D, H, key=key))
   with pytest.raises(TypeError, match='build'):
@@ -146,9 +146,7 @@ def haiku() -> Any:
 
 @pytest.mark.parametrize('name', ['LSTM', 'GRU', 'VanillaRNN', 'DeepRNN'])
 def test_haiku_cores(hk: Any, name: str) -> None:
-  """WindowPlan give what Haiku's own unroll gives over the whole sequence, before and
-  after training.
-  """
+  """Windows equal Haiku's unroll over the whole sequence, before and after training."""
 
   def build() -> Any:
     if name == 'DeepRNN':
@@ -168,7 +166,9 @@ def test_haiku_cores(hk: Any, name: str) -> None:
 
 
 def test_haiku_cores_that_cannot_be_meant(hk: Any) -> None:
-  """No core, a trained initial state, and running statistics."""
+  """A module without steps, a trained initial state and running statistics raise
+  errors.
+  """
   with pytest.raises(TypeError, match='Linear'):
     nn.from_haiku(lambda: hk.Linear(3), (D,))
 
@@ -200,7 +200,7 @@ def test_haiku_cores_that_cannot_be_meant(hk: Any) -> None:
   ],
 )
 def test_neither_library_is_needed(module: str, call: str, package: str) -> None:
-  """They are imported when asked for, and the error says what to install."""
+  """Each is imported on use, and the error names the package to install."""
   program = f"""
 import sys
 sys.modules[{module!r}] = None
@@ -219,7 +219,7 @@ else:
 
 
 class TwoCells(nnx.Module):
-  """A per-step module with two cells and a readout, which tells no in_features."""
+  """A per-step module with two cells and a readout, without in_features."""
 
   def __init__(self, rngs: nnx.Rngs):
     self.first = nnx.GRUCell(D, H, rngs=rngs)
@@ -247,7 +247,7 @@ BUILDS = {
 
 @pytest.mark.parametrize('name', BUILDS)
 def test_trained_parameters_go_back_into_the_module(name: str) -> None:
-  """The module computes by itself what the model computes with the same parameters."""
+  """The module computes the same as the model with the same parameters."""
   build = BUILDS[name]
   model = nn.from_nnx(build)
   params = trained(model)
@@ -267,14 +267,14 @@ def test_trained_parameters_go_back_into_the_module(name: str) -> None:
 
 
 def test_other_parameters_do_not_go_into_the_module() -> None:
-  """The difference is named."""
+  """The error names the difference."""
   params = nn.from_nnx(lambda rngs: nnx.GRUCell(D, H + 1, rngs=rngs)).init(KEY)
   with pytest.raises(ValueError, match='params'):
     nn.to_nnx(BUILDS['cell'], params)
 
 
 class NeedsFeatures(nnx.GRUCell):
-  """A carry as wide as the inputs, whose width it does not tell."""
+  """A cell whose carry is as wide as its inputs, without in_features."""
 
   def __init__(self, rngs: nnx.Rngs):
     super().__init__(D, D, rngs=rngs)
@@ -287,7 +287,7 @@ class NeedsFeatures(nnx.GRUCell):
 
 
 def test_a_carry_that_depends_on_features_needs_them() -> None:
-  """They are asked for by name."""
+  """The error names in_features."""
   with pytest.raises(TypeError, match='in_features'):
     nn.from_nnx(NeedsFeatures)
 
@@ -296,7 +296,7 @@ def test_a_carry_that_depends_on_features_needs_them() -> None:
 
 
 class Constants(nnx.Module):
-  """Arrays of every kind that are no parameters."""
+  """Arrays of every kind that are not parameters."""
 
   def __init__(self) -> None:
     self.jax = jnp.full(1, 2.0)
@@ -321,9 +321,7 @@ class Constants(nnx.Module):
 
 
 def test_arrays_that_are_no_parameters_are_constants() -> None:
-  """They are neither trained nor lost: the output is the inputs' times their
-  product.
-  """
+  """They are neither trained nor lost: the output is the inputs times their product."""
 
   def stack(middle: Any) -> fptt_jax.Model:
     return nn.from_nnx(
@@ -342,7 +340,7 @@ def test_arrays_that_are_no_parameters_are_constants() -> None:
 
 
 def test_a_functions_array_made_by_build_is_a_constant() -> None:
-  """Also beside layers that are drawn from rngs."""
+  """This also holds in the presence of layers drawn from rngs."""
 
   def build(rngs: nnx.Rngs) -> nn.Sequential:
     factor = jnp.full((1, 1, H), 2.0)
@@ -358,7 +356,7 @@ def test_a_functions_array_made_by_build_is_a_constant() -> None:
 
 
 def test_random_constants_and_hidden_parameters_are_refused() -> None:
-  """They would be other ones than init draws, or never be trained."""
+  """They would differ from init's draws, or never be trained."""
 
   class Projection(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
@@ -379,11 +377,11 @@ def test_random_constants_and_hidden_parameters_are_refused() -> None:
 
 
 class Frozen(nnx.Variable):
-  """A variable of a kind of the user's own."""
+  """A user-defined kind of variable."""
 
 
 def test_variables_of_other_kinds_are_refused_by_name() -> None:
-  """With their place."""
+  """The error names the variable's path."""
 
   class Scaled(nnx.Module):
     def __init__(self) -> None:
@@ -400,7 +398,7 @@ def test_variables_of_other_kinds_are_refused_by_name() -> None:
   ('adapter', 'package'), [(nn.from_equinox, 'equinox'), (nn.from_haiku, 'haiku')]
 )
 def test_examples_of_docstrings(adapter: Any, package: str) -> None:
-  """The examples run as printed. They are no doctests, which run without the
+  """The examples run as printed. They are not doctests, which run without the
   packages.
   """
   pytest.importorskip(package)

@@ -40,8 +40,9 @@ def model(layer, features, implementation, dtype=jnp.float64):
 
 
 def value_and_gradients(layer, implementation, shape, masked, dtype=jnp.float64):
-  """Of a function of all that a window gives out, by weights, initial state and inputs;
-  masked outputs mean nothing, they are left out."""
+  """Return a function of all of a window's results and its gradients in weights,
+  initial state and inputs. Masked outputs, which are undefined, are left out.
+  """
   run, (size, batch_size, features) = (
     model(layer, features=shape[2], implementation=implementation, dtype=dtype),
     shape,
@@ -72,7 +73,7 @@ def value_and_gradients(layer, implementation, shape, masked, dtype=jnp.float64)
 
 
 def assert_close(got, expected, tolerance):
-  """Each leaf to `tolerance` of its largest number."""
+  """Compare each leaf to `tolerance` times its largest number."""
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
@@ -94,8 +95,8 @@ def assert_close(got, expected, tolerance):
 )
 @pytest.mark.parametrize('layer', LAYERS)
 def test_fused_equals_the_scan(layer, axis, shape, masked, steps):
-  """Values and all gradients in float64; few and many features; all, some and single
-  steps at once; masks with holes.
+  """Values and gradients are equal in float64, for few and many features, all chunk
+  sizes, and masks with holes.
   """
   assert choose_axis(shape[1], H) == axis
   assert steps_per_chunk(*shape[:2]) == steps
@@ -106,8 +107,9 @@ def test_fused_equals_the_scan(layer, axis, shape, masked, steps):
 @pytest.mark.parametrize('batch_size', [16, 64], ids=['rows', 'columns'])
 @pytest.mark.parametrize('layer', LAYERS)
 def test_fused_in_float32_is_as_good_as_the_scan(layer, batch_size):
-  """float32 differs from the scan in float32 by rounding alone: 12 steps of sums of
-  some 20 products, each to 6e-8, for gradients of as many sequences."""
+  """In float32 both differ by rounding only: 12 steps of sums of about 20 products,
+  each to 6e-8, for gradients of as many sequences.
+  """
   shape = (12, batch_size, 7)
   expected = value_and_gradients(layer, 'scan', shape, False, jnp.float32)
   assert_close(
@@ -118,9 +120,8 @@ def test_fused_in_float32_is_as_good_as_the_scan(layer, batch_size):
 @pytest.mark.parametrize('batch_size', [16, 64], ids=['rows', 'columns'])
 @pytest.mark.parametrize('layer', [layer for layer in LAYERS if 'LRU' not in layer])
 def test_fused_in_bfloat16_sums_in_float32(layer, batch_size):
-  """bfloat16 weights, inputs and states, summed in float32: no further from the float32
-  result of the same numbers than the scan in bfloat16 is, but for a factor 1.5 of
-  luck.
+  """In bfloat16 the result is at most 1.5 times as far from the float32 result of the
+  same numbers as the scan's is.
   """
   shape = (12, batch_size, 7)
   weights = jax.tree.map(
@@ -168,7 +169,7 @@ def test_fused_in_bfloat16_sums_in_float32(layer, batch_size):
 @pytest.mark.parametrize('batch_size', [4, 64], ids=['rows', 'columns'])
 @pytest.mark.parametrize('layer', LAYERS)
 def test_fused_under_vmap(layer, batch_size):
-  """Over models and data, as populations are trained."""
+  """Values agree under vmap over models and data, as populations are trained."""
   runs = [model(layer, 2, choice) for choice in ('custom_vjp', 'scan')]
   params = jax.vmap(runs[0].init)(jax.random.split(jax.random.key(0), 3))
   x = jax.random.normal(jax.random.key(1), (3, 5, batch_size, 2))
@@ -185,7 +186,7 @@ def test_fused_under_vmap(layer, batch_size):
 
 
 def test_plain_scan_can_be_differentiated_forward():
-  """`implementation='scan'` is the way to jvp and second derivatives."""
+  """`implementation='scan'` supports jvp and second derivatives."""
   x = jnp.ones((3, 2, 2))
 
   def outputs(implementation):
@@ -218,8 +219,8 @@ def test_plain_scan_can_be_differentiated_forward():
   ],
 )
 def test_steps_per_chunk(num_steps, batch_size, expected):
-  """The least divisor of S that makes 128 columns and no more than 1024, else the least
-  that makes 64, all of S at most.
+  """The result is the smallest divisor of S that gives 128 to 1,024 columns, else 64,
+  else S.
   """
   assert steps_per_chunk(num_steps, batch_size) == expected
 
@@ -237,14 +238,12 @@ def test_steps_per_chunk(num_steps, batch_size, expected):
   ],
 )
 def test_choose_axis(batch_size, hidden, expected):
-  """Columns for 64 sequences or more, if a multiple of 16, and for 1,024 units or
-  more.
-  """
+  """Columns serve batches of 64 or more that 16 divides, and 1,024 units or more."""
   assert choose_axis(batch_size, hidden) == expected
 
 
 def compiled_step(num_steps, num_windows, features=1, batch_size=64, **options):
-  """A train step of an LSTM of 128."""
+  """Compile a train step of an LSTM of 128 units."""
   run = nn.from_nnx(
     lambda rngs: nn.Sequential(
       nn.LSTM(features, 128, rngs=rngs), nnx.Linear(128, 10, rngs=rngs)
@@ -272,9 +271,8 @@ def temporary_bytes(*args, **options):
 @pytest.mark.parametrize('batch_size', [60, 64], ids=['rows', 'columns'])
 @pytest.mark.parametrize(('features', 'expected'), [(1, 7.05), (128, 8.05)])
 def test_lstm_keeps_seven_numbers_a_unit_and_step(features, expected, batch_size):
-  """A window's memory grows by 7·B·H floats a step: five factors, f, and the output
-  before, with input and 1, 1/64 of it. Inputs of many features, as many here as units,
-  are cut out of the batch.
+  """A window's memory grows by 7·B·H floats per step: five factors, f and the output
+  before. Inputs with many features are sliced from the batch.
   """
   small, large = (
     temporary_bytes(128, windows, features, batch_size) for windows in (4, 2)
@@ -283,8 +281,9 @@ def test_lstm_keeps_seven_numbers_a_unit_and_step(features, expected, batch_size
 
 
 def test_memory_falls_with_the_windows():
-  """Pixel MNIST's shape on one device: at least 25 times with K = 28, 80 times with K =
-  112; windows of 16 steps take no more for longer sequences."""
+  """For pixel MNIST, K = 28 takes 25 times less memory than BPTT and K = 112 80 times
+  less. Windows of 16 steps take no more in longer sequences.
+  """
   whole, *parts = (
     temporary_bytes(784, windows, batch_size=128) for windows in (1, 28, 112)
   )
@@ -297,8 +296,8 @@ def test_memory_falls_with_the_windows():
 
 
 def test_products_in_the_compiled_loops():
-  """Matrices are multiplied once a step forward and, for two steps backward, twice for
-  dh and once for the weights.
+  """Per step there is one product forward. Backward, two steps take two for dh and one
+  for the weights.
   """
   text = compiled_step(56, 2).as_text()
   bodies = re.findall(r'^%?[\w.-]+ \(.*?^}', text, re.M | re.S)
@@ -322,11 +321,10 @@ def test_products_in_the_compiled_loops():
 
 @pytest.mark.parametrize(('skip_nonfinite', 'passes'), [(False, 8), (True, 12)])
 def test_update_in_the_compiled_windows(skip_nonfinite, passes):
-  """The loop over windows copies none of the layer's parameters, and updates each in
-  five passes: Adam's two moments, of which the regularized gradient is a part; W, λ,
-  W̄. (On a CPU a fusion writes one array. Three more scale and transpose the window's
-  weights and zero their gradient.) Skipping what is not finite takes at most one more
-  for each of the five kept.
+  """The loop over windows copies no parameter of the layer and updates each in five
+  passes: Adam's two moments, W, λ and W̄. (On a CPU a fusion writes one array. Three
+  more scale and transpose the window's weights and zero their gradient.) Skipping
+  nonfinite updates takes at most one more pass for each of the five.
   """
   text = compiled_step(56, 2, skip_nonfinite=skip_nonfinite).as_text()
   bodies = {

@@ -25,7 +25,7 @@ LAYERS = {'LSTM': nn.LSTM, 'GRU': nn.GRU}
 
 @pytest.fixture(scope='module', autouse=True)
 def emulated(tmp_path_factory):
-  """The kernels compiled for the CPU, in a folder of their own."""
+  """Compile the kernels for the CPU into a temporary cache."""
   if jax.default_backend() != 'cpu':
     pytest.skip('emulation needs the CPU to be the default backend')
   if not shutil.which('g++'):
@@ -46,7 +46,7 @@ def draw(seed, *shape):
 
 
 def initial_state(run, batch_size, shape=()):
-  """One that is not zero."""
+  """Draw a state that is not zero."""
   leaves, structure = jax.tree.flatten(run.initial_state(batch_size))
   return structure.unflatten(
     draw(1 + number, *shape, *leaf.shape) / 2 for number, leaf in enumerate(leaves)
@@ -54,9 +54,7 @@ def initial_state(run, batch_size, shape=()):
 
 
 def results(cell, hidden, implementation, num_steps, batch_size, mask, members=None):
-  """All that a window gives out and the gradients of a function of it by weights,
-  initial state and inputs; over members too.
-  """
+  """Return a window's results and the gradients in weights, initial state and inputs."""
   run = layer(cell, hidden, implementation)
   shape = () if members is None else (members,)
 
@@ -80,16 +78,15 @@ def results(cell, hidden, implementation, num_steps, batch_size, mask, members=N
 
 
 def assert_close(got, expected, tolerance=2e-5):
-  """Each leaf to `tolerance` of its largest number. float32 rounds each sum of up to
-  512 products to some 1e-6, in another order here and there, and 20 steps pass that
-  on.
+  """Compare each leaf to `tolerance` times its largest number. float32 rounds sums of
+  up to 512 products to about 1e-6, and 20 steps pass that on.
   """
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
 
 
 def ragged(num_steps, batch_size):
-  """Holes, a row without a single step, and a last row that is whole."""
+  """Draw a mask with holes, a row without valid steps and a full last row."""
   mask = draw(5, num_steps, batch_size) > -0.3
   mask[:, 0], mask[:, -1] = False, True
   return mask
@@ -103,8 +100,8 @@ def ragged(num_steps, batch_size):
 )
 @pytest.mark.parametrize('cell', LAYERS)
 def test_kernel_equals_both_scans(cell, hidden, num_steps, batch_size, masked):
-  """Outputs, final state and all gradients. Up to 4 rows have a block each, more share
-  one by two, the fifth has its own.
+  """Outputs, final state and all gradients agree. Up to 4 rows have a block each; of
+  five rows two blocks hold two each and one holds one.
   """
   mask = ragged(num_steps, batch_size) if masked else None
   got = results(cell, hidden, 'cuda', num_steps, batch_size, mask)
@@ -116,9 +113,7 @@ def test_kernel_equals_both_scans(cell, hidden, num_steps, batch_size, masked):
 
 @pytest.mark.parametrize('cell', LAYERS)
 def test_a_row_without_steps_keeps_its_state(cell):
-  """Bit by bit, and its gradient passes unchanged: cos of the state for a sum of sines,
-  and 0 for its inputs.
-  """
+  """The state is equal bit for bit. Its gradient passes unchanged and the inputs' is 0."""
   mask = jnp.array([[False, True, False]] * 4)
   ((_, (end, _)), (_, d_state, dx)) = results(cell, 32, 'cuda', 4, 3, mask)
   state = initial_state(layer(cell, 32, 'cuda'), 3)
@@ -132,9 +127,7 @@ def test_a_row_without_steps_keeps_its_state(cell):
 
 @pytest.mark.parametrize('cell', LAYERS)
 def test_population_with_their_own_weights(cell):
-  """Under vmap all operands get an axis of members, the mask included, which they
-  share.
-  """
+  """Under vmap all operands get a member axis, including the shared mask."""
   mask = ragged(4, 3)
   assert_close(
     results(cell, 32, 'cuda', 4, 3, mask, members=3),
@@ -162,9 +155,7 @@ def test_population_of_members(cell):
 
 @functools.cache
 def trained(cell, implementation, mesh=None):
-  """The state after two steps of FPTT, four windows of four steps and one of three
-  each, lengths ragged.
-  """
+  """Return the state after two FPTT steps on ragged windows of three and four steps."""
   run = nn.from_nnx(
     lambda rngs: nn.Sequential(
       LAYERS[cell](D, 32, implementation=implementation, rngs=rngs),
@@ -187,9 +178,7 @@ def trained(cell, implementation, mesh=None):
 @pytest.mark.parametrize('devices', [1, 2])
 @pytest.mark.parametrize('cell', LAYERS)
 def test_training_equals_the_fused_scan(cell, devices):
-  """A train step: a scan over windows within jit, on one device or with the batch split
-  over two.
-  """
+  """A train step agrees on one device and with the batch split over two."""
   mesh = (
     None if devices == 1 else jax.sharding.Mesh(jax.devices()[:devices], ('batch',))
   )
@@ -299,8 +288,8 @@ def test_a_failed_compilation_shows_the_compiler_output(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('cell', LAYERS)
 def test_compiles_for_a_gpu_without_spills(cell, tmp_path):
-  """For an H100, by nvcc; all that a step works with stays in registers, and the
-  library has what JAX asks it for.
+  """nvcc compiles for an H100 without register spills, and the library exports the
+  expected symbols.
   """
   try:
     command = cuda.compile_command(cell, 'CUDA', 'sm_90')

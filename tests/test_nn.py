@@ -1,5 +1,5 @@
-"""Layers against torch, Flax's cells and their equations; what adapters and stacks
-promise of any of them.
+"""Layers equal torch, Flax's cells and their equations; adapters and stacks keep their
+contract.
 """
 
 from collections.abc import Callable
@@ -51,8 +51,8 @@ CLOSE = dict(rtol=1e-5, atol=1e-6)
 
 @functools.cache
 def built(name: str) -> tuple[Any, Callable[..., Any]]:
-  """A layer's parameters, and its evaluation (state, x, mask) -> (state, y), compiled
-  once for each shape.
+  """Return a layer's parameters and its compiled evaluation (state, x, mask) -> (state,
+  y).
   """
   model = LAYERS[name]()
   params = quick(model.init)(jax.random.key(1))
@@ -79,8 +79,7 @@ def parameter_count(build: Callable[[nnx.Rngs], nnx.Module]) -> int:
 
 @EACH_LAYER
 def test_outputs_depend_on_the_past_only(name):
-  """Causality: inputs from step 3 on change the outputs from step 3 on, those before
-  them by not one bit. Rows of a batch are independent in the same sense."""
+  """Inputs from step 3 on change no earlier output by a single bit, and no other row."""
   _, run = built(name)
   x, changed = random(T, B, D), random(T, B, D)
   changed[3:, 1] += 1
@@ -92,9 +91,9 @@ def test_outputs_depend_on_the_past_only(name):
 
 @EACH_LAYER
 def test_masked_steps_leave_the_state(name):
-  """With a mask the state is, for each sequence, the one after its own valid steps,
-  wherever the others go on; a whole window of masked steps gives back the state it got,
-  bit for bit. Outputs at valid steps are those without a mask.
+  """The state is the one after each sequence's own valid steps, and a fully masked
+  window returns its state bit for bit. Outputs at valid steps equal those without a
+  mask.
   """
   _, run = built(name)
   x, lengths = random(T, B, D), [5, 2, 3]
@@ -114,9 +113,7 @@ def test_masked_steps_leave_the_state(name):
 
 @EACH_LAYER
 def test_windows_join(name):
-  """Two windows, the second from the first's state, are one long window: state and
-  outputs.
-  """
+  """Two windows with the state carried equal one long window in state and outputs."""
   _, run = built(name)
   x = random(T, B, D)
   state, first = run(x[:2])
@@ -127,10 +124,8 @@ def test_windows_join(name):
 
 
 @EACH_LAYER
-def test_initialisation_is_pure_and_may_be_mapped(name):
-  """The same key gives the same parameters, under vmap over seeds too; all are
-  floating-point arrays.
-  """
+def test_initialization_is_pure_and_may_be_mapped(name):
+  """The same key gives the same floating-point parameters, also under vmap over seeds."""
   model, _ = built(name)
   keys = jax.random.split(KEY, 2)
   many = quick(jax.vmap(model.init))(keys)
@@ -146,7 +141,7 @@ def test_initialisation_is_pure_and_may_be_mapped(name):
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures('strict_dtypes')
 def test_layers_keep_their_dtype(layer, dtype):
-  """Parameters, state and outputs have param_dtype; nothing is promoted on the way."""
+  """Parameters, state and outputs have param_dtype; nothing is promoted."""
   model = nn.from_nnx(lambda rngs: layer(D, H, param_dtype=dtype, rngs=rngs))
 
   def run(key, x):
@@ -185,8 +180,8 @@ def torch() -> Any:
   ],
 )
 def test_layers_compute_what_torch_computes(torch, kind, layers, bias):
-  """With torch's weights: outputs and every layer's last state, from a given state,
-  through one or several layers.
+  """With torch's weights, outputs and final states equal torch's from a given state,
+  for one layer and several.
   """
   torch.manual_seed(0)
   module = getattr(torch.nn, kind)(D, H, layers, bias=bias)
@@ -223,8 +218,8 @@ def torch_names(*shapes: tuple[int, ...], suffix: str = 'l0') -> dict[str, np.nd
 
 
 def test_from_torch_takes_numpy_arrays():
-  """A mapping of torch's names to NumPy arrays does; biases add up but for the GRU's;
-  torch itself is not needed.
+  """A mapping of torch's names to NumPy arrays suffices. Biases are summed, except the
+  GRU's.
   """
   weights = torch_names((8, 3), (8, 2), (8,), (8,))
   (params,) = nn.from_torch(weights)
@@ -282,8 +277,8 @@ def test_from_torch_rejects_other_modules(weights, message):
 
 @pytest.mark.parametrize('cell', [nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell])
 def test_from_nnx_runs_flaxs_cells(cell):
-  """The adapter's window is the cell called step by step; its parameters are the cell's
-  own for the same key.
+  """A window equals the cell called step by step, and parameters equal the cell's for
+  the same key.
   """
   model = nn.from_nnx(lambda rngs: cell(D, H, rngs=rngs))
   module, x = cell(D, H, rngs=nnx.Rngs(KEY)), random(T, B, D)
@@ -303,7 +298,7 @@ def test_from_nnx_runs_flaxs_cells(cell):
 
 
 class Tagger(linen.Module):
-  """A Linen per-step module with everything inside: embedding, cell, readout."""
+  """A Linen per-step module with embedding, cell and readout inside."""
 
   @linen.compact
   def __call__(self, carry, token):
@@ -324,9 +319,7 @@ class Tagger(linen.Module):
   ids=['OptimizedLSTMCell', 'GRUCell', 'own module'],
 )
 def test_from_linen_runs_linens_modules(module, shape, dtype):
-  """The adapter's window is the Linen module applied step by step, to features or
-  tokens.
-  """
+  """A window equals the Linen module called step by step, for features and tokens."""
   model = nn.from_linen(module, shape, dtype)
   x = (
     random(T, B, *shape)
@@ -346,7 +339,7 @@ def test_from_linen_runs_linens_modules(module, shape, dtype):
 
 
 class LinenDropout(linen.Module):
-  """A Linen per-step module of dropout alone."""
+  """A Linen per-step module with dropout only."""
 
   @linen.compact
   def __call__(self, carry, x):
@@ -357,7 +350,7 @@ class LinenDropout(linen.Module):
 
 
 def test_linen_dropout_is_seeded_by_the_key():
-  """With a key the module has a dropout stream, a new one each step; without, it is
+  """With a key, each step has a new dropout stream; without one, the module is
   deterministic.
   """
   model, x = nn.from_linen(LinenDropout(), (64,)), np.ones((8, 2, 64), np.float32)
@@ -373,8 +366,9 @@ def test_linen_dropout_is_seeded_by_the_key():
 
 
 def test_lstm_equals_flaxs_with_its_weights():
-  """Gates are in flax's order too: `w_x`, `w_h` and `bias` are OptimizedLSTMCell's
-  kernels and bias as they are; its carry is (c, h)."""
+  """The gates are in flax's order too: OptimizedLSTMCell's kernels and bias are `w_x`,
+  `w_h` and `bias`. Its carry is (c, h).
+  """
   cell, x = nnx.OptimizedLSTMCell(D, H, rngs=nnx.Rngs(0)), random(T, B, D)
   params = {
     'w_x': cell.dense_i.kernel[...],
@@ -399,9 +393,8 @@ def test_lstm_equals_flaxs_with_its_weights():
 
 @pytest.mark.usefixtures('x64')
 def test_antisymmetric_rnn_by_its_equation():
-  """Equation 14 in NumPy, the matrix built entry by entry: W's strict upper triangle
-  row by row, minus its transpose, minus γ on the diagonal; the tanh part first, the
-  gate second.
+  """A window equals Equation 14 in NumPy, with the matrix built entry by entry. The
+  tanh part comes first, the gate second.
   """
   model = nn.from_nnx(
     lambda rngs: nn.AntisymmetricRNN(
@@ -450,16 +443,17 @@ def test_antisymmetric_rnn_by_its_equation():
   ],
 )
 def test_parameter_counts(build, count):
-  """The papers' 66K, 67K, 51K and 37K."""
+  """The counts are the papers' 66K, 67K, 51K and 37K."""
   assert parameter_count(build) == count
 
 
 @pytest.mark.parametrize(
   ('layer', 'biases'), [(nn.LSTM, 2), (nn.GRU, 1), (nn.ElmanRNN, 2)]
 )
-def test_torchs_initialisation(layer, biases):
-  """Weights are uniform in ±1/√H: within the bounds, filling them, of that variance; a
-  bias that stands for torch's two is the sum of two such numbers."""
+def test_torchs_initialization(layer, biases):
+  """Weights are uniform in ±1/√H. A bias in place of torch's two is the sum of two such
+  draws.
+  """
   params = quick(nn.from_nnx(lambda rngs: layer(64, 64, rngs=rngs)).init)(KEY)
   bound = 64**-0.5
   for name in ('w_x', 'w_h'):
@@ -482,9 +476,9 @@ def test_torchs_initialisation(layer, biases):
 @pytest.mark.parametrize(
   ('layer', 'gates'), [(nn.LSTM, 4), (nn.GRU, 3), (nn.ElmanRNN, 1)]
 )
-def test_flaxs_initialisation(layer, gates, dtype, tolerance):
-  """Recurrent weights are one orthogonal block a gate, input weights LeCun normal
-  (variance 1/D), biases 0.
+def test_flaxs_initialization(layer, gates, dtype, tolerance):
+  """Recurrent weights are one orthogonal block per gate, input weights LeCun normal,
+  biases 0.
   """
   params = quick(
     nn.from_nnx(
@@ -503,9 +497,7 @@ def test_flaxs_initialisation(layer, gates, dtype, tolerance):
 
 @pytest.mark.parametrize('init', ['torch', 'flax'])
 def test_forget_bias_replaces_the_forget_gates_part(init):
-  """`forget_bias` is what the second of the four gates' biases start at; the others are
-  as without it.
-  """
+  """`forget_bias` sets the second gate's initial bias and no other."""
 
   def make(forget_bias):
     return np.asarray(
@@ -522,8 +514,8 @@ def test_forget_bias_replaces_the_forget_gates_part(init):
   assert not np.any(plain[H : 2 * H] == 1.5)
 
 
-def test_antisymmetric_initialisation():
-  """W normal with variance σ²/H, V with 1/D, biases 0."""
+def test_antisymmetric_initialization():
+  """W is normal with variance σ²/H, V with 1/D, and biases are 0."""
   params = quick(
     nn.from_nnx(lambda rngs: nn.AntisymmetricRNN(64, 64, w_scale=2.0, rngs=rngs)).init
   )(KEY)
@@ -549,8 +541,8 @@ def language_model(dropout: float = 0.5) -> fptt_jax.Model:
 
 
 def test_stack_runs_its_layers_one_after_the_other():
-  """Embedding, two layers and readout give what the layers give one by one; the state
-  is the recurrent layers'.
+  """Embedding, two layers and readout equal the layers called one by one. The state
+  holds the recurrent layers' states.
   """
   model = language_model()
   params, tokens = (
@@ -580,9 +572,8 @@ def test_stack_runs_its_layers_one_after_the_other():
 
 
 def test_stack_without_a_key_is_deterministic():
-  """key None is evaluation: no dropout at all, the same as rate 0; with a key, the same
-  key gives the same numbers and another key others, also where the module was built
-  with streams of its own.
+  """Without a key there is no dropout. The same key gives the same numbers and another
+  key others, also if the module has its own streams.
   """
   model = language_model()
   params, tokens = quick(model.init)(KEY), np.ones((T, B), np.int32)
@@ -603,9 +594,8 @@ def test_stack_without_a_key_is_deterministic():
 @STATELESS
 @pytest.mark.parametrize('streams', [False, True])
 def test_dropout_masks_are_fresh_for_each_step_unit_and_layer(streams):
-  """Two dropout layers on ones: every unit is 0 or scaled by 1/keep, half of them each,
-  no step's mask like another's, and the layers' masks differ, whether or not the layers
-  keep streams of their own.
+  """On ones, about half of the units are 0 and the others 1/keep. Masks differ between
+  steps and between layers, with and without streams in the layers.
   """
 
   def make(rngs):
@@ -736,7 +726,7 @@ def test_inputs_of_other_features_raise(layer):
 
 
 def test_core_does_not_import_flax():
-  """`import fptt_jax` in a fresh interpreter loads no Flax; fptt_jax.nn does."""
+  """`import fptt_jax` does not load Flax; `fptt_jax.nn` does."""
   code = (
     'import sys, fptt_jax; a = "flax" in sys.modules; import fptt_jax.nn; print(a, '
     '"flax" in sys.modules)'
@@ -748,7 +738,7 @@ def test_core_does_not_import_flax():
 
 
 class NoisyReadout(nnx.Module):
-  """Two dropouts with random streams of their own, one beside the other."""
+  """Two dropout layers with separate random streams."""
 
   def __init__(self, rngs):
     self.first, self.second = nnx.Dropout(0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
@@ -758,7 +748,9 @@ class NoisyReadout(nnx.Module):
 
 
 def test_random_streams_of_a_modules_own():
-  """Off in evaluation, on in training with the window's key, a mask of its own each."""
+  """Streams are off in evaluation. In training, each gets its own mask from the
+  window's key.
+  """
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(nn.LSTM(2, 8, rngs=rngs), NoisyReadout(rngs))
   )
@@ -776,7 +768,7 @@ def test_random_streams_of_a_modules_own():
 
 
 def test_low_precision_layers_take_float32_inputs():
-  """The natural batch is float32: layers compute in their parameters' dtype."""
+  """Layers compute in the dtype of their parameters, whatever the inputs' dtype."""
   for layer in (nn.LSTM, nn.GRU, nn.ElmanRNN, nn.AntisymmetricRNN):
     model = nn.from_nnx(lambda rngs: layer(2, 4, param_dtype=jnp.bfloat16, rngs=rngs))
     state, y = model.apply(
@@ -809,7 +801,7 @@ def test_wrong_builders_and_cells_raise():
 
 
 class Doubled(nn.LSTM):
-  """A user's layer, the outputs of which are not part of its state."""
+  """A user's layer whose outputs are not part of its state."""
 
   def __call__(self, *args):
     state, y = super().__call__(*args)
@@ -844,8 +836,8 @@ LAST_LAYERS = {
 @pytest.mark.parametrize('readout', [True, False])
 @pytest.mark.parametrize('layers', LAST_LAYERS)
 def test_outputs_of_the_last_step_are_those_of_the_whole_window(layers, readout, step):
-  """`apply_last` gives the state and penalties of `apply`, and of its outputs those of
-  each sequence's last valid step.
+  """`apply_last` returns the state and penalties of `apply`, and its outputs at each
+  sequence's last valid step.
   """
 
   def tail(rngs):
@@ -873,7 +865,7 @@ def test_outputs_of_the_last_step_are_those_of_the_whole_window(layers, readout,
 
 
 def test_only_stacks_skip_steps():
-  """A model that is one recurrent layer has nothing to skip."""
+  """A model of one recurrent layer has no layers to skip."""
   assert nn.from_nnx(lambda rngs: nn.LSTM(2, 4, rngs=rngs)).apply_last is None
 
 
@@ -920,9 +912,9 @@ def test_only_stacks_skip_steps():
   ],
 )
 def test_readout_gives_any_steps_of_the_whole_window(tail, expected):
-  """Only the last layers that act on each step alone are the readout, none that draw
-  noise for a whole window; state, penalties and outputs of `split`, these of some steps
-  only, are those of `apply`, noise included.
+  """The readout is the last layers that act on each step alone, without layers that
+  draw noise per window. State, penalties and outputs of `split` equal those of `apply`,
+  noise included.
   """
 
   def build(rngs):
@@ -962,7 +954,7 @@ def test_readout_gives_any_steps_of_the_whole_window(tail, expected):
 
 
 def low_precision_model() -> fptt_jax.Model:
-  """An LSTM and a readout in bfloat16, but for the readout's bias."""
+  """An LSTM and a readout in bfloat16, except for the readout's bias."""
   low: dict[str, Any] = dict(param_dtype=jnp.bfloat16)
 
   class Readout(nnx.Linear):
@@ -987,9 +979,8 @@ def low_precision_model() -> fptt_jax.Model:
   ids=['last', 'all', 'chunks'],
 )
 def test_float32_params_keep_what_bfloat16_rounds_away(loss, targets, settings):
-  """The first loss is that of the model itself; then steps of Adam at 1e-6 move all
-  float32 weights, and few of bfloat16, whose spacing is wider. W, W̄, λ and Adam's
-  moments are float32.
+  """The first loss is the model's own. Adam steps of 1e-6 move all float32 weights and
+  few bfloat16 ones. W, W̄, λ and Adam's moments are float32.
   """
   batch = fptt_jax.Batch(
     jax.random.normal(jax.random.key(1), (12, 5, 2)), jnp.zeros(targets, jnp.int32)
@@ -1016,9 +1007,7 @@ def test_float32_params_keep_what_bfloat16_rounds_away(loss, targets, settings):
 
 
 def test_float32_params_compute_in_the_models_dtypes():
-  """Outputs, states and their values are the model's own at the rounded weights, in
-  evaluation too.
-  """
+  """Outputs and states equal the model's at the rounded weights."""
   low = low_precision_model()
   kept, x = nn.with_float32_params(low), jax.random.normal(jax.random.key(1), (6, 5, 2))
   params = jax.tree.map(lambda leaf: leaf * 1.001, kept.init(jax.random.key(0)))

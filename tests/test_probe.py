@@ -1,5 +1,5 @@
-"""Models that windows would change are refused when they are made, or when the trainer
-sees a batch.
+"""Models that windows would change raise errors when they are made or see a first
+batch.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def stack_of(make: Any) -> fptt_jax.Model:
 
 
 class Attention(nnx.Module):
-  """Attends over what it takes for time, without a mask."""
+  """Attends over the axis that it takes for time, without a mask."""
 
   def __init__(self, rngs: nnx.Rngs):
     self.query = nnx.Linear(D, D, rngs=rngs)
@@ -133,13 +133,13 @@ REFUSED = {
 
 @pytest.mark.parametrize('name', REFUSED)
 def test_layers_that_windows_would_change_are_refused(name: str) -> None:
-  """Whatever the layer is called."""
+  """The layer's name does not matter."""
   with pytest.raises(TypeError):
     stack_of(REFUSED[name])
 
 
 def test_the_error_names_the_layer() -> None:
-  """Of two layers the unknown one is named."""
+  """Of two layers, the error names the unknown one."""
   with pytest.raises(TypeError, match=r'layers\[1\] Conv.*rows'):
     stack_of(REFUSED['nnx.Conv'])
 
@@ -161,7 +161,7 @@ ACCEPTED = {
 
 @pytest.mark.parametrize('name', ACCEPTED)
 def test_layers_of_one_step_are_taken(name: str) -> None:
-  """The probe refuses none of them."""
+  """The probe accepts all of them."""
   stack_of(ACCEPTED[name])
 
 
@@ -169,8 +169,8 @@ def test_layers_of_one_step_are_taken(name: str) -> None:
   'options', [{}, {'time_major': True, 'unroll': 2}, {'return_carry': True}]
 )
 def test_rnn_is_its_cell_with_the_state_carried(options: dict[str, Any]) -> None:
-  """In a stack or alone: over windows of a sequence it computes what flax's own loop
-  computes over the whole.
+  """Over windows of a sequence, in a stack or alone, it equals flax's own loop over the
+  whole sequence.
   """
 
   def cell(rngs):
@@ -188,7 +188,7 @@ def test_rnn_is_its_cell_with_the_state_carried(options: dict[str, Any]) -> None
 
 
 def test_a_stack_without_state_warns() -> None:
-  """It remembers nothing, which the warning says."""
+  """The warning says that nothing is remembered."""
   with pytest.warns(UserWarning, match='Sequential carries no hidden state'):
     nn.from_nnx(lambda rngs: nn.Sequential(nnx.Linear(D, D, rngs=rngs)))
 
@@ -197,7 +197,7 @@ def test_a_stack_without_state_warns() -> None:
 
 
 def own(apply: Any, initial_state: Any = None) -> fptt_jax.Model:
-  """Returns a model by hand: a running sum of the inputs, which `apply` may spoil."""
+  """Return a handmade model: a running sum of the inputs, which `apply` may break."""
   return fptt_jax.Model(
     init=lambda key: jnp.ones(()),
     initial_state=initial_state or (lambda batch_size: jnp.zeros((batch_size, D))),
@@ -246,13 +246,13 @@ def train_once(model: fptt_jax.Model) -> fptt_jax.TrainState:
   [(mixing, 'rows'), (ahead, 'looks ahead'), (restarting, 'restarts')],
 )
 def test_own_models_are_refused_by_the_trainer(apply: Any, what: str) -> None:
-  """The trainer's init probes models made by hand."""
+  """The trainer's init probes handmade models."""
   with pytest.raises(TypeError, match=what):
     train_once(own(apply))
 
 
 def test_own_models_are_taken_by_the_trainer() -> None:
-  """So does it one that is as it should be, once: another probe would call it again."""
+  """A correct model is probed once: another probe would call it again."""
   calls = []
 
   def counted(*args: Any) -> tuple[Any, jax.Array]:
@@ -268,7 +268,7 @@ def test_own_models_are_taken_by_the_trainer() -> None:
 
 
 def test_a_first_layer_that_tells_no_features_is_probed_by_the_trainer() -> None:
-  """The batch's shape tells them."""
+  """The batch's shape gives the features."""
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(
       lambda x: x[:, ::-1],
@@ -283,7 +283,7 @@ def test_a_first_layer_that_tells_no_features_is_probed_by_the_trainer() -> None
 
 
 class Own(nnx.Module):
-  """A user's layer of windows that tells no features."""
+  """A user's layer that runs windows and has no in_features."""
 
   def __init__(self, rngs: nnx.Rngs):
     self.layer = nn.ElmanRNN(D, D, rngs=rngs)
@@ -296,7 +296,7 @@ class Own(nnx.Module):
 
 
 def test_traced_parameters_are_not_probed() -> None:
-  """A population's members are made under vmap, where values cannot be looked at."""
+  """Members of a population are made under vmap, where values are not available."""
   jax.eval_shape(
     lambda params: check_model(
       own(mixing), params, jax.ShapeDtypeStruct((T, B, D), jnp.float32)
@@ -309,7 +309,7 @@ def test_traced_parameters_are_not_probed() -> None:
 
 
 class CountingCell(nnx.Module):
-  """Carries a scalar beside its rows."""
+  """Carries a scalar in addition to its rows."""
 
   def __init__(self, make: Any):
     self.in_features = D
@@ -323,7 +323,7 @@ class CountingCell(nnx.Module):
 
 
 class LinenCountingCell(linen.Module):
-  """The same in Linen."""
+  """The same cell in Linen."""
 
   make: Any
 
@@ -346,7 +346,7 @@ EXTRAS = {
 
 @pytest.mark.parametrize('name', EXTRAS)
 def test_state_without_rows_is_refused(name: str) -> None:
-  """NNX cells, Linen cells and own models, each naming the leaf."""
+  """NNX cells, Linen cells and handmade models raise an error that names the leaf."""
   with pytest.raises(TypeError, match='extra'):
     nn.from_nnx(lambda rngs: CountingCell(EXTRAS[name]))
   with pytest.raises(TypeError, match='extra'):
@@ -364,7 +364,7 @@ def test_state_without_rows_is_refused(name: str) -> None:
 
 
 class RowCounter(linen.Module):
-  """Counts in each row of its carry."""
+  """Counts steps in each row of its carry."""
 
   @linen.compact
   def __call__(self, carry: Any, x: jax.Array) -> Any:
@@ -378,9 +378,7 @@ class RowCounter(linen.Module):
 
 @pytest.mark.parametrize('steps', [6, 5])
 def test_counters_with_rows_are_trained(steps: int) -> None:
-  """Also in windows of different sizes and in ragged batches: they count the valid
-  steps.
-  """
+  """In windows of different sizes and ragged batches, counters count the valid steps."""
   model = nn.from_linen(RowCounter(), (1,))
   loss = fptt_jax.losses.terminal_classification(2)
   trainer = fptt_jax.make_trainer(

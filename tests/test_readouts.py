@@ -1,5 +1,5 @@
-"""Readouts that share the embedding: one parameter, two uses; the mixture of softmaxes
-against its definition; full-size counts.
+"""Tied readouts share the embedding's parameter; the mixture of softmaxes equals its
+definition.
 """
 
 from collections.abc import Callable
@@ -37,9 +37,8 @@ def words(seed: int = 0) -> np.ndarray:
 
 
 def test_tied_readout_shares_its_parameter() -> None:
-  """The matrix is once in the params; logits are E[w] A Eᵀ + b; its gradient is the sum
-  of those of an untied model's two matrices; an fptt update moves the one matrix, which
-  both uses then see.
+  """The matrix occurs once in params, and logits are E[w] A Eᵀ + b. Its gradient is the
+  sum of an untied model's two gradients.
   """
   model = nn.from_nnx(tied)
   params = quick(model.init)(KEY)
@@ -103,7 +102,7 @@ def build_mixture(
 
 
 def mixture(**options: Any) -> tuple[dict[str, Any], Callable[..., jax.Array]]:
-  """Parameters of a mixture, and its run (params, x, key=None) -> log-probabilities."""
+  """Return parameters of a mixture and its run (params, x, key) -> log-probabilities."""
   model = nn.from_nnx(lambda rngs: build_mixture(rngs, **options))
   return quick(model.init)(KEY), lambda params, x, key=None: model.apply(
     params, (), x, None, key
@@ -111,9 +110,8 @@ def mixture(**options: Any) -> tuple[dict[str, Any], Callable[..., jax.Array]]:
 
 
 def test_mixture_is_its_definition_and_serves_as_logits() -> None:
-  """exp of the outputs is Σ_m π_m softmax(E z_m + b), in NumPy float64; it sums to 1,
-  so that cross-entropy with the outputs as logits is -log p; far-off inputs, where the
-  probabilities themselves underflow, give finite outputs and gradients.
+  """exp of the outputs is Σ_m π_m softmax(E z_m + b) and sums to 1. Outputs and
+  gradients are finite where the probabilities underflow.
   """
   params, run = mixture()
   params['bias'] = np.arange(V, dtype=np.float32) / 5
@@ -149,8 +147,9 @@ def test_mixture_is_its_definition_and_serves_as_logits() -> None:
 
 
 def test_mixture_drops_its_latents_for_the_window() -> None:
-  """In training with equal inputs at all steps the outputs are equal at all steps,
-  differ between sequences of equal inputs, and from evaluation."""
+  """In training, equal inputs give equal outputs at all steps, which differ between
+  sequences and from evaluation.
+  """
   params, run = mixture(dropout=0.5)
   x = jnp.ones((S, B, H))
   y = np.asarray(quick(run)(params, x, KEY))
@@ -160,8 +159,8 @@ def test_mixture_drops_its_latents_for_the_window() -> None:
 
 
 def test_mixture_breaks_the_softmax_bottleneck() -> None:
-  """Over words of one feature the log-probabilities of one softmax have rank 2 at most
-  (E + 1), those of a mixture more.
+  """With one feature per word, one softmax has log-probabilities of rank 2 (E + 1), a
+  mixture more.
   """
   x, rank = np.random.default_rng(0).normal(size=(1, 40, H)) * 3, {}
   for experts in (1, 6):
@@ -184,9 +183,8 @@ def test_mixture_breaks_the_softmax_bottleneck() -> None:
 def test_full_size_models_have_the_published_number_of_parameters(
   task: str, vocabulary: int, one_bias: int, two_biases: int, published: float
 ) -> None:
-  """The script's PTB-c and PTB-w, counted without allocating; torch's LSTMs have a
-  second bias of 4H numbers, which the published figures count. The words' matrix is
-  there once, beside the output bias.
+  """The PTB-c and PTB-w models are counted without allocation. The published counts
+  include torch's second biases of 4H numbers.
   """
   config = language_model.Config(
     data_dir='folder', task=task, **language_model.TASKS[task]

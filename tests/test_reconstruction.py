@@ -1,6 +1,4 @@
-"""The r-LSTM's auxiliary loss: by hand, against slices of plain runs, and where its
-gradients go.
-"""
+"""The r-LSTM's auxiliary loss by hand, against slices of plain runs, and its gradients."""
 
 import math
 from typing import Any
@@ -41,7 +39,7 @@ def model(
 
 
 def random_params(model: fptt_jax.Model, seed: int = 1) -> Any:
-  """Parameters among which the decoder's are not the layer's."""
+  """Draw parameters whose decoder differs from the layer."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype),
@@ -50,8 +48,8 @@ def random_params(model: fptt_jax.Model, seed: int = 1) -> Any:
 
 
 def elman_pair() -> tuple[fptt_jax.Model, Any]:
-  """One unit, one feature, layer and decoder with weights of their own; two steps, so
-  that anchor and sub-sequence are fixed.
+  """Layer and decoder with one unit and two steps, so that anchor and segment are
+  fixed.
   """
 
   def cell(w_x, w_h):
@@ -75,11 +73,9 @@ def elman_pair() -> tuple[fptt_jax.Model, Any]:
 
 
 def test_penalty_by_hand() -> None:
-  """S = L = 2: from the state after both inputs, given the first, the second is
-  predicted; every step carries w times the error.
-
-  The gradient for the second input is that of the state alone: as a target it is a
-    constant.
+  """With S = L = 2 the second input is predicted from the state after both and the
+  first input. Every step carries w times the error. As a target, the second input is a
+  constant.
   """
   wrapped, params = elman_pair()
   x1, x2 = 0.5, -1.0
@@ -103,9 +99,8 @@ def test_penalty_by_hand() -> None:
 
 
 def test_evaluation_is_the_layer_itself_and_training_keeps_its_outputs() -> None:
-  """Without a key the outputs are plain and the layer's to the bit, as are state and
-  outputs beside the penalty with one; windows shorter than a sub-sequence are no matter
-  in evaluation.
+  """Without a key the result equals the layer's bit for bit. With one, state and
+  outputs do. Short windows are allowed in evaluation.
   """
   wrapped, plain = (
     m._replace(apply=problems.quick(m.apply))
@@ -131,9 +126,7 @@ def test_evaluation_is_the_layer_itself_and_training_keeps_its_outputs() -> None
 def errors_by_hand(
   kind: type, params: Any, x: jax.Array, steps: int, segment: int
 ) -> np.ndarray:
-  """The error of one sequence for every anchor and every sub-sequence before it, from
-  runs over unmasked slices.
-  """
+  """Compute one sequence's error for every anchor and segment from unmasked slices."""
   layer, errors = kind(2, 3, param_dtype=float, rngs=nnx.Rngs(0)), []
 
   def run(weights: Any, state: Any, x: jax.Array) -> Any:
@@ -155,9 +148,8 @@ def errors_by_hand(
 @in_float64
 @pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU])
 def test_anchors_and_sub_sequences_are_all_those_before_the_end(kind: type) -> None:
-  """Over many keys the penalty takes each value of an anchor in L..n and a sub-sequence
-  before it, and no other, the same at all steps; a sequence with fewer than L valid
-  steps counts for nothing, whatever its inputs; LSTM's c is part of the state.
+  """Over many keys the penalty takes every value of an anchor in L..n and a segment
+  before it, and no other. Sequences with fewer than L valid steps do not count.
   """
   wrapped = nn.from_nnx(
     lambda rngs: Reconstruction(
@@ -189,8 +181,8 @@ def objective(
   method: str = 'bptt',
   **options: Any,
 ) -> np.ndarray:
-  """The objectives the trainer descends in one step from `params`, the step's key being
-  the same each time.
+  """Return the objectives that the trainer descends in one step from `params` with a
+  fixed key.
   """
   trainer = problems.quick_trainer(
     wrapped._replace(init=lambda key: params),
@@ -204,9 +196,8 @@ def objective(
 
 @in_float64
 def test_objective_is_the_loss_plus_the_weighted_mean_error() -> None:
-  """In a ragged batch the trainer's objective is the plain layer's with w = 0, and that
-  plus w times the mean over anchors and over the sequences that are long enough
-  otherwise, however long the others are.
+  """In a ragged batch the objective is the plain layer's plus w times the mean error
+  over anchors and long enough sequences.
   """
   batch = problems.regression_batch(6, 3, dtype=np.float64)._replace(
     lengths=np.array([3, 2, 3], np.int32)
@@ -237,9 +228,7 @@ def test_objective_is_the_loss_plus_the_weighted_mean_error() -> None:
 
 
 def test_windows_with_no_room_for_a_sub_sequence_have_no_penalty() -> None:
-  """T = 5 in two windows of 2 and 3 steps, L = 3: the first adds nothing to its loss,
-  the second does.
-  """
+  """With windows of 2 and 3 steps and L = 3, only the second adds a penalty."""
   batch = problems.regression_batch(5, 2)
   with_penalty, without = (model(nn.ElmanRNN, segment=3, weight=w) for w in (1.0, 0.0))
   params = random_params(without)
@@ -251,8 +240,9 @@ def test_windows_with_no_room_for_a_sub_sequence_have_no_penalty() -> None:
 
 
 def test_training_lowers_the_error_through_the_layer() -> None:
-  """BPTT on fixed sequences halves the reconstruction error; the penalty moves every
-  weight of layer, decoder and readout, and none of the outputs'."""
+  """BPTT halves the reconstruction error. The penalty moves every weight of layer,
+  decoder and readout, and no weight of the outputs.
+  """
   wrapped = model(nn.GRU, hidden=8, segment=3)
   batch = problems.regression_batch(6, 4)
   trainer = problems.quick_trainer(
@@ -280,9 +270,7 @@ def test_training_lowers_the_error_through_the_layer() -> None:
 
 
 def test_cells_of_flax_are_wrapped_too() -> None:
-  """A per-step cell has neither its sizes nor its state in common with the layers
-  here.
-  """
+  """A per-step cell works, though its sizes and state have other forms."""
   wrapped = nn.from_nnx(
     lambda rngs: Reconstruction(nnx.GRUCell(2, 3, rngs=rngs), 2, segment=2, rngs=rngs)
   )

@@ -1,6 +1,4 @@
-"""Dropout that lasts a window, dropped weights, penalties on activations: what they do
-in training, and nothing of it outside.
-"""
+"""Locked dropout, dropped weights and activation penalties act in training only."""
 
 from typing import Any
 
@@ -27,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def awd(rngs: nnx.Rngs) -> nn.Sequential:
-  """Every layer of this file in the release's order."""
+  """Build all layers of this file in the release's order."""
   return nn.Sequential(
     nn.EmbeddingDropout(nnx.Embed(V, D, rngs=rngs), 0.3),
     nn.LockedDropout(0.3),
@@ -40,9 +38,8 @@ def awd(rngs: nnx.Rngs) -> nn.Sequential:
 
 
 def test_locked_dropout_holds_one_mask_for_all_steps() -> None:
-  """On ones the outputs are 0 or 1/(1-rate), the same in each step, different between
-  units and sequences and from key to key; their mean is near 1; without a key nothing
-  happens.
+  """On ones, outputs are 0 or 1/(1 - rate), equal at all steps, and differ between
+  units, sequences and keys. Without a key nothing changes.
   """
   layer, x = nn.LockedDropout(0.25), jnp.ones((S, 40, 50))
   state, y = layer((), x, None, KEY)
@@ -58,9 +55,8 @@ def test_locked_dropout_holds_one_mask_for_all_steps() -> None:
 
 
 def test_embedding_dropout_drops_words_everywhere() -> None:
-  """A dropped word is 0 at each of its places, a kept one its row over 1 - rate: the
-  rows of one matrix with whole rows dropped, in value and gradient. Without a key it is
-  the embedding.
+  """A dropped word is 0 at all its places and a kept one is its row over 1 - rate, in
+  value and gradient. Without a key the layer is the embedding.
   """
   embed = nnx.Embed(V, D, rngs=nnx.Rngs(0))
   layer, words = (
@@ -94,9 +90,8 @@ def test_embedding_dropout_drops_words_everywhere() -> None:
 
 @pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.ElmanRNN])
 def test_weight_drop_runs_the_layer_with_dropped_weights(kind: type) -> None:
-  """Its window is that of a layer of the same weights whose w_h is 0 or 1/(1-rate)
-  times its own, in all its steps; its parameters' names and its evaluation are the
-  layer's; gradients of dropped weights are exactly 0, the others are not.
+  """A window equals that of a layer whose w_h is multiplied by 0 or 1/(1 - rate).
+  Gradients of dropped weights are exactly 0. Names and evaluation are the layer's.
   """
   plain = nn.from_nnx(lambda rngs: kind(D, H, rngs=rngs))
   model = nn.from_nnx(lambda rngs: nn.WeightDrop(kind(D, H, rngs=rngs), 0.4))
@@ -129,9 +124,7 @@ def test_weight_drop_runs_the_layer_with_dropped_weights(kind: type) -> None:
 
 
 def test_weight_drop_leaves_its_layer_alone() -> None:
-  """Run in training outside any adapter, the layer it holds keeps its weights and its
-  structure.
-  """
+  """Training outside an adapter changes neither weights nor structure of the layer."""
   module = nn.WeightDrop(nn.ElmanRNN(D, H, rngs=nnx.Rngs(0)), 0.4)
   before, graph = np.array(module.layer.w_h[...]), nnx.graphdef(module)
   jax.eval_shape(
@@ -142,9 +135,8 @@ def test_weight_drop_leaves_its_layer_alone() -> None:
 
 
 def test_penalties_by_hand() -> None:
-  """h = (1, 2), (3, 2), (3, 5) of one sequence. AR at α = 2: 2 · (5, 13, 34)/2. TAR at
-  β = 1: differences² (4 + 0)/2 and (0 + 9)/2, weighed by 3 steps / 2 differences, so
-  that the mean over the steps is the release's mean over differences.
+  """h = (1, 2), (3, 2), (3, 5). AR at α = 2 is 2 · (5, 13, 34)/2. TAR at β = 1 has the
+  squared differences (4 + 0)/2 and (0 + 9)/2, times 3 steps / 2 differences.
   """
   h = jnp.array([[[1.0, 2.0]], [[3.0, 2.0]], [[3.0, 5.0]]])
   state, (outputs, penalty) = nn.ActivationPenalty(2.0)((), h, None, KEY)
@@ -162,8 +154,9 @@ def test_penalties_by_hand() -> None:
 
 
 def test_temporal_penalty_of_a_ragged_window_is_the_mean_over_its_differences() -> None:
-  """Sequences of 4, 2 and 1 steps: the trainer's mean over the 7 valid steps is the
-  plain mean over the 3 + 1 valid differences, whatever follows the ends."""
+  """For sequences of 4, 2 and 1 steps, the mean over the 7 valid steps is the plain
+  mean over the 4 valid differences.
+  """
   h, lengths = random(4, 3, H), [4, 2, 1]
   mask = np.arange(4)[:, None] < lengths
   _, (_, penalty) = nn.TemporalActivationPenalty(0.5)(
@@ -179,9 +172,8 @@ def test_temporal_penalty_of_a_ragged_window_is_the_mean_over_its_differences() 
 
 
 def test_stack_trains_on_loss_plus_penalties_and_evaluates_without() -> None:
-  """In the trainer each window's objective is cross-entropy + AR of the dropped + TAR
-  of the raw outputs, computed layer by layer with the window's own masks; evaluation is
-  that of the bare model of the same weights.
+  """Each window's objective is cross-entropy plus AR of dropped plus TAR of raw
+  outputs, computed layer by layer. Evaluation equals the bare model's.
   """
   model = nn.from_nnx(awd)
   params = quick(model.init)(KEY)
@@ -292,8 +284,8 @@ def test_invalid_arguments_raise(build, error, message) -> None:
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures('strict_dtypes')
 def test_activations_keep_their_dtype(dtype) -> None:
-  """Outputs are of the parameters' dtype in training too, penalties at least float32,
-  under strict promotion.
+  """Outputs have the parameters' dtype and penalties at least float32, under strict
+  promotion.
   """
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(
