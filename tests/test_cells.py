@@ -360,7 +360,9 @@ def test_gradients_are_finite_differences(name):
 
 @ONE_OF_EACH
 def test_initialization_is_pure_and_may_be_mapped(name):
-  """Compiled and mapped over seeds, init gives the same as for each seed. Seeds differ."""
+  """Compiled and mapped over seeds, init gives the same as for each seed.
+  Seeds differ.
+  """
   model, keys = model_of(name), jax.random.split(KEY, 2)
   many, one = quick(lambda keys: (jax.vmap(model.init)(keys), model.init(keys[1])))(
     keys
@@ -561,7 +563,9 @@ def test_lru_near_the_unit_circle_is_finite():
 @pytest.mark.parametrize('greatest', [False, True])
 @pytest.mark.parametrize('ring', [(0.0, 1.0), (0.0, 0.5), (0.9, 1.0)])
 def test_lru_survives_the_extreme_draws(monkeypatch, ring, greatest):
-  """The smallest and the largest uniform draw give finite logarithms and exponentials."""
+  """The smallest and the largest uniform draw give finite logarithms and
+  exponentials.
+  """
 
   def extreme(key, shape, dtype, low, high):
     return jnp.full(

@@ -54,7 +54,9 @@ def initial_state(run, batch_size, shape=()):
 
 
 def results(cell, hidden, implementation, num_steps, batch_size, mask, members=None):
-  """Return a window's results and the gradients in weights, initial state and inputs."""
+  """Return a window's results and the gradients in weights, initial state
+  and inputs.
+  """
   run = layer(cell, hidden, implementation)
   shape = () if members is None else (members,)
 
@@ -113,7 +115,9 @@ def test_kernel_equals_both_scans(cell, hidden, num_steps, batch_size, masked):
 
 @pytest.mark.parametrize('cell', LAYERS)
 def test_a_row_without_steps_keeps_its_state(cell):
-  """The state is equal bit for bit. Its gradient passes unchanged and the inputs' is 0."""
+  """The state is equal bit for bit. Its gradient passes unchanged and the
+  inputs' is 0.
+  """
   mask = jnp.array([[False, True, False]] * 4)
   ((_, (end, _)), (_, d_state, dx)) = results(cell, 32, 'cuda', 4, 3, mask)
   state = initial_state(layer(cell, 32, 'cuda'), 3)

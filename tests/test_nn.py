@@ -79,7 +79,9 @@ def parameter_count(build: Callable[[nnx.Rngs], nnx.Module]) -> int:
 
 @EACH_LAYER
 def test_outputs_depend_on_the_past_only(name):
-  """Inputs from step 3 on change no earlier output by a single bit, and no other row."""
+  """Inputs from step 3 on change no earlier output by a single bit, and no
+  other row.
+  """
   _, run = built(name)
   x, changed = random(T, B, D), random(T, B, D)
   changed[3:, 1] += 1
@@ -125,7 +127,9 @@ def test_windows_join(name):
 
 @EACH_LAYER
 def test_initialization_is_pure_and_may_be_mapped(name):
-  """The same key gives the same floating-point parameters, also under vmap over seeds."""
+  """The same key gives the same floating-point parameters, also under vmap
+  over seeds.
+  """
   model, _ = built(name)
   keys = jax.random.split(KEY, 2)
   many = quick(jax.vmap(model.init))(keys)

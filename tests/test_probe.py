@@ -378,7 +378,9 @@ class RowCounter(linen.Module):
 
 @pytest.mark.parametrize('steps', [6, 5])
 def test_counters_with_rows_are_trained(steps: int) -> None:
-  """In windows of different sizes and ragged batches, counters count the valid steps."""
+  """In windows of different sizes and ragged batches, counters count the
+  valid steps.
+  """
   model = nn.from_linen(RowCounter(), (1,))
   loss = fptt_jax.losses.terminal_classification(2)
   trainer = fptt_jax.make_trainer(

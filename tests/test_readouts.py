@@ -102,7 +102,9 @@ def build_mixture(
 
 
 def mixture(**options: Any) -> tuple[dict[str, Any], Callable[..., jax.Array]]:
-  """Return parameters of a mixture and its run (params, x, key) -> log-probabilities."""
+  """Return parameters of a mixture and its run (params, x, key) ->
+  log-probabilities.
+  """
   model = nn.from_nnx(lambda rngs: build_mixture(rngs, **options))
   return quick(model.init)(KEY), lambda params, x, key=None: model.apply(
     params, (), x, None, key

@@ -1,4 +1,6 @@
-"""The r-LSTM's auxiliary loss by hand, against slices of plain runs, and its gradients."""
+"""The r-LSTM's auxiliary loss by hand, against slices of plain runs, and
+its gradients.
+"""
 
 import math
 from typing import Any

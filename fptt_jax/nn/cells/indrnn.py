@@ -60,8 +60,9 @@ class IndRNN(Recurrent):
     max_weight: upper limit of |u|, > 0; the paper's is `2 ** (1 / num_steps)`. None
       for no limit.
     initial_range: (low, high) of the uniform initial u, within ±`max_weight`.
-    implementation: 'custom_vjp' or 'scan'; see
-      :class:`fptt_jax.nn._recurrent.Recurrent`.
+    implementation: 'custom_vjp' runs windows with a hand-written backward pass, which
+      is fast and differentiable once, in reverse mode. 'scan' is the plain scan over
+      steps, which `jax.jvp` and second derivatives need.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters. `w_x` is uniform in ±√(6/(65 D)), as in the
       authors' code (He's with slope 8), and the bias is 0. The weights are small
@@ -131,7 +132,7 @@ class IndRNN(Recurrent):
   ) -> tuple[jax.Array, jax.Array]:
     """Runs a window; one product gives the drive of all its steps.
 
-    Arguments and result are those of :meth:`Recurrent.__call__`.
+    Arguments and result are those of the other recurrent layers.
     """
     if self.implementation == 'scan':
       return super().__call__(state, x, mask, key)

@@ -85,8 +85,9 @@ class LRU(Recurrent):
       memories need a ring near 1.
     max_phase: the initial phase of λ is uniform in (0, max_phase), at most 2π. Long
       sequences need a small one.
-    implementation: 'custom_vjp' or 'scan'; see
-      :class:`fptt_jax.nn._recurrent.Recurrent`.
+    implementation: 'custom_vjp' runs windows with a hand-written backward pass, which
+      is fast and differentiable once, in reverse mode. 'scan' is the plain scan over
+      steps, which `jax.jvp` and second derivatives need.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters. B's parts are normal with variance 1/(2D),
       C's with 1/N, `d` with 1 (a matrix with 1/D). γ = log √(1 - |λ|²), with which
@@ -193,7 +194,7 @@ class LRU(Recurrent):
   ) -> tuple[LRUState, jax.Array]:
     """Runs a window; only the recurrence itself runs step by step.
 
-    Arguments and result are those of :meth:`Recurrent.__call__`.
+    Arguments and result are those of the other recurrent layers.
     """
     if self.implementation == 'scan':
       return super().__call__(state, x, mask, key)
@@ -202,17 +203,21 @@ class LRU(Recurrent):
     # Input and output products run over all steps at once, outside the recurrence.
     weights = (lambda_re[0], lambda_im[0])
     state, (re, im) = run_fused(FUSED_CELL, weights, state, x @ b, mask)
-    return state, jnp.concatenate([re, im], -1) @ c + _skip(self.d[...], x)
+    y = jnp.concatenate([re, im], -1) @ c
+    return state, y + _skip(self.d[...], x)
 
   def _matrices(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns λ's parts [1, N], the input matrix [D, 2N], the output's [2N, H]."""
     modulus = jnp.exp(-jnp.exp(self.nu_log[None]))
     phase = jnp.exp(self.theta_log[None])
     scale = jnp.tile(jnp.exp(self.gamma_log[None]), 2)
-    b = jnp.concatenate([self.b_re[...], self.b_im[...]], -1) * scale
+    b = jnp.concatenate([self.b_re[...], self.b_im[...]], -1)
+    b = b * scale
     # Re((re + i im)(c_re + i c_im)) = re c_re - im c_im, as one product.
     c = jnp.concatenate([self.c_re[...], -self.c_im[...]], 0)
-    return modulus * jnp.cos(phase), modulus * jnp.sin(phase), b, c
+    lambda_re = modulus * jnp.cos(phase)
+    lambda_im = modulus * jnp.sin(phase)
+    return lambda_re, lambda_im, b, c
 
 
 def _draw_ring(

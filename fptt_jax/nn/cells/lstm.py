@@ -135,8 +135,11 @@ class LSTM(Recurrent):
       'flax' draws `w_x` LeCun normal and `w_h` orthogonal per gate; the bias is 0.
     forget_bias: initial bias of the forget gate, in place of `init`'s. 1 gives long
       memories from the start.
-    implementation: 'custom_vjp', 'scan' or 'cuda'; see
-      :class:`fptt_jax.nn._recurrent.Recurrent`.
+    implementation: 'custom_vjp' runs windows with a hand-written backward pass, which
+      is fast and differentiable once, in reverse mode. 'scan' is the plain scan over
+      steps, which `jax.jvp` and second derivatives need.
+      'cuda' runs all steps of a window in one CUDA kernel, for float32 and H of 32, 64
+      or 128; the kernels have only run in emulation so far.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
 
