@@ -14,22 +14,21 @@ from fptt_jax.losses import Loss
 class Batch(NamedTuple):
   """A batch of sequences, time-major.
 
-  Attributes:
-    inputs: [T, B, ...], float features or int tokens; or a tree of such arrays (tokens
-      and features together, say), which the model is given as a tree, each array cut to
-      the window.
-    targets: whatever the loss takes: [B] or [B, O] for terminal tasks, [T, B] or [T, B,
-      O] for sequence-to-sequence ones.
-    lengths: int [B], valid steps of each sequence, 1..T; None where all have T. What
-      inputs hold past them is ignored. An array bool [T, B] in this place is taken as
-      the mask.
-    mask: bool [T, B], which steps are valid: for padding in front, or holes. None where
-      all before the sequence's end are; with both, a step is valid that is valid by
-      both. What inputs and targets hold at other steps is ignored.
+  A masked step leaves hidden state, loss and gradient alone: within a window, and in all
+  of an evaluation, the numbers are those of the sequence without it. A sequence ends at
+  its last valid step. A sequence without any valid step contributes nothing.
 
-  A masked step leaves hidden state, loss and gradient alone: within a window, and in
-  evaluation throughout, the numbers are those of the sequence without it. A sequence
-  ends at its last valid step. One without any valid step contributes nothing.
+  Attributes:
+    inputs: [T, B, ...], float features or integer tokens; or a tree of such arrays,
+      such as tokens and features. The model gets the tree with each array cut to the
+      window.
+    targets: Targets as the loss takes them: [B] or [B, O] for terminal tasks, [T, B] or
+      [T, B, O] for sequence-to-sequence tasks.
+    lengths: int [B], valid steps of each sequence, 1..T. None means T for all. Inputs
+      past them are ignored. A bool array [T, B] here is taken as the mask.
+    mask: bool [T, B], valid steps, for padding in front or for gaps. None means all
+      steps before the end of each sequence. With both, a step must be valid by both.
+      Inputs and targets at other steps are ignored.
   """
 
   inputs: Any
@@ -47,25 +46,24 @@ class Batch(NamedTuple):
     *,
     targets_have_time: bool | None = None,
   ) -> 'Batch':
-    """Makes a batch of arrays whose first axis is the batch's, by exchanging the first
-    two axes.
+    """Make a batch from batch-major arrays, by swapping their first two axes.
 
     Args:
       inputs: [B, T, ...], or a tree of such arrays.
-      targets: [B] or [B, O], which are left as they are, or [B, T, ...]; or a tree of
-        such arrays.
+      targets: [B] or [B, O], which stay as they are, or [B, T, ...]; or a tree of such
+        arrays.
       lengths: int [B] or None.
       mask: bool [B, T] or None.
-      targets_have_time: whether targets are [B, T, ...]. It may be left out only where
-        shapes leave no doubt: where no array of them has T as its second axis.
+      targets_have_time: Whether targets are [B, T, ...]. Required if an array of them
+        has T as its second axis.
 
     Returns:
       The time-major :class:`Batch`. NumPy arrays are not copied.
 
     Raises:
-      ValueError: shapes that do not fit, or `targets_have_time` left out where an array
+      ValueError: Shapes do not fit, or `targets_have_time` is left out although an array
         [B, O] could have O = T.
-      TypeError: inputs or targets are no arrays.
+      TypeError: `inputs` or `targets` are not arrays.
 
     Example:
       >>> import numpy as np, fptt_jax
@@ -74,7 +72,6 @@ class Batch(NamedTuple):
       (20, 8, 1)
     """
     lengths, mask = _lengths_and_mask(lengths, mask)
-    swap = lambda x: x.swapaxes(0, 1)
     leaf: Any
     for path, leaf in jax.tree.leaves_with_path(inputs):
       name = f'inputs{jax.tree_util.keystr(path)}'
@@ -82,58 +79,77 @@ class Batch(NamedTuple):
         raise ValueError(
           f'{name} must be batch-major [B, T, ...], got shape {leaf.shape}.'
         )
-    swapped = jax.tree.map(swap, inputs)
-    num_steps, batch_size = check_inputs(swapped)
-    leaves = [check_array('targets', leaf) for leaf in jax.tree.leaves(targets)]
-    timed = [leaf.shape[:2] == (batch_size, num_steps) for leaf in leaves]
-    if targets_have_time is None:
-      if any(timed):
-        raise ValueError(
-          'targets_have_time must be True or False for targets of shape '
-          f'{shapes(targets)}, whose second axis may be the T='
-          f'{num_steps} steps or as many outputs: got None.'
-        )
-    elif check_flag('targets_have_time', targets_have_time):
-      if not all(timed):
-        raise ValueError(
-          'targets with targets_have_time=True must be [B, T, ...], got shape '
-          f'{shapes(targets)}.'
-        )
-      targets = jax.tree.map(swap, targets)
+    inputs = _swap_axes(inputs)
+    num_steps, batch_size = check_inputs(inputs)
+    if _have_time(targets, (batch_size, num_steps), targets_have_time):
+      targets = _swap_axes(targets)
     if mask is not None:
-      rows: Any = check_array('mask', mask)
-      if rows.shape != (batch_size, num_steps):
+      shape = check_array('mask', mask).shape
+      if shape != (batch_size, num_steps):
         raise ValueError(
-          f'mask must have shape [B, T] = {(batch_size, num_steps)}, got {rows.shape}.'
+          f'mask must have shape [B, T] = {(batch_size, num_steps)}, got {shape}.'
         )
-      mask = swap(rows)
-    return cls(swapped, targets, lengths, mask)
+      mask = _swap_axes(mask)
+    return cls(inputs, targets, lengths, mask)
+
+
+def _swap_axes(tree: Any) -> Any:
+  """Exchange the first two axes of each array."""
+  return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
+
+
+def _have_time(targets: Any, rows_and_steps: tuple[int, int], given: Any) -> bool:
+  """Return whether batch-major targets have a time axis.
+
+  Args:
+    targets: Tree of arrays.
+    rows_and_steps: (B, T).
+    given: What the caller says: True, False or None.
+
+  Raises:
+    ValueError: `given` is None although shapes leave a doubt, or contradicts them.
+  """
+  leaves = [check_array('targets', leaf) for leaf in jax.tree.leaves(targets)]
+  timed = [leaf.shape[:2] == rows_and_steps for leaf in leaves]
+  if given is None:
+    if any(timed):
+      raise ValueError(
+        f'targets_have_time must be True or False for targets of shape '
+        f'{shapes(targets)}, whose second axis may be the T={rows_and_steps[1]} steps '
+        'or as many outputs: got None.'
+      )
+    return False
+  if check_flag('targets_have_time', given) and not all(timed):
+    raise ValueError(
+      'targets with targets_have_time=True must be [B, T, ...], got shape '
+      f'{shapes(targets)}.'
+    )
+  return bool(given)
 
 
 def validate_batch(batch: Batch, loss: Loss) -> None:
-  """Looks at a batch's values, which compiled code cannot: call it on a data set once,
-  on the host.
+  """Check the values of a batch, which compiled code cannot.
+
+  Call it once per data set, on the host.
 
   Args:
-    batch: concrete arrays.
-    loss: the loss whose targets the batch holds.
+    batch: Concrete arrays.
+    loss: Loss whose targets the batch holds.
 
   Raises:
-    ValueError: NaN or infinite inputs at valid steps, lengths outside 1..T, labels
-      outside 0..C-1, wrong shapes.
-    TypeError: labels or lengths that are not integers, targets that are not floating
-      point, arrays that are traced or abstract.
+    ValueError: Inputs at valid steps are not finite, lengths are outside 1..T, labels
+      are outside 0..C-1, or shapes do not fit.
+    TypeError: Labels or lengths are not integers, targets are not floating-point, or
+      arrays are traced or abstract.
   """
   batch = with_mask(batch)
   num_steps, batch_size = check_shapes(batch)
   check_type('loss', loss, Loss)
-  if any(
-    isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
-    for leaf in jax.tree.leaves(batch)
-  ):
-    raise TypeError(
-      f'validate_batch looks at values and needs concrete arrays, got {batch!r}.'
-    )
+  for leaf in jax.tree.leaves(batch):
+    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+      raise TypeError(
+        f'validate_batch needs a batch of concrete arrays, got {batch!r}.'
+      )
   valid = np.ones((num_steps, batch_size), bool)
   if batch.lengths is not None:
     lengths = np.asarray(batch.lengths)
@@ -146,39 +162,38 @@ def validate_batch(batch: Batch, loss: Loss) -> None:
   if batch.mask is not None:
     valid = valid & np.asarray(batch.mask)
   for path, leaf in jax.tree.leaves_with_path(batch.inputs):
-    inputs = np.asarray(leaf)
-    if (
-      jnp.issubdtype(inputs.dtype, jnp.floating)
-      and not np.isfinite(inputs[valid]).all()
-    ):
-      bad = np.argwhere(
-        ~np.isfinite(inputs.reshape(num_steps, batch_size, -1)).all(-1) & valid
-      )
-      name, place = f'inputs{jax.tree_util.keystr(path)}', tuple(bad[0].tolist())
-      raise ValueError(
-        f'{name} must be finite, got NaN or infinity in {len(bad)} places, the first '
-        f'at (step, row) {place}.'
-      )
+    _check_finite(f'inputs{jax.tree_util.keystr(path)}', np.asarray(leaf), valid)
   loss.check(batch.targets, valid)
 
 
+def _check_finite(name: str, inputs: np.ndarray, valid: np.ndarray) -> None:
+  """Raise a ValueError unless inputs [T, B, ...] are finite at valid steps."""
+  is_float = jnp.issubdtype(inputs.dtype, jnp.floating)
+  if not is_float or np.isfinite(inputs[valid]).all():
+    return
+  finite = np.isfinite(inputs.reshape(*valid.shape, -1)).all(-1)
+  bad = np.argwhere(~finite & valid)
+  first = tuple(bad[0].tolist())
+  raise ValueError(
+    f'{name} must be finite, got NaN or infinity in {len(bad)} places, the first at '
+    f'(step, row) {first}.'
+  )
+
+
 def check_shapes(batch: Batch) -> tuple[int, int]:
-  """(T, B) of a batch, after checking what shapes and dtypes alone can tell."""
-  if not isinstance(batch, Batch):
-    raise TypeError(
-      'batch must be a fptt_jax.Batch(inputs, targets, lengths=None), got '
-      f'{type(batch).__name__}.'
-    )
+  """Check the shapes and dtypes of a batch.
+
+  Returns:
+    (T, B).
+
+  Raises:
+    ValueError: Shapes do not fit each other.
+    TypeError: `batch` is not a `Batch`, or a dtype is not accepted.
+  """
+  check_type('batch', batch, Batch)
   num_steps, batch_size = check_inputs(batch.inputs)
   if batch.lengths is not None:
-    lengths = check_array('lengths', batch.lengths)
-    if lengths.shape != (batch_size,):
-      raise ValueError(
-        f'lengths must have shape [B] = ({batch_size},), or be a mask bool [T, B]; got '
-        f'{lengths.dtype}{list(lengths.shape)}.'
-      )
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-      raise TypeError(f'lengths must be integers, got {lengths.dtype}.')
+    _check_lengths(batch.lengths, batch_size)
   if batch.mask is not None:
     mask = check_array('mask', batch.mask)
     if mask.shape != (num_steps, batch_size) or mask.dtype != bool:
@@ -187,10 +202,10 @@ def check_shapes(batch: Batch) -> tuple[int, int]:
         f'{mask.dtype}{list(mask.shape)}.'
       )
   for leaf in jax.tree.leaves(batch.targets):
-    if getattr(check_array('targets', leaf).dtype, 'kind', '') in tuple(
-      'OSUMm'
-    ):  # A dtype of keys has none.
-      raise TypeError(f'targets must be numbers, got dtype {leaf.dtype}.')
+    dtype = check_array('targets', leaf).dtype
+    # The dtype of PRNG keys has no kind.
+    if getattr(dtype, 'kind', '') in tuple('OSUMm'):
+      raise TypeError(f'targets must be numbers, got dtype {dtype}.')
     if batch_size not in leaf.shape[:2]:
       raise ValueError(
         f'targets must be [B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}; '
@@ -199,9 +214,26 @@ def check_shapes(batch: Batch) -> tuple[int, int]:
   return num_steps, batch_size
 
 
+def _check_lengths(lengths: Any, batch_size: int) -> None:
+  lengths = check_array('lengths', lengths)
+  if lengths.shape != (batch_size,):
+    raise ValueError(
+      f'lengths must have shape [B] = ({batch_size},), or be a mask bool [T, B]; got '
+      f'{lengths.dtype}{list(lengths.shape)}.'
+    )
+  if not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise TypeError(f'lengths must be integers, got {lengths.dtype}.')
+
+
 def check_inputs(inputs: Any) -> tuple[int, int]:
-  """(T, B) of a tree of inputs [T, B, ...], after checking that all its arrays agree in
-  them.
+  """Check that the arrays of a tree of inputs are [T, B, ...] with the same T and B.
+
+  Returns:
+    (T, B).
+
+  Raises:
+    ValueError: Shapes do not fit each other, or there is no array.
+    TypeError: A dtype is neither floating-point nor integer.
   """
   first: tuple[int, ...] | None = None
   for path, leaf in jax.tree.leaves_with_path(inputs):
@@ -214,10 +246,8 @@ def check_inputs(inputs: Any) -> tuple[int, int]:
         f'{name} need at least one step and one sequence, got an empty batch [T, B, '
         f'...] = {shape}.'
       )
-    if not (
-      jnp.issubdtype(leaf.dtype, jnp.floating)
-      or jnp.issubdtype(leaf.dtype, jnp.integer)
-    ):
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    if not is_float and not jnp.issubdtype(leaf.dtype, jnp.integer):
       raise TypeError(
         f'{name} must be floating point (features) or integers (tokens), got '
         f'{leaf.dtype}.'
@@ -235,40 +265,36 @@ def check_inputs(inputs: Any) -> tuple[int, int]:
   return first[0], first[1]
 
 
+def with_mask(batch: Batch) -> Batch:
+  """Return the batch with a mask that was passed as `lengths` moved to `mask`."""
+  if not isinstance(batch, Batch):
+    return batch  # It is rejected where its shapes are checked.
+  lengths, mask = _lengths_and_mask(batch.lengths, batch.mask)
+  return batch._replace(lengths=lengths, mask=mask)
+
+
 def _lengths_and_mask(lengths: Any, mask: Any) -> tuple[Any, Any]:
-  """Both in their places, if a mask was given in the place of the lengths."""
+  """Return lengths and mask, given perhaps a mask as lengths."""
   if mask is None and getattr(lengths, 'ndim', 0) == 2 and lengths.dtype == bool:
     return None, lengths
   return lengths, mask
 
 
-def with_mask(batch: Batch) -> Batch:
-  """The batch with a mask that was given in the place of the lengths where it
-  belongs.
-  """
-  if not isinstance(batch, Batch):
-    return batch
-  lengths, mask = _lengths_and_mask(batch.lengths, batch.mask)
-  return batch._replace(lengths=lengths, mask=mask)
-
-
 def targets_by_row(loss: Loss) -> bool:
-  """Returns whether a loss is certain that its targets are [B, ...]."""
+  """Return whether a loss's targets are [B, ...] for certain."""
   return loss.last_only or loss.terminal
 
 
 def is_addressable(x: Any) -> bool:
-  """Whether it is an array whose values can be looked at here: neither traced nor in
-  part another process's.
-  """
-  return isinstance(x, np.ndarray) or (
-    isinstance(x, jax.Array)
-    and not isinstance(x, jax.core.Tracer)
-    and x.is_fully_addressable
-  )
+  """Return whether the values of an array can be read in this process."""
+  if isinstance(x, np.ndarray):
+    return True
+  is_concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+  return is_concrete and x.is_fully_addressable
 
 
 def check_type(name: str, value: Any, expected: type) -> None:
+  """Raise a TypeError unless `value` is of the expected type of this package."""
   if not isinstance(value, expected):
     raise TypeError(
       f'{name} must be a fptt_jax.{expected.__name__}, got {type(value).__name__}.'

@@ -14,13 +14,12 @@ Hidden = Any
 
 
 class OutputsWithPenalty(NamedTuple):
-  """What a model's `apply` may return in place of plain outputs: outputs with a penalty
-  of the model's own on them.
+  """Outputs of a model's `apply` together with a penalty on them.
 
   Attributes:
-    outputs: [S, B, ...], what the loss sees.
-    penalty: float [S, B], added to the window's objective as its mean over the valid
-      steps. Evaluation leaves it out.
+    outputs: [S, B, ...], the outputs that the loss sees.
+    penalty: float [S, B]. Its mean over the valid steps is added to the window's
+      objective. Evaluation ignores it.
   """
 
   outputs: jax.Array
@@ -28,14 +27,14 @@ class OutputsWithPenalty(NamedTuple):
 
 
 class FeaturesAndReadout(NamedTuple):
-  """A model's `apply` in two parts; one after the other they are to give what it gives.
+  """A model's `apply` factored in two: `readout(features(x))` must equal `apply(x)`.
 
   Attributes:
     features: (params, state, x [S, B, ...], mask [S, B] or None, key or None) ->
-      (state, features [S, B, ...]), which may be :class:`OutputsWithPenalty`.
-    readout: (params, features [s, B, ...], key or None) -> outputs [s, B, ...], of any
-      s of the window's steps, each by itself. It is given the window's key for
-      whichever of its steps.
+      (state, features [S, B, ...]), perhaps as :class:`OutputsWithPenalty`.
+    readout: (params, features [s, B, ...], key or None) -> outputs [s, B, ...]. It acts
+      on each of any s steps of the window by itself. The key is the window's, for any
+      of its steps.
   """
 
   features: Callable[
@@ -51,26 +50,22 @@ class Model(NamedTuple):
   Attributes:
     init: (key) -> params.
     initial_state: (batch_size) -> hidden state before the first step, a tree of arrays
-      [B, ...]. Where there is a `learned_initial_state`, only its shapes and dtypes are
-      used.
+      [B, ...]. With a `learned_initial_state`, only its shapes and dtypes are used.
     apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state,
-      outputs [S, B, ...]), a whole window. x is an array or a tree of them, as the
-      batch's inputs are, 0 at masked steps, which may be anywhere. A step whose mask is
-      False leaves the state as it is; mask None means that all steps are real. key None
-      means evaluation: no dropout. In place of the outputs it may return
-      :class:`OutputsWithPenalty` ones.
-    apply_last: as `apply`, with one more argument: each sequence's last valid step in
-      the window, an int or int [B], the outputs of which are all that is wanted;
-      (params, state, x, mask, key, last) -> (state, outputs [1, B, ...]). Of a sequence
-      without steps in the window they mean nothing. What follows the last recurrent
-      layer is computed there alone. Used with losses that are `last_only`; None where a
-      model cannot.
-    split: `apply` in two parts, the readout being one. Used with losses that have a
-      `per_step`, see `readout_chunk` of :func:`make_trainer`; None where a model has no
-      such part.
+      outputs [S, B, ...]) over a whole window. x is an array or a tree of arrays, like
+      the batch's inputs, 0 at masked steps. Masked steps may be anywhere, and must leave
+      the state as it is; mask None means that all steps are valid. key None means
+      evaluation, without dropout. The outputs may be :class:`OutputsWithPenalty`.
+    apply_last: (params, state, x, mask, key, last) -> (state, outputs [1, B, ...]).
+      Like `apply`, but returns only the output at step `last`, an int or int [B]: each
+      sequence's last valid step in the window. Undefined for sequences with no step in
+      this window. Layers after the last recurrent layer run at that step alone. Used
+      with losses that are `last_only`; None if the model has none.
+    split: `apply` factored in two. Used with losses that have a `per_step`, see
+      `readout_chunk` of :func:`make_trainer`; None if the model has no such parts.
     learned_initial_state: (params, batch_size) -> hidden state before the first step,
-      of floating-point arrays, where it is trained with the parameters; None where it
-      is constant. A window that starts a sequence has a gradient with respect to it.
+      of floating-point arrays, if it is trained with the parameters. A window that
+      starts a sequence is differentiated with respect to it. None if it is constant.
   """
 
   init: Callable[[jax.Array], Params]
@@ -84,15 +79,15 @@ class Model(NamedTuple):
   learned_initial_state: Callable[[Params, int], Hidden] | None = None
 
   def start(self, params: Params, batch_size: int) -> Hidden:
-    """Makes the hidden state before the first step.
+    """Make the hidden state before the first step.
 
     Args:
-      params: the model's parameters.
+      params: Parameters of the model.
       batch_size: B.
 
     Returns:
-      A tree of arrays [B, ...], as `learned_initial_state` gives it or, without
-      one, `initial_state`.
+      A tree of arrays [B, ...], from `learned_initial_state` or, without one, from
+      `initial_state`.
     """
     if self.learned_initial_state is None:
       return self.initial_state(batch_size)
@@ -100,17 +95,19 @@ class Model(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """All that the next step depends on: save it and a run goes on where it was.
+  """Everything the next step depends on: a run resumes exactly from a saved state.
 
   Attributes:
-    params: W. Moved by each update.
-    opt_state: the optimizer's; holds W̄ and λ under `fptt`. Moved by each update.
-    hidden: [B, ...], the hidden state after the last window. Moved by each window; read
-      again only with `carry_hidden`.
-    loss_state: what the loss remembers (Q tables). Moved by each window.
-    key: typed PRNG key, never moved: a window's key is folded in from `step_count` and
-      the window's index.
-    step_count: int32 [], sequences (batches) so far.
+    params: W. Changed by each update.
+    opt_state: State of the optimizer; with `fptt` it holds W̄ and λ. Changed by each
+      update.
+    hidden: [B, ...], hidden state after the last window. Changed by each window; the
+      next step reads it only with `carry_hidden`.
+    loss_state: State of the loss, such as tables of predictions. Changed by each
+      window.
+    key: Typed PRNG key. It never changes: a window's key is folded from `step_count`
+      and the window's number.
+    step_count: int32 [], number of batches so far.
   """
 
   params: Params
@@ -122,25 +119,25 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-  """What one step saw.
+  """Metrics of one step.
 
   Attributes:
-    loss: [U], the objective of each update (U = K, or 1 for one update a sequence),
-      before the update.
-    grad_norm: [U], global norm of the loss gradient, before clipping and without the
+    loss: [U], the objective before each update. U is K, or 1 for methods with one
+      update per sequence.
+    grad_norm: [U], global norm of its gradient, before clipping and without the
       regularizer.
-    totals: what the loss measures, summed over the sequence; see
+    totals: Metrics of the loss, summed over the sequence; see
       `fptt_jax.compute_metrics`.
-    skipped: bool [U], the updates that `skip_nonfinite` left out, whose loss and norm
-      stand as they were seen, and those of `invalid`.
-    lambda_norm: float32 [], global norm of λ after the sequence, 0 without `fptt`.
-    outputs: [T, B, ...], the model's outputs as each window was first seen, before its
-      update (in the last inner step), zeros at masked steps; None unless the trainer
-      was made with `return_outputs`.
+    skipped: bool [U], updates left out by `skip_nonfinite`, or `invalid`. Their loss
+      and gradient norm are reported as measured.
+    lambda_norm: float32 [], global norm of λ after the sequence; 0 without `fptt`.
+    outputs: [T, B, ...], the model's outputs in each window before its update (in the
+      last inner step), 0 at masked steps. None unless the trainer was made with
+      `return_outputs`.
     invalid: bool [U], all True if a target (a label, an example id) or a length of the
-      batch is out of range. Then nothing but `step_count` moves, with or without
-      `skip_nonfinite`: all updates count as skipped, too, their loss and norm are NaN,
-      and the totals are of nothing.
+      batch is out of range. Then only `step_count` changes, with or without
+      `skip_nonfinite`: all updates count as skipped, their losses and gradient norms are
+      NaN, and the totals are 0.
   """
 
   loss: jax.Array
@@ -153,37 +150,37 @@ class StepMetrics(NamedTuple):
 
 
 class Trainer(NamedTuple):
-  """The functions :func:`make_trainer` makes.
+  """The functions that :func:`make_trainer` makes.
 
   Attributes:
-    init: (key, batch) -> TrainState. A concrete batch is looked at by
-      :func:`validate_batch`; otherwise only its shapes are used, and
-      `jax.ShapeDtypeStruct` leaves will do. It also runs a model of unknown layers once
-      on a few small windows and refuses one that mixes the rows of a batch, looks
-      ahead, or keeps memory outside the hidden state.
-    step: (state, batch) -> (state, StepMetrics), compiled once for each batch shape;
-      the old state is donated unless the trainer was made with `donate=False`.
+    init: (key, batch) -> TrainState. Concrete batches are validated by
+      :func:`validate_batch`; abstract ones (`jax.ShapeDtypeStruct`) contribute shapes
+      only. A model of unknown layers is run once on a few small windows. It is rejected
+      if it mixes the rows of a batch, looks ahead, or keeps memory outside the hidden
+      state.
+    step: (state, batch) -> (state, StepMetrics), compiled once per batch shape. The old
+      state is donated unless the trainer was made with `donate=False`.
     evaluate: (params, batch, hidden=None) -> (totals, hidden), compiled, without
-      dropout; `hidden` None starts from the model's initial state. WindowPlan of about
-      √T steps bound its memory, whatever the method.
-    end_epoch: (state) -> state with the loss's end-of-epoch work done and the hidden
+      dropout. Without `hidden` it starts from the model's initial state. It runs in
+      windows of about √T steps, which bound its memory, for any method.
+    end_epoch: (state) -> state after the loss's end-of-epoch work, with the hidden
       state back at the start.
     predict: (params, inputs, lengths=None, mask=None, hidden=None, *,
       batch_major=False, return_hidden=False) -> outputs [T, B, ...] of all steps,
-      compiled once for each shape, without dropout. Any T will do: windows of about √T
-      steps bound the memory beside the outputs. Inputs, lengths and mask are those of a
-      :class:`Batch`; outputs at masked steps are 0. `hidden` None starts from the
-      model's initial state. With `batch_major`, inputs, mask and outputs are [B, T,
-      ...]. With `return_hidden` it returns (outputs, hidden), from which a next call
-      goes on.
-    donate: whether `step` gives the old state's memory to the new one. The old state's
-      arrays are then gone, those among them that were put there under a name of their
-      own, too: keep copies, or choose `donate=False`.
+      compiled once per shape, without dropout. Any T is accepted: windows of about √T
+      steps bound the memory besides the outputs. Inputs, lengths and mask are those of
+      a :class:`Batch`; outputs at masked steps are 0. Without `hidden` it starts from
+      the model's initial state. With `batch_major`, inputs, mask and outputs are
+      [B, T, ...]. With `return_hidden` it returns (outputs, hidden), and a next call
+      can continue from there.
+    donate: Whether `step` reuses the old state's memory for the new state. The old
+      arrays are deleted then, including those that were put into the state by hand:
+      keep copies, or pass `donate=False`.
 
-  `step`, `evaluate` and `predict` also take a state or parameters as other programs
-  give them back: of NumPy arrays, with integer keys as texts ('0' for 0), as dicts for
-  named tuples, with the key as its data. They return JAX's arrays in the structure that
-  `init` makes.
+  `step`, `evaluate` and `predict` also take states and parameters as checkpoint
+  libraries restore them: NumPy arrays, dicts in place of named tuples, integer keys as
+  strings ('0' for 0), and the data of PRNG keys. They return JAX arrays in the structure
+  that `init` makes.
   """
 
   init: Callable[[jax.Array, Batch], TrainState]

@@ -53,85 +53,85 @@ def make_trainer(
   donate: bool = True,
   micro_batches: int = 1,
 ) -> Trainer:
-  """Build a trainer that trains a recurrent model forward through time.
+  """Make the functions that train a recurrent model forward through time.
+
+  To start from given weights, such as imported ones, pass the model
+  `model._replace(init=lambda key: params)`.
 
   Args:
-    model: the model's pure functions.
-    loss: see `fptt_jax.losses`.
-    optimizer: any optax transformation; for FPTT `fptt(base)`, or a chain around it. It
-      is called with the extra arguments `value` (the objective), `grad` (its gradient),
-      `value_fn` (params -> the same objective from the same hidden state), `grad_fn`
-      (params and, if it likes, a number that is not used -> its gradient) and
-      `inner_steps`, or those of them that its `update` takes.
-      `optax.contrib.reduce_on_plateau` sees a value per update: to count sequences,
-      give it `accumulation_size` = K (for methods with an update per window; times
-      `inner_steps`) and put it inside, `fptt(optax.chain(base, plateau))`. It then
-      compares the means of K objectives; a window without a valid step is no update and
-      is not counted.
-    method: a name in `METHODS` or a `Method`. 'fptt' and 'tbptt' run the same step: the
-      regularizer is in the optimizer, which has to contain `fptt` for the one and not
-      for the other.
-    num_windows: K. Default round(√T), the paper's; or give
-    window_size: the longest window's steps S. Methods that fix K (bptt, tbptt_final,
-      ogd) take neither.
-    carry_hidden: start a batch from the hidden state the last one ended with (language
-      modelling: row b of a batch continues row b of the one before). Default: each
-      sequence starts from the model's initial state.
-    loss_weights: [K], finite factors of the windows' losses. Default all 1.
-    inner_steps: gradient steps a window, each from the window's own initial hidden
-      state; `fptt` must have the same number. The hidden state carried on is the one of
-      the last inner step's pass. 'ftrl' passes through the sequence at each window,
-      even if no sequence is left: then the pass has the parameters as they are after
-      the last update.
+    model: Pure functions of the model.
+    loss: Loss of a window, see `fptt_jax.losses`.
+    optimizer: Any optax transformation; for FPTT `fptt(base)`, or a chain around it.
+      Its `update` gets those of these extra arguments that it takes: `value` (the
+      objective), `grad` (its gradient), `value_fn` (params -> the same objective from
+      the same hidden state), `grad_fn` (params and, optionally, an unused number -> its
+      gradient) and `inner_steps`. `optax.contrib.reduce_on_plateau` sees one value per
+      update. To count sequences, give it `accumulation_size` = K (times `inner_steps`)
+      for methods with one update per window, and put it inside:
+      `fptt(optax.chain(base, plateau))`. It then compares means of K objectives;
+      windows without a valid step are not counted.
+    method: A name in `METHODS`, or a `Method`. 'fptt' and 'tbptt' run the same step:
+      the optimizer must contain `fptt` for the first and must not for the second.
+    num_windows: K. The default is round(√T), as in the paper.
+    window_size: Steps S of the longest window, in place of K. Methods that fix K
+      ('bptt', 'tbptt_final', 'ogd') take neither.
+    carry_hidden: Whether a batch starts from the last hidden state of the previous one,
+      as in language modeling: row b continues row b. By default, each sequence starts
+      from the model's initial state.
+    loss_weights: K finite factors of the windows' losses; all 1 by default.
+    inner_steps: Gradient steps per window, each from the hidden state before the
+      window. The hidden state of the last one's pass is carried on. 'ftrl' runs through
+      the sequence in each window, even if no sequence has steps left: then the pass
+      uses the parameters after the last update.
     truncation_steps: k of 'tbptt_final': how many of the last steps are differentiated.
-    skip_nonfinite: leave out an update whose objective, gradient (its global norm) or
-      new λ is not finite, in any of its inner steps: parameters, optimizer state,
-      hidden and loss state stay what they were before it, and what it measured is left
-      out of the totals; `StepMetrics.skipped` tells. 'ftrl' goes through all windows in
-      each update, so a bad one skips them all. Each window takes a few more passes over
-      what may have to be kept, a large table of the loss included.
-    mesh: devices, along one axis, to split the batch over: each runs its share of the
-      sequences, and after each window there is one mean over the devices, of the
-      gradient and the objective together. Parameters and optimizer state are the same
-      on all. The batch size must be a multiple of their number. Dropout draws other
-      noise than on one device. A loss of your own is given a share of the batch and its
-      mean over the devices is taken; `window.mean` makes that right for ragged batches
-      too. The devices may belong to several processes: see
-      `fptt_jax.make_global_batch`.
-    shard_params: split parameters and optimizer state (W, W̄, λ and the base
-      optimizer's) over the mesh, too: of each array a device keeps its share along the
-      first axis that their number divides, the whole where there is none. In each
-      window the parameters are gathered once and each device gets the mean gradient of
-      its share, which any optimizer moves.
-    readout_chunk: how many steps' outputs are computed at a time, with their loss and
-      its gradient, where the model has a `split` and the loss a `per_step`. By default
-      all of a window, unless on a CPU the readout would make an array of more than 32
-      MiB: then as many as make 10 MiB. It changes rounding, memory and time, which for
-      large vocabularies both fall, and such an objective has no forward-mode
-      derivative. A number of S or more: all.
-    donate: let `step` use the old state's memory for the new one. False keeps old
-      states alive, at the price of a second one's memory; `scan_train_steps` and
-      `population` do as the trainer does.
-    return_outputs: put the model's outputs of all T steps into `StepMetrics.outputs`.
-      It costs their memory, [T, B, ...], and the readout of all steps, where otherwise
-      a `last_only` loss needs a window's last one and `readout_chunk` a few at a time
-      (so it does not go with that option). What dropout draws after the last recurrent
-      layer may differ.
-    micro_batches: in how many parts a window's rows are run, one after the other, of
-      which the batch size (each device's share of it) must be a multiple. A window then
-      needs about the memory of one part, beside the model's outputs, and one more
-      forward pass. Loss, gradient and metrics are the whole batch's, up to rounding,
-      and there is one update, as without; dropout draws other noise. Outputs with a
-      `split` are read out S/micro_batches steps at a time unless `readout_chunk` says
-      otherwise. Ragged batches do not go with models that return penalties.
+    skip_nonfinite: Whether to leave out updates whose objective, gradient norm or new λ
+      is not finite in any inner step. Parameters, optimizer state, hidden state and
+      loss state stay as they were, and the totals exclude the update; see
+      `StepMetrics.skipped`. 'ftrl' runs through all windows in each update, so that a
+      bad window skips all. The cost is a few more passes per window over the state,
+      including large tables of the loss.
+    mesh: Mesh with one axis, over whose devices the batch is split. There is one mean
+      over the devices per window, of gradient and objective together. Parameters and
+      optimizer state are the same on all devices. The batch size must be a multiple of
+      the number of devices. Dropout noise differs from that on one device. A custom
+      loss gets one device's rows, and its mean over the devices is taken;
+      `window.mean` makes that exact for ragged batches, too. The devices may belong to
+      several processes: see `fptt_jax.make_global_batch`.
+    shard_params: Whether to split parameters and optimizer state (W, W̄, λ and the base
+      optimizer's state) over the mesh, too. Each array is cut along the first axis that
+      the number of devices divides, or is replicated if there is none. In each window,
+      parameters are gathered once and gradients are reduced and scattered once.
+    readout_chunk: Steps whose outputs, loss and gradient are computed at a time, for
+      models with a `split` and losses with a `per_step`. By default all of a window
+      unless, on a CPU, the readout would make an array above 32 MiB: then as many as
+      make 10 MiB. It changes rounding, and for large vocabularies it saves memory and
+      time. Such an objective has no forward-mode derivative.
+    return_outputs: Whether `StepMetrics.outputs` holds the model's outputs of all T
+      steps. It costs their memory, [T, B, ...], and the readout of all steps, where a
+      `last_only` loss needs one per window; it excludes `readout_chunk`. Dropout noise
+      after the last recurrent layer may differ.
+    donate: Whether `step` reuses the old state's memory for the new state. False keeps
+      old states alive and costs the memory of a second one. `scan_train_steps` and
+      `vmap_trainer` follow the trainer.
+    micro_batches: Number of parts in which a window's rows are run, one after the
+      other; it must divide the rows per device. A window needs about the memory of one
+      part, besides the model's outputs, and one more forward pass. Loss, gradient and
+      metrics are those of the whole batch up to rounding, and there is still one
+      update; dropout noise differs. Readouts with a `split` run in S/micro_batches
+      steps at a time unless `readout_chunk` is given. Ragged batches are excluded for
+      models that return penalties.
 
   Returns:
-    A :class:`Trainer`. Steps that a mask leaves out change neither state, loss nor
-    gradient; a window in which no sequence of a ragged batch has a valid step changes
-    nothing at all, parameters and optimizer included.
+    A :class:`Trainer`. Masked steps change neither state, loss nor gradient. A window in
+    which no sequence of a ragged batch has a valid step changes nothing, parameters and
+    optimizer state included.
 
-  To start from weights of your own (imported ones, say), give them as the model's:
-  `model._replace(init=lambda key: params)`.
+  Raises:
+    ValueError: An option is out of range, or options contradict each other. When
+      traced: shapes of a batch do not fit.
+    TypeError: `model`, `loss` or `optimizer` is of another type. When traced: dtypes of
+      a batch do not fit. Values in arrays are not checked in compiled code: see
+      :func:`validate_batch`.
 
   Example:
     >>> import jax, optax, fptt_jax
@@ -153,11 +153,6 @@ def make_trainer(
 
   References:
     Kag and Saligrama, ICML 2021: Algorithms 1 and 2, "FPTT-K" and Table 3.
-
-  Raises:
-    ValueError, TypeError: an argument outside its range (here), or a batch whose shapes
-      or dtypes do not fit (when a step is traced). Values inside arrays are not looked
-      at in compiled code: see :func:`validate_batch`.
   """
   options = {
     'num_windows': num_windows,
@@ -358,7 +353,7 @@ def _check_initial_state(model: Model, params: Params, batch_size: int) -> None:
     return
   learned = jax.eval_shape(lambda p: model.start(p, batch_size), params)
   constant = jax.eval_shape(lambda: model.initial_state(batch_size))
-  check_hidden(learned, constant, 'what model.learned_initial_state returns')
+  check_hidden(learned, constant, 'the state that model.learned_initial_state returns')
 
 
 def _arrange_state(state: TrainState, expected: TrainState) -> TrainState:
@@ -389,7 +384,7 @@ def _strong_copy(tree: Any) -> Any:
 
   A state may be donated, and its types must not change from step to step.
   """
-  check_arrays('what model and loss make', tree)
+  check_arrays('parameters and states of model and loss', tree)
   return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
 
 
