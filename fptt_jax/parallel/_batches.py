@@ -21,31 +21,31 @@ from fptt_jax.parallel._placement import batch_specs, named
 def make_global_batch(
   batch: Batch, loss: Loss, mesh: jax.sharding.Mesh, *, stacked: bool = False
 ) -> Batch:
-  """One batch of the rows that every process has, split over the devices of all of
-  them.
+  """Make one batch from the rows of all processes, split over all their devices.
 
-  With `jax.distributed` each process calls the same functions in the same order:
+  With `jax.distributed`, each process calls the same functions in the same order:
   `make_trainer(mesh=...)` with a mesh over `jax.devices()`, `init` with the same key,
-  `step` with what this returns. Metrics and totals are whole on every process:
-  `np.asarray` reads them. The hidden state and what `shard_params` splits are not: all
-  processes together write a checkpoint of them, by orbax say. What all have alike, such
-  as the source that `scan_train_steps` reads from, may be handed over as NumPy arrays.
+  and `step` with the batch returned here. Metrics and totals are the same on every
+  process, where `np.asarray` reads them. The hidden state, and with `shard_params` also
+  parameters and optimizer state, are split: all processes together write a checkpoint
+  of them (use orbax). Values identical on all processes, such as the source of
+  `scan_train_steps`, may be passed as NumPy arrays.
 
   Args:
-    batch: this process's rows, B / (number of processes) of them, in NumPy arrays. The
-      processes' rows follow one another as their devices do in the mesh.
-    loss: the loss whose targets the batch holds.
-    mesh: the trainer's.
-    stacked: whether all leaves have a leading axis of length N, as `scan_train_steps`
-      takes batches.
+    batch: This process's rows, B / (number of processes) of them, in NumPy arrays. The
+      processes' rows follow each other in the order of their devices in the mesh.
+    loss: Loss whose targets the batch holds.
+    mesh: Mesh of the trainer.
+    stacked: Whether all leaves have a leading axis of length N, as items of
+      `scan_train_steps`.
 
   Returns:
-    The batch of B rows. On a single process that is the same batch, put on the mesh.
+    The batch of B rows. With one process it is the given batch, put on the mesh.
 
   Raises:
-    ValueError: the rows are no multiple of this process's devices, or shapes do not
+    ValueError: The rows are not a multiple of this process's devices, or shapes do not
       fit.
-    TypeError: as for the step, or arrays whose values are not at hand.
+    TypeError: Arrays are traced, abstract or not fully addressable.
 
   Example:
     >>> import jax, numpy as np, fptt_jax

@@ -1,4 +1,4 @@
-"""Several devices: how a CPU comes to be many, and what a mesh has to be like."""
+"""Devices and meshes: several CPU devices, and checks of a mesh."""
 
 import os
 from typing import Any
@@ -9,18 +9,18 @@ from fptt_jax._checks import check_integer
 
 
 def use_cpu_devices(num_devices: int | None = None) -> None:
-  """Lets JAX see the CPU as several devices, for `make_trainer(mesh=...)` to split a
-  batch over.
+  """Split the CPU into several devices, for `make_trainer(mesh=...)`.
 
-  It pays for small networks: much of their step XLA runs on one thread a device. Call
-  it before anything makes JAX look for devices; where that has happened already it does
-  nothing, silently. Other backends are not affected.
+  This pays for small networks: XLA runs much of their step on one thread per device.
+  Call it before JAX looks for devices; afterwards it has no effect. Other backends are
+  not affected.
 
   Args:
-    num_devices: how many; default as many as the process may use cores.
+    num_devices: Number of devices; by default the cores that the process may use.
 
   Raises:
-    ValueError: num_devices is no integer from 1 to 1024: each has threads of its own.
+    ValueError: `num_devices` is not an integer from 1 to 1024. Each device has threads
+      of its own.
   """
   if num_devices is None:
     num_devices = (
@@ -33,16 +33,20 @@ def use_cpu_devices(num_devices: int | None = None) -> None:
   )
   try:
     jax.config.update('jax_num_cpu_devices', num_devices)
-  except RuntimeError:  # Too late: JAX knows its devices.
+  except RuntimeError:
+    # JAX has looked for devices already.
     return
 
 
 def one_axis(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, str]:
-  """The mesh with its axis automatic, whatever it was, and the axis's name.
+  """Return a mesh with its axis automatic, and the name of the axis.
+
+  Args:
+    mesh: Mesh with one axis of any type.
 
   Raises:
-    TypeError: it is no mesh.
-    ValueError: it has more than one axis.
+    TypeError: `mesh` is not a mesh.
+    ValueError: `mesh` has several axes.
   """
   if not isinstance(mesh, jax.sharding.Mesh):
     raise TypeError(f'mesh must be a jax.sharding.Mesh or None, got {mesh!r}.')
@@ -103,7 +107,7 @@ def check_placement(batch: Any, mesh: jax.sharding.Mesh | None) -> None:
 
 
 def check_divisible(which: str, number: int, mesh: jax.sharding.Mesh) -> None:
-  """Raises a ValueError unless each device of the mesh gets as many."""
+  """Raise a ValueError unless the devices can share a number evenly."""
   if number % mesh.size:
     raise ValueError(
       f'{which} must be a multiple of the {mesh.size} devices it is split over, got '

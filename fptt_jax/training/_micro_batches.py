@@ -1,11 +1,9 @@
-"""A batch's rows a few at a time within each window, so that a window needs less
-memory.
+"""Rows of a batch in parts, so that a window needs less memory.
 
-The model alone is run part by part; the loss sees the outputs of the whole batch. So
-whatever a loss does with a batch (means over valid steps, tables of predictions) is
-right without any weights, and the gradients of the parts add up to that
-of the whole batch. The price is a second forward pass: a part's intermediate values are
-  computed again when its gradient is.
+Only the model runs part by part; the loss sees the outputs of the whole batch. So any
+function of the batch in a loss, such as a mean over valid steps or a table of
+predictions, is exact, and the parts' gradients add up to the batch's. The cost is a
+second forward pass: the backward pass recomputes a part's intermediate values.
 """
 
 from collections.abc import Callable
@@ -37,59 +35,55 @@ def split_model(model: Model, parts: int) -> Model:
 
 
 def in_micro_batches(function: Callable[..., Any], parts: int) -> Callable[..., Any]:
-  """Makes a model's `apply`, `apply_last` or `split.features` run over equal parts of
-  the rows, one after the other.
+  """Make a model's function run equal parts of the rows, one after the other.
 
   Args:
-    function: (params, state, x [S, B, ...], mask [S, B] or None, key or None, ...) ->
-      (state, outputs [S, B, ...]).
-    parts: how many parts; B must be a multiple.
+    function: `apply`, `apply_last` or `split.features` of a model: (params, state, x
+      [S, B, ...], mask [S, B] or None, key or None, ...) -> (state, outputs [S, B,
+      ...]).
+    parts: Number of parts, which must divide B.
 
   Returns:
-    A function of the same arguments and results. Each part draws from a key of its own.
+    A function of the same arguments and results. Each part draws from a different key.
   """
 
-  def run(
-    params: Any,
-    state: Any,
-    x: Any,
-    mask: jax.Array | None,
-    key: jax.Array | None,
-    *last: Any,
-  ) -> Any:
+  def run(params: Any, state: Any, x: Any, *rest: Any) -> Any:
+    mask, key, *last = rest
     rows = jax.tree.leaves(x)[0].shape[1]
     size = rows // parts
 
     def one_part(_: None, part: tuple[jax.Array, Any]) -> tuple[None, Any]:
       number, part_state = part
-      columns, positions = (
-        jax.tree.map(lambda leaf: _rows_of(leaf, number, size, axis), tree)
-        for tree, axis in (((x, mask), 1), (last, 0))
-      )
+      columns = _part_of((x, mask), number, size, axis=1)
       part_key = None if key is None else jax.random.fold_in(key, number)
-      return None, function(params, part_state, *columns, part_key, *positions)
+      last_steps = _part_of(last, number, size, axis=0)
+      return None, function(params, part_state, *columns, part_key, *last_steps)
 
+    # Within a scan, XLA cannot merge the recomputation with the forward pass, so that
+    # no guard against it is needed.
+    body = jax.checkpoint(one_part, prevent_cse=False)
     states = jax.tree.map(
       lambda leaf: leaf.reshape(parts, size, *leaf.shape[1:]), state
     )
-    # Within a scan nothing could be merged with what is computed again, so that needs
-    # no guard.
-    one_part = jax.checkpoint(one_part, prevent_cse=False)
-    _, (states, outputs) = jax.lax.scan(one_part, None, (jnp.arange(parts), states))
+    _, (states, outputs) = jax.lax.scan(body, None, (jnp.arange(parts), states))
     state = jax.tree.map(lambda leaf: leaf.reshape(rows, *leaf.shape[2:]), states)
-    return state, jax.tree.map(_joined, outputs)
+    return state, jax.tree.map(_join_parts, outputs)
 
   return run
 
 
-def _rows_of(leaf: Any, number: jax.Array, size: int, axis: int) -> Any:
-  """The rows of one part; a plain number is that of all rows."""
-  if jnp.ndim(leaf) == 0:
-    return leaf
-  return jax.lax.dynamic_slice_in_dim(leaf, number * size, size, axis)
+def _part_of(tree: Any, number: jax.Array, size: int, axis: int) -> Any:
+  """Return one part's rows of each array; plain numbers belong to all rows."""
+
+  def cut(leaf: Any) -> Any:
+    if jnp.ndim(leaf) == 0:
+      return leaf
+    return jax.lax.dynamic_slice_in_dim(leaf, number * size, size, axis)
+
+  return jax.tree.map(cut, tree)
 
 
-def _joined(outputs: jax.Array) -> jax.Array:
-  """[parts, S, B / parts, ...] -> [S, B, ...]."""
+def _join_parts(outputs: jax.Array) -> jax.Array:
+  """Join [parts, S, B / parts, ...] to [S, B, ...]."""
   outputs = jnp.moveaxis(outputs, 0, 1)
   return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])

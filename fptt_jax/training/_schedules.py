@@ -1,10 +1,9 @@
-"""The training methods the paper speaks of, each as a setting of one machinery.
+"""The training methods of the paper, each as settings of one train step.
 
-A method is told apart by how often the parameters move (after each window, or once a
-sequence), by how far back the gradient of each loss reaches (to its own window's start,
-or to the sequence's), and by whether FPTT's regularizer is on. The number of
-windows K does the rest: K = T is one update each step, K = 1 one window of the whole
-  sequence.
+A method is defined by its update frequency (after each window, or once per sequence),
+by its gradient horizon (to the start of the loss's window, or of the sequence), and by
+whether FPTT's regularizer is on. The number of windows K does the rest: K = T makes an
+update per step, K = 1 is one window of the whole sequence.
 """
 
 from typing import NamedTuple
@@ -16,16 +15,16 @@ class Method(NamedTuple):
   """A training method.
 
   Attributes:
-    regularized: whether the optimizer contains `fptt`. The train step takes the
-      optimizer as it is given and checks this.
-    update_each_window: True: an optimizer step after each window; False: one a
-      sequence.
-    whole_gradient: True: gradients reach back to the sequence's start; False: to the
-      start of the loss's own window.
-    num_windows: K if the method fixes it: a number, or 'T' for one window a step.
-    truncated: the classic truncated BPTT: only the last steps (how many is the step's
-      `truncation_steps`) are differentiated.
-    summary: one line for tables and help texts.
+    regularized: Whether the optimizer must contain `fptt`. The trainer takes the
+      optimizer as it is and checks this.
+    update_each_window: Whether the optimizer steps after each window, rather than once
+      per sequence.
+    whole_gradient: Whether gradients reach back to the start of the sequence, rather
+      than to the start of the loss's own window.
+    num_windows: K if the method fixes it: a number, or 'T' for one window per step.
+    truncated: Whether only the last `truncation_steps` steps are differentiated, as in
+      classic truncated BPTT.
+    summary: One line for tables and help texts.
   """
 
   regularized: bool
@@ -78,20 +77,18 @@ METHODS: dict[str, Method] = {
     summary='at each window the mean of all losses so far, from the start: Ω(T²)',
   ),
 }
-"""Every method of the paper by name."""
+"""The methods of the paper by name."""
 
 
 class UpdatePlan(NamedTuple):
-  """Which windows each of the U updates of a sequence looks at (V windows each), as
-  constant arrays.
+  """The V windows of each of the U updates of a sequence, as constant arrays.
 
   Attributes:
-    windows: int32 [U, V], indices of the windows an update runs through, in order.
-    coefficients: float64 [U, V], weight of each window's loss in the update's
-      objective.
-    records: bool [U, V], True where the window is seen for the first time: its metrics
-      and loss state count.
-    restarts: whether each update starts from the sequence's initial hidden state rather
+    windows: int32 [U, V], windows that an update runs through, in order.
+    coefficients: float64 [U, V], weights of the windows' losses in the objective.
+    records: bool [U, V], whether a window is seen for the first time. Only then do its
+      metrics and loss state count.
+    restarts: Whether each update starts from the sequence's initial hidden state rather
       than from the last one.
   """
 
@@ -102,21 +99,29 @@ class UpdatePlan(NamedTuple):
 
 
 def plan_updates(method: Method, num_windows: int) -> UpdatePlan:
-  """Lays out the updates of one sequence of `num_windows` = K windows."""
-  each = np.arange(num_windows, dtype=np.int32)
+  """Lay out the updates of one sequence.
+
+  Args:
+    method: Training method.
+    num_windows: K.
+
+  Returns:
+    One update of all windows, K updates of one window each, or, for methods with an
+    update per window and whole gradients, K updates of all windows so far.
+  """
+  numbers = np.arange(num_windows, dtype=np.int32)
   if not method.update_each_window:
-    return UpdatePlan(
-      each[None, :], np.ones((1, num_windows)), np.ones((1, num_windows), bool), True
-    )
+    ones = np.ones((1, num_windows))
+    return UpdatePlan(numbers[None, :], ones, ones.astype(bool), True)
   if not method.whole_gradient:
-    return UpdatePlan(
-      each[:, None], np.ones((num_windows, 1)), np.ones((num_windows, 1), bool), False
-    )
-  seen = each[None, :] <= each[:, None]
-  coefficients = seen / (each[:, None] + 1)
+    ones = np.ones((num_windows, 1))
+    return UpdatePlan(numbers[:, None], ones, ones.astype(bool), False)
+  # Update k takes the mean over windows 0..k. Later windows run along with weight 0, so
+  # that all updates have one shape.
+  so_far = numbers[None, :] <= numbers[:, None]
   return UpdatePlan(
-    np.broadcast_to(each, (num_windows, num_windows)),
-    coefficients,
-    np.eye(num_windows, dtype=bool),
-    True,
+    windows=np.broadcast_to(numbers, (num_windows, num_windows)),
+    coefficients=so_far / (numbers[:, None] + 1),
+    records=np.eye(num_windows, dtype=bool),
+    restarts=True,
   )
