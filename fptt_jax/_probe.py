@@ -1,10 +1,9 @@
-"""Checks on a model that only a run can tell: rows apart, no look ahead, and no memory
-but the hidden state.
+"""Checks of a model that need a run: independent rows, no look-ahead, no hidden memory.
 
-A train step cuts sequences into windows and carries nothing but the hidden state from
-one to the next. A layer that mixes the rows of a batch, reads later steps or restarts
-in each window would train without an error, towards
-something else. :func:`check_model` therefore runs a model once on a few small windows.
+A train step cuts sequences into windows and carries only the hidden state from one to
+the next. A layer that mixes the rows of a batch, reads later steps or restarts in each
+window would train without an error, towards another result. :func:`check_model`
+therefore runs a model once on a few small windows.
 """
 
 from collections.abc import Callable
@@ -19,26 +18,27 @@ import numpy as np
 Tree = Any
 
 ROWS = 3
-"""Sequences of the probe: the size differs from those of features and steps."""
+"""Rows of the probe; they differ in number from its steps."""
 STEPS = 4
 """Steps of the probe: two halves of two steps."""
-MOST_PARAMETERS = 50_000_000
-"""A model with more parameters is not probed: the probe may take seconds there."""
+MAX_PARAMETERS = 50_000_000
+"""Larger models are not probed, since that may take seconds."""
 
 TOLERANCE = 2000.0
-"""Differences above so many roundings are not rounding: 2e-4 of the scale in float32.
-At most 1/8 for short dtypes.
+"""Largest difference, in units of rounding, that counts as rounding.
+
+It is 2e-4 of the scale in float32, and at most 1/8 for 16-bit dtypes.
 """
 
 
 class HiddenMemoryError(TypeError):
-  """A model keeps memory outside the hidden state; raised while it is traced."""
+  """A model keeps memory outside the hidden state. Raised while it is traced."""
 
 
 _checked: weakref.WeakKeyDictionary[Callable[..., Any], set[Any]] = (
   weakref.WeakKeyDictionary()
 )
-"""What each model's `apply` was probed with, so that it is probed once."""
+"""Shapes that each model's `apply` was probed with, so that it is probed once."""
 _ALL = 'all'
 
 ADVICE = (
@@ -49,14 +49,12 @@ ADVICE = (
 
 
 def mark_checked(function: Callable[..., Any]) -> None:
-  """Records that a model with this `apply` needs no probe, because all of its layers
-  are known.
-  """
+  """Record that a model needs no probe, because all of its layers are known."""
   _checked.setdefault(function, set()).add(_ALL)
 
 
 def is_checked(function: Callable[..., Any]) -> bool:
-  """Returns whether :func:`mark_checked` was called for this `apply`."""
+  """Return whether :func:`mark_checked` was called for this `apply`."""
   return _ALL in _checked.get(function, ())
 
 
@@ -65,18 +63,18 @@ def check_state_rows(
   initial_state: Callable[[int], Tree],
   sizes: tuple[int, ...] = (ROWS, ROWS + 1),
 ) -> None:
-  """Checks that every leaf of the hidden state has a leading axis of rows.
+  """Check that every leaf of the hidden state has a leading axis of rows.
 
   Masks, meshes and ragged batches treat the hidden state row by row, so a counter or a
   key for the whole batch cannot be part of it.
 
   Args:
-    name: what the hidden state belongs to, for the error.
+    name: Name of the function, for the error.
     initial_state: (batch_size) -> hidden state.
-    sizes: the batch sizes to look at.
+    sizes: Batch sizes to try.
 
   Raises:
-    TypeError: a leaf has no such axis.
+    TypeError: A leaf has no such axis.
   """
   for size in sizes:
     state = jax.eval_shape(functools.partial(initial_state, size))
@@ -97,23 +95,21 @@ def _refuse_leaf(name: str, path: Any, leaf: Any) -> None:
 
 
 def check_model(model: Any, params: Tree, inputs: Tree, name: str = 'model') -> None:
-  """Runs a model on small windows in evaluation mode and refuses what windows would
-  change.
+  """Run a model on small windows, and reject one that windows would change.
 
-  The probe is compiled once per `model.apply` and shape of inputs. It is skipped where
-  values cannot be looked at (inside a traced function), for very large models, and
-  where the model cannot run a window of so few steps.
+  The probe is compiled once per `model.apply` and shape of inputs. It is skipped inside
+  traced functions, for very large models, and if the model cannot run so few steps.
 
   Args:
-    model: a :class:`fptt_jax.Model`.
-    params: its parameters, concrete arrays.
-    inputs: a tree of arrays or `jax.ShapeDtypeStruct` [T, B, ...], of which shapes and
-      dtypes are used.
-    name: what the model is called in errors.
+    model: A :class:`fptt_jax.Model`.
+    params: Its parameters, concrete arrays.
+    inputs: Tree of arrays or `jax.ShapeDtypeStruct` [T, B, ...]. Only shapes and dtypes
+      are used.
+    name: Name of the model in errors.
 
   Raises:
-    TypeError: rows depend on each other, a step depends on later ones, or two halves of
-      a window, the state carried between them, give something else than the whole.
+    TypeError: Rows depend on each other, a step depends on later ones, or two halves of
+      a window, with the state carried, differ from the whole window.
   """
   shapes = tuple(
     (leaf.shape[2:], jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(inputs)
@@ -124,24 +120,23 @@ def check_model(model: Any, params: Tree, inputs: Tree, name: str = 'model') -> 
     differences = _measure(model, params, inputs)
   _known(model.apply).add(shapes)
   if differences is not None:
-    _chunked_loss(differences, name)
+    _raise_if_different(differences, name)
 
 
 def check_new_model(model: Any, inputs: Tree, name: str) -> None:
-  """Probes a model when it is made, as :func:`check_model` does, with parameters drawn
-  for it.
+  """Probe a model when it is made, with parameters drawn for the purpose.
 
   Args:
-    model: a :class:`fptt_jax.Model`.
-    inputs: as for :func:`check_model`.
-    name: what the model is called in errors.
+    model: A :class:`fptt_jax.Model`.
+    inputs: As for :func:`check_model`.
+    name: Name of the model in errors.
 
   Raises:
-    TypeError: as for :func:`check_model`.
+    TypeError: As for :func:`check_model`.
   """
   key = jax.random.key(0)
   abstract = jax.tree.leaves(jax.eval_shape(model.init, key))
-  if sum(leaf.size for leaf in abstract) > MOST_PARAMETERS:
+  if sum(leaf.size for leaf in abstract) > MAX_PARAMETERS:
     return  # Drawing so many takes long.
   with jax.ensure_compile_time_eval():
     params = jax.jit(model.init)(key)
@@ -160,22 +155,16 @@ def _can_probe(model: Any, params: Tree) -> bool:
   concrete = not any(
     isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves
   )
-  at_hand = (
-    all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable for leaf in leaves)
-    if concrete
-    else False
-  )
-  return (
-    at_hand
-    and _ALL not in _known(model.apply)
-    and sum(np.size(leaf) for leaf in leaves) <= MOST_PARAMETERS
-  )
+  if not concrete or _ALL in _known(model.apply):
+    return False
+  for leaf in leaves:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      return False
+  return sum(np.size(leaf) for leaf in leaves) <= MAX_PARAMETERS
 
 
 def _measure(model: Any, params: Tree, inputs: Tree) -> dict[str, Any] | None:
-  """Returns the differences that the checks are about, relative to their scale, or None
-  where the model cannot run.
-  """
+  """Return the differences between runs; None if the model cannot run."""
   x = jax.tree.map(lambda leaf: _draw(leaf, 0), inputs)
   other = jax.tree.map(lambda leaf: _draw(leaf, 1), inputs)
   try:
@@ -185,15 +174,16 @@ def _measure(model: Any, params: Tree, inputs: Tree) -> dict[str, Any] | None:
   except HiddenMemoryError:
     raise
   except Exception:
-    # The window may be too short for the model, or the inputs not what it wants: the
-    # step says so in its own words.
+    # The window may be too short, or the inputs may not fit. The step raises a clearer
+    # error then.
     return None
   return {key: float(value) for key, value in differences.items()}
 
 
 def _draw(leaf: Any, seed: int) -> np.ndarray:
-  """Returns inputs [STEPS, ROWS, ...]: normal numbers, or tokens 0 and 1, the two
-  seeds' tokens being different.
+  """Return inputs [STEPS, ROWS, ...]: normal numbers, or tokens 0 and 1.
+
+  The tokens of seeds 0 and 1 differ everywhere.
   """
   shape = (STEPS, ROWS, *leaf.shape[2:])
   if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -209,9 +199,7 @@ def _probe(
   x: Tree,
   other: Tree,
 ) -> dict[str, jax.Array]:
-  """Returns the largest differences, relative to the outputs' scale; NaN where the
-  outputs are not finite.
-  """
+  """Return the largest differences, in roundings of the scale; NaN if not finite."""
   start = initial_state(ROWS)
 
   def run(state: Tree, x: Tree) -> tuple[Tree, jax.Array]:
@@ -256,9 +244,7 @@ def _probe(
 
 
 def _difference(a: Tree, b: Tree) -> jax.Array:
-  """Returns the largest difference of two trees' numbers, each relative to its array's
-  scale and rounding.
-  """
+  """Return the largest difference of two trees, in roundings of each array's scale."""
   worst = jnp.zeros([])
   for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     if jnp.issubdtype(left.dtype, jax.dtypes.prng_key):
@@ -275,7 +261,7 @@ def _difference(a: Tree, b: Tree) -> jax.Array:
   return worst
 
 
-def _chunked_loss(differences: dict[str, float], name: str) -> None:
+def _raise_if_different(differences: dict[str, float], name: str) -> None:
   if differences['rows'] > TOLERANCE:
     what = (
       'mixes the rows of a batch: another row changes the outputs or the state of '

@@ -307,14 +307,14 @@ def test_large_vocabularies_are_read_out_in_parts() -> None:
   whole windows need more than two of them, and has no more products: the outputs are
   not computed again for the gradient, which is not copied in another order either.
   """
-  assert LOGITS > _readout.LARGE
+  assert LOGITS > _readout.CHUNK_THRESHOLD_BYTES
   parts, whole = (optimized(lowered(WIDE, steps)) for steps in (None, STEPS))
   assert products(parts.as_text()) == products(whole.as_text()) > 0
   assert (
     parts.memory_analysis().temp_size_in_bytes < 0.7 * LOGITS
   )  # Two chunks of a quarter, and the parameters.
   assert whole.memory_analysis().temp_size_in_bytes > 2 * LOGITS
-  rows = _readout.CHUNK * STEPS // LOGITS * ROWS
+  rows = _readout.CHUNK_BYTES * STEPS // LOGITS * ROWS
   assert f'f32[{rows},{WIDE}]' in parts.as_text()
   assert f'f32[{WIDE},{rows}]' not in parts.as_text()
 
@@ -329,7 +329,7 @@ def test_small_vocabularies_and_accelerators_are_read_out_whole(
   def is_whole(words: int) -> bool:
     return f'tensor<{STEPS}x{ROWS}x{words}xf32>' in lowered(words, None).as_text()
 
-  assert is_whole(WIDE * _readout.LARGE // LOGITS)
+  assert is_whole(WIDE * _readout.CHUNK_THRESHOLD_BYTES // LOGITS)
   assert not is_whole(WIDE)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   assert is_whole(WIDE)

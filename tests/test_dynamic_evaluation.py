@@ -180,8 +180,8 @@ def test_large_readouts_see_no_dropout_either(monkeypatch: pytest.MonkeyPatch) -
   of the model, the statistics are the same.
   """
   params, expected = trained(), statistics()
-  monkeypatch.setattr(fptt_jax.training._readout, 'LARGE', 0)
-  monkeypatch.setattr(fptt_jax.training._readout, 'CHUNK', 1)
+  monkeypatch.setattr(fptt_jax.training._readout, 'CHUNK_THRESHOLD_BYTES', 0)
+  monkeypatch.setattr(fptt_jax.training._readout, 'CHUNK_BYTES', 1)
   with quick_compilation():
     got = gradient_statistics(MODEL, LOSS, params, sequences(TEXT, 40, 8))
   chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-7)

@@ -1,11 +1,10 @@
-"""A window's readout, loss and gradient a few steps at a time.
+"""Readout, loss and gradient of a window, a few steps at a time.
 
-Outputs over a large vocabulary, [S, B, V], cost a CPU about as much to write, read and
-copy as to compute. Here a scan goes over chunks of steps: a chunk's outputs are
-computed, window_loss and, where a gradient is asked for, differentiated while they are
-in the caches, and none are kept. The objective being one number, all the backward pass
-has to do is to multiply by its cotangent the gradient that the forward pass has found,
-so that outputs are computed once: three products in all, as without chunks.
+Logits over a large vocabulary, [S, B, V], cost a CPU about as much to write, read and
+copy as to compute. Here a scan runs over chunks of steps. Each chunk's logits, loss and
+gradient are computed together, so that logits stay in the caches and are never kept.
+The objective is one number, so the forward pass can find its gradient and the backward
+pass only scales it by the cotangent: three matrix products, as without chunks.
 """
 
 from collections.abc import Callable
@@ -22,48 +21,46 @@ from fptt_jax.losses._base import MetricSums, totals_where
 Readout = Callable[[Any, jax.Array, jax.Array | None], jax.Array]
 PerStep = Callable[[jax.Array, Any], dict[str, jax.Array]]
 
-LARGE = 2**25
-"""A CPU computes a window whole unless its readout makes an array of more bytes than
-this.
-"""
-CHUNK = 10 * 2**20
-"""Bytes of that array in a chunk, unless one step has more."""
+CHUNK_THRESHOLD_BYTES = 2**25
+"""A CPU runs a window in chunks if its readout makes a larger array than this."""
+CHUNK_BYTES = 10 * 2**20
+"""Size of that array in a chunk, unless one step exceeds it."""
 
 
 def steps_at_once(
   readout: Readout, params: Any, features: jax.ShapeDtypeStruct, key: jax.Array | None
 ) -> int:
-  """How many steps a chunk should have, by the largest array [S, B, ...] that the
-  readout makes of a window; S for all.
+  """Return the steps per chunk, by the largest array that the readout makes.
 
   Args:
-    readout: see :func:`chunked_loss`.
-    params: its first argument, or shapes.
-    features: shape [S, B, ...] and dtype of those of a window.
-    key: its last argument.
+    readout: See :func:`chunked_loss`.
+    params: Its first argument, or its shapes.
+    features: Shape [S, B, ...] and dtype of a window's features.
+    key: Its last argument.
+
+  Returns:
+    Steps per chunk; S to compute the window as a whole.
   """
   num_steps = features.shape[0]
-  made = [
-    variable.aval
-    for equation in jax.make_jaxpr(readout)(params, features, key).eqns
-    for variable in equation.outvars
-  ]
-  sizes = [
-    array.size * array.dtype.itemsize
-    for array in made
-    if array.shape[:2] == features.shape[:2]
-  ]
-  largest = max(sizes, default=0)
-  return num_steps if largest <= LARGE else max(1, CHUNK * num_steps // largest)
+  jaxpr = jax.make_jaxpr(readout)(params, features, key)
+  largest = 0
+  for equation in jaxpr.eqns:
+    for variable in equation.outvars:
+      array = variable.aval
+      if array.shape[:2] == features.shape[:2]:
+        largest = max(largest, array.size * array.dtype.itemsize)
+  if largest <= CHUNK_THRESHOLD_BYTES:
+    return num_steps
+  return max(1, CHUNK_BYTES * num_steps // largest)
 
 
 class WindowLoss(NamedTuple):
-  """What a loss says of a window.
+  """Loss and metrics of one window.
 
   Attributes:
     loss: [], the mean over the valid steps.
-    totals: :data:`fptt_jax.losses.MetricSums`: constants where the window is trained
-      on, differentiable where it is evaluated.
+    totals: :data:`fptt_jax.losses.MetricSums`. Constants in training, differentiable in
+      evaluation.
   """
 
   loss: jax.Array
@@ -82,33 +79,30 @@ def chunked_loss(
   steps: int,
   evaluating: bool = False,
 ) -> WindowLoss:
-  """What a window's loss `apply` and `measure` give for the outputs `readout(params,
-  features, key)`.
+  """Compute a window's loss and metrics from `readout(params, features, key)`.
 
-  In training the loss is differentiable in reverse with respect to `params` and
-  `features`; the gradient of weights is summed up in at least float32. In evaluation
-  all of the result is differentiable, in any mode and any number of times.
+  In training, the loss is differentiable in reverse mode with respect to `params` and
+  `features`; gradients of weights are summed in at least float32. In evaluation, the
+  result is differentiable in any mode and any number of times.
 
   Args:
-    readout: (params, features [s, B, ...], key) -> outputs [s, B, ...] of any s steps,
-      each by itself.
-    per_step: see :class:`fptt_jax.Loss`.
-    params: a tree of which `readout` may use a part.
+    readout: (params, features [s, B, ...], key) -> outputs [s, B, ...], for each of any
+      s steps by itself.
+    per_step: See :class:`fptt_jax.Loss`.
+    params: Tree of which `readout` may use a part.
     features: float [S, B, ...].
-    targets: tree of arrays [T, B, ...], constants.
-    window: which steps of the targets these are.
-    key: what `readout` draws from, the same for each chunk; None for no noise.
-    steps: s, the most steps of a chunk.
-    evaluating: whether the window is evaluated, not trained on.
+    targets: Tree of arrays [T, B, ...], constants.
+    window: The window that the features belong to.
+    key: PRNG key of the window, the same for each chunk; None for no noise.
+    steps: Largest number s of steps per chunk.
+    evaluating: Whether the window is evaluated, not trained on.
   """
   num_steps = features.shape[0]
   num_chunks = -(-num_steps // steps)
   steps = -(-num_steps // num_chunks)
 
   def split(x: jax.Array) -> jax.Array:
-    """[S, B, ...] -> [chunks, s, B, ...]; steps that are put to the end do not
-    count.
-    """
+    """Split [S, B, ...] into [chunks, s, B, ...]; padded steps are masked."""
     padded = jnp.pad(x, [(0, num_chunks * steps - num_steps), *[(0, 0)] * (x.ndim - 1)])
     return padded.reshape(num_chunks, steps, *x.shape[1:])
 
@@ -116,18 +110,20 @@ def chunked_loss(
   features, targets, mask = jax.tree.map(
     split, (features, jax.tree.map(window.slice, targets), window.mask)
   )
+
+  def run_chunk(x: jax.Array, key: jax.Array | None) -> jax.Array:
+    return readout(params, x, key)
+
   if evaluating:
-    run_chunk = lambda x, key: readout(params, x, key)
-    return _judge_chunks(run_chunk, per_step, (), features, targets, mask, count, key)
-  run, weights = jax.closure_convert(
-    lambda x, key: readout(params, x, key), features[0], key
-  )  # The params that are used.
+    return _sum_chunks(run_chunk, per_step, (), features, targets, mask, count, key)
+  # Only the parameters that the readout uses become weights.
+  run, weights = jax.closure_convert(run_chunk, features[0], key)
   return _chunked_loss(
     run, per_step, tuple(weights), features, targets, mask, count, key
   )
 
 
-def _judge_chunks(
+def _sum_chunks(
   run: Callable[..., jax.Array],
   per_step: PerStep,
   weights: tuple[jax.Array, ...],
@@ -137,11 +133,10 @@ def _judge_chunks(
   count: jax.Array,
   key: jax.Array | None,
 ) -> WindowLoss:
-  """Chunk by chunk: features, targets and mask are [chunks, s, B, ...]."""
+  """Sum loss and metrics over chunks [chunks, s, B, ...]."""
   part = functools.partial(_part, run, per_step, count, key, weights)
 
-  # The derivative of an evaluation computes a chunk's outputs again, so that it does
-  # not keep them either.
+  # The derivative of an evaluation recomputes a chunk's outputs, rather than keep them.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def body(
     _: None, chunk: tuple[Any, ...]
@@ -152,7 +147,7 @@ def _judge_chunks(
   return _sum(parts)
 
 
-_chunked_loss = jax.custom_vjp(_judge_chunks, nondiff_argnums=(0, 1))
+_chunked_loss = jax.custom_vjp(_sum_chunks, nondiff_argnums=(0, 1))
 
 
 def _chunked_loss_with_gradient(
@@ -165,7 +160,7 @@ def _chunked_loss_with_gradient(
   count: jax.Array,
   key: jax.Array | None,
 ) -> tuple[WindowLoss, tuple[tuple[jax.Array, ...], jax.Array]]:
-  """The same, and the loss's gradient with respect to weights and features."""
+  """Sum over chunks, and differentiate with respect to weights and features."""
   part = jax.value_and_grad(
     functools.partial(_part, run, per_step, count, key), argnums=(0, 1), has_aux=True
   )
@@ -174,9 +169,8 @@ def _chunked_loss_with_gradient(
     to_weights: tuple[jax.Array, ...], chunk: tuple[Any, ...]
   ) -> tuple[tuple[jax.Array, ...], Any]:
     window_loss, (more, to_features) = part(weights, *chunk)
-    return tuple(
-      g + m.astype(g.dtype) for g, m in zip(to_weights, more, strict=True)
-    ), (window_loss, to_features)
+    sums = [g + m.astype(g.dtype) for g, m in zip(to_weights, more, strict=True)]
+    return tuple(sums), (window_loss, to_features)
 
   zeros = tuple(jnp.zeros(w.shape, at_least_float32(w.dtype)) for w in weights)
   to_weights, (parts, to_features) = jax.lax.scan(
@@ -194,6 +188,8 @@ def _scale_gradient(
   gradient: tuple[tuple[jax.Array, ...], jax.Array],
   cotangents: WindowLoss,
 ) -> tuple[Any, ...]:
+  """Scale the gradient that the forward pass found; the totals are constants."""
+
   def scaled(g: jax.Array) -> jax.Array:
     wide = at_least_float32(g.dtype)
     return (g.astype(wide) * cotangents.loss.astype(wide)).astype(g.dtype)
@@ -214,7 +210,7 @@ def _part(
   targets: Any,
   mask: jax.Array,
 ) -> tuple[jax.Array, MetricSums]:
-  """A chunk's part of the mean and of the totals."""
+  """Return a chunk's part of the mean and of the totals."""
   values = per_step(run(features, key, *weights), targets)
   wide = at_least_float32(values['loss'].dtype)
   loss = jnp.sum(values['loss'], where=mask, dtype=wide) / count.astype(wide)
@@ -222,4 +218,5 @@ def _part(
 
 
 def _sum(parts: tuple[jax.Array, MetricSums]) -> WindowLoss:
+  """Sum the chunks' parts."""
   return WindowLoss(*jax.tree.map(lambda part: part.sum(0), parts))
