@@ -14,9 +14,9 @@ from fptt_jax.losses import Loss
 class Batch(NamedTuple):
   """A batch of sequences, time-major.
 
-  A masked step leaves hidden state, loss and gradient alone: within a window, and in all
-  of an evaluation, the numbers are those of the sequence without it. A sequence ends at
-  its last valid step. A sequence without any valid step contributes nothing.
+  A masked step leaves hidden state, loss and gradient alone: within a window, and in
+  all of an evaluation, the numbers are those of the sequence without it. A sequence
+  ends at its last valid step. A sequence without any valid step contributes nothing.
 
   Attributes:
     inputs: [T, B, ...], float features or integer tokens; or a tree of such arrays,
@@ -61,8 +61,8 @@ class Batch(NamedTuple):
       The time-major :class:`Batch`. NumPy arrays are not copied.
 
     Raises:
-      ValueError: Shapes do not fit, or `targets_have_time` is left out although an array
-        [B, O] could have O = T.
+      ValueError: Shapes do not fit, or `targets_have_time` is left out although an
+        array [B, O] could have O = T.
       TypeError: `inputs` or `targets` are not arrays.
 
     Example:

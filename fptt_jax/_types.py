@@ -53,8 +53,8 @@ class Model(NamedTuple):
       [B, ...]. With a `learned_initial_state`, only its shapes and dtypes are used.
     apply: (params, state, x [S, B, ...], mask [S, B] or None, key or None) -> (state,
       outputs [S, B, ...]) over a whole window. x is an array or a tree of arrays, like
-      the batch's inputs, 0 at masked steps. Masked steps may be anywhere, and must leave
-      the state as it is; mask None means that all steps are valid. key None means
+      the batch's inputs, 0 at masked steps. Masked steps may be anywhere, and must
+      leave the state as it is; mask None means that all steps are valid. key None means
       evaluation, without dropout. The outputs may be :class:`OutputsWithPenalty`.
     apply_last: (params, state, x, mask, key, last) -> (state, outputs [1, B, ...]).
       Like `apply`, but returns only the output at step `last`, an int or int [B]: each
@@ -136,8 +136,8 @@ class StepMetrics(NamedTuple):
       `return_outputs`.
     invalid: bool [U], all True if a target (a label, an example id) or a length of the
       batch is out of range. Then only `step_count` changes, with or without
-      `skip_nonfinite`: all updates count as skipped, their losses and gradient norms are
-      NaN, and the totals are 0.
+      `skip_nonfinite`: all updates count as skipped, their losses and gradient norms
+      are NaN, and the totals are 0.
   """
 
   loss: jax.Array
@@ -179,8 +179,8 @@ class Trainer(NamedTuple):
 
   `step`, `evaluate` and `predict` also take states and parameters as checkpoint
   libraries restore them: NumPy arrays, dicts in place of named tuples, integer keys as
-  strings ('0' for 0), and the data of PRNG keys. They return JAX arrays in the structure
-  that `init` makes.
+  strings ('0' for 0), and the data of PRNG keys. They return JAX arrays in the
+  structure that `init` makes.
   """
 
   init: Callable[[jax.Array, Batch], TrainState]

@@ -122,8 +122,8 @@ def make_trainer(
       models that return penalties.
 
   Returns:
-    A :class:`Trainer`. Masked steps change neither state, loss nor gradient. A window in
-    which no sequence of a ragged batch has a valid step changes nothing, parameters and
+    A :class:`Trainer`. Masked steps change neither state, loss nor gradient. A window
+    in which no sequence of a ragged batch has a valid step changes nothing, parameters and
     optimizer state included.
 
   Raises:
