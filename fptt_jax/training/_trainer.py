@@ -123,8 +123,8 @@ def make_trainer(
 
   Returns:
     A :class:`Trainer`. Masked steps change neither state, loss nor gradient. A window
-    in which no sequence of a ragged batch has a valid step changes nothing, parameters and
-    optimizer state included.
+    in which no sequence of a ragged batch has a valid step changes nothing, parameters
+    and optimizer state included.
 
   Raises:
     ValueError: An option is out of range, or options contradict each other. When
