@@ -14,7 +14,7 @@ K=11, 1,000 batches. The paper's settings (Figs. 1-3) are --seq_len=200|500|750|
 --nodecay --batches=3000 --lr=1e-3 --momentum=0.9.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 from pathlib import Path
 import statistics
@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from tabulate import tabulate
-from tqdm import tqdm
 
 from experiments.core import (
   cells,
@@ -35,6 +34,7 @@ from experiments.core import (
   devices,
   files,
   flags,
+  loop,
   optimizers,
   plotting,
   processes,
@@ -44,17 +44,14 @@ from experiments.core import (
   workdir,
 )
 from experiments.core.flags import check, option, redeclare
+from experiments.core.loop import Task
 from experiments.core.plotting import Curve, Plot
-from experiments.core.population import Population
 from experiments.core.rates import Rates
 from experiments.core.schedule import (
   Member,
-  chunks,
-  finish_run,
   format_number,
   has_ended,
   list_members,
-  remaining,
   train_all,
 )
 import fptt_jax
@@ -272,170 +269,127 @@ def make_trainer(
   ), meshes
 
 
+@dataclasses.dataclass(frozen=True)
+class Reporter:
+  """Measurements of the adding problem, every `eval_every` batches.
+
+  Attributes:
+    trainer: the train step of one run, which also evaluates.
+    tests: test batch by seed.
+    extra: entries that every summary ends with.
+    num_windows: K.
+    metric: None, since the last weights are the result.
+    higher_is_better: not used without a validation score.
+  """
+
+  trainer: fptt_jax.Trainer
+  tests: dict[int, fptt_jax.Batch]
+  extra: dict[str, int]
+  num_windows: int
+  metric: str | None = None
+  higher_is_better: bool = False
+
+  def step(self, record: loop.Record) -> int:
+    """Returns the number of batches."""
+    return record.batches
+
+  def measure(
+    self, member: Member, params: Any, record: loop.Record, last: Any
+  ) -> dict[str, Any]:
+    """Returns means over the last batch's updates that were made, and the test MSE."""
+    made = ~last.skipped
+    count = max(1, made.sum())
+    row = {
+      'updates': record.updates,
+      'train_loss': float(np.where(made, last.loss, 0).sum() / count),
+      'grad_norm': float(np.where(made, last.grad_norm, 0).sum() / count),
+    }
+    if member.config.on_nonfinite == 'skip':
+      row['skipped'] = record.skipped
+    sums, _ = self.trainer.evaluate(params, self.tests[member.seed])
+    row['test_mse'] = fptt_jax.compute_metrics(sums)['loss']
+    return row
+
+  def line(self, member: Member, row: dict[str, Any], reason: str | None) -> str:
+    """Returns the losses of an evaluation."""
+    start = f'{member.label}  batch {row["step"]:>6}  '
+    if reason is not None:
+      return f'{start}diverged: {reason}'
+    if None in row.values():
+      return f'{start}diverged: the test MSE is not finite'
+    skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
+    return (
+      f'{start}updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  '
+      f'test MSE {row["test_mse"]:.4f}  {skipped}{row["seconds"]:.0f} s'
+    )
+
+  def summarize(
+    self, member: Member, rows: list[dict[str, Any]], record: loop.Record, params: Any
+  ) -> dict[str, Any]:
+    """Returns the errors of a run that has ended, and the sizes of its model."""
+    settings = {'lr': member.config.lr, 'momentum': member.config.momentum}
+    return settings | summarize(self.num_windows, rows) | self.extra
+
+
+def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -> Task:
+  """Makes the task of the training loop, for several runs side by side.
+
+  Args:
+    config: settings of the runs.
+    seeds: seeds of the runs.
+    method: method of the runs.
+    members: number of runs.
+
+  Returns:
+    The task, whose epochs have `eval_every` batches.
+  """
+  num_windows, updates = recipe.updates_per_sequence(config, method, config.seq_len)
+  trainer, meshes = make_trainer(config, method, members)
+  keys = {seed: jax.random.split(jax.random.key(seed), 3) for seed in seeds}
+  draw = jax.jit(draw_batch, static_argnums=(1, 2))
+  tests = {
+    seed: processes.replicated(draw(test_key, config.seq_len, config.test_size))
+    for seed, (_, _, test_key) in keys.items()
+  }
+
+  def read(_: Any, data: jax.Array) -> fptt_jax.Batch:
+    key = jax.random.wrap_key_data(data)
+    return draw_batch(key, config.seq_len, config.batch_size)
+
+  def portions(epoch: int, seed: int) -> Iterator[loop.Portion]:
+    start = (epoch - 1) * config.eval_every
+    end = min(start + config.eval_every, config.batches)
+    # Batches are numbered from 1; each number has a key of its own.
+    items = batch_keys(keys[seed][1], np.arange(start, end) + 1)
+    yield loop.Portion(items, np.full(end - start, updates // config.inner_steps))
+
+  return Task(
+    trainer,
+    source=(),
+    read=read,
+    split=False,
+    fetch=None,
+    meshes=meshes,
+    portions=portions,
+    num_epochs=-(-config.batches // config.eval_every),
+    num_batches=config.batches,
+    rules=loop.Rules(),
+    reporter=Reporter(trainer, tests, sizes(config), num_windows),
+    make_key=lambda seed: keys[seed][0],
+  )
+
+
 def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> None:
-  """Trains runs of one method side by side, and keeps what came of each.
+  """Trains runs of one method side by side.
 
   Args:
     chosen: the runs.
     folder: the folder of their folders.
-    evaluated: is called after each evaluation of a run.
+    evaluated: called after each evaluation of a run.
   """
-  config, method = chosen[0].config, chosen[0].method
-  num_windows, updates = recipe.updates_per_sequence(config, method, config.seq_len)
-  trainer, meshes = make_trainer(config, method, len(chosen))
-  keys = [jax.random.split(jax.random.key(member.seed), 3) for member in chosen]
-  draw = jax.jit(draw_batch, static_argnums=(1, 2))
-  tests = [
-    processes.replicated(draw(test_key, config.seq_len, config.test_size))
-    for _, _, test_key in keys
-  ]
-  read = lambda _, data: draw_batch(
-    jax.random.wrap_key_data(data), config.seq_len, config.batch_size
-  )
-
-  group = Population(trainer, read, (), chosen, folder, meshes, evaluated=evaluated)
-  first, (state, _), saved = group.start(
-    [init_key for init_key, _, _ in keys],
-    [batch_keys(data_key, np.zeros(1, int))[0] for _, data_key, _ in keys],
-  )
-  going, skipped = (
-    list(range(len(group.runs))),
-    [record.get('skipped', 0) for record in saved],
-  )
-
-  def save(step: int, state: fptt_jax.TrainState) -> None:
-    group.save(
-      step, (state, ()), {number: {'skipped': skipped[number]} for number in going}
-    )
-
-  with tqdm(
-    total=config.batches, initial=first, desc=method, unit='batch', disable=None
-  ) as bar:
-    for start in range(0, config.batches, config.eval_every):
-      numbers = np.arange(start, min(start + config.eval_every, config.batches)) + 1
-      if numbers[-1] <= first:
-        continue
-      items = lambda part, numbers=numbers: [
-        batch_keys(data_key, numbers[part]) for _, data_key, _ in keys
-      ]
-      parts = remaining(chunks(len(numbers), config.steps_per_call), first - start)
-      state, metrics, step = train_interval(
-        group, state, start, parts, items, going, skipped, save, bar
-      )
-      params = group.unstack(optimizers.evaluation_params(config, method, state))
-      for number in going:
-        totals, _ = trainer.evaluate(params[number], tests[number])
-        row = log(
-          group,
-          number,
-          step,
-          step * updates - skipped[number],
-          skipped[number],
-          metrics,
-          fptt_jax.compute_metrics(totals)['loss'],
-        )
-        bar.write(line(chosen[number], row, group.diverged_at.get(number)))
-      going = [
-        number
-        for number in going
-        if number not in group.diverged_at
-        and None not in group.runs[number].rows[-1].values()
-      ]
-      if not going:
-        break
-      save(step, state)
-  group.close()
-  params = group.unstack(optimizers.evaluation_params(config, method, state))
-  for number, (member, run) in enumerate(zip(chosen, group.runs, strict=False)):
-    lost = {'lost': group.diverged_at[number]} if number in group.diverged_at else {}
-    settings = {'lr': member.config.lr, 'momentum': member.config.momentum}
-    summary = settings | summarize(num_windows, run.rows) | sizes(config) | lost
-    finish_run(folder, member, summary, None if lost else params[number])
-
-
-def train_interval(
-  group: Population,
-  state: fptt_jax.TrainState,
-  start: int,
-  parts: Iterable[np.ndarray],
-  items: Callable[[np.ndarray], list[Any]],
-  going: list[int],
-  skipped: list[int],
-  save: Callable[[int, fptt_jax.TrainState], None],
-  bar: tqdm,
-) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics, int]:
-  """Trains on the batches after `start` that are in `parts`, a program each: state,
-  metrics of the last part, the last batch's number. What is skipped is added up."""
-  seen: list[tuple[fptt_jax.StepMetrics, int]] = []
-
-  def flush_metrics() -> None:
-    """Looks at what has run."""
-    for metrics, batches in seen:
-      group.observe(metrics, batches)
-      for number in going:
-        skipped[number] += (
-          int(np.sum(metrics.skipped[:, number]))
-          * group.members[number].config.inner_steps
-        )
-    seen.clear()
-
-  for part in parts:
-    if seen and group.due():
-      flush_metrics()
-      save(start + int(part[0]), state)
-    state, metrics = group.steps(state, items(part))
-    flush_metrics()  # One chunk ahead, no more: the bar tells the truth.
-    seen.append((metrics, start + int(part[0])))
-    bar.update(len(part))
-    if group.all_diverged(going):
-      break
-  flush_metrics()
-  return state, metrics, start + int(part[-1]) + 1
-
-
-def log(
-  group: Population,
-  number: int,
-  step: int,
-  updates: int,
-  skipped: int,
-  metrics: fptt_jax.StepMetrics,
-  test_mse: float,
-) -> dict[str, Any]:
-  """Writes down an evaluation of one run, with means over the last batch's updates,
-  those that were made: the row.
-  """
-  made = ~np.asarray(metrics.skipped[-1, number])
-  mean = lambda values: float(
-    np.where(made, values[-1, number], 0).sum() / max(1, made.sum())
-  )
-  return group.log(
-    number,
-    step,
-    step,
-    updates=updates,
-    train_loss=mean(metrics.loss),
-    grad_norm=mean(metrics.grad_norm),
-    **(
-      {'skipped': skipped}
-      if group.members[number].config.on_nonfinite == 'skip'
-      else {}
-    ),
-    test_mse=test_mse,
-  )
-
-
-def line(member: Member, row: dict[str, Any], lost: str | None) -> str:
-  """What is shown of a run at an evaluation."""
-  start = f'{member.label}  batch {row["step"]:>6}  '
-  if lost is not None or None in row.values():
-    return start + f'diverged: {lost or "the test MSE is not finite"}'
-  skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
-  return (
-    f'{start}updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  test MSE '
-    f'{row["test_mse"]:.4f}  '
-    f'{skipped}{row["seconds"]:.0f} s'
-  )
+  config, seeds = chosen[0].config, {member.seed for member in chosen}
+  task = make_task(config, seeds, chosen[0].method, len(chosen))
+  loop.train(task, chosen, folder, evaluated)
 
 
 def summarize(num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:

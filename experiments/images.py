@@ -353,13 +353,31 @@ def make_task(
     fetch=(lambda chosen: pick(images, labels, chosen)) if on_host else None,
     meshes=meshes,
     portions=portions,
-    num_batches=count,
-    validate=lambda params: accuracy(params, sequences.splits.valid),
-    test=lambda params: {'test_accuracy': accuracy(params, sequences.splits.test)},
-    score='accuracy',
-    train_score=percent,
-    higher_is_better=True,
+    num_epochs=config.epochs,
+    num_batches=config.epochs * count,
+    rules=loop.epoch_rules(config),
+    reporter=loop.EpochReporter(
+      config,
+      score='accuracy',
+      validate=lambda params: accuracy(params, sequences.splits.valid),
+      test=lambda params: {'test_accuracy': accuracy(params, sequences.splits.test)},
+      train_score=percent,
+      higher_is_better=True,
+      extra=describe_size(config, method, num_steps, features),
+    ),
   )
+
+
+def describe_size(
+  config: Config, method: str, num_steps: int, features: int
+) -> dict[str, int]:
+  """Returns K and the number of recurrent parameters, for summaries."""
+  return {
+    'K': recipe.updates_per_sequence(config, method, num_steps)[0],
+    'recurrent_parameters': cells.recurrent_parameters(
+      config.cell, widths(config, features)
+    ),
+  }
 
 
 def percent(totals: dict[str, float]) -> float:
@@ -373,23 +391,10 @@ def train(
   folder: Path,
   evaluated: Callable[[], None],
 ) -> None:
-  """Trains runs of one method side by side, and keeps what came of each."""
-  num_steps, features = sequences.shape
-  config, method = chosen[0].config, chosen[0].method
-  extra = {
-    'K': recipe.updates_per_sequence(config, method, num_steps)[0],
-    'recurrent_parameters': cells.recurrent_parameters(
-      config.cell, widths(config, features)
-    ),
-  }
-  loop.train(
-    config,
-    make_task(config, sequences, method, len(chosen)),
-    chosen,
-    folder,
-    extra,
-    evaluated,
-  )
+  """Trains runs of one method side by side."""
+  config = chosen[0].config
+  task = make_task(config, sequences, chosen[0].method, len(chosen))
+  loop.train(task, chosen, folder, evaluated)
 
 
 def run(

@@ -542,32 +542,36 @@ def make_task(config: Config, text: Text, method: str, members: int) -> loop.Tas
     portions=lambda epoch, seed: portions(
       config, method, len(side_by_side), seed, epoch
     ),
-    num_batches=num_batches,
-    validate=lambda params: to_score(config, nats(trainer, params, text.valid)),
-    test=test,
-    score=score,
-    train_score=lambda sums: to_score(config, sums['loss'] / sums['count']),
-    higher_is_better=False,
+    num_epochs=config.epochs,
+    num_batches=config.epochs * num_batches,
+    rules=loop.epoch_rules(config),
+    reporter=loop.EpochReporter(
+      config,
+      score=score,
+      validate=lambda params: to_score(config, nats(trainer, params, text.valid)),
+      test=test,
+      train_score=lambda sums: to_score(config, sums['loss'] / sums['count']),
+      higher_is_better=False,
+      extra=describe_size(config, method),
+    ),
   )
+
+
+def describe_size(config: Config, method: str) -> dict[str, int]:
+  """Returns K and the number of recurrent parameters, for summaries."""
+  return {
+    'K': recipe.updates_per_sequence(config, method, config.padded_len)[0],
+    'recurrent_parameters': cells.recurrent_parameters(config.cell, widths(config)),
+  }
 
 
 def train(
   text: Text, chosen: list[Member], folder: Path, evaluated: Callable[[], None]
 ) -> None:
-  """Trains runs of one method side by side, and keeps what came of each."""
-  config, method = chosen[0].config, chosen[0].method
-  extra = {
-    'K': recipe.updates_per_sequence(config, method, config.padded_len)[0],
-    'recurrent_parameters': cells.recurrent_parameters(config.cell, widths(config)),
-  }
-  loop.train(
-    config,
-    make_task(config, text, method, len(chosen)),
-    chosen,
-    folder,
-    extra,
-    evaluated,
-  )
+  """Trains runs of one method side by side."""
+  config = chosen[0].config
+  task = make_task(config, text, chosen[0].method, len(chosen))
+  loop.train(task, chosen, folder, evaluated)
 
 
 def run(

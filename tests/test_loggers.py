@@ -13,7 +13,7 @@ from tensorboardX.proto import event_pb2
 from test_images import make_config
 
 from experiments import add_task, images
-from experiments.core import files, loggers, workdir
+from experiments.core import files, loggers, population, schedule, workdir
 import fptt_jax
 
 FLOAT32_TINY = dict(
@@ -123,12 +123,12 @@ def test_updates_that_are_not_made_are_left_out(
   monkeypatch.setattr(
     loggers.TensorBoard, 'log', lambda self, step, values: logged.append((step, values))
   )
-  member = add_task.members(config)[0]
+  member = schedule.list_members(config)[0]
   trainer, meshes = add_task.make_trainer(config, 'tbptt', 1)
   read = lambda _, key: add_task.draw_batch(
     add_task.jax.random.wrap_key_data(key), 12, 8
   )
-  group = add_task.Population(trainer, read, (), [member], tmp_path, meshes)
+  group = population.Population(trainer, read, (), [member], tmp_path, meshes)
   group._loggers = [loggers.TensorBoard(tmp_path / 'run', 0)]
   metrics = fptt_jax.StepMetrics(
     loss=np.array([[[1.0, np.nan, 5.0]], [[2.0, 3.0, 7.0]]]),

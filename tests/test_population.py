@@ -152,9 +152,10 @@ def test_averaging_and_a_run_that_diverges(
   def made(*args: Any) -> Any:
     task = make_task(*args)
     validate = lambda params: (
-      seen.append(0) or (np.nan if len(seen) == 5 else task.validate(params))
+      seen.append(0) or (np.nan if len(seen) == 5 else task.reporter.validate(params))
     )
-    return task._replace(validate=validate)
+    reporter = dataclasses.replace(task.reporter, validate=validate)
+    return task._replace(reporter=reporter)
 
   monkeypatch.setattr(images, 'make_task', made)
   settings = dict(

@@ -13,7 +13,7 @@ from test_images import make_config
 from test_language_model import write_text
 
 from experiments import add_task, images, language_model
-from experiments.core import checkpoints, files, population, signals
+from experiments.core import checkpoints, files, loop, population, signals
 
 ADDING = dict(
   method=('fptt',),
@@ -141,13 +141,13 @@ def test_a_signal_after_the_last_batch_is_not_forgotten(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """A script of several such runs would go on with the next."""
-  end = add_task.finish_run
+  end = loop.finish_run
 
   def interrupted(*args: Any) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     end(*args)
 
-  monkeypatch.setattr(add_task, 'finish_run', interrupted)
+  monkeypatch.setattr(loop, 'finish_run', interrupted)
   with pytest.raises(
     signals.Stopped, match='stopped by SIGTERM, all these runs have ended'
   ):
@@ -159,13 +159,13 @@ def test_a_signal_between_two_runs_starts_no_other(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """Nothing of the second one is compiled first."""
-  end = add_task.finish_run
+  end = loop.finish_run
 
   def interrupted(*args: Any) -> None:
     end(*args)
     os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr(add_task, 'finish_run', interrupted)
+  monkeypatch.setattr(loop, 'finish_run', interrupted)
   with pytest.raises(signals.Stopped, match='stopped by SIGTERM between two runs'):
     adding(tmp_path, seeds=(0, 1), population=1)('run')
   assert (tmp_path / 'run' / 'fptt-seed0' / 'result.json').exists()

@@ -65,7 +65,9 @@ def test_a_language_model_comes_back(
     )
     assert found.result['valid_bpc'] == summary['valid_bpc']
   task = language_model.make_task(config, text, 'fptt', 1)
-  assert task.validate(found.params) == pytest.approx(summary['valid_bpc'], rel=1e-6)
+  assert task.reporter.validate(found.params) == pytest.approx(
+    summary['valid_bpc'], rel=1e-6
+  )
 
 
 def test_images_come_back(tmp_path: Path) -> None:
@@ -100,7 +102,9 @@ def test_images_come_back(tmp_path: Path) -> None:
   )
   sequences, _ = images.load(config)
   task = images.make_task(found.config, sequences, 'fptt', 1)
-  assert task.validate(found.params) == pytest.approx(found.result['valid_accuracy'])
+  assert task.reporter.validate(found.params) == pytest.approx(
+    found.result['valid_accuracy']
+  )
 
 
 @pytest.fixture(scope='module')

@@ -14,7 +14,9 @@ class Config:
   part: str = option(
     'all', 'what to measure', ('all', 'rivals', 'growth', 'population')
   )
-  cases: tuple[str, ...] = option(DEFAULT_CASES, 'cases of rivals', CASES)
+  cases: tuple[str, ...] = option(
+    DEFAULT_CASES, 'cases of rivals', CASES, required=True
+  )
   rounds: int = option(9, 'timed calls of each program', within='[1, inf)')
   precision: str = option(
     'float32',

@@ -102,18 +102,19 @@ def option(
   *,
   within: str | None = None,
   group: str = 'settings',
+  required: bool = False,
 ) -> Any:
   """Declares a dataclass field that is also a flag.
 
   Args:
     default: the default value, which also decides the type. A tuple makes a
-      comma-separated list of different values; it must not be given empty unless the
-      default is.
+      comma-separated list of different values.
     text: help text.
     choices: accepted values, of each item of a list; None accepts all.
     within: range that a number, or each number of a list, must lie in, such as
       '[0, 1)' or '(0, inf)'.
     group: group of the flag in --help, one of `GROUPS`.
+    required: whether a list needs at least one value.
 
   Returns:
     A dataclass field.
@@ -123,6 +124,7 @@ def option(
     'choices': None if choices is None else tuple(choices),
     'within': None if within is None else _interval(within),
     'group': group,
+    'required': required,
   }
   return dataclasses.field(default=default, metadata=metadata)
 
@@ -496,7 +498,7 @@ def check_fields(config: Any) -> None:
     value = getattr(config, field.name)
     if isinstance(field.default, tuple):
       check(isinstance(value, tuple), field.name, value, 'a tuple')
-      is_missing = bool(field.default) and not value
+      is_missing = field.metadata['required'] and not value
       check(not is_missing, field.name, value, 'a list of at least one value')
       for item in value:
         _check_item(field, int if 'int' in str(field.type) else str, item)

@@ -43,9 +43,14 @@ class Recipe:
     f'methods to train by, one after the other: {", ".join(METHODS)}',
     choices=METHODS,
     group='training',
+    required=True,
   )
   seeds: tuple[int, ...] = option(
-    (0,), 'seeds, one run each: 0,1,2 or 0:3', within='[0, inf)', group='run'
+    (0,),
+    'seeds, one run each: 0,1,2 or 0:3',
+    within='[0, inf)',
+    group='run',
+    required=True,
   )
   num_windows: int | None = option(
     None,

@@ -27,12 +27,13 @@ class Config:
     ('all',),
     f'only lines of these methods: {", ".join(fptt_jax.METHODS)}',
     choices=('all', *fptt_jax.METHODS),
+    required=True,
   )
   lines: tuple[str, ...] = option(
-    ('all',), 'only the lines of these names, as the table shows them'
+    ('all',), 'only the lines of these names, as the table shows them', required=True
   )
   seeds: tuple[int, ...] = option(
-    (0,), 'seeds, one run each: 0,1,2 or 0:3', within='[0, inf)'
+    (0,), 'seeds, one run each: 0,1,2 or 0:3', within='[0, inf)', required=True
   )
   tune: bool = option(
     False, 'try the declared learning rates, choose by validation, and stop'
