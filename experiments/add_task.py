@@ -31,6 +31,7 @@ from tabulate import tabulate
 from experiments.core import (
   cells,
   checkpoints,
+  cli,
   devices,
   files,
   flags,
@@ -40,7 +41,6 @@ from experiments.core import (
   processes,
   rates,
   recipe,
-  report,
   workdir,
 )
 from experiments.core.flags import check, option, redeclare
@@ -52,7 +52,6 @@ from experiments.core.schedule import (
   format_number,
   has_ended,
   list_members,
-  train_all,
 )
 import fptt_jax
 from fptt_jax import nn
@@ -135,12 +134,6 @@ class Config(recipe.Recipe):
     'batches between evaluations, which are also checkpoints',
     within='[1, inf)',
     group='training',
-  )
-  workdir: str = option(
-    '',
-    'folder of the run; default runs/add_task-TIME. The same command and folder resume '
-    'a run',
-    group='run',
   )
 
   def __post_init__(self) -> None:
@@ -418,38 +411,37 @@ def sizes(config: Config) -> dict[str, int]:
 
 
 def open_folder(config: Config, folder: str) -> Path:
-  """Makes the folder of the runs, or checks that it is of the same configuration."""
+  """Makes the folder of the runs, or checks that it has the same configuration."""
   identity = {}
-  if config.missing:  # Another table of tuned rates makes other runs.
+  if config.missing:
+    # Runs at rates out of another table are other runs.
     identity['tuned_rates'] = str(
       {name: tuple(own) for name, own in TUNED.methods.items()}
     )
-  path = workdir.open_workdir(folder, 'add_task', config, **identity)
-  print(
+  about = (
     f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch '
-    f'{config.batch_size}, '
-    f'{config.batches:,} batches per run; writing to {path}'
+    f'{config.batch_size}, {config.batches:,} batches per run'
   )
-  return path
+  return cli.open_task(config, folder, 'add_task', about, identity)
 
 
-def train_runs(
-  config: Config, folder: Path, plot: Plot | None = None
-) -> list[dict[str, Any]]:
-  """Trains by each method from each seed, drawing `plot` meanwhile: a summary per
-  run.
+def run(
+  config: Config, folder: str, plot: Plot | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+  """Trains by each method from each seed.
+
+  Args:
+    config: settings of the runs.
+    folder: folder of the runs.
+    plot: plot to redraw meanwhile; None draws nothing and announces nothing.
+
+  Returns:
+    The folder, and a summary per run.
   """
-  size = devices.population_size(config, config.batch_size, config.hidden)
-  evaluated = plotting.live(folder, config, plot)
-  return train_all(
-    config, folder, size, lambda chosen: train(chosen, folder, evaluated)
-  )
-
-
-def run(config: Config, folder: str) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed: (the folder, a summary per run)."""
   path = open_folder(config, folder)
-  return path, train_runs(config, path)
+  if plot is not None and jax.process_count() == 1:
+    announce(config, path)
+  return path, cli.train_runs(config, path, train, plot)
 
 
 def announce(config: Config, folder: Path) -> None:
@@ -652,16 +644,13 @@ def draw_tuning(path: Path, found: dict[str, Any]) -> None:
 
 def main(config: Config) -> None:
   """Trains and reports, or tunes."""
-  processes.join(config.coordinator, config.num_processes, config.process_id)
   if config.tune:
+    processes.join(config.coordinator, config.num_processes, config.process_id)
     tune(config)
     return
-  folder = open_folder(config, config.workdir)
-  if jax.process_count() == 1:
-    announce(config, folder)
   plot = PLOT._replace(title=f'{PLOT.title}, T={config.seq_len}, LSTM {config.hidden}')
-  summaries = train_runs(config, folder, plot)
-  report.write_report(folder, config, summaries, plot, 'last_quarter_mse', digits=4)
+  wanted = cli.Report(plot, 'last_quarter_mse', digits=4)
+  summaries = cli.run_task(config, run, wanted)
   print(conclusion(config, summaries))
 
 

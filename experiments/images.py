@@ -8,6 +8,7 @@ classified after its last step. The defaults are the authors' release's: LSTM 12
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,17 @@ import numpy as np
 from experiments import data
 from experiments.core import (
   cells,
+  cli,
   devices,
-  files,
   flags,
   loop,
   optimizers,
-  plotting,
   processes,
   recipe,
-  report,
-  workdir,
 )
 from experiments.core.flags import check, option, redeclare
 from experiments.core.plotting import Plot
-from experiments.core.schedule import Member, train_all
+from experiments.core.schedule import Member
 from experiments.data import Examples, Splits
 import fptt_jax
 from fptt_jax import nn
@@ -127,12 +125,6 @@ class Config(loop.EpochRecipe):
     loop.EpochRecipe, 'epochs', 200, 'passes over the training images'
   )
   milestones: tuple[int, ...] = redeclare(loop.EpochRecipe, 'milestones', (50, 75, 90))
-  workdir: str = option(
-    '',
-    'folder of the run; default runs/images-TIME. The same command and folder resume a '
-    'run',
-    group='run',
-  )
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -400,38 +392,38 @@ def train(
 def run(
   config: Config, folder: str, plot: Plot | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed, drawing `plot` meanwhile: (the folder, a
-  summary each).
+  """Trains by each method from each seed.
+
+  Args:
+    config: settings of the runs.
+    folder: folder of the runs.
+    plot: plot to redraw meanwhile; None draws nothing.
+
+  Returns:
+    The folder, and a summary per run.
   """
   sequences, fingerprint = load(config)
-  flags.checked(check_fit, config, sequences.shape[0])
-  path = workdir.open_workdir(folder, 'images', config, images_sha256=fingerprint)
-  processes.on_first_process(
-    files.write_json, path / 'data.json', describe(config, sequences)
-  )
   num_steps, features = sequences.shape
+  flags.checked(check_fit, config, num_steps)
   sizes = ' / '.join(f'{len(part.labels):,}' for part in sequences.splits)
-  print(
+  path = cli.open_task(
+    config,
+    folder,
+    'images',
     f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} '
-    f'{config.hidden}; writing to {path}'
+    f'{config.hidden}',
+    {'images_sha256': fingerprint},
+    describe(config, sequences),
   )
-  size = devices.population_size(config, config.batch_size, config.hidden)
-  evaluated = plotting.live(path, config, plot)
-  return path, train_all(
-    config, path, size, lambda chosen: train(sequences, chosen, path, evaluated)
-  )
+  return path, cli.train_runs(config, path, functools.partial(train, sequences), plot)
 
 
 def main(config: Config) -> None:
   """Trains and reports."""
-  processes.join(config.coordinator, config.num_processes, config.process_id)
   title = f'{config.task}, {config.cell} {config.hidden}'
   label = 'validation accuracy, %'
   plot = Plot('accuracy.png', title, 'valid_accuracy', label, (('step', 'epoch'),))
-  folder, summaries = run(config, config.workdir, plot)
-  report.write_report(
-    folder, config, summaries, plot, 'valid_accuracy', digits=2, best=max
-  )
+  cli.run_task(config, run, cli.Report(plot, 'valid_accuracy', digits=2, best=max))
 
 
 if __name__ == '__main__':

@@ -25,6 +25,7 @@ characters every character of the file counts; by words the end of a line is the
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -37,22 +38,19 @@ import numpy as np
 from experiments import data, dynamic_evaluation
 from experiments.core import (
   cells,
+  cli,
   devices,
-  files,
   flags,
   loop,
   optimizers,
-  plotting,
   processes,
   recipe,
-  report,
   sampling,
   trained,
-  workdir,
 )
 from experiments.core.flags import check, option, redeclare
 from experiments.core.plotting import Plot
-from experiments.core.schedule import Member, train_all
+from experiments.core.schedule import Member
 from experiments.data import Text, streams
 from experiments.data.streams import Place
 import fptt_jax
@@ -263,12 +261,6 @@ class Config(loop.EpochRecipe):
     group='run',
   )
   sample_seed: int = option(0, 'seed of --sample', within='[0, inf)', group='run')
-  workdir: str = option(
-    '',
-    'folder of the run; default runs/language_model-TIME. The same command and folder '
-    'resume a run',
-    group='run',
-  )
 
   def __post_init__(self) -> None:
     super().__post_init__()
@@ -577,31 +569,37 @@ def train(
 def run(
   config: Config, folder: str, plot: Plot | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed, drawing `plot` meanwhile: (the folder, a
-  summary each).
+  """Trains by each method from each seed.
+
+  Args:
+    config: settings of the runs.
+    folder: folder of the runs.
+    plot: plot to redraw meanwhile; None draws nothing.
+
+  Returns:
+    The folder, and a summary per run.
   """
   text = data.load_text(SOURCES[config.task], config.data_dir)
-  path = workdir.open_workdir(
-    folder, 'language_model', config, text_sha256=data.fingerprint(text)
-  )
-  described = {'data_dir': config.data_dir, 'vocabulary': text.vocabulary}
-  processes.on_first_process(files.write_json, path / 'data.json', described)
+  fingerprint = data.fingerprint(text)
   text = text._replace(train=text.train[: config.train_tokens or None])
   kind = 'characters' if config.by_characters else 'words'
-  print(
+  path = cli.open_task(
+    config,
+    folder,
+    'language_model',
     f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} '
-    f'{kind}, vocabulary {len(text.vocabulary):,}; '
-    f'T={config.seq_len}, {config.layers} x {config.cell} {config.hidden}, batch '
-    f'{config.batch_size}; writing to {path}'
+    f'{kind}, vocabulary {len(text.vocabulary):,}; T={config.seq_len}, '
+    f'{config.layers} x {config.cell} {config.hidden}, batch {config.batch_size}',
+    {'text_sha256': fingerprint},
+    {'data_dir': config.data_dir, 'vocabulary': text.vocabulary},
   )
-  size = (
-    1
-    if config.random_lengths
-    else devices.population_size(config, config.batch_size, config.hidden)
-  )
-  evaluated = plotting.live(path, config, plot)
-  return path, train_all(
-    config, path, size, lambda chosen: train(text, chosen, path, evaluated)
+  # Batches of random lengths differ from run to run, and cannot share a program.
+  return path, cli.train_runs(
+    config,
+    path,
+    functools.partial(train, text),
+    plot,
+    side_by_side=not config.random_lengths,
   )
 
 
@@ -628,17 +626,15 @@ def main(config: Config) -> None:
   if config.sample:
     print_sample(config)
     return
-  processes.join(config.coordinator, config.num_processes, config.process_id)
-  score, label = (
-    ('valid_bpc', 'validation bits per character')
-    if config.by_characters
-    else ('valid_ppl', 'validation perplexity')
-  )
+  score = 'valid_ppl'
+  label = 'validation perplexity'
+  if config.by_characters:
+    score = 'valid_bpc'
+    label = 'validation bits per character'
   title = f'{config.task}, {config.layers} x {config.cell} {config.hidden}'
   plot = Plot(f'{score}.png', title, score, label, (('step', 'epoch'),))
-  folder, summaries = run(config, config.workdir, plot)
   digits = 3 if config.by_characters else 2
-  report.write_report(folder, config, summaries, plot, score, digits=digits)
+  cli.run_task(config, run, cli.Report(plot, score, digits=digits))
 
 
 if __name__ == '__main__':

@@ -205,6 +205,12 @@ class Recipe:
     LOGGERS,
     group='run',
   )
+  workdir: str = option(
+    '',
+    'folder of the runs; default runs/SCRIPT-TIME. The same command and folder resume '
+    'the runs',
+    group='run',
+  )
   evaluate_at: str = option(
     'w',
     'evaluate at the weights or at their summary (fptt only)',
