@@ -327,7 +327,13 @@ def test_the_whole_recipe_of_ptb_w_learns_a_rule(tmp_path: Path) -> None:
     (name for name in language_model.TASKS['ptb_w'] if name.endswith('dropout')), 0.05
   )
   small |= dict(
-    optimizer='adam', lr=0.03, alpha=0.01, beta=0.5, clip=1.0, weight_decay=0.0
+    optimizer='adam',
+    lr=0.03,
+    momentum=None,
+    alpha=0.01,
+    beta=0.5,
+    clip=1.0,
+    weight_decay=0.0,
   )
   config = language_model.Config(
     task='text',
