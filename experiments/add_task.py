@@ -5,7 +5,7 @@ The target is the sum of the two marked numbers; always answering 1 gives a mean
 error of 1/6 = 0.167. Every batch is drawn afresh.
 
 By default each method trains at a learning rate and momentum of its own, chosen from a
-declared grid on draws of another seed (see `experiments.rates`); --lr and --momentum
+declared grid on draws of another seed (see `experiments.core.rates`); --lr and --momentum
 hold for all methods, and --tune searches the grid again. The methods are compared by
 their mean test error over the last quarter of the evaluations, not by a curve's last
 point.
