@@ -5,10 +5,10 @@ The target is the sum of the two marked numbers; always answering 1 gives a mean
 error of 1/6 = 0.167. Every batch is drawn afresh.
 
 By default each method trains at a learning rate and momentum of its own, chosen from a
-declared grid on draws of another seed (see `experiments.core.rates`); --lr and --momentum
-hold for all methods, and --tune searches the grid again. The methods are compared by
-their mean test error over the last quarter of the evaluations, not by a curve's last
-point.
+declared grid on draws of another seed (see `experiments.core.rates`); --lr and
+--momentum hold for all methods, and --tune searches the grid again. The methods are
+compared by their mean test error over the last quarter of the evaluations, not by a
+curve's last point.
 The defaults take a few minutes on two CPU cores: T=120, an LSTM of 128, batch 128,
 K=11, 1,000 batches. The paper's settings (Figs. 1-3) are --seq_len=200|500|750|1000
 --nodecay --batches=3000 --lr=1e-3 --momentum=0.9.
@@ -596,7 +596,9 @@ def tune(config: Config) -> None:
   folder = workdir.make_folder(config.workdir)
   found: dict[str, Any] = {}
   for method in config.method:
-    point = lambda chosen, method=method: trial(config, method, chosen, folder / method)
+    point = lambda chosen, method=method: trial(
+      config, method, chosen, folder / 'tune' / method
+    )
     found[method] = rates.entry(*rates.search(point))
     if processes.is_first():
       files.write_json(folder / 'rates.json', rates.table(config, found))

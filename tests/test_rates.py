@@ -170,7 +170,9 @@ def test_tuning_trains_each_point_once(
   assert table.methods['bptt'] == Rates(row['lr'], row['momentum'])
   assert table.settings['seq_len'] == 4
   for one in row['tried']:
-    folder = tmp_path / 'bptt' / f'bptt-seed{rates.SEED}-lr{one["lr"]:g}-momentum0.9'
+    folder = (
+      tmp_path / 'tune' / 'bptt' / f'bptt-seed{rates.SEED}-lr{one["lr"]:g}-momentum0.9'
+    )
     late = files.read_jsonl(folder / 'metrics.jsonl')[-1]
     assert one['score'] == late['test_mse']
   assert (tmp_path / 'rates.png').exists()
