@@ -8,6 +8,7 @@ from typing import Any
 from interruption import interrupted_at
 import jax
 import numpy as np
+import optax
 import pytest
 
 from experiments import data, images
@@ -313,8 +314,8 @@ def test_alpha_grows_to_its_value() -> None:
   config = dataclasses.replace(
     images.Config(), alpha=0.5, alpha_warmup=4, optimizer='sgd', lr=1.0
   )
-  optimizer = images.recipe.regularize(
-    config, images.recipe.optax.sgd(1.0), config.alpha, config.beta, config.kappa
+  optimizer = optimizers.regularize(
+    config, optax.sgd(1.0), config.alpha, config.beta, config.kappa
   )
   params = {'w': np.zeros(1, np.float32)}
   state, seen = optimizer.init(params), []

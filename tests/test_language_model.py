@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from experiments import language_model
-from experiments.core import cells, files
+from experiments.core import cells, files, optimizers
 from experiments.core.flags import UserError
 from experiments.data import streams
 import fptt_jax
@@ -414,7 +414,7 @@ def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
   config = language_model.Config(
     **FLOAT32_TINY | dict(data_dir='.', cell=cell, layers=2, last_hidden=6, hidden=5)
   )
-  trainer = language_model.recipe.make_trainer(
+  trainer = optimizers.make_trainer(
     config,
     'fptt',
     language_model.make_model(config, 7),
