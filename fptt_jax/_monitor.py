@@ -68,9 +68,10 @@ def find_nonfinite(
     >>> metrics = fptt_jax.StepMetrics(
     ...   losses, norms, {}, skipped=np.zeros(2, bool), lambda_norm=np.float32(0)
     ... )
-    >>> fptt_jax.find_nonfinite(metrics, first_update=6)
-    'loss is nan in window 1 of 2 (update 7): gradient norm inf; the last finite '
-    'update, 6, had loss 2.31 and gradient norm 14.2.'
+    >>> found = fptt_jax.find_nonfinite(metrics, first_update=6)
+    >>> print(found)  # doctest: +NORMALIZE_WHITESPACE
+    loss is nan in window 1 of 2 (update 7): gradient norm inf; the last finite update,
+    6, had loss 2.31 and gradient norm 14.2.
   """
   check_integer('first_update', first_update, 0, INT32_MAX, 'an integer >= 0')
   if radius is not None:
