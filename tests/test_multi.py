@@ -344,9 +344,7 @@ def test_bad_calls():
     ),
   ):
     many.init(KEYS, batches[0])
-  with pytest.raises(
-    ValueError, match=r'one key for each member, \[R\]; got shape \(\)\.'
-  ):
+  with pytest.raises(ValueError, match=r'keys .*got shape \(\)'):
     many.init(KEYS[0], batches[0])
   with pytest.raises(
     TypeError, match=r'mesh must be a jax\.sharding\.Mesh or None, got 2'
