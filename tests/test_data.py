@@ -479,7 +479,7 @@ def test_one_file_of_arrays_does_without_tensorflow_datasets(
 import sys
 sys.modules['tensorflow_datasets'] = None
 from experiments import data
-from experiments.options import UserError
+from experiments.core.flags import UserError
 print(len(data.load_images('arrays', sys.argv[1]).train_labels))
 try:
   data.load_images('mnist')

@@ -1594,7 +1594,7 @@ SAME_HIDDEN = (
       losses.terminal_regression(),
       GOOD,
       ValueError,
-      r'the loss expected model outputs of shape \[S, B, 1\], got \(3, 2, 2\)\.',
+      r'outputs must have shape \[S, B, 1\], got \(3, 2, 2\)\.',
     ),
     (
       problems.elman(),
@@ -1615,7 +1615,7 @@ SAME_HIDDEN = (
       losses.sequence_regression(),
       Batch(GOOD.inputs, np.zeros((5, 2, 1), np.float32)),
       ValueError,
-      r'expected a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(5, 2, '
+      r'a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(5, 2, '
       r'1\)\.',
     ),
     (
@@ -1623,7 +1623,7 @@ SAME_HIDDEN = (
       losses.sequence_regression(),
       Batch(GOOD.inputs, np.zeros((2, 6, 1), np.float32)),
       ValueError,
-      r'expected a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(2, 6, '
+      r'a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(2, 6, '
       r'1\)\.',
     ),
   ],
@@ -1692,9 +1692,7 @@ def test_truncated_final_loss_takes_no_ragged_batch():
 @pytest.mark.parametrize('key', [np.zeros(3, np.uint32), np.zeros(2, np.int32), 0])
 def test_what_is_no_key_is_refused(key):
   """Seeds, and words that are no key's data."""
-  with pytest.raises(
-    TypeError, match=r'key must be a PRNG key, jax\.random\.key\(seed\)'
-  ):
+  with pytest.raises(TypeError, match=r'key must be .*got '):
     make().init(key, GOOD)
 
 
@@ -1831,10 +1829,7 @@ def test_parts_of_the_wrong_kind_are_refused(arguments, message):
     fptt_jax.make_trainer(*arguments)
   with pytest.raises(
     TypeError,
-    match=(
-      r'batch must be a fptt_jax\.Batch\(inputs, targets, lengths=None\), got '
-      r'tuple\.'
-    ),
+    match=(r'batch must be a fptt_jax\.Batch, got tuple\.'),
   ):
     make().init(jax.random.key(0), (GOOD.inputs, GOOD.targets))
 

@@ -164,7 +164,7 @@ def run(
   """Defines a flag for each field of `config_class`, parses the command line, and calls
   `main` with the configuration.
 
-  A run that a signal has stopped ends with the exit code of `experiments.stopping`, one
+  A run that a signal has stopped ends with the code of `experiments.core.signals`, one
   that Ctrl-C has cut off with 130, one that cannot go on with 1; each says how to go
   on.
 

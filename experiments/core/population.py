@@ -49,7 +49,7 @@ class Population:
     fetch: Callable[[Any], Any] | None = None,
     evaluated: Callable[[], None] = lambda: None,
   ):
-    """Takes, beside what :class:`experiments.epochs.Task` has:
+    """Takes, beside what :class:`experiments.core.loop.Task` has:
 
     Args:
       members: the runs.
