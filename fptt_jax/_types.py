@@ -165,7 +165,7 @@ class Trainer(NamedTuple):
       windows of about √T steps, which bound its memory, for any method.
     end_epoch: (state) -> state after the loss's end-of-epoch work, with the hidden
       state back at the start.
-    predict: (params, inputs, lengths=None, mask=None, hidden=None, *,
+    predict: (params, inputs, lengths=None, mask=None, hidden=None; by keyword
       batch_major=False, return_hidden=False) -> outputs [T, B, ...] of all steps,
       compiled once per shape, without dropout. Any T is accepted: windows of about √T
       steps bound the memory besides the outputs. Inputs, lengths and mask are those of

@@ -42,10 +42,10 @@ class IndRNN(Recurrent):
   .. math:: h' = \mathrm{relu}(x W_x + u h + b)
 
   Units mix from layer to layer only: stack several, `Sequential(IndRNN(D, H), IndRNN(H,
-  H), ...)`. Over t steps a unit's gradient scales by u^t: |u| <= γ^(1/T) keeps it below
-  γ over a sequence of T steps. The paper uses γ = 2 (the authors' code also 5), starts
-  u uniform in [0, γ^(1/T)], the last layer's in [γ^(-1/T), γ^(1/T)] where only the last
-  output counts, and clips u after each update.
+  H), ...)`. Over t steps a unit's gradient scales by u^t: abs(u) <= γ^(1/T) keeps it
+  below γ over a sequence of T steps. The paper uses γ = 2 (the authors' code also 5),
+  starts u uniform in [0, γ^(1/T)], the last layer's in [γ^(-1/T), γ^(1/T)] where only
+  the last output counts, and clips u after each update.
 
   Here the clipping is part of the layer: it computes with u clipped to ±`max_weight`,
   and the gradient of u is the gradient at the clipped value (straight through). With
@@ -57,7 +57,7 @@ class IndRNN(Recurrent):
   Args:
     in_features: D.
     hidden_features: H.
-    max_weight: upper limit of |u|, > 0; the paper's is `2 ** (1 / num_steps)`. None
+    max_weight: upper limit of abs(u), > 0; the paper's is `2 ** (1 / num_steps)`. None
       for no limit.
     initial_range: (low, high) of the uniform initial u, within ±`max_weight`.
     implementation: 'custom_vjp' runs windows with a hand-written backward pass, which

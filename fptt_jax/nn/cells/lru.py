@@ -65,24 +65,24 @@ class LRU(Recurrent):
     \lambda = \exp(-e^{\nu} + i e^{\theta}), \quad s' = \lambda s + e^{\gamma} (x B),
     \quad y = \mathrm{Re}(s' C) + x D
 
-  |λ| < 1 for all parameters. One layer alone is linear and learns little. The paper
-  puts a GELU and a gated linear unit after each, inside a residual block with
-  normalization, and a linear encoder before the first. The example shows this in a
-  :class:`fptt_jax.nn.Sequential`, without the residual.
+  The modulus of λ is below 1 for all parameters. One layer alone is linear and learns
+  little. The paper puts a GELU and a gated linear unit after each, inside a residual
+  block with normalization, and a linear encoder before the first. The example shows
+  this in a :class:`fptt_jax.nn.Sequential`, without the residual.
 
   Parameters, all real: `nu_log`, `theta_log`, `gamma_log` [N]; `b_re`, `b_im` [D, N];
   `c_re`, `c_im` [N, H]; `d` [H] (elementwise) if D = H as in the paper, else a matrix
   [D, H]. These are N(2D + 2H + 3) + H, or + DH, numbers. The state is an
-  :class:`LRUState`. In bfloat16 |λ| is at most 0.996: leave this layer's `param_dtype`
-  at float32.
+  :class:`LRUState`. In bfloat16 the modulus is at most 0.996: leave this layer's
+  `param_dtype` at float32.
 
   Args:
     in_features: D.
     hidden_features: H, features of the output.
     state_features: N, size of the complex state. Default H.
-    r_min: smallest initial |λ|.
-    r_max: largest initial |λ|. λ is uniform on the ring 0 <= r_min < r_max <= 1. Long
-      memories need a ring near 1.
+    r_min: smallest initial modulus of λ.
+    r_max: largest initial modulus. λ is uniform on the ring 0 <= r_min < r_max <= 1.
+      Long memories need a ring near 1.
     max_phase: the initial phase of λ is uniform in (0, max_phase), at most 2π. Long
       sequences need a small one.
     implementation: 'custom_vjp' runs windows with a hand-written backward pass, which
@@ -90,8 +90,8 @@ class LRU(Recurrent):
       steps, which `jax.jvp` and second derivatives need.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters. B's parts are normal with variance 1/(2D),
-      C's with 1/N, `d` with 1 (a matrix with 1/D). γ = log √(1 - |λ|²), with which
-      white noise of variance 1 gives E|s|² = 1 for any λ.
+      C's with 1/N, `d` with 1 (a matrix with 1/D). γ = log √(1 - r²) of the modulus r,
+      with which white noise of variance 1 gives a state of variance 1.
 
   Raises:
     ValueError: an argument is outside its range.
