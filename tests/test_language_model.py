@@ -392,7 +392,7 @@ def test_the_test_text_can_be_left_alone(
   assert summary['test_ppl'] is None
   assert summary['valid_ppl'] > 1
   _, [summary] = language_model.run(
-    dataclasses.replace(config, test=True, allow_config_change=True),
+    dataclasses.replace(config, evaluate_test=True, allow_config_change=True),
     str(tmp_path / 'run'),
   )
   assert summary['test_ppl'] > 1
