@@ -375,7 +375,8 @@ def check_usable(
   If updates are changed after `fptt`, W̄ and λ follow weights that were never applied.
   If a wrapper drops `inner_steps`, they move on every call. The check traces one update
   without computing it: every array that `fptt` returned must come out of the optimizer
-  as the same array.
+  as the same array. This also refuses a wrapper that only rearranges the updates, such
+  as `optax.flatten(fptt(base))`; write `fptt(optax.flatten(base))`.
 
   Args:
     optimizer: Any optimizer. One without `fptt` passes if it can be called.

@@ -192,7 +192,7 @@ class Trainer(NamedTuple):
 
 
 class UpdateInputs(NamedTuple):
-  """What the objective of one update depends on besides the parameters.
+  """Inputs of the objective of one update, besides the parameters.
 
   Attributes:
     hidden: [B, ...], hidden state before the update's first window.
@@ -217,7 +217,7 @@ class UpdateInputs(NamedTuple):
 
 
 class UpdateResult(NamedTuple):
-  """What an update's windows compute besides the objective.
+  """Results of an update's windows, besides the objective.
 
   Attributes:
     hidden: [B, ...], hidden state after the last window.

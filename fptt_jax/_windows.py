@@ -34,7 +34,7 @@ class WindowPlan(NamedTuple):
 
   @property
   def even(self) -> bool:
-    """Whether all windows have S steps, so that no mask is needed."""
+    """True if all windows have S steps, so that no mask is needed."""
     return bool((self.ends - self.starts == self.size).all())
 
   def shifted(self, steps: int) -> 'WindowPlan':
@@ -173,7 +173,7 @@ class WindowView(NamedTuple):
 
   @property
   def ended(self) -> jax.Array:
-    """Whether each sequence has its last valid step in the window, bool [B]."""
+    """True for each sequence whose last valid step is in the window, bool [B]."""
     return self.active & (self.seen == self.lengths)
 
   def slice(self, x: jax.Array) -> jax.Array:

@@ -53,7 +53,7 @@ class Examples(NamedTuple):
 
 
 class Predictions(NamedTuple):
-  """What was computed from the outputs of a window's last steps.
+  """Probabilities computed from the outputs of a window's last steps.
 
   Attributes:
     q: float [B, C], the estimates that were looked up.

@@ -1,4 +1,4 @@
-"""Where the arrays of a trainer lie, and how its functions run there.
+"""Placement of a trainer's arrays on devices, and of its functions.
 
 A :class:`Placement` wraps the functions of a trainer, so that the train step itself
 never sees a mesh. There are three kinds:

@@ -46,7 +46,7 @@ from fptt_jax.training._window import (
 
 
 class Carry(NamedTuple):
-  """What one update hands to the next.
+  """Carry of the scan over the updates of a sequence.
 
   Attributes:
     params: W.
@@ -77,7 +77,7 @@ class Turn(NamedTuple):
 
 
 class Seen(NamedTuple):
-  """What one update measured; the scan stacks it to [U, ...].
+  """Measurements of one update; the scan stacks them to [U, ...].
 
   Attributes:
     value: [], objective before the update.
@@ -110,7 +110,7 @@ class Move(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Constants:
-  """What all updates of one sequence share.
+  """Constants of all updates of one sequence.
 
   Attributes:
     spec: Options of the trainer.
@@ -187,9 +187,20 @@ def run_step(
   in_range = batch_in_range(spec.loss, batch, placement.step_axis)
   (carry, outputs), seen = _run_if(in_range, scan, (carry, outputs))
   next_state = _next_state(state, carry)
+  return next_state, _step_metrics(placement, carry, outputs, seen, in_range)
+
+
+def _step_metrics(
+  placement: Placement,
+  carry: Carry,
+  outputs: jax.Array | None,
+  seen: Seen,
+  in_range: jax.Array | None,
+) -> StepMetrics:
+  """Return the metrics of a step from what its updates measured, [U, ...]."""
   totals = placement.sum_totals(seen.totals)
   invalid = _invalid_updates(seen, in_range)
-  metrics = StepMetrics(
+  return StepMetrics(
     loss=seen.value,
     grad_norm=seen.grad_norm,
     totals=totals,
@@ -198,7 +209,6 @@ def run_step(
     outputs=outputs,
     invalid=invalid,
   )
-  return next_state, metrics
 
 
 def _run_update(

@@ -64,7 +64,7 @@ class Sequence(NamedTuple):
 
 
 class WindowRun(NamedTuple):
-  """What the model computed in one window.
+  """Results of the model in one window.
 
   Attributes:
     hidden: [B, ...], hidden state after the window.
@@ -83,7 +83,7 @@ class WindowRun(NamedTuple):
 
 
 class WindowTerms(NamedTuple):
-  """What one window adds to an update.
+  """Contribution of one window to an update.
 
   Attributes:
     value: [], its loss.
