@@ -110,7 +110,7 @@ def vmap_trainer(
 
   Members may differ in seed, in hyperparameters and in data. They are independent: the
   divergence of one does not affect the others. A small network leaves most of an
-  accelerator idle, so that 32 members take hardly longer than one.
+  accelerator idle, which more members can use.
 
   Args:
     trainer: Trainer of one member, made without a mesh.
