@@ -1,8 +1,8 @@
-"""Non-monotonically triggered averaged SGD (Merity, Keskar and Socher, ICLR 2018,
-Algorithm 1).
+"""Non-monotonically triggered averaged SGD, NT-ASGD.
 
-The optimizer goes on as it does; once switched on, the mean of the weights after each
-update is kept beside it and evaluated at:
+This is Algorithm 1 of Merity, Keskar and Socher (ICLR 2018). Training goes on
+unchanged. Once the averaging is switched on, the optimizer's state also holds the mean
+of the weights after each update, and that mean is evaluated:
 
     optimizer = averaged(fptt_jax.fptt(optax.sgd(20.0), alpha=0.2))
     ...                                        # between epochs:
@@ -22,10 +22,10 @@ class AveragedState(NamedTuple):
   """State of :func:`averaged`.
 
   Attributes:
-    averaging: bool [], whether the mean is being kept; :func:`start_averaging` sets it.
-    averaged_count: int32 [], updates in the mean.
-    mean_params: mean of the parameters after these updates, at least float32; of no
-      meaning before the first.
+    averaging: bool [], true once :func:`start_averaging` has switched the mean on.
+    averaged_count: int32 [], number of updates in the mean.
+    mean_params: mean of the parameters after these updates, in float32 or a wider
+      type; zeros before the first update.
     base_optimizer_state: state of the wrapped optimizer.
   """
 
@@ -38,20 +38,26 @@ class AveragedState(NamedTuple):
 def averaged(
   optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """Keeps the mean of the parameters beside `optimizer`, whose updates it does not
-  touch.
+  """Wrap an optimizer so that its state also holds the mean of the parameters.
 
-  This is torch's ASGD at t0 = 0 and lambd = 0 started at the switch, but for one quirk:
-  there the second average forgets the first iterate. Put it outermost: around `fptt`,
-  last in a chain, inside `MultiSteps`; what changes the updates after it is not
-  averaged. With `inner_steps` > 1 each inner step counts.
+  The updates stay those of `optimizer`. The mean is that of torch's ASGD with t0 = 0
+  and lambd = 0, started at the switch. One detail differs: torch drops the first
+  iterate from its second average.
+
+  Make this the outermost transformation: around `fptt`, last in a chain, inside
+  `MultiSteps`. The mean does not see changes that a later transformation makes to the
+  updates. With `inner_steps` > 1 each inner step counts as an update.
 
   Args:
-    optimizer: any transformation; gets all extra arguments.
+    optimizer: any transformation; it receives all extra arguments.
+
+  Returns:
+    The transformation, whose state is an :class:`AveragedState`.
   """
   base = optax.with_extra_args_support(optimizer)
 
   def init_fn(params: optax.Params) -> AveragedState:
+    # A bfloat16 mean stops moving once its increments fall below its resolution.
     mean = jax.tree.map(
       lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
     )
@@ -65,6 +71,7 @@ def averaged(
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, AveragedState]:
+    # optax makes the parameters optional, but the mean is over updated weights.
     if params is None:
       raise ValueError(
         'averaged needs the current parameters: call update(grads, state, params), got '
@@ -74,11 +81,14 @@ def averaged(
       grads, state.base_optimizer_state, params, **extra_args
     )
     params_next = optax.apply_updates(params, updates)
+    # The switch is an array and not a Python bool: the compiled step serves both
+    # before and after it, and members of a vmapped population switch separately.
     count = jnp.where(
       state.averaging, optax.safe_increment(state.averaged_count), state.averaged_count
     )
 
     def leaf(mean: jax.Array, w: jax.Array) -> jax.Array:
+      # The count is 0 before the switch; `where` computes the unused branch, too.
       moved = mean + (w.astype(mean.dtype) - mean) / jnp.maximum(count, 1).astype(
         mean.dtype
       )
@@ -95,62 +105,70 @@ def averaged(
 
 
 def start_averaging(opt_state: optax.OptState) -> optax.OptState:
-  """Switches the averaging on, from the next update; where it is on already nothing
-  changes.
+  """Switch the averaging on from the next update.
+
+  A state whose averaging is already on does not change.
 
   Args:
-    opt_state: holds one :class:`AveragedState`, however deep (chains,
+    opt_state: state with one :class:`AveragedState` at any depth (chains,
       `inject_hyperparams`, `MultiSteps`).
 
+  Returns:
+    The new state, with the same structure and types.
+
   Raises:
-    ValueError: it holds none.
+    ValueError: `opt_state` has no :class:`AveragedState`.
   """
+  # The KeyError of optax.tree.set would not name the missing wrapper.
   _check_held(opt_state)
   return optax.tree.set(opt_state, averaging=jnp.ones([], bool))
 
 
 def averaged_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
-  """The mean of the parameters, in their dtypes; `params` themselves while nothing has
-  been averaged.
+  """Return the mean of the parameters, cast to the types of the parameters.
+
+  Before the first averaged update the current parameters are returned.
 
   Args:
-    opt_state: as for :func:`start_averaging`.
+    opt_state: state with one :class:`AveragedState`, as in :func:`start_averaging`.
     params: the current parameters.
 
   Raises:
-    ValueError: `opt_state` holds no :class:`AveragedState`.
+    ValueError: `opt_state` has no :class:`AveragedState`.
   """
   _check_held(opt_state)
-  mean, count = (
-    optax.tree.get(opt_state, 'mean_params'),
-    optax.tree.get(opt_state, 'averaged_count'),
-  )
+  mean = optax.tree.get(opt_state, 'mean_params')
+  count = optax.tree.get(opt_state, 'averaged_count')
   return jax.tree.map(
     lambda m, p: jnp.where(count > 0, m.astype(p.dtype), p), mean, params
   )
 
 
 def triggered(valid_losses: list[float], non_monotone_interval: int = 5) -> bool:
-  """Whether the last validation loss is worse than the best of those more than
+  """Return whether the validation loss has stalled.
+
+  It has stalled if the last loss is worse than the best of those more than
   `non_monotone_interval` epochs before it.
 
   Args:
-    valid_losses: one an epoch, all from the first to the current.
-    non_monotone_interval: n >= 1 of Algorithm 1, in the reading of the authors'
-      release; it can hold from epoch n + 2 on.
+    valid_losses: losses of all epochs, from the first to the current.
+    non_monotone_interval: n >= 1 of Algorithm 1. The result can be true from epoch
+      n + 2 on.
 
   Raises:
-    ValueError: an interval below 1.
+    ValueError: the interval is below 1.
   """
   if non_monotone_interval < 1:
     raise ValueError(
       f'non_monotone_interval must be at least 1, got {non_monotone_interval}.'
     )
+  # The authors' release compares before it appends the current loss, hence the -1.
   earlier = valid_losses[: -non_monotone_interval - 1]
   return bool(earlier) and valid_losses[-1] > min(earlier)
 
 
 def _check_held(opt_state: optax.OptState) -> None:
+  """Raise ValueError if a state has no :class:`AveragedState` at any depth."""
   if optax.tree.get(opt_state, 'averaged_count') is None:
     raise ValueError(
       'expected the state of an optimizer wrapped in averaged(), got a '

@@ -1,6 +1,4 @@
-"""Recurrent layers by name, as the image and language scripts build them, and how many
-parameters there are.
-"""
+"""Registry of the recurrent layers and counts of their parameters."""
 
 from collections.abc import Callable, Sequence
 import itertools
@@ -11,47 +9,73 @@ import jax
 
 from fptt_jax import nn
 
-CELLS: dict[str, Callable[[int, int, float | None, nnx.Rngs], Any]] = {
-  'lstm': lambda features, hidden, forget_bias, rngs: nn.LSTM(
-    features, hidden, forget_bias=forget_bias, rngs=rngs
-  ),
-  'gru': lambda features, hidden, _, rngs: nn.GRU(
-    features, hidden, recurrent_bias=False, rngs=rngs
-  ),
-  'rnn': lambda features, hidden, _, rngs: nn.ElmanRNN(features, hidden, rngs=rngs),
-  'antisymmetric': lambda features, hidden, _, rngs: nn.AntisymmetricRNN(
-    features, hidden, rngs=rngs
-  ),
-  'fastgrnn': lambda features, hidden, _, rngs: nn.FastGRNN(
-    features, hidden, rngs=rngs
-  ),
-  'irnn': lambda features, hidden, _, rngs: nn.IncrementalRNN(
-    features, hidden, rngs=rngs
-  ),
-  'indrnn': lambda features, hidden, _, rngs: nn.IndRNN(
-    features, hidden, max_weight=1.0, rngs=rngs
-  ),
-  'lru': lambda features, hidden, _, rngs: nn.LRU(
-    features, hidden, r_min=0.9, r_max=0.999, rngs=rngs
-  ),
+Builder = Callable[[int, int, float | None, nnx.Rngs], Any]
+"""(features in, hidden size H, forget bias or None, random streams) -> layer."""
+
+
+def _lstm(
+  features: int,
+  hidden: int,
+  forget_bias: float | None,
+  rngs: nnx.Rngs,
+) -> nn.LSTM:
+  """Build an LSTM; None leaves its forget bias at the default."""
+  return nn.LSTM(features, hidden, forget_bias=forget_bias, rngs=rngs)
+
+
+def _plain(layer: Callable[..., Any], **settings: Any) -> Builder:
+  """Return the builder of a layer that has no initial forget bias."""
+
+  def build(
+    features: int,
+    hidden: int,
+    forget_bias: float | None,
+    rngs: nnx.Rngs,
+  ) -> Any:
+    # Accepted and ignored, so that the scripts can call all builders alike.
+    del forget_bias
+    return layer(features, hidden, rngs=rngs, **settings)
+
+  return build
+
+
+CELLS: dict[str, Builder] = {
+  'lstm': _lstm,
+  # One bias per gate: the GRUs of the paper's Table 2 have this many parameters.
+  'gru': _plain(nn.GRU, recurrent_bias=False),
+  'rnn': _plain(nn.ElmanRNN),
+  'antisymmetric': _plain(nn.AntisymmetricRNN),
+  'fastgrnn': _plain(nn.FastGRNN),
+  'irnn': _plain(nn.IncrementalRNN),
+  # The paper's limit 2 ** (1 / T) tends to 1 for the long sequences here.
+  'indrnn': _plain(nn.IndRNN, max_weight=1.0),
+  # Eigenvalues near the unit circle keep a memory of hundreds of steps.
+  'lru': _plain(nn.LRU, r_min=0.9, r_max=0.999),
 }
-"""(features in, H, initial bias of the LSTM's forget gate or None, rngs) -> layer."""
+"""Builders of the recurrent layers, by the value of --cell."""
 
 
 WITH_W_H = ('lstm', 'gru', 'rnn')
-"""Those that have one recurrent matrix, whose weights can be dropped out."""
+"""Cells with one recurrent matrix, which weight dropout can be applied to."""
 
 
 def recurrent_parameters(cell: str, widths: Sequence[int]) -> int:
-  """Parameters of layers one on another; `widths` are features of the inputs, then of
-  each layer.
+  """Return the number of parameters of a stack of recurrent layers.
+
+  Args:
+    cell: a name in `CELLS`.
+    widths: number of input features, then the hidden size of each layer.
   """
-  build = lambda: nnx.List(
-    [CELLS[cell](*sizes, None, nnx.Rngs(0)) for sizes in itertools.pairwise(widths)]
-  )
+
+  def build() -> nnx.List:
+    return nnx.List(
+      [CELLS[cell](*sizes, None, nnx.Rngs(0)) for sizes in itertools.pairwise(widths)]
+    )
+
+  # Shapes are enough for a count, and large layers take seconds to initialize.
   return count(nnx.state(nnx.eval_shape(build), nnx.Param))
 
 
 def count(params: Any) -> int:
-  """Numbers in a tree of parameters."""
+  """Return the number of scalars in a tree of arrays or of their shapes."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))

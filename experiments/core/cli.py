@@ -1,4 +1,4 @@
-"""The course of a training script: open the folder, train the runs, report."""
+"""Common steps of a training script: open the folder, train and report."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from experiments.core.recipe import Recipe
 from experiments.core.schedule import Member, train_all
 
 Train = Callable[[list[Member], Path, Callable[[], None]], None]
-"""(runs of one method, folder of their folders, callback after evaluations) -> None."""
+"""(runs of one method, parent folder, callback after evaluations) -> None."""
 
 
 class Report(NamedTuple):
@@ -37,15 +37,17 @@ def open_task(
   identity: dict[str, str],
   data: dict[str, Any] | None = None,
 ) -> Path:
-  """Makes the folder of a script's runs, or checks that it has the same configuration.
+  """Make the folder of a script's runs, or check its configuration.
+
+  A folder that exists must have been made with the same configuration.
 
   Args:
     config: settings of the runs.
     folder: the folder.
     script: name of the script.
     about: description of the task, which is printed.
-    identity: what else makes the runs the same, such as a hash of the data.
-    data: what a model has to know of its data, for `data.json`.
+    identity: further entries that must not change, such as a hash of the data.
+    data: facts about the data set that a model needs, for `data.json`.
 
   Returns:
     The absolute path of the folder.
@@ -55,6 +57,7 @@ def open_task(
   """
   path = workdir.open_workdir(folder, script, config, **identity)
   if data is not None:
+    # All processes share the folder; two writers would race for the temporary file.
     processes.on_first_process(files.write_json, path / 'data.json', data)
   print(f'{about}; writing to {path}')
   return path
@@ -63,7 +66,7 @@ def open_task(
 def train_runs(
   config: Any, folder: Path, train: Train, plot: Plot | None, side_by_side: bool = True
 ) -> list[dict[str, Any]]:
-  """Trains by each method from each seed, and redraws the plot meanwhile.
+  """Train a run for each method, seed and grid value, and redraw the plot.
 
   Args:
     config: settings of the runs.
@@ -73,8 +76,9 @@ def train_runs(
     side_by_side: whether several runs may share a program.
 
   Returns:
-    A summary per run.
+    The summary of each run.
   """
+  # Runs that draw their window lengths differ in shape and cannot share a program.
   size: int | None = 1
   if side_by_side:
     size = devices.population_size(config, config.batch_size, config.hidden)
@@ -89,7 +93,7 @@ def run_task(
   run: Callable[[Any, str, Plot | None], tuple[Path, list[dict[str, Any]]]],
   wanted: Report,
 ) -> list[dict[str, Any]]:
-  """Joins the other processes, trains and reports.
+  """Join the other processes, train all runs and write the report.
 
   Args:
     config: settings of the runs, with the folder.
@@ -99,8 +103,10 @@ def run_task(
   Returns:
     The summaries.
   """
+  # JAX can join other processes only before its first computation.
   processes.join(config.coordinator, config.num_processes, config.process_id)
   folder, summaries = run(config, config.workdir, wanted.plot)
+  # The live plot is drawn every few seconds at most; the report draws it complete.
   report.write_report(
     folder,
     config,

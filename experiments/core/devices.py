@@ -8,15 +8,15 @@ from experiments.core.flags import check, checked
 from experiments.core.recipe import Recipe
 
 MIN_WORK_PER_CORE = 4096
-"""B times H from which on one run keeps a CPU's core busy."""
+"""Smallest batch size times hidden size that keeps a CPU core busy."""
 
 
 class Meshes(NamedTuple):
-  """Devices to split work over, None for one.
+  """Meshes to split work over; None stands for a single device.
 
   Attributes:
-    batch: where each takes its share of a batch.
-    members: where each takes its share of a population.
+    batch: mesh whose devices each take a share of the batch.
+    members: mesh whose devices each take a share of the population.
   """
 
   batch: jax.sharding.Mesh | None
@@ -26,18 +26,38 @@ class Meshes(NamedTuple):
 def choose_meshes(
   recipe: Recipe, batch_size: int, hidden: int, steps: int, members: int = 1
 ) -> Meshes:
-  """What to split: a batch where there is one member, else the members. `steps` are
-  those of a window.
+  """Return the meshes for a program of one or several runs.
+
+  The batch of a single run is split over the devices. Of several runs, each device
+  takes whole members.
+
+  Args:
+    recipe: settings with the flags of the devices.
+    batch_size: batch size B.
+    hidden: hidden size H.
+    steps: time steps of a window.
+    members: number of runs in the program.
 
   Raises:
-    UserError: more devices than there are, or a batch size or population that is no
-      multiple of them.
+    UserError: `recipe` asks for more devices than there are, or the batch size or the
+      number of runs is not a multiple of them.
   """
+  devices = _choose_devices(recipe, batch_size, hidden, steps, members)
+  mesh = jax.sharding.Mesh(devices, ('devices',)) if len(devices) > 1 else None
+  # Members first: they need no communication, and a batch one sum per window.
+  return Meshes(mesh, None) if members == 1 else Meshes(None, mesh)
+
+
+def _choose_devices(
+  recipe: Recipe, batch_size: int, hidden: int, steps: int, members: int
+) -> list[jax.Device]:
+  """Return the devices that share the work, as in :func:`choose_meshes`."""
   devices = jax.devices()
   which, number = (
     ('batch size', batch_size) if members == 1 else ('population', members)
   )
   if over_all_devices(recipe):
+    # No fallback to fewer devices: each process has to take part.
     checked(
       check,
       number % len(devices) == 0,
@@ -60,41 +80,49 @@ def choose_meshes(
       recipe.devices,
       f'a divisor of the {which}, {number}',
     )
-    devices = devices[: recipe.devices]
+    return devices[: recipe.devices]
+  # Nothing was asked for, so work that does not divide is accepted.
   elif number % len(devices) or (
     members == 1 and is_cpu() and not pays_on_cpu(batch_size, hidden, steps)
   ):
-    devices = devices[:1]
-  mesh = jax.sharding.Mesh(devices, ('devices',)) if len(devices) > 1 else None
-  return Meshes(mesh, None) if members == 1 else Meshes(None, mesh)
+    return devices[:1]
+  return devices
 
 
 def population_size(recipe: Recipe, batch_size: int, hidden: int) -> int | None:
-  """How many runs to train side by side, None for all."""
+  """Return the largest number of runs per program; None means no limit."""
   if over_all_devices(recipe):
     return 1
+  # A run that fills the cores by itself gains nothing from others in its program.
   if recipe.population == 0 and is_cpu() and batch_size * hidden >= MIN_WORK_PER_CORE:
     return 1
   return recipe.population or None
 
 
 def over_all_devices(recipe: Recipe) -> bool:
-  """Whether every batch is split over all devices of all processes."""
+  """Return whether batches are split over all devices of all processes."""
   return recipe.data_parallel or jax.process_count() > 1
 
 
 def is_cpu() -> bool:
-  """Whether this process computes on a CPU."""
+  """Return whether this process computes on a CPU."""
   return jax.default_backend() == 'cpu'
 
 
 def pays_on_cpu(batch_size: int, hidden: int, steps: int) -> bool:
-  """Whether half a batch on each of two cores is quicker than XLA's own use of both.
+  """Return whether a batch split over CPU cores beats XLA's own threads.
 
-  Seen for LSTMs of H = 128 and 256, B = 20 to 128, windows of 7 steps and more; not at
-  H = 1024, where each core would read all weights, nor where the devices mostly wait
-  for each other: B = 8, H = 16, or windows of one step.
+  The limits were measured with LSTMs on two cores. Splitting is faster for H = 128 and
+  256, B = 20 to 128 and windows of at least 7 steps. It is slower for B = 8, H = 16,
+  for windows of one step and for H = 1024.
+
+  Args:
+    batch_size: batch size B.
+    hidden: hidden size H.
+    steps: time steps of a window.
   """
+  # Each core reads all weights, which no longer fit its cache for a large H. For
+  # small products, the cores mostly wait for each other at the end of each window.
   return (
     hidden <= 512
     and batch_size * hidden >= MIN_WORK_PER_CORE

@@ -15,14 +15,15 @@ import fptt_jax
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:
-  """What this process is, and what it runs on.
+  """Return the command, commit, hardware and package versions of this process.
 
   Args:
-    *packages: packages whose versions are told, too, if they are installed.
+    *packages: further packages to list the versions of, if they are installed.
 
   Returns:
-    command and commit (None where they are not known), hardware, versions.
+    A dict for JSON. The command and the commit are None if they are unknown.
   """
+  # A set, since several devices of one kind are the rule; `number` counts them.
   devices = sorted({device.device_kind for device in jax.devices()})
   versions = {'python': platform.python_version(), 'fptt_jax': fptt_jax.__version__}
   for package in ('jax', 'jaxlib', 'flax', 'optax', 'numpy', *packages):
@@ -43,30 +44,37 @@ def describe_machine(*packages: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-  """The revision of this code, '-dirty' if files differ; None outside a repository."""
+  """Return the git revision of this code, or None outside a repository.
+
+  The revision ends in '-dirty' if tracked files have been changed.
+  """
   describe_command = [
     'git',
     'describe',
     '--always',
     '--dirty',
+    # Tags move and a clone may lack them; the hash always names one commit.
     '--exclude=*',
     '--abbrev=12',
   ]
   try:
     found = subprocess.run(
       describe_command,
+      # The script may have been started inside another repository.
       cwd=Path(__file__).parent,
       capture_output=True,
       text=True,
       check=True,
     )
   except (OSError, subprocess.CalledProcessError):
+    # An installed package has no repository, and a cluster node may have no git.
     return None
   return found.stdout.strip()
 
 
 def _cpu() -> str | None:
-  """The processor's name, where the system tells."""
+  """Return the name of the processor, or None if it is unknown."""
+  # platform.processor() is empty or just the architecture on most Linux systems.
   try:
     lines = Path('/proc/cpuinfo').read_text().splitlines()
   except OSError:

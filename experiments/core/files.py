@@ -1,4 +1,4 @@
-"""Reading and writing of JSON and text; damaged files give one-line errors."""
+"""Functions to read and write JSON and text, with one-line errors."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -11,16 +11,19 @@ from experiments.core.flags import UserError
 
 
 def first_line(error: Exception) -> str:
-  """The first line of what an exception says, or what it is."""
+  """Return the first line of an exception's message, or its type."""
+  # Messages of orbax and tensorstore hold whole tracebacks or lists of arrays.
   line = next(iter(str(error).splitlines()), type(error).__name__)
   return textwrap.shorten(line, 300, placeholder=' ...').rstrip('.')
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-  """Read the whole lines of a metrics file; a last line cut off by a kill is left out.
+  """Read the complete lines of a metrics file.
+
+  A last line without a line break, cut off by a kill, is left out.
 
   Args:
-    path: the file; one that is not there has no lines.
+    path: the file; a missing file has no lines.
 
   Returns:
     A row per line.
@@ -32,6 +35,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return []
   rows = []
   for number, line in enumerate(_read_bytes(path).splitlines(keepends=True), start=1):
+    # The restored checkpoint does not count a cut line, so nothing is lost.
     if line.endswith(b'\n'):
       rows.append(_parsed(line, f'line {number} of {path}', ('step',)))
   return rows
@@ -42,7 +46,7 @@ def read_json(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
 
   Args:
     path: the file.
-    names: what the object must have.
+    names: keys that the object must have.
 
   Returns:
     The object.
@@ -54,11 +58,12 @@ def read_json(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def exists(path: Path) -> bool:
-  """Return whether a file is there.
+  """Return whether a file exists.
 
   Raises:
-    UserError: the folder that it would be in cannot be read.
+    UserError: the folder of the file cannot be read.
   """
+  # Unreadable must not count as missing: the run would silently start anew.
   try:
     return path.exists()
   except OSError as error:
@@ -66,6 +71,7 @@ def exists(path: Path) -> bool:
 
 
 def _read_bytes(path: Path) -> bytes:
+  """Read a file, or raise a UserError with its path."""
   try:
     return path.read_bytes()
   except OSError as error:
@@ -93,6 +99,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(text: bytes, which: str, names: Sequence[str]) -> dict[str, Any]:
+  """Parse a JSON object with the given keys; `which` names it in errors."""
   content = _decode_json(text, which)
   if not isinstance(content, dict):
     raise damaged_file(which, f'it holds {json.dumps(content)[:40]}, not an object')
@@ -103,28 +110,35 @@ def _parsed(text: bytes, which: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _decode_json(text: bytes, which: str) -> Any:
+  """Parse JSON in UTF-8; `which` names it in errors."""
   try:
     return json.loads(text.decode())
+  # Damaged files also hold bytes outside UTF-8 or thousands of open brackets.
   except (ValueError, RecursionError) as error:
     raise damaged_file(which, str(error)) from error
 
 
 def damaged_file(which: str, reason: str) -> UserError:
+  """Return the error for a file, or a line of one, with unexpected contents."""
   return UserError(
     f'{which} is damaged: {reason}. Put it back, or choose another --workdir.'
   )
 
 
 def write_json(path: Path, content: Any) -> None:
-  """As :func:`write_text`, as JSON."""
+  """Write a value as indented JSON, completely or not at all.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
   write_text(path, json.dumps(content, indent=2) + '\n')
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes it whole or not at all.
+  """Write a text file, completely or not at all.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: the file cannot be written.
   """
   with user_errors(path), atomic_write(path) as file:
     file.write(text)
@@ -132,6 +146,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def user_errors(path: Path) -> Iterator[None]:
+  """Turn errors of writing a file into a one-line UserError."""
   try:
     yield
   except OSError as error:
@@ -142,9 +157,16 @@ def user_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: Literal['w', 'wb'] = 'w') -> Iterator[IO[Any]]:
-  """Open a file, of text or bytes, that takes the place of `path` when it is
-  complete.
+  """Open a file that replaces `path` when the context ends without an error.
+
+  Args:
+    path: the file to replace or to create.
+    mode: 'w' for text in UTF-8, 'wb' for bytes.
+
+  Yields:
+    The open file.
   """
+  # In the same folder, because a rename is atomic within one file system only.
   temporary = path.with_name(path.name + '.tmp')
   with temporary.open(mode, encoding='utf-8' if mode == 'w' else None) as file:
     yield file

@@ -1,5 +1,6 @@
-"""Configurations as dataclasses, and the absl flags made from them: a setting is
-declared in one place.
+"""Configuration dataclasses and the absl flags generated from their fields.
+
+Each setting is declared once, as a dataclass field made by :func:`option`.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,26 +31,27 @@ flags.disclaim_key_flags()
 
 
 MACHINE_FLAGS = ('workdir', 'data_dir', 'coordinator', 'process_id')
-"""Flags that say where a process runs, which means nothing on another machine."""
+"""Flags with paths, addresses and ranks that only fit one machine."""
 
 
 EXIT_SECONDS = 5.0
-"""Seconds that what runs in the background is given when the process ends by an
-error.
-"""
+"""Seconds that background threads get to finish after an error."""
 
 
 MAX_RUNS = 10_000
-"""So many seeds or combinations of a grid are no slip of the pen."""
+"""Largest number of seeds or grid combinations; more are taken for a typo."""
 
 
 INT32_MAX = 2**31 - 1
+"""Largest integer setting: JAX computes with 32-bit integers by default."""
+
+
 HELP_FLAGS = ('--help', '-help', '-h', '--helpshort', '--helpfull')
-"""Words on the command line that print the help text."""
+"""Command-line arguments that print the help text."""
 
 
 class UserError(Exception):
-  """Something the user can put right: printed as one line, without a traceback."""
+  """Error that the user can fix; printed as one line, without a traceback."""
 
 
 GROUPS = ('task', 'model', 'optimizer', 'training', 'run', 'devices', 'settings')
@@ -72,13 +74,14 @@ class Interval(NamedTuple):
   includes_high: bool
 
   def __contains__(self, value: float) -> bool:
-    """Returns whether a number is in the range; NaN never is."""
+    """Return whether a number is in the range; NaN never is."""
     above = self.low <= value if self.includes_low else self.low < value
     below = value <= self.high if self.includes_high else value < self.high
     return above and below
 
   def describe(self, is_integer: bool) -> str:
-    """Returns the range in words, for error messages."""
+    """Return the range in words, for error messages."""
+    # '(-inf, inf)' excludes just NaN and infinity; the words are clearer.
     if self.low == -math.inf:
       return 'a finite number'
     if self.high == math.inf:
@@ -90,7 +93,7 @@ class Interval(NamedTuple):
 
 
 def _interval(text: str) -> Interval:
-  """Parses an interval such as '[0, 1)' or '(0, inf)'."""
+  """Parse an interval such as '[0, 1)' or '(0, inf)'."""
   low, high = (float(end) for end in text[1:-1].split(','))
   return Interval(low, high, text[0] == '[', text[-1] == ']')
 
@@ -104,11 +107,11 @@ def option(
   group: str = 'settings',
   required: bool = False,
 ) -> Any:
-  """Declares a dataclass field that is also a flag.
+  """Declare a dataclass field that is also a flag.
 
   Args:
-    default: the default value, which also decides the type. A tuple makes a
-      comma-separated list of different values.
+    default: the default value, which also sets the type. The flag of a tuple takes a
+      comma-separated list of distinct values.
     text: help text.
     choices: accepted values, of each item of a list; None accepts all.
     within: range that a number, or each number of a list, must lie in, such as
@@ -132,7 +135,7 @@ def option(
 def redeclare(
   config_class: Any, name: str, default: Any, text: str | None = None
 ) -> Any:
-  """Declares a field of a base class again, with another default.
+  """Declare a field of a base class again, with another default.
 
   Args:
     config_class: the dataclass that declares the field.
@@ -151,7 +154,7 @@ def redeclare(
 
 
 def dated_folder(config: Any) -> str:
-  """A new folder for each start of a script."""
+  """Return the name of a new folder, with the script and the current time."""
   return f'runs/{_script()}-{time.strftime("%Y%m%d-%H%M%S")}'
 
 
@@ -161,79 +164,99 @@ def run(
   presets: dict[str, dict[str, Any]] | None = None,
   workdir: Callable[[Any], str] = dated_folder,
 ) -> None:
-  """Defines a flag for each field of `config_class`, parses the command line, and calls
-  `main` with the configuration.
+  """Parse the command line into a configuration and call `main` with it.
 
-  A run that a signal has stopped ends with the code of `experiments.core.signals`, one
-  that Ctrl-C has cut off with 130, one that cannot go on with 1; each says how to go
-  on.
+  Each field of `config_class` becomes a flag. The process exits with
+  `signals.EXIT_CODE` after a signal that left everything saved, with 130 after Ctrl-C
+  and with 1 after an error. The message names the command that resumes the runs.
 
   Args:
-    main: takes the configuration.
+    main: (configuration) -> None, the script.
     config_class: a dataclass of :func:`option` fields.
-    presets: by value of the flag 'task', other defaults of other flags; what the
-      command line gives goes before them.
-    workdir: (configuration) -> the folder where none is given.
+    presets: defaults of other flags by value of the flag 'task'. Flags on the command
+      line take precedence.
+    workdir: (configuration) -> folder of the runs if --workdir is not given.
+
+  Raises:
+    SystemExit: the command line is wrong, or `main` has failed or been stopped.
   """
   _show_any_letter()
   fields = dataclasses.fields(config_class)
   for field in fields:
     _define(field)
 
-  def parsed(argv: list[str]) -> None:
+  def start(argv: list[str]) -> None:
+    # The CPU's devices cannot change after JAX has looked for them.
     fptt_jax.use_cpu_devices()
     if len(argv) > 1:
       raise SystemExit(f'error: {_stray(argv[1], config_class)} See --help.')
     if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(
-        logging.FATAL
-      )  # orbax prints tracebacks of errors that are raised as well
-    try:
-      settings = {
-        field.name: _read(field, flags.FLAGS[field.name].value) for field in fields
-      }
-      if presets:
-        preset = presets.get(settings['task'], {})
-        settings |= {
-          name: value for name, value in preset.items() if not flags.FLAGS[name].present
-        }
-      config = config_class(**settings)
-    except ValueError as error:
-      raise SystemExit(f'error: {error} See --help.') from error
+      # orbax also logs the tracebacks of errors that it raises.
+      logging.set_verbosity(logging.FATAL)
+    config = _parsed_config(config_class, presets)
     again = [sys.executable, '-m', f'experiments.{_script()}', *sys.argv[1:]]
-    if 'workdir' in settings and not config.workdir:
+    if any(field.name == 'workdir' for field in fields) and not config.workdir:
       config = dataclasses.replace(config, workdir=workdir(config))
+      # The default folder has the time in its name: resuming must name this one.
       again.append(f'--workdir={config.workdir}')
-    try:
-      main(config)
-    except UserError as error:
-      _leave(f'error: {error}', 1)
-    except signals.Stopped as stopped:
-      print_error(f'{stopped}; go on by\n  {shlex.join(again)}')
-      raise SystemExit(signals.EXIT_CODE) from stopped
-    except KeyboardInterrupt:
-      _leave(
-        f'cut off by Ctrl-C; what was saved is used again by\n  {shlex.join(again)}',
-        130,
-      )
-    except Exception as error:
-      if jax.process_count() == 1:
-        raise
-      if not isinstance(
-        error, jax.errors.JaxRuntimeError
-      ):  # Those come of others' ends.
-        traceback.print_exc()
-      _leave(
-        f'error: {error}\nIf another process has ended, start all of them again; '
-        f'they go on by\n  {shlex.join(again)}',
-        1,
-      )
+    _call_main(main, config, shlex.join(again))
 
-  app.run(parsed, flags_parser=lambda argv: _parse_flags(argv, config_class))
+  app.run(start, flags_parser=lambda argv: _parse_flags(argv, config_class))
+
+
+def _parsed_config(config_class: Any, presets: dict[str, dict[str, Any]] | None) -> Any:
+  """Return the configuration given by the parsed flags and the presets.
+
+  Raises:
+    SystemExit: a value, or a combination of values, is not accepted.
+  """
+  try:
+    settings = {
+      field.name: _read(field, flags.FLAGS[field.name].value)
+      for field in dataclasses.fields(config_class)
+    }
+    if presets:
+      preset = presets.get(settings['task'], {})
+      # A flag may be given with its default value, so the values are no guide.
+      settings |= {
+        name: value for name, value in preset.items() if not flags.FLAGS[name].present
+      }
+    return config_class(**settings)
+  except ValueError as error:
+    raise SystemExit(f'error: {error} See --help.') from error
+
+
+def _call_main(main: Callable[[Any], None], config: Any, resume_command: str) -> None:
+  """Call a script's `main` and turn its errors into messages and exit codes."""
+  try:
+    main(config)
+  except UserError as error:
+    _leave(f'error: {error}', 1)
+  except signals.Stopped as stopped:
+    print_error(f'{stopped}; go on by\n  {resume_command}')
+    # All processes stop here together, so a normal exit waits for nobody.
+    raise SystemExit(signals.EXIT_CODE) from stopped
+  except KeyboardInterrupt:
+    # 128 + SIGINT, as shells report a program that Ctrl-C has ended.
+    _leave(
+      f'cut off by Ctrl-C; what was saved is used again by\n  {resume_command}', 130
+    )
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    # A JaxRuntimeError mostly follows from the end of another process.
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+      traceback.print_exc()
+    _leave(
+      f'error: {error}\nIf another process has ended, start all of them again; '
+      f'they go on by\n  {resume_command}',
+      1,
+    )
 
 
 def _show_any_letter() -> None:
-  """Escape letters that the terminal's encoding lacks, in place of failing at them."""
+  """Make the standard streams escape characters that their encoding lacks."""
+  # A folder with an umlaut must not end a run on a terminal of ASCII.
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors='backslashreplace')
@@ -247,10 +270,10 @@ def _parse_flags(argv: list[str], config_class: Any) -> list[str]:
     config_class: a dataclass of :func:`option` fields.
 
   Returns:
-    The program's name and the words that are no flags.
+    The program's name and the words that are not flags.
 
   Raises:
-    SystemExit: a flag is unknown, or its value is not one that it can have.
+    SystemExit: the help was asked for, a flag is unknown or its value has another type.
   """
   if any(word in HELP_FLAGS for word in argv[1:]):
     # absl lists the flags of one module in alphabetical order, and exits with 1.
@@ -270,7 +293,7 @@ def _parse_flags(argv: list[str], config_class: Any) -> list[str]:
 
 
 def _unknown_flag(name: str, config_class: Any) -> str:
-  """Say that there is no such flag, and which one is the nearest."""
+  """Return the message for an unknown flag, with the most similar flag."""
   names = []
   for field in dataclasses.fields(config_class):
     names.append(field.name)
@@ -282,19 +305,21 @@ def _unknown_flag(name: str, config_class: Any) -> str:
     for field in dataclasses.fields(config_class)
     if field.metadata['help'].startswith(name.replace('_', ' '))
   ]
+  # Typos come first; a loose match last, since it is right least often.
   near = difflib.get_close_matches(name, names, 1) or inside[:1] or described[:1]
   near = near or difflib.get_close_matches(name, names, 1, cutoff=0.4)
   return f'there is no --{name}.' + (f' Did you mean --{near[0]}?' if near else '')
 
 
 def _illegal_value(text: str, config_class: Any) -> str:
-  """Say what a flag's value must be.
+  """Return the error message for a flag's value of the wrong type.
 
   Args:
     text: absl's message.
-    config_class: a dataclass of :func:`option` fields, of which `COMPARABLE` names
-      those that --grid takes.
+    config_class: a dataclass of :func:`option` fields. Its `COMPARABLE`, if any, lists
+      the fields that --grid accepts.
   """
+  # absl's exception has no attributes; only its text names the flag and the value.
   match = re.fullmatch(r'flag --(\w+)=(.*?): .*', text, re.DOTALL)
   fields = {field.name: field for field in dataclasses.fields(config_class)}
   if match is None or match[1] not in fields:
@@ -311,6 +336,7 @@ def _illegal_value(text: str, config_class: Any) -> str:
       str: 'a text',
     }[_kind(field)]
   hint = ''
+  # Several values for one number are the likeliest mistake: they belong in --grid.
   values = [part for part in re.split(r'[,:;\s\[\]()]+', value) if part]
   if len(values) > 1:
     hint = ' It takes one value.'
@@ -320,12 +346,13 @@ def _illegal_value(text: str, config_class: Any) -> str:
 
 
 def _stray(word: str, config_class: Any) -> str:
-  """Say that a word of the command line belongs to no flag, and what was meant."""
+  """Return the message for a word that belongs to no flag, with a hint."""
   fields = {field.name: field for field in dataclasses.fields(config_class)}
   before = sys.argv[sys.argv.index(word) - 1] if word in sys.argv[1:] else ''
   name = before.lstrip('-').partition('=')[0]
   if word.partition('=')[0] in fields:
     hint = f'Did you mean --{word}?'
+  # absl's boolean flags take no separate word: in `--decay false` it is left over.
   elif name in fields and isinstance(fields[name].default, bool):
     hint = f'Did you mean --{name}={word}, or --no{name}?'
   else:
@@ -338,21 +365,22 @@ def _stray(word: str, config_class: Any) -> str:
 
 
 def _script() -> str:
-  """The script's name: `python -m experiments.NAME` runs it again."""
+  """Return the script's name, for `python -m experiments.NAME`."""
   path = Path(sys.argv[0])
   return path.parent.name if path.stem == '__main__' else path.stem
 
 
 def command() -> str | None:
-  """The command that started this process, without the places of its machine.
+  """Return the command that started this process, without `MACHINE_FLAGS`.
 
   Returns:
-    The command as a shell reads it; None where no script of this package was started.
+    The command, quoted for a shell; None if no script of this package was started.
   """
   spec = getattr(sys.modules['__main__'], '__spec__', None)
   name = spec.name.removesuffix('.__main__') if spec else ''
   if not name.startswith('experiments.'):
     return None
+  # A value may follow its flag as a separate word, which has to go with it.
   kept: list[str] = []
   is_value = False
   for argument in sys.argv[1:]:
@@ -365,13 +393,10 @@ def command() -> str | None:
 
 
 def _leave(text: str, code: int) -> NoReturn:
-  """End this process with a last word, whatever waits in the background.
-
-  An orderly end of one of several processes waits for the others, and after a
-  checkpoint that could not be written orbax's threads wait for minutes.
+  """Print a message and end this process, even if background threads still run.
 
   Args:
-    text: what to say.
+    text: the message.
     code: the exit code.
   """
   print_error(text)
@@ -379,23 +404,28 @@ def _leave(text: str, code: int) -> NoReturn:
   others = [
     thread for thread in threading.enumerate() if thread is not threading.main_thread()
   ]
+  # Threads may be writing a checkpoint. One deadline limits the wait for all of them.
   for thread in others:
     if not thread.daemon and jax.process_count() == 1:
       thread.join(max(0.0, deadline - time.monotonic()))
   if jax.process_count() > 1 or any(
     thread.is_alive() and not thread.daemon for thread in others
   ):
+    # A normal exit of one process waits for the others, which wait for it. After a
+    # failed checkpoint orbax's threads would hold it for minutes. os._exit flushes
+    # nothing.
     sys.stdout.flush()
     os._exit(code)
   raise SystemExit(code)
 
 
 def print_error(text: str) -> None:
+  """Print a line to standard error at once."""
   print(text, file=sys.stderr, flush=True)
 
 
 def _define(field: Any) -> None:
-  """Defines the flag of a field, in the field's group."""
+  """Define the absl flag of a field."""
   text = field.metadata['help']
   choices = field.metadata['choices']
   default = field.default
@@ -416,12 +446,12 @@ def _define(field: Any) -> None:
 
 
 def _help_text(config_class: Any) -> str:
-  """Returns the script's description, and its flags with their defaults by group."""
+  """Return the script's description, and its flags by group."""
   about = sys.modules[config_class.__module__].__doc__ or ''
   main_module = sys.modules['__main__']
   spec = getattr(main_module, '__spec__', None)
   if spec is not None and spec.name.startswith('experiments.'):
-    # The configuration of a package is declared beside its __main__.
+    # The configuration of a package is declared in another module than __main__.
     about = main_module.__doc__ or about
   sections = [about.strip()]
   for group in GROUPS:
@@ -437,7 +467,7 @@ def _help_text(config_class: Any) -> str:
 
 
 def _flag_help(field: Any) -> str:
-  """Returns a flag with its default and its help text, wrapped."""
+  """Return a flag with its default and its help text, wrapped."""
   default = field.default
   if isinstance(default, tuple):
     default = ','.join(map(str, default))
@@ -446,6 +476,7 @@ def _flag_help(field: Any) -> str:
   flag = f'  --{field.name}={"" if default is None else default}'
   text = field.metadata['help']
   choices = field.metadata['choices']
+  # Some help texts explain each choice; listing them again would be noise.
   if choices and not all(choice in text for choice in choices):
     text = f'{text}: {", ".join(choices)}'
   indent = ' ' * 30
@@ -456,15 +487,20 @@ def _flag_help(field: Any) -> str:
 
 
 def _kind(field: Any) -> type:
-  """The type of a flag that is no list."""
+  """Return the type of a field that is not a list."""
+  # With None as default only the annotation, such as `int | None`, has the type.
   if field.default is not None:
     return type(field.default)
   return next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))
 
 
 def _read(field: Any, value: Any) -> Any:
-  """A list flag's strings as a tuple of the default's type; '0:3' stands for 0, 1,
-  2.
+  """Return the setting of a flag's value; lists become tuples.
+
+  In lists of integers '0:3' stands for 0, 1, 2.
+
+  Raises:
+    ValueError: an item is not an integer or a range, or a range is too long.
   """
   if not isinstance(field.default, tuple):
     return value
@@ -473,19 +509,22 @@ def _read(field: Any, value: Any) -> Any:
   items: list[int] = []
   for text in value:
     parts = [part.strip() for part in text.split(':')]
+    # isdigit would accept superscripts, which int rejects. The limited length keeps
+    # the ends of ranges small.
     are_integers = len(parts) <= 2 and all(
       part.isdecimal() and len(part) <= len(str(INT32_MAX)) for part in parts
     )
     numbers = [int(part) for part in parts] if are_integers else []
     found = range(*numbers) if len(numbers) == 2 else numbers
     check(len(found) > 0, field.name, text, 'integers, or a range such as 0:3')
+    # A range is checked while it is lazy: its numbers could fill the memory.
     check(len(found) <= MAX_RUNS, field.name, text, f'at most {MAX_RUNS} numbers')
     items.extend(found)
   return tuple(items)
 
 
 def check_fields(config: Any) -> None:
-  """Validates each setting on its own: type, choices and range.
+  """Validate the type, choices and range of each setting.
 
   Args:
     config: a dataclass instance of :func:`option` fields.
@@ -496,6 +535,7 @@ def check_fields(config: Any) -> None:
   """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
+    # Configurations are also built in Python, where no flag has parsed the values.
     if isinstance(field.default, tuple):
       check(isinstance(value, tuple), field.name, value, 'a tuple')
       is_missing = field.metadata['required'] and not value
@@ -509,7 +549,7 @@ def check_fields(config: Any) -> None:
 
 
 def _check_item(field: Any, kind: type, value: Any) -> None:
-  """Validates one value of a field.
+  """Validate one value of a field.
 
   Args:
     field: the dataclass field.
@@ -526,6 +566,7 @@ def _check_item(field: Any, kind: type, value: Any) -> None:
     check(is_choice, field.name, value, f'one of {", ".join(choices)}')
     return
   if kind is int:
+    # bool is a subclass of int, but True is not a number of windows.
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     fits = is_integer and abs(value) <= INT32_MAX
     check(fits, field.name, value, f'an integer of at most {INT32_MAX}')
@@ -539,7 +580,7 @@ def _check_item(field: Any, kind: type, value: Any) -> None:
 
 
 def _fits_float32(value: Any) -> bool:
-  """Returns whether a value is a number that neither underflows nor overflows."""
+  """Return whether a value is a number in the range of float32."""
   if isinstance(value, bool) or not isinstance(value, int | float | np.number):
     return False
   # Infinity and NaN are left to the range, whose message is plainer.
@@ -550,13 +591,15 @@ def _fits_float32(value: Any) -> bool:
 
 
 def check(condition: bool, name: str, got: Any, expected: str) -> None:
-  """Raises the ValueError that a flag with a value of no meaning deserves."""
+  """Raise ValueError with a flag's name and value unless a condition holds."""
   if not condition:
     raise ValueError(f'--{name} must be {expected}, got {got!r}.')
 
 
 def checked(function: Callable[..., Any], *args: Any) -> Any:
-  """`function(*args)`, its ValueError turned into one line for the user: for checks
+  """Return `function(*args)`, with a ValueError turned into a UserError.
+
+  This is for checks that run after the command line has been parsed, such as those
   that need the data.
   """
   try:

@@ -1,5 +1,7 @@
-"""Training by epochs on a fixed data set: learning-rate rules, the best epoch by
-validation, one look at the test split.
+"""Training loop over epochs, with learning-rate rules and model selection.
+
+The best epoch is chosen by the validation score. The test split is evaluated once, at
+the weights of that epoch.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -23,7 +25,9 @@ import fptt_jax
 
 
 class Rules(NamedTuple):
-  """Changes of the learning rate and the weights between epochs; none by default.
+  """Changes of the learning rate and the weights between epochs.
+
+  The defaults change nothing.
 
   Attributes:
     min_lr: a run ends when its learning rate has fallen below this.
@@ -44,7 +48,7 @@ class Rules(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EpochRecipe(recipe.Recipe):
-  """How the epochs of a run go."""
+  """Settings of a run that trains by epochs."""
 
   epochs: int = option(
     25, 'passes over the training split', within='[1, inf)', group='training'
@@ -98,6 +102,7 @@ class EpochRecipe(recipe.Recipe):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    # Such a run would end before its first epoch and have no result.
     check(
       self.lr is None or self.min_lr <= self.lr,
       'min_lr',
@@ -107,32 +112,37 @@ class EpochRecipe(recipe.Recipe):
 
 
 def epoch_rules(config: EpochRecipe) -> Rules:
-  """Returns the rules that the flags ask for."""
+  """Return the rules that the flags ask for."""
+  # The flags have the names of the fields, so a new rule needs no line here.
   return Rules(*(getattr(config, name) for name in Rules._fields))
 
 
 def decay_schedule(
   config: EpochRecipe, updates_per_epoch: int
 ) -> optax.Schedule | None:
-  """Returns (updates so far) -> factor of the learning rate for `config.decay`, None
-  without it.
+  """Return the schedule of the learning rate's factor for --decay.
+
+  Args:
+    config: settings of the run.
+    updates_per_epoch: number of optimizer updates per epoch.
+
+  Returns:
+    (updates so far) -> factor; None without --decay.
   """
-  return (
-    optax.cosine_decay_schedule(1.0, config.epochs * updates_per_epoch)
-    if config.decay
-    else None
-  )
+  if not config.decay:
+    return None
+  return optax.cosine_decay_schedule(1.0, config.epochs * updates_per_epoch)
 
 
 class Portion(NamedTuple):
-  """N batches that are alike in shape.
+  """Sequence of N batches that have the same shapes.
 
   Attributes:
-    items: what the batches are read by, a tree of arrays with a leading axis of length
-      N.
-    updates: int [N], windows (or the sequence, 1) that are really updated on, fewer
-      than K where all sequences end early.
-    lr_factor: multiplies the learning rate for these batches.
+    items: arrays with a leading axis of length N from which the task reads its batches,
+      such as indices; any tree.
+    updates: int [N], number of updates of each batch. It is below the number of windows
+      K if all sequences of a batch end early.
+    lr_factor: factor of the learning rate for these batches.
   """
 
   items: Any
@@ -140,9 +150,14 @@ class Portion(NamedTuple):
   lr_factor: float = 1.0
 
   def cut(self, size: int, done: int) -> Iterator['Portion']:
-    """Portions of at most `size` batches, 0 for all, but for the first `done`
-    batches.
+    """Yield parts of the portion, without its first batches.
+
+    Args:
+      size: largest number of batches per part; 0 sets no limit.
+      done: number of batches to leave out, those trained on before a restart.
     """
+    # The cuts do not depend on `done`: a resumed run adds no program to compile but
+    # that of a part that was left half done.
     for part in remaining(chunks(len(self.updates), size), done):
       yield Portion(
         jax.tree.map(lambda leaf, part=part: leaf[part], self.items),
@@ -152,18 +167,18 @@ class Portion(NamedTuple):
 
 
 class Record(NamedTuple):
-  """What a run remembers beside its carry; kept as JSON with each checkpoint.
+  """Progress of a run, saved as JSON with each checkpoint.
 
   Attributes:
-    sums: what was measured over the batches of an epoch that has not ended.
+    sums: sums of the metrics over the batches of the current epoch.
     done: number of these batches.
-    lr_factor: what the rules for epochs have made of the learning rate.
-    best: best validation score.
-    best_epoch: the epoch of it.
-    updates: optimizer updates so far.
-    skipped: those that were due and not made, their numbers not being finite.
-    epoch: epochs so far, whole ones.
-    batches: batches so far.
+    lr_factor: factor of the learning rate from the rules between epochs.
+    best: best validation score; None before the first.
+    best_epoch: epoch of the best score; 0 before the first.
+    updates: number of optimizer updates so far.
+    skipped: number of updates skipped because their numbers were not finite.
+    epoch: number of complete epochs.
+    batches: number of batches so far.
   """
 
   sums: dict[str, float]
@@ -178,23 +193,31 @@ class Record(NamedTuple):
 
   @classmethod
   def restore(cls, saved: dict[str, Any]) -> 'Record':
-    """Makes a record from the JSON of a checkpoint; {} gives that of a new run."""
+    """Return the record in a checkpoint's JSON; {} stands for a new run."""
+    # The JSON also has the entries that every checkpoint has, such as hashes.
     known = {name: saved[name] for name in cls._fields if name in saved}
     return cls(**{'sums': {}, **known})
 
   def seen(
     self, metrics: fptt_jax.StepMetrics, updates: np.ndarray, inner_steps: int
   ) -> 'Record':
-    """After N more batches: their metrics, [N] and [N, U], and how many windows of each
-    have sequences in them, [N].
+    """Return the record after N more batches.
+
+    Args:
+      metrics: metrics of the batches, with leading axes [N] or [N, U].
+      updates: int [N], number of windows of each batch that contain any sequence.
+      inner_steps: number of optimizer updates per window.
     """
+    # Windows after the end of all sequences make no update.
     due = np.arange(metrics.grad_norm.shape[1])[None, :] < updates[:, None]
     skipped = due & metrics.skipped
     made = due & ~skipped
+    # float64, since sums over the batches of an epoch lose digits in float32.
     totals = {name: total.astype(np.float64) for name, total in metrics.totals.items()}
     norms = np.where(made, metrics.grad_norm, 0).astype(np.float64)
     measured = {**totals, 'grad_norm': norms.sum(1), 'made': made.sum(1)}
-    # One by one: the same sum wherever the batches were cut into chunks.
+    # Added one by one: NumPy's pairwise sum would depend on how the batches were cut
+    # into calls, and a resumed run would print other digits.
     sums = {
       name: functools.reduce(operator.add, values.tolist(), self.sums.get(name, 0))
       for name, values in measured.items()
@@ -210,9 +233,9 @@ class Record(NamedTuple):
 
 
 class Reporter(Protocol):
-  """Measurement of runs at the end of each epoch, and what is told of them.
+  """Interface for the measurements and the printed lines of a task.
 
-  An epoch is the interval between two evaluations; the adding problem has epochs of
+  An epoch is the interval between two evaluations. On the adding problem an epoch is
   `eval_every` batches.
 
   Attributes:
@@ -225,12 +248,12 @@ class Reporter(Protocol):
   higher_is_better: bool
 
   def step(self, record: 'Record') -> int:
-    """Returns the number that a line of metrics is counted by."""
+    """Return the step of a line of metrics, in epochs or batches."""
 
   def measure(
     self, member: Member, params: Any, record: 'Record', last: Any
   ) -> dict[str, Any]:
-    """Returns the metrics of one run.
+    """Return the metrics of one run at the end of an epoch.
 
     Args:
       member: the run.
@@ -240,17 +263,30 @@ class Reporter(Protocol):
     """
 
   def line(self, member: Member, row: dict[str, Any], reason: str | None) -> str:
-    """Returns the line to print for a row of metrics; `reason` is given if diverged."""
+    """Return the line to print for a row of metrics.
+
+    Args:
+      member: the run.
+      row: the row.
+      reason: description of the divergence; None if the run has not diverged.
+    """
 
   def summarize(
     self, member: Member, rows: list[dict[str, Any]], record: 'Record', params: Any
   ) -> dict[str, Any]:
-    """Returns the summary of a run that has ended; `params` are its result."""
+    """Return the summary of a run that has ended.
+
+    Args:
+      member: the run.
+      rows: all its rows of metrics.
+      record: its progress.
+      params: the parameters of its result.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class EpochReporter:
-  """Reporter of tasks with a validation and a test split.
+  """Reporter for tasks with a validation and a test split.
 
   Attributes:
     config: settings of the runs.
@@ -276,17 +312,18 @@ class EpochReporter:
     return f'valid_{self.score}'
 
   def step(self, record: 'Record') -> int:
-    """Returns the number of epochs."""
+    """Return the number of epochs."""
     return record.epoch
 
   def measure(
     self, member: Member, params: Any, record: 'Record', last: Any
   ) -> dict[str, Any]:
-    """Returns means over the epoch and the validation score."""
+    """Return means over the epoch and the validation score."""
     row = {
       'updates': record.updates,
       'lr': member.config.lr * record.lr_factor,
       f'train_{self.score}': self.train_score(record.sums),
+      # The maximum, since all updates of an epoch may have been skipped.
       'grad_norm': record.sums['grad_norm'] / max(1, record.sums['made']),
     }
     if self.config.on_nonfinite == 'skip':
@@ -295,11 +332,12 @@ class EpochReporter:
     return row
 
   def line(self, member: Member, row: dict[str, Any], reason: str | None) -> str:
-    """Returns the learning rate and the scores of an epoch."""
+    """Return a line with the learning rate and the scores of an epoch."""
     start = f'{member.label}  epoch {row["step"]:>3}  '
     score = self.score
     if reason is not None:
       return f'{start}diverged: {reason}'
+    # Numbers that are not finite are None in a row.
     if None in row.values():
       return f'{start}diverged: train or validation {score} is not finite'
     skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
@@ -311,8 +349,9 @@ class EpochReporter:
   def summarize(
     self, member: Member, rows: list[dict[str, Any]], record: 'Record', params: Any
   ) -> dict[str, Any]:
-    """Returns the best validation score and, at its weights, the test score."""
+    """Return the best validation score and the test score at its weights."""
     scores: dict[str, Any] = {f'test_{self.score}': None}
+    # A run that diverged in its first epoch has no best weights.
     if self.config.evaluate_test and record.best_epoch:
       scores = self.test(params)
     return {
@@ -327,22 +366,22 @@ class EpochReporter:
 
 
 class Task(NamedTuple):
-  """Data and measurements that a script gives to :func:`train`.
+  """Data, train step and measurements of a script, for :func:`train`.
 
   Attributes:
     trainer: the train step of one run.
     source: arrays that all batches are read from.
-    read: (source, item) -> batch, traced.
-    split: whether the second axis of the source is the batch's, so that each device
-      holds its own rows.
-    fetch: (items [N, B]) -> arrays [N, B, ...] that `read` takes instead of the items,
-      from data that stay on the host; or None.
+    read: (source, item) -> batch; traced by JAX.
+    split: whether the second axis of the source is the batch axis, so that each device
+      holds the rows of its share only.
+    fetch: (items [N, B]) -> arrays [N, B, ...] that `read` takes in place of the items.
+      It reads data that stay on the host; None if `source` has all data.
     meshes: devices to split the work over.
-    portions: (epoch, from 1, and seed) -> the epoch's portions in order. The result
-      depends on the two alone, and its shapes do not depend on the seed.
-    num_epochs: epochs of a run.
-    num_batches: batches of all epochs, for the progress bar (a guess where epochs
-      differ).
+    portions: (epoch, counted from 1, and seed) -> portions of the epoch in order. The
+      result depends on nothing else. Its shapes do not depend on the seed.
+    num_epochs: number of epochs of a run.
+    num_batches: number of batches of all epochs, for the progress bar; an estimate if
+      epochs differ in length.
     rules: changes of the learning rate and the weights between epochs.
     reporter: measurements at the end of each epoch.
     make_key: (seed) -> PRNG key of the initial weights.
@@ -365,22 +404,28 @@ class Task(NamedTuple):
 def train(
   task: Task, chosen: list[Member], folder: Path, evaluated: Callable[[], None]
 ) -> None:
-  """Trains runs of one method side by side and writes the result of each.
+  """Train runs of one method in one program and write the result of each.
 
-  There is a checkpoint per epoch or more. A run that diverges, or whose learning rate
-  has fallen below the minimum, ends; the others go on.
+  Checkpoints are saved at the end of each epoch and, in long epochs, by the clock. A
+  run ends early if it diverges or if its learning rate falls below the minimum. The
+  other runs continue.
 
   Args:
     task: data and measurements.
     chosen: the runs.
     folder: the folder of their folders.
-    evaluated: called after each evaluation of a run.
+    evaluated: callback after each evaluation of a run.
+
+  Raises:
+    Stopped: a signal asked for the end; the runs are saved.
+    BrokenCheckpoint: a checkpoint could not be restored.
+    UserError: a checkpoint does not fit, or a file cannot be written.
   """
   _Loop(task, chosen, folder, evaluated).run()
 
 
 class _Loop:
-  """Training of several runs, epoch by epoch."""
+  """State of the training of several runs in one program."""
 
   def __init__(
     self,
@@ -404,6 +449,7 @@ class _Loop:
       task.fetch,
       evaluated,
     )
+    # Of the items only the shapes matter; those of the first epoch are as good as any.
     keys = [task.make_key(member.seed) for member in chosen]
     items = [
       jax.tree.map(lambda leaf: leaf[0], next(task.portions(1, member.seed)).items)
@@ -413,15 +459,16 @@ class _Loop:
     self._first_batch, (self._state, self._best), saved = self._group.start(
       keys,
       items,
+      # A copy, since steps may donate the buffers of the parameters.
       lambda state: jax.tree.map(jnp.copy, state.params) if keeps_best else (),
     )
     self._records = [Record.restore(record) for record in saved]
     self._ended = self._group.placeholders
-    # Metrics of the last batch that was looked at, [R, U].
+    # Metrics of the last batch whose numbers have arrived, [R, U].
     self._last: Any = None
 
   def run(self) -> None:
-    """Trains until every run has ended."""
+    """Train until every run has ended."""
     task = self._task
     first = self._records[0].epoch + 1
     seeds = ','.join(dict.fromkeys(str(member.seed) for member in self._members))
@@ -430,6 +477,7 @@ class _Loop:
     ) as bar:
       bar.set_description(f'{self._members[0].method} seed {seeds}')
       for epoch in range(first, task.num_epochs + 1):
+        # Before the epoch, since a restored run may already be below the minimum.
         self._finish(self._below_least_rate())
         if len(self._ended) == len(self._members):
           break
@@ -437,13 +485,14 @@ class _Loop:
         self._state, params = _end_epoch(task.rules, self._group, self._state)
         diverged = self._evaluate(epoch, params, bar)
         self._start_averaging(diverged)
+        # Saved first: see the wait in `_finish`.
         self._save(diverged)
         self._finish(diverged)
       self._finish(set(range(len(self._members))))
     self._group.close()
 
   def _below_least_rate(self) -> set[int]:
-    """Returns the runs whose learning rate has fallen below the minimum."""
+    """Return the runs whose learning rate has fallen below the minimum."""
     return {
       number
       for number, member in enumerate(self._members)
@@ -451,14 +500,15 @@ class _Loop:
     }
 
   def _finish(self, numbers: set[int]) -> None:
-    """Writes the results of runs, but not of those that have ended before."""
+    """Write the results of runs that have not ended before."""
     left = numbers - self._ended
     if not left:
       return
     keeps_best = self._task.reporter.metric is not None
     results = self._group.unstack(self._best if keeps_best else self._final_params())
-    # Evaluation on the test split may take long and be stopped: the other runs'
-    # checkpoints have to tell by then that this run was trained with them.
+    # The process may be stopped during a long evaluation on the test split. By then
+    # the checkpoints of the other runs must record how many runs shared the program:
+    # resumed in a smaller one, they would round differently.
     self._group.wait()
     for number in left:
       record = self._records[number]
@@ -475,12 +525,12 @@ class _Loop:
     self._ended.update(left)
 
   def _final_params(self) -> Any:
-    """Returns the parameters that runs without a validation split end with."""
+    """Return the final parameters of runs without a validation split."""
     method = self._members[0].method
     return optimizers.evaluation_params(self._config, method, self._state)
 
   def _save(self, diverged: Collection[int] = ()) -> None:
-    """Saves the runs that go on."""
+    """Save the runs that continue."""
     without = {*self._ended, *diverged}
     left = {
       number: record._asdict()
@@ -490,7 +540,7 @@ class _Loop:
     self._group.save(self._records[0].batches, (self._state, self._best), left)
 
   def _start_averaging(self, diverged: set[int]) -> None:
-    """Starts to average the weights of runs whose validation score has stalled."""
+    """Start to average the weights of runs whose score has stalled."""
     after = self._task.rules.average_after
     if not after:
       return
@@ -506,7 +556,7 @@ class _Loop:
     self._state = self._state._replace(opt_state=opt_state)
 
   def _evaluate(self, epoch: int, params: Any, bar: tqdm) -> set[int]:
-    """Evaluates the runs that go on after an epoch, and logs and prints the results.
+    """Evaluate the running members after an epoch; log and print the results.
 
     Args:
       epoch: the epoch that has ended.
@@ -521,6 +571,7 @@ class _Loop:
     diverged = set[int]()
     for number, member_params in enumerate(self._group.unstack(params)):
       record = self._records[number]._replace(epoch=epoch)
+      # The reporter still needs the sums, so the copy without them is stored apart.
       self._records[number] = record._replace(done=0, sums={})
       if number in self._ended:
         continue
@@ -538,15 +589,17 @@ class _Loop:
         )
         self._records[number] = judged
     if reporter.metric is not None:
+      # Selected on the device: copies to the host would wait and move all weights.
       choose = self._group.each(optax.tree.where)
       self._best = choose(self._group.pack(improved, bool), params, self._best)
     return diverged
 
   def _portions(self, epoch: int) -> Iterator[tuple[Portion, ...]]:
-    """Yields what is left of an epoch: portions of one call, one for each run."""
+    """Yield the rest of an epoch: for each call a portion of every run."""
     done = self._records[0].done
     start = 0
     size = self._config.steps_per_call
+    # Strict, since one program runs all members: none may have batches to spare.
     for portions in zip(
       *(self._task.portions(epoch, member.seed) for member in self._members),
       strict=True,
@@ -558,7 +611,7 @@ class _Loop:
   def _flush_metrics(
     self, pending: list[tuple[fptt_jax.StepMetrics, np.ndarray]]
   ) -> None:
-    """Adds the metrics of calls to the records, which waits for the calls."""
+    """Wait for the metrics of calls and add them to the records."""
     for metrics, updates in pending:
       self._group.observe(metrics, self._records[0].batches, updates)
       metrics = jax.tree.map(np.asarray, metrics)
@@ -569,7 +622,8 @@ class _Loop:
     pending.clear()
 
   def _set_rates(self, factor: float) -> None:
-    """Sets the learning rate of each run, times a factor of the batches to come."""
+    """Set the learning rate of each run, times a factor of the next batches."""
+    # The rate is an array in the optimizer's state, so a new one compiles nothing.
     rates = [
       member.config.lr * record.lr_factor * factor
       for member, record in zip(self._members, self._records, strict=True)
@@ -580,11 +634,12 @@ class _Loop:
     self._state = self._state._replace(opt_state=opt_state)
 
   def _train_epoch(self, epoch: int, bar: tqdm) -> None:
-    """Trains on what is left of one epoch."""
+    """Train on the rest of one epoch."""
     going = [n for n in range(len(self._members)) if n not in self._ended]
     factor = None
     pending: list[tuple[fptt_jax.StepMetrics, np.ndarray]] = []
     for parts in self._portions(epoch):
+      # Flushed before a save: the records must count every batch in the state.
       if pending and self._group.due():
         self._flush_metrics(pending)
         self._save()
@@ -594,8 +649,8 @@ class _Loop:
       self._state, metrics = self._group.steps(
         self._state, [part.items for part in parts]
       )
-      # Metrics of the call before: the device always has one call to work on, and the
-      # progress bar is at most one call ahead.
+      # This waits for the previous call only: the device always has a call to work on,
+      # and the progress bar is at most one call ahead.
       self._flush_metrics(pending)
       pending.append((metrics, parts[0].updates))
       bar.update(len(parts[0].updates))
@@ -606,7 +661,7 @@ class _Loop:
 
 
 def _apply_rules(task: Task, record: Record, score: float) -> tuple[Record, bool]:
-  """Updates the best score and the learning rate after an epoch.
+  """Update the best score and the learning rate after an epoch.
 
   Args:
     task: the task.
@@ -617,6 +672,7 @@ def _apply_rules(task: Task, record: Record, score: float) -> tuple[Record, bool
     The new record, and whether the epoch was the best so far.
   """
   rules = task.rules
+  # The first score is the best so far, whichever direction is better.
   improved = record.best is None
   if record.best is not None and task.reporter.higher_is_better:
     improved = score > record.best
@@ -633,25 +689,28 @@ def _apply_rules(task: Task, record: Record, score: float) -> tuple[Record, bool
 
 
 def _averaging_if(on: jax.Array, opt_state: optax.OptState) -> optax.OptState:
-  """Starts averaging where `on` is true."""
+  """Start averaging where `on` is true."""
+  # Under vmap each run has its value of `on`, so Python cannot branch on it.
   return optax.tree.where(on, averaging.start_averaging(opt_state), opt_state)
 
 
 def averaging_wrapper(
   config: EpochRecipe,
 ) -> Callable[[optax.GradientTransformation], optax.GradientTransformation]:
-  """Returns the wrapper of the optimizer that `average_after` needs."""
+  """Return the wrapper of the optimizer that `average_after` needs."""
+  # Not wrapped otherwise: the mean is one more copy of all weights.
   return averaging.averaged if config.average_after else lambda optimizer: optimizer
 
 
 def _end_epoch(
   rules: Rules, group: Population, state: fptt_jax.TrainState
 ) -> tuple[fptt_jax.TrainState, Any]:
-  """Returns the state to go on from, and the parameters to evaluate."""
+  """Return the state for the next epoch and the parameters to evaluate."""
   method = group.members[0].method
   if rules.restart_each_epoch and fptt_jax.METHODS[method].regularized:
     params, opt_state = group.each(fptt_jax.fptt_restart)(state.opt_state, state.params)
     state = state._replace(params=params, opt_state=opt_state)
+  # The mean of the weights, where there is one, replaces the choice of --evaluate_at.
   params = optimizers.evaluation_params(group.members[0].config, method, state)
   if rules.average_after:
     params = group.each(averaging.averaged_params)(state.opt_state, params)
