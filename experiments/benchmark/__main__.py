@@ -1,23 +1,30 @@
-"""How fast FPTT runs here, beside flax and PyTorch (where it is installed), and how
-time and memory grow.
+"""Compare FPTT's speed with flax and PyTorch, and measure how time and memory grow.
 
     python -m experiments.benchmark
     python -m experiments.benchmark --part=rivals --cases=M28,tiny --rounds=20
 
-It runs on whatever JAX finds; on a GPU PyTorch runs there too, also as a CUDA graph.
-'rivals' times one training batch of each case by each system: all in this process,
-taking turns, after two calls to warm up; minimum and median over the rounds. On a CPU
-PyTorch runs with one thread and with as many as there are cores, and the better of the
-two counts. Only 'ours' computes the logits of a window a few steps at a time. Before
-and after each call something short is timed that tells whether the machine was quiet,
-on a CPU an update a step, which waits for the cores to hand work to each other; medians
-are of calls that nothing disturbed. The quickest of a large matrix product is the peak
-that the products of a case are compared with. 'growth' measures time against T, K, H
-and B, the time of an update in steps (C), compile times and the memory a step needs
-beside its arguments. 'population' times R members side by side against a run by itself.
-All in float32, products on a GPU too unless --precision says otherwise. Batches are on
-the device before anything is timed. What could not be timed is said, and why: kernels
-need nvcc, PyTorch is no dependency.
+It runs on the devices that JAX finds. PyTorch is compared if it is installed; on a GPU
+it runs there too, also as a CUDA graph.
+
+'rivals' times one training batch of each case by each system. All systems run in this
+process and take turns, after two calls to warm up. The table has the minimum and the
+median over the rounds. On a CPU, PyTorch runs with one thread and with as many threads
+as there are cores, and the better of the two counts. Only 'ours' computes the logits of
+a window a few steps at a time. Before and after each call a short probe shows whether
+the machine was quiet, and medians are over the calls that nothing disturbed. On a CPU
+the probe has an update per step, so it waits for the cores to hand work to each other.
+The fastest of several products of large matrices is the peak that the speed of a case
+is compared with.
+
+'growth' measures time against T, K, H and B, the time of an update in steps (C), the
+time to compile, and the memory that a step needs besides its arguments.
+
+'population' compares R members side by side with a single run.
+
+All computations are in float32, matrix products on a GPU too unless --precision says
+otherwise. Batches are on the device before anything is timed. Systems that cannot be
+timed are listed with the reason: the CUDA kernels need nvcc, and PyTorch is not a
+dependency.
 """
 
 from pathlib import Path
@@ -45,7 +52,14 @@ from experiments.core import environment, files, flags, workdir
 
 
 def main(config: Config) -> None:
-  """Measures, prints tables, writes JSON and plots."""
+  """Measure, print tables, and write JSON and plots.
+
+  Args:
+    config: the parts, cases and rounds.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
   folder = workdir.make_folder(config.workdir)
   without = left_out()
   about = {
@@ -57,10 +71,9 @@ def main(config: Config) -> None:
   for name, reason in without.items():
     print(f'not timed: {name} ({reason})')
   with jax.default_matmul_precision(config.precision):
+    # Files are written after each case, so a command that is stopped keeps its numbers.
     if config.part in ('all', 'rivals'):
-      for rows in measure_rivals(
-        config, without
-      ):  # After each case: what was measured is not lost.
+      for rows in measure_rivals(config, without):
         write_rows(folder, 'rivals', about, rows)
         plot_rivals(folder / 'rivals.png', rows)
       print((folder / 'rivals.txt').read_text())
@@ -70,44 +83,56 @@ def main(config: Config) -> None:
         plot_population(folder / 'population.png', rows)
         print((folder / 'population.txt').read_text())
     if config.part in ('all', 'growth'):
-      cases = varied_cases(small='smoke' in config.cases)
-      growth: dict[str, list[dict[str, Any]]] = {}
-      for name, chosen in cases.items():
-        growth[name] = measure_programs(chosen, config.rounds)
-        files.write_json(folder / 'growth.json', about | {'growth': growth})
-        tables = [
-          tabulate(
-            [{key: row['value'], **shown(row)} for row in rows], 'keys', floatfmt='.4g'
-          )
-          for key, rows in growth.items()
-        ]
-        print(tables[-1])
-      constant = update_steps(growth['K'], cases['K'][0][1].num_steps)
-      tables.append(f'C, the time of an update: {constant:.2f} steps')
-      print(tables[-1])
-      files.write_text(folder / 'growth.txt', '\n\n'.join(tables) + '\n')
-      files.write_json(
-        folder / 'growth.json',
-        about | {'growth': growth, 'exponents': fitted(growth), 'C': constant},
-      )
-      plot_growth(folder / 'growth.png', growth)
+      report_growth(config, folder, about)
   print(f'numbers, tables and plots are in {folder}')
+
+
+def report_growth(config: Config, folder: Path, about: dict[str, Any]) -> None:
+  """Measure the growth with T, K, H and B, and write tables, JSON and a plot.
+
+  Args:
+    config: settings of the benchmark.
+    folder: the folder to write to.
+    about: entries that the JSON begins with.
+  """
+  cases = varied_cases(small='smoke' in config.cases)
+  growth: dict[str, list[dict[str, Any]]] = {}
+  tables = []
+  for name, chosen in cases.items():
+    growth[name] = measure_programs(chosen, config.rounds)
+    files.write_json(folder / 'growth.json', about | {'growth': growth})
+    lines = [{name: row['value'], **shown(row)} for row in growth[name]]
+    tables.append(tabulate(lines, 'keys', floatfmt='.4g'))
+    print(tables[-1])
+  constant = update_steps(growth['K'], cases['K'][0][1].num_steps)
+  tables.append(f'C, the time of an update: {constant:.2f} steps')
+  print(tables[-1])
+  files.write_text(folder / 'growth.txt', '\n\n'.join(tables) + '\n')
+  results = {'growth': growth, 'exponents': fitted(growth), 'C': constant}
+  files.write_json(folder / 'growth.json', about | results)
+  plot_growth(folder / 'growth.png', growth)
 
 
 def write_rows(
   folder: Path, name: str, about: dict[str, Any], rows: list[dict[str, Any]]
 ) -> None:
-  """Writes rows as JSON and as a table."""
+  """Write rows as JSON and as a table.
+
+  Args:
+    folder: the folder to write to.
+    name: name of the files without their ends.
+    about: entries that the JSON begins with.
+    rows: the rows.
+  """
   files.write_json(folder / f'{name}.json', about | {'lines': rows})
-  files.write_text(
-    folder / f'{name}.txt',
-    tabulate([shown(row) for row in rows], 'keys', floatfmt='.3g', missingval='-')
-    + '\n',
-  )
+  lines = [shown(row) for row in rows]
+  table = tabulate(lines, 'keys', floatfmt='.3g', missingval='-')
+  files.write_text(folder / f'{name}.txt', table + '\n')
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
-  """What of a row is printed."""
+  """Return the entries of a row that tables show."""
+  # The times of all calls are in the JSON.
   return {
     name: value
     for name, value in row.items()

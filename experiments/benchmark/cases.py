@@ -9,19 +9,20 @@ import fptt_jax
 
 
 class Case(NamedTuple):
-  """What is trained, and its shape.
+  """Shape of a model and of its data.
 
   Attributes:
-    name: for tables.
+    name: name in the tables.
     num_steps: T.
     num_windows: K.
     batch_size: B.
     features: D; for words the size of their embedding.
     hidden: H.
     outputs: C classes or V words; 1 for regression.
-    words: whether it is a language model: tokens in, a label each step. Else terminal.
-    batches: those of an epoch of the real task; 0 where an epoch's time is of no
-      interest.
+    words: whether it is a language model, with tokens as inputs and a label per step.
+      Otherwise there is one label per sequence.
+    batches: number of batches per epoch of the real task; 0 if the table has no time
+      per epoch.
   """
 
   name: str
@@ -36,7 +37,7 @@ class Case(NamedTuple):
 
   @property
   def size(self) -> int:
-    """S."""
+    """Number of steps S of the longest window."""
     return math.ceil(self.num_steps / self.num_windows)
 
 
@@ -49,90 +50,130 @@ CASES = {
     Case('M784', 784, 784, 128, 1, 128),
     Case('M-bptt', 784, 1, 128, 1, 128),
     Case('add', 200, 10, 128, 2, 128, 1),
+    # The recurrence of ptb300 alone: its readout takes most of the time there.
     Case('ptb300-core', 300, 6, 128, 256, 256),
     Case('ptb300', 300, 6, 128, 256, 256, 10_000, words=True),
+    # Bound by the products of the cell.
     Case('wide', 64, 4, 16, 256, 1024),
+    # Bound by the overhead of each step.
     Case('tiny', 784, 28, 8, 1, 16),
     Case('smoke', 12, 3, 4, 1, 4),
   )
 }
+"""Cases by the values of --cases; 'smoke' is for tests."""
 
 
 POPULATION_CASES = ('M28', 'add', 'tiny', 'smoke')
+"""Cases that are also trained as populations."""
 
 
 POPULATION_SIZES = (1, 2, 4, 8, 16, 32)
+"""Numbers R of members; the first must be 1, which the others are compared with."""
 
 
 DEFAULT_CASES = tuple(name for name in CASES if name != 'smoke')
-
-
-def flops(case: Case) -> float:
-  """Floating-point operations of the matrix products of a batch: LSTM and readout,
-  forward and twice backward; but nobody asks for the gradient of inputs that are
-  data.
-  """
-  lstm = 8 * case.hidden * (3 * case.hidden + (3 if case.words else 2) * case.features)
-  readout = (
-    2
-    * case.hidden
-    * case.outputs
-    * (case.num_steps if case.words else case.num_windows)
-  )
-  return float(case.batch_size * (case.num_steps * lstm + 3 * readout))
-
-
-def varied_cases(small: bool) -> dict[str, list[tuple[int, Case]]]:
-  """By what is varied its values and their cases: T, H and B at S = 16, K at the T of
-  pixel MNIST.
-  """
-  base, mnist = Case('', 256, 16, 64, 1, 128), CASES['M28']
-  lengths, windows, factors = (256, 1024, 4096, 16_384), (1, 28, 112, 392), (1, 2, 4)
-  if small:
-    base, mnist = Case('', 32, 2, 4, 1, 4), Case('', 12, 3, 4, 1, 4)
-    lengths, windows, factors = (32, 64), (1, 3, 12), (1, 2)
-  return {
-    'T': [(n, base._replace(num_steps=n, num_windows=n // 16)) for n in lengths],
-    'K': [(n, mnist._replace(num_windows=n)) for n in windows],
-    'H': [(n * base.hidden, base._replace(hidden=n * base.hidden)) for n in factors],
-    'B': [
-      (n * base.batch_size, base._replace(batch_size=n * base.batch_size))
-      for n in factors
-    ],
-  }
+"""Cases that are timed unless --cases names others."""
 
 
 LR = 1e-3
+"""Learning rate of Adam, of all systems."""
 
 
 CLIP = 1.0
+"""Limit of the global norm of the regularized gradient, of all systems."""
 
 
 ALPHA = 0.1
+"""α of FPTT, of all systems."""
 
 
 BETA = 0.5
+"""β of FPTT's summary of the weights, of all systems."""
+
+
+def flops(case: Case) -> float:
+  """Count the floating-point operations of the matrix products of a batch.
+
+  These are the products of the LSTM and of the readout, once forward and twice
+  backward.
+
+  Args:
+    case: the shapes.
+  """
+  # The gradient of inputs is needed only if they are trained embeddings.
+  input_products = 3 if case.words else 2
+  per_step = 8 * case.hidden * (3 * case.hidden + input_products * case.features)
+  readouts = case.num_steps if case.words else case.num_windows
+  readout = 2 * case.hidden * case.outputs * readouts
+  return float(case.batch_size * (case.num_steps * per_step + 3 * readout))
+
+
+def varied_cases(small: bool) -> dict[str, list[tuple[int, Case]]]:
+  """Return the cases whose time is measured as a function of one dimension.
+
+  T, H and B vary at windows of 16 steps, K at the length of pixel MNIST.
+
+  Args:
+    small: whether to return tiny shapes, for tests.
+
+  Returns:
+    By the dimension's letter, (value, case) for each of its values.
+  """
+  base = Case('', 256, 16, 64, 1, 128)
+  mnist = CASES['M28']
+  lengths: tuple[int, ...] = (256, 1024, 4096, 16_384)
+  windows: tuple[int, ...] = (1, 28, 112, 392)
+  factors: tuple[int, ...] = (1, 2, 4)
+  if small:
+    base = Case('', 32, 2, 4, 1, 4)
+    mnist = Case('', 12, 3, 4, 1, 4)
+    lengths = (32, 64)
+    windows = (1, 3, 12)
+    factors = (1, 2)
+  widths = [base.hidden * factor for factor in factors]
+  batch_sizes = [base.batch_size * factor for factor in factors]
+  return {
+    'T': [(n, base._replace(num_steps=n, num_windows=n // 16)) for n in lengths],
+    'K': [(n, mnist._replace(num_windows=n)) for n in windows],
+    'H': [(n, base._replace(hidden=n)) for n in widths],
+    'B': [(n, base._replace(batch_size=n)) for n in batch_sizes],
+  }
 
 
 def draw(case: Case) -> tuple[np.ndarray, np.ndarray]:
-  """Inputs and targets, time-major."""
+  """Draw random inputs and targets, time-major.
+
+  Args:
+    case: the shapes.
+
+  Returns:
+    Inputs float32 [T, B, D] and targets [B], float32 for regression and int32 for
+    classes; or int32 tokens [T, B] and the next tokens [T, B].
+  """
   rng = np.random.default_rng(0)
-  steps = (case.num_steps, case.batch_size)
   if case.words:
-    tokens = rng.integers(
-      0, case.outputs, (case.num_steps + 1, case.batch_size)
-    ).astype(np.int32)
+    shape = (case.num_steps + 1, case.batch_size)
+    tokens = rng.integers(0, case.outputs, shape).astype(np.int32)
     return tokens[:-1], tokens[1:]
-  inputs = rng.uniform(size=(*steps, case.features)).astype(np.float32)
+  shape_with_features = (case.num_steps, case.batch_size, case.features)
+  inputs = rng.uniform(size=shape_with_features).astype(np.float32)
   if case.outputs == 1:
     return inputs, rng.uniform(size=case.batch_size).astype(np.float32)
   return inputs, rng.integers(0, case.outputs, case.batch_size).astype(np.int32)
 
 
 def make_loss(case: Case) -> fptt_jax.Loss:
-  """Cross-entropy or squared error, at each window's end times β, or at each word."""
+  """Return the loss of a case.
+
+  Words have a cross-entropy at each step. Other cases have a cross-entropy or a squared
+  error at the end of each window, times β.
+
+  Args:
+    case: the shapes.
+  """
   if case.words:
     return fptt_jax.losses.sequence_classification(case.outputs)
   if case.outputs == 1:
     return fptt_jax.losses.terminal_regression()
+  # The rivals compute no divergence term, so ours must not pay for one either.
   return fptt_jax.losses.terminal_classification(case.outputs, divergence='none')

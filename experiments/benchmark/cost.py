@@ -1,8 +1,8 @@
-"""What each training method costs: gradient time, update time and memory, as Table 1 of
-the paper lists them.
+"""Cost of each training method: gradient time, update time and memory.
 
-The gradient's time is that of a train step whose optimizer does nothing, the update's
-what the real one takes beyond it.
+These are the columns of Table 1 of the paper. The gradient's time is that of a train
+step whose optimizer does nothing. The update's time is the difference to a step with
+the real optimizer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,10 @@ from experiments.core import optimizers, plotting
 import fptt_jax
 
 FTRL_STEPS = 64
-"""Longest sequence FTRL is measured at: its T updates run through all T steps each."""
+"""Longest sequence at which FTRL is measured.
+
+Each of its T updates runs through up to T steps, so its time grows with T².
+"""
 
 
 def measure(
@@ -37,31 +40,34 @@ def measure(
   mesh: jax.sharding.Mesh | None = None,
   batches: int = 1,
 ) -> dict[str, Any]:
-  """Costs of training on one batch by one method.
+  """Measure the cost of training on one batch by one method.
 
   Args:
     model: the model.
     loss: the loss.
     make_optimizer: (method) -> its optimizer.
-    method: a name in `fptt_jax.METHODS`, but 'tbptt_final'.
-    batch: what is trained on, again and again.
+    method: a name in `fptt_jax.METHODS` except 'tbptt_final'.
+    batch: the batch that every step trains on.
     num_windows: K; None for methods that fix it.
-    repeats: timed calls of each program, the two taking turns; medians are reported.
+    repeats: number of timed calls of each of the two programs, which take turns.
     mesh: devices to split the batch over, as for the trainer.
-    batches: how often it is trained on in one program, as scripts do. By itself a batch
-      is dearer where it asks for much memory. Of several only the sum of both times
-      tells: without updates the weights stay, and work with them may be done once for
-      all.
+    batches: number of steps per program. The scripts train on several batches per
+      program, which is cheaper per batch if a batch needs much memory. With several,
+      only the sum of both times is meaningful: without updates the weights stay the
+      same, and XLA may compute with them once for all steps.
 
   Returns:
-    gradient_ms: a step without its updates. update_ms: what the updates add, the median
-    of the differences. ± update_ms: half the width of its 95 % confidence interval,
-    from the median deviation of the differences; None for one call. temp_bytes: memory
-    of
-    the step beside its arguments and results. compile_s: seconds to compile it.
-      updates: how many updates the batch gives.
+    A row of
+      * `gradient_ms`: milliseconds of a step without its updates, the median;
+      * `update_ms`: milliseconds that the updates add, the median of the differences;
+      * `± update_ms`: half the width of its 95 % confidence interval, from the median
+        deviation of the differences; None for one call;
+      * `temp_bytes`: memory of the step besides its arguments and results;
+      * `compile_s`: seconds to compile it;
+      * `updates`: number of updates per batch.
   """
-  # The norm of the gradient, a metric, keeps it from being left out as unused.
+  # A step without updates still computes its gradient, whose norm is a metric. A
+  # regularized method would refuse an optimizer without FPTT.
   setting = fptt_jax.METHODS[method]._replace(regularized=False)
   without = fptt_jax.make_trainer(
     model, loss, optax.set_to_zero(), method=setting, num_windows=num_windows, mesh=mesh
@@ -78,65 +84,94 @@ def measure(
   full, full_state, compile_s = compile_step(_repeated(trainer, batches), batch)
   batch = jax.device_put(batch, full.input_shardings[0][1])
   seconds = []
+  # The programs take turns, so that a slow moment of the machine hits both alike.
   for _ in range(repeats + 1):
     gradient_s, gradient_state, _ = timed_step(gradient, gradient_state, batch)
     full_s, full_state, metrics = timed_step(full, full_state, batch)
     seconds.append((gradient_s, full_s))
-  gradient_ms, full_ms = (
-    1e3 * np.array(seconds[1:]).T / batches
-  )  # The first calls warm up.
+  # The first calls warm up.
+  gradient_ms, full_ms = 1e3 * np.array(seconds[1:]).T / batches
   update_ms = full_ms - gradient_ms
-  # A median's standard error is (π/2)^½ times a mean's, of normal numbers.
-  error = (
-    (math.pi / 2 / repeats) ** 0.5
-    * stats.median_abs_deviation(update_ms, scale='normal')
-    if repeats > 1
-    else None
-  )
   return {
     'gradient_ms': float(np.median(gradient_ms)),
     'update_ms': float(np.median(update_ms)),
-    '± update_ms': None if error is None else float(stats.norm.ppf(0.975) * error),
+    '± update_ms': _median_error(update_ms),
     'temp_bytes': full.memory_analysis().temp_size_in_bytes,
     'compile_s': compile_s,
     'updates': metrics.loss.shape[-1],
   }
 
 
+def _median_error(values: np.ndarray) -> float | None:
+  """Return half the width of the 95 % confidence interval of a median.
+
+  Args:
+    values: the sample [N]; one value has no interval.
+  """
+  if len(values) == 1:
+    return None
+  # The median deviation, unlike the standard deviation, ignores a few disturbed calls.
+  deviation = stats.median_abs_deviation(values, scale='normal')
+  # For normal numbers a median's standard error is (π/2)^½ times that of a mean.
+  error = (math.pi / 2 / len(values)) ** 0.5 * deviation
+  return float(stats.norm.ppf(0.975) * error)
+
+
 def _repeated(trainer: fptt_jax.Trainer, batches: int) -> fptt_jax.Trainer:
-  """A trainer whose step trains so often on its batch, in one program."""
+  """Return a trainer whose step trains several times on its batch, in one program."""
   if batches == 1:
     return trainer
   run = fptt_jax.scan_train_steps(trainer, lambda batch, _: batch)
-  return trainer._replace(
-    step=jax.jit(
-      lambda state, batch: run(state, batch, np.arange(batches)), donate_argnums=0
-    )
-  )
+
+  def step(
+    state: fptt_jax.TrainState, batch: fptt_jax.Batch
+  ) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
+    return run(state, batch, np.arange(batches))
+
+  return trainer._replace(step=jax.jit(step, donate_argnums=0))
 
 
 def compile_step(
   trainer: fptt_jax.Trainer, batch: fptt_jax.Batch, key: jax.Array | None = None
 ) -> tuple[Any, fptt_jax.TrainState, float]:
-  """(compiled step, a state of its own, seconds it took to compile); `key` is what the
-  state is drawn from.
+  """Compile a train step ahead of its first call.
+
+  Args:
+    trainer: the trainer.
+    batch: a batch with the shapes to compile for.
+    key: PRNG key, or keys of a population, of the initial state; seed 0 if None.
+
+  Returns:
+    (compiled step, initial state, seconds it took to compile).
   """
   state = trainer.init(jax.random.key(0) if key is None else key, batch)
+  step: Any = trainer.step  # A compiled function, which has more than its signature.
   start = time.perf_counter()
-  compiled = trainer.step.lower(state, batch).compile()
+  compiled = step.lower(state, batch).compile()
   return compiled, state, time.perf_counter() - start
 
 
 def timed_step(
   step: Any, state: fptt_jax.TrainState, batch: fptt_jax.Batch
 ) -> tuple[float, fptt_jax.TrainState, Any]:
+  """Return (seconds of a step, the next state, the metrics)."""
   start = time.perf_counter()
   state, metrics = jax.block_until_ready(step(state, batch))
   return time.perf_counter() - start, state, metrics
 
 
 def growth(xs: Sequence[float], ys: Sequence[float]) -> float:
-  """The exponent p of y = c x^p, by least squares of log y on log x."""
+  """Fit y = c x^p and return the exponent p.
+
+  The fit is by least squares of log y on log x.
+
+  Args:
+    xs: two or more different positive numbers.
+    ys: as many positive numbers.
+
+  Raises:
+    ValueError: a number is not positive, or all x are equal.
+  """
   if len(set(xs)) < 2 or min(*xs, *ys) <= 0:
     raise ValueError(
       f'growth needs positive numbers at two or more different x, got {list(xs)} and '
@@ -153,21 +188,22 @@ def table1(
   repeats: int,
   progress: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-  """Measures BPTT, FPTT (K = T), FPTT-K and, up to T = :data:`FTRL_STEPS`, FTRL on the
-  adding problem.
+  """Measure the methods of Table 1 on the adding problem.
+
+  These are BPTT, FPTT with K = T, FPTT with fewer windows, and FTRL up to
+  T = :data:`FTRL_STEPS`.
 
   Args:
     lengths: the T to measure at.
-    windows: the K of FPTT-K; those of T or more are left out at that T.
+    windows: the K of FPTT; values of T or more are left out at that T.
     hidden: H of the LSTM.
     batch_size: B.
-    repeats: see :func:`measure`.
-    progress: is given each row as soon as it is there.
+    repeats: number of timed calls, see :func:`measure`.
+    progress: callback that receives each row when it is measured.
 
   Returns:
-    A row each: T, method, K, what :func:`measure` measures, and C (None for methods
-    that do not update a window at a time, and where the update's time does not stand
-    out of its interval).
+    Rows with T, method, K, the entries of :func:`measure`, and C. C is None for methods
+    other than FPTT, and if the update's time is below the error of its measurement.
   """
   rows = []
   for num_steps in lengths:
@@ -175,20 +211,16 @@ def table1(
       config = add_task.Config(
         method=(method,), seq_len=num_steps, hidden=hidden, batch_size=batch_size
       )
-      rows.append(
-        {
-          'T': num_steps,
-          'method': method,
-          'K': num_windows,
-          **_measure_add_task(config, method, num_windows, repeats),
-        }
-      )
-      progress(rows[-1])
+      costs = _measure_add_task(config, method, num_windows, repeats)
+      row = {'T': num_steps, 'method': method, 'K': num_windows, **costs}
+      rows.append(row)
+      # A long command that is stopped has shown what it measured.
+      progress(row)
   return rows
 
 
 def _methods(num_steps: int, windows: Sequence[int]) -> Iterator[tuple[str, int]]:
-  """(method, K) to measure at T = `num_steps`, as Table 1 lists them."""
+  """Yield the pairs (method, K) to measure at T = `num_steps`, in Table 1's order."""
   yield 'bptt', 1
   if num_steps <= FTRL_STEPS:
     yield 'ftrl', num_steps
@@ -201,7 +233,7 @@ def _methods(num_steps: int, windows: Sequence[int]) -> Iterator[tuple[str, int]
 def _measure_add_task(
   config: add_task.Config, method: str, num_windows: int, repeats: int
 ) -> dict[str, Any]:
-  """`measure` at the adding problem's settings, and the constant C."""
+  """Measure one method on the adding problem, with the constant C."""
   fixed = fptt_jax.METHODS[method].num_windows is not None
   costs = measure(
     add_task.make_model(config),
@@ -212,29 +244,44 @@ def _measure_add_task(
     num_windows=None if fixed else num_windows,
     repeats=repeats,
   )
-  seen = costs['update_ms'] > (costs['± update_ms'] or 0.0)
-  return costs | {
-    'C': update_constant(config.seq_len, costs) if method == 'fptt' and seen else None
-  }
+  # A constant out of noise would be read as a result.
+  is_measured = costs['update_ms'] > (costs['± update_ms'] or 0.0)
+  constant = None
+  if method == 'fptt' and is_measured:
+    constant = update_constant(config.seq_len, costs)
+  return costs | {'C': constant}
 
 
 def update_constant(num_steps: int, costs: dict[str, Any]) -> float:
-  """C of Sec. 4.2: the time of one window's update in units of one step's gradient; the
-  paper's best K is about T/C.
+  """Return C of Sec. 4.2, the time of an update in units of one step's gradient.
+
+  The paper's best K is about T/C.
+
+  Args:
+    num_steps: T.
+    costs: a row of :func:`measure`.
   """
-  return (costs['update_ms'] / costs['updates']) / (costs['gradient_ms'] / num_steps)
+  update = costs['update_ms'] / costs['updates']
+  gradient = costs['gradient_ms'] / num_steps
+  return float(update / gradient)
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-  """Time of a batch and memory against T, a line a method (FPTT: a line each K), each
-  with its growth exponent.
+  """Draw time per batch and memory against T, with the exponents of their growth.
+
+  Each method has a line, FPTT one for each K.
+
+  Args:
+    path: the image to write.
+    rows: rows of :func:`table1`.
   """
   lines: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
-    k = 'T' if row['K'] == row['T'] else row['K']
-    lines.setdefault(
-      f'{row["method"]} K={k}' if row['method'] == 'fptt' else row['method'], []
-    ).append(row)
+    name = row['method']
+    if name == 'fptt':
+      # One line for K = T, although its K differs from T to T.
+      name = f'fptt K={"T" if row["K"] == row["T"] else row["K"]}'
+    lines.setdefault(name, []).append(row)
   figure = Figure(figsize=(11, 4.5), layout='constrained')
   panels = {
     'ms a batch': lambda row: row['gradient_ms'] + row['update_ms'],
@@ -242,12 +289,14 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
   }
   for axes, (ylabel, value) in zip(figure.subplots(1, 2), panels.items(), strict=True):
     for name, points in lines.items():
-      x, y = [row['T'] for row in points], [value(row) for row in points]
+      x = [row['T'] for row in points]
+      y = [value(row) for row in points]
       label = f'{name}: $T^{{{growth(x, y):.2f}}}$' if len(set(x)) > 1 else name
       axes.plot(x, y, marker='o', label=label)
     axes.set(xlabel='T', ylabel=ylabel, xscale='log', yscale='log')
     lengths = sorted({row['T'] for row in rows})
     axes.set_xticks(lengths, map(str, lengths))
+    # Minor ticks of a log axis would overlap the lengths.
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3, which='both')
     axes.legend()

@@ -1,6 +1,8 @@
 """Measurements of the benchmark: rivals, growth and populations."""
 
 from collections.abc import Callable, Iterator
+import dataclasses
+import functools
 import importlib.util
 import os
 import time
@@ -41,16 +43,16 @@ from experiments.benchmark.timing import (
 )
 from experiments.core import devices, recipe
 import fptt_jax
-from fptt_jax.nn.kernels import cuda
+
+Step = Callable[..., Any]
+"""(inputs, targets) -> losses; trains on one batch, or on several by its name."""
 
 
 def left_out() -> dict[str, str]:
-  """What cannot be timed here, and why."""
+  """Return the systems that cannot be timed on this machine, with the reasons."""
   reasons = {}
-  if not cuda.is_available():
-    reasons['ours, kernel'] = (
-      'needs an NVIDIA GPU, and nvcc on the PATH or in $CUDA_HOME/bin'
-    )
+  if devices.is_cpu():
+    reasons['ours, kernel'] = 'needs an NVIDIA GPU'
   if not importlib.util.find_spec('torch'):
     reasons['PyTorch'] = 'not installed'
   elif not devices.is_cpu():
@@ -61,22 +63,44 @@ def left_out() -> dict[str, str]:
   return reasons
 
 
-def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
-  """What is timed, by name; each is a function that makes the step."""
-  mesh, without = choose_mesh(case), left_out()
-  found: dict[str, Callable[[], Callable[..., Any]]] = {
+def systems(case: Case) -> dict[str, Callable[[], Step]]:
+  """Return the systems to time on a case.
+
+  A system that cannot be built, such as a CUDA kernel without a compiler, fails when
+  its function is called.
+
+  Args:
+    case: model and shapes.
+
+  Returns:
+    By name a function () -> step.
+  """
+  without = left_out()
+  found = _our_systems(case, without)
+  found['flax, one jit'] = lambda: train_step(
+    case, rivals_flax.flax_cell(case), whole=True
+  )
+  found['flax, a loop'] = lambda: rivals_flax.flax_loop(case)
+  if 'PyTorch' not in without:
+    found |= _torch_systems(case)
+  return found
+
+
+def _our_systems(case: Case, without: dict[str, str]) -> dict[str, Callable[[], Step]]:
+  """Return the systems of `fptt_jax`; 'ours', the reference, comes first."""
+  mesh = choose_mesh(case)
+  found: dict[str, Callable[[], Step]] = {
     'ours': lambda: train_step(case, lstm_cell(case), mesh)
   }
   if mesh is not None:
     found['ours, one device'] = lambda: train_step(case, lstm_cell(case))
   found[f'ours, {MANY_NAME}'] = lambda: train_steps(case, lstm_cell(case), mesh)
-  if (
-    not devices.is_cpu()
-  ):  # There one vector of all parameters takes several times as long.
+  # On a CPU one vector of all parameters takes several times as long.
+  if not devices.is_cpu():
     found['ours, one buffer'] = lambda: train_step(
       case, lstm_cell(case), mesh, one_buffer=True
     )
-  if 'ours, kernel' not in without and case.hidden in cuda.SIZES:
+  if 'ours, kernel' not in without:
     found['ours, kernel'] = lambda: train_step(
       case, lstm_cell(case, implementation='cuda'), mesh
     )
@@ -87,170 +111,292 @@ def systems(case: Case) -> dict[str, Callable[[], Callable[..., Any]]]:
     found['ours, whole readout'] = lambda: train_step(
       case, lstm_cell(case), mesh, whole=True
     )
-  found['flax, one jit'] = lambda: train_step(
-    case, rivals_flax.flax_cell(case), whole=True
-  )
-  found['flax, a loop'] = lambda: rivals_flax.flax_loop(case)
-  if 'PyTorch' not in without:
-    on_cpu = devices.is_cpu()
-    for kind in ('plain', 'optimized') if on_cpu else ('plain', 'optimized', 'graph'):
-      for threads in (
-        sorted({1, os.cpu_count() or 1}) if on_cpu else (os.cpu_count() or 1,)
-      ):
-        make = lambda kind=kind: rivals_torch.torch_loop(
-          case, kind, device='cpu' if on_cpu else 'cuda'
-        )
-        found[f'PyTorch {kind}, threads {threads}'] = (
-          lambda make=make, threads=threads: with_threads(make(), threads)
-        )
   return found
+
+
+def _torch_systems(case: Case) -> dict[str, Callable[[], Step]]:
+  """Return the systems of PyTorch, by style and number of threads."""
+  cores = os.cpu_count() or 1
+  device = 'cuda'
+  kinds = ['plain', 'optimized', 'graph']
+  threads = [cores]
+  if devices.is_cpu():
+    device = 'cpu'
+    kinds = ['plain', 'optimized']
+    # Small products are often faster in one thread; the table keeps the better one.
+    threads = sorted({1, cores})
+
+  def make(kind: str, number: int) -> Step:
+    return with_threads(rivals_torch.torch_loop(case, kind, device=device), number)
+
+  return {
+    f'PyTorch {kind}, threads {number}': (functools.partial(make, kind, number))
+    for kind in kinds
+    for number in threads
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probes:
+  """Probes of the machine, which is not always equally fast.
+
+  Attributes:
+    pause: seconds to rest after calls of PyTorch and NumPy.
+    size: rows of the matrices of `product`.
+    product: product of two matrices; its fastest call is the peak speed.
+    sync: the program that is timed before and after each call of a system.
+  """
+
+  pause: float
+  size: int
+  product: Callable[[], Any]
+  sync: Callable[[], Any]
+
+  def check_quiet(self) -> float:
+    """Return the seconds of the fastest of three probes."""
+    return min(timed(self.sync) for _ in range(3))
+
+
+def _make_probes(small: bool) -> _Probes:
+  """Return the probes for this machine; small ones for tests."""
+  if not devices.is_cpu():
+    size = 16 if small else PRODUCT_SIZE['gpu']
+    product = product_probe(size)
+    # A GPU has no cores that drift apart; the product shows a lowered clock.
+    return _Probes(0.0, size, product, product)
+  size = 16 if small else PRODUCT_SIZE['cpu']
+  return _Probes(PAUSE, size, product_probe(size), sync_probe(small))
 
 
 def measure_rivals(
   config: Config, without: dict[str, str]
 ) -> Iterator[list[dict[str, Any]]]:
-  """Rows of each case and system: all that are there, after each case. A rival that
-  fails goes into `without`, with the reason.
+  """Time a training batch of each case by each system.
+
+  Args:
+    config: cases and number of rounds.
+    without: receives the rivals that fail, with the reasons.
+
+  Yields:
+    After each case, the rows of all systems and cases so far.
   """
-  pause, size = (
-    (PAUSE, PRODUCT_SIZE['cpu']) if devices.is_cpu() else (0.0, PRODUCT_SIZE['gpu'])
-  )
-  size = 16 if 'smoke' in config.cases else size
-  product = product_probe(size)
-  checked = sync_probe('smoke' in config.cases) if devices.is_cpu() else product
-  check_quiet = lambda: min(timed(checked) for _ in range(3))
+  probes = _make_probes('smoke' in config.cases)
   rows: list[dict[str, Any]] = []
   for case in (CASES[name] for name in config.cases):
-    steps, data = {}, {}
-    for name, make in systems(case).items():
-      try:
-        step, data[name] = make(), place_batch(case, name)
-        for _ in range(2):
-          step(*data[name])
-      except Exception as error:  # A compiler, a driver, memory: the others go on.
-        if name == 'ours':
-          raise
-        without[f'{case.name}: {name}'] = (
-          f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
-        )
-        print(
-          f'not timed: {case.name}: {name} ({without[f"{case.name}: {name}"]})',
-          flush=True,
-        )
-      else:
-        steps[name] = step
-    calls: dict[str, list[Call]] = {name: [] for name in steps}
-    products = []
-    for _ in range(config.rounds):
-      products.append(timed(product))
-      time.sleep(pause)
-      before = check_quiet()
-      for name, step in steps.items():
-        seconds = timed(step, *data[name]) / (MANY if name.endswith(MANY_NAME) else 1)
-        time.sleep(pause if name.startswith('PyTorch') else 0.0)
-        after = check_quiet()
-        calls[name].append(Call(seconds, max(before, after)))
-        before = after
-    found = [
-      {'case': case.name, 'system': name, **summary}
-      for name, summary in best_threads(drop_noisy_calls(calls)).items()
-    ]
-    peak = 2e-9 * size**3 / min(products)
-    for row in found:
-      row['times_ours'] = row['median_ms'] / found[0]['median_ms']
-      row['gflops'] = 1e-9 * flops(case) / (1e-3 * row['median_ms'])
-      row |= {'peak_gflops': peak, 'of_peak': row['gflops'] / peak}
-      row['epoch_s'] = 1e-3 * row['median_ms'] * case.batches or None
-    rows += found
+    programs = _warm_programs(case, without)
+    calls, peak = _time_rounds(programs, probes, config.rounds)
+    quiet = best_threads(drop_noisy_calls(calls))
+    rows += _rival_rows(case, quiet, peak)
     yield rows
 
 
-def place_batch(case: Case, system: str) -> tuple[Any, Any]:
-  """A batch where a system wants it: on its device, or split over those that it is
-  split over.
+def _warm_programs(case: Case, without: dict[str, str]) -> dict[str, Callable[[], Any]]:
+  """Return a call () -> losses of each system of a case, compiled and warm.
+
+  Args:
+    case: model and shapes.
+    without: receives the systems that fail.
   """
-  data, mesh = cases.draw(case), choose_mesh(case)
+  programs: dict[str, Callable[[], Any]] = {}
+  for name, make in systems(case).items():
+    try:
+      step = make()
+      data = place_batch(case, name)
+      # The first call compiles; a second one compiles again if the state that it gets
+      # lies elsewhere than the initial one.
+      for _ in range(2):
+        step(*data)
+    # A compiler, a driver or memory may fail in any way; the others are still timed.
+    except Exception as error:
+      if name == 'ours':
+        raise
+      # Compilers add pages to the first line of their message.
+      first_line = str(error).partition('\n')[0]
+      reason = f'{type(error).__name__}: {first_line}'
+      without[f'{case.name}: {name}'] = reason
+      print(f'not timed: {case.name}: {name} ({reason})', flush=True)
+    else:
+      programs[name] = functools.partial(step, *data)
+  return programs
+
+
+def _time_rounds(
+  programs: dict[str, Callable[[], Any]], probes: _Probes, rounds: int
+) -> tuple[dict[str, list[Call]], float]:
+  """Time the systems in turns.
+
+  Args:
+    programs: calls by the name of their system.
+    probes: the probes of the machine.
+    rounds: number of calls of each system.
+
+  Returns:
+    (calls by name, peak speed in GFLOP/s).
+  """
+  calls: dict[str, list[Call]] = {name: [] for name in programs}
+  products = []
+  # In turns, so that a slow minute of the machine hits all systems alike.
+  for _ in range(rounds):
+    products.append(timed(probes.product))
+    time.sleep(probes.pause)
+    before = probes.check_quiet()
+    for name, program in programs.items():
+      seconds = timed(program) / (MANY if name.endswith(MANY_NAME) else 1)
+      if name.startswith('PyTorch'):
+        time.sleep(probes.pause)
+      after = probes.check_quiet()
+      calls[name].append(Call(seconds, max(before, after)))
+      before = after
+  # A product of two [n, n] matrices has n³ multiplications and n³ additions.
+  return calls, 2e-9 * probes.size**3 / min(products)
+
+
+def _rival_rows(
+  case: Case, times: dict[str, dict[str, Any]], peak: float
+) -> list[dict[str, Any]]:
+  """Return the rows of the table for one case.
+
+  Args:
+    case: model and shapes.
+    times: statistics of the calls by system; 'ours' comes first.
+    peak: GFLOP/s of the machine's fastest product.
+  """
+  ours_ms = times['ours']['median_ms']
+  rows = []
+  for name, summary in times.items():
+    median_ms = summary['median_ms']
+    gflops = 1e-9 * flops(case) / (1e-3 * median_ms)
+    row = {'case': case.name, 'system': name, **summary}
+    row['times_ours'] = median_ms / ours_ms
+    row['gflops'] = gflops
+    row['peak_gflops'] = peak
+    row['of_peak'] = gflops / peak
+    row['epoch_s'] = 1e-3 * median_ms * case.batches or None
+    rows.append(row)
+  return rows
+
+
+def place_batch(case: Case, system: str) -> tuple[Any, Any]:
+  """Draw a batch and put it where a system reads it.
+
+  Args:
+    case: the shapes.
+    system: the system's name.
+
+  Returns:
+    (inputs, targets): tensors for PyTorch, else arrays on the system's devices.
+  """
+  data = cases.draw(case)
+  mesh = choose_mesh(case)
   if system.startswith('PyTorch'):
     return rivals_torch.tensors(*data, device='cpu' if devices.is_cpu() else 'cuda')
   if mesh is None or not system.startswith('ours') or system == 'ours, one device':
     return jax.device_put(data)
-  if system.endswith(MANY_NAME):  # A source, which all devices read from.
-    return jax.device_put(
-      data, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    )
+  # Programs of several batches read them from a source, which each device has whole.
+  if system.endswith(MANY_NAME):
+    on_all = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(data, on_all)
   batch = fptt_jax.make_global_batch(fptt_jax.Batch(*data), cases.make_loss(case), mesh)
   return batch.inputs, batch.targets
+
+
+@dataclasses.dataclass
+class _Program:
+  """A compiled train step that is timed.
+
+  Attributes:
+    step: the compiled step.
+    state: the state, which each call replaces.
+    batch: the batch, where the step reads it.
+    row: facts about the program for its row in the table.
+    times: seconds of the calls so far.
+  """
+
+  step: Any
+  state: fptt_jax.TrainState
+  batch: fptt_jax.Batch
+  row: dict[str, Any]
+  times: list[float] = dataclasses.field(default_factory=list)
+
+  def call(self) -> None:
+    """Train on the batch and note the time."""
+    seconds, self.state, _ = cost.timed_step(self.step, self.state, self.batch)
+    self.times.append(seconds)
+
+
+def _time_in_turns(programs: list[_Program], rounds: int) -> list[dict[str, Any]]:
+  """Call the programs in turns and return a row of times for each."""
+  # One round more than is counted: the first one warms up.
+  for _ in range(rounds + 1):
+    for program in programs:
+      program.call()
+  return [program.row | milliseconds(program.times[1:]) for program in programs]
 
 
 def measure_programs(
   variants: list[tuple[int, Case]], rounds: int
 ) -> list[dict[str, Any]]:
-  """A row for each case, timed by turns, on one device."""
+  """Time several cases in turns, on one device.
+
+  Args:
+    variants: (value of what is varied, case).
+    rounds: number of timed calls of each.
+
+  Returns:
+    A row per case: `value`, `compile_s`, `temp_mib` (memory besides arguments and
+    results) and the times.
+  """
   programs = []
   for value, case in variants:
-    trainer, batch = (
-      make_trainer(case, lstm_cell(case)),
-      fptt_jax.Batch(*cases.draw(case)),
-    )
+    trainer = make_trainer(case, lstm_cell(case))
+    batch = fptt_jax.Batch(*cases.draw(case))
     compiled, state, compile_s = cost.compile_step(trainer, batch)
-    batch = jax.device_put(batch, compiled.input_shardings[0][1])
     row = {
       'value': value,
       'compile_s': compile_s,
       'temp_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,
     }
-    programs.append([compiled, state, batch, row, []])
-  for _ in range(rounds + 1):
-    for program in programs:
-      compiled, state, batch, _, times = program
-      seconds, program[1], _ = cost.timed_step(compiled, state, batch)
-      times.append(seconds)
-  return [row | milliseconds(times[1:]) for *_, row, times in programs]
+    placed = jax.device_put(batch, compiled.input_shardings[0][1])
+    programs.append(_Program(compiled, state, placed, row))
+  return _time_in_turns(programs, rounds)
 
 
 def measure_population(config: Config) -> Iterator[list[dict[str, Any]]]:
-  """Time of a step of R members of a case, each with a batch of its own, and the
-  throughput in terms of one run's by itself, which has the devices to itself. All rows
-  that are there, after each case.
+  """Time a step of R members side by side, each with a batch of its own.
+
+  The throughput is relative to a single run, which has all devices to itself.
+
+  Args:
+    config: cases and number of rounds.
+
+  Yields:
+    After each case, the rows of all cases so far.
   """
   rows: list[dict[str, Any]] = []
   for case in (CASES[name] for name in config.cases if name in POPULATION_CASES):
-    programs = []
-    for size in POPULATION_SIZES if case.name != 'smoke' else (1, 2):
-      meshes = devices.choose_meshes(
-        recipe.Recipe(), case.batch_size, case.hidden, case.size, size
-      )
-      trainer, batch, key = (
-        make_trainer(case, lstm_cell(case), meshes.batch),
-        fptt_jax.Batch(*cases.draw(case)),
-        jax.random.key(0),
-      )
-      if size > 1:
-        trainer, key = (
-          fptt_jax.vmap_trainer(trainer, own_batches=True, mesh=meshes.members),
-          jax.random.split(key, size),
-        )
-        batch = jax.tree.map(lambda leaf, size=size: np.stack([leaf] * size), batch)
-      compiled, state, _ = cost.compile_step(trainer, batch, key)
-      programs.append(
-        [
-          size,
-          compiled,
-          state,
-          jax.device_put(batch, compiled.input_shardings[0][1]),
-          [],
-        ]
-      )
-    for _ in range(config.rounds + 1):
-      for program in programs:
-        seconds, program[2], _ = cost.timed_step(program[1], *program[2:4])
-        program[4].append(seconds)
-    found = [
-      {'case': case.name, 'R': size, **milliseconds(times[1:])}
-      for size, *_, times in programs
-    ]
-    rows += [
-      row | {'throughput': row['R'] * found[0]['median_ms'] / row['median_ms']}
-      for row in found
-    ]
+    sizes = (1, 2) if case.name == 'smoke' else POPULATION_SIZES
+    programs = [_population_program(case, size) for size in sizes]
+    found = _time_in_turns(programs, config.rounds)
+    alone_ms = found[0]['median_ms']
+    for row in found:
+      row['throughput'] = row['R'] * alone_ms / row['median_ms']
+    rows += found
     yield rows
+
+
+def _population_program(case: Case, size: int) -> _Program:
+  """Compile the step of a population of a given size."""
+  meshes = devices.choose_meshes(
+    recipe.Recipe(), case.batch_size, case.hidden, case.size, size
+  )
+  trainer = make_trainer(case, lstm_cell(case), meshes.batch)
+  batch = fptt_jax.Batch(*cases.draw(case))
+  key = jax.random.key(0)
+  # A population of one is an ordinary run: the others are compared with it.
+  if size > 1:
+    trainer = fptt_jax.vmap_trainer(trainer, own_batches=True, mesh=meshes.members)
+    key = jax.random.split(key, size)
+    batch = jax.tree.map(lambda leaf: np.stack([leaf] * size), batch)
+  compiled, state, _ = cost.compile_step(trainer, batch, key)
+  placed = jax.device_put(batch, compiled.input_shardings[0][1])
+  return _Program(compiled, state, placed, {'case': case.name, 'R': size})

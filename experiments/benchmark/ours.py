@@ -15,11 +15,13 @@ import fptt_jax
 from fptt_jax import nn
 
 MANY = 4
+"""Number of batches per call of the systems that train on several batches."""
 
 
 MANY_NAME = f'{MANY} batches a program'
-"""The end of the names of systems whose calls train on several batches; the times in
-the tables are of one.
+"""End of the names of systems whose calls train on several batches.
+
+The tables have the time per batch of these systems, too.
 """
 
 
@@ -30,30 +32,30 @@ def make_trainer(
   whole: bool = False,
   one_buffer: bool = False,
 ) -> fptt_jax.Trainer:
-  """`fptt_jax`'s trainer of a case.
+  """Return `fptt_jax`'s trainer of a case.
 
   Args:
-    case: what is trained.
+    case: model and shapes.
     cell: (rngs) -> the recurrent layer.
     mesh: devices to split a batch over.
-    whole: whether words are read out all of a window at once.
+    whole: whether the logits of all words of a window are computed at once.
     one_buffer: whether Adam sees all parameters as one vector.
   """
-  model = make_model(case, cell)
-  optimizer = make_optimizer(one_buffer)
-  steps = case.size if whole and case.words else None
+  readout_chunk = case.size if whole and case.words else None
   return fptt_jax.make_trainer(
-    model,
+    make_model(case, cell),
     cases.make_loss(case),
-    optimizer,
+    make_optimizer(one_buffer),
     num_windows=case.num_windows,
     mesh=mesh,
-    readout_chunk=steps,
+    readout_chunk=readout_chunk,
   )
 
 
-def lstm_cell(case: Case, implementation: str = 'custom_vjp') -> Any:
-  """The LSTM of `fptt_jax`."""
+def lstm_cell(
+  case: Case, implementation: str = 'custom_vjp'
+) -> Callable[[nnx.Rngs], nn.LSTM]:
+  """Return a function (rngs) -> the LSTM of `fptt_jax`."""
   return lambda rngs: nn.LSTM(
     case.features, case.hidden, implementation=implementation, rngs=rngs
   )
@@ -62,12 +64,24 @@ def lstm_cell(case: Case, implementation: str = 'custom_vjp') -> Any:
 def train_step(
   case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None, **settings: bool
 ) -> Callable[..., Any]:
-  """A step of the trainer as a function of inputs and targets."""
+  """Return a train step as a function of inputs and targets.
+
+  The state stays inside. The step returns the losses of the windows when they are
+  computed.
+
+  Args:
+    case: model and shapes.
+    cell: (rngs) -> the recurrent layer.
+    mesh: devices to split a batch over.
+    **settings: `whole` and `one_buffer` of :func:`make_trainer`.
+  """
   trainer = make_trainer(case, cell, mesh, **settings)
-  state = [trainer.init(jax.random.key(0), fptt_jax.Batch(*cases.draw(case)))]
+  state = trainer.init(jax.random.key(0), fptt_jax.Batch(*cases.draw(case)))
 
   def step(inputs: np.ndarray, targets: np.ndarray) -> Any:
-    state[0], metrics = trainer.step(state[0], fptt_jax.Batch(inputs, targets))
+    nonlocal state
+    state, metrics = trainer.step(state, fptt_jax.Batch(inputs, targets))
+    # JAX returns before the work is done; the clock must not stop that early.
     return jax.block_until_ready(metrics.loss)
 
   return step
@@ -76,41 +90,59 @@ def train_step(
 def train_steps(
   case: Case, cell: Any, mesh: jax.sharding.Mesh | None
 ) -> Callable[..., Any]:
-  """Steps of the trainer, `MANY` a program, all on one batch."""
+  """Return a function that trains :data:`MANY` times on a batch in one program.
+
+  Args:
+    case: model and shapes.
+    cell: (rngs) -> the recurrent layer.
+    mesh: devices to split a batch over.
+  """
   trainer = make_trainer(case, cell, mesh)
   run = fptt_jax.scan_train_steps(trainer, lambda batch, _: batch)
-  state = [trainer.init(jax.random.key(0), fptt_jax.Batch(*cases.draw(case)))]
+  state = trainer.init(jax.random.key(0), fptt_jax.Batch(*cases.draw(case)))
 
   def step(inputs: np.ndarray, targets: np.ndarray) -> Any:
-    state[0], metrics = run(state[0], fptt_jax.Batch(inputs, targets), np.arange(MANY))
+    nonlocal state
+    state, metrics = run(state, fptt_jax.Batch(inputs, targets), np.arange(MANY))
     return jax.block_until_ready(metrics.loss)
 
   return step
 
 
 def choose_mesh(case: Case) -> jax.sharding.Mesh | None:
-  """The devices that 'ours' splits a batch over, as the scripts do."""
-  return devices.choose_meshes(
+  """Return the devices that 'ours' splits a batch over, as the scripts do."""
+  meshes = devices.choose_meshes(
     recipe.Recipe(), case.batch_size, case.hidden, case.size
-  ).batch
+  )
+  return meshes.batch
 
 
 def make_model(case: Case, cell: Callable[[nnx.Rngs], Any]) -> fptt_jax.Model:
-  """An embedding for words, the cell, a readout."""
+  """Return a model of an embedding for words, the cell and a readout.
+
+  Args:
+    case: the shapes.
+    cell: (rngs) -> the recurrent layer, of this library or of flax.
+  """
 
   def build(rngs: nnx.Rngs) -> nn.Sequential:
     embedding = (
       [nnx.Embed(case.outputs, case.features, rngs=rngs)] if case.words else []
     )
-    return nn.Sequential(
-      *embedding, cell(rngs), nnx.Linear(case.hidden, case.outputs, rngs=rngs)
-    )
+    # Built in this order, in which the random streams are drawn from.
+    layer = cell(rngs)
+    readout = nnx.Linear(case.hidden, case.outputs, rngs=rngs)
+    return nn.Sequential(*embedding, layer, readout)
 
   return nn.from_nnx(build)
 
 
 def make_optimizer(one_buffer: bool = False) -> optax.GradientTransformation:
-  """Returns FPTT around clipped Adam, which may see all parameters as one vector."""
+  """Return FPTT around Adam with a clipped gradient.
+
+  Args:
+    one_buffer: whether Adam sees all parameters as one vector.
+  """
   base = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(LR))
   if one_buffer:
     base = optax.flatten(base)

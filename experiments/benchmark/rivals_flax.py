@@ -14,31 +14,28 @@ from experiments.benchmark.ours import make_model, make_optimizer
 
 
 def flax_cell(case: Case) -> Callable[[nnx.Rngs], Any]:
-  """Flax's own LSTM."""
+  """Return a function (rngs) -> Flax's own LSTM."""
   return lambda rngs: nnx.OptimizedLSTMCell(case.features, case.hidden, rngs=rngs)
 
 
 def flax_loop(case: Case, params: Any = None) -> Callable[..., Any]:
-  """Flax's cell in a scan over the steps of a window, compiled; the windows in a Python
-  loop. `params` are what it starts from.
-  """
-  model, optimizer = make_model(case, flax_cell(case)), make_optimizer()
-  params = model.init(jax.random.key(0)) if params is None else params
-  carry = [params, optimizer.init(params)]
+  """Return a train step that loops over the windows in Python.
 
-  def loss(
-    params: Any, hidden: Any, x: jax.Array, targets: jax.Array, beta: jax.Array
-  ) -> tuple[jax.Array, Any]:
-    hidden, outputs = model.apply(params, hidden, x, None, None)
-    if case.words:
-      return optax.losses.softmax_cross_entropy_with_integer_labels(
-        outputs, targets
-      ).mean(), hidden
-    if case.outputs == 1:
-      return beta * jnp.mean(jnp.square(outputs[-1, :, 0] - targets)), hidden
-    return beta * optax.losses.softmax_cross_entropy_with_integer_labels(
-      outputs[-1], targets
-    ).mean(), hidden
+  Each window is one compiled program, a scan of Flax's cell over its steps. People who
+  do not put the windows into a scan write such a loop.
+
+  Args:
+    case: model and shapes; K must divide T.
+    params: parameters to start from; drawn from seed 0 if None.
+
+  Returns:
+    (inputs [T, B, ...], targets) -> list of the losses of the windows.
+  """
+  model = make_model(case, flax_cell(case))
+  optimizer = make_optimizer()
+  params = model.init(jax.random.key(0)) if params is None else params
+  opt_state = optimizer.init(params)
+  loss = _window_loss(case, model.apply)
 
   @jax.jit
   def window(
@@ -49,25 +46,54 @@ def flax_loop(case: Case, params: Any = None) -> Callable[..., Any]:
     targets: jax.Array,
     start: np.int32,
   ) -> tuple[Any, ...]:
-    cut = lambda array: jax.lax.dynamic_slice_in_dim(array, start, case.size)
-    x, labels, beta = (
-      cut(inputs),
-      cut(targets) if case.words else targets,
-      (start + case.size) / case.num_steps,
-    )
+    # The start is an argument, so one program serves all windows.
+    x = jax.lax.dynamic_slice_in_dim(inputs, start, case.size)
+    if case.words:
+      targets = jax.lax.dynamic_slice_in_dim(targets, start, case.size)
+    beta = (start + case.size) / case.num_steps
     (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(
-      params, hidden, x, labels, beta
+      params, hidden, x, targets, beta
     )
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, hidden, value
 
   def step(inputs: Any, targets: Any) -> list[jax.Array]:
-    hidden, values = model.initial_state(case.batch_size), []
+    nonlocal params, opt_state
+    hidden = model.initial_state(case.batch_size)
+    values = []
     for start in range(0, case.num_steps, case.size):
-      *carry[:], hidden, value = window(
-        *carry, hidden, inputs, targets, np.int32(start)
+      params, opt_state, hidden, value = window(
+        params, opt_state, hidden, inputs, targets, np.int32(start)
       )
       values.append(value)
     return jax.block_until_ready(values)
 
   return step
+
+
+def _window_loss(
+  case: Case, apply: Callable[..., tuple[Any, Any]]
+) -> Callable[..., tuple[jax.Array, Any]]:
+  """Return the loss of a window as a function of the parameters.
+
+  Args:
+    case: the kind of the loss.
+    apply: `Model.apply` of the model.
+
+  Returns:
+    (params, hidden, x [S, B, D], targets, beta) -> (loss, hidden after the window).
+  """
+
+  def loss(
+    params: Any, hidden: Any, x: jax.Array, targets: jax.Array, beta: jax.Array
+  ) -> tuple[jax.Array, Any]:
+    hidden, outputs = apply(params, hidden, x, None, None)
+    if case.words:
+      each = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, targets)
+      return each.mean(), hidden
+    if case.outputs == 1:
+      return beta * jnp.mean(jnp.square(outputs[-1, :, 0] - targets)), hidden
+    each = optax.losses.softmax_cross_entropy_with_integer_labels(outputs[-1], targets)
+    return beta * each.mean(), hidden
+
+  return loss

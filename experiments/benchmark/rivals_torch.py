@@ -1,13 +1,12 @@
-"""The same FPTT by other means, for the benchmark: PyTorch, and flax without a scan
-over windows.
+"""FPTT in PyTorch, for the benchmark.
 
-Each function makes a `step(inputs [T, B, ...], targets)` that trains on one batch and
-returns the windows' losses. All minimise what `fptt_jax` minimises there, clip the
-regularized gradient to norm 1 and take Adam's steps. K has to divide T.
+Each function makes a `step(inputs [T, B, ...], targets)`, which trains on one batch and
+returns the losses of the windows. All systems minimize the same loss, clip the
+regularized gradient to norm 1 and take Adam's steps. K must divide T.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,25 +16,36 @@ from experiments.core import devices
 
 
 def tensors(inputs: np.ndarray, targets: np.ndarray, device: str) -> tuple[Any, Any]:
-  """A batch as PyTorch wants it."""
+  """Convert a batch to PyTorch's tensors.
+
+  Args:
+    inputs: inputs [T, B, ...].
+    targets: labels or values.
+    device: 'cpu' or 'cuda'.
+
+  Returns:
+    (inputs, targets) on the device.
+  """
   import torch
 
-  x, labels = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+  x = torch.from_numpy(inputs).to(device)
+  labels = torch.from_numpy(targets).to(device)
+  # PyTorch's cross-entropy takes 64-bit labels only.
   return x, labels.long() if labels.dtype == torch.int32 else labels
 
 
 def torch_loop(
   case: Case, kind: str, weights: Any = None, device: str = 'cpu'
 ) -> Callable[..., Any]:
-  """PyTorch; the step takes what `tensors` makes.
+  """Return a train step in PyTorch, which takes the results of :func:`tensors`.
 
   Args:
-    case: what is trained.
-    kind: 'plain': as people write it; 'optimized': without a host's look at each loss,
-      updates of all parameters at once and a fused Adam; 'graph': as optimized, the
-      whole batch captured as one CUDA graph and replayed.
+    case: model and shapes.
+    kind: 'plain' is the usual style. 'optimized' leaves the losses on the device,
+      updates all parameters at once and uses a fused Adam. 'graph' is 'optimized' with
+      the whole batch captured as one CUDA graph and replayed.
     weights: parameters of `fptt_jax`'s model of the case to start from.
-    device: 'cpu' or 'cuda'; 'graph' needs the latter.
+    device: 'cpu' or 'cuda'; 'graph' needs 'cuda'.
 
   Raises:
     ImportError: PyTorch is not installed.
@@ -43,84 +53,36 @@ def torch_loop(
   import torch
 
   optimized = kind != 'plain'
-  embedding = (
-    torch.nn.Embedding(case.outputs, case.features)
-    if case.words
-    else torch.nn.Identity()
-  )
-  lstm, readout = (
-    torch.nn.LSTM(case.features, case.hidden),
-    torch.nn.Linear(case.hidden, case.outputs),
-  )
-  parameters = [*embedding.parameters(), *lstm.parameters(), *readout.parameters()]
-  if weights is not None:
-    _load_torch(torch, weights, embedding, lstm, readout)
-  lstm.bias_hh_l0.data.zero_()  # One bias, as there.
-  lstm.bias_hh_l0.requires_grad_(False)
-  for module in (embedding, lstm, readout):
-    module.to(device)
-  parameters = [parameter for parameter in parameters if parameter.requires_grad]
-  adam = (
-    torch.optim.Adam(parameters, LR, fused=True, capturable=kind == 'graph')
-    if optimized
-    else torch.optim.Adam(parameters, LR)
-  )
-  summary = [parameter.detach().clone() for parameter in parameters]
-  lam = [torch.zeros_like(parameter) for parameter in parameters]
+  modules = _make_modules(case, weights, device)
+  parameters = modules.trained()
+  # A captured Adam must keep its step count on the device.
+  settings = {'fused': True, 'capturable': kind == 'graph'} if optimized else {}
+  adam = torch.optim.Adam(parameters, LR, **settings)
+  update = (_update_all if optimized else _update_each)(parameters, adam)
+  loss = _make_loss(case)
 
-  def loss(outputs: Any, targets: Any, beta: float) -> Any:
-    if case.words:
-      return torch.nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
-    if case.outputs == 1:
-      return beta * torch.nn.functional.mse_loss(outputs[:, 0], targets)
-    return beta * torch.nn.functional.cross_entropy(outputs, targets)
-
-  @torch.no_grad()
-  def update_each() -> None:
-    for parameter, wb, l in zip(parameters, summary, lam, strict=True):
-      parameter.grad += -l + ALPHA * (parameter - wb)
-    torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-    adam.step()
-    for parameter, wb, l in zip(parameters, summary, lam, strict=True):
-      l -= ALPHA * (parameter - wb)
-      wb.copy_((1 - BETA) * wb + BETA * parameter - BETA / ALPHA * l)
-
-  @torch.no_grad()
-  def update_all() -> None:
-    grads = [parameter.grad for parameter in parameters]
-    torch._foreach_sub_(grads, lam)
-    torch._foreach_add_(grads, torch._foreach_sub(parameters, summary), alpha=ALPHA)
-    torch.nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
-    adam.step()
-    torch._foreach_sub_(lam, torch._foreach_sub(parameters, summary), alpha=ALPHA)
-    torch._foreach_mul_(summary, 1 - BETA)
-    torch._foreach_add_(summary, parameters, alpha=BETA)
-    torch._foreach_sub_(summary, lam, alpha=BETA / ALPHA)
-
-  update = update_all if optimized else update_each
-
-  def windows(x: Any, labels: Any) -> list[Any]:
-    hidden, values = None, []
+  def train(x: Any, labels: Any) -> list[Any]:
+    hidden = None
+    values = []
     for start in range(0, case.num_steps, case.size):
       end = min(start + case.size, case.num_steps)
-      outputs, hidden = lstm(embedding(x[start:end]), hidden)
+      outputs, hidden = modules.lstm(modules.embedding(x[start:end]), hidden)
       value = loss(
-        readout(outputs if case.words else outputs[-1]),
+        modules.readout(outputs if case.words else outputs[-1]),
         labels[start:end] if case.words else labels,
         end / case.num_steps,
       )
       adam.zero_grad(set_to_none=True)
       value.backward()
       update()
+      # FPTT differentiates a window at a time.
       hidden = tuple(part.detach() for part in hidden)
+      # item() waits for the device at each window, as in most training scripts.
       values.append(value.detach() if optimized else value.item())
     return values
 
-  run = (
-    _captured(torch, windows, tensors(*draw(case), device))
-    if kind == 'graph'
-    else windows
-  )
+  is_graph = kind == 'graph'
+  run = _captured(train, tensors(*draw(case), device)) if is_graph else train
 
   def step(inputs: Any, targets: Any) -> list[float]:
     values = run(inputs, targets)
@@ -129,13 +91,164 @@ def torch_loop(
   return step
 
 
-def _captured(
-  torch: Any, function: Callable[..., list[Any]], example: tuple[Any, ...]
-) -> Callable[..., list[Any]]:
-  """A function of tensors as one CUDA graph. It is run a few times first, as capturing
-  asks: what it trains has moved by then.
+class _Modules(NamedTuple):
+  """PyTorch's modules of a model.
+
+  Attributes:
+    embedding: embedding of words; the identity for other inputs.
+    lstm: the LSTM.
+    readout: the linear readout.
   """
+
+  embedding: Any
+  lstm: Any
+  readout: Any
+
+  def trained(self) -> list[Any]:
+    """Return the parameters that are trained."""
+    return [
+      parameter
+      for module in self
+      for parameter in module.parameters()
+      if parameter.requires_grad
+    ]
+
+
+def _make_modules(case: Case, weights: Any, device: str) -> _Modules:
+  """Build the modules of a case.
+
+  Args:
+    case: the shapes.
+    weights: parameters of `fptt_jax`'s model to start from; None keeps PyTorch's own.
+    device: 'cpu' or 'cuda'.
+  """
+  import torch
+
+  embedding = (
+    torch.nn.Embedding(case.outputs, case.features)
+    if case.words
+    else torch.nn.Identity()
+  )
+  lstm = torch.nn.LSTM(case.features, case.hidden)
+  readout = torch.nn.Linear(case.hidden, case.outputs)
+  modules = _Modules(embedding, lstm, readout)
+  if weights is not None:
+    _load_weights(modules, weights)
+  # PyTorch's LSTM has two biases, ours has one.
+  lstm.bias_hh_l0.data.zero_()
+  lstm.bias_hh_l0.requires_grad_(False)
+  for module in modules:
+    module.to(device)
+  return modules
+
+
+def _load_weights(modules: _Modules, weights: Any) -> None:
+  """Copy the weights of a model with `fptt_jax.nn.LSTM` into PyTorch's modules."""
+  import torch
+
+  def transposed(array: Any) -> Any:
+    return torch.from_numpy(np.array(array.T))
+
+  def vector(array: Any) -> Any:
+    return torch.from_numpy(np.array(array))
+
+  *embedding, lstm, readout = (
+    weights['layers'][number] for number in sorted(weights['layers'])
+  )
+  if embedding:
+    modules.embedding.weight.data = vector(embedding[0]['embedding'])
+  # Both libraries have the order i, f, g, o of the gates, but PyTorch's matrices are
+  # [outputs, inputs].
+  modules.lstm.weight_ih_l0.data = transposed(lstm['w_x'])
+  modules.lstm.weight_hh_l0.data = transposed(lstm['w_h'])
+  modules.lstm.bias_ih_l0.data = vector(lstm['bias'])
+  modules.readout.weight.data = transposed(readout['kernel'])
+  modules.readout.bias.data = vector(readout['bias'])
+
+
+def _make_loss(case: Case) -> Callable[[Any, Any, float], Any]:
+  """Return the loss of a window, (outputs, targets, beta) -> tensor []."""
+  from torch.nn import functional
+
+  def loss(outputs: Any, targets: Any, beta: float) -> Any:
+    if case.words:
+      return functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+    if case.outputs == 1:
+      return beta * functional.mse_loss(outputs[:, 0], targets)
+    return beta * functional.cross_entropy(outputs, targets)
+
+  return loss
+
+
+def _update_each(parameters: list[Any], adam: Any) -> Callable[[], None]:
+  """Return FPTT's update in the usual style, one parameter after the other.
+
+  Args:
+    parameters: the trained parameters, with their gradients.
+    adam: the optimizer of the parameters.
+  """
+  import torch
+
+  w_bar = [parameter.detach().clone() for parameter in parameters]
+  lam = [torch.zeros_like(parameter) for parameter in parameters]
+
+  def update() -> None:
+    with torch.no_grad():
+      for parameter, w, l in zip(parameters, w_bar, lam, strict=True):
+        parameter.grad += -l + ALPHA * (parameter - w)
+      torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+      adam.step()
+      for parameter, w, l in zip(parameters, w_bar, lam, strict=True):
+        l -= ALPHA * (parameter - w)
+        w.copy_((1 - BETA) * w + BETA * parameter - BETA / ALPHA * l)
+
+  return update
+
+
+def _update_all(parameters: list[Any], adam: Any) -> Callable[[], None]:
+  """Return FPTT's update in operations on all parameters at once.
+
+  Args:
+    parameters: the trained parameters, with their gradients.
+    adam: the optimizer of the parameters.
+  """
+  import torch
+
+  w_bar = [parameter.detach().clone() for parameter in parameters]
+  lam = [torch.zeros_like(parameter) for parameter in parameters]
+
+  def update() -> None:
+    with torch.no_grad():
+      # The public optimizers use the same operations; they save a launch per parameter.
+      grads = [parameter.grad for parameter in parameters]
+      torch._foreach_sub_(grads, lam)
+      torch._foreach_add_(grads, torch._foreach_sub(parameters, w_bar), alpha=ALPHA)
+      torch.nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
+      adam.step()
+      torch._foreach_sub_(lam, torch._foreach_sub(parameters, w_bar), alpha=ALPHA)
+      torch._foreach_mul_(w_bar, 1 - BETA)
+      torch._foreach_add_(w_bar, parameters, alpha=BETA)
+      torch._foreach_sub_(w_bar, lam, alpha=BETA / ALPHA)
+
+  return update
+
+
+def _captured(
+  function: Callable[..., list[Any]], example: tuple[Any, ...]
+) -> Callable[..., list[Any]]:
+  """Return a function of tensors that replays one CUDA graph.
+
+  Args:
+    function: the function to capture. It is called several times first, so a train step
+      has already changed its weights when this returns.
+    example: arguments with the shapes to capture.
+  """
+  import torch
+
+  # A graph reads and writes fixed addresses.
   places = [tensor.clone() for tensor in example]
+  # PyTorch's documentation asks for warm-up calls on another stream, in which its
+  # libraries allocate their work space.
   stream = torch.cuda.Stream()
   stream.wait_stream(torch.cuda.current_stream())
   with torch.cuda.stream(stream):
@@ -146,45 +259,35 @@ def _captured(
   with torch.cuda.graph(graph):
     values = function(*places)
 
-  def run(*tensors: Any) -> list[Any]:
-    for place, tensor in zip(places, tensors, strict=True):
-      place.copy_(tensor)
+  def run(*arguments: Any) -> list[Any]:
+    for place, argument in zip(places, arguments, strict=True):
+      place.copy_(argument)
     graph.replay()
     return values
 
   return run
 
 
-def _load_torch(
-  torch: Any, weights: Any, embedding: Any, lstm: Any, readout: Any
-) -> None:
-  """Puts the weights of a model of `make_model` with `fptt_jax.nn.LSTM` into torch's
-  modules.
-  """
-  tensor = lambda array: torch.from_numpy(np.array(array))
-  layers = [weights['layers'][number] for number in sorted(weights['layers'])]
-  if len(layers) == 3:
-    embedding.weight.data = tensor(layers[0]['embedding'])
-  lstm.weight_ih_l0.data, lstm.weight_hh_l0.data = (
-    tensor(layers[-2]['w_x'].T),
-    tensor(layers[-2]['w_h'].T),
-  )
-  lstm.bias_ih_l0.data = tensor(layers[-2]['bias'])
-  readout.weight.data, readout.bias.data = (
-    tensor(layers[-1]['kernel'].T),
-    tensor(layers[-1]['bias']),
-  )
-
-
 def with_threads(step: Callable[..., Any], threads: int) -> Callable[..., Any]:
-  """Sets PyTorch's threads before each call, and its precision on a GPU to JAX's."""
+  """Return a step that sets PyTorch's number of threads before each call.
+
+  On a GPU the precision of PyTorch's products is set to that of JAX.
+
+  Args:
+    step: the step.
+    threads: the number of threads.
+  """
   import torch
 
   if not devices.is_cpu():
-    exact = jax.config.jax_default_matmul_precision == 'float32'
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
+    config: Any = jax.config  # Its attributes are made at run time.
+    precision = config.jax_default_matmul_precision
+    # cuDNN, which runs the LSTM, has a switch of its own.
+    torch.backends.cuda.matmul.allow_tf32 = precision != 'float32'
+    torch.backends.cudnn.allow_tf32 = precision != 'float32'
 
   def run(*data: Any) -> Any:
+    # The number is global, and systems with other numbers take turns with this one.
     torch.set_num_threads(threads)
     return step(*data)
 

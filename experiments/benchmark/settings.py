@@ -9,7 +9,7 @@ from experiments.core.flags import option
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What to measure."""
+  """Settings of the benchmark."""
 
   part: str = option(
     'all', 'what to measure', ('all', 'rivals', 'growth', 'population')
