@@ -2,13 +2,17 @@
 
     python -m experiments.paper --item=table6 --scale=cpu
 
-An item is a list of runs, each in a folder of its own: stop it at any time, the same
-command goes on. --tune first tries the declared learning rates on each line (at scale
-'short' also numbers of windows), chosen by validation, and later runs of the item in
-the same folder use what was found. It ends with a table (mean, ± half the width of its
-95 % confidence interval over the seeds, beside the number that the paper has, measured
-or quoted, and an independent replication's where the setting is theirs) as text, JSON
-and plot.
+An item is a list of lines, each with runs in a folder of its own. A command that is
+stopped can be given again and resumes where it was.
+
+--tune tries several learning rates for each line, at scale 'short' also several numbers
+of windows. The best by validation is chosen, and later runs of the item in the same
+folder use it.
+
+Otherwise the command ends with a table as text, JSON and plot. The table has the mean
+over the seeds with half the width of its 95 % confidence interval. Next to it are the
+number of the paper, measured or quoted there, and the number of an independent
+replication with the same settings.
 """
 
 import dataclasses
@@ -22,7 +26,14 @@ from experiments.paper.tuning import tune
 
 
 def main(config: Config) -> None:
-  """Runs what is missing of an item and reports it."""
+  """Run the missing runs of an item and report all of them.
+
+  Args:
+    config: settings of the command.
+
+  Raises:
+    UserError: no line is left, or a file cannot be read or written.
+  """
   folder = workdir.make_folder(config.workdir)
   if config.item in studies.STUDIES:
     studies.STUDIES[config.item](config.scale, folder)
@@ -34,13 +45,8 @@ def main(config: Config) -> None:
   results = []
   for entry in entries:
     print(f'--- {config.item}: {entry.label}', flush=True)
-    results.append(
-      run_entry(
-        entry,
-        dataclasses.replace(entry.config, seeds=config.seeds),
-        folder / entry.label,
-      )
-    )
+    seeded = dataclasses.replace(entry.config, seeds=config.seeds)
+    results.append(run_entry(entry, seeded, folder / entry.label))
   write_tables(config, entries, results, folder)
 
 

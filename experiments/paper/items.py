@@ -1,10 +1,11 @@
-"""The paper's figures and tables as declared lists of runs, each at three scales.
+"""The paper's figures and tables as declared lists of runs, each at four scales.
 
-'full' is the paper's setting where it says one and the authors' release's where it does
-not. 'short' keeps the paper's model, data and sequence length, but anneals the learning
-rate to 0 along a half cosine in fewer epochs. 'cpu' is a reduced version for two
-cores, meant to end within a quarter of an hour: another task, never to be shown as the
-paper's. 'smoke' runs in seconds, on made-up data, and means nothing.
+'full' has the paper's settings, and those of the authors' release where the paper names
+none. 'short' has the paper's model, data and sequence length, but fewer epochs, in
+which the learning rate is annealed to 0 along a half cosine. 'cpu' is a reduced version
+for two cores, meant to end within a quarter of an hour. It is another task: its numbers
+must not be presented as the paper's. 'smoke' is a test that runs in seconds on
+synthetic data.
 """
 
 from collections.abc import Callable, Collection
@@ -16,10 +17,11 @@ from experiments import add_task, images, language_model
 from experiments.core.cells import CELLS
 
 SCALES = ('smoke', 'cpu', 'short', 'full')
+"""Values of --scale, from the fastest to the slowest."""
 
 
 ALPHAS = (1.0, 0.8, 0.5, 0.1, 0.05, 0.01, 0.005, 0.001)
-"""Sec. 4.2."""
+"""Values of α that Sec. 4.2 of the paper compares."""
 
 
 LEARNING_RATES = {'adam': (3e-3, 1e-3, 3e-4), 'sgd': (2.0, 1.0, 0.5, 0.25)}
@@ -30,11 +32,11 @@ RATE_LADDER = {
   'adam': (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
   'sgd': tuple(2.0**power for power in range(-8, 7)),
 }
-"""Rates by which --tune extends a grid whose best rate is its lowest or highest."""
+"""Rates that --tune adds to a grid whose best rate is its lowest or highest."""
 
 
 SHORT_EPOCHS = {'mnist': 30, 'permuted': 30, 'cifar10': 40}
-"""Epochs at scale 'short'."""
+"""Number of epochs of each image task at scale 'short'."""
 
 
 SHORT_WINDOWS = (10, 28)
@@ -42,16 +44,17 @@ SHORT_WINDOWS = (10, 28)
 
 
 class Score(NamedTuple):
-  """What a script measures.
+  """Score that a script measures.
 
   Attributes:
-    test: its name in a run's summary.
-    choose: name of the score that settings are chosen by: of validation, or of the test
-      draws of another seed where every batch is drawn afresh.
-    curve: its name in a run's metrics.
-    label: in words.
-    higher_is_better: which way is up.
-    digits: decimals worth printing.
+    test: name of the test score in a run's summary.
+    choose: name of the score that settings are chosen by. It is the validation score;
+      the adding problem, which draws every batch anew, has the test score of another
+      seed.
+    curve: name of the score in a run's metrics.
+    label: the score in words.
+    higher_is_better: whether a higher score is better.
+    digits: number of decimals to print.
   """
 
   test: str
@@ -77,16 +80,15 @@ BITS = Score('test_bpc', 'valid_bpc', 'valid_bpc', 'bits per character', False, 
 
 
 class Entry(NamedTuple):
-  """One line of a table: a configuration, run from every seed.
+  """One line of a table: a configuration that is run with every seed.
 
   Attributes:
-    label: unique within the item; its folder's name.
+    label: name of the line and of its folder, unique within the item.
     script: the module that runs it.
     config: its configuration, of one method; seeds are set later.
-    score: what is measured.
-    paper: the paper's number, measured or quoted there, at the scales 'full' and
-      'short' only.
-    replication: that of an independent replication (see the README), at the K it names.
+    score: the score of the line.
+    paper: the paper's number, measured or quoted there; None at reduced scales.
+    replication: the number of an independent replication, with its K.
     windows: numbers of windows K that --tune tries; () keeps the configuration's own.
   """
 
@@ -99,16 +101,67 @@ class Entry(NamedTuple):
   windows: tuple[int, ...] = ()
 
 
+CPU_TEXT: dict[str, dict[str, Any]] = {
+  'ptb300': dict(
+    embedding=64, hidden=64, epochs=6, batch_size=16, train_tokens=100_000
+  ),
+  'ptb_c': dict(
+    embedding=64,
+    hidden=128,
+    last_hidden=64,
+    epochs=2,
+    batch_size=32,
+    lr=5e-3,
+    milestones=(),
+    train_tokens=500_000,
+  ),
+  # Adam and weak dropout instead of the release's SGD and strong dropout, which are for
+  # a large model and hundreds of epochs.
+  'ptb_w': dict(
+    embedding=64,
+    hidden=128,
+    last_hidden=64,
+    experts=2,
+    epochs=3,
+    batch_size=16,
+    train_tokens=100_000,
+    dynamic_tokens=2000,
+    optimizer='adam',
+    momentum=0.9,
+    lr=5e-3,
+    dropout=0.2,
+    hidden_dropout=0.1,
+    input_dropout=0.2,
+    embedding_dropout=0.0,
+    latent_dropout=0.1,
+    weight_dropout=0.1,
+  ),
+}
+"""Settings of the tasks on text at scale 'cpu'."""
+
+
 def add(label: str, scale: str, method: str, **settings: Any) -> Entry:
-  """An adding-problem entry."""
-  reduced = {
+  """Declare a line on the adding problem.
+
+  Args:
+    label: name of the line.
+    scale: a name in :data:`SCALES`.
+    method: training method.
+    **settings: further settings of `add_task.Config`.
+  """
+  reduced: dict[str, dict[str, Any]] = {
     'smoke': dict(hidden=4, batch_size=8, batches=4, eval_every=2, test_size=16),
     'cpu': dict(hidden=64, batch_size=64, batches=1500),
     'short': dict(decay=True),
     'full': {},
   }
-  paper = dict(lr=1e-3, momentum=0.9, decay=False, batches=3000, eval_every=100)
-  config = add_task.Config(**{'method': (method,)} | paper | reduced[scale] | settings)
+  # The script's own defaults are tuned ones, which differ from the paper's.
+  paper: dict[str, Any] = dict(
+    lr=1e-3, momentum=0.9, decay=False, batches=3000, eval_every=100
+  )
+  config = add_task.Config(
+    **{'method': (method,), **paper, **reduced[scale], **settings}
+  )
   return Entry(label, add_task, config, ERROR)
 
 
@@ -121,7 +174,17 @@ def image(
   replication: str = '',
   **settings: Any,
 ) -> Entry:
-  """An image entry."""
+  """Declare a line on images, pixel by pixel.
+
+  Args:
+    label: name of the line.
+    scale: a name in :data:`SCALES`.
+    method: training method.
+    task: 'mnist', 'permuted' or 'cifar10'.
+    paper: the paper's number.
+    replication: the number of an independent replication.
+    **settings: further settings of `images.Config`.
+  """
   reduced: dict[str, dict[str, Any]] = {
     'smoke': dict(
       task='arrays',
@@ -137,18 +200,18 @@ def image(
     'short': dict(epochs=SHORT_EPOCHS[task], milestones=(), decay=True),
     'full': {},
   }
-  if method == 'tbptt_final' and scale in (
-    'smoke',
-    'cpu',
-  ):  # The 300 of 784 steps of Table 6 in proportion: all of them would be BPTT.
-    reduced[scale] |= dict(truncation_steps={'smoke': 2, 'cpu': 10}[scale])
+  if method == 'tbptt_final':
+    # Images are read by rows there, so sequences are shorter than the 300 steps of
+    # Table 6: truncated after 300, they would be plain BPTT.
+    reduced['smoke']['truncation_steps'] = 2
+    reduced['cpu']['truncation_steps'] = 10
   config = images.Config(
-    **{'method': (method,), 'task': task} | settings | reduced[scale]
+    **{'method': (method,), 'task': task, **settings, **reduced[scale]}
   )
+  # Methods without windows have no K to tune.
   windows = SHORT_WINDOWS if scale == 'short' and method in ('fptt', 'tbptt') else ()
-  return Entry(
-    label, images, config, ACCURACY, *quoted(scale, paper, replication), windows
-  )
+  numbers = quoted(scale, paper, replication)
+  return Entry(label, images, config, ACCURACY, *numbers, windows)
 
 
 def language(
@@ -160,81 +223,79 @@ def language(
   replication: str = '',
   **settings: Any,
 ) -> Entry:
-  """A language entry."""
-  characters = task == 'ptb_c'
-  small = dict(data_dir='.', embedding=8, hidden=8, epochs=1, batch_size=4, seq_len=12)
+  """Declare a line on text.
+
+  Args:
+    label: name of the line.
+    scale: a name in :data:`SCALES`.
+    method: training method.
+    task: 'ptb300', 'ptb_c' or 'ptb_w'.
+    paper: the paper's number.
+    replication: the number of an independent replication.
+    **settings: further settings of `language_model.Config`.
+  """
   reduced: dict[str, dict[str, Any]] = {
-    'smoke': small | dict(task='text_c' if characters else 'text', num_windows=3),
-    'cpu': {
-      'ptb300': dict(
-        embedding=64, hidden=64, epochs=6, batch_size=16, train_tokens=100_000
-      ),
-      'ptb_c': dict(
-        embedding=64,
-        hidden=128,
-        epochs=2,
-        batch_size=32,
-        lr=5e-3,
-        milestones=(),
-        train_tokens=500_000,
-      ),
-      'ptb_w': dict(
-        embedding=64,
-        hidden=128,
-        experts=2,
-        epochs=3,
-        batch_size=16,
-        train_tokens=100_000,
-        dynamic_tokens=2000,
-      )
-      | dict(
-        optimizer='adam',
-        momentum=0.9,
-        lr=5e-3,
-        dropout=0.2,
-        hidden_dropout=0.1,
-        input_dropout=0.2,
-        embedding_dropout=0.0,
-      )
-      | dict(latent_dropout=0.1, weight_dropout=0.1),
-    }[task],
-    # PTB-300 ends by itself, when its plateaus have brought the rate down.
+    'smoke': _smoke_text(task),
+    'cpu': CPU_TEXT[task],
+    # PTB-300 ends by itself when its plateaus have brought the rate down.
     'short': {},
     'full': {},
   }
-  deep = task != 'ptb300'
-  if deep:
-    reduced['smoke'] |= dict(last_hidden=8)
-    reduced['cpu'] |= dict(last_hidden=64)
   preset = language_model.TASKS.get(task, {})
   config = language_model.Config(
-    **{'method': (method,), 'task': task} | preset | settings | reduced[scale]
+    **{'method': (method,), 'task': task, **preset, **settings, **reduced[scale]}
   )
-  return Entry(
-    label,
-    language_model,
-    config,
-    BITS if characters else PERPLEXITY,
-    *quoted(scale, paper, replication),
+  score = BITS if task == 'ptb_c' else PERPLEXITY
+  return Entry(label, language_model, config, score, *quoted(scale, paper, replication))
+
+
+def _smoke_text(task: str) -> dict[str, Any]:
+  """Return the settings of a task on text at scale 'smoke'."""
+  settings: dict[str, Any] = dict(
+    task='text_c' if task == 'ptb_c' else 'text',
+    data_dir='.',
+    embedding=8,
+    hidden=8,
+    epochs=1,
+    batch_size=4,
+    seq_len=12,
+    num_windows=3,
   )
+  # The models of Table 5 have three layers, the last one of another size.
+  return settings if task == 'ptb300' else settings | dict(last_hidden=8)
 
 
 def quoted(
   scale: str, paper: float | None, replication: str
 ) -> tuple[float | None, str]:
-  """Returns the numbers from elsewhere; they stand beside runs of the paper's model,
-  data and length only.
+  """Return the numbers from other work that a line at this scale can be compared with.
+
+  Args:
+    scale: a name in :data:`SCALES`.
+    paper: the paper's number.
+    replication: the number of an independent replication.
+
+  Returns:
+    The two numbers at scales with the paper's model, data and length; else (None, '').
   """
   return (paper, replication) if scale in ('short', 'full') else (None, '')
 
 
 def fig1(scale: str) -> list[Entry]:
-  """Adding problem, T=500."""
+  """Declare Fig. 1: the adding problem at T = 500."""
   return rivals(scale, {'smoke': 12, 'cpu': 150, 'short': 500, 'full': 500}[scale])
 
 
 def rivals(scale: str, seq_len: int) -> list[Entry]:
-  """FPTT at two alphas, the same windows without the regularizer, and BPTT."""
+  """Declare the methods that Figs. 1 and 3 compare on the adding problem.
+
+  These are FPTT at two values of α, the same windows without the regularizer (the
+  control that the paper does not have), and BPTT.
+
+  Args:
+    scale: a name in :data:`SCALES`.
+    seq_len: sequence length T.
+  """
   settings = dict(seq_len=seq_len, num_windows={'smoke': 3}.get(scale, 10))
   return [
     *(
@@ -247,7 +308,7 @@ def rivals(scale: str, seq_len: int) -> list[Entry]:
 
 
 def fig2(scale: str) -> list[Entry]:
-  """Adding problem, T=200, by K."""
+  """Declare Fig. 2: the adding problem at T = 200 by the number of windows K."""
   paper = (200, (1, 3, 5, 10, 100, 200))
   seq_len, windows = {
     'smoke': (12, (1, 3, 12)),
@@ -258,7 +319,8 @@ def fig2(scale: str) -> list[Entry]:
   entries = []
   for num_windows in windows:
     settings = dict(seq_len=seq_len, num_windows=num_windows)
-    if num_windows == 1:  # One window of the whole sequence, without the regularizer.
+    # One window of the whole sequence, without the regularizer, is BPTT.
+    if num_windows == 1:
       entries.append(add('bptt', scale, 'bptt', seq_len=seq_len))
     else:
       entries.append(add(f'tbptt-K{num_windows}', scale, 'tbptt', **settings))
@@ -270,7 +332,7 @@ def fig2(scale: str) -> list[Entry]:
 
 
 def fig3(scale: str) -> list[Entry]:
-  """Adding problem, T=750 and 1000."""
+  """Declare Fig. 3: the adding problem at T = 750 and 1000."""
   lengths = {
     'smoke': (12, 16),
     'cpu': (200, 250),
@@ -281,7 +343,7 @@ def fig3(scale: str) -> list[Entry]:
 
 
 def table2(scale: str) -> list[Entry]:
-  """Pixel CIFAR-10 by cell."""
+  """Declare Table 2: pixel CIFAR-10 by cell."""
   paper = {
     'lstm': (60.11, 71.03),
     'gru': (66.28, 71.37),
@@ -289,9 +351,10 @@ def table2(scale: str) -> list[Entry]:
   }
   entries = []
   for cell, (bptt, fptt) in paper.items():
-    settings: dict[str, Any] = dict(cell=cell) | (
-      dict(hidden=256) if cell == 'antisymmetric' else {}
-    )
+    settings: dict[str, Any] = {'cell': cell}
+    # The paper gives this cell twice the width of the others.
+    if cell == 'antisymmetric':
+      settings['hidden'] = 256
     entries += [
       image(f'{cell}-bptt', scale, 'bptt', paper=bptt, **settings),
       image(f'{cell}-tbptt', scale, 'tbptt', **settings),
@@ -301,7 +364,7 @@ def table2(scale: str) -> list[Entry]:
 
 
 def table3(scale: str) -> list[Entry]:
-  """Pixel CIFAR-10: auxiliary losses for BPTT."""
+  """Declare Table 3: pixel CIFAR-10 by BPTT with auxiliary losses."""
   return [
     image('bptt', scale, 'bptt', paper=60.11),
     image('bptt-aux', scale, 'bptt_aux', paper=65.65),
@@ -312,10 +375,13 @@ def table3(scale: str) -> list[Entry]:
 
 
 def table4(scale: str) -> list[Entry]:
-  """PTB-300; FastGRNN, which the paper quotes, at the LSTM's settings; IncrementalRNN,
-  quoted too, by Adam: its states, carried on through a whole text, grew without bound
-  by SGD at any rate tried.
+  """Declare Table 4: PTB-300.
+
+  The paper quotes FastGRNN and IncrementalRNN. FastGRNN is run here with the LSTM's
+  settings.
   """
+  # The states of IncrementalRNN, carried through a whole text, grew without bound by
+  # SGD at any rate tried.
   adam: dict[str, Any] = dict(cell='irnn', optimizer='adam', lr=3e-3, min_lr=0.0)
   return [
     language('bptt', scale, 'bptt', 'ptb300', paper=117.09, replication='164.6 (K=1)'),
@@ -334,8 +400,10 @@ def table4(scale: str) -> list[Entry]:
 
 
 def table5(scale: str) -> list[Entry]:
-  """PTB-c and PTB-w. The paper's perplexities are with dynamic evaluation; the
-  summaries hold both.
+  """Declare Table 5: PTB-c and PTB-w.
+
+  The paper's perplexities are with dynamic evaluation. The summaries hold the
+  perplexities with and without it.
   """
   return [
     language(
@@ -361,9 +429,12 @@ def table5(scale: str) -> list[Entry]:
 
 
 def table6(scale: str) -> list[Entry]:
-  """Pixel MNIST, permuted MNIST, pixel CIFAR-10; other systems by BPTT, as the paper
-  quotes them.
+  """Declare Table 6: pixel MNIST, permuted MNIST and pixel CIFAR-10.
+
+  The other systems that the paper quotes are run by BPTT.
   """
+  # By task, the paper's accuracies of BPTT, of BPTT truncated after 300 steps, and of
+  # FPTT.
   paper = {
     'mnist': (97.71, 11.3, 98.67),
     'permuted': (88.91, 88.8, 94.75),
@@ -383,7 +454,9 @@ def table6(scale: str) -> list[Entry]:
       image(f'{task}-tbptt', scale, 'tbptt', task, replication=windows),
       image(f'{task}-fptt', scale, 'fptt', task, fptt, regularized),
     ]
-    if scale == 'short':  # WindowPlan without momentum within a sequence.
+    # Momentum carries gradients from window to window; this line shows the windows
+    # without it.
+    if scale == 'short':
       entries.append(
         image(f'{task}-tbptt-momentum0', scale, 'tbptt', task, momentum=0.0)
       )
@@ -407,7 +480,7 @@ def table6(scale: str) -> list[Entry]:
 
 
 def cells(scale: str) -> list[Entry]:
-  """Pixel MNIST by every cell, by BPTT and FPTT."""
+  """Declare runs of every cell on pixel MNIST."""
   return [
     image(f'{cell}-{method}', scale, method, 'mnist', cell=cell)
     for cell in CELLS
@@ -416,7 +489,7 @@ def cells(scale: str) -> list[Entry]:
 
 
 def alpha(scale: str) -> list[Entry]:
-  """PTB-300 by alpha."""
+  """Declare the comparison of values of α on PTB-300."""
   chosen = ALPHAS if scale in ('short', 'full') else (1.0, 0.5, 0.1, 0.01)
   return [
     language('tbptt', scale, 'tbptt', 'ptb300'),
@@ -439,22 +512,32 @@ ITEMS: dict[str, Callable[[str], list[Entry]]] = {
   'cells': cells,
   'alpha': alpha,
 }
-"""What is compared by training."""
+"""Items that are compared by training: (scale) -> lines."""
 
 
 def first_rates(entry: Entry) -> tuple[float, ...]:
-  """Returns the learning rates that tuning tries first, the highest first."""
+  """Return the learning rates that tuning tries first, the highest first."""
   rates = LEARNING_RATES[entry.config.optimizer]
+  # The declared rate must be among those tried, or tuning could make a line worse.
   if entry.config.lr not in rates:
     rates = tuple(entry.config.lr * factor for factor in (1.0, 0.5, 0.25))
   return rates
 
 
 def next_rate(entry: Entry, rates: Collection[float], best: float) -> float | None:
-  """Returns the rate to try next when the best of `rates` is their lowest or highest,
-  None when it lies inside.
+  """Return the rate that tuning tries next.
+
+  Args:
+    entry: the line.
+    rates: the rates tried so far.
+    best: the best of them.
+
+  Returns:
+    The next rate beyond `best` if that is the lowest or highest of `rates`; None if it
+    lies inside or the ladder ends.
   """
   ladder = RATE_LADDER[entry.config.optimizer]
+  # The margin skips the ladder's own copy of the best rate, however it is rounded.
   if best == max(rates):
     return min((rate for rate in ladder if rate > 1.1 * best), default=None)
   if best == min(rates):
@@ -463,21 +546,21 @@ def next_rate(entry: Entry, rates: Collection[float], best: float) -> float | No
 
 
 def grid(entry: Entry, rates: Collection[float], num_windows: int | None = None) -> Any:
-  """Returns the configuration that tuning runs for an entry: three epochs at each rate,
-  the test split left alone.
+  """Return the configuration that tuning runs for a line.
 
-  The adding problem, where nothing shows before most of a run is over, runs all its
-  batches.
+  It trains three epochs at each rate and does not look at the test split.
+
+  Args:
+    entry: the line.
+    rates: learning rates.
+    num_windows: K; None keeps the line's own.
   """
-  shorter = (
-    dict(epochs=min(3, entry.config.epochs), evaluate_test=False)
-    if hasattr(entry.config, 'epochs')
-    else {}
-  )
-  windows = {} if num_windows is None else dict(num_windows=num_windows)
-  return dataclasses.replace(
-    entry.config,
-    grid=('lr=' + ':'.join(f'{rate:g}' for rate in rates),),
-    **windows,
-    **shorter,
-  )
+  changes: dict[str, Any] = {'grid': ('lr=' + ':'.join(f'{rate:g}' for rate in rates),)}
+  # On the adding problem, which has no epochs, the loss falls only late in a run, so
+  # all its batches are run.
+  if hasattr(entry.config, 'epochs'):
+    changes['epochs'] = min(3, entry.config.epochs)
+    changes['evaluate_test'] = False
+  if num_windows is not None:
+    changes['num_windows'] = num_windows
+  return dataclasses.replace(entry.config, **changes)

@@ -49,5 +49,7 @@ QUOTED: dict[str, dict[str, dict[str, float]]] = {
     },
   },
 }
-"""What the paper quotes from others, by item and measure, and is not run here, or not
-of that size: shown below tables of the full scale."""
+"""Results that the paper quotes from other work, by item, measure and system.
+
+These systems are not run here, or not at their size. Tables at full scale list them.
+"""

@@ -1,11 +1,9 @@
-"""The paper's items that are measured rather than trained to an end: costs (Table 1,
-Sec. 6.2) and convergence.
-"""
+"""Measurements of the paper: costs (Table 1, Sec. 6.2) and convergence."""
 
 from collections.abc import Callable
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +17,11 @@ import fptt_jax
 
 
 def table1(scale: str, folder: Path) -> None:
-  """Gradient time, update time and memory of BPTT, FTRL, FPTT and FPTT-K over T and
-  K.
+  """Measure Table 1: gradient time, update time and memory of the methods.
+
+  Args:
+    scale: 'smoke', 'cpu' or 'full'.
+    folder: the folder to write to.
   """
   lengths, windows, hidden, batch_size, repeats = {
     'smoke': ((8,), (2,), 4, 4, 1),
@@ -32,62 +33,116 @@ def table1(scale: str, folder: Path) -> None:
   write_rows('table1', scale, rows, folder)
 
 
+class _Walltime(NamedTuple):
+  """A terminal task whose time per epoch is measured.
+
+  Attributes:
+    name: name in the table.
+    num_steps: T.
+    features: D.
+    examples: number of training examples.
+  """
+
+  name: str
+  num_steps: int
+  features: int
+  examples: int
+
+
 def walltime(scale: str, folder: Path) -> None:
-  """Seconds an epoch of the terminal tasks by BPTT and by FPTT (Sec. 6.2), from the
-  time of a batch, split over devices and some in one program as the scripts do."""
-  shapes = {'smoke': [('arrays', 12, 1, 64)]}.get(
-    scale, [('mnist, permuted', 784, 1, 55_000), ('cifar10', 1024, 3, 45_000)]
-  )
+  """Measure Sec. 6.2: seconds per epoch of the terminal tasks by BPTT and by FPTT.
+
+  They are computed from the time of a batch. As in the scripts, a batch is split over
+  the devices and a program trains on several batches.
+
+  Args:
+    scale: 'smoke', 'cpu' or 'full'.
+    folder: the folder to write to.
+  """
+  tasks = [
+    _Walltime('mnist, permuted', 784, 1, 55_000),
+    _Walltime('cifar10', 1024, 3, 45_000),
+  ]
+  if scale == 'smoke':
+    tasks = [_Walltime('arrays', 12, 1, 64)]
   hidden, batch_size, repeats, batches = {
     'smoke': (4, 8, 1, 2),
     'cpu': (128, 128, 3, 4),
     'full': (128, 128, 11, 4),
   }[scale]
   rows = []
-  for name, num_steps, features, examples in shapes:
-    config = images.Config(hidden=hidden, num_windows=min(10, num_steps))
-    loss = fptt_jax.losses.terminal_classification(num_classes=10)
-    key = jax.random.key(0)
-    batch = fptt_jax.Batch(
-      jax.random.uniform(key, (num_steps, batch_size, features)),
-      jnp.arange(batch_size, dtype=jnp.int32) % 10,
-    )
-    model = images.make_model(config, num_steps, features, num_classes=10)
-    make_optimizer = lambda method, config=config: optimizers.make_optimizer(
-      config, method
-    )
+  for task in tasks:
+    config = images.Config(hidden=hidden, num_windows=min(10, task.num_steps))
+    # FPTT with √T windows and with the number of windows of the scripts.
     for method, num_windows in (
       ('bptt', None),
-      ('fptt', round(num_steps**0.5)),
+      ('fptt', round(task.num_steps**0.5)),
       ('fptt', config.num_windows),
     ):
-      mesh = devices.choose_meshes(
-        config, batch_size, hidden, num_steps // (num_windows or 1)
-      ).batch
-      settings = dict(
-        num_windows=num_windows, repeats=repeats, mesh=mesh, batches=batches
+      costs = _terminal_costs(
+        task, config, method, num_windows, batch_size, repeats, batches
       )
-      costs = cost.measure(model, loss, make_optimizer, method, batch, **settings)
-      seconds = (
-        (costs['gradient_ms'] + costs['update_ms']) / 1e3 * (examples // batch_size)
-      )
-      rows.append(
-        {
-          'task': name,
-          'T': num_steps,
-          'method': method,
-          'K': num_windows or 1,
-          'epoch_s': seconds,
-          **costs,
-        }
-      )
-      print_row(rows[-1])
+      batch_ms = costs['gradient_ms'] + costs['update_ms']
+      row = {
+        'task': task.name,
+        'T': task.num_steps,
+        'method': method,
+        'K': num_windows or 1,
+        'epoch_s': batch_ms / 1e3 * (task.examples // batch_size),
+        **costs,
+      }
+      rows.append(row)
+      print_row(row)
   write_rows('walltime', scale, rows, folder)
 
 
+def _terminal_costs(
+  task: _Walltime,
+  config: images.Config,
+  method: str,
+  num_windows: int | None,
+  batch_size: int,
+  repeats: int,
+  batches: int,
+) -> dict[str, Any]:
+  """Measure the cost of a terminal task by one method, on random pixels.
+
+  Args:
+    task: the shapes.
+    config: settings of the model and the optimizer.
+    method: 'bptt' or 'fptt'.
+    num_windows: K; None for BPTT.
+    batch_size: B.
+    repeats: number of timed calls.
+    batches: number of batches per program.
+  """
+  key = jax.random.key(0)
+  inputs = jax.random.uniform(key, (task.num_steps, batch_size, task.features))
+  labels = jnp.arange(batch_size, dtype=jnp.int32) % 10
+  window = task.num_steps // (num_windows or 1)
+  meshes = devices.choose_meshes(config, batch_size, config.hidden, window)
+  return cost.measure(
+    images.make_model(config, task.num_steps, task.features, num_classes=10),
+    fptt_jax.losses.terminal_classification(num_classes=10),
+    lambda name: optimizers.make_optimizer(config, name),
+    method,
+    fptt_jax.Batch(inputs, labels),
+    num_windows=num_windows,
+    repeats=repeats,
+    mesh=meshes.batch,
+    batches=batches,
+  )
+
+
 def convergence_study(scale: str, folder: Path) -> None:
-  """The distance of W to its summary, the error of lambda as a gradient, stationarity:
-  along training on the adding problem.
+  """Measure convergence while FPTT trains on the adding problem.
+
+  The measures are the distance of W to its summary, the error of λ as a gradient, and
+  the stationarity of W.
+
+  Args:
+    scale: 'smoke', 'cpu' or 'full'.
+    folder: the folder to write to.
   """
   settings: dict[str, Any] = {
     'smoke': dict(
@@ -100,27 +155,23 @@ def convergence_study(scale: str, folder: Path) -> None:
   studies = {}
   for alpha in (0.5,) if scale == 'smoke' else (0.1, 0.5):
     for optimizer, lr, momentum in (('adam', 1e-3, 0.9), ('sgd', 0.1, 0.0)):
-      given = dict(alpha=alpha, optimizer=optimizer, lr=lr, momentum=momentum)
-      chosen = dataclasses.replace(config, **given)
+      chosen = dataclasses.replace(
+        config, alpha=alpha, optimizer=optimizer, lr=lr, momentum=momentum
+      )
       name = f'{optimizer}-alpha{alpha}'
       path = folder / f'{name}-{scale}.json'
-      if not path.exists():  # Each is run once.
-        rows = convergence.study(
-          chosen, optimizers.make_optimizer(chosen, 'fptt'), seed=0
-        )
-        files.write_json(path, rows)
+      # A command that was stopped resumes with the first study that has no file.
+      if not path.exists():
+        tx = optimizers.make_optimizer(chosen, 'fptt')
+        files.write_json(path, convergence.study(chosen, tx, seed=0))
       studies[name] = files.read_rows(path)
   convergence.plot(folder / 'convergence.png', studies)
-  write_rows(
-    'convergence',
-    scale,
-    [{'run': name, **rows[-1]} for name, rows in studies.items()],
-    folder,
-  )
+  rows = [{'run': name, **rows[-1]} for name, rows in studies.items()]
+  write_rows('convergence', scale, rows, folder)
 
 
 def print_row(row: dict[str, Any]) -> None:
-  """One line of what was just measured."""
+  """Print a line for a row of :func:`cost.measure`."""
   interval = '' if row['± update_ms'] is None else f' ± {row["± update_ms"]:.2f}'
   times = (
     f'gradient {row["gradient_ms"]:9.2f} ms  update '
@@ -134,10 +185,16 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def write_rows(name: str, scale: str, rows: list[dict[str, Any]], folder: Path) -> None:
-  """Prints the rows as a table and writes them as text and JSON."""
-  text = tabulate(
-    [list(row.values()) for row in rows], list(rows[0]), floatfmt='.4g', missingval='-'
-  )
+  """Print rows as a table and write them as text and JSON.
+
+  Args:
+    name: name of the study.
+    scale: its scale.
+    rows: rows with the same entries.
+    folder: the folder to write to.
+  """
+  values = [list(row.values()) for row in rows]
+  text = tabulate(values, list(rows[0]), floatfmt='.4g', missingval='-')
   print(text)
   files.write_text(folder / f'{name}.txt', f'{name}, scale {scale}\n{text}\n')
   files.write_json(
@@ -152,4 +209,4 @@ STUDIES: dict[str, Callable[[str, Path], None]] = {
   'walltime': walltime,
   'convergence': convergence_study,
 }
-"""By name: (scale, folder) -> None."""
+"""Studies by the value of --item: (scale, folder) -> None."""

@@ -17,39 +17,43 @@ from experiments.paper.settings import Config
 
 
 def interval(values: list[float]) -> float | None:
-  """Half the width of the 95 % confidence interval of the mean (Student's t); None for
-  fewer than two values.
+  """Return half the width of the 95 % confidence interval of a mean.
+
+  It is Student's, t(0.975, n - 1) s / √n.
+
+  Args:
+    values: n numbers; fewer than two have no interval, None.
   """
   if len(values) < 2:
     return None
-  return float(
-    stats.t.ppf(0.975, len(values) - 1)
-    * np.std(values, ddof=1)
-    / math.sqrt(len(values))
-  )
+  quantile = stats.t.ppf(0.975, len(values) - 1)
+  return float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def table_row(
   entry: Entry, summaries: list[dict[str, Any]], measures: list[str]
 ) -> dict[str, Any]:
-  """A line of the table, of all its seeds; `measures` are names in their summaries,
-  which those of diverged runs may lack.
+  """Return a line of the table, over all its seeds.
+
+  Args:
+    entry: the line.
+    summaries: summaries of its runs.
+    measures: names of the scores in the summaries. Diverged runs may lack them; they
+      are counted and left out of the means.
   """
   measured: dict[str, Any] = {}
   for measure in measures:
-    values = [
-      summary[measure] for summary in summaries if summary.get(measure) is not None
-    ]
-    measured |= {
-      measure: float(np.mean(values)) if values else None,
-      f'± {measure}': interval(values),
-    }
+    scores = [summary.get(measure) for summary in summaries]
+    values = [score for score in scores if score is not None]
+    measured[measure] = float(np.mean(values)) if values else None
+    measured[f'± {measure}'] = interval(values)
   return {
     'line': entry.label,
     'method': entry.config.method[0],
     'K': summaries[0]['K'],
     'lr': entry.config.lr,
-    'parameters': summaries[0].get('parameters'),  # Older versions' runs lack them.
+    # Runs of older versions lack the numbers of parameters.
+    'parameters': summaries[0].get('parameters'),
     'recurrent': summaries[0].get('recurrent_parameters'),
     'seeds': len(summaries),
     'diverged': sum(summary[entry.score.test] is None for summary in summaries),
@@ -66,69 +70,110 @@ def write_tables(
   results: list[list[dict[str, Any]]],
   folder: Path,
 ) -> None:
-  """Table as text and JSON, and the curves."""
+  """Write and print a table and learning curves for each score of an item.
+
+  Args:
+    config: settings of the command.
+    entries: lines of the item.
+    results: summaries of the runs of each line.
+    folder: the item's folder.
+  """
+  # The systems that the paper quotes had the paper's data and sizes.
   rivals = quoted.QUOTED.get(config.item, {}) if config.scale == 'full' else {}
-  quotes = [
-    f'the paper quotes, {measure}: '
-    + ', '.join(f'{name} {number:g}' for name, number in systems.items())
-    for measure, systems in rivals.items()
-  ]
+  quotes = _quote_lines(rivals)
+  title = f'{config.item}, scale {config.scale}'
+  # Language models have two scores: bits per character and perplexity.
   for score in dict.fromkeys(entry.score for entry in entries):
     pairs = [
       (entry, summaries)
       for entry, summaries in zip(entries, results, strict=True)
       if entry.score == score
     ]
-    known = {
-      name for _, summaries in pairs for summary in summaries for name in summary
-    }
-    measures = [name for name in (score.test, f'dynamic_{score.test}') if name in known]
-    table = [table_row(entry, summaries, measures) for entry, summaries in pairs]
-    formats = ['g' if name == 'lr' else f'.{score.digits}f' for name in table[0]]
-    text = tabulate(
-      [list(row.values()) for row in table],
-      list(table[0]),
-      floatfmt=formats,
-      missingval='-',
-    )
-    print(text)
     name = f'{config.item}-{score.test}'
-    files.write_text(
-      folder / f'{name}.txt',
-      '\n'.join([f'{config.item}, scale {config.scale}', text, *quotes]) + '\n',
-    )
+    table = _table(score, pairs)
+    text = _table_text(score, table)
+    print(text)
+    files.write_text(folder / f'{name}.txt', '\n'.join([title, text, *quotes]) + '\n')
     files.write_json(
       folder / f'{name}.json',
       {'item': config.item, 'scale': config.scale, 'lines': table, 'quoted': rivals},
     )
-    step = 'batches' if score is items.ERROR else 'epoch'
-    marks = {'chance': add_task.CHANCE} if score is items.ERROR else {}
-    panels = {step: learning_curves(folder, pairs, score.curve)}
-    title = f'{config.item}, scale {config.scale}'
+    is_error = score is items.ERROR
+    panels = {
+      'batches' if is_error else 'epoch': learning_curves(folder, pairs, score.curve)
+    }
+    marks = {'chance': add_task.CHANCE} if is_error else {}
     plotting.plot_curves(folder / f'{name}.png', panels, title, score.label, marks)
-  if quotes:
-    print('\n'.join(quotes))
-  if config.scale == 'short':
+  for quote in quotes:
+    print(quote)
+  _print_scale(config.scale)
+  print(f'tables, plots and the runs are in {folder}')
+
+
+def _quote_lines(rivals: dict[str, dict[str, float]]) -> list[str]:
+  """Return a line of text per measure that the paper quotes results for."""
+  lines = []
+  for measure, systems in rivals.items():
+    numbers = ', '.join(f'{name} {number:g}' for name, number in systems.items())
+    lines.append(f'the paper quotes, {measure}: {numbers}')
+  return lines
+
+
+def _table(
+  score: items.Score, results: list[tuple[Entry, list[dict[str, Any]]]]
+) -> list[dict[str, Any]]:
+  """Return the rows of the table for a score.
+
+  Args:
+    score: the score.
+    results: lines with this score, and the summaries of their runs.
+  """
+  known = {
+    name for _, summaries in results for summary in summaries for name in summary
+  }
+  # Every row has the same measures, even if the line's runs lack some: numbers must
+  # stay in their columns.
+  measures = [name for name in (score.test, f'dynamic_{score.test}') if name in known]
+  return [table_row(entry, summaries, measures) for entry, summaries in results]
+
+
+def _table_text(score: items.Score, table: list[dict[str, Any]]) -> str:
+  """Return a table as text, with the decimals that suit its score."""
+  # The decimals of a score would round learning rates to 0.
+  formats = ['g' if name == 'lr' else f'.{score.digits}f' for name in table[0]]
+  rows = [list(row.values()) for row in table]
+  return str(tabulate(rows, list(table[0]), floatfmt=formats, missingval='-'))
+
+
+def _print_scale(scale: str) -> None:
+  """Print how far numbers at a scale can be compared with the paper's."""
+  if scale == 'short':
     print(
       "scale short: the paper's model, data and length in fewer epochs; its numbers "
       'are of other schedules'
     )
-  elif config.scale != 'full':
+  elif scale != 'full':
     print(
-      f"scale {config.scale}: reduced settings, not the paper's; its numbers stand "
+      f"scale {scale}: reduced settings, not the paper's; its numbers stand "
       'beside --scale=full only'
     )
-  print(f'tables, plots and the runs are in {folder}')
 
 
 def learning_curves(
   folder: Path, results: list[tuple[Entry, list[dict[str, Any]]]], metric: str
 ) -> list[Curve]:
-  """Returns one curve of a metric per run of each line."""
+  """Return the learning curve of each run.
+
+  Args:
+    folder: the item's folder.
+    results: lines and the summaries of their runs.
+    metric: name of the metric in the files of metrics.
+  """
   curves = []
   for entry, summaries in results:
     for summary in summaries:
       rows = files.read_jsonl(folder / entry.label / summary['run'] / 'metrics.jsonl')
-      x, y = [row['step'] for row in rows], [row[metric] for row in rows]
+      x = [row['step'] for row in rows]
+      y = [row[metric] for row in rows]
       curves.append(Curve(entry.label, entry.config.method[0], x, y))
   return curves

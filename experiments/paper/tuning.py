@@ -14,15 +14,19 @@ from experiments.paper.items import Entry
 from experiments.paper.settings import TUNE_SEED, Config
 
 MAX_RATES = 8
-"""Most learning rates that tuning tries per line and number of windows."""
+"""Largest number of learning rates to try per line and number of windows."""
 
 
 def tune(config: Config, entries: list[Entry], folder: Path) -> None:
-  """Tries each line's rates, and numbers of windows, from a seed of its own; writes
-  tuned.json, the curves and a table.
+  """Try learning rates and numbers of windows for each line, and choose the best.
 
   A grid whose best rate is its lowest or highest is extended on that side until the
-  best lies inside.
+  best rate lies inside. The results are tuned.json, plots and printed tables.
+
+  Args:
+    config: settings of the command.
+    entries: the lines.
+    folder: the item's folder.
   """
   rows: dict[items.Score, list[list[Any]]] = {}
   curves: dict[items.Score, list[Curve]] = {}
@@ -34,38 +38,20 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
     ]
     rows.setdefault(entry.score, []).extend(list(trial.values()) for trial in trials)
     finite = [trial for trial in trials if trial['score'] is not None]
+    # A line all of whose runs diverged keeps its declared settings.
     if not finite:
       continue
     best = best_trial(entry, finite)
     chosen = {'lr': best['lr'], entry.score.choose: best['score'], 'tried': trials}
-    files.write_json(
-      folder / 'tuned.json',
-      read_tuned(folder) | {entry.label: chosen | windows_of(best)},
-    )
-    for windows in dict.fromkeys(trial['num_windows'] for trial in finite):
-      points = sorted(
-        (trial['lr'], trial['score'])
-        for trial in finite
-        if trial['num_windows'] == windows
-      )
-      label = entry.label if windows is None else f'{entry.label}, K={windows}'
-      rates, scores = zip(*points, strict=True)
-      curves.setdefault(entry.score, []).append(
-        Curve(label, entry.config.method[0], rates, scores)
-      )
+    # Written after each line: tuning takes hours and may be stopped.
+    tuned = read_tuned(folder) | {entry.label: chosen | windows_of(best)}
+    files.write_json(folder / 'tuned.json', tuned)
+    curves.setdefault(entry.score, []).extend(_trial_curves(entry, finite))
+  title = f'{config.item}, scale {config.scale}: tuning'
   for score, lines in curves.items():
-    title, panels = (
-      f'{config.item}, scale {config.scale}: tuning',
-      {'learning rate': lines},
-    )
-    plotting.plot_curves(
-      folder / f'tuning-{score.choose}.png',
-      panels,
-      title,
-      score.label,
-      {},
-      xscale='log',
-    )
+    path = folder / f'tuning-{score.choose}.png'
+    panels = {'learning rate': lines}
+    plotting.plot_curves(path, panels, title, score.label, {}, xscale='log')
   for score, tries in rows.items():
     header = ['line', 'learning rate', 'K', score.choose.replace('_', ' ')]
     print(tabulate(tries, header, floatfmt='.4g', missingval='diverged'))
@@ -75,18 +61,46 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
   )
 
 
+def _trial_curves(entry: Entry, trials: list[dict[str, Any]]) -> list[Curve]:
+  """Return the score as a function of the learning rate, a curve per K.
+
+  Args:
+    entry: the line.
+    trials: its trials that have a score.
+  """
+  curves = []
+  for windows in dict.fromkeys(trial['num_windows'] for trial in trials):
+    points = sorted(
+      (trial['lr'], trial['score'])
+      for trial in trials
+      if trial['num_windows'] == windows
+    )
+    label = entry.label if windows is None else f'{entry.label}, K={windows}'
+    rates, scores = zip(*points, strict=True)
+    curves.append(Curve(label, entry.config.method[0], rates, scores))
+  return curves
+
+
 def try_rates(
   entry: Entry, num_windows: int | None, folder: Path
 ) -> list[dict[str, Any]]:
-  """Runs one line's learning rates, by one number of windows, until the best lies
-  inside: a dict per trial.
+  """Run learning rates of a line until the best of them is not at an end.
+
+  Args:
+    entry: the line.
+    num_windows: K; None keeps the line's own.
+    folder: the item's folder.
+
+  Returns:
+    A trial per rate, with `line`, `lr`, `num_windows` and `score`. The score is None if
+    the run diverged.
   """
   name = entry.label if num_windows is None else f'{entry.label}-K{num_windows}'
   rates = set(items.first_rates(entry))
   while True:
-    config = dataclasses.replace(
-      items.grid(entry, sorted(rates, reverse=True), num_windows), seeds=(TUNE_SEED,)
-    )
+    # The whole grid each time: runs that have ended are read back, not repeated.
+    grid = items.grid(entry, sorted(rates, reverse=True), num_windows)
+    config = dataclasses.replace(grid, seeds=(TUNE_SEED,))
     summaries = run_entry(entry, config, folder / 'tune' / name)
     trials = [
       {
@@ -98,21 +112,21 @@ def try_rates(
       for summary in summaries
     ]
     finite = [trial for trial in trials if trial['score'] is not None]
-    more = (
-      items.next_rate(entry, rates, best_trial(entry, finite)['lr']) if finite else None
-    )
-    if more is None or len(rates) >= MAX_RATES:
+    if not finite or len(rates) >= MAX_RATES:
       return trials
-    rates.add(more)
+    rate = items.next_rate(entry, rates, best_trial(entry, finite)['lr'])
+    if rate is None:
+      return trials
+    rates.add(rate)
 
 
 def best_trial(entry: Entry, trials: list[dict[str, Any]]) -> dict[str, Any]:
-  """Returns the trial of the best score."""
-  return (max if entry.score.higher_is_better else min)(
-    trials, key=lambda trial: trial['score']
-  )
+  """Return the trial with the best score; all trials must have one."""
+  better = max if entry.score.higher_is_better else min
+  return better(trials, key=lambda trial: trial['score'])
 
 
 def windows_of(trial: dict[str, Any]) -> dict[str, int]:
-  """Returns the setting of K that a trial had, {} where it is the line's own."""
-  return {} if trial['num_windows'] is None else {'num_windows': trial['num_windows']}
+  """Return the setting of K that a trial changed; {} if it kept the line's own."""
+  num_windows = trial['num_windows']
+  return {} if num_windows is None else {'num_windows': num_windows}
