@@ -26,6 +26,7 @@ from fptt_jax._checks import (
 )
 from fptt_jax._dtypes import at_least_float32, widen
 from fptt_jax._trees import shapes
+from fptt_jax._update_flow import lost_marks, mark
 
 Hyperparameter = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
 
@@ -197,7 +198,7 @@ def fptt(
     lam, w_bar = _move_state(
       gradient_estimate, now, inner_steps, grads, state, params_next, extra_args
     )
-    _write_records(updates, inner_steps)
+    updates = _record(updates, inner_steps)
     return updates, FPTTState(
       optax.safe_increment(state.step_count), w_bar, lam, base_state
     )
@@ -354,15 +355,10 @@ def accepted(
   return {name: value for name, value in extra_args.items() if name in names}
 
 
-class _Record(NamedTuple):
-  """The updates that `fptt` returned, and the numbers of inner steps it was given."""
-
-  updates: list[Any]
-  inner_steps: list[Any]
-
-
-_RECORDS: list[_Record] = []
-"""Records that `fptt` writes to while :func:`check_usable` traces an update."""
+_RECORDS: list[list[Any]] = []
+"""Lists to which `fptt` adds the number of inner steps that it is given, while
+:func:`check_usable` traces an update. They are empty otherwise.
+"""
 
 
 def check_usable(
@@ -374,9 +370,7 @@ def check_usable(
 
   If updates are changed after `fptt`, W̄ and λ follow weights that were never applied.
   If a wrapper drops `inner_steps`, they move on every call. The check traces one update
-  without computing it: every array that `fptt` returned must come out of the optimizer
-  as the same array. This also refuses a wrapper that only rearranges the updates, such
-  as `optax.flatten(fptt(base))`; write `fptt(optax.flatten(base))`.
+  without computing it, and follows the arrays that `fptt` returned through the trace.
 
   Args:
     optimizer: Any optimizer. One without `fptt` passes if it can be called.
@@ -387,41 +381,31 @@ def check_usable(
     ValueError: If updates are changed after `fptt`, or `inner_steps` does not reach it.
     TypeError: If `update` requires other extra arguments.
   """
-  record = _Record([], [])
-  changed = False
+  record: list[Any] = []
 
   def update(params: optax.Params) -> optax.Updates:
-    nonlocal changed
     state = optimizer.init(params)
-    _RECORDS.append(record)
-    try:
-      given = accepted(optimizer.update, {**extra_args, 'grad': params})
-      updates, _ = optimizer.update(params, state, params, **given)
-    finally:
-      _RECORDS.pop()
-    # These two return the updates or zeros from a branch of a conditional, which makes
-    # new arrays, but they change nothing else.
-    branches = (optax.MultiStepsState, optax.ApplyIfFiniteState)
-    branch = any(isinstance(node, branches) for node in _nodes(state, branches))
-    returned = {id(leaf) for leaf in jax.tree.leaves(updates)}
-    changed = not branch and any(id(leaf) not in returned for leaf in record.updates)
-    return updates
+    given = accepted(optimizer.update, {**extra_args, 'grad': params})
+    return optimizer.update(params, state, params, **given)[0]
 
+  _RECORDS.append(record)
   try:
-    jax.eval_shape(update, params)
+    traced = jax.make_jaxpr(update)(params)
   except TypeError as error:
     raise TypeError(
       'optimizer must need no extra arguments other than '
       f'{sorted(extra_args)}, which a trainer passes; calling it failed: {error}'
     ) from error
+  finally:
+    _RECORDS.pop()
   inner_steps = extra_args.get('inner_steps', 1)
-  if any(given != inner_steps for given in record.inner_steps):
+  if any(given != inner_steps for given in record):
     raise ValueError(
       f'optimizer must pass the extra argument inner_steps={inner_steps} on to '
-      f'fptt(...), got {record.inner_steps[0]} there. Give the wrapper around it an '
+      f'fptt(...), got {record[0]} there. Give the wrapper around it an '
       '`update` that takes **extra_args and passes them on.'
     )
-  if changed:
+  if lost_marks(traced.jaxpr):
     raise ValueError(
       'optimizer must not change the updates after fptt(...), since W̄ and λ would '
       'follow weights that are never applied. Put the other transformation inside, '
@@ -429,10 +413,12 @@ def check_usable(
     )
 
 
-def _write_records(updates: optax.Updates, inner_steps: Any) -> None:
-  for record in _RECORDS:
-    record.updates.extend(jax.tree.leaves(updates))
-    record.inner_steps.append(inner_steps)
+def _record(updates: optax.Updates, inner_steps: Any) -> optax.Updates:
+  """Return the updates, marked if :func:`check_usable` traces this call."""
+  if not _RECORDS:
+    return updates
+  _RECORDS[-1].append(inner_steps)
+  return jax.tree.map(mark, updates)
 
 
 def _init(

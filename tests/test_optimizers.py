@@ -194,6 +194,17 @@ MASK = {'a': True, 'b': False}
     optax.chain(FPTT, optax.trace(0.9)),
     C.schedule_free(FPTT, 0.1),
     C.mechanize(FPTT),
+    optax.flatten(optax.chain(FPTT, optax.scale(0.5))),
+    optax.chain(FPTT, optax.apply_if_finite(optax.scale(0.5), 3)),
+    optax.MultiSteps(optax.chain(FPTT, optax.scale(0.5)), 2).gradient_transformation(),
+    optax.MultiSteps(
+      optax.chain(FPTT, optax.add_decayed_weights(0.1)), 2
+    ).gradient_transformation(),
+    optax.apply_if_finite(optax.chain(FPTT, optax.clip(0.1)), 3),
+    optax.apply_if_finite(optax.chain(FPTT, optax.transforms.freeze(MASK)), 3),
+    optax.conditionally_mask(
+      optax.chain(FPTT, optax.scale(0.5)), lambda step: step < 3
+    ),
   ],
 )
 def test_what_changes_updates_after_fptt_is_refused(optimizer):
@@ -211,6 +222,12 @@ def test_what_changes_updates_after_fptt_is_refused(optimizer):
     fptt_jax.fptt(optax.chain(SGD, optax.scale(0.5), optax.transforms.freeze(MASK))),
     optax.MultiSteps(FPTT, 2).gradient_transformation(),
     optax.apply_if_finite(FPTT, 3),
+    optax.apply_if_finite(optax.MultiSteps(FPTT, 2).gradient_transformation(), 3),
+    optax.flatten(FPTT),
+    optax.MultiSteps(optax.flatten(FPTT), 2).gradient_transformation(),
+    optax.MultiSteps(
+      FPTT, 2, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
     optax.partition({'x': FPTT, 'y': optax.set_to_zero()}, {'a': 'x', 'b': 'y'}),
     optax.transforms.selective_transform(FPTT, freeze_mask=MASK),
     optax.inject_hyperparams(lambda alpha: fptt_jax.fptt(SGD, alpha=alpha))(0.1),
