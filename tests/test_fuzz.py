@@ -409,3 +409,10 @@ def test_flags(config, flag, value):
   """A flag out of range raises an error that begins with its name."""
   with pytest.raises(ValueError, match=rf'^--{flag}\b'):
     config(**{flag: value})
+
+
+@pytest.mark.parametrize('value', [1e39, -1e39, 3.5e38, 1e-46, (1e-3, 1e39), 10**400])
+def test_flags_that_float32_does_not_hold(value):
+  """A number of 64 bits that float32 would round to infinity or 0 raises an error."""
+  with pytest.raises(ValueError, match='--lr must be a number that float32 holds, got'):
+    add_task.Config(lr=value)

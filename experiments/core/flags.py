@@ -584,10 +584,12 @@ def _fits_float32(value: Any) -> bool:
   if isinstance(value, bool) or not isinstance(value, int | float | np.number):
     return False
   # Infinity and NaN are left to the range, whose message is plainer.
-  if value == 0 or not math.isfinite(value):
+  is_finite = isinstance(value, int) or math.isfinite(value)
+  if value == 0 or not is_finite:
     return True
   limits = np.finfo(np.float32)
-  return bool(limits.tiny <= abs(value) <= limits.max)
+  # A comparison with a float32 would round the value to float32 first.
+  return float(limits.tiny) <= abs(value) <= float(limits.max)
 
 
 def check(condition: bool, name: str, got: Any, expected: str) -> None:
