@@ -647,7 +647,6 @@ def test_a_method_goes_by_its_true_name():
   """'fptt' around which no fptt(...) stands, and the other way round, would be reported
   as what it is not.
   """
-  batch = problems.regression_batch(6, 2)
   plain, wrapped = (
     optax.sgd(0.1),
     optax.chain(optax.clip_by_global_norm(1.0), fptt_jax.fptt(optax.sgd(0.1))),
@@ -665,11 +664,10 @@ def test_a_method_goes_by_its_true_name():
       r"method 'bptt' has no regularizer, got an optimizer with fptt\(...\) in it",
     ),
   ):
-    trainer = fptt_jax.make_trainer(
-      problems.elman(), losses.terminal_regression(), optimizer, method=method
-    )
     with pytest.raises(ValueError, match=message):
-      trainer.init(jax.random.key(0), batch)
+      fptt_jax.make_trainer(
+        problems.elman(), losses.terminal_regression(), optimizer, method=method
+      )
 
 
 @in_float64

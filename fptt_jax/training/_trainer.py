@@ -127,8 +127,9 @@ def make_trainer(
     and optimizer state included.
 
   Raises:
-    ValueError: An option is out of range, or options contradict each other. When
-      traced: shapes of a batch do not fit.
+    ValueError: An option is out of range, options contradict each other, or the
+      optimizer changes updates after `fptt`. When traced: shapes of a batch do not
+      fit.
     TypeError: `model`, `loss` or `optimizer` is of another type. When traced: dtypes of
       a batch do not fit. Values in arrays are not checked in compiled code: see
       :func:`validate_batch`.
@@ -195,7 +196,7 @@ class _Functions:
     """
     self.spec = spec
     self.placement = placement
-    self._is_optimizer_checked = False
+    _check_optimizer(spec)
 
   def init(self, key: jax.Array, batch: Batch) -> TrainState:
     """Make the first state, see :class:`fptt_jax.Trainer`."""
@@ -215,7 +216,6 @@ class _Functions:
     # Some optimizers keep the parameters they start from, and donated arrays must not
     # be in two places.
     opt_state = jax.tree.map(jnp.copy, spec.optimizer.init(params))
-    self._check_optimizer(params, opt_state)
     num_windows = spec.plan_windows(num_steps).num_windows
     state = TrainState(
       params=params,
@@ -322,28 +322,25 @@ class _Functions:
         f'{parts}.'
       )
 
-  def _check_optimizer(self, params: Params, opt_state: optax.OptState) -> None:
-    """Raise a ValueError unless `fptt` is in the optimizer where the method needs
-    it.
-    """
-    spec = self.spec
-    # Once per trainer: init is traced again for each shape of a batch.
-    if not self._is_optimizer_checked:
-      copies = jax.tree.map(jnp.copy, params)
-      extra_args = _placeholder_extra_args(spec.inner_steps)
-      check_usable(spec.optimizer, copies, extra_args)
-      self._is_optimizer_checked = True
-    regularized = bool(find_states(opt_state))
-    if spec.method.regularized and not regularized:
-      raise ValueError(
-        f'method {spec.method_name!r} needs fptt(...) around the optimizer, got one '
-        "without; without it this is 'tbptt'."
-      )
-    if regularized and not spec.method.regularized:
-      raise ValueError(
-        f'method {spec.method_name!r} has no regularizer, got an optimizer with '
-        'fptt(...) in it.'
-      )
+
+def _check_optimizer(spec: StepSpec) -> None:
+  """Raise unless the optimizer works with the model's parameters and the method.
+
+  Only shapes are looked at, so that a large model costs no memory.
+  """
+  params = jax.eval_shape(spec.model.init, jax.random.key(0))
+  check_usable(spec.optimizer, params, _placeholder_extra_args(spec.inner_steps))
+  regularized = bool(find_states(jax.eval_shape(spec.optimizer.init, params)))
+  if spec.method.regularized and not regularized:
+    raise ValueError(
+      f'method {spec.method_name!r} needs fptt(...) around the optimizer, got one '
+      "without; without it this is 'tbptt'."
+    )
+  if regularized and not spec.method.regularized:
+    raise ValueError(
+      f'method {spec.method_name!r} has no regularizer, got an optimizer with '
+      'fptt(...) in it.'
+    )
 
 
 def _check_initial_state(model: Model, params: Params, batch_size: int) -> None:
