@@ -1,6 +1,4 @@
-"""Compiled functions that say what became of a donated array, and take arrays of any
-byte order.
-"""
+"""Compiled functions that explain donation and take arrays of any byte order."""
 
 from collections.abc import Callable
 import functools
@@ -11,10 +9,10 @@ import numpy as np
 
 
 class Compiled:
-  """A jitted function: called and lowered as `jax.jit`'s are.
+  """A jitted function, which is called and lowered as one of `jax.jit`.
 
   Attributes:
-    donates: whether the arrays of the first argument are given up to the function.
+    donates: Whether a call takes over the memory of its first argument's arrays.
   """
 
   def __init__(
@@ -27,9 +25,9 @@ class Compiled:
     """Jit the function.
 
     Args:
-      function: a pure function of trees of arrays.
-      donate: whether it may use the memory of its first argument for its results.
-      static_argnames: arguments that are no arrays.
+      function: A pure function of trees of arrays.
+      donate: Whether the results may use the memory of the first argument.
+      static_argnames: Names of arguments that are not arrays.
     """
     functools.update_wrapper(self, function)
     self.donates = donate
@@ -42,7 +40,8 @@ class Compiled:
     """Call the jitted function."""
     try:
       return self._function(*args, **kwargs)
-    # What is wrong is looked for only after JAX has refused: a call costs nothing more.
+    # Arguments are inspected only after JAX has refused them, so that a call that
+    # works costs nothing more.
     except (RuntimeError, TypeError, ValueError) as error:
       explain_deleted(self.__name__, (*args, *kwargs.values()), error)
       native = _in_native_order((args, kwargs))
@@ -53,22 +52,23 @@ class Compiled:
 
   def __getattr__(self, name: str) -> Any:
     """Return an attribute of the jitted function, such as `lower`."""
-    if name == '_function':  # While a copy is being made, there is none yet.
+    # A copy of this object has no function yet while it is being made.
+    if name == '_function':
       raise AttributeError(name)
     return getattr(self._function, name)
 
 
 def explain_deleted(called: str, trees: Any, error: Exception | None = None) -> None:
-  """Raise if an array of the trees was deleted, or is donated twice.
+  """Raise an error that explains donation if an array was deleted or donated twice.
 
   Args:
-    called: the function that the trees were given to.
-    trees: its arguments.
-    error: what was raised for it.
+    called: Name of the function that the trees were given to.
+    trees: The arguments of that function.
+    error: The error that the call raised, or None before a call.
 
   Raises:
-    RuntimeError: an array was deleted, which donation does, or (if `error` is of that)
-      is there twice.
+    RuntimeError: An array no longer exists, or `error` is about an array that is
+      donated twice.
   """
   advice = (
     'Keep a copy, jax.tree.map(jnp.copy, state), before the step, or make the '
@@ -83,8 +83,8 @@ def explain_deleted(called: str, trees: Any, error: Exception | None = None) -> 
     if leaf.is_deleted():
       raise RuntimeError(
         f'{called} was given an array that no longer exists, {_place(path)}: it was '
-        'donated to '
-        f'an earlier step, which has used its memory for the new state. {advice}'
+        'donated to an earlier step, which has used its memory for the new state. '
+        f'{advice}'
       ) from None
   if error is None or 'donate the same buffer' not in str(error):
     return
@@ -93,22 +93,21 @@ def explain_deleted(called: str, trees: Any, error: Exception | None = None) -> 
     if id(leaf) in seen:
       raise RuntimeError(
         f'{called} was given one array in two places, {_place(seen[id(leaf)])} and '
-        f'{_place(path)}, and cannot have it donated twice: give it a copy, '
-        'jnp.copy(array), in '
-        'one of them, or make the trainer with donate=False.'
+        f'{_place(path)}, and an array cannot be donated twice. Give it a copy, '
+        'jnp.copy(array), in one of them, or make the trainer with donate=False.'
       ) from None
     seen[id(leaf)] = path
 
 
 def _place(path: tuple[Any, ...]) -> str:
-  """Return where in its argument a leaf is, such as `.params['w']`; the argument itself
-  for none.
-  """
+  """Return the place of a leaf in its argument, such as `.params['w']`."""
   return jax.tree_util.keystr(path[1:]) or 'the argument itself'
 
 
 def _in_native_order(tree: Any) -> Any:
-  """Return the tree with NumPy arrays in the machine's byte order; None if all are."""
+  """Return the tree with NumPy arrays in the machine's byte order, or None if they are
+  so already.
+  """
   swapped = False
 
   def leaf(x: Any) -> Any:
