@@ -58,12 +58,11 @@ def one_axis(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, str]:
 
 
 def check_placement(batch: Any, mesh: jax.sharding.Mesh | None) -> None:
-  """Checks that neither a mesh set by the caller nor the placement of a batch
-  contradicts a trainer's mesh.
+  """Raise unless the caller's mesh and a batch's sharding agree with a trainer's.
 
   Args:
-    batch: tree of arrays, which may be traced or abstract.
-    mesh: the trainer's, whose axis is automatic, or None.
+    batch: Tree of arrays, which may be traced or abstract.
+    mesh: The trainer's mesh, whose axis is automatic, or None.
 
   Raises:
     ValueError: `jax.set_mesh` is in force with explicit axes or another mesh than
@@ -73,37 +72,40 @@ def check_placement(batch: Any, mesh: jax.sharding.Mesh | None) -> None:
   if mesh is not None and not current.empty and current != mesh.abstract_mesh:
     raise ValueError(
       f'mesh of the trainer is {mesh.abstract_mesh}: expected no other mesh set by '
-      f'jax.set_mesh, got {current}. Call the trainer '
-      'outside of it, or set the same mesh with '
-      'axis_types=(jax.sharding.AxisType.Auto,).'
+      f'jax.set_mesh, got {current}. Call the trainer outside of it, or set the same '
+      'mesh with axis_types=(jax.sharding.AxisType.Auto,).'
     )
   for path, leaf in jax.tree.leaves_with_path(batch):
-    sharding = (
-      getattr(jax.typeof(leaf), 'sharding', None)
-      if isinstance(leaf, jax.Array)
-      else None
-    )
-    if (
-      sharding is None
-      or sharding.mesh.empty
-      or not sharding.mesh.explicit_axes
-      or not any(sharding.spec)
-    ):
+    sharding = _explicit_sharding(leaf)
+    if sharding is None or (mesh is not None and _same_axes(sharding.mesh, mesh)):
       continue
-    if mesh is None or (sharding.mesh.axis_names, sharding.mesh.size) != (
-      mesh.axis_names,
-      mesh.size,
-    ):
-      accepted = (
-        'without explicit sharding'
-        if mesh is None
-        else f'sharded over the mesh {mesh.abstract_mesh} of the trainer'
-      )
-      name = jax.tree_util.keystr(path).lstrip('.')
-      raise ValueError(
-        f'batch must be {accepted}, got {name} sharded as {sharding.spec} over '
-        f'{sharding.mesh}.'
-      )
+    accepted = 'without explicit sharding'
+    if mesh is not None:
+      accepted = f'sharded over the mesh {mesh.abstract_mesh} of the trainer'
+    name = jax.tree_util.keystr(path).lstrip('.')
+    raise ValueError(
+      f'batch must be {accepted}, got {name} sharded as {sharding.spec} over '
+      f'{sharding.mesh}.'
+    )
+
+
+def _explicit_sharding(leaf: Any) -> Any:
+  """Return the sharding of an array that is split over explicit axes, else None."""
+  if not isinstance(leaf, jax.Array):
+    return None
+  sharding = getattr(jax.typeof(leaf), 'sharding', None)
+  if sharding is None or sharding.mesh.empty or not sharding.mesh.explicit_axes:
+    return None
+  # A sharding without named axes is a copy on each device, which any mesh can use.
+  return sharding if any(sharding.spec) else None
+
+
+def _same_axes(mesh: Any, other: jax.sharding.Mesh) -> bool:
+  """Return whether two meshes have the same axes of the same sizes.
+
+  The types of their axes may differ.
+  """
+  return bool(mesh.axis_names == other.axis_names and mesh.size == other.size)
 
 
 def check_divisible(which: str, number: int, mesh: jax.sharding.Mesh) -> None:
