@@ -15,6 +15,12 @@ import typing
 
 from fptt_jax import losses
 from fptt_jax._batch import Batch, validate_batch
+from fptt_jax._exporting import (
+  ExportedStep,
+  LoadedStep,
+  export_step,
+  load_exported_step,
+)
 from fptt_jax._monitor import find_nonfinite, lambda_diverges, raise_if_nonfinite
 from fptt_jax._stability import spectral_radius
 from fptt_jax._states import state_from_arrays, state_to_arrays
@@ -49,7 +55,9 @@ __version__ = '0.2.0.dev0'
 __all__ = (
   'METHODS',
   'Batch',
+  'ExportedStep',
   'FPTTState',
+  'LoadedStep',
   'Loss',
   'Method',
   'Model',
@@ -80,6 +88,8 @@ __all__ = (
   'state_to_arrays',
   'take_member',
   'make_trainer',
+  'export_step',
+  'load_exported_step',
 )
 
 

@@ -1,0 +1,309 @@
+"""Train steps as files that run where only JAX is installed."""
+
+from collections.abc import Callable, Mapping, Sequence
+import datetime
+import hashlib
+import importlib.metadata
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax import export
+import jax.numpy as jnp
+import numpy as np
+
+from fptt_jax._checks import ARRAYS
+from fptt_jax._trees import check_like, leaf_paths, shapes
+
+FORMAT = 1
+"""Number of the file format. It grows when a manifest changes its meaning."""
+
+PROGRAM, TEXT, STATE, MANIFEST = 'step.bin', 'step.mlir', 'state.npz', 'manifest.json'
+AGAIN = 'Export the step again with the installed versions'
+
+
+class ExportedStep(NamedTuple):
+  """A train step and its first state as data, see :func:`export_step`.
+
+  The program takes the leaves of the state, then those of the other arguments. It
+  returns the leaves of the new state, then those of the results. Their order is the
+  manifest's. PRNG keys are passed as their data, which are uint32 arrays.
+
+  Attributes:
+    program: The step as `jax.export` serializes it.
+    stablehlo: The same program as text. Other tools read it, and it outlives
+      `program`, which JAX loads for half a year of releases.
+    manifest: Format number, versions, date, platforms, how many leading inputs are
+      donated, and path, shape and dtype of each leaf of inputs and outputs.
+    state: The first state, one array per path.
+  """
+
+  program: bytes
+  stablehlo: str
+  manifest: dict[str, Any]
+  state: dict[str, Any]
+
+  def save(self, folder: str | Path) -> None:
+    """Write step.bin, step.mlir, state.npz and manifest.json.
+
+    Args:
+      folder: A folder, which is made if it does not exist. Files of these names in it
+        are replaced.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = io.BytesIO()
+    np.savez(arrays, **self.state)
+    files = {
+      PROGRAM: self.program,
+      TEXT: self.stablehlo.encode(),
+      STATE: arrays.getvalue(),
+    }
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    manifest = json.dumps(self.manifest | {'sha256': hashes}, indent=1) + '\n'
+    # The manifest comes last: without its hashes the other files are refused.
+    for name, data in {**files, MANIFEST: manifest.encode()}.items():
+      (folder / name).write_bytes(data)
+
+
+class LoadedStep(NamedTuple):
+  """A train step that :func:`load_exported_step` read.
+
+  Attributes:
+    step: (state, *arguments) -> (state, results). A state is a list of arrays in the
+      manifest's order, which is donated if the manifest says so; the arguments are the
+      leaves of the step's other arguments. The results are a dict by path.
+    state: The first state.
+    manifest: As in :class:`ExportedStep`.
+  """
+
+  step: Callable[..., tuple[list[jax.Array], dict[str, jax.Array]]]
+  state: list[jax.Array]
+  manifest: dict[str, Any]
+
+
+def export_step(
+  step: Callable[..., Any],
+  state: Any,
+  *args: Any,
+  platforms: Sequence[str] = ('cpu', 'cuda'),
+  donate: bool = True,
+) -> ExportedStep:
+  """Export a train step as a program that runs where only JAX is installed.
+
+  The program contains the whole step: windows, model, loss, gradient and optimizer. It
+  is one StableHLO program for the shapes of the given arguments. What a layer decides
+  when it is traced, such as the layout of its arrays, is decided for the machine that
+  exports.
+
+  Args:
+    step: A pure function (state, *args) -> (new state, results) or (new state, result,
+      result, ...), such as `trainer.step`, where a state is a tree of arrays.
+    state: The first state, concrete.
+    *args: The other arguments, such as a :class:`Batch`: trees of arrays, or of
+      `jax.ShapeDtypeStruct`.
+    platforms: Platforms that the program is lowered for. More platforms make a larger
+      file.
+    donate: Whether a step may use the old state's memory for the new state.
+
+  Returns:
+    An :class:`ExportedStep`. Its `save` writes a folder.
+
+  Raises:
+    ImportError: The package flatbuffers, with which JAX serializes, is not installed.
+    TypeError: An argument holds a leaf that is not an array.
+    ValueError: The step does not return a new state of the same structure, shapes and
+      dtypes first, or a platform is unknown to JAX.
+
+  Example:
+    >>> import tempfile, jax.numpy as jnp, fptt_jax
+    >>> def step(state, x):
+    ...   return {'mean': 0.9 * state['mean'] + 0.1 * x.mean()}, state['mean']
+    >>> state, folder = {'mean': jnp.zeros([])}, tempfile.mkdtemp()
+    >>> exported = fptt_jax.export_step(step, state, jnp.ones(3))  # doctest: +SKIP
+    >>> exported.save(folder)  # doctest: +SKIP
+    >>> loaded = fptt_jax.load_exported_step(folder)  # doctest: +SKIP
+    >>> state, results = loaded.step(loaded.state, jnp.ones(3))  # doctest: +SKIP
+  """
+  _check_flatbuffers()
+  for name, tree in (('state', state), ('args', args)):
+    _check_arrays(name, tree)
+  num_state = len(jax.tree.leaves(state))
+  outputs: dict[str, Any] = {}
+
+  def flat_step(*leaves: jax.Array) -> list[jax.Array]:
+    old = _with_keys(leaves[:num_state], state)
+    arguments = _with_keys(leaves[num_state:], args)
+    new, results = _split_outputs(step(old, *arguments))
+    new = check_like('step', new, old, 'as the state it was given has it', True)
+    outputs['results'] = jax.eval_shape(lambda: results)
+    return [_key_data(leaf) for leaf in jax.tree.leaves((new, results))]
+
+  donated = num_state if donate else 0
+  jitted = jax.jit(flat_step, donate_argnums=tuple(range(donated)))
+  leaves = jax.tree.leaves((state, args))
+  abstract = [jax.eval_shape(_key_data, leaf) for leaf in leaves]
+  exported = export.export(jitted, platforms=tuple(platforms))(*abstract)
+  manifest = {
+    'format': FORMAT,
+    'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'versions': {
+      name: importlib.metadata.version(name) for name in ('fptt-jax', 'jax', 'jaxlib')
+    },
+    'calling_convention_version': exported.calling_convention_version,
+    'platforms': list(exported.platforms),
+    'donated': donated,
+    'state': _describe_leaves(state),
+    'arguments': _describe_leaves(args),
+    'results': _describe_leaves(outputs['results']),
+  }
+  arrays = [np.asarray(_key_data(leaf)) for leaf in jax.tree.leaves(state)]
+  first = dict(zip(leaf_paths(state), arrays, strict=True))
+  return ExportedStep(
+    bytes(exported.serialize()), exported.mlir_module(), manifest, first
+  )
+
+
+def load_exported_step(folder: str | Path) -> LoadedStep:
+  """Load a train step that :meth:`ExportedStep.save` wrote.
+
+  A program that has JAX alone can do the same; the guide on exporting shows how.
+
+  Args:
+    folder: The folder.
+
+  Returns:
+    A :class:`LoadedStep`.
+
+  Raises:
+    FileNotFoundError: A file is missing.
+    ValueError: A file was changed after it was written, the format is another one, the
+      step was exported for other platforms than the one in use, or this JAX no longer
+      loads programs of its version.
+    ImportError: The package flatbuffers is not installed.
+  """
+  _check_flatbuffers()
+  folder = Path(folder)
+  manifest = json.loads((folder / MANIFEST).read_text())
+  _check_manifest(manifest, folder)
+  data = {name: (folder / name).read_bytes() for name in manifest['sha256']}
+  for name, expected in manifest['sha256'].items():
+    found = hashlib.sha256(data[name]).hexdigest()
+    if found != expected:
+      raise ValueError(
+        f'folder must hold {name} as it was written, with sha256 {expected}; got '
+        f'{found} in {folder}. {AGAIN}.'
+      )
+  exported = export.deserialize(bytearray(data[PROGRAM]))
+  num_state = len(manifest['state'])
+  donated = tuple(range(manifest['donated']))
+  program = jax.jit(exported.call, donate_argnums=donated)
+  paths = [leaf['path'] for leaf in manifest['results']]
+
+  def step(
+    state: Sequence[Any], *arguments: Any
+  ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+    outputs = program(*state, *arguments)
+    results = dict(zip(paths, outputs[num_state:], strict=True))
+    return list(outputs[:num_state]), results
+
+  with np.load(io.BytesIO(data[STATE])) as arrays:
+    # NumPy stores bfloat16 as bytes without a type.
+    state = [
+      jnp.asarray(arrays[leaf['path']].view(jnp.dtype(leaf['dtype'])))
+      for leaf in manifest['state']
+    ]
+  return LoadedStep(step, state, manifest)
+
+
+def _check_flatbuffers() -> None:
+  """Raise an ImportError with what to install unless JAX can serialize programs."""
+  try:
+    import flatbuffers  # noqa: F401
+  except ImportError as error:
+    raise ImportError(
+      'Exported steps need the package flatbuffers, with which JAX serializes '
+      "programs: pip install 'fptt-jax[export]'."
+    ) from error
+
+
+def _check_arrays(name: str, tree: Any) -> None:
+  """Raise a TypeError unless all leaves of a tree are arrays."""
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    if not isinstance(leaf, ARRAYS):
+      raise TypeError(
+        f'{name}{jax.tree_util.keystr(path)} must be an array, got '
+        f'{type(leaf).__name__}.'
+      )
+
+
+def _check_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
+  """Raise a ValueError unless the installed JAX runs what a manifest describes."""
+  if manifest.get('format') != FORMAT:
+    raise ValueError(
+      f'folder must hold an exported step of format {FORMAT}, got format '
+      f'{manifest.get("format")!r} in {folder}. {AGAIN}.'
+    )
+  version = manifest['calling_convention_version']
+  low = export.minimum_supported_calling_convention_version
+  high = export.maximum_supported_calling_convention_version
+  if not low <= version <= high:
+    raise ValueError(
+      f'folder must hold a program of calling convention {low} to {high}, which jax '
+      f'{jax.__version__} loads; got {version}, exported by jax '
+      f'{manifest["versions"]["jax"]}, in {folder}. {AGAIN}, or compile {TEXT}.'
+    )
+  platform = jax.default_backend()
+  accepted = {platform, {'gpu': 'cuda'}.get(platform, platform)}
+  if accepted.isdisjoint(manifest['platforms']):
+    raise ValueError(
+      f'folder must hold a step for the platform in use, {platform}; got one for '
+      f'{manifest["platforms"]} in {folder}. Export it with platforms including '
+      f'{platform!r}.'
+    )
+
+
+def _split_outputs(outputs: Any) -> tuple[Any, Any]:
+  """Return the new state and the results that a step returned."""
+  if type(outputs) is not tuple or len(outputs) < 2:
+    raise ValueError(
+      'step must return (new state, results), got '
+      f'{type(outputs).__name__} {shapes(outputs)}.'
+    )
+  new, *results = outputs
+  return new, results[0] if len(results) == 1 else tuple(results)
+
+
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(leaf: Any) -> Any:
+  """Return the data of a PRNG key, and any other array as it is."""
+  return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _with_keys(leaves: Sequence[jax.Array], like: Any) -> Any:
+  """Return leaves in the structure of `like`, with its PRNG keys made of their data."""
+  expected = jax.tree.leaves(like)
+  restored = [
+    jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(as_key))
+    if _is_key(as_key)
+    else leaf
+    for leaf, as_key in zip(leaves, expected, strict=True)
+  ]
+  return jax.tree.unflatten(jax.tree.structure(like), restored)
+
+
+def _describe_leaves(tree: Any) -> list[dict[str, Any]]:
+  """Return path, shape and dtype of each leaf as the program takes or returns it."""
+  described = []
+  for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
+    data = jax.eval_shape(_key_data, leaf)
+    entry = {'path': path, 'shape': list(data.shape), 'dtype': str(data.dtype)}
+    if _is_key(leaf):
+      entry['prng_key'] = str(jax.random.key_impl(leaf))
+    described.append(entry)
+  return described

@@ -1,0 +1,198 @@
+"""Exported steps run where only JAX is installed, and refuse what they cannot run."""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+from typing import Any
+
+import chex
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fptt_jax
+from fptt_jax import losses, nn
+
+pytest.importorskip('flatbuffers', reason='flatbuffers is not installed.')
+
+ALONE = """
+import sys
+for name in ('fptt_jax', 'flax', 'optax'):
+  sys.modules[name] = None  # Importing it raises an ImportError.
+import json, pathlib
+import jax, numpy as np
+folder = pathlib.Path(sys.argv[1])
+manifest = json.loads((folder / 'manifest.json').read_text())
+program = (folder / 'step.bin').read_bytes()
+exported = jax.export.deserialize(bytearray(program))
+step = jax.jit(exported.call, donate_argnums=range(manifest['donated']))
+with np.load(folder / 'state.npz') as arrays:
+  state = [arrays[leaf['path']].view(leaf['dtype']) for leaf in manifest['state']]
+rng = np.random.default_rng(0)
+for _ in range(10):
+  x = rng.normal(size=(9, 3, 2)).astype(np.float32)
+  y = rng.normal(size=(3,)).astype(np.float32)
+  outputs = step(*state, x, y)
+  state = outputs[:len(state)]
+bits = [np.atleast_1d(array).view(np.uint8) for array in outputs]
+np.savez(folder / 'end.npz', *bits)
+"""
+
+
+def make_trainer(dtype: Any = jnp.float32) -> fptt_jax.Trainer:
+  """A stack with dropout and a clipped `fptt` of Adam."""
+
+  def stack(rngs: nnx.Rngs) -> nn.Sequential:
+    return nn.Sequential(
+      nn.LSTM(2, 4, param_dtype=dtype, rngs=rngs),
+      nn.LockedDropout(0.2),
+      nnx.Linear(4, 1, param_dtype=dtype, rngs=rngs),
+    )
+
+  optimizer = fptt_jax.fptt(
+    optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)), alpha=0.2
+  )
+  return fptt_jax.make_trainer(
+    nn.from_nnx(stack), losses.terminal_regression(), optimizer, num_windows=3
+  )
+
+
+def batches(number: int) -> list[fptt_jax.Batch]:
+  rng = np.random.default_rng(0)
+  return [
+    fptt_jax.Batch(
+      rng.normal(size=(9, 3, 2)).astype(np.float32),
+      rng.normal(size=(3,)).astype(np.float32),
+    )
+    for _ in range(number)
+  ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+  """A folder with an exported step that is quick to make."""
+  step = lambda state, x: ({'w': state['w'] + x.sum()}, state['w'])
+  exported = fptt_jax.export_step(step, {'w': jnp.zeros(2)}, jnp.ones(3))
+  exported.save(tmp_path)
+  return tmp_path
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bf16'])
+def test_ten_steps_without_this_library_are_the_same(
+  dtype: Any, tmp_path: Path
+) -> None:
+  """Bit for bit, in a process that cannot import fptt_jax, flax or optax."""
+  trainer = make_trainer(dtype)
+  state = trainer.init(jax.random.key(3), batches(1)[0])
+  fptt_jax.export_step(trainer.step, state, batches(1)[0], platforms=['cpu']).save(
+    tmp_path
+  )
+  subprocess.run([sys.executable, '-c', ALONE, str(tmp_path)], check=True)
+  step = jax.jit(trainer.step)
+  for batch in batches(10):
+    state, metrics = step(state, batch)
+  state = state._replace(key=jax.random.key_data(state.key))
+  expected = jax.tree.leaves((state, metrics))
+  with np.load(tmp_path / 'end.npz') as arrays:
+    found = [arrays[name] for name in arrays.files]
+  assert len(found) == len(expected)
+  for bits, array in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(bits, np.atleast_1d(array).view(np.uint8))
+
+
+def test_a_loaded_step_is_the_trainers(tmp_path: Path) -> None:
+  """Results come by path, and one file serves two platforms."""
+  trainer = make_trainer()
+  state = trainer.init(jax.random.key(3), batches(1)[0])
+  exported = fptt_jax.export_step(trainer.step, state, batches(1)[0])
+  exported.save(tmp_path)
+  assert exported.manifest['platforms'] == ['cpu', 'cuda']
+  assert exported.manifest['donated'] == len(jax.tree.leaves(state))
+  loaded = fptt_jax.load_exported_step(tmp_path)
+  arrays = loaded.state
+  for batch in batches(2):
+    arrays, results = loaded.step(arrays, batch.inputs, batch.targets)
+    state, metrics = trainer.step(state, batch)
+  np.testing.assert_allclose(results['loss'], metrics.loss, rtol=1e-6)
+  np.testing.assert_allclose(results['totals/loss'], metrics.totals['loss'], rtol=1e-6)
+  restored = fptt_jax.state_from_arrays(
+    state, dict(zip(fptt_jax.state_to_arrays(state), arrays, strict=True))
+  )
+  chex.assert_trees_all_close(restored.params, state.params, rtol=1e-5)
+
+
+def test_donation_is_optional(tmp_path: Path) -> None:
+  """A step that does not donate leaves the old state alive."""
+  step = lambda state, x: (state + x, x.sum())
+  for donate in (True, False):
+    fptt_jax.export_step(step, jnp.zeros(3), jnp.ones(3), donate=donate).save(tmp_path)
+    loaded = fptt_jax.load_exported_step(tmp_path)
+    loaded.step(loaded.state, jnp.ones(3))
+    assert loaded.state[0].is_deleted() is donate
+
+
+@pytest.mark.parametrize('name', ['step.bin', 'step.mlir', 'state.npz'])
+def test_a_changed_file_is_refused(name: str, folder: Path) -> None:
+  data = bytearray((folder / name).read_bytes())
+  data[len(data) // 2] ^= 1
+  (folder / name).write_bytes(data)
+  with pytest.raises(ValueError, match=rf'folder .*{name}.*Export the step again'):
+    fptt_jax.load_exported_step(folder)
+
+
+@pytest.mark.parametrize('name', ['step.bin', 'manifest.json'])
+def test_a_missing_file_is_named(name: str, folder: Path) -> None:
+  (folder / name).unlink()
+  with pytest.raises(FileNotFoundError, match=name):
+    fptt_jax.load_exported_step(folder)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'format': 2}, 'format 1, got format 2'),
+    ({'calling_convention_version': 3}, 'calling convention .* got 3, exported by jax'),
+    ({'calling_convention_version': 99}, 'calling convention .* got 99'),
+    ({'platforms': ['tpu']}, r"platform in use, .*got one for \['tpu'\]"),
+  ],
+)
+def test_a_foreign_or_expired_step_is_refused(
+  changes: dict[str, Any], message: str, folder: Path
+) -> None:
+  """With what it needs and what to do."""
+  path = folder / 'manifest.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  with pytest.raises(ValueError, match=rf'folder .*{message}.*[Ee]xport'):
+    fptt_jax.load_exported_step(folder)
+
+
+@pytest.mark.parametrize(
+  ('step', 'message'),
+  [
+    (lambda state, x: state, r'step must return \(new state, results\)'),
+    (lambda state, x: ({'v': x}, x), "step .*missing 'w'"),
+    (lambda state, x: ({'w': x.astype(jnp.bfloat16)}, x), r'step.*w.*float32\[3\]'),
+    (lambda state, x: ({'w': x[:2]}, x), r'step.*w.*float32\[3\].*got float32\[2\]'),
+  ],
+)
+def test_steps_of_another_form_are_refused(step: Any, message: str) -> None:
+  with pytest.raises(ValueError, match=message):
+    fptt_jax.export_step(step, {'w': jnp.zeros(3)}, jnp.ones(3))
+
+
+def test_arguments_that_are_not_arrays_are_refused() -> None:
+  step = lambda state, x: (state, x)
+  with pytest.raises(TypeError, match=r'args\[0\] must be an array, got str'):
+    fptt_jax.export_step(step, jnp.zeros(3), 'x')
+  with pytest.raises(TypeError, match=r"state\['w'\] must be an array, got int"):
+    fptt_jax.export_step(step, {'w': 1}, jnp.zeros(3))
+
+
+def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setitem(sys.modules, 'flatbuffers', None)
+  with pytest.raises(ImportError, match=r'flatbuffers.*fptt-jax\[export\]'):
+    fptt_jax.export_step(lambda state, x: (state, x), jnp.zeros(3), jnp.zeros(3))
