@@ -1,4 +1,4 @@
-"""Collects run folders into the committed results, and makes tables and plots of them.
+"""Collect run folders into the committed results, and make tables and plots of them.
 
 python -m experiments.results --collect=runs/table6-cpu --item=table6
 python -m experiments.results --tables
@@ -16,7 +16,10 @@ from experiments.results.collect import Origin, collect_folder, known_items
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What to do; in this order where it is several things."""
+  """Settings of the command.
+
+  A command with several tasks collects first, then writes tables, then draws plots.
+  """
 
   collect: str = option('', 'run folder to take results from')
   item: str = option('', 'the item that they belong to', ('', *known_items()))
@@ -32,19 +35,16 @@ class Config:
 
   def __post_init__(self) -> None:
     flags.check_fields(self)
-    check(
-      any((self.collect, self.tables, self.plots)),
-      'collect',
-      '',
-      'given, or --tables or --plots',
-    )
-    check(
-      bool(self.item) == bool(self.collect), 'item', self.item, 'given with --collect'
-    )
-    about = [field.name for field in dataclasses.fields(Origin)]
-    for name in about:
-      value = getattr(self, name)
-      check(bool(self.collect) or not value, name, value, 'left out without --collect')
+    has_task = bool(self.collect or self.tables or self.plots)
+    check(has_task, 'collect', '', 'given, or --tables or --plots')
+    has_both = bool(self.item) == bool(self.collect)
+    check(has_both, 'item', self.item, 'given with --collect')
+    # Without runs to describe these flags would be ignored in silence.
+    for field in dataclasses.fields(Origin):
+      value = getattr(self, field.name)
+      is_used = bool(self.collect) or not value
+      check(is_used, field.name, value, 'left out without --collect')
+    # They become parts of the names of files.
     for name in ('series', 'scale'):
       value = getattr(self, name)
       accepted = not value or store.NAME.fullmatch(value) is not None
@@ -52,12 +52,23 @@ class Config:
 
 
 def pages(root: Path) -> list[Path]:
-  """All Markdown pages that may hold tables."""
+  """Return the Markdown pages that may hold tables.
+
+  Args:
+    root: folder of the repository.
+  """
   return [root / 'README.md', *sorted((root / 'docs').rglob('*.md'))]
 
 
 def main(config: Config) -> None:
-  """Collects, then writes tables, then draws plots: what is asked for."""
+  """Collect results, write tables and draw plots, as far as the flags ask for it.
+
+  Args:
+    config: settings of the command.
+
+  Raises:
+    UserError: a folder holds no results, or a file cannot be read or written.
+  """
   root = Path(__file__).parents[2]
   if config.collect:
     names = [field.name for field in dataclasses.fields(Origin)]
@@ -66,16 +77,11 @@ def main(config: Config) -> None:
     print(f'{number} rows of {config.collect} are in {config.item}.json')
   if config.tables:
     changed = tables.update_pages(pages(root))
-    print(
-      'tables changed in: '
-      f'{", ".join(str(page.relative_to(root)) for page in changed) or "none"}'
-    )
+    names = [str(page.relative_to(root)) for page in changed]
+    print(f'tables changed in: {", ".join(names) or "none"}')
   if config.plots:
-    drawn = [
-      path
-      for name in store.item_names()
-      for path in plots.draw(name, Path(config.plots))
-    ]
+    out = Path(config.plots)
+    drawn = [path for name in store.item_names() for path in plots.draw(name, out)]
     print(f'{len(drawn)} plots are in {config.plots}')
 
 

@@ -1,7 +1,10 @@
-"""Collects what a run folder holds into the results of an item.
+"""Collection of run folders into the committed results.
 
-A folder is that of `experiments.paper` (a folder per line, `tune/` for what was tried),
-of one script (runs directly in it), or of a study or benchmark (reports as JSON).
+A run folder has one of three forms:
+
+* `experiments.paper` makes a folder per line, and `tune/` with the trials of tuning;
+* a script puts its runs directly into its folder;
+* a study or benchmark writes reports as JSON.
 """
 
 from collections.abc import Iterator
@@ -13,13 +16,18 @@ from typing import Any
 from experiments.core import files
 from experiments.core.flags import UserError
 from experiments.paper import items, studies
+from experiments.paper.entries import read_tuned
 from experiments.results import store
 from experiments.results.store import Row
 
 NO_NUMBERS = ('run', 'method', 'seed', 'config_sha256')
-"""What a result says beside what was measured."""
+"""Entries of a run's result that are not measurements."""
+
+
 NO_SETTINGS = ('sha256', 'seeds', 'method', 'grid')
-"""What a configuration says beside the settings that all of its runs have."""
+"""Entries of a configuration that are not settings common to all of its runs."""
+
+
 REPORTS = {
   'table1': ('T', 'method', 'K'),
   'walltime': ('task', 'T', 'method', 'K'),
@@ -28,9 +36,13 @@ REPORTS = {
   'population': ('case', 'R'),
   'growth': ('varied', 'value'),
 }
-"""By the report of a study or benchmark, the columns that tell its lines apart."""
+"""Columns that identify a line, by the report of a study or benchmark."""
+
+
 BENCHMARK = ('rivals', 'population', 'growth')
-"""The reports of a benchmark."""
+"""Names of the reports of a benchmark."""
+
+
 NO_SOURCE = (
   'item',
   'scale',
@@ -42,19 +54,21 @@ NO_SOURCE = (
   'best',
   'runs',
 )
-"""What a report or summary says beside where its numbers come from."""
+"""Entries of a report or summary that do not say where its numbers come from."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """What a run folder does not say itself; an empty text leaves what it says.
+  """Facts about runs that their folder may not record.
+
+  An empty text keeps what the folder records.
 
   Attributes:
-    series: the name of the runs that belong together; by default the scale.
-    scale: 'full', 'short', 'cpu', or another name; by default what reports say.
-    command: how the runs were started.
-    commit: the revision of the code.
-    notes: what a reader of the series has to know.
+    series: name of the runs that are compared with each other; by default the scale.
+    scale: 'full', 'short', 'cpu' or another name; by default that of the reports.
+    command: command that started the runs.
+    commit: revision of the code.
+    notes: remarks for the readers of the series.
   """
 
   series: str = ''
@@ -65,19 +79,19 @@ class Origin:
 
 
 def collect_folder(folder: Path, name: str, origin: Origin, store_folder: Path) -> int:
-  """Adds the runs and reports of a folder to an item, and saves the item.
+  """Add the runs and reports of a folder to an item, and save the item.
 
-  A run that is there already is replaced where it went on, and nothing else is. What
-  did not change keeps its source, so that collecting a folder again changes nothing.
+  A run that the item already has is replaced only if it was continued. Rows that did
+  not change keep their source, so collecting a folder again changes nothing.
 
   Args:
     folder: the run folder.
     name: the item.
-    origin: what the folder does not say.
-    store_folder: where the item's files are.
+    origin: facts that the folder does not record.
+    store_folder: the folder of the item's files.
 
   Returns:
-    How many rows the folder gave.
+    The number of rows that the folder has.
 
   Raises:
     UserError: the folder holds no results, its scale is not known, or the series has
@@ -92,38 +106,47 @@ def collect_folder(folder: Path, name: str, origin: Origin, store_folder: Path) 
     raise UserError(
       f'--collect must be a folder with runs or reports, got {folder}, which has none.'
     )
-  said = {
-    key: getattr(origin, key) for key in ('command', 'commit') if getattr(origin, key)
-  }
-  rows = [dataclasses.replace(row, source=row.source | said) for row in rows]
+  given = {'command': origin.command, 'commit': origin.commit}
+  given = {key: value for key, value in given.items() if value}
+  rows = [dataclasses.replace(row, source=row.source | given) for row in rows]
   item = store.load(name, store_folder)
   known = item.series.get(series, {'scale': scale, 'notes': ''})
+  # The numbers of a series stand in one table, so they must be comparable.
   if known['scale'] != scale:
     raise UserError(
       f'--scale must be {known["scale"]}, that of the series {series} of {name}, got '
       f'{scale}.'
     )
-  item.series[series] = known | ({'notes': origin.notes} if origin.notes else {})
+  notes = origin.notes or known['notes']
+  item.series[series] = known | {'notes': notes}
   merged = {row.key: row for row in item.rows}
   for row in rows:
-    merged[row.key] = merge(merged.get(row.key), row, bool(said))
+    merged[row.key] = merge(merged.get(row.key), row, bool(given))
   item.rows = list(merged.values())
   store.save(item, store_folder)
   return len(rows)
 
 
 def merge(old: Row | None, new: Row, source_is_given: bool) -> Row:
-  """The newer one of two rows of one run, with the older source if nothing was measured
-  since.
+  """Return the newer of two rows of one run.
+
+  It keeps the older source if nothing was measured since.
+
+  Args:
+    old: the row that the item has; None if it has none.
+    new: the row of the folder.
+    source_is_given: whether the user named the source.
 
   Raises:
-    UserError: they are two runs, neither of which goes on where the other one was.
+    UserError: the rows are of two runs: the new one does not continue the old one.
   """
   if old is None:
     return new
   new = dataclasses.replace(new, notes=new.notes or old.notes)
   if (old.numbers, old.curves, old.status) == (new.numbers, new.curves, new.status):
     return new if source_is_given else dataclasses.replace(new, source=old.source)
+  # A finished run that has other numbers now was trained anew; its old numbers would be
+  # lost.
   if old.status != 'unfinished' and not goes_on(old.curves, new.curves):
     raise UserError(
       f'--series must be another name than {old.series}, which has other results of '
@@ -133,17 +156,26 @@ def merge(old: Row | None, new: Row, source_is_given: bool) -> Row:
 
 
 def goes_on(old: dict[str, list[Any]], new: dict[str, list[Any]]) -> bool:
-  """Whether curves begin with what was measured before."""
+  """Return whether new curves begin with the old ones.
+
+  Args:
+    old: curves by metric; without curves the result is false.
+    new: curves by metric.
+  """
   return bool(old) and all(
     new.get(name, [])[: len(values)] == values for name, values in old.items()
   )
 
 
 def reported_scale(folder: Path, name: str) -> str:
-  """The scale that the reports of an item say.
+  """Return the scale that the reports of an item record.
+
+  Args:
+    folder: the run folder.
+    name: the item.
 
   Raises:
-    UserError: there is no report, or several scales.
+    UserError: there is no report, or the reports have several scales.
   """
   reports = [files.read_json(path) for path in sorted(folder.glob(f'{name}*.json'))]
   scales = {report['scale'] for report in reports if 'scale' in report}
@@ -156,33 +188,39 @@ def reported_scale(folder: Path, name: str) -> str:
 
 
 def training_rows(folder: Path, series: str) -> Iterator[Row]:
-  """One row per run in a folder."""
+  """Yield a row per training run in a folder.
+
+  Args:
+    folder: the run folder.
+    series: name of the series that the runs belong to.
+  """
+  # A run that was stopped has no result yet, and one that diverged at once no metrics.
   found = (*folder.rglob('metrics.jsonl'), *folder.rglob('result.json'))
-  tuned = (
-    files.read_json(folder / 'tuned.json') if (folder / 'tuned.json').exists() else {}
-  )
+  tuned = read_tuned(folder)
   for run in sorted({file.parent for file in found}):
     parts = run.parent.relative_to(folder).parts
-    stage = 'tuning' if parts[:1] == ('tune',) else 'final'
-    line = '/'.join(parts[1:] if stage == 'tuning' else parts) or line_of(run.name)
-    yield training_row(run, series, stage, line, stage == 'final' and line in tuned)
+    is_trial = parts[:1] == ('tune',)
+    stage = 'tuning' if is_trial else 'final'
+    # The folder of a single script has runs but no lines.
+    line = '/'.join(parts[1:] if is_trial else parts) or line_of(run.name)
+    yield training_row(run, series, stage, line, not is_trial and line in tuned)
 
 
 def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> Row:
-  """The row of one run.
+  """Return the row of one training run.
 
   Args:
     run: the run's folder.
-    series: the runs that it belongs to.
+    series: name of the series that it belongs to.
     stage: 'final' or 'tuning'.
-    line: the configuration's name.
-    tuned: whether its rate was chosen among several.
+    line: name of the configuration.
+    tuned: whether its learning rate was chosen among several.
 
   Returns:
-    The row; 'unfinished' while the run has no result.
+    The row; its status is 'unfinished' while the run has no result.
 
   Raises:
-    UserError: there is no configuration beside the run, or a file is damaged.
+    UserError: the configuration of the run is missing, or a file is damaged.
   """
   if not (run.parent / 'config.json').exists():
     raise UserError(
@@ -192,9 +230,13 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
   summary = files.read_json(path) if path.exists() else {'runs': []}
   result = read_result(run, summary['runs'])
   settings = settings_of(run, result)
-  given = (*NO_NUMBERS, *own_names(files.read_json(run.parent / 'config.json'), result))
-  numbers = {name: value for name, value in result.items() if name not in given}
-  status = 'unfinished' if not result else 'diverged' if 'lost' in result else 'done'
+  config = files.read_json(run.parent / 'config.json')
+  # A result repeats the settings that differ from run to run.
+  others = (*NO_NUMBERS, *own_names(config, result))
+  numbers = {name: value for name, value in result.items() if name not in others}
+  status = 'unfinished'
+  if result:
+    status = 'diverged' if 'lost' in result else 'done'
   return Row(
     series=series,
     stage=stage,
@@ -211,54 +253,71 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
 
 
 def read_result(run: Path, summaries: list[dict[str, Any]]) -> dict[str, Any]:
-  """What a run came to: its own file, else what the summary says; empty before its
-  end.
+  """Return the result of a run; {} if it has not ended.
+
+  Args:
+    run: the run's folder.
+    summaries: results in the summary of all runs.
   """
   if (run / 'result.json').exists():
     return files.read_json(run / 'result.json')
-  named = (
-    summary
-    for summary in summaries
-    if summary.get('run', f'{summary["method"]}-seed{summary["seed"]}') == run.name
-  )
-  return next(named, {})
+  # Older versions wrote results to the summary only, and some without the run's name.
+  for summary in summaries:
+    default = f'{summary["method"]}-seed{summary["seed"]}'
+    if summary.get('run', default) == run.name:
+      return summary
+  return {}
 
 
 def settings_of(run: Path, result: dict[str, Any]) -> dict[str, Any]:
-  """The run's own settings, out of those of the command that ran it beside others."""
+  """Return the settings of one run out of the configuration of all runs.
+
+  Args:
+    run: the run's folder.
+    result: its result, which repeats the settings that differ from run to run.
+  """
   config = files.read_json(run.parent / 'config.json')
   method = run.name.partition('-seed')[0]
   settings = {'script': config['script'], 'method': method}
   settings |= {name: value for name, value in config.items() if name not in NO_SETTINGS}
+  # Older versions wrote no list of overrides; an empty one means the same.
   if not settings.get('overrides', True):
     del settings['overrides']
   for name in own_names(config, result):
     settings[name] = result[name] if name in result else grid_value(run.name, name)
+  # The order of the pixels is drawn, so no flag tells it.
   described = run.parent / 'data.json'
-  if (
-    described.exists()
-    and (order := files.read_json(described).get('order')) is not None
-  ):
+  order = files.read_json(described).get('order') if described.exists() else None
+  if order is not None:
     settings['permutation'] = order
   return settings
 
 
 def own_names(config: dict[str, Any], result: dict[str, Any]) -> list[str]:
-  """The settings of a run that its command does not say: out of a grid, or of its
-  method.
+  """List the settings of a run that its configuration does not fix.
+
+  They come from a grid, or from the table of tuned rates by method.
+
+  Args:
+    config: the configuration of all runs.
+    result: the result of the run.
   """
   tuned = ('lr', 'momentum') if 'tuned_rates' in config else ()
-  unsaid = [name for name in tuned if config.get(name) is None and name in result]
-  return list(dict.fromkeys([*grid_names(config), *unsaid]))
+  by_method = [name for name in tuned if config.get(name) is None and name in result]
+  return list(dict.fromkeys([*grid_names(config), *by_method]))
 
 
 def grid_names(config: dict[str, Any]) -> list[str]:
-  """The settings that differ from run to run."""
+  """List the settings that a configuration's grid varies."""
   return [axis.partition('=')[0] for axis in config.get('grid', ())]
 
 
 def grid_value(run: str, name: str) -> float:
-  """A setting out of a run's name, such as 0.25 for lr of 'fptt-seed0-lr0.25'."""
+  """Return a setting in a run's name, such as lr = 0.25 in 'fptt-seed0-lr0.25'.
+
+  Raises:
+    UserError: the name does not have the setting.
+  """
   found = re.search(rf'-{re.escape(name)}(-?[\d.]+(?:e[-+]?\d+)?)', run)
   if found is None:
     raise UserError(f'the run {run} does not name its {name}, which is one of several.')
@@ -266,7 +325,11 @@ def grid_value(run: str, name: str) -> float:
 
 
 def seed_of(run: str) -> int:
-  """The seed in a run's name."""
+  """Return the seed in a run's name.
+
+  Raises:
+    UserError: the name has no seed.
+  """
   found = re.search(r'-seed(\d+)', run)
   if found is None:
     raise UserError(f'the run {run} does not name its seed.')
@@ -274,18 +337,24 @@ def seed_of(run: str) -> int:
 
 
 def line_of(run: str) -> str:
-  """The name of a run's configuration: its own without the seed."""
+  """Return the name of a run without its seed."""
   return re.sub(r'-seed\d+', '', run)
 
 
 def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-  """Lines of metrics as one list per metric; None where a line lacks one."""
+  """Return rows of metrics as one list per metric; None where a row lacks it."""
   names = dict.fromkeys(name for row in rows for name in row)
   return {name: [row.get(name) for row in rows] for name in names}
 
 
 def report_rows(folder: Path, name: str, series: str) -> Iterator[Row]:
-  """One row per line of the reports of a study or benchmark."""
+  """Yield a row per line of the reports of a study or benchmark.
+
+  Args:
+    folder: the folder of the reports.
+    name: the item.
+    series: name of the series that the lines belong to.
+  """
   for kind in BENCHMARK if name == 'benchmark' else (name,):
     path = folder / f'{kind}.json'
     if not path.exists():
@@ -293,21 +362,34 @@ def report_rows(folder: Path, name: str, series: str) -> Iterator[Row]:
     report = files.read_json(path)
     source = {key: value for key, value in report.items() if key not in NO_SOURCE}
     for line, curves in report_lines(report, folder):
-      columns_of_line = REPORTS.get(
-        kind, tuple(key for key in line if isinstance(line[key], str))
-      )
-      settings = {key: line[key] for key in columns_of_line if key in line}
-      numbers = {key: value for key, value in line.items() if key not in settings}
-      label = ', '.join(f'{key} {value}' for key, value in settings.items())
+      # In a report of another kind the texts are taken for the names of a line.
+      texts = tuple(key for key in line if isinstance(line[key], str))
+      names = REPORTS.get(kind, texts)
+      settings = {key: line[key] for key in names if key in line}
       yield Row(
-        series, kind, label, '', None, None, 'done', settings, source, numbers, curves
+        series=series,
+        stage=kind,
+        line=', '.join(f'{key} {value}' for key, value in settings.items()),
+        run='',
+        seed=None,
+        tuned=None,
+        status='done',
+        settings=settings,
+        source=source,
+        numbers={key: value for key, value in line.items() if key not in settings},
+        curves=curves,
       )
 
 
 def report_lines(
   report: dict[str, Any], folder: Path
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
-  """The lines of a report, each with its curves, which are in files of their own."""
+  """Yield the lines of a report with their curves.
+
+  Args:
+    report: the report.
+    folder: its folder, where each line's curves are in a file of their own.
+  """
   for line in report.get('lines', ()):
     path = folder / f'{line.get("run")}-{report.get("scale")}.json'
     yield line, columns(files.read_rows(path)) if path.exists() else {}
@@ -317,10 +399,11 @@ def report_lines(
   fitted: dict[str, Any] = {
     name: report[name] for name in ('exponents', 'C') if name in report
   }
+  # Constants fitted over all lines of a report become a line of their own.
   if fitted:
     yield {'varied': 'fit', **fitted}, {}
 
 
 def known_items() -> tuple[str, ...]:
-  """The items that can be collected."""
+  """Return the names of the items that can be collected."""
   return (*items.ITEMS, *studies.STUDIES, 'add_task', 'benchmark')

@@ -1,6 +1,4 @@
-"""Plots made of the results: curves of training, scores of tuning, studies,
-benchmarks.
-"""
+"""Plots of the results: training curves, scores of tuning, studies and benchmarks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +15,18 @@ from experiments.results.store import Row
 
 
 def draw(name: str, out: Path, folder: Path = store.FOLDER) -> list[Path]:
-  """Draws all plots of an item.
+  """Draw all plots of an item.
 
   Args:
-    name: the item.
-    out: where the plots go; ITEM-SERIES-WHAT.png.
-    folder: where the results are.
+    name: name of the item.
+    out: folder to write to. Files are named ITEM-SERIES-PLOT.png.
+    folder: folder of the results.
 
   Returns:
-    The plots.
+    The files of the plots.
+
+  Raises:
+    UserError: a file cannot be written.
   """
   out = workdir.make_folder(str(out))
   item = store.load(name, folder)
@@ -44,54 +45,83 @@ def draw(name: str, out: Path, folder: Path = store.FOLDER) -> list[Path]:
 
 
 def draw_curves(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
-  """The score of every run along its training, a plot per score."""
+  """Draw the learning curve of every run, a plot per score.
+
+  Args:
+    out: folder to write to.
+    stem: start of the names of the files.
+    rows: rows of the final runs.
+
+  Returns:
+    The files of the plots.
+  """
   drawn = []
   for score, of_score in tables.by_score(rows).items():
-    curves = [
-      Curve(
-        row.line, row.settings['method'], row.curves['step'], row.curves[score.curve]
-      )
-      for row in of_score
-      if row.curves
-    ]
+    curves = []
+    for row in of_score:
+      # A run that diverged before its first evaluation has no curve.
+      if row.curves:
+        x, y = row.curves['step'], row.curves[score.curve]
+        curves.append(Curve(row.line, row.settings['method'], x, y))
     if curves:
-      drawn.append(out / f'{stem}-{score.test}.png')
+      path = out / f'{stem}-{score.test}.png'
       unit, marks = axis_of(score)
-      plotting.plot_curves(drawn[-1], {unit: curves}, stem, score.label, marks)
+      plotting.plot_curves(path, {unit: curves}, stem, score.label, marks)
+      drawn.append(path)
   return drawn
 
 
 def axis_of(score: Score) -> tuple[str, dict[str, float]]:
-  """What the curves of a score run along, and the marks beside them."""
+  """Return the unit of the learning curves of a score, and the lines to mark."""
   if score is items.ERROR:
     return 'batches', {'chance': add_task.CHANCE}
   return 'epoch', {}
 
 
 def draw_tuning(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
-  """The score of every rate that was tried, a plot per score."""
+  """Draw the score of every rate that was tried, a plot per score.
+
+  Args:
+    out: folder to write to.
+    stem: start of the names of the files.
+    rows: rows of the tuning runs.
+
+  Returns:
+    The files of the plots.
+  """
   drawn = []
   for score, of_score in tables.by_score(rows).items():
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in of_score:
       value = row.numbers.get(score.choose)
+      # A diverged run has no score to draw.
       if value is not None:
-        lines.setdefault((row.line, row.settings['method']), []).append(
-          (row.settings['lr'], value)
-        )
+        key = (row.line, row.settings['method'])
+        lines.setdefault(key, []).append((row.settings['lr'], value))
     curves = []
     for (line, method), tries in lines.items():
       rates, values = zip(*sorted(tries), strict=True)
       curves.append(Curve(line, method, rates, values))
     if curves:
-      drawn.append(out / f'{stem}-tuning-{score.choose}.png')
-      panels, title = {'learning rate': curves}, f'{stem}: tuning'
-      plotting.plot_curves(drawn[-1], panels, title, score.label, {}, xscale='log')
+      path = out / f'{stem}-tuning-{score.choose}.png'
+      panels = {'learning rate': curves}
+      title = f'{stem}: tuning'
+      plotting.plot_curves(path, panels, title, score.label, {}, xscale='log')
+      drawn.append(path)
   return drawn
 
 
 def draw_report(path: Path, kind: str, rows: Sequence[Row]) -> list[Path]:
-  """The plot of a study or benchmark; none of one that only has a table."""
+  """Draw the plot of a study or benchmark.
+
+  Args:
+    path: the image to write.
+    kind: name of the report.
+    rows: its rows.
+
+  Returns:
+    The files of the plots; none for a report that has only a table.
+  """
   lines: list[dict[str, Any]] = [row.settings | row.numbers for row in rows]
   if kind == 'table1':
     cost.plot(path, lines)
@@ -105,6 +135,7 @@ def draw_report(path: Path, kind: str, rows: Sequence[Row]) -> list[Path]:
   elif kind == 'growth':
     varied: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
+      # The line of the fitted constants has no point.
       if 'value' in line:
         varied.setdefault(line['varied'], []).append(line)
     plots.plot_growth(path, varied)
@@ -114,7 +145,7 @@ def draw_report(path: Path, kind: str, rows: Sequence[Row]) -> list[Path]:
 
 
 def as_lines(curves: dict[str, list[Any]]) -> list[dict[str, Any]]:
-  """Columns as one dictionary per interval."""
+  """Return curves by metric as one row per interval."""
   return [
     dict(zip(curves, values, strict=True))
     for values in zip(*curves.values(), strict=True)

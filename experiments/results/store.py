@@ -1,17 +1,17 @@
-"""The files that hold the results: ITEM.json and ITEM.curves.jsonl.gz.
+"""Files of the results: ITEM.json and ITEM.curves.jsonl.gz.
 
 An item is a figure, a table or a study. ITEM.json has these parts:
 
-series    by name: what was run and compared together, with its scale and notes
+series    by name: scale and notes of runs that are compared with each other
 sources   by hash: command, commit, hardware and versions of measurements
-settings  by hash: everything that makes a run what it is, but for its seed
+settings  by hash: all settings of a run except its seed
 rows      one per run or measured case, sorted; `settings` and `source` are hashes
 
-ITEM.curves.jsonl.gz has one line per row that has curves: its key and its columns.
-The bytes depend on the content alone, so that saving the same rows changes nothing.
+ITEM.curves.jsonl.gz has one line per row that has curves, with its key and its columns.
+The bytes depend on the content alone, so saving the same rows changes nothing.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import gzip
 import hashlib
@@ -24,10 +24,15 @@ from experiments.core import files
 from experiments.core.flags import UserError
 
 FOLDER = Path(__file__).parent
-"""Where the committed results are."""
+"""Folder of the committed results."""
+
+
 STATUSES = ('done', 'diverged', 'unfinished')
+"""Values of a row's status."""
+
+
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')
-"""What items, series and scales may be called: names that suit files and commands."""
+"""Accepted names of items, series and scales, which become parts of file names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +40,19 @@ class Row:
   """One training run, or one case of a study.
 
   Attributes:
-    series: the name of the runs that it is compared with.
+    series: name of the series of runs that it is compared with.
     stage: 'final', 'tuning', or the name of the study's report.
-    line: the name of the configuration, as the table shows it.
-    run: the name of the run within its line; empty in a study.
+    line: name of the configuration in the table.
+    run: name of the run within its line; empty in a study.
     seed: the run's seed; None in a study.
-    tuned: whether the rate was chosen among several by validation scores; None in a
-      study.
+    tuned: whether the learning rate was chosen among several by validation scores; None
+      in a study.
     status: one of `STATUSES`.
-    settings: what makes the run what it is, but for its seed.
+    settings: all settings of the run except its seed.
     source: command, commit, hardware and versions.
-    numbers: what was measured at the end.
+    numbers: measurements at the end.
     curves: by metric, one number per interval of training.
-    notes: what a reader of this row alone has to know.
+    notes: remarks on this row alone.
   """
 
   series: str
@@ -65,18 +70,18 @@ class Row:
 
   @property
   def key(self) -> tuple[str, str, str, str]:
-    """What tells the row from all others of its item."""
+    """Identity of the row within its item."""
     return (self.series, self.stage, self.line, self.run)
 
 
 @dataclasses.dataclass
 class Item:
-  """All that was measured for a figure, a table or a study.
+  """All results of a figure, a table or a study.
 
   Attributes:
-    name: the name of its files.
-    series: by name, the scale and the notes of each series.
-    rows: in the order of :func:`sort_key`.
+    name: name of its files.
+    series: scale and notes of each series by name.
+    rows: the rows, in the order of :func:`sort_key`.
   """
 
   name: str
@@ -85,13 +90,15 @@ class Item:
 
 
 def digest(content: Any) -> str:
-  """The first 12 hexadecimal digits of the SHA-256 of some JSON content."""
+  """Return the first 12 hexadecimal digits of the SHA-256 of some JSON content."""
+  # Sorted, so that the order in which settings were written does not matter.
   text = json.dumps(content, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def natural(text: str) -> list[tuple[int, float, str]]:
-  """A sort key that puts 'K3' before 'K10'."""
+  """Return a sort key that puts 'K3' before 'K10'."""
+  # With a group in the pattern, `split` also returns the numbers, at odd places.
   parts = re.split(r'(\d+(?:\.\d+)?)', text)
   return [
     (0, float(part), '') if number % 2 else (1, 0.0, part)
@@ -100,24 +107,24 @@ def natural(text: str) -> list[tuple[int, float, str]]:
 
 
 def sort_key(row: Row) -> list[list[tuple[int, float, str]]]:
-  """The order of rows in the file and in tables."""
+  """Return the sort key of rows in the file and in tables."""
   return [natural(part) for part in row.key]
 
 
 def item_names(folder: Path = FOLDER) -> list[str]:
-  """The items that have results, in natural order."""
+  """Return the names of the items that have results, in natural order."""
   return sorted((path.stem for path in folder.glob('*.json')), key=natural)
 
 
 def load(name: str, folder: Path = FOLDER) -> Item:
-  """Reads an item.
+  """Read an item.
 
   Args:
-    name: the item.
-    folder: where its files are.
+    name: name of the item.
+    folder: folder of its files.
 
   Returns:
-    The item; without rows where it has no file.
+    The item; it has no rows if it has no file.
 
   Raises:
     UserError: a file is damaged.
@@ -138,11 +145,11 @@ def load(name: str, folder: Path = FOLDER) -> Item:
 
 
 def save(item: Item, folder: Path = FOLDER) -> None:
-  """Writes an item's files, those that change.
+  """Write the files of an item that have changed.
 
   Args:
-    item: the item; its rows in any order.
-    folder: where its files go.
+    item: the item, with its rows in any order.
+    folder: folder of its files.
 
   Raises:
     UserError: a file cannot be written.
@@ -159,18 +166,19 @@ def save(item: Item, folder: Path = FOLDER) -> None:
   ]
   packed_path = curves_path(item.name, folder)
   content = ''.join(lines).encode()
-  # Other versions of zlib pack the same content into other bytes: only new content is
-  # written.
+  # Versions of zlib pack the same content into different bytes, so the content decides
+  # whether to write. Without a time of modification the bytes depend on it alone.
   if lines and (not packed_path.exists() or _unpacked(packed_path) != content):
     packed_path.write_bytes(gzip.compress(content, compresslevel=9, mtime=0))
 
 
 def curves_path(name: str, folder: Path = FOLDER) -> Path:
-  """Where the curves of an item are."""
+  """Return the path of the file with the curves of an item."""
   return folder / f'{name}.curves.jsonl.gz'
 
 
 def _read_curves(path: Path) -> dict[tuple[str, ...], dict[str, list[Any]]]:
+  """Read the curves of an item by the key of their row."""
   if not path.exists():
     return {}
   described = (json.loads(line) for line in _unpacked(path).splitlines())
@@ -178,6 +186,11 @@ def _read_curves(path: Path) -> dict[tuple[str, ...], dict[str, list[Any]]]:
 
 
 def _unpacked(path: Path) -> bytes:
+  """Return the content of a compressed file.
+
+  Raises:
+    UserError: the file is damaged.
+  """
   try:
     return gzip.decompress(path.read_bytes())
   except (OSError, EOFError) as error:
@@ -185,7 +198,14 @@ def _unpacked(path: Path) -> bytes:
 
 
 def _as_json(item: Item, rows: Iterable[Row]) -> str:
-  """The JSON file, one line per entry, so that a difference shows what was added."""
+  """Return the text of an item's JSON file.
+
+  Each entry has one line, so a difference between versions shows the added entries.
+
+  Args:
+    item: the item.
+    rows: its rows, sorted.
+  """
   settings: dict[str, Any] = {}
   sources: dict[str, Any] = {}
   described = []
@@ -194,34 +214,32 @@ def _as_json(item: Item, rows: Iterable[Row]) -> str:
     del fields['curves']
     if not row.notes:
       del fields['notes']
-    fields['settings'], fields['source'] = digest(row.settings), digest(row.source)
+    # Many rows share their settings and sources, which are long.
+    fields['settings'] = digest(row.settings)
+    fields['source'] = digest(row.source)
     settings[fields['settings']] = row.settings
     sources[fields['source']] = row.source
     described.append(json.dumps(fields, ensure_ascii=False))
   parts = [
     f'"item": {json.dumps(item.name)}',
-    *(
-      f'"{name}": {{\n{_entries(part)}\n}}'
-      for name, part in (
-        ('series', item.series),
-        ('sources', sources),
-        ('settings', settings),
-      )
-    ),
+    f'"series": {_entries(item.series)}',
+    f'"sources": {_entries(sources)}',
+    f'"settings": {_entries(settings)}',
     '"rows": [\n' + ',\n'.join(described) + '\n]',
   ]
   return '{\n' + ',\n'.join(parts) + '\n}\n'
 
 
-def _entries(part: dict[str, Any]) -> str:
-  names = sorted(part, key=natural)
-  return ',\n'.join(
+def _entries(part: Mapping[str, Any]) -> str:
+  """Return a part of an item's JSON file, one line per entry in natural order."""
+  lines = [
     f'{json.dumps(name)}: {json.dumps(part[name], ensure_ascii=False)}'
-    for name in names
-  )
+    for name in sorted(part, key=natural)
+  ]
+  return '{\n' + ',\n'.join(lines) + '\n}'
 
 
 def by_series(item: Item) -> Iterator[tuple[str, list[Row]]]:
-  """The series of an item with their rows, in natural order."""
+  """Yield the series of an item with their rows, in natural order."""
   for name in sorted(item.series, key=natural):
     yield name, [row for row in item.rows if row.series == name]

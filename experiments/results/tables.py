@@ -1,8 +1,8 @@
-"""Tables in Markdown, made of the results and kept between markers in pages.
+"""Tables in Markdown, made from the results and kept between markers in pages.
 
 <!-- table: ITEM -->        all series of an item
 <!-- table: ITEM/SERIES --> one of them
-<!-- table: provenance -->  where all numbers come from
+<!-- table: provenance -->  sources of all numbers
 <!-- end table -->
 """
 
@@ -23,24 +23,29 @@ from experiments.results import store
 from experiments.results.store import Item, Row
 
 SCORES = [value for value in vars(items).values() if isinstance(value, Score)]
-"""What runs are measured by."""
+"""Scores of all scripts, in the order in which a row is searched for them."""
+
+
 BLOCK = re.compile(r'<!-- table: ([^\n]+?) -->\n.*?<!-- end table -->', re.DOTALL)
+"""A marker with the name of a table, all that follows, and the end marker."""
+
+
 LONG = ('all_ms', 'check_ms')
-"""Every single time of a benchmark, which no table shows."""
+"""Lists of single times of a benchmark, which no table shows."""
 
 
 def update_pages(pages: Sequence[Path], folder: Path = store.FOLDER) -> list[Path]:
-  """Makes the tables of some pages anew.
+  """Rewrite the tables of some pages.
 
   Args:
     pages: Markdown files.
-    folder: where the results are.
+    folder: folder of the results.
 
   Returns:
     The pages that changed.
 
   Raises:
-    UserError: a marker names no results.
+    UserError: a marker does not name results.
   """
   changed = []
   for page in pages:
@@ -53,8 +58,17 @@ def update_pages(pages: Sequence[Path], folder: Path = store.FOLDER) -> list[Pat
 
 
 def updated_text(text: str, folder: Path = store.FOLDER) -> str:
-  """A page's text with all its tables made anew."""
+  """Return the text of a page with new tables.
 
+  Args:
+    text: the text of the page.
+    folder: folder of the results.
+
+  Raises:
+    UserError: a marker does not name results.
+  """
+
+  # A function, since a text would have its backslashes interpreted.
   def made(block: re.Match[str]) -> str:
     table = table_of(block[1], folder)
     return f'<!-- table: {block[1]} -->\n\n{table}\n\n<!-- end table -->'
@@ -63,7 +77,11 @@ def updated_text(text: str, folder: Path = store.FOLDER) -> str:
 
 
 def table_of(name: str, folder: Path = store.FOLDER) -> str:
-  """What stands between the markers of that name.
+  """Return the tables that a marker names.
+
+  Args:
+    name: 'ITEM', 'ITEM/SERIES' or 'provenance'.
+    folder: folder of the results.
 
   Raises:
     UserError: there are no such results.
@@ -82,7 +100,13 @@ def table_of(name: str, folder: Path = store.FOLDER) -> str:
 
 
 def series_table(item: Item, series: str, rows: Sequence[Row]) -> str:
-  """The tables of one series under its name."""
+  """Return the tables of one series under its name.
+
+  Args:
+    item: the item.
+    series: name of the series.
+    rows: its rows.
+  """
   about = item.series[series]
   parts = [f'**{item.name}, {series}** (scale {about["scale"]})']
   for stage in dict.fromkeys(row.stage for row in rows):
@@ -99,15 +123,16 @@ def series_table(item: Item, series: str, rows: Sequence[Row]) -> str:
 
 
 def score_of(row: Row) -> Score | None:
-  """What a run is measured by; None while it has neither result nor metrics."""
+  """Return the score of a run; None while it has neither result nor metrics."""
   known = {**row.numbers, **row.curves}
-  return next(
-    (score for score in SCORES if score.test in known or score.choose in known), None
-  )
+  for score in SCORES:
+    if score.test in known or score.choose in known:
+      return score
+  return None
 
 
 def by_score(rows: Sequence[Row]) -> dict[Score, list[Row]]:
-  """Rows by what they are measured by."""
+  """Group rows by their score; rows without a score are left out."""
   found: dict[Score, list[Row]] = {}
   for row in rows:
     score = score_of(row)
@@ -117,45 +142,55 @@ def by_score(rows: Sequence[Row]) -> dict[Score, list[Row]]:
 
 
 def final_tables(name: str, scale: str, rows: Sequence[Row]) -> list[str]:
-  """A table of each score: one line per configuration, over its seeds."""
+  """Return a table per score, with a line per configuration over its seeds.
+
+  Args:
+    name: name of the item.
+    scale: scale of the series.
+    rows: rows of the final runs.
+  """
   entries = {}
+  # Series of other scales, and items that the paper does not have, have no numbers to
+  # compare with.
   if name in items.ITEMS and scale in items.SCALES:
     entries = {entry.label: entry for entry in items.ITEMS[name](scale)}
   tables = []
   for score, of_score in by_score(rows).items():
     lines: dict[tuple[str, str], list[Row]] = {}
+    # A line that was run with several settings has a row in the table for each.
     for row in of_score:
       lines.setdefault((row.line, store.digest(row.settings)), []).append(row)
     described = [
-      final_line(score, found, entries.get(key[0])) for key, found in lines.items()
+      final_line(score, found, entries.get(line)) for (line, _), found in lines.items()
     ]
     tables.append(markdown(described))
   return [*tables, *unscored_tables(rows)]
 
 
 def unscored_tables(rows: Sequence[Row]) -> list[str]:
-  """What is known of the runs that no score measures, a line per run."""
-  table = [
-    {'run': row.run, 'line': row.line, 'status': row.status}
-    | {name: shown(value) for name, value in row.numbers.items()}
-    for row in rows
-    if score_of(row) is None
-  ]
+  """Return a table of the runs without a score, a line per run."""
+  table = []
+  for row in rows:
+    if score_of(row) is None:
+      numbers = {name: shown(value) for name, value in row.numbers.items()}
+      cells = {'run': row.run, 'line': row.line, 'status': row.status}
+      table.append(cells | numbers)
   return [markdown(table)] if table else []
 
 
 def final_line(
   score: Score, rows: Sequence[Row], entry: items.Entry | None
 ) -> dict[str, str]:
-  """One line of a table of results.
+  """Return a line of a table of results.
 
   Args:
-    score: what the runs are measured by.
-    rows: the runs of one configuration, one per seed.
-    entry: what the paper has for it; None where it has nothing.
+    score: score of the runs.
+    rows: runs of one configuration, one per seed.
+    entry: the line as `experiments.paper` declares it, with the paper's number; None if
+      it is not declared.
 
   Returns:
-    The cells by column; empty where there is nothing to say.
+    The cells by column; an unknown number has an empty cell.
   """
   first = rows[0]
   measures = {score.choose: 'validation', score.test: 'test'}
@@ -172,9 +207,9 @@ def final_line(
     'seeds': ', '.join(str(row.seed) for row in rows),
   }
   for measure, label in measures.items():
-    values = [
-      row.numbers[measure] for row in rows if row.numbers.get(measure) is not None
-    ]
+    numbers = [row.numbers.get(measure) for row in rows]
+    values = [number for number in numbers if number is not None]
+    # The adding problem chooses by its test score, which is one column then.
     label = 'test' if measure == score.test else label
     cells[label] = mean_and_interval(values, score.digits)
   cells['below 0.01 after'] = ', '.join(
@@ -191,7 +226,7 @@ def final_line(
 
 
 def remarks(rows: Sequence[Row]) -> str:
-  """What became of runs that did not end as meant, and what is noted of single ones."""
+  """Return remarks on the runs that diverged or are unfinished, and the rows' notes."""
   found = []
   for status in ('diverged', 'unfinished'):
     count = sum(row.status == status for row in rows)
@@ -200,11 +235,18 @@ def remarks(rows: Sequence[Row]) -> str:
   for row in rows:
     if row.status == 'unfinished' and row.curves:
       found.append(f'seed {row.seed} after {row.curves["step"][-1]}')
-  return '; '.join(dict.fromkeys([*found, *(row.notes for row in rows if row.notes)]))
+  notes = [row.notes for row in rows if row.notes]
+  # Without repetitions: a note often concerns all seeds.
+  return '; '.join(dict.fromkeys([*found, *notes]))
 
 
 def mean_and_interval(values: Sequence[float], digits: int) -> str:
-  """'mean ± half the width of its 95 % confidence interval', as text."""
+  """Return the mean ± half the width of its 95 % confidence interval, as text.
+
+  Args:
+    values: numbers, one per seed; none give an empty text.
+    digits: number of decimals.
+  """
   if not values:
     return ''
   half = interval(list(values))
@@ -213,7 +255,7 @@ def mean_and_interval(values: Sequence[float], digits: int) -> str:
 
 
 def tuning_tables(rows: Sequence[Row]) -> list[str]:
-  """A table of each score: lines by what was tried, the best one bold."""
+  """Return a table per score of the settings that were tried, the best in bold."""
   tables = []
   for score, of_score in by_score(rows).items():
     best = max if score.higher_is_better else min
@@ -227,27 +269,32 @@ def tuning_tables(rows: Sequence[Row]) -> list[str]:
     table = []
     for line, values in lines.items():
       finite = [value for value in values.values() if value is not None]
+      top = best(finite, default=None)
       cells = {'line': line}
       for column in columns:
-        cells[column] = tuning_cell(
-          values, column, score.digits, best(finite, default=None)
-        )
+        cells[column] = tuning_cell(values, column, score.digits, top)
       table.append(cells)
-    tables.append(
-      f'Scores that rates were chosen by, {score.label}:\n\n{markdown(table)}'
-    )
+    title = f'Scores that rates were chosen by, {score.label}:'
+    tables.append(f'{title}\n\n{markdown(table)}')
   return tables
 
 
 def tried(row: Row) -> str:
-  """The settings of a grid in a run's name, such as 'lr0.25'."""
+  """Return the settings of a grid in a run's name, such as 'lr0.25'."""
   return re.sub(r'^.*-seed\d+-?', '', row.run)
 
 
 def tuning_cell(
   values: dict[str, Any], column: str, digits: int, best: float | None
 ) -> str:
-  """A score as text: bold if it is the best, empty if it was not tried."""
+  """Return a score as text.
+
+  Args:
+    values: scores by the settings that were tried; None for a diverged run.
+    column: the settings; the cell is empty if they were not tried.
+    digits: number of decimals.
+    best: the best score, which is printed in bold.
+  """
   if column not in values:
     return ''
   value = values[column]
@@ -258,7 +305,11 @@ def tuning_cell(
 
 
 def report_tables(rows: Sequence[Row]) -> list[str]:
-  """The lines of a study's or benchmark's report, a table per set of columns."""
+  """Return the tables of a report of a study or benchmark.
+
+  Args:
+    rows: rows of the report. Those with the same columns share a table.
+  """
   found: dict[tuple[str, ...], list[dict[str, str]]] = {}
   for row in rows:
     cells = {name: shown(value) for name, value in row.settings.items()}
@@ -270,7 +321,7 @@ def report_tables(rows: Sequence[Row]) -> list[str]:
 
 
 def flat(name: str, value: Any) -> dict[str, str]:
-  """A number by its name; numbers within numbers by joined names."""
+  """Return a number by its name; nested numbers are named by their path."""
   if not isinstance(value, dict):
     return {name: shown(value)}
   cells: dict[str, str] = {}
@@ -280,11 +331,19 @@ def flat(name: str, value: Any) -> dict[str, str]:
 
 
 def provenance(folder: Path = store.FOLDER) -> str:
-  """One line per series and source: command, commit, machine and notes."""
+  """Return the table of commands, commits, machines and versions.
+
+  Args:
+    folder: folder of the results.
+
+  Returns:
+    A table with a line per series and source.
+  """
   table = []
   for name in store.item_names(folder):
     item = store.load(name, folder)
     for series, rows in store.by_series(item):
+      # Sources that differ in nothing that is shown share a line.
       sources: dict[str, list[Row]] = {}
       for row in rows:
         sources.setdefault(store.digest(source_cells(row.source)), []).append(row)
@@ -295,9 +354,11 @@ def provenance(folder: Path = store.FOLDER) -> str:
 
 
 def source_cells(source: dict[str, Any]) -> dict[str, str]:
-  """What a table shows of a source."""
-  hardware, versions = source.get('hardware', {}), source.get('versions', {})
+  """Return the cells of the table of sources for one of them."""
+  hardware = source.get('hardware', {})
+  versions = source.get('versions', {})
   cores = f'{hardware["cpu_cores"]} cores' if 'cpu_cores' in hardware else ''
+  # JAX calls every CPU 'cpu'; its model is a field of its own.
   devices = ', '.join(
     device for device in hardware.get('devices', ()) if device != 'cpu'
   )
@@ -314,7 +375,7 @@ def source_cells(source: dict[str, Any]) -> dict[str, str]:
 
 
 def shown(value: Any) -> str:
-  """A setting or number as text; empty for none."""
+  """Return a setting or number as text, with four digits; None is empty."""
   if value is None:
     return ''
   if isinstance(value, float) and math.isfinite(value):
@@ -323,7 +384,7 @@ def shown(value: Any) -> str:
 
 
 def markdown(table: Sequence[dict[str, str]]) -> str:
-  """Lines as a Markdown table, without the columns that are empty in all of them."""
+  """Return lines of cells as a Markdown table, without columns that are all empty."""
   names = dict.fromkeys(name for cells in table for name in cells)
   used = [name for name in names if any(cells.get(name) for cells in table)]
   lines = [
