@@ -1,17 +1,16 @@
-"""The data sets of the paper in NumPy arrays: MNIST, CIFAR-10, Penn Treebank by words
-and by characters.
+"""The paper's data sets as NumPy arrays: MNIST, CIFAR-10 and Penn Treebank.
 
-`load_images` and `load_text` look, in this order, at
+`load_images` and `load_text` look in these places, in this order:
 
 1. `data_dir`, if it is a .npz that `python -m experiments.data --dataset=...
---output=x.npz` wrote (needs no tensorflow-datasets); 2. a prepared copy in the folder
-of tensorflow-datasets (TFDS_DATA_DIR, by default ~/tensorflow_datasets); 3. the
-official files in `data_dir`, or, where none is given, at their official addresses; what
-they hold is checked, and prepared
-   into that folder once.
+   --output=x.npz` wrote; this needs no tensorflow-datasets;
+2. a prepared copy in the folder of tensorflow-datasets (TFDS_DATA_DIR, by default
+   ~/tensorflow_datasets);
+3. the official files in `data_dir` or, without `data_dir`, at their official addresses.
+   Their content is checked and prepared into that folder once.
 
-A data set of one's own is read as it is: 'arrays' (a .npz of images), 'text' and
-'text_chars' (three text files, or one, or a .npz of token ids).
+Other data sets are read without a check of their content: 'arrays' (a .npz of images),
+and 'text' and 'text_chars' (three text files, one text file, or a .npz of token ids).
 """
 
 from experiments.data.images import Images

@@ -1,10 +1,11 @@
-"""Writes a data set as one .npz of plain arrays, to carry it to a machine without
-network or tensorflow-datasets.
+"""Write a data set as one .npz file of plain arrays.
+
+The file can be carried to a machine without network or tensorflow-datasets:
 
     python -m experiments.data --dataset=mnist --data_dir=FOLDER --output=mnist.npz
 
-The file is then given as --data_dir. That of 'ptb' serves by words and by characters.
-Files of your own have the same arrays:
+The scripts read it as --data_dir. The file of 'ptb' serves by words and by characters.
+Files with other data must have the same arrays:
 
   images  train_images, test_images  uint8 [N, height, width, channels]
           train_labels, test_labels  int32 [N], class numbers from 0
@@ -22,7 +23,7 @@ from experiments.core.flags import UserError, option
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What to read and where to write it."""
+  """Settings of the command: the data set to read and the file to write."""
 
   dataset: str = option('mnist', 'the data set', ('mnist', 'cifar10', 'ptb'))
   data_dir: str = option(
@@ -34,25 +35,31 @@ class Config:
 
   def __post_init__(self) -> None:
     flags.check_fields(self)
-    flags.check(
-      self.output.endswith('.npz'), 'output', self.output, 'a file name ending in .npz'
-    )
+    is_npz = self.output.endswith('.npz')
+    flags.check(is_npz, 'output', self.output, 'a file name ending in .npz')
 
 
 def main(config: Config) -> None:
-  """Converts the data set into one file of arrays."""
+  """Convert a data set into one file of arrays.
+
+  Args:
+    config: the data set and the file.
+
+  Raises:
+    UserError: the data set cannot be read, or the file cannot be written.
+  """
+  found: data.Text | data.Images
   if config.dataset == 'ptb':
-    found = data.load_text(config.dataset, config.data_dir)
+    found = text = data.load_text(config.dataset, config.data_dir)
     counts = (
-      f'{len(found.train):,} train, {len(found.valid):,} valid, {len(found.test):,} '
-      'test tokens'
+      f'{len(text.train):,} train, {len(text.valid):,} valid, {len(text.test):,} '
+      f'test tokens, vocabulary {len(text.vocabulary):,}'
     )
-    counts += f', vocabulary {len(found.vocabulary):,}'
   else:
-    found = data.load_images(config.dataset, config.data_dir)
+    found = images = data.load_images(config.dataset, config.data_dir)
     counts = (
-      f'{len(found.train_labels):,} train, {len(found.test_labels):,} test images '
-      f'{list(found.train_images.shape[1:])}'
+      f'{len(images.train_labels):,} train, {len(images.test_labels):,} test images '
+      f'{list(images.train_images.shape[1:])}'
     )
   try:
     data.save(found, Path(config.output))

@@ -1,11 +1,11 @@
-"""The data sets as tensorflow-datasets keeps them, written and read without TensorFlow.
+"""Prepared copies in the format of tensorflow-datasets, without TensorFlow.
 
-tensorflow-datasets' own builders need TensorFlow to prepare MNIST and CIFAR-10, and
-read one example at a time. Ours, 'fptt_jax', writes records of many examples, in the
-official order; it is given the content, checked before.
+The builders of tensorflow-datasets need TensorFlow to prepare MNIST and CIFAR-10, and
+they read one example at a time. Our builder, 'fptt_jax', writes records of many
+examples in the official order. It receives content that has been checked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import io
 from pathlib import Path
@@ -18,7 +18,10 @@ import tensorflow_datasets as tfds
 
 from experiments.data import images, text
 
-BLOCK = 1000  # images a record
+BLOCK = 1000
+"""Number of images per record; one record per image is slow to read."""
+
+
 DAMAGED = (
   OSError,
   ValueError,
@@ -26,51 +29,73 @@ DAMAGED = (
   RuntimeError,
   AssertionError,
   json_format.Error,
-)  # What reading a damaged copy raises.
+)
+"""Exceptions of tensorflow-datasets when it reads a damaged copy."""
 
 
-class FpttJax(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """MNIST and CIFAR-10 in records of 1,000 images, Penn Treebank in one record a
-  split.
-  """
+# Registered, it would be listed among the public data sets.
+with tfds.core.registered.skip_registration():
 
-  VERSION = tfds.core.Version('1.0.0')
-  BUILDER_CONFIGS: ClassVar = [
-    tfds.core.BuilderConfig(name=name) for name in ('mnist', 'cifar10', 'ptb')
-  ]
+  class FpttJax(tfds.core.GeneratorBasedBuilder):
+    """Builder of MNIST, CIFAR-10 and Penn Treebank.
 
-  def __init__(
-    self, *, splits: dict[str, list[dict[str, Any]]] | None = None, **settings: Any
-  ):
-    self._splits = splits
-    super().__init__(**settings)
+    Images are in records of 1,000. Penn Treebank has one record per split.
+    """
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    if self.builder_config.name == 'ptb':
-      features = {'text': tfds.features.Text()}
-    else:
-      shape = (
-        (None, 28, 28, 1) if self.builder_config.name == 'mnist' else (None, 32, 32, 3)
+    VERSION = tfds.core.Version('1.0.0')
+    BUILDER_CONFIGS: ClassVar = [
+      tfds.core.BuilderConfig(name=name) for name in ('mnist', 'cifar10', 'ptb')
+    ]
+
+    def __init__(
+      self, *, splits: dict[str, list[dict[str, Any]]] | None = None, **settings: Any
+    ):
+      """Open the builder of a data set.
+
+      Args:
+        splits: records by split, for writing; None for reading.
+        **settings: `config`, the name of the data set, and `data_dir`.
+      """
+      # A builder that only reads has nothing to generate.
+      self._splits = splits or {}
+      super().__init__(**settings)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+      """Return the features of a record."""
+      features: dict[str, Any]
+      if self.builder_config.name == 'ptb':
+        features = {'text': tfds.features.Text()}
+      else:
+        sizes = {'mnist': (28, 28, 1), 'cifar10': (32, 32, 3)}
+        # The last record may be shorter, hence None.
+        shape = (None, *sizes[self.builder_config.name])
+        pixels = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding='bytes')
+        labels = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+        features = {'image': pixels, 'label': labels}
+      return tfds.core.DatasetInfo(
+        builder=self,
+        features=tfds.features.FeaturesDict(features),
+        disable_shuffling=True,
       )
-      features = {
-        'image': tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding='bytes')
-      }
-      features['label'] = tfds.features.Tensor(shape=(None,), dtype=np.int32)
-    return tfds.core.DatasetInfo(
-      builder=self,
-      features=tfds.features.FeaturesDict(features),
-      disable_shuffling=True,
-    )
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    return {split: self._generate_examples(split) for split in self._splits}
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+      """Return the generator of the records of each split."""
+      return {split: self._generate_examples(split) for split in self._splits}
 
-  def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from enumerate(self._splits[split])
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+      """Yield the records of a split with their numbers."""
+      yield from enumerate(self._splits[split])
 
 
 def _builder(name: str, folder: Path, **settings: Any) -> FpttJax:
-  """The builder, without its warning that there is nothing prepared yet."""
+  """Return the builder of a data set without its warnings.
+
+  Args:
+    name: 'mnist', 'cifar10' or 'ptb'.
+    folder: folder of tensorflow-datasets.
+    **settings: `splits`, for writing.
+  """
+  # It warns if nothing is prepared yet, which is the normal case at the first run.
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:
@@ -80,7 +105,13 @@ def _builder(name: str, folder: Path, **settings: Any) -> FpttJax:
 
 
 def write_images(name: str, arrays: images.Images, folder: Path) -> None:
-  """Prepares 'mnist' or 'cifar10'."""
+  """Prepare a copy of 'mnist' or 'cifar10'.
+
+  Args:
+    name: the data set.
+    arrays: its images in the official order.
+    folder: folder of tensorflow-datasets.
+  """
   splits = {}
   for split, pixels, labels in (('train', *arrays[:2]), ('test', *arrays[2:])):
     starts = range(0, len(labels), BLOCK)
@@ -91,67 +122,96 @@ def write_images(name: str, arrays: images.Images, folder: Path) -> None:
 
 
 def write_text(files: dict[str, bytes], folder: Path) -> None:
-  """Prepares 'ptb'."""
-  _write(
-    'ptb',
-    {split: [{'text': files[f'ptb.{split}.txt']}] for split in text.SPLITS},
-    folder,
-  )
+  """Prepare a copy of 'ptb'.
+
+  Args:
+    files: content of ptb.train.txt, ptb.valid.txt and ptb.test.txt.
+    folder: folder of tensorflow-datasets.
+  """
+  splits = {split: [{'text': files[f'ptb.{split}.txt']}] for split in text.SPLITS}
+  _write('ptb', splits, folder)
 
 
 def _write(name: str, splits: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-  """Writes into a temporary folder, renamed when it is whole; two at once do no
-  harm.
+  """Write a prepared copy.
+
+  tensorflow-datasets writes to a temporary folder and renames it when it is complete,
+  so two processes may prepare the same data set at once.
+
+  Args:
+    name: the data set.
+    splits: records by split.
+    folder: folder of tensorflow-datasets.
   """
   builder = _builder(name, folder, splits=splits)
   config = tfds.download.DownloadConfig(try_download_gcs=False)
   tfds.disable_progress_bar()
   try:
-    with contextlib.redirect_stdout(
-      io.StringIO()
-    ):  # It says 'downloading', which it does not.
+    # It prints that it downloads, although it does not.
+    with contextlib.redirect_stdout(io.StringIO()):
       builder.download_and_prepare(download_config=config, file_format='array_record')
   except OSError:
-    if not _is_prepared(builder):  # Otherwise another process was first.
+    # The renaming fails if another process was faster; its copy is as good.
+    if not _is_prepared(builder):
       raise
 
 
 def _is_prepared(builder: FpttJax) -> bool:
-  return (
-    Path(builder.data_dir) / 'dataset_info.json'
-  ).exists()  # The builder's own is_prepared() warns where nothing is.
+  """Return whether a builder's copy is complete."""
+  # The builder's own is_prepared() prints a warning if there is none.
+  return (Path(builder.data_dir) / 'dataset_info.json').exists()
 
 
 def read_images(name: str, folder: Path) -> tuple[images.Images, Path] | None:
-  """The prepared 'mnist' or 'cifar10' and where it lies, if it is there; else
-  tensorflow-datasets' own, shuffled as it is.
+  """Read a prepared copy of 'mnist' or 'cifar10'.
+
+  Our own copy comes first. A copy of tensorflow-datasets is shuffled and stays so.
+
+  Args:
+    name: the data set.
+    folder: folder of tensorflow-datasets.
+
+  Returns:
+    (images, folder of the copy), or None if there is no copy.
   """
   builder = _builder(name, folder)
   if _is_prepared(builder):
-    parts = {split: list(builder.as_data_source(split)) for split in ('train', 'test')}
-    arrays = [
-      np.concatenate([block[key] for block in parts[split]])
-      for split in parts
-      for key in ('image', 'label')
-    ]
-    return images.Images(*arrays), Path(builder.data_dir)
+    return _read_arrays(builder, np.concatenate), Path(builder.data_dir)
+  # The newest version first; other file formats need TensorFlow.
   for path in sorted(folder.glob(f'{name}/[0-9]*'), reverse=True):
     if any(path.glob('*.array_record*')) and (path / 'dataset_info.json').exists():
-      stock = tfds.builder_from_directory(path)
-      parts = {split: list(stock.as_data_source(split)) for split in ('train', 'test')}
-      arrays = [
-        np.stack([example[key] for example in parts[split]])
-        for split in parts
-        for key in ('image', 'label')
-      ]
-      return images.Images(
-        arrays[0], arrays[1].astype(np.int32), arrays[2], arrays[3].astype(np.int32)
-      ), path
+      return _read_arrays(tfds.builder_from_directory(path), np.stack), path
   return None
 
 
+def _read_arrays(
+  builder: Any, join: Callable[[list[np.ndarray]], np.ndarray]
+) -> images.Images:
+  """Read all records of a builder.
+
+  Args:
+    builder: a prepared builder.
+    join: `np.concatenate` for records of many examples, `np.stack` for single examples.
+  """
+  parts = {}
+  for split in ('train', 'test'):
+    records = list(builder.as_data_source(split))
+    parts[f'{split}_images'] = join([record['image'] for record in records])
+    # tensorflow-datasets' own labels are int64.
+    labels = join([record['label'] for record in records])
+    parts[f'{split}_labels'] = labels.astype(np.int32)
+  return images.Images(**parts)
+
+
 def read_text(folder: Path) -> tuple[dict[str, bytes], Path] | None:
-  """The prepared files of 'ptb' by name and where they lie, if they are there."""
+  """Read a prepared copy of 'ptb'.
+
+  Args:
+    folder: folder of tensorflow-datasets.
+
+  Returns:
+    (content of the files by name, folder of the copy), or None if there is no copy.
+  """
   builder = _builder('ptb', folder)
   if not _is_prepared(builder):
     return None

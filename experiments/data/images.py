@@ -1,4 +1,4 @@
-"""Images with labels: what the official files hold, and what identifies them."""
+"""Images with labels: the official files and hashes of their content."""
 
 import gzip
 import hashlib
@@ -8,21 +8,21 @@ import numpy as np
 
 from experiments.core.flags import UserError
 
-# Hashes of `content` below, so of the examples in any order.
 CONTENT = {
   'mnist': '8cbf20b4f056d0a78cdf58be22ebba98f4bb2e73f2f21acca0ecd12ab362af14',
   'cifar10': '14a2f6eb706e199895e9811f10954375f34963bcf8cbd41fda23e7f265f5c099',
 }
+"""Results of :func:`content` for the original data sets."""
 
 
 class Images(NamedTuple):
-  """Labelled images in two splits.
+  """Labeled images in two splits.
 
   Attributes:
     train_images: uint8 [N, height, width, channels].
-    train_labels: int32 [N], from 0.
-    test_images: the same for the test split.
-    test_labels: the same.
+    train_labels: int32 [N], class numbers from 0.
+    test_images: images of the test split, as `train_images`.
+    test_labels: labels of the test split, as `train_labels`.
   """
 
   train_images: np.ndarray
@@ -32,37 +32,41 @@ class Images(NamedTuple):
 
 
 def decode(name: str, files: dict[str, bytes]) -> Images:
-  """The arrays in the official files of 'mnist' or 'cifar10', in the files' order."""
+  """Return the arrays in the official files, in their order.
+
+  Args:
+    name: 'mnist' or 'cifar10'.
+    files: content of the files, in the order of `sources.SOURCES`.
+  """
   if name == 'mnist':
-    # Headers of 16 and 8 bytes: magic number and sizes.
     images, labels, test_images, test_labels = [
       np.frombuffer(gzip.decompress(file), np.uint8) for file in files.values()
     ]
-    images, test_images = (
-      images[16:].reshape(-1, 28, 28, 1),
-      test_images[16:].reshape(-1, 28, 28, 1),
-    )
+    # Headers of 16 and 8 bytes hold a magic number and the sizes.
     return Images(
-      images, labels[8:].astype(np.int32), test_images, test_labels[8:].astype(np.int32)
+      images[16:].reshape(-1, 28, 28, 1),
+      labels[8:].astype(np.int32),
+      test_images[16:].reshape(-1, 28, 28, 1),
+      test_labels[8:].astype(np.int32),
     )
-  records = [
+  # A record of CIFAR-10 is a label and an image of three planes of 32 rows.
+  *train, test = [
     np.frombuffer(file, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
     for file in files.values()
   ]
-  train, test = np.concatenate(records[:-1]), records[-1]
-  pixels = [
-    np.ascontiguousarray(part[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    for part in (train, test)
-  ]
-  return Images(
-    pixels[0], train[:, 0].astype(np.int32), pixels[1], test[:, 0].astype(np.int32)
-  )
+  return Images(*_split_records(np.concatenate(train)), *_split_records(test))
+
+
+def _split_records(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Return the images and labels in CIFAR-10's records, uint8 [N, 3073]."""
+  planes = records[:, 1:].reshape(-1, 3, 32, 32)
+  pixels = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+  return pixels, records[:, 0].astype(np.int32)
 
 
 def content(images: Images) -> str:
-  """sha256 of the examples whatever their order: tensorflow-datasets' own copies are
-  shuffled.
-  """
+  """Return the SHA-256 of the examples, which does not depend on their order."""
+  # tensorflow-datasets' own copies are shuffled, so the hashes of examples are sorted.
   digest = hashlib.sha256()
   for pixels, labels in (images[:2], images[2:]):
     examples = [
@@ -74,16 +78,20 @@ def content(images: Images) -> str:
 
 
 def checked(images: Images, name: str, where: str, advice: str) -> Images:
-  """`images`, if they are such and, but for 'arrays', the original ones.
+  """Return the images after a check of their arrays and their content.
+
+  Args:
+    images: the images.
+    name: name of the data set. Any content is accepted for 'arrays'.
+    where: file or folder, for messages.
+    advice: end of the message about content that is not the original.
 
   Raises:
-    UserError: they are not.
+    UserError: an array has another shape or type, or the content is not the original.
   """
   for split in ('train', 'test'):
-    pixels, labels = (
-      getattr(images, f'{split}_images'),
-      getattr(images, f'{split}_labels'),
-    )
+    pixels = getattr(images, f'{split}_images')
+    labels = getattr(images, f'{split}_labels')
     if pixels.ndim != 4 or pixels.dtype != np.uint8 or not pixels.size:
       got = f'{pixels.dtype}{list(pixels.shape)}'
       raise UserError(

@@ -1,6 +1,4 @@
-"""Where a data set is looked for, in which order; keeping it as one .npz of plain
-arrays.
-"""
+"""Loading of data sets from their possible places, and saving as one .npz file."""
 
 from collections.abc import Callable
 import hashlib
@@ -19,11 +17,15 @@ from experiments.data.images import Images
 from experiments.data.text import Text
 
 IMAGES = ('mnist', 'cifar10', 'arrays')
+"""Names that :func:`load_images` accepts."""
+
+
 TEXTS = ('ptb', 'ptb_chars', 'text', 'text_chars')
+"""Names that :func:`load_text` accepts."""
 
 
 def load_images(name: str, data_dir: str | Path = '') -> Images:
-  """Reads a set of labelled images.
+  """Read a set of labeled images.
 
   Args:
     name: 'mnist' or 'cifar10', whose content is checked, or 'arrays', any .npz with the
@@ -32,29 +34,29 @@ def load_images(name: str, data_dir: str | Path = '') -> Images:
       for a prepared copy or a download.
 
   Returns:
-    :class:`Images` in the official order; only a copy that tensorflow-datasets'
-    own builder prepared has its own order.
+    The images in the official order. A copy that tensorflow-datasets' own builder
+    prepared has another order.
 
   Raises:
-    ValueError: no such name.
-    UserError: nothing is there, or it is damaged or not the original.
+    ValueError: there is no such name.
+    UserError: a file is missing, damaged or not the original.
   """
   _check_name(name, IMAGES)
   path = _existing(data_dir)
   if name == 'arrays' or path.suffix == '.npz':
-    return images.checked(
-      Images(**_read_npz(path, Images._fields)), name, str(path), 'write it again.'
-    )
+    arrays = Images(**_read_npz(path, Images._fields))
+    return images.checked(arrays, name, str(path), 'write it again.')
   source = sources.SOURCES[name]
   _check_folder(data_dir, source)
-  found, path = _prepared(
-    source,
-    data_dir,
-    lambda builders, folder: builders.read_images(name, folder),
-    lambda builders, files, folder: builders.write_images(
-      name, images.decode(name, files), folder
-    ),
-  )
+
+  def read(builders: Any, folder: Path) -> tuple[Images, Path] | None:
+    return builders.read_images(name, folder)
+
+  def write(builders: Any, files: dict[str, bytes], folder: Path) -> None:
+    builders.write_images(name, images.decode(name, files), folder)
+
+  found, path = _prepared(source, data_dir, read, write)
+  # Our own copies were checked when they were written, but those of others were not.
   return images.checked(found, name, str(path), 'delete that folder and run again.')
 
 
@@ -120,8 +122,11 @@ def _own_text(path: Path, by_characters: bool) -> Text:
 
 
 def _text_of_npz(path: Path) -> Text:
+  """Read a text from the .npz file that :func:`save` wrote."""
   arrays = _read_npz(path, Text._fields)
-  return Text(**{**arrays, 'vocabulary': arrays['vocabulary'].tolist()})
+  return Text(
+    arrays['train'], arrays['valid'], arrays['test'], arrays['vocabulary'].tolist()
+  )
 
 
 def _existing(data_dir: str | Path) -> Path:
@@ -131,6 +136,7 @@ def _existing(data_dir: str | Path) -> Path:
     UserError: nothing is there.
   """
   path = Path(data_dir).expanduser()
+  # A wrong path is reported as such, before any other reason why nothing is found.
   try:
     path.stat()
   except (OSError, ValueError) as error:
@@ -149,17 +155,26 @@ def _check_folder(data_dir: str | Path, source: sources.Source) -> None:
 
 
 def save(data: Images | Text, path: Path) -> None:
-  """Writes images or a text (by words) as one .npz of plain arrays, for
-  :func:`load_images` or :func:`load_text`.
+  """Write a data set as one .npz of plain arrays.
+
+  Args:
+    data: images, or a text by words.
+    path: the file, which :func:`load_images` or :func:`load_text` reads.
+
+  Raises:
+    OSError: the file cannot be written.
   """
-  np.savez_compressed(
-    path, **{name: np.asarray(value) for name, value in data._asdict().items()}
-  )
+  arrays: dict[str, Any] = {
+    name: np.asarray(value) for name, value in data._asdict().items()
+  }
+  np.savez_compressed(path, **arrays)
 
 
 def fingerprint(data: Images | Text) -> str:
-  """sha256 of the data in their order, whatever files they came from: what makes two
-  runs' data the same.
+  """Return the SHA-256 of a data set.
+
+  It depends on the content and its order, not on the files that it was read from. Two
+  runs with the same fingerprint have the same data.
   """
   digest = hashlib.sha256()
   if isinstance(data, Text):
@@ -167,12 +182,14 @@ def fingerprint(data: Images | Text) -> str:
       digest.update(text.as_file(data, split))
   else:
     for array in data:
+      # Without the shape, images of other sizes could have the same bytes.
       digest.update(repr(array.shape).encode())
-      digest.update(np.ascontiguousarray(array))
+      digest.update(np.ascontiguousarray(array).data)
   return digest.hexdigest()
 
 
 def _check_name(name: str, names: tuple[str, ...]) -> None:
+  """Raise ValueError unless a name is among the accepted ones."""
   if name not in names:
     raise ValueError(f'the data set must be one of {", ".join(names)}, got {name!r}.')
 
@@ -183,9 +200,25 @@ def _prepared(
   read: Callable[[ModuleType, Path], tuple[Any, Path] | None],
   write: Callable[[ModuleType, dict[str, bytes], Path], None],
 ) -> tuple[Any, Path]:
-  """The prepared copy and where it lies; prepared first, if need be, from the files in
-  `data_dir` or from a download.
+  """Read a prepared copy, and prepare it first if there is none.
+
+  Args:
+    source: the official files.
+    data_dir: folder with the official files; '' downloads them.
+    read: (module `builders`, folder of tensorflow-datasets) -> (data, folder of the
+      copy), or None if there is no copy.
+    write: (module `builders`, official files, folder of tensorflow-datasets) -> None;
+      prepares the copy.
+
+  Returns:
+    (data, folder of the copy).
+
+  Raises:
+    UserError: tensorflow-datasets is not installed, the files are missing or damaged,
+      or the copy cannot be written or read.
   """
+  # Imported late: a .npz file is read without tensorflow-datasets, whose import takes
+  # seconds.
   try:
     from experiments.data import builders
   except ModuleNotFoundError as error:
@@ -197,9 +230,9 @@ def _prepared(
     raise UserError(
       f'{source.name} is read through tensorflow-datasets ({error}): {advice}'
     ) from error
-  folder = Path(
-    os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-  ).expanduser()  # the rule of tensorflow-datasets
+  # The rule of tensorflow-datasets.
+  given = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+  folder = Path(given).expanduser()
   try:
     found = read(builders, folder)
     if found is None:
@@ -226,6 +259,12 @@ def _prepared(
 
 
 def _read_npz(path: Path, fields: tuple[str, ...]) -> dict[str, np.ndarray]:
+  """Read arrays from a .npz file by name.
+
+  Raises:
+    UserError: the file cannot be read, or an array is missing.
+  """
+  # NumPy opens the file lazily, so damage may show up at any array.
   try:
     with path.open('rb') as raw, np.load(raw) as file:
       return {name: file[name] for name in fields}

@@ -7,12 +7,12 @@ import numpy as np
 from experiments.core.flags import UserError
 from experiments.data.images import Images
 
-# Mean and standard deviation of pixels in [0, 1], as in the authors' release.
 MOMENTS = {'mnist': (0.1307, 0.3081), 'cifar10': (0.5, 0.5), 'arrays': (0.5, 0.5)}
+"""Mean and standard deviation of pixels in [0, 1], as in the authors' release."""
 
 
 class Examples(NamedTuple):
-  """Labelled images.
+  """Labeled images.
 
   Attributes:
     images: uint8 [N, height, width, channels].
@@ -24,7 +24,13 @@ class Examples(NamedTuple):
 
 
 class Splits(NamedTuple):
-  """What to train on, what to choose by, and what to test on, once."""
+  """Splits of a data set.
+
+  Attributes:
+    train: examples to train on.
+    valid: examples by which settings and epochs are chosen.
+    test: examples that are evaluated once, in the end.
+  """
 
   train: Examples
   valid: Examples
@@ -32,11 +38,17 @@ class Splits(NamedTuple):
 
 
 def hold_out(images: Images, size: int, seed: int) -> Splits:
-  """Takes `size` training images, drawn by `seed` without regard to their labels, for
-  validation; all keep their order.
+  """Hold out training images for validation.
+
+  They are drawn at random, without regard to their labels. All images keep their order.
+
+  Args:
+    images: the images.
+    size: number of images to hold out.
+    seed: seed of the draw.
 
   Raises:
-    UserError: `size` leaves nothing to train on, or to validate on.
+    UserError: `size` leaves no images to train on or to validate on.
   """
   count = len(images.train_labels)
   if not 1 <= size < count:
@@ -46,16 +58,22 @@ def hold_out(images: Images, size: int, seed: int) -> Splits:
     )
   held_out = np.zeros(count, bool)
   held_out[np.random.default_rng(seed).permutation(count)[:size]] = True
-  train, valid = (
-    Examples(images.train_images[part], images.train_labels[part])
-    for part in (~held_out, held_out)
+  return Splits(
+    train=Examples(images.train_images[~held_out], images.train_labels[~held_out]),
+    valid=Examples(images.train_images[held_out], images.train_labels[held_out]),
+    test=Examples(images.test_images, images.test_labels),
   )
-  return Splits(train, valid, Examples(images.test_images, images.test_labels))
 
 
 def permutation(num_steps: int, seed: int) -> np.ndarray:
-  """A fixed order of the steps, int64 [T], for permuted images; the same for the same T
-  and seed.
+  """Return a random order of the steps for permuted images.
+
+  Args:
+    num_steps: T.
+    seed: seed of the order.
+
+  Returns:
+    int64 [T], the same for the same T and seed.
   """
   return np.random.default_rng(seed).permutation(num_steps)
 
@@ -66,15 +84,14 @@ def to_sequences(
   rows: bool = False,
   order: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Images as time-major sequences, normalized.
+  """Return images as normalized, time-major sequences.
 
   Args:
-    images: uint8 [B, height, width, channels], of NumPy or JAX.
+    images: uint8 [B, height, width, channels], a NumPy or JAX array.
     moments: mean and standard deviation of pixels in [0, 1], from :data:`MOMENTS`.
-    rows: a row a step, T = height and D = width * channels; by default a pixel a step,
-      row after row, T = height * width and D = channels.
-    order: int [T], which step comes when, from :func:`permutation`; by default as they
-      are.
+    rows: whether a step is a row, with T = height and D = width * channels. By default
+      it is a pixel, row after row, with T = height * width and D = channels.
+    order: int [T], order of the steps from :func:`permutation`; None keeps them.
 
   Returns:
     float32 [T, B, D].

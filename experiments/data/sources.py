@@ -1,9 +1,8 @@
-"""The official files: names, hashes and addresses; finding, downloading and checking
-them.
+"""Official files of the data sets: names, hashes, addresses, and how to read them.
 
 The hashes of MNIST's files and of CIFAR-10's archive are those that tensorflow-datasets
-lists; those of Penn Treebank are of Mikolov's simple-examples; those of the files
-within CIFAR-10's archive are of the official content, in any packing.
+lists. The hashes of Penn Treebank are those of Mikolov's simple-examples. The files
+within CIFAR-10's archive have hashes of their own, so any packing is accepted.
 """
 
 import gzip
@@ -19,21 +18,28 @@ import zlib
 
 from experiments.core.flags import UserError
 
-TIMEOUT = 5.0  # seconds without a byte
+TIMEOUT = 5.0
+"""Seconds without a byte after which a download fails."""
+
+
 TRIES = 2
+"""Number of attempts to download a file."""
+
+
 DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError)
+"""Exceptions of the standard library when it reads a damaged file."""
 
 
 class Source(NamedTuple):
-  """The files a data set consists of.
+  """Files of a data set.
 
   Attributes:
-    name: the folder's name where several data sets lie side by side.
-    files: sha256 by file name; '' where any content will do.
-    urls: what to download: sha256 (or '') by address.
-    archive: name, less its ending, of a tar archive that holds the files; '' if there
-      is none.
-    inside: the folder within the archive.
+    name: name of the data set's folder within a folder of several data sets.
+    files: SHA-256 by the name of the file; '' accepts any content.
+    urls: SHA-256 of the downloads, or '', by address.
+    archive: name, without its ending, of a tar archive with the files; '' if there is
+      none.
+    inside: folder within the archive.
   """
 
   name: str
@@ -43,33 +49,31 @@ class Source(NamedTuple):
   inside: str = ''
 
   def advice(self, name: str = '') -> str:
-    """Say where to get one file, or all of them."""
-    addresses = [url for url in self.urls if PurePosixPath(url).name == name] or list(
-      self.urls
-    )
+    """Return advice where to get one file, or all files if no name is given."""
+    addresses = [url for url in self.urls if PurePosixPath(url).name == name]
+    addresses = addresses or list(self.urls)
+    # Several files have one folder, which is shorter than a list of addresses.
     if len(addresses) > 1:
       addresses = [addresses[0].rpartition('/')[0] + '/']
     return f'get it from {addresses[0]}' if addresses else 'put it there'
 
 
 def _mnist() -> Source:
+  """Return the files of MNIST."""
   files = {
     'train-images-idx3-ubyte.gz': '440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609',
     'train-labels-idx1-ubyte.gz': '3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c',
     't10k-images-idx3-ubyte.gz': '8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6',
     't10k-labels-idx1-ubyte.gz': 'f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6',
   }
-  return Source(
-    'mnist',
-    files,
-    {
-      f'https://storage.googleapis.com/cvdf-datasets/mnist/{name}': files[name]
-      for name in files
-    },
-  )
+  # The mirror that tensorflow-datasets downloads from, too.
+  base = 'https://storage.googleapis.com/cvdf-datasets/mnist/'
+  urls = {base + name: sha256 for name, sha256 in files.items()}
+  return Source('mnist', files, urls)
 
 
 def _cifar10() -> Source:
+  """Return the files of CIFAR-10."""
   files = {
     'data_batch_1.bin': 'cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5',
     'data_batch_2.bin': 'a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed',
@@ -86,6 +90,7 @@ def _cifar10() -> Source:
 
 
 def _ptb() -> Source:
+  """Return the files of Penn Treebank."""
   files = {
     'ptb.train.txt': 'fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf',
     'ptb.valid.txt': 'c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2',
@@ -96,14 +101,27 @@ def _ptb() -> Source:
 
 
 SOURCES = {source.name: source for source in (_mnist(), _cifar10(), _ptb())}
+"""Data sets whose content is checked, by name."""
+
+
 ANY_TEXT = SOURCES['ptb']._replace(
   files=dict.fromkeys(SOURCES['ptb'].files, ''), urls={}, archive='', inside=''
 )
+"""Any text in three files with the names of Penn Treebank's."""
 
 
 def find(source: Source, folder: Path) -> dict[str, bytes]:
-  """The checked files by name, from `folder` or the folder of the data set's name in
-  it: loose, with .gz added, or in the archive.
+  """Find and check the files of a data set.
+
+  They may be in `folder` or in its folder with the data set's name. There they may be
+  plain files, have .gz added to their names, or be in the archive.
+
+  Args:
+    source: the data set.
+    folder: the folder to search.
+
+  Returns:
+    The content of the files by name.
 
   Raises:
     UserError: a file is missing, damaged or not the official one.
@@ -122,10 +140,16 @@ def find(source: Source, folder: Path) -> dict[str, bytes]:
 
 
 def download(source: Source) -> dict[str, bytes]:
-  """The checked files by name, fetched from their official addresses.
+  """Download and check the files of a data set.
+
+  Args:
+    source: the data set.
+
+  Returns:
+    The content of the files by name.
 
   Raises:
-    UserError: an address does not answer, or answers with something else.
+    UserError: an address does not answer, or answers with another file.
   """
   with tempfile.TemporaryDirectory() as folder:
     for url, sha256 in source.urls.items():
@@ -141,6 +165,11 @@ def download(source: Source) -> dict[str, bytes]:
 
 
 def _fetch(source: Source, url: str, path: Path) -> None:
+  """Download one file.
+
+  Raises:
+    UserError: the address does not answer.
+  """
   for trial in range(TRIES):
     try:
       with (
@@ -149,10 +178,8 @@ def _fetch(source: Source, url: str, path: Path) -> None:
       ):
         shutil.copyfileobj(answer, file)
       return
-    except (
-      OSError,
-      ValueError,
-    ) as error:  # urllib's errors and time-outs are OSErrors.
+    # The errors and time-outs of urllib are OSErrors.
+    except (OSError, ValueError) as error:
       if trial == TRIES - 1:
         needed = ', '.join(source.files)
         raise UserError(
@@ -161,33 +188,49 @@ def _fetch(source: Source, url: str, path: Path) -> None:
 
 
 def _path(folder: Path, name: str) -> Path | None:
-  return next(
-    (path for path in (folder / name, folder / f'{name}.gz') if path.is_file()), None
-  )
+  """Return the path of a file, zipped or not; None if there is none."""
+  for path in (folder / name, folder / f'{name}.gz'):
+    if path.is_file():
+      return path
+  return None
 
 
 def _read(source: Source, folder: Path, name: str) -> bytes:
+  """Read and check one file.
+
+  Raises:
+    UserError: the file is missing, damaged or not the official one.
+  """
   path = _path(folder, name)
   if path is None:
     zipped = '' if name.endswith('.gz') else f' (or {name}.gz)'
     raise UserError(f'there is no {name}{zipped} in {folder}: {source.advice(name)}.')
-  content = b''
   try:
     content = path.read_bytes()
-    return _checked(
-      source, name, content if path.name == name else gzip.decompress(content), path
-    )
+    # MNIST's official files are zipped themselves, and stay so.
+    if path.name != name:
+      content = gzip.decompress(content)
   except DAMAGED as error:
     raise UserError(
       f'{path} cannot be read ({error}): {source.advice(name)}.'
     ) from error
+  return _checked(source, name, content, path)
 
 
 def _unpack(source: Source, archive: Path) -> dict[str, bytes]:
+  """Read and check the files in an archive.
+
+  Returns:
+    The content of the files by name.
+
+  Raises:
+    UserError: the archive is damaged, or a file is missing or not the official one.
+  """
   members = {f'{source.inside}/{name}': name for name in source.files}
   contents: dict[str, bytes] = {}
   try:
     with tarfile.open(archive) as file:
+      # In the order of the archive, since going back would unpack it again.
       for member in file:
         name = members.get(member.name.removeprefix('./'))
         if name and (stream := file.extractfile(member)):
@@ -205,6 +248,17 @@ def _unpack(source: Source, archive: Path) -> dict[str, bytes]:
 
 
 def _checked(source: Source, name: str, content: bytes, path: Path) -> bytes:
+  """Return the content of a file after a check of its hash.
+
+  Args:
+    source: the data set.
+    name: name of the file.
+    content: its content.
+    path: its path, for messages.
+
+  Raises:
+    UserError: the content is not the official one.
+  """
   got = _sha256(content)
   if source.files[name] and got != source.files[name]:
     raise UserError(
@@ -215,4 +269,5 @@ def _checked(source: Source, name: str, content: bytes, path: Path) -> bytes:
 
 
 def _sha256(content: bytes) -> str:
+  """Return the SHA-256 in hexadecimal digits."""
   return hashlib.sha256(content).hexdigest()

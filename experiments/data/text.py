@@ -12,27 +12,39 @@ import numpy as np
 from experiments.core.flags import UserError
 
 SPLITS = ('train', 'valid', 'test')
+"""Names of the three parts of a text."""
+
+
 END_OF_LINE = '<eos>'
+"""Token at the end of each line."""
+
+
 UNKNOWN = '<unk>'
+"""Token of words and characters that the training text does not have."""
+
+
 SYMBOLS = {' ': '_', '\n': END_OF_LINE, '_': '<underscore>'}
 """Characters whose symbol is not the character itself.
 
-The blank and the end of a line are named as in Mikolov's ptb.char.*.txt; the
-underscore has a name of its own, so that no two characters share a symbol.
+The blank and the end of a line are named as in Mikolov's ptb.char.*.txt. The underscore
+has a name of its own, so that no two characters share a symbol.
 """
+
+
 SHARES = (90, 5, 5)
-"""Percent of a single file that are the training, validation and test text."""
+"""Shares of the training, validation and test text in a single file, in percent."""
 
 
 class Text(NamedTuple):
   """A text in three splits.
 
   Attributes:
-    train: int32 [N], token ids in order.
-    valid: the same.
-    test: the same.
+    train: int32 [N], token ids of the training text in order.
+    valid: token ids of the validation text.
+    test: token ids of the test text.
     vocabulary: the V token strings by id, in order of first appearance in the training
-      text; then '<unk>', if another split needs it and the training text has none.
+      text. '<unk>' is added at the end if another split needs it and the training text
+      does not have it.
   """
 
   train: np.ndarray
@@ -76,6 +88,11 @@ def read_file(path: Path) -> str:
 
 
 def _decode(content: bytes, where: str) -> str:
+  """Return the text of a file's content.
+
+  Raises:
+    UserError: the content is not UTF-8 text.
+  """
   try:
     return content.decode()
   except ValueError as error:
@@ -136,14 +153,13 @@ def words(strings: dict[str, str], where: str) -> Text:
   Raises:
     UserError: a split has no words.
   """
-  return number_words(
-    [split_words(strings[split], f'{where}: ptb.{split}.txt') for split in SPLITS],
-    where,
-  )
+  parts = [split_words(strings[split], f'{where}: ptb.{split}.txt') for split in SPLITS]
+  return number_words(parts, where)
 
 
 def number_words(parts: Sequence[Sequence[str]], where: str) -> Text:
   """Number the words of the three parts; see :func:`words`."""
+  # A dictionary keeps the order of first appearance, unlike a set.
   ids = {word: number for number, word in enumerate(dict.fromkeys(parts[0]))}
   strangers = [sum(word not in ids for word in part) for part in parts]
   if any(strangers):
@@ -151,28 +167,27 @@ def number_words(parts: Sequence[Sequence[str]], where: str) -> Text:
     _tell_unknown(where, 'words', strangers)
   else:
     unknown = -1
-  arrays = [
+  train, valid, test = (
     np.array([ids.get(word, unknown) for word in part], np.int32) for part in parts
-  ]
-  return Text(*arrays, list(ids))
+  )
+  return Text(train, valid, test, list(ids))
 
 
 def _tell_unknown(where: str, kind: str, counts: Sequence[int]) -> None:
   """Print how many tokens of the validation and test text become '<unk>'."""
   print(
     f'{where}: {counts[1]:,} {kind} of the validation text and {counts[2]:,} of the '
-    'test '
-    f'text are not in the training text and read as {UNKNOWN}'
+    f'test text are not in the training text and read as {UNKNOWN}'
   )
 
 
-def characters(parts: Sequence[str], where: str) -> Text:
-  """Read a text by characters, each of which is one token: nothing is lost.
+def characters(parts: Sequence[Sequence[str]], where: str) -> Text:
+  """Read a text by characters; each character is a token.
 
-  A character is a Unicode code point; blanks, tabs, carriage returns and a byte order
-  mark are characters like all others. `SYMBOLS` says which have a name in the
-  vocabulary. Characters of the validation or test text that are not in the training
-  text become '<unk>'; how many these are is printed.
+  A character is a Unicode code point. Blanks, tabs, carriage returns and a byte order
+  mark are characters like all others. Those in `SYMBOLS` have a name in the vocabulary.
+  Characters of the validation or test text that are not in the training text become
+  '<unk>', and their number is printed.
 
   Args:
     parts: training, validation and test text.
@@ -187,8 +202,12 @@ def characters(parts: Sequence[str], where: str) -> Text:
   for split, part in zip(SPLITS, parts, strict=True):
     if not part:
       raise UserError(f'{where}: the {split} text is empty.')
-  codes = [np.frombuffer(part.encode('utf-32-le'), np.uint32) for part in parts]
+  # Arrays of code points, since a loop over millions of characters would be slow.
+  codes = [
+    np.frombuffer(''.join(part).encode('utf-32-le'), np.uint32) for part in parts
+  ]
   known, first = np.unique(codes[0], return_index=True)
+  # `unique` sorts by code point; ids are in order of first appearance.
   order = np.argsort(first)
   vocabulary = [SYMBOLS.get(chr(code), chr(code)) for code in known[order]]
   ids = np.argsort(order).astype(np.int32)
@@ -201,13 +220,14 @@ def characters(parts: Sequence[str], where: str) -> Text:
   if any(strange.any() for strange in strangers):
     vocabulary.append(UNKNOWN)
     _tell_unknown(where, 'characters', [int(strange.sum()) for strange in strangers])
-  return Text(*arrays, vocabulary)
+  train, valid, test = arrays
+  return Text(train, valid, test, vocabulary)
 
 
 def word_characters(text: Text, where: str) -> Text:
-  """Read the words of a text by characters: one blank between the words of a line.
+  """Read the words of a text by characters, with one blank between words of a line.
 
-  Of Penn Treebank these are the characters of Mikolov's ptb.char.*.txt, which have no
+  For Penn Treebank these are the characters of Mikolov's ptb.char.*.txt, which have no
   blanks at the beginning or the end of a line.
   """
   parts = []
@@ -218,7 +238,7 @@ def word_characters(text: Text, where: str) -> Text:
 
 
 def as_file(text: Text, split: str) -> bytes:
-  """Write a split as Mikolov's layout has it: a blank before and after each token."""
+  """Return a split in Mikolov's layout, with a blank before and after each token."""
   pieces = ['\n ' if token == END_OF_LINE else f'{token} ' for token in text.vocabulary]
   written = ' ' + ''.join([pieces[token] for token in getattr(text, split).tolist()])
   return (written[:-1] if written.endswith('\n ') else written).encode()
@@ -227,7 +247,7 @@ def as_file(text: Text, split: str) -> bytes:
 def decode_tokens(
   tokens: Sequence[int], vocabulary: Sequence[str], by_characters: bool
 ) -> str:
-  """Write token ids as text, by characters exactly as it was read.
+  """Return token ids as text; characters give exactly the text that was read.
 
   Args:
     tokens: the ids.
@@ -256,7 +276,7 @@ def encode_prompt(
     by_characters: whether a token is a character.
 
   Returns:
-    The ids; what the vocabulary has not is '<unk>'.
+    The ids; tokens that are not in the vocabulary become '<unk>'.
 
   Raises:
     UserError: the vocabulary has neither the token nor '<unk>'.
@@ -275,27 +295,24 @@ def encode_prompt(
 
 
 def checked(text: Text, hashes: dict[str, str], where: str, advice: str) -> Text:
-  """Check ids and vocabulary, and that it is the text with these hashes.
+  """Return a text after a check of its ids, its vocabulary and its content.
 
   Args:
-    text: what was read.
-    hashes: sha256 by file name; '' stands for any text.
+    text: the text.
+    hashes: SHA-256 by the name of the file; '' accepts any text.
     where: the folder or file, for messages.
-    advice: what to do about a text that is not the original.
-
-  Returns:
-    `text`.
+    advice: end of the message about a text that is not the original.
 
   Raises:
-    UserError: it is not.
+    UserError: the ids or the vocabulary are invalid, or the text has another hash.
   """
   size = len(text.vocabulary)
-  if len(set(text.vocabulary)) != size or not all(
-    isinstance(x, str) for x in text.vocabulary
-  ):
+  are_strings = all(isinstance(token, str) for token in text.vocabulary)
+  if len(set(text.vocabulary)) != size or not are_strings:
     raise UserError(f'{where}: vocabulary must be str [V], all different.')
   for split in SPLITS:
-    tokens, expected = getattr(text, split), hashes[f'ptb.{split}.txt']
+    tokens = getattr(text, split)
+    expected = hashes[f'ptb.{split}.txt']
     if tokens.ndim != 1 or tokens.dtype != np.int32 or not tokens.size:
       got = f'{tokens.dtype}{list(tokens.shape)}'
       raise UserError(f'{where}: {split} must be int32 token ids [N], got {got}.')
@@ -314,7 +331,7 @@ def checked(text: Text, hashes: dict[str, str], where: str, advice: str) -> Text
 
 
 def check_symbols(text: Text, where: str) -> Text:
-  """Return `text` if its tokens can be characters.
+  """Return a text after a check that its tokens can be characters.
 
   Raises:
     UserError: the vocabulary holds words.
