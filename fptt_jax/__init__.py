@@ -5,15 +5,15 @@ One legend everywhere: T steps, K windows, S steps a window, B batch, D features
 hidden, C classes, V vocabulary; arrays are time-major. `fptt_jax.nn` holds models and
 the adapters for Flax; nothing else here imports Flax.
 
-The public modules are `fptt_jax`, `fptt_jax.losses` and `fptt_jax.nn`. `fptt_jax.nn` is
-imported when it is first used.
+The public modules are `fptt_jax`, `fptt_jax.influence`, `fptt_jax.losses` and
+`fptt_jax.nn`. `fptt_jax.nn` is imported when it is first used.
 """
 
 import importlib
 import types
 import typing
 
-from fptt_jax import losses
+from fptt_jax import influence, losses
 from fptt_jax._batch import Batch, validate_batch
 from fptt_jax._exporting import (
   ExportedStep,
@@ -78,6 +78,7 @@ __all__ = (
   'fptt_eval_params',
   'fptt_restart',
   'make_global_batch',
+  'influence',
   'lambda_diverges',
   'losses',
   'compute_metrics',

@@ -66,6 +66,8 @@ class Model(NamedTuple):
     learned_initial_state: (params, batch_size) -> hidden state before the first step,
       of floating-point arrays, if it is trained with the parameters. A window that
       starts a sequence is differentiated with respect to it. None if it is constant.
+    plain: `apply` in a form that `jax.jvp`, `jax.vmap` and derivatives of any order
+      take, for windows of any size. None if `apply` itself is of that form.
   """
 
   init: Callable[[jax.Array], Params]
@@ -77,6 +79,7 @@ class Model(NamedTuple):
   apply_last: Callable[..., tuple[Hidden, jax.Array | OutputsWithPenalty]] | None = None
   split: FeaturesAndReadout | None = None
   learned_initial_state: Callable[[Params, int], Hidden] | None = None
+  plain: Callable[..., tuple[Hidden, jax.Array | OutputsWithPenalty]] | None = None
 
   def start(self, params: Params, batch_size: int) -> Hidden:
     """Make the hidden state before the first step.
@@ -108,6 +111,9 @@ class TrainState(NamedTuple):
     key: Typed PRNG key. It never changes: a window's key is folded from `step_count`
       and the window's number.
     step_count: int32 [], number of batches so far.
+    influence: [B, ...], effect of the parameters on `hidden` as the trainer's
+      `influence` represents it; () without one. Changed by each window; the next step
+      reads it only with `carry_hidden`.
   """
 
   params: Params
@@ -116,6 +122,7 @@ class TrainState(NamedTuple):
   loss_state: LossState
   key: jax.Array
   step_count: jax.Array
+  influence: Any = ()
 
 
 class StepMetrics(NamedTuple):
@@ -138,6 +145,9 @@ class StepMetrics(NamedTuple):
       batch is out of range. Then only `step_count` changes, with or without
       `skip_nonfinite`: all updates count as skipped, their losses and gradient norms
       are NaN, and the totals are 0.
+    credit_norm: [U], global norm of the part of the gradient that `influence` carried
+      into the window, after the mean over devices. Divided by `grad_norm` it tells how
+      much the truncation of windows would leave out. None without an influence.
   """
 
   loss: jax.Array
@@ -147,6 +157,7 @@ class StepMetrics(NamedTuple):
   lambda_norm: jax.Array
   outputs: jax.Array | None = None
   invalid: jax.Array | None = None
+  credit_norm: jax.Array | None = None
 
 
 class Trainer(NamedTuple):
@@ -204,6 +215,7 @@ class UpdateInputs(NamedTuple):
       that the update runs through, their weights, and whether each is new.
     first_loss_state: State of the loss before the sequence.
     outputs: [T, B, ...], the model's outputs so far, or None.
+    influence: [B, ...], influence on the hidden state; () without one.
   """
 
   hidden: Hidden
@@ -214,6 +226,7 @@ class UpdateInputs(NamedTuple):
   schedule: tuple[jax.Array, jax.Array, jax.Array]
   first_loss_state: LossState
   outputs: jax.Array | None
+  influence: Any = ()
 
 
 class UpdateResult(NamedTuple):
@@ -225,9 +238,12 @@ class UpdateResult(NamedTuple):
       per update, the note that is to be written to it.
     totals: Metrics of the windows.
     outputs: [T, B, ...], the model's outputs so far, or None.
+    credit: The part of the gradient from beyond the window, a tree like the parameters;
+      () without an influence.
   """
 
   hidden: Hidden
   loss_state: LossState
   totals: MetricSums
   outputs: jax.Array | None
+  credit: Params = ()

@@ -11,9 +11,9 @@ import types
 import pytest
 
 import fptt_jax
-from fptt_jax import losses, nn
+from fptt_jax import influence, losses, nn
 
-PUBLIC_MODULES = (fptt_jax, losses, nn)
+PUBLIC_MODULES = (fptt_jax, influence, losses, nn)
 
 
 @pytest.mark.parametrize('module', PUBLIC_MODULES, ids=lambda module: module.__name__)

@@ -30,7 +30,7 @@ from fptt_jax.nn._inspection import (
   referred_arrays,
   unknown_layers,
 )
-from fptt_jax.nn._recurrent import scan_cell
+from fptt_jax.nn._recurrent import Recurrent, scan_cell
 from fptt_jax.nn._sequential import Sequential
 
 
@@ -83,7 +83,13 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   known = is_known(abstract)
   initial_state, learned_initial_state = _initial_state_functions(parts)
   apply = _make_apply(parts, known)
-  model = Model(init, initial_state, apply, learned_initial_state=learned_initial_state)
+  model = Model(
+    init,
+    initial_state,
+    apply,
+    learned_initial_state=learned_initial_state,
+    plain=_make_apply(_with_plain_scans(parts), known),
+  )
   _check_model(model, abstract, known)
   if not isinstance(abstract, Sequential):
     return model
@@ -262,6 +268,7 @@ def with_float32_params(model: Model) -> Model:
     apply_last=None if model.apply_last is None else cast(model.apply_last),
     split=split,
     learned_initial_state=None if learned is None else cast(learned),
+    plain=None if model.plain is None else cast(model.plain),
   )
 
 
@@ -337,6 +344,15 @@ def _make_apply(parts: _Parts, known: bool) -> Callable[..., tuple[Any, jax.Arra
     return result
 
   return apply
+
+
+def _with_plain_scans(parts: _Parts) -> _Parts:
+  """Returns the module with all layers as plain scans, whatever they run as."""
+  module = parts.merge()
+  for _, node in nnx.iter_graph(module):
+    if isinstance(node, Recurrent):
+      node.implementation = 'scan'
+  return _Parts.split(module)
 
 
 def _initial_state_functions(

@@ -170,8 +170,11 @@ class Replicated(Placement):
 
     def run(params: Params, inputs: UpdateInputs) -> Any:
       value, grads, result = gradient(params, inputs)
-      value, grads = mean_over_devices((value, grads), _EVERYWHERE, self.axis)
-      return value, grads, result
+      # Without an influence there is no credit, and the tree has no leaf of it.
+      value, grads, credit = mean_over_devices(
+        (value, grads, result.credit), _EVERYWHERE, self.axis
+      )
+      return value, grads, result._replace(credit=credit)
 
     return run
 
@@ -238,6 +241,7 @@ class Replicated(Placement):
       loss_state=_EVERYWHERE,
       key=_EVERYWHERE,
       step_count=_EVERYWHERE,
+      influence=self._rows,
     )
 
   def _metrics_specs(self) -> Any:
@@ -263,7 +267,8 @@ class Sharded(Replicated):
     def run(state: TrainState, batch: Batch) -> Any:
       specs = self._state_specs(state)
       new_state, metrics = step(state, batch)
-      metrics_specs = self._metrics_specs()
+      # Parameters in shards exclude an influence, and so its metric.
+      metrics_specs = self._metrics_specs()._replace(credit_norm=None)
       if metrics.outputs is None:
         metrics_specs = metrics_specs._replace(outputs=None)
       return jax.lax.with_sharding_constraint(
@@ -331,6 +336,7 @@ class Sharded(Replicated):
       schedule=_EVERYWHERE,
       first_loss_state=_EVERYWHERE,
       outputs=self._columns,
+      influence=self._rows,
     )
 
   def _result_specs(self) -> Any:
@@ -339,6 +345,7 @@ class Sharded(Replicated):
       loss_state=_EVERYWHERE,
       totals=self._rows,
       outputs=self._columns,
+      credit=_EVERYWHERE,
     )
 
 

@@ -1,6 +1,6 @@
 """The options of one trainer, validated once and passed on as one object."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -18,8 +18,9 @@ from fptt_jax._checks import (
   check_integer,
   check_size,
 )
-from fptt_jax._types import FeaturesAndReadout, Model
+from fptt_jax._types import FeaturesAndReadout, Hidden, Model, Params
 from fptt_jax._windows import WindowPlan, make_windows
+from fptt_jax.influence import INFLUENCES, Influence
 from fptt_jax.losses import Loss
 from fptt_jax.training._micro_batches import split_model
 from fptt_jax.training._schedules import METHODS, Method
@@ -47,6 +48,8 @@ class StepSpec:
     return_outputs: Whether a step returns the model's outputs.
     micro_batches: Parts that a window's rows are run in.
     axis: Name of the mesh axis that is bound where the model runs, or None.
+    influence: How credit crosses the windows' borders, or None.
+    hidden_map: The window map that the influence differentiates, or None.
   """
 
   model: Model
@@ -66,6 +69,8 @@ class StepSpec:
   return_outputs: bool = False
   micro_batches: int = 1
   axis: str | None = None
+  influence: Influence | None = None
+  hidden_map: Callable[..., Hidden] | None = None
 
   def plan_windows(self, num_steps: int) -> WindowPlan:
     """Cut a sequence into the method's windows.
@@ -148,6 +153,7 @@ def resolve_spec(
       options[size] = check_size(size, options[size])
   _check_method_options(name, method, options)
   _check_readout(model, loss, options)
+  options['influence'] = _find_influence(options['influence'], name, method)
   options['loss_weights'] = _finite_weights(options['loss_weights'])
   if loss.memory is not None and loss.memory.apply != loss.apply:
     # The parts would silently compute the loss that was replaced.
@@ -162,6 +168,7 @@ def resolve_spec(
     optimizer=optax.with_extra_args_support(optimizer),
     method=method,
     method_name=name,
+    hidden_map=None if options['influence'] is None else _hidden_map(model),
     **options,
   )
 
@@ -186,6 +193,46 @@ def _check_custom_method(method: Method) -> Method:
   accepted = "an integer >= 1, 'T' or None"
   windows = check_integer('method.num_windows', windows, 1, INT32_MAX, accepted)
   return method._replace(num_windows=windows)
+
+
+def _find_influence(
+  influence: str | Influence, name: str, method: Method
+) -> Influence | None:
+  """Return the influence, None for 'none'.
+
+  Raises:
+    ValueError: There is no such influence, or the method has no use for one.
+  """
+  if isinstance(influence, str) and influence == 'none':
+    return None
+  found = influence if isinstance(influence, Influence) else None
+  if isinstance(influence, str):
+    found = INFLUENCES.get(influence)
+  if found is None:
+    raise ValueError(
+      f'influence must be one of {["none", *INFLUENCES]} or an Influence, got '
+      f'{influence!r}.'
+    )
+  for part in ('init', 'credit', 'advance'):
+    check_callable(f'influence.{part}', getattr(found, part))
+  if not method.update_each_window or method.whole_gradient or method.truncated:
+    raise ValueError(
+      f"method {name!r} does not cut its gradient at the windows' borders, so that no "
+      f'credit is left to carry: got influence={influence!r}. Leave it out, or use '
+      "'fptt', 'tbptt' or 'ogd'."
+    )
+  return found
+
+
+def _hidden_map(model: Model) -> Callable[..., Hidden]:
+  """Make the map from hidden state to hidden state, without noise."""
+  apply = model.apply if model.plain is None else model.plain
+
+  def run(params: Params, hidden: Hidden, x: Any, mask: jax.Array | None) -> Hidden:
+    new_hidden, _ = apply(params, hidden, x, mask, None)
+    return new_hidden
+
+  return run
 
 
 def _check_method_options(name: str, method: Method, options: dict[str, Any]) -> None:
@@ -274,7 +321,7 @@ def _check_types(
     )
   for name in ('init', 'initial_state', 'apply'):
     check_callable(f'model.{name}', getattr(model, name))
-  for name in ('learned_initial_state', 'apply_last'):
+  for name in ('learned_initial_state', 'apply_last', 'plain'):
     if getattr(model, name) is not None:
       check_callable(f'model.{name}', getattr(model, name))
   for name in ('init', 'apply', 'measure', 'end_epoch', 'check'):

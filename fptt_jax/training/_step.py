@@ -38,6 +38,7 @@ from fptt_jax.parallel._placement import Gradient, Placement
 from fptt_jax.training._schedules import UpdatePlan, plan_updates
 from fptt_jax.training._spec import StepSpec
 from fptt_jax.training._window import (
+  advance_influence,
   empty_outputs,
   run_prefix,
   start_rows,
@@ -53,12 +54,14 @@ class Carry(NamedTuple):
     opt_state: State of the optimizer.
     hidden: [B, ...], hidden state after the last window.
     loss_state: State of the loss.
+    influence: [B, ...], influence on the hidden state; () without one.
   """
 
   params: Params
   opt_state: optax.OptState
   hidden: Hidden
   loss_state: LossState
+  influence: Any
 
 
 class Turn(NamedTuple):
@@ -84,12 +87,15 @@ class Seen(NamedTuple):
     grad_norm: [], global norm of its gradient.
     totals: Metrics.
     skipped: bool [], or None without `skip_nonfinite`.
+    credit_norm: [], global norm of the credit from beyond the window, or None without
+      an influence.
   """
 
   value: jax.Array
   grad_norm: jax.Array
   totals: Any
   skipped: jax.Array | None
+  credit_norm: jax.Array | None
 
 
 class Move(NamedTuple):
@@ -100,12 +106,14 @@ class Move(NamedTuple):
     opt_state: Optimizer state after it.
     measured: Objective and gradient norm before it.
     result: Other results of its windows.
+    credit_norm: [], norm of the credit from beyond the window, or None.
   """
 
   params: Params
   opt_state: optax.OptState
   measured: tuple[jax.Array, jax.Array]
   result: UpdateResult
+  credit_norm: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +123,7 @@ class _Constants:
   Attributes:
     spec: Options of the trainer.
     gradient: Gradient of an update's objective.
+    windows: Where the windows lie.
     batch: The batch.
     key: PRNG key of the sequence.
     plan: Which windows each update runs through.
@@ -126,6 +135,7 @@ class _Constants:
 
   spec: StepSpec
   gradient: Gradient
+  windows: WindowPlan
   batch: Batch
   key: jax.Array
   plan: UpdatePlan
@@ -166,6 +176,7 @@ def run_step(
   constants = _Constants(
     spec=spec,
     gradient=placement.wrap_gradient(gradient),
+    windows=windows,
     batch=batch,
     key=key,
     plan=plan,
@@ -177,7 +188,9 @@ def run_step(
   outputs = None
   if spec.return_outputs:
     outputs = empty_outputs(spec.model, state.params, state.hidden, batch, windows.size)
-  carry = Carry(state.params, state.opt_state, state.hidden, state.loss_state)
+  carry = Carry(
+    state.params, state.opt_state, state.hidden, state.loss_state, state.influence
+  )
   turns = _turns(spec, placement, windows, plan, valid)
   body = functools.partial(_run_update, constants)
 
@@ -208,6 +221,7 @@ def _step_metrics(
     lambda_norm=lambda_norm(carry.opt_state),
     outputs=outputs,
     invalid=invalid,
+    credit_norm=seen.credit_norm,
   )
 
 
@@ -223,6 +237,10 @@ def _run_update(
   inputs = _update_inputs(constants, carry, outputs, turn)
   params, opt_state, early = _run_early_steps(constants, inputs, carry, active)
   move = _optimizer_step(constants, inputs, params, opt_state)
+  influence = carry.influence
+  if spec.influence is not None:
+    # With the parameters of the pass that gave the hidden state.
+    influence = advance_influence(spec, constants.windows, params, inputs)
   params, opt_state = move.params, move.opt_state
   if active is not None:
     # A window without a valid step makes no update. A cond would copy the carry.
@@ -234,14 +252,20 @@ def _run_update(
     skip = ~_all_finite((move.measured, early, lambda_norm(opt_state)))
   result = move.result
   loss_state = _next_loss_state(constants, carry.loss_state, result.loss_state, skip)
-  moved = (params, opt_state, result.hidden)
+  moved = (params, opt_state, result.hidden, influence)
   totals = result.totals
   if skip is not None:
-    kept = (carry.params, carry.opt_state, carry.hidden)
+    kept = (carry.params, carry.opt_state, carry.hidden, carry.influence)
     nothing = optax.tree.zeros_like(totals)
     moved, totals = optax.tree.where(skip, (kept, nothing), (moved, totals))
+  params, opt_state, hidden, influence = moved
+  if skip is not None:
+    # An influence that has overflowed would have every later update skipped.
+    influence = _finite_rows(influence)
   value, norm = move.measured
-  return (Carry(*moved, loss_state), result.outputs), Seen(value, norm, totals, skip)
+  seen = Seen(value, norm, totals, skip, move.credit_norm)
+  carry = Carry(params, opt_state, hidden, loss_state, influence)
+  return (carry, result.outputs), seen
 
 
 def _update_inputs(
@@ -263,6 +287,7 @@ def _update_inputs(
     schedule=turn.schedule,
     first_loss_state=constants.first_loss_state,
     outputs=outputs,
+    influence=carry.influence,
   )
 
 
@@ -321,7 +346,10 @@ def _optimizer_step(
   params = optax.apply_updates(params, changes)
   # float16 cannot hold the square of a number above 255.
   norm = optax.tree.norm(jax.tree.map(widen, grads))
-  return Move(params, opt_state, (value, norm), result)
+  credit_norm = None
+  if constants.spec.influence is not None:
+    credit_norm = optax.tree.norm(jax.tree.map(widen, result.credit))
+  return Move(params, opt_state, (value, norm), result, credit_norm)
 
 
 def _value_fn(
@@ -380,6 +408,7 @@ def _next_state(state: TrainState, carry: Carry) -> TrainState:
     loss_state=carry.loss_state,
     key=state.key,
     step_count=optax.safe_increment(state.step_count),
+    influence=carry.influence,
   )
 
 
@@ -525,10 +554,26 @@ def _run_if(
       grad_norm=jnp.full(seen.grad_norm.shape, jnp.nan, seen.grad_norm.dtype),
       totals=optax.tree.zeros_like(seen.totals),
       skipped=optax.tree.zeros_like(seen.skipped),
+      credit_norm=optax.tree.full_like(seen.credit_norm, jnp.nan),
     )
     return carried, nothing
 
   return jax.lax.cond(valid, train, refuse, carried)
+
+
+def _finite_rows(influence: Any) -> Any:
+  """Return the influence with 0 in the rows that hold a non-finite number."""
+  leaves = jax.tree.leaves(influence)
+  if not leaves:
+    return influence
+  finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves]
+  rows = jnp.stack(finite).all(0)
+
+  def put(leaf: jax.Array) -> jax.Array:
+    keep = rows.reshape(-1, *[1] * (leaf.ndim - 1))
+    return jnp.where(keep, leaf, jnp.zeros([], leaf.dtype))
+
+  return jax.tree.map(put, influence)
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -24,13 +24,15 @@ from fptt_jax._probe import check_model, check_state_rows
 from fptt_jax._transform import check_usable, find_states
 from fptt_jax._trees import arrange_like, check_like, leaf_paths
 from fptt_jax._types import Hidden, Model, Params, StepMetrics, Trainer, TrainState
+from fptt_jax.influence import Influence
+from fptt_jax.influence._check import check_map
 from fptt_jax.losses import Loss, MetricSums
 from fptt_jax.parallel._placement import Placement, make_placement
 from fptt_jax.training._evaluate import run_evaluate, run_predict
 from fptt_jax.training._schedules import Method
 from fptt_jax.training._spec import StepSpec, resolve_spec
 from fptt_jax.training._step import run_step
-from fptt_jax.training._window import check_hidden
+from fptt_jax.training._window import check_hidden, first_influence
 
 
 def make_trainer(
@@ -52,6 +54,7 @@ def make_trainer(
   return_outputs: bool = False,
   donate: bool = True,
   micro_batches: int = 1,
+  influence: str | Influence = 'none',
 ) -> Trainer:
   """Make the functions that train a recurrent model forward through time.
 
@@ -120,6 +123,11 @@ def make_trainer(
       update; dropout noise differs. Readouts with a `split` run in S/micro_batches
       steps at a time unless `readout_chunk` is given. Ragged batches are excluded for
       models that return penalties.
+    influence: How a window's gradient gains what lies before the window: a name in
+      `fptt_jax.influence.INFLUENCES`, or what a function of `fptt_jax.influence` makes,
+      for methods with one update per window and gradients that reach back to its start.
+      'none' leaves it out. The model must not draw noise, such as dropout, before or in
+      its recurrent layers. Excludes `shard_params`.
 
   Returns:
     A :class:`Trainer`. Masked steps change neither state, loss nor gradient. A window
@@ -166,9 +174,15 @@ def make_trainer(
     'readout_chunk': readout_chunk,
     'return_outputs': return_outputs,
     'micro_batches': micro_batches,
+    'influence': influence,
   }
   spec = resolve_spec(model, loss, optimizer, method, options)
   placement = make_placement(mesh, check_flag('shard_params', shard_params), loss)
+  if shard_params and spec.influence is not None:
+    raise ValueError(
+      'influence goes without shard_params, since each row needs the gradient of all '
+      f'parameters: got influence={influence!r} and shard_params=True.'
+    )
   spec = dataclasses.replace(spec, axis=placement.axis)
   functions = _Functions(spec, placement)
   donate = check_flag('donate', donate)
@@ -217,13 +231,17 @@ class _Functions:
     # be in two places.
     opt_state = jax.tree.map(jnp.copy, spec.optimizer.init(params))
     num_windows = spec.plan_windows(num_steps).num_windows
+    hidden = _strong_copy(spec.model.start(params, batch_size))
+    if spec.influence is not None:
+      check_map(spec.model, params, batch.inputs, spec.plan_windows(num_steps).size)
     state = TrainState(
       params=params,
       opt_state=opt_state,
-      hidden=_strong_copy(spec.model.start(params, batch_size)),
+      hidden=hidden,
       loss_state=_strong_copy(spec.loss.init(num_windows)),
       key=run_key,
       step_count=jnp.zeros([], jnp.int32),
+      influence=_strong_copy(first_influence(spec, params, hidden, batch)),
     )
     self._check_rows(batch_size)
     return self.placement.place(state)
@@ -244,7 +262,8 @@ class _Functions:
       # Rows may start differently, so that the whole batch's state is made here, before
       # it is split over devices.
       hidden = _strong_copy(spec.model.start(state.params, batch_size))
-      state = state._replace(hidden=hidden)
+      influence = jax.tree.map(jnp.zeros_like, state.influence)
+      state = state._replace(hidden=hidden, influence=influence)
     step = functools.partial(run_step, spec, self.placement)
     return self.placement.wrap_step(step)(state, batch)
 
@@ -294,7 +313,9 @@ class _Functions:
       batch_size = leaves[0].shape[0]
       hidden = _strong_copy(self.spec.model.start(state.params, batch_size))
     loss_state = self.spec.loss.end_epoch(state.loss_state)
-    return self.placement.place(state._replace(loss_state=loss_state, hidden=hidden))
+    influence = jax.tree.map(jnp.zeros_like, state.influence)
+    state = state._replace(loss_state=loss_state, hidden=hidden, influence=influence)
+    return self.placement.place(state)
 
   def _arguments(
     self, params: Params, batch: Batch, hidden: Hidden | None
@@ -364,7 +385,7 @@ def _arrange_state(state: TrainState, expected: TrainState) -> TrainState:
     ValueError: Leaves are missing, or have another shape or kind of numbers.
   """
   whose = 'as init makes it for this batch'
-  for name in ('params', 'opt_state', 'loss_state', 'step_count'):
+  for name in ('params', 'opt_state', 'loss_state', 'step_count', 'influence'):
     leaves = check_like(
       f'state.{name}', getattr(state, name), getattr(expected, name), whose
     )

@@ -30,6 +30,7 @@ from fptt_jax._windows import (
   window_at,
   write_window,
 )
+from fptt_jax.influence import WindowMap, attach
 from fptt_jax.losses import LossState, MetricSums
 from fptt_jax.training._readout import WindowLoss, chunked_loss, steps_at_once
 from fptt_jax.training._schedules import UpdatePlan
@@ -208,9 +209,11 @@ def update_gradient(
   weights = spec.window_weights(windows.num_windows)
   sequence = Sequence.cut(inputs.batch, windows, inputs.key, spec.axis)
   update = _Update(spec, sequence, inputs, weights, revisits=not plan.records.all())
+  if spec.influence is not None:
+    return _gradient_with_credit(update, params)
 
   def objective(params: Params) -> tuple[jax.Array, UpdateResult]:
-    return _objective(update, params)
+    return _objective(update, params, inputs.hidden)
 
   (value, result), grads = jax.value_and_grad(objective, has_aux=True)(params)
   # JAX returns the conjugate of a complex parameter's ascent direction; optax expects
@@ -218,11 +221,98 @@ def update_gradient(
   return value, jax.tree.map(jnp.conj, grads), result
 
 
-def _objective(update: _Update, params: Params) -> tuple[jax.Array, UpdateResult]:
+def _gradient_with_credit(
+  update: _Update, params: Params
+) -> tuple[jax.Array, Params, UpdateResult]:
+  """Differentiate the objective of a window, with the credit from beyond it."""
+  spec = update.spec
+  inputs = update.inputs
+  influence = spec.influence
+  assert influence is not None
+  window = _window_map(spec, update.sequence, inputs)
+
+  def objective(params: Params, before: Params) -> tuple[jax.Array, UpdateResult]:
+    # The same parameters twice tell the two parts of the gradient apart.
+    hidden = attach(influence, window, before, inputs.hidden, inputs.influence)
+    return _objective(update, params, hidden)
+
+  differentiate = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+  (value, result), parts = differentiate(params, params)
+  within, credit = jax.tree.map(jnp.conj, parts)
+  grads = jax.tree.map(jnp.add, within, credit)
+  return value, grads, result._replace(credit=credit)
+
+
+def advance_influence(
+  spec: StepSpec, windows: WindowPlan, params: Params, inputs: UpdateInputs
+) -> Any:
+  """Return the influence after the window of an update.
+
+  Args:
+    spec: Options of the trainer, with an influence.
+    windows: Where the windows lie.
+    params: Parameters with which the window was last run.
+    inputs: What else its objective depends on.
+  """
+  influence = spec.influence
+  assert influence is not None
+  sequence = Sequence.cut(inputs.batch, windows, inputs.key, spec.axis)
+  window = _window_map(spec, sequence, inputs)
+  key = None
+  if influence.draws:
+    # The keys 0..K are those of the windows and of the steps before the first.
+    numbers, _, _ = inputs.schedule
+    key = jax.random.fold_in(inputs.key, windows.num_windows + 1 + numbers[0])
+  return influence.advance(window, params, inputs.hidden, inputs.influence, key)
+
+
+def first_influence(
+  spec: StepSpec, params: Params, hidden: Hidden, batch: Batch
+) -> Any:
+  """Return the state of the influence before the first step; () without one."""
+  if spec.influence is None:
+    return ()
+  num_steps, batch_size = check_shapes(batch)
+  windows = spec.plan_windows(num_steps)
+  fresh = None
+  if spec.model.learned_initial_state is not None:
+    fresh = jnp.ones(batch_size, bool)
+  x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[: windows.size], batch.inputs)
+  window = _bare_map(spec, x, None, fresh)
+  return spec.influence.init(window, params, hidden)
+
+
+def _window_map(spec: StepSpec, sequence: Sequence, inputs: UpdateInputs) -> WindowMap:
+  """Return the map of the one window that an update runs through."""
+  numbers, _, _ = inputs.schedule
+  view = window_at(sequence.windows, numbers[0], sequence.valid, sequence.axis)
+  x = jax.tree.map(lambda leaf: view.slice(jnp.asarray(leaf)), sequence.batch.inputs)
+  mask = view.mask if view.masked else None
+  return _bare_map(spec, x, mask, inputs.fresh)
+
+
+def _bare_map(
+  spec: StepSpec, x: Any, mask: jax.Array | None, fresh: jax.Array | None
+) -> WindowMap:
+  assert spec.hidden_map is not None
+  if fresh is None:
+    return WindowMap(spec.hidden_map, x, mask)
+  rows = len(fresh)
+  return WindowMap(
+    spec.hidden_map,
+    x,
+    mask,
+    fresh,
+    lambda params: start_rows(spec.model, params, rows, spec.axis),
+  )
+
+
+def _objective(
+  update: _Update, params: Params, hidden: Hidden
+) -> tuple[jax.Array, UpdateResult]:
   """Return the weighted loss of the update's windows, and their other results."""
   spec = update.spec
   inputs = update.inputs
-  hidden = inputs.hidden
   if inputs.fresh is not None:
     hidden = _with_start(spec, params, hidden, inputs.fresh)
 

@@ -1,0 +1,20 @@
+"""Influence of the parameters on the hidden state, carried across windows.
+
+Windows cut the gradient at their start. An :class:`Influence` carries what they cut
+off: the derivative of the hidden state with respect to the parameters, exact or
+approximated. `fptt_jax.make_trainer(..., influence=...)` takes a name of `INFLUENCES`,
+or what the functions of this module make.
+"""
+
+from fptt_jax.influence._base import Influence, WindowMap, attach
+from fptt_jax.influence._exact import rtrl
+
+INFLUENCES: dict[str, Influence] = {'rtrl': rtrl()}
+"""The influences by name, with their default settings."""
+
+__all__ = ('INFLUENCES', 'Influence', 'WindowMap', 'attach', 'rtrl')
+
+
+def __dir__() -> list[str]:
+  """List the public names only."""
+  return sorted(__all__)

@@ -1,0 +1,137 @@
+"""What an influence is, and how its credit joins the gradient of a window."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fptt_jax._types import Hidden, Params
+
+State = Any
+"""State of an influence: a tree of arrays [B, ...]."""
+
+
+class WindowMap(NamedTuple):
+  """How one window maps parameters and hidden state to the next hidden state.
+
+  Attributes:
+    run: (params, hidden [R, ...], x [n, R, ...], mask [n, R] or None) -> hidden
+      [R, ...] after n steps of any R rows, without noise. It is differentiable in every
+      way, and the same function for all windows of a trainer.
+    x: [S, B, ...], the window's inputs, 0 at masked steps.
+    mask: bool [S, B], which steps are valid; None if all are.
+    fresh: bool [B], rows that start from the learned initial state; None for none.
+    start: (params) -> hidden state [B, ...] of those rows; None if it is constant.
+  """
+
+  run: Callable[[Params, Hidden, Any, jax.Array | None], Hidden]
+  x: Any
+  mask: jax.Array | None
+  fresh: jax.Array | None = None
+  start: Callable[[Params], Hidden] | None = None
+
+  def begin(self, params: Params, hidden: Hidden) -> Hidden:
+    """Return the hidden state that the window starts from.
+
+    Args:
+      params: Parameters of the model.
+      hidden: [B, ...], hidden state after the window before.
+
+    Returns:
+      [B, ...]: `hidden`, with the learned initial state in the rows that are fresh.
+    """
+    if self.start is None or self.fresh is None:
+      return hidden
+    fresh = self.fresh
+
+    def put(start: jax.Array, old: jax.Array) -> jax.Array:
+      rows = fresh.reshape(-1, *[1] * (old.ndim - 1))
+      return jnp.where(rows, start.astype(old.dtype), old)
+
+    return jax.tree.map(put, self.start(params), hidden)
+
+
+class Influence(NamedTuple):
+  """A way to carry the effect of the parameters on the hidden state across windows.
+
+  The gradient of a window's objective L that truncated windows leave out is
+  Σ_b δ_b M_b, where δ = ∂L/∂h for the hidden state h before the window and M is the
+  derivative of h with respect to all weights used so far, shifted together. An
+  influence is a representation of M.
+
+  Attributes:
+    init: (window, params, hidden) -> state. A tree of arrays [B, ...], all zeros, which
+      stands for "no influence". Only shapes of the arguments are used.
+    credit: (window, params, state, d_hidden) -> tree like `params`: Σ_b δ_b M_b for the
+      gradient δ = `d_hidden` of the hidden state before the window. It is linear in
+      `d_hidden`.
+    advance: (window, params, hidden, state, key) -> state after the window, which
+      started from `hidden` and ran with `params`. The key is None unless it draws.
+    draws: Whether `advance` needs a key.
+
+  References:
+    Williams and Zipser, "Gradient-based learning algorithms for recurrent networks and
+    their computational complexity", 1995: the hybrid of RTRL and windows.
+  """
+
+  init: Callable[[WindowMap, Params, Hidden], State]
+  credit: Callable[[WindowMap, Params, State, Hidden], Params]
+  advance: Callable[[WindowMap, Params, Hidden, State, jax.Array | None], State]
+  draws: bool = False
+
+
+def attach(
+  influence: Influence,
+  window: WindowMap,
+  params: Params,
+  hidden: Hidden,
+  state: State,
+) -> Hidden:
+  """Make the hidden state before a window depend on the parameters.
+
+  The value is `hidden` itself, bit for bit. A gradient that arrives at it is turned
+  into the credit of the parameters, so that `jax.grad` of a window's loss gains what
+  the truncation at the window's start leaves out. It has no forward-mode derivative.
+
+  Args:
+    influence: How the effect of the parameters is represented.
+    window: The window that starts from `hidden`.
+    params: Parameters of the model.
+    hidden: [B, ...], hidden state before the window.
+    state: State of the influence before the window.
+
+  Returns:
+    [B, ...], the hidden state.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from fptt_jax import influence
+    >>> def run(params, h, x, mask):  # h' = w h + x
+    ...   return jax.lax.scan(lambda h, x_t: (params['w'] * h + x_t, ()), h, x)[0]
+    >>> params = {'w': jnp.full((1, 1), 0.5)}
+    >>> rtrl = influence.rtrl()
+    >>> h = jnp.zeros((1, 1))
+    >>> window = influence.WindowMap(run, jnp.ones((2, 1, 1)), None)
+    >>> state = rtrl.init(window, params, h)
+    >>> state = rtrl.advance(window, params, h, state, None)
+    >>> h = run(params, h, window.x, None)
+    >>> def loss(params):
+    ...   start = influence.attach(rtrl, window, params, h, state)
+    ...   return run(params, start, window.x, None).sum()
+    >>> jax.grad(loss)(params)['w']  # d/dw (1 + w + w² + w³)
+    Array([[2.75]], dtype=float32)
+  """
+
+  @jax.custom_vjp
+  def attached(params: Params, hidden: Hidden) -> Hidden:
+    return hidden
+
+  def forward(params: Params, hidden: Hidden) -> tuple[Hidden, Params]:
+    return hidden, params
+
+  def backward(params: Params, d_hidden: Hidden) -> tuple[Params, Hidden]:
+    return influence.credit(window, params, state, d_hidden), d_hidden
+
+  attached.defvjp(forward, backward)
+  return attached(params, hidden)

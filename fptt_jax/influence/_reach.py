@@ -1,0 +1,89 @@
+"""Which parameters reach the hidden state, found by running the model."""
+
+from typing import Any
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fptt_jax._types import Hidden, Params
+from fptt_jax.influence._arrays import by_path, join
+from fptt_jax.influence._base import WindowMap
+
+DRAWS = 4
+"""Points at which derivatives are looked at: a rectifier may be off at one."""
+STEPS = 3
+"""Most steps of a window that are run: more show nothing new."""
+
+_found: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+"""Answers by model and shapes, so that each is probed once."""
+
+
+def reached_paths(window: WindowMap, params: Params, hidden: Hidden) -> tuple[str, ...]:
+  """Return the paths of the parameters that the hidden state depends on.
+
+  Args:
+    window: A window. Its shapes are used, and its functions.
+    params: Parameters of the model; only shapes are used.
+    hidden: Hidden state [B, ...]; only shapes are used.
+  """
+  steps = min(STEPS, jax.tree.leaves(window.x)[0].shape[0])
+  x = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((steps, *leaf.shape[1:]), leaf.dtype), window.x
+  )
+  shapes = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, hidden, x)
+  )
+  known = _found.setdefault(window.run, {})
+  key = str((window.start is None, shapes))
+  if key not in known:
+    with jax.ensure_compile_time_eval():
+      known[key] = _probe_reach(window, *shapes)
+  result: tuple[str, ...] = known[key]
+  return result
+
+
+def _probe_reach(
+  window: WindowMap, params: Params, hidden: Hidden, x: Any
+) -> tuple[str, ...]:
+  @jax.jit
+  def gradient(params: Params, hidden: Hidden, x: Any, seed: jax.Array) -> Params:
+    def end(params: Params) -> jax.Array:
+      ends = join(window.run(params, hidden, x, None))
+      if window.start is None:
+        return ends
+      # Starting from there alone might hide what acts on the state of the step before.
+      return jnp.concatenate([ends, join(window.start(params))])
+
+    out, pull = jax.vjp(end, params)
+    [grads] = pull(jax.random.normal(jax.random.key(seed), out.shape, out.dtype))
+    return grads
+
+  reached: set[str] = set()
+  for seed in range(DRAWS):
+    point = draw_like((params, hidden, x), seed)
+    for path, leaf in by_path(gradient(*point, np.uint32(seed))).items():
+      # A NaN counts as a dependence, too.
+      if bool((leaf != 0).any()):
+        reached.add(path)
+  return tuple(path for path in by_path(params) if path in reached)
+
+
+def draw_like(tree: Any, seed: int) -> Any:
+  """Return random arrays of the shapes and dtypes of a tree.
+
+  Args:
+    tree: Tree of abstract arrays. Real ones become normal numbers, integers 0 or 1.
+    seed: Seed of the draw.
+  """
+  rng = np.random.default_rng(seed)
+
+  def draw(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+      return jnp.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.split(jax.random.key(seed), leaf.shape)
+    return jnp.asarray(rng.integers(0, 2, leaf.shape), leaf.dtype)
+
+  return jax.tree.map(draw, tree)
