@@ -11,6 +11,7 @@ import pytest
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import (
   cases,
+  gpu_day,
   measurements,
   ours,
   plots,
@@ -230,3 +231,47 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
 def test_unknown_cases_are_refused():
   with pytest.raises(ValueError, match=r"--cases must be .*, got 'M29'"):
     settings.Config(cases=('M29',))
+
+
+def test_a_day_on_a_gpu_goes_on_where_it_stopped(tmp_path: Path, capsys):
+  """Results stay, failures are repeated, and no stage starts when time is over."""
+  calls = []
+
+  def stage(name: str, fails: bool = False) -> gpu_day.Stage:
+    def run() -> str:
+      calls.append(name)
+      if fails:
+        raise ValueError(f'no {name}')
+      return f'result of {name}'
+
+    return gpu_day.Stage(name, run)
+
+  path = tmp_path / 'gpu-day.json'
+  first = [stage('a'), stage('b', fails=True), stage('c')]
+  content = gpu_day.run_stages(first, path, minutes=1)
+  assert content['stages']['b']['error'] == 'ValueError: no b'
+  assert 'left: b;' in capsys.readouterr().out
+  gpu_day.run_stages([stage('a'), stage('b'), stage('c'), stage('d')], path, minutes=0)
+  assert calls == ['a', 'b', 'c']
+  gpu_day.run_stages([stage('a'), stage('b'), stage('c'), stage('d')], path, minutes=1)
+  assert calls == ['a', 'b', 'c', 'b', 'd']
+  stages = json.loads(path.read_text())['stages']
+  assert {name: entry['result'] for name, entry in stages.items()} == {
+    name: f'result of {name}' for name in 'abcd'
+  }
+
+
+@pytest.mark.slow
+def test_a_day_on_a_gpu_runs_through_without_one(tmp_path: Path, monkeypatch):
+  """Kernels are left to the tests of the emulation; the GPU's tests are skipped."""
+  monkeypatch.setattr(measurements, 'PAUSE', 0)
+  config = settings.Config(
+    part='gpu-day', cases=('smoke',), rounds=2, workdir=str(tmp_path)
+  )
+  benchmark.main(config)
+  stages = json.loads((tmp_path / 'gpu-day.json').read_text())['stages']
+  assert list(stages) == ['kernels', 'tests', 'rivals smoke', 'population smoke']
+  assert 'runs on NVIDIA GPUs' in stages['kernels']['error']
+  assert 'skipped' in stages['tests']['result']['output'][-1]
+  assert stages['rivals smoke']['result']['lines'][0]['system'] == 'ours'
+  assert [row['R'] for row in stages['population smoke']['result']] == [1, 2]

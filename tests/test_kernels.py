@@ -14,6 +14,7 @@ import optax
 import problems
 import pytest
 
+from experiments.benchmark import gpu_day
 import fptt_jax
 from fptt_jax import nn
 from fptt_jax.nn.cells import gru, lstm
@@ -318,3 +319,17 @@ def test_compiles_for_a_gpu_without_spills(cell, tmp_path):
     hasattr(handlers, f'{cell.lower()}_{direction}')
     for direction in ('forward', 'backward')
   )
+
+
+def test_the_benchmarks_check_of_kernels(monkeypatch):
+  """It accepts the kernels, and refuses one that is wrong by a thousandth."""
+  monkeypatch.setattr(gpu_day, 'KERNEL_SIZES', (32,))
+  rows = gpu_day.check_kernels()
+  assert [(row['layer'], row['H']) for row in rows] == [('LSTM', 32), ('GRU', 32)]
+  assert all(row['error'] < 1e-5 for row in rows)
+  backward = cuda.run_backward
+  monkeypatch.setattr(
+    cuda, 'run_backward', lambda *args: [1.001 * leaf for leaf in backward(*args)]
+  )
+  with pytest.raises(RuntimeError, match=r'largest relative error is 0\.00'):
+    gpu_day.check_kernels()

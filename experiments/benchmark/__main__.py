@@ -21,6 +21,10 @@ time to compile, and the memory that a step needs besides its arguments.
 
 'population' compares R members side by side with a single run.
 
+'gpu-day' is for a GPU that is there for a few minutes: it checks the CUDA kernels, runs
+the GPU's tests, and times the cases, the first of --cases first. It writes one file,
+gpu-day.json, after each stage. The same --workdir goes on where the time ran out.
+
 All computations are in float32, matrix products on a GPU too unless --precision says
 otherwise. Batches are on the device before anything is timed. Systems that cannot be
 timed are listed with the reason: the CUDA kernels need nvcc, and PyTorch is not a
@@ -33,6 +37,7 @@ from typing import Any
 import jax
 from tabulate import tabulate
 
+from experiments.benchmark import gpu_day
 from experiments.benchmark.cases import varied_cases
 from experiments.benchmark.measurements import (
   left_out,
@@ -84,6 +89,8 @@ def main(config: Config) -> None:
         print((folder / 'population.txt').read_text())
     if config.part in ('all', 'growth'):
       report_growth(config, folder, about)
+    if config.part == 'gpu-day':
+      gpu_day.run_day(config, folder)
   print(f'numbers, tables and plots are in {folder}')
 
 

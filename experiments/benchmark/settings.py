@@ -12,12 +12,17 @@ class Config:
   """Settings of the benchmark."""
 
   part: str = option(
-    'all', 'what to measure', ('all', 'rivals', 'growth', 'population')
+    'all',
+    "what to measure; 'gpu-day' is not part of 'all'",
+    ('all', 'rivals', 'growth', 'population', 'gpu-day'),
   )
   cases: tuple[str, ...] = option(
     DEFAULT_CASES, 'cases of rivals', CASES, required=True
   )
   rounds: int = option(9, 'timed calls of each program', within='[1, inf)')
+  minutes: float = option(
+    12.0, 'gpu-day starts no stage later than this', within='(0, inf)'
+  )
   precision: str = option(
     'float32',
     "of matrix products on a GPU, ours and the others'",
