@@ -1,6 +1,7 @@
 """Settings that tests run under."""
 
 from collections.abc import Iterator
+import gc
 import os
 
 import jax
@@ -16,6 +17,14 @@ os.environ.setdefault('XLA_FLAGS', problems.QUICK_FLAGS)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Simulated devices, for the tests that split a batch.
 jax.config.update('jax_num_cpu_devices', 8)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def freeze_objects() -> Iterator[None]:
+  """Spares the garbage collector the gigabytes of programs that earlier tests left."""
+  yield
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture

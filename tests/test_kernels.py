@@ -291,6 +291,7 @@ def test_a_failed_compilation_shows_the_compiler_output(monkeypatch, tmp_path):
   assert list((tmp_path / 'cache').rglob('*.so')) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cell', LAYERS)
 def test_compiles_for_a_gpu_without_spills(cell, tmp_path):
   """nvcc compiles for an H100 without register spills, and the library exports the

@@ -129,7 +129,15 @@ def assert_same_runs(folder: Path) -> None:
     assert last_saved(whole) == last_saved(cut)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize(
+  'family',
+  [
+    'add_task',
+    # The scripts share one training loop.
+    pytest.param('images', marks=pytest.mark.slow),
+    pytest.param('language_model', marks=pytest.mark.slow),
+  ],
+)
 def test_killed_once(tmp_path: Path, family: str) -> None:
   """SIGKILL, or SIGTERM for the first family, some time after metrics were written."""
   finish(family, tmp_path, 'whole')

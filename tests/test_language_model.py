@@ -307,6 +307,7 @@ def test_random_lengths_cover_the_text_and_scale_the_learning_rate(
   assert factors(draw(1, seed=1)) != factors(portions)
 
 
+@pytest.mark.slow
 def test_the_whole_recipe_of_ptb_w_learns_a_rule(tmp_path: Path) -> None:
   """Mixture of softmaxes, all dropouts, penalties, random lengths, averaging, dynamic
   evaluation, by one run through all of it: far from the 6 of chance. The test text

@@ -115,7 +115,7 @@ def test_full_scale_is_the_paper_s() -> None:
   ('item', 'lines'),
   [
     ('fig2', ('tbptt-K3', 'fptt-K3-alpha0.5')),
-    ('table6', ('mnist-tbptt_final', 'mnist-fptt')),
+    pytest.param('table6', ('mnist-tbptt_final', 'mnist-fptt'), marks=pytest.mark.slow),
   ],
 )
 def test_an_item_runs_and_goes_on_where_it_was_stopped(

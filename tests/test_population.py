@@ -66,7 +66,7 @@ def assert_same_runs(a: Path, b: Path, names: list[str], tolerance: float) -> No
       )
 
 
-@pytest.mark.parametrize('devices', [1, 2])
+@pytest.mark.parametrize('devices', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_seeds_and_grid_side_by_side(tmp_path: Path, devices: int) -> None:
   """Four runs of two seeds and two rates are what they are one by one; each has its
   folder; 'run' in the summaries names it.
@@ -210,7 +210,7 @@ def test_one_diverges_and_one_stops(
   ]
 
 
-@pytest.mark.parametrize('steps_per_call', [1, 0])
+@pytest.mark.parametrize('steps_per_call', [pytest.param(1, marks=pytest.mark.slow), 0])
 def test_chunks_change_nothing(tmp_path: Path, steps_per_call: int) -> None:
   """Batches one by one, or all of an interval in one program: the same run, which may
   even go on the other way.

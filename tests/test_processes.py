@@ -277,7 +277,9 @@ def test_all_processes_write_to_the_folder_of_the_first(
   )
 
 
-@pytest.mark.parametrize('shard_params', [False, True])
+@pytest.mark.parametrize(
+  'shard_params', [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_data_parallel_is_one_device(
   tmp_path: Path, shard_params: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

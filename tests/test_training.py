@@ -258,6 +258,7 @@ def test_lstm_step_equals_a_python_loop():
   )
 
 
+@pytest.mark.slow
 def test_step_is_the_same_without_compilation():
   """Under jax.disable_jit every scan is a Python loop, run operation by operation: same
   numbers.
