@@ -68,6 +68,12 @@ class Model(NamedTuple):
       starts a sequence is differentiated with respect to it. None if it is constant.
     plain: `apply` in a form that `jax.jvp`, `jax.vmap` and derivatives of any order
       take, for windows of any size. None if `apply` itself is of that form.
+    own_transitions: (params, state [R, ...], x [1, R, ...], own_only) -> {number of an
+      array: [m, m, n] for each row, [R, m, m, n]}: for layers with m arrays of n units
+      each, how the arrays of each unit after one step depend on those of the same unit
+      before it; with `own_only` without recurrent matrices. The key is the number of
+      the layer's first array among the floating-point arrays of the state. Used by
+      `fptt_jax.influence.snap1`, which differentiates layers that are not there.
   """
 
   init: Callable[[jax.Array], Params]
@@ -80,6 +86,7 @@ class Model(NamedTuple):
   split: FeaturesAndReadout | None = None
   learned_initial_state: Callable[[Params, int], Hidden] | None = None
   plain: Callable[..., tuple[Hidden, jax.Array | OutputsWithPenalty]] | None = None
+  own_transitions: Callable[..., dict[int, jax.Array]] | None = None
 
   def start(self, params: Params, batch_size: int) -> Hidden:
     """Make the hidden state before the first step.

@@ -1,5 +1,6 @@
 """Credit across windows: exact influences against back-propagation through time."""
 
+import functools
 from typing import Any
 
 from flax import nnx
@@ -18,6 +19,7 @@ T, B, H = 6, 2, 3
 LENGTHS = np.array([6, 4], np.int32)
 SERIES = losses.sequence_regression()
 RNN = nn.ElmanRNN
+SNAP1 = influence.snap1()
 
 pytestmark = pytest.mark.usefixtures('x64')
 
@@ -42,6 +44,19 @@ def learned(features: int, size: int, **options: Any) -> nn.LearnedInitialState:
 
 def penalized(features: int, size: int, **options: Any) -> nn.Sequential:
   return nn.Sequential(RNN(features, size, **options), nn.ActivationPenalty(0.3))
+
+
+@functools.cache
+def elman() -> fptt_jax.Model:
+  """One model for many tests, which is probed and compiled once."""
+  return problems.elman(hidden=H, dtype=jnp.float64)
+
+
+@functools.cache
+def whole_elman_gradient(num_steps: int = T, num_windows: int = 3) -> Any:
+  """Its gradient by back-propagation through time, of the sum of windows' losses."""
+  options = dict(num_windows=num_windows)
+  return total_gradient(elman(), [batch_of(num_steps)], 'bptt_aux', **options)[0]
 
 
 def batch_of(num_steps: int = T, seed: int = 0) -> fptt_jax.Batch:
@@ -133,7 +148,7 @@ def test_exact_credit_makes_the_windows_gradients_add_up(name: str) -> None:
 def test_the_sum_does_not_depend_on_the_windows(num_windows: int) -> None:
   """With losses weighted by the lengths of the windows."""
   windows = fptt_jax.make_windows(T, num_windows=num_windows)
-  model = problems.elman(hidden=H, dtype=jnp.float64)
+  model = elman()
   batch = batch_of()
   got, _ = total_gradient(
     model,
@@ -154,7 +169,7 @@ def test_the_sum_does_not_depend_on_the_windows(num_windows: int) -> None:
 
 def test_carried_influence_continues_the_sequence() -> None:
   """Two batches with a carried state are one sequence; without, they are two."""
-  model = problems.elman(hidden=H, dtype=jnp.float64)
+  model = elman()
   long = batch_of(2 * T)
   halves = [
     fptt_jax.Batch(long.inputs[part], long.targets[part])
@@ -162,8 +177,7 @@ def test_carried_influence_continues_the_sequence() -> None:
   ]
   options = dict(num_windows=3, influence='rtrl')
   carried, _ = total_gradient(model, halves, carry_hidden=True, **options)
-  whole, _ = total_gradient(model, [long], 'bptt_aux', num_windows=6)
-  assert_close(carried, whole)
+  assert_close(carried, whole_elman_gradient(2 * T, 6))
   apart, _ = total_gradient(model, halves, **options)
   each, _ = total_gradient(model, halves, 'bptt_aux', num_windows=3)
   assert_close(apart, each)
@@ -181,11 +195,11 @@ def test_carried_influence_continues_the_sequence() -> None:
 )
 def test_exact_credit_with_other_options(options: Any, factor: int) -> None:
   """Each pass over a window has the same credit, wherever its gradient is taken."""
-  model = problems.elman(hidden=H, dtype=jnp.float64)
+  model = elman()
   batch = batch_of()
   got, _ = total_gradient(model, [batch], num_windows=3, influence='rtrl', **options)
-  whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=3)
-  assert_close(got, jax.tree.map(lambda leaf: factor * leaf, whole))
+  expected = jax.tree.map(lambda leaf: factor * leaf, whole_elman_gradient())
+  assert_close(got, expected)
 
 
 def record(num_windows: int) -> optax.GradientTransformation:
@@ -222,7 +236,7 @@ def test_moving_weights_give_the_derivative_of_the_run_as_it_was(
 ) -> None:
   """Each gradient is that of its window's loss in one shift of all weights so far."""
   num_windows = 4
-  model = problems.elman(hidden=H, dtype=jnp.float64)
+  model = elman()
   batch = batch_of()
   optimizer = optax.chain(record(num_windows), base)
   state, _ = total_gradient(
@@ -265,7 +279,7 @@ def test_without_an_influence_nothing_is_attached(
   def refuse(*args):
     raise AssertionError('an influence was used')
 
-  model = problems.elman(hidden=H, dtype=jnp.float64)
+  model = elman()
   batch = batch_of()
 
   def program(**options):
@@ -288,7 +302,7 @@ def test_without_an_influence_nothing_is_attached(
 
 def test_zero_influence_changes_no_gradient() -> None:
   """The first window has none, whatever carries it."""
-  model = problems.elman(hidden=H, dtype=jnp.float64)
+  model = elman()
   got, metrics = total_gradient(model, [batch_of()], num_windows=1, influence='rtrl')
   plain, none = total_gradient(model, [batch_of()], num_windows=1)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):
@@ -299,7 +313,7 @@ def test_zero_influence_changes_no_gradient() -> None:
 
 def test_two_devices_give_what_one_gives() -> None:
   """The influence is split with the rows of the batch."""
-  model = problems.elman(hidden=H, dtype=jnp.float64)
+  model = elman()
   mesh = jax.sharding.Mesh(jax.devices('cpu')[:2], ('batch',))
   batch = batch_of()
   results = []
@@ -320,7 +334,7 @@ def test_two_devices_give_what_one_gives() -> None:
 
 def test_members_of_a_population_have_influences_of_their_own() -> None:
   """Each trains as it does alone, on its own batch and in one program of two steps."""
-  model = problems.elman(hidden=H, dtype=jnp.float64)
+  model = elman()
   trainer = fptt_jax.make_trainer(
     model, SERIES, optax.sgd(0.5), method='tbptt', num_windows=3, influence='rtrl'
   )
@@ -340,7 +354,7 @@ def test_members_of_a_population_have_influences_of_their_own() -> None:
 
 def test_an_influence_that_is_not_finite_is_dropped_by_rows() -> None:
   """The update is skipped, the row's influence starts anew, and training goes on."""
-  model = problems.elman(hidden=H, dtype=jnp.float64)
+  model = elman()
   trainer = problems.quick_trainer(
     model,
     SERIES,
@@ -369,11 +383,11 @@ def test_an_influence_of_ones_own() -> None:
 
   own = influence.Influence(
     init=lambda window, params, hidden: jnp.zeros(B),
-    credit=lambda window, params, state, d_hidden: optax.tree.full_like(params, 2.0),
+    credit=lambda window, params, *rest: optax.tree.full_like(params, 2.0),
     advance=advance,
     draws=True,
   )
-  model = problems.elman(hidden=H, dtype=jnp.float64)
+  model = elman()
   got, _ = total_gradient(model, [batch_of()], num_windows=3, influence=own)
   plain, _ = total_gradient(model, [batch_of()], num_windows=3)
   assert_close(got, jax.tree.map(lambda leaf: leaf + 6.0, plain))
@@ -427,7 +441,7 @@ def test_the_map_is_run_as_a_plain_scan() -> None:
 
 def refused(error: type[Exception], match: str, model: Any = None, **options: Any):
   """The error of making a trainer and its first state."""
-  model = problems.elman(hidden=H, dtype=jnp.float64) if model is None else model
+  model = elman() if model is None else model
   options = {'method': 'tbptt', 'influence': 'rtrl'} | options
 
   def start():
@@ -496,7 +510,7 @@ def test_refused_models() -> None:
   refused(
     ValueError,
     r'max_bytes=863 bytes, got 864: B=2 rows times N=3 numbers .* P=18 ',
-    problems.elman(hidden=H, dtype=jnp.float64),
+    elman(),
     influence=influence.rtrl(max_bytes=863),
   )
   with pytest.raises(ValueError, match=r'max_bytes must be an integer >= 1.*got 0'):
@@ -508,3 +522,350 @@ def test_dropout_after_the_recurrent_layers_is_no_obstacle() -> None:
   model = problems.lstm(hidden=H, dtype=jnp.float64, dropout=0.5)
   _, metrics = total_gradient(model, [batch_of()], num_windows=3, influence='rtrl')
   assert (metrics.credit_norm[1:] > 0).all()
+
+
+# Influence of each parameter on its own unit.
+
+
+class ResetBeforeGRU(nn.GRU):
+  """A GRU whose reset gate acts before the recurrent matrix."""
+
+  def __init__(self, *sizes: int, **options: Any):
+    super().__init__(*sizes, implementation='scan', **options)
+
+  def step(self):
+    w_x, w_h, bias = self.w_x[...], self.w_h[...], self.bias[None]
+
+    def step(h, x_t):
+      x_r, x_z, x_n = jnp.split(x_t @ w_x + bias, 3, axis=-1)
+      w_r, w_z, w_n = jnp.split(w_h, 3, axis=1)
+      r = jax.nn.sigmoid(x_r + h @ w_r)
+      z = jax.nn.sigmoid(x_z + h @ w_z)
+      h = (1 - z) * jnp.tanh(x_n + (r * h) @ w_n) + z * h
+      return h, h
+
+    return step
+
+  def own_transition(self, state, x_t, own_only):
+    return None
+
+
+def elementwise_lstm() -> fptt_jax.Model:
+  """An LSTM whose gates read no other unit: c' = f c + (1 - f) g, h' = o tanh(c')."""
+
+  def init(key):
+    w, u, v = jax.random.split(key, 3)
+    return {
+      'w': jax.random.normal(w, (2, 3 * H)),
+      'u': jax.random.normal(u, (3 * H,)),
+      'v': jax.random.normal(v, (H, 1)),
+    }
+
+  def apply(params, state, x, mask, key):
+    def step(state, inputs):
+      x_t, mask_t = inputs
+      h, c = state
+      f, g, o = jnp.split(x_t @ params['w'] + params['u'][None] * jnp.tile(h, 3), 3, 1)
+      f = jax.nn.sigmoid(f)
+      c = f * c + (1 - f) * jnp.tanh(g)
+      new = (jax.nn.sigmoid(o) * jnp.tanh(c), c)
+      if mask_t is not None:
+        new = jax.tree.map(lambda a, b: jnp.where(mask_t[:, None], a, b), new, state)
+      return new, new[0]
+
+    state, hs = jax.lax.scan(step, state, (x, mask))
+    return state, hs @ params['v']
+
+  return fptt_jax.Model(init, lambda size: (jnp.zeros((size, H)),) * 2, apply)
+
+
+APART = {
+  'lru': lambda: stack(nn.LRU),
+  'indrnn': lambda: stack(nn.IndRNN),
+  'elementwise lstm': elementwise_lstm,
+}
+
+
+@pytest.mark.parametrize('name', APART)
+def test_units_that_are_apart_need_one_number_per_parameter(name: str) -> None:
+  """Credit is exact, and as small as that of one unit."""
+  model = APART[name]()
+  batch = batch_of()._replace(lengths=LENGTHS)
+  trainer = problems.quick_trainer(
+    model, SERIES, collect(), method='tbptt', num_windows=4, influence='rtrl'
+  )
+  state = trainer.init(jax.random.key(0), batch)
+  weights = dict(fptt_jax.state_to_arrays(state.params))
+  arrays = len(jax.tree.leaves(state.hidden))
+  for path, leaf in state.influence.items():
+    assert leaf.shape == (B, arrays, *weights[path].shape)
+  state, _ = trainer.step(state, batch)
+  whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=4)
+  assert_close(state.opt_state, whole)
+
+
+def first_window(model: fptt_jax.Model, batch: fptt_jax.Batch, steps: slice) -> Any:
+  """The map of some steps of a batch."""
+
+  def run(params, hidden, x, mask):
+    apply = model.apply if model.plain is None else model.plain
+    return apply(params, hidden, x, mask, None)[0]
+
+  x = jnp.asarray(batch.inputs[steps])
+  own = model.own_transitions
+  return influence.WindowMap(run, x, None, own_transitions=own)
+
+
+def test_parameters_that_reach_several_units_are_left_out() -> None:
+  """The reset gate that acts before the matrix, and the layer before the first one."""
+
+  def build(rngs):
+    return nn.Sequential(nnx.Linear(2, 2, rngs=rngs), ResetBeforeGRU(2, H, rngs=rngs))
+
+  model = nn.from_nnx(build)
+  params = model.init(jax.random.key(0))
+  window = first_window(model, problems.series_batch(T, B), slice(T))
+  hidden = model.initial_state(B)
+  state = SNAP1.init(window, params, hidden)
+  assert set(state) == {'layers/1/w_x', 'layers/1/w_h', 'layers/1/bias'}
+  state = SNAP1.advance(window, params, hidden, state, None)
+  for leaf in state.values():
+    np.testing.assert_array_equal(leaf[..., :H], 0)
+    assert (leaf[..., H:] != 0).all()
+
+
+OWN = {'lstm': nn.LSTM, 'gru': nn.GRU, 'rnn': RNN}
+
+
+@pytest.mark.parametrize('name', OWN)
+def test_own_transitions_are_the_diagonals_of_a_steps_derivative(name: str) -> None:
+  """And without recurrent matrices those of a layer whose matrix has no diagonal."""
+  layer = OWN[name](2, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+  rng = np.random.default_rng(0)
+  state = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), layer.initial_state(B)
+  )
+  x = jnp.asarray(rng.normal(size=(B, 2)))
+
+  def diagonals(layer):
+    derivative = jax.jacfwd(lambda state: layer.step()(state, x)[0])(state)
+    size = len(jax.tree.leaves(state))
+    blocks = [jnp.einsum('bubu->bu', leaf) for leaf in jax.tree.leaves(derivative)]
+    return jnp.stack(blocks, 1).reshape(B, size, size, H)
+
+  assert_close(layer.own_transition(state, x, False), diagonals(layer))
+  gates = layer.w_h.shape[1] // H
+  without = layer.w_h[...] * (1 - jnp.tile(jnp.eye(H), gates))
+  layer.w_h.set_value(without)
+  expected = diagonals(layer)
+  assert_close(layer.own_transition(state, x, True), expected)
+
+
+def snap_by_definition(
+  model: fptt_jax.Model, params: Any, inputs: Any, units: bool
+) -> Any:
+  """M' = Z (J M + I) step by step, for one row, {path: [N, ...]}.
+
+  Z has what a parameter reaches in a step or, with `units`, all arrays of these units.
+  """
+  flat, unravel = jax.flatten_util.ravel_pytree(params)
+  h, unravel_hidden = jax.flatten_util.ravel_pytree(model.initial_state(1))
+
+  def step(flat, h, x_t):
+    state = unravel_hidden(h)
+    state, _ = model.plain(unravel(flat), state, x_t[None, None], None, None)
+    h = jax.flatten_util.ravel_pytree(state)[0]
+    return h, h
+
+  @problems.quick
+  def advance(h, matrix, x_t):
+    derivative = jax.jacrev(step, argnums=(0, 1), has_aux=True)
+    (direct, jacobian), h = derivative(flat, h, x_t)
+    reached = direct != 0
+    if units:
+      reached = reached.reshape(-1, H, len(flat)).any(0)
+      reached = jnp.tile(reached, (len(h) // H, 1))
+    return h, jnp.where(reached, jacobian @ matrix + direct, 0)
+
+  matrix = jnp.zeros((len(h), len(flat)))
+  for x_t in jnp.asarray(inputs):
+    h, matrix = advance(h, matrix, x_t)
+  return fptt_jax.state_to_arrays(jax.vmap(unravel)(matrix))
+
+
+@pytest.mark.parametrize(
+  ('kind', 'method'),
+  [
+    (nn.LSTM, SNAP1),
+    (nn.FastGRNN, SNAP1),
+    (nn.LSTM, influence.snap(1)),
+  ],
+  ids=['lstm', 'fastgrnn', 'masked-lstm'],
+)
+def test_windows_of_snap1_give_what_steps_give_by_definition(
+  kind: Any, method: influence.Influence
+) -> None:
+  """Whether a layer gives its transitions or not, and under the mask of one step."""
+  model = stack(kind)
+  params = model.init(jax.random.key(0))
+  batch = batch_of()
+  hidden = model.initial_state(B)
+  window = first_window(model, batch, slice(0, 3))
+  state = method.init(window, params, hidden)
+
+  @problems.quick
+  def advance(x, hidden, state):
+    moved = window._replace(x=x)
+    state = method.advance(moved, params, hidden, state, None)
+    return window.run(params, hidden, x, None), state
+
+  for steps in (slice(0, 3), slice(3, 6)):
+    hidden, state = advance(jnp.asarray(batch.inputs[steps]), hidden, state)
+  own = method is SNAP1
+  expected = snap_by_definition(model, params, batch.inputs[:, 0], units=own)
+  for path, leaf in state.items():
+    whole = expected[path]
+    if own:
+      whole = whole.reshape(-1, H, *whole.shape[1:]).sum(1)
+    assert_close(leaf[0], whole)
+
+
+def ring() -> fptt_jax.Model:
+  """Units that read themselves and a neighbor, so that effects spread step by step."""
+  size = 4
+
+  def init(key):
+    a, b, c = (jax.random.normal(part, (size,)) for part in jax.random.split(key, 3))
+    return {'a': a[None], 'own': b, 'next': c}
+
+  def apply(params, h, x, mask, key):
+    def step(h, x_t):
+      drive = params['own'][None] * h + params['next'][None] * jnp.roll(h, 1, 1)
+      h = jnp.tanh(x_t[:, :1] @ params['a'] + drive)
+      return h, h
+
+    h, hs = jax.lax.scan(step, h, x)
+    return h, hs.sum(2, keepdims=True)
+
+  return fptt_jax.Model(init, lambda size_: jnp.zeros((size_, size)), apply)
+
+
+def test_larger_patterns_leave_smaller_errors() -> None:
+  """Down to none once every unit is within reach."""
+  model = ring()
+  batch = batch_of()
+  whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=6)
+  errors = []
+  for n in (1, 2, 4):
+    options = dict(num_windows=6, influence=influence.snap(n))
+    errors.append(distance(total_gradient(model, [batch], **options)[0], whole))
+  assert errors[0] > errors[1] > 1e-6
+  assert errors[2] < 1e-10
+
+
+def test_snap1_of_a_stack_is_exact_for_the_upper_layer_alone() -> None:
+  """If its units are apart."""
+  model = stack(learned, nn.LRU)
+  batch = batch_of()._replace(lengths=LENGTHS)
+  options = dict(num_windows=4)
+  got, _ = total_gradient(model, [batch], influence='snap1', **options)
+  cut, _ = total_gradient(model, [batch], **options)
+  whole, _ = total_gradient(model, [batch], 'bptt_aux', **options)
+  lower, upper, readout = (whole['layers'][number] for number in range(3))
+  assert_close(got['layers'][1], upper)
+  assert_close(got['layers'][2], readout)
+  assert distance(cut['layers'][1], upper) > 0.1
+  assert distance(got['layers'][0], lower) > 0.1
+
+
+def test_own_only_leaves_out_what_units_pass_to_themselves() -> None:
+  """Exact where units are apart, and otherwise between the windows and SnAp-1."""
+  batch = batch_of()
+  own = influence.snap1(own_only=True)
+  model = stack(nn.IndRNN)
+  got, _ = total_gradient(model, [batch], influence=own, num_windows=3)
+  whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=3)
+  assert_close(got, whole)
+  model = stack(nn.GRU)
+  whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=6)
+  errors = []
+  for kind in ('none', own, 'snap1'):
+    got, _ = total_gradient(model, [batch], influence=kind, num_windows=6)
+    errors.append(distance(got, whole))
+  assert errors[0] > errors[1]
+  assert errors[0] > errors[2]
+  assert abs(errors[1] - errors[2]) > 1e-6
+
+
+def test_refused_units() -> None:
+  """Models without own units, or without own transitions."""
+  refused(
+    ValueError,
+    "influence 'snap1' needs parameters that reach one unit",
+    stack(nn.IncrementalRNN),
+    influence='snap1',
+  )
+  refused(
+    ValueError,
+    r'own_only=True needs layers that define own_transition .* the arrays \(0,\)',
+    stack(nn.FastGRNN),
+    influence=influence.snap1(own_only=True),
+  )
+  with pytest.raises(TypeError, match='own_only must be True or False, got 1'):
+    influence.snap1(own_only=1)
+  with pytest.raises(ValueError, match=r'n must be an integer >= 1, got 0'):
+    influence.snap(0)
+
+
+@pytest.mark.parametrize('name', ['rtrl', 'snap1'])
+def test_memory_does_not_grow_with_the_sequence(name: str) -> None:
+  """With windows of one size."""
+  model = stack(nn.LSTM)
+
+  def temporary_bytes(num_steps):
+    trainer = fptt_jax.make_trainer(
+      model, SERIES, optax.sgd(0.1), method='tbptt', window_size=3, influence=name
+    )
+    batch = jax.eval_shape(lambda: batch_of(num_steps))
+    state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
+    compiled = problems.optimized(trainer.step.lower(state, batch))
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  short, long = temporary_bytes(12), temporary_bytes(240)
+  # The windows' losses and norms, of a few numbers each.
+  assert long - short < 80 * 64
+
+
+def test_credit_reaches_a_cue_that_no_window_reaches() -> None:
+  """A value shown at the first step of twelve, and asked for in the last of 4 windows.
+
+  The windows alone learn the mean of the values, with an error of 1/12.
+  """
+  num_batches = 120
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(nn.GRU(2, 8, rngs=rngs), nnx.Linear(8, 1, rngs=rngs))
+  )
+
+  def make_batch(source, key):
+    values = jax.random.uniform(key, (32,), jnp.float32)
+    cue = jnp.stack([values, jnp.ones_like(values)], 1)
+    inputs = jnp.zeros((12, 32, 2), jnp.float32).at[0].set(cue)
+    return fptt_jax.Batch(inputs, values)
+
+  keys = jax.random.split(jax.random.key(1), num_batches)
+  errors = {}
+  for name in ('none', 'snap1'):
+    trainer = fptt_jax.make_trainer(
+      model,
+      losses.terminal_regression(),
+      optax.adam(0.01),
+      method='tbptt',
+      num_windows=4,
+      loss_weights=[0, 0, 0, 1],
+      influence=name,
+    )
+    state = trainer.init(jax.random.key(0), make_batch((), keys[0]))
+    _, metrics = fptt_jax.scan_train_steps(trainer, make_batch)(state, (), keys)
+    errors[name] = metrics.loss[-20:, -1].mean()
+  assert errors['none'] > 0.07
+  assert errors['snap1'] < 0.005

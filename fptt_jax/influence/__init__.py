@@ -8,11 +8,12 @@ or what the functions of this module make.
 
 from fptt_jax.influence._base import Influence, WindowMap, attach
 from fptt_jax.influence._exact import rtrl
+from fptt_jax.influence._snap import snap, snap1
 
-INFLUENCES: dict[str, Influence] = {'rtrl': rtrl()}
+INFLUENCES: dict[str, Influence] = {'rtrl': rtrl(), 'snap1': snap1()}
 """The influences by name, with their default settings."""
 
-__all__ = ('INFLUENCES', 'Influence', 'WindowMap', 'attach', 'rtrl')
+__all__ = ('INFLUENCES', 'Influence', 'WindowMap', 'attach', 'rtrl', 'snap', 'snap1')
 
 
 def __dir__() -> list[str]:

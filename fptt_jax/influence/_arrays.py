@@ -57,6 +57,12 @@ def is_real(leaf: Any) -> bool:
   return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
+def take_arrays(hidden: Hidden, arrays: tuple[int, ...]) -> list[jax.Array]:
+  """Return some of the floating-point arrays of a hidden state."""
+  leaves = [leaf for leaf in jax.tree.leaves(hidden) if is_real(leaf)]
+  return [leaves[number] for number in arrays]
+
+
 def by_path(params: Params) -> Weights:
   """Return the parameters by path."""
   return dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))

@@ -23,6 +23,7 @@ class WindowMap(NamedTuple):
     mask: bool [S, B], which steps are valid; None if all are.
     fresh: bool [B], rows that start from the learned initial state; None for none.
     start: (params) -> hidden state [B, ...] of those rows; None if it is constant.
+    own_transitions: `Model.own_transitions`, or None.
   """
 
   run: Callable[[Params, Hidden, Any, jax.Array | None], Hidden]
@@ -30,6 +31,7 @@ class WindowMap(NamedTuple):
   mask: jax.Array | None
   fresh: jax.Array | None = None
   start: Callable[[Params], Hidden] | None = None
+  own_transitions: Callable[..., dict[int, jax.Array]] | None = None
 
   def begin(self, params: Params, hidden: Hidden) -> Hidden:
     """Return the hidden state that the window starts from.
@@ -63,9 +65,9 @@ class Influence(NamedTuple):
   Attributes:
     init: (window, params, hidden) -> state. A tree of arrays [B, ...], all zeros, which
       stands for "no influence". Only shapes of the arguments are used.
-    credit: (window, params, state, d_hidden) -> tree like `params`: Σ_b δ_b M_b for the
-      gradient δ = `d_hidden` of the hidden state before the window. It is linear in
-      `d_hidden`.
+    credit: (window, params, hidden, state, d_hidden) -> tree like `params`: Σ_b δ_b M_b
+      for the gradient δ = `d_hidden` of the hidden state before the window. It is
+      linear in `d_hidden`.
     advance: (window, params, hidden, state, key) -> state after the window, which
       started from `hidden` and ran with `params`. The key is None unless it draws.
     draws: Whether `advance` needs a key.
@@ -76,7 +78,7 @@ class Influence(NamedTuple):
   """
 
   init: Callable[[WindowMap, Params, Hidden], State]
-  credit: Callable[[WindowMap, Params, State, Hidden], Params]
+  credit: Callable[[WindowMap, Params, Hidden, State, Hidden], Params]
   advance: Callable[[WindowMap, Params, Hidden, State, jax.Array | None], State]
   draws: bool = False
 
@@ -131,7 +133,7 @@ def attach(
     return hidden, params
 
   def backward(params: Params, d_hidden: Hidden) -> tuple[Params, Hidden]:
-    return influence.credit(window, params, state, d_hidden), d_hidden
+    return influence.credit(window, params, hidden, state, d_hidden), d_hidden
 
   attached.defvjp(forward, backward)
   return attached(params, hidden)

@@ -2,15 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fptt_jax._checks import INT32_MAX, check_integer
 from fptt_jax._dtypes import at_least_float32
 from fptt_jax._types import Hidden, Params
-from fptt_jax.influence._arrays import Weights, join, row_size, select, spread
+from fptt_jax.influence._arrays import Weights, join, select, spread
 from fptt_jax.influence._base import Influence, WindowMap
+from fptt_jax.influence._own import advance_own, credit_own, empty_own
 from fptt_jax.influence._pull import pull_back
 from fptt_jax.influence._reach import reached_paths
+from fptt_jax.influence._units import find_units
 
 MAX_BYTES = 2**29
 
@@ -21,6 +22,12 @@ def rtrl(max_bytes: int = MAX_BYTES) -> Influence:
   It carries the derivative of each of the N numbers of a row's state with respect to
   each of the P parameters that reach the state: B·N·P numbers. A window costs N
   pull-backs and B·N²·P multiply-adds. So this is for small networks.
+
+  A model whose only recurrent layer keeps its units apart, such as an :class:`LRU` or
+  an :class:`IndRNN`, needs one number per parameter and array of the state alone:
+  B·m·P numbers, and about as much time as the window itself. Whether a model is of this
+  kind is found by running one step. A layer before the recurrent one, such as a linear
+  encoder, reaches all units, so that the model is not.
 
   With weights that do not move, the gradients of a sequence's windows add up to that of
   back-propagation through time. With weights that move, each gradient is the derivative
@@ -63,21 +70,64 @@ def rtrl(max_bytes: int = MAX_BYTES) -> Influence:
   max_bytes = check_integer('max_bytes', max_bytes, 1, INT32_MAX**2, accepted)
 
   def init(window: WindowMap, params: Params, hidden: Hidden) -> Weights:
-    paths = reached_paths(window, params, hidden)
-    batch_size = jax.tree.leaves(hidden)[0].shape[0]
-    sizes = (batch_size, row_size(hidden))
-    weights = select(params, paths)
-    _check_bytes(weights, sizes, max_bytes)
-    return {
-      path: jnp.zeros((*sizes, *leaf.shape), at_least_float32(leaf.dtype))
-      for path, leaf in weights.items()
-    }
+    units = find_units(window, params, hidden)
+    if units.whole:
+      return empty_own(units, params, len(join(hidden)))
+    return empty_matrix(window, params, hidden, max_bytes)
 
   return Influence(init, _credit, _advance)
 
 
-def _check_bytes(weights: Weights, sizes: tuple[int, int], max_bytes: int) -> None:
-  """Raise a ValueError if the influence of the weights would be too large."""
+def _credit(
+  window: WindowMap,
+  params: Params,
+  hidden: Hidden,
+  state: Weights,
+  d_hidden: Hidden,
+) -> Params:
+  units = find_units(window, params, hidden)
+  if units.whole:
+    return credit_own(units, params, state, d_hidden)
+  return credit_matrix(params, state, d_hidden)
+
+
+def _advance(
+  window: WindowMap,
+  params: Params,
+  hidden: Hidden,
+  state: Weights,
+  key: jax.Array | None,
+) -> Weights:
+  units = find_units(window, params, hidden)
+  if units.whole:
+    return advance_own(units, window, params, hidden, state)
+  return advance_matrix(window, params, hidden, state)
+
+
+def empty_matrix(
+  window: WindowMap, params: Params, hidden: Hidden, max_bytes: int
+) -> Weights:
+  """Return the whole matrix before the first step, {path: zeros [B, N, ...]}.
+
+  Args:
+    window: A window of the model.
+    params: Parameters of the model.
+    hidden: [B, ...], its hidden state.
+    max_bytes: Largest size.
+
+  Raises:
+    ValueError: The matrix would be larger.
+  """
+  weights = select(params, reached_paths(window, params, hidden))
+  sizes = join(hidden).shape
+  _check_bytes(weights, sizes, max_bytes)
+  return {
+    path: jnp.zeros((*sizes, *leaf.shape), at_least_float32(leaf.dtype))
+    for path, leaf in weights.items()
+  }
+
+
+def _check_bytes(weights: Weights, sizes: tuple[int, ...], max_bytes: int) -> None:
   rows, numbers = sizes
   total = sum(
     leaf.size * at_least_float32(leaf.dtype).itemsize for leaf in weights.values()
@@ -89,34 +139,29 @@ def _check_bytes(weights: Weights, sizes: tuple[int, int], max_bytes: int) -> No
   raise ValueError(
     f"influence 'rtrl' must take at most max_bytes={max_bytes:,} bytes, got {total:,}: "
     f'B={rows} rows times N={numbers} numbers of a state times P={count:,} parameters '
-    'that reach it. Use a smaller network or batch, or fptt_jax.influence.rtrl'
-    '(max_bytes=...).'
+    "that reach it. Use a smaller network or batch, 'snap1', or "
+    'fptt_jax.influence.rtrl(max_bytes=...).'
   )
 
 
-def _credit(
-  window: WindowMap, params: Params, state: Weights, d_hidden: Hidden
-) -> Params:
+def credit_matrix(params: Params, matrix: Weights, d_hidden: Hidden) -> Params:
+  """Return Σ_b δ_b M_b, a tree like all parameters."""
   delta = join(d_hidden)
-  credits = {path: jnp.tensordot(delta, matrix, 2) for path, matrix in state.items()}
+  credits = {path: jnp.tensordot(delta, part, 2) for path, part in matrix.items()}
   return spread(params, credits)
 
 
-def _advance(
-  window: WindowMap,
-  params: Params,
-  hidden: Hidden,
-  state: Weights,
-  key: jax.Array | None,
+def advance_matrix(
+  window: WindowMap, params: Params, hidden: Hidden, matrix: Weights
 ) -> Weights:
   """Return M' = J M + I, where I and J are the derivatives of the window map."""
   rows, numbers = join(hidden).shape
-  unit_vectors = jnp.asarray(np.eye(numbers), join(hidden).dtype)
+  unit_vectors = jnp.eye(numbers, dtype=join(hidden).dtype)
   cotangents = jnp.broadcast_to(unit_vectors[:, None], (numbers, rows, numbers))
-  direct, jacobian = pull_back(window, params, tuple(state), hidden, cotangents)
+  direct, jacobian = pull_back(window, params, tuple(matrix), hidden, cotangents)
 
-  def moved(matrix: jax.Array, added: jax.Array) -> jax.Array:
-    carried = jnp.einsum('nbm,bm...->bn...', jacobian, matrix)
-    return carried.astype(matrix.dtype) + added.astype(matrix.dtype)
+  def moved(old: jax.Array, added: jax.Array) -> jax.Array:
+    carried = jnp.einsum('nbm,bm...->bn...', jacobian, old)
+    return carried.astype(old.dtype) + added.astype(old.dtype)
 
-  return {path: moved(matrix, direct[path]) for path, matrix in state.items()}
+  return {path: moved(old, direct[path]) for path, old in matrix.items()}

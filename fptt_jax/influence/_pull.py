@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax._types import Hidden, Params
-from fptt_jax.influence._arrays import Weights, join, replace, select, split
+from fptt_jax.influence._arrays import (
+  Weights,
+  join,
+  replace,
+  select,
+  split,
+  take_arrays,
+)
 from fptt_jax.influence._base import WindowMap
 
 
@@ -94,6 +101,7 @@ def pull_to_weights(
   paths: tuple[str, ...],
   before: Hidden,
   cotangents: jax.Array,
+  arrays: tuple[int, ...] | None = None,
 ) -> Weights:
   """Pull gradients of the state after each step back to the parameters of that step.
 
@@ -103,6 +111,8 @@ def pull_to_weights(
     paths: Which of them to differentiate.
     before: [S, B, ...], hidden states before each step.
     cotangents: [S, n, B, N], gradients of the states after each step.
+    arrays: Numbers of the floating-point arrays of the state that the gradients are of;
+      None for all.
 
   Returns:
     Sums over the steps, {path: [B, n, ...]}.
@@ -113,7 +123,11 @@ def pull_to_weights(
     # The S steps of a row, as S rows that run one step.
     def run(weights: Weights) -> jax.Array:
       new_params = replace(params, weights)
-      return join(window.run(new_params, hidden, *_one_step((x, mask))))
+      new_hidden = window.run(new_params, hidden, *_one_step((x, mask)))
+      if arrays is not None:
+        # What comes after these arrays in the step then needs no derivative.
+        new_hidden = take_arrays(new_hidden, arrays)
+      return join(new_hidden)
 
     _, pull = jax.vjp(run, weights)
     [gradients] = jax.vmap(pull, in_axes=1)(after)

@@ -16,7 +16,9 @@ DRAWS = 4
 STEPS = 3
 """Most steps of a window that are run: more show nothing new."""
 
-_found: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[Any, dict[str, tuple[str, ...]]] = (
+  weakref.WeakKeyDictionary()
+)
 """Answers by model and shapes, so that each is probed once."""
 
 
@@ -28,6 +30,25 @@ def reached_paths(window: WindowMap, params: Params, hidden: Hidden) -> tuple[st
     params: Parameters of the model; only shapes are used.
     hidden: Hidden state [B, ...]; only shapes are used.
   """
+  known = _found.setdefault(window.run, {})
+  key = shapes_key(window, params)
+  if key not in known:
+    with jax.ensure_compile_time_eval():
+      known[key] = _probe_reach(window, params, hidden)
+  return known[key]
+
+
+def shapes_key(window: WindowMap, params: Params) -> str:
+  """Return a text that is the same for all windows of a model, of any size."""
+
+  def per_step(leaf: Any) -> tuple[Any, ...]:
+    return (leaf.shape[2:], str(leaf.dtype))
+
+  weights = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), params)
+  return str((window.start is None, weights, jax.tree.map(per_step, window.x)))
+
+
+def _probe_reach(window: WindowMap, params: Params, hidden: Hidden) -> tuple[str, ...]:
   steps = min(STEPS, jax.tree.leaves(window.x)[0].shape[0])
   x = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((steps, *leaf.shape[1:]), leaf.dtype), window.x
@@ -35,18 +56,7 @@ def reached_paths(window: WindowMap, params: Params, hidden: Hidden) -> tuple[st
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, hidden, x)
   )
-  known = _found.setdefault(window.run, {})
-  key = str((window.start is None, shapes))
-  if key not in known:
-    with jax.ensure_compile_time_eval():
-      known[key] = _probe_reach(window, *shapes)
-  result: tuple[str, ...] = known[key]
-  return result
 
-
-def _probe_reach(
-  window: WindowMap, params: Params, hidden: Hidden, x: Any
-) -> tuple[str, ...]:
   @jax.jit
   def gradient(params: Params, hidden: Hidden, x: Any, seed: jax.Array) -> Params:
     def end(params: Params) -> jax.Array:
@@ -62,7 +72,7 @@ def _probe_reach(
 
   reached: set[str] = set()
   for seed in range(DRAWS):
-    point = draw_like((params, hidden, x), seed)
+    point = draw_like(shapes, seed)
     for path, leaf in by_path(gradient(*point, np.uint32(seed))).items():
       # A NaN counts as a dependence, too.
       if bool((leaf != 0).any()):

@@ -31,7 +31,7 @@ from fptt_jax.nn._inspection import (
   unknown_layers,
 )
 from fptt_jax.nn._recurrent import Recurrent, scan_cell
-from fptt_jax.nn._sequential import Sequential
+from fptt_jax.nn._sequential import Sequential, own_transitions
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
@@ -89,6 +89,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     apply,
     learned_initial_state=learned_initial_state,
     plain=_make_apply(_with_plain_scans(parts), known),
+    own_transitions=_make_own_transitions(parts),
   )
   _check_model(model, abstract, known)
   if not isinstance(abstract, Sequential):
@@ -261,6 +262,7 @@ def with_float32_params(model: Model) -> Model:
   if split is not None:
     split = FeaturesAndReadout(cast(split.features), cast(split.readout))
   learned = model.learned_initial_state
+  own = model.own_transitions
   return Model(
     init=init,
     initial_state=model.initial_state,
@@ -269,6 +271,7 @@ def with_float32_params(model: Model) -> Model:
     split=split,
     learned_initial_state=None if learned is None else cast(learned),
     plain=None if model.plain is None else cast(model.plain),
+    own_transitions=None if own is None else cast(own),
   )
 
 
@@ -353,6 +356,15 @@ def _with_plain_scans(parts: _Parts) -> _Parts:
     if isinstance(node, Recurrent):
       node.implementation = 'scan'
   return _Parts.split(module)
+
+
+def _make_own_transitions(parts: _Parts) -> Callable[..., dict[int, jax.Array]]:
+  """Makes `Model.own_transitions`."""
+
+  def run(params: Any, state: Any, x: Any, own_only: bool) -> dict[int, jax.Array]:
+    return own_transitions(parts.make(params, None), state, x, own_only)
+
+  return run
 
 
 def _initial_state_functions(

@@ -163,6 +163,24 @@ class Recurrent(nnx.Module):
     """Returns the parts of the fused window and the weights they take, if any."""
     return None
 
+  def own_transition(
+    self, state: Any, x_t: jax.Array, own_only: bool
+  ) -> jax.Array | None:
+    """Returns how each unit's state after a step depends on its own before it.
+
+    Args:
+      state: m arrays [R, n].
+      x_t: inputs [R, D].
+      own_only: whether to leave out what a unit passes to itself through a recurrent
+        matrix.
+
+    Returns:
+      [R, m, m, n], the derivative of array i after the step with respect to array j
+      before it, unit by unit; None if the layer does not define it. Without it, it is
+      found by differentiating the step unit by unit.
+    """
+    return None
+
   def _last_output(self, state: Any) -> jax.Array | None:
     """Returns the output [B, H] at each sequence's last valid step, or None.
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 from fptt_jax._types import OutputsWithPenalty
 from fptt_jax._windows import take_steps
@@ -179,6 +180,42 @@ class Sequential(nnx.Module):
       # Read from the state, the outputs of the other steps need not be stored.
       output = layer._last_output(state[-1])
     return take_steps(x, last) if output is None else output[None]
+
+
+def own_transitions(
+  module: Any, state: Any, x: Any, own_only: bool
+) -> dict[int, jax.Array]:
+  """Collects `own_transition` of the layers that define it.
+
+  Args:
+    module: a layer that runs windows, in evaluation mode.
+    state: its state before the step, arrays [R, ...].
+    x: inputs [1, R, ...] of the step.
+    own_only: as in `Recurrent.own_transition`.
+
+  Returns:
+    {number of the layer's first array among the floating-point arrays of the state:
+    [R, m, m, n]}.
+  """
+  is_stack = isinstance(module, Sequential)
+  states = iter(state if is_stack else (state,))
+  found: dict[int, jax.Array] = {}
+  first = 0
+  for layer in module.layers if is_stack else (module,):
+    if not is_recurrent(layer):
+      x = layer(x)
+      continue
+    layer_state = next(states)
+    differentiate = getattr(layer, 'own_transition', None)
+    if differentiate is not None:
+      transition = differentiate(layer_state, x[0], own_only)
+      if transition is not None:
+        found[first] = transition
+    arrays = jax.tree.leaves(layer_state)
+    first += sum(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in arrays)
+    _, x = layer(layer_state, x, None, None)
+    x = x.outputs if isinstance(x, OutputsWithPenalty) else x
+  return found
 
 
 def _acts_on_steps(layer: Any) -> bool:

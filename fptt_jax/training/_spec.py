@@ -321,7 +321,7 @@ def _check_types(
     )
   for name in ('init', 'initial_state', 'apply'):
     check_callable(f'model.{name}', getattr(model, name))
-  for name in ('learned_initial_state', 'apply_last', 'plain'):
+  for name in ('learned_initial_state', 'apply_last', 'plain', 'own_transitions'):
     if getattr(model, name) is not None:
       check_callable(f'model.{name}', getattr(model, name))
   for name in ('init', 'apply', 'measure', 'end_epoch', 'check'):

@@ -295,15 +295,14 @@ def _bare_map(
   spec: StepSpec, x: Any, mask: jax.Array | None, fresh: jax.Array | None
 ) -> WindowMap:
   assert spec.hidden_map is not None
+  own = spec.model.own_transitions
+  window = WindowMap(spec.hidden_map, x, mask, own_transitions=own)
   if fresh is None:
-    return WindowMap(spec.hidden_map, x, mask)
+    return window
   rows = len(fresh)
-  return WindowMap(
-    spec.hidden_map,
-    x,
-    mask,
-    fresh,
-    lambda params: start_rows(spec.model, params, rows, spec.axis),
+  return window._replace(
+    fresh=fresh,
+    start=lambda params: start_rows(spec.model, params, rows, spec.axis),
   )
 
 

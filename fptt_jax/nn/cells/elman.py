@@ -95,5 +95,14 @@ class ElmanRNN(Recurrent):
 
     return step
 
+  def own_transition(
+    self, state: jax.Array, x_t: jax.Array, own_only: bool
+  ) -> jax.Array:
+    """Returns [R, 1, 1, H]; see :class:`Recurrent`."""
+    w_h = self.w_h[...]
+    h = jnp.tanh(x_t @ self.w_x[...] + state @ w_h + self.bias[None])
+    own = jnp.zeros_like(self.bias[...]) if own_only else jnp.diagonal(w_h)
+    return ((1 - h * h) * own[None])[:, None, None]
+
   def _fused_cell(self) -> tuple[FusedCell, Any]:
     return FUSED_CELL, (self.w_x[...], self.w_h[...], self.bias[...])

@@ -195,6 +195,26 @@ class GRU(Recurrent):
 
     return step
 
+  def own_transition(
+    self, state: jax.Array, x_t: jax.Array, own_only: bool
+  ) -> jax.Array:
+    """Returns [R, 1, 1, H]; see :class:`Recurrent`."""
+    w_h = self.w_h[...]
+    x_r, x_z, x_n = jnp.split(x_t @ self.w_x[...] + self.bias[None], 3, axis=-1)
+    recurrent = state @ w_h + self._recurrent_bias()[None]
+    h_r, h_z, h_n = jnp.split(recurrent, 3, axis=-1)
+    r = jax.nn.sigmoid(x_r + h_r)
+    z = jax.nn.sigmoid(x_z + h_z)
+    if own_only:
+      return z[:, None, None]
+    n = jnp.tanh(x_n + r * h_n)
+    own_r, own_z, own_n = (
+      jnp.diagonal(part)[None] for part in jnp.split(w_h, 3, axis=1)
+    )
+    n_by_h = (1 - n * n) * (r * own_n + h_n * r * (1 - r) * own_r)
+    h_by_h = z + (state - n) * z * (1 - z) * own_z + (1 - z) * n_by_h
+    return h_by_h[:, None, None]
+
   def _recurrent_bias(self) -> jax.Array:
     """Returns the second bias [3H], zeros if there is none."""
     if self.recurrent_bias is None:
