@@ -243,6 +243,23 @@ def test_settings_of_no_meaning_are_refused(
     add_task.Config(**settings)
 
 
+def test_the_loss_gradient_is_clipped_alone() -> None:
+  """Two updates by SGD with --noclip_regularizer, by hand: the gradient 5 u of norm 5
+  is clipped to u. After the first update W = W̄ and λ = 0.05 u, so the second one is
+  along u - λ = 0.95 u; clipped with the regularizer, it would be along u.
+  """
+  config = recipe.Recipe(
+    optimizer='sgd', lr=0.1, alpha=0.5, clip=1.0, clip_regularizer=False
+  )
+  optimizer = optimizers.make_optimizer(config, 'fptt')
+  params = jnp.zeros(2)
+  state = optimizer.init(params)
+  for _ in range(2):
+    updates, state = optimizer.update(jnp.array([3.0, 4.0]), state, params)
+    params = params + updates
+  np.testing.assert_allclose(params, -0.195 * np.array([0.6, 0.8]), rtol=1e-6)
+
+
 def test_unstable_sgd_is_warned_about() -> None:
   """The trainer knows the learning rate: past radius 1 the advisor speaks; below it,
   and for Adam, it is silent.

@@ -67,7 +67,7 @@ def recurrent_parameters(cell: str, widths: Sequence[int]) -> int:
     widths: number of input features, then the hidden size of each layer.
   """
 
-  def build() -> nnx.List:
+  def build() -> nnx.List[Any]:
     return nnx.List(
       [CELLS[cell](*sizes, None, nnx.Rngs(0)) for sizes in itertools.pairwise(widths)]
     )

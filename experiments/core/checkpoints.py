@@ -338,12 +338,10 @@ def fingerprint(carry: Any) -> str:
   found = hashlib.sha256()
   for leaf in jax.tree.leaves(carry):
     # NumPy cannot view typed PRNG keys as bytes.
-    numbers = (
-      jax.random.key_data(leaf)
-      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-      else leaf
-    )
-    found.update(np.ascontiguousarray(processes.gather_to_host(numbers)).view(np.uint8))
+    is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    numbers = jax.random.key_data(leaf) if is_key else leaf
+    array = np.ascontiguousarray(processes.gather_to_host(numbers))
+    found.update(array.view(np.uint8).data)
   return found.hexdigest()
 
 

@@ -73,7 +73,7 @@ class Interval(NamedTuple):
   includes_low: bool
   includes_high: bool
 
-  def __contains__(self, value: float) -> bool:
+  def accepts(self, value: float) -> bool:
     """Return whether a number is in the range; NaN never is."""
     above = self.low <= value if self.includes_low else self.low < value
     below = value <= self.high if self.includes_high else value < self.high
@@ -436,7 +436,7 @@ def _define(field: Any) -> None:
   elif choices:
     flags.DEFINE_enum(field.name, default, list(choices), text, module_name=group)
   else:
-    define = {
+    define: dict[type, Callable[..., Any]] = {
       bool: flags.DEFINE_bool,
       int: flags.DEFINE_integer,
       float: flags.DEFINE_float,
@@ -576,7 +576,7 @@ def _check_item(field: Any, kind: type, value: Any) -> None:
     expected = {bool: 'true or false', str: 'a text'}[kind]
     check(isinstance(value, kind), field.name, value, expected)
   if within is not None:
-    check(value in within, field.name, value, within.describe(kind is int))
+    check(within.accepts(value), field.name, value, within.describe(kind is int))
 
 
 def _fits_float32(value: Any) -> bool:
@@ -589,7 +589,8 @@ def _fits_float32(value: Any) -> bool:
     return True
   limits = np.finfo(np.float32)
   # A comparison with a float32 would round the value to float32 first.
-  return float(limits.tiny) <= abs(value) <= float(limits.max)
+  magnitude: Any = abs(value)
+  return bool(float(limits.tiny) <= magnitude <= float(limits.max))
 
 
 def check(condition: bool, name: str, got: Any, expected: str) -> None:

@@ -18,7 +18,7 @@ import optax
 from tqdm import tqdm
 
 from experiments.core import averaging, cells, devices, optimizers, recipe
-from experiments.core.flags import check, option
+from experiments.core.flags import check, option, redeclare
 from experiments.core.population import Population
 from experiments.core.schedule import Member, chunks, finish_run, remaining
 import fptt_jax
@@ -50,6 +50,8 @@ class Rules(NamedTuple):
 class EpochRecipe(recipe.Recipe):
   """Settings of a run that trains by epochs."""
 
+  # All tasks that train by epochs have one rate for all methods.
+  lr: float = redeclare(recipe.Recipe, 'lr', 1e-3)
   epochs: int = option(
     25, 'passes over the training split', within='[1, inf)', group='training'
   )
@@ -104,7 +106,7 @@ class EpochRecipe(recipe.Recipe):
     super().__post_init__()
     # Such a run would end before its first epoch and have no result.
     check(
-      self.lr is None or self.min_lr <= self.lr,
+      self.min_lr <= self.lr,
       'min_lr',
       self.min_lr,
       f'at most the learning rate, {self.lr}',
@@ -238,14 +240,18 @@ class Reporter(Protocol):
   An epoch is the interval between two evaluations. On the adding problem an epoch is
   `eval_every` batches.
 
-  Attributes:
-    metric: name of the validation score that decides which epoch is best; None if the
-      last weights are the result.
-    higher_is_better: whether a higher validation score is better.
   """
 
-  metric: str | None
-  higher_is_better: bool
+  @property
+  def metric(self) -> str | None:
+    """Name of the validation score that decides which epoch is best.
+
+    None if the last weights are the result.
+    """
+
+  @property
+  def higher_is_better(self) -> bool:
+    """Whether a higher validation score is better."""
 
   def step(self, record: 'Record') -> int:
     """Return the step of a line of metrics, in epochs or batches."""

@@ -13,77 +13,112 @@ import fptt_jax
 def make_optimizer(
   recipe: Recipe, method: str, decay: optax.Schedule | None = None
 ) -> optax.GradientTransformation:
-  """The chain of clipping, weight decay, base optimizer and regularizer for one method.
+  """Return the optimizer of one method.
 
-  Its state holds what `HYPERPARAMETERS` names (those the method has), which may be set.
-  `decay`: (updates so far) -> factor of the learning rate.
+  It is a chain of clipping, weight decay, the base optimizer and the regularizer. The
+  optimizer's state holds the hyperparameters that :func:`hyperparameters` names, and
+  they may be set there.
 
-  Warns when FPTT's own recursion would grow: the advisor's radius at the initial
-  learning rate is above 1.
+  A warning is given if FPTT's recursion is unstable at the initial learning rate, see
+  :func:`warn_if_unstable`.
+
+  Args:
+    recipe: settings of the runs.
+    method: training method.
+    decay: (updates so far) -> factor of the learning rate; None keeps it constant.
   """
   recipe = recipe.for_method(method)
-  regularized = fptt_jax.METHODS[method].regularized
   warn_if_unstable(recipe, method)
+  make = _fptt if fptt_jax.METHODS[method].regularized else _plain
+  # Injected, so that runs with other values share one compiled program. The recipe and
+  # the decay are static: they decide the structure of the chain.
+  inject = optax.inject_hyperparams(make, static_args=('recipe', 'decay'))
+  return inject(recipe=recipe, decay=decay, **hyperparameters(recipe, method))
 
-  def base(
-    learning_rate: jax.typing.ArrayLike,
-    momentum: jax.typing.ArrayLike,
-    clip: jax.typing.ArrayLike,
-  ) -> tuple[optax.GradientTransformation, ...]:
-    """(what clips, all else)."""
-    rate = (
-      learning_rate if decay is None else lambda count: learning_rate * decay(count)
-    )
-    chain = (
-      [optax.add_decayed_weights(recipe.weight_decay)] if recipe.weight_decay else []
-    )
-    chain.append(
-      optax.sgd(rate, momentum)
-      if recipe.optimizer == 'sgd'
-      else optax.adam(rate, b1=momentum)
-    )
-    return optax.clip_by_global_norm(
-      clip
-    ) if recipe.clip else optax.identity(), optax.chain(*chain)
 
-  def plain(
-    learning_rate: jax.typing.ArrayLike,
-    momentum: jax.typing.ArrayLike,
-    clip: jax.typing.ArrayLike,
-  ) -> optax.GradientTransformation:
-    return optax.chain(*base(learning_rate, momentum, clip))
+def _base(
+  recipe: Recipe,
+  decay: optax.Schedule | None,
+  learning_rate: jax.typing.ArrayLike,
+  momentum: jax.typing.ArrayLike,
+) -> optax.GradientTransformation:
+  """Return weight decay and the base optimizer.
 
-  def fptt(
-    learning_rate: jax.typing.ArrayLike,
-    momentum: jax.typing.ArrayLike,
-    clip: jax.typing.ArrayLike,
-    alpha: jax.typing.ArrayLike,
-    beta: jax.typing.ArrayLike,
-    kappa: jax.typing.ArrayLike,
-  ) -> optax.GradientTransformation:
-    clipping, rest = base(learning_rate, momentum, clip)
-    if recipe.clip_regularizer:
-      return regularize(recipe, optax.chain(clipping, rest), alpha, beta, kappa)
-    return optax.chain(clipping(recipe, rest, alpha, beta, kappa))
+  Args:
+    recipe: settings of the runs.
+    decay: (updates so far) -> factor of the learning rate, or None.
+    learning_rate: initial learning rate.
+    momentum: decay of the first moment.
+  """
+  rate = learning_rate if decay is None else lambda count: learning_rate * decay(count)
+  chain = []
+  if recipe.weight_decay:
+    chain.append(optax.add_decayed_weights(recipe.weight_decay))
+  if recipe.optimizer == 'sgd':
+    chain.append(optax.sgd(rate, momentum))
+  else:
+    chain.append(optax.adam(rate, b1=momentum))
+  return optax.chain(*chain)
 
-  return optax.inject_hyperparams(fptt if regularized else plain)(
-    **hyperparameters(recipe, method)
-  )
+
+def _clipping(
+  recipe: Recipe, clip: jax.typing.ArrayLike
+) -> optax.GradientTransformation:
+  """Return the clipping of the gradient's global norm."""
+  # The recipe decides, since `clip` may be traced: 0 does not clip.
+  return optax.clip_by_global_norm(clip) if recipe.clip else optax.identity()
+
+
+def _plain(
+  recipe: Recipe,
+  decay: optax.Schedule | None,
+  learning_rate: jax.typing.ArrayLike,
+  momentum: jax.typing.ArrayLike,
+  clip: jax.typing.ArrayLike,
+) -> optax.GradientTransformation:
+  """Return the optimizer of a method without the regularizer."""
+  base = _base(recipe, decay, learning_rate, momentum)
+  return optax.chain(_clipping(recipe, clip), base)
+
+
+def _fptt(
+  recipe: Recipe,
+  decay: optax.Schedule | None,
+  learning_rate: jax.typing.ArrayLike,
+  momentum: jax.typing.ArrayLike,
+  clip: jax.typing.ArrayLike,
+  alpha: jax.typing.ArrayLike,
+  beta: jax.typing.ArrayLike,
+  kappa: jax.typing.ArrayLike,
+) -> optax.GradientTransformation:
+  """Return the optimizer of a method with the regularizer."""
+  base = _base(recipe, decay, learning_rate, momentum)
+  clipping = _clipping(recipe, clip)
+  # Inside `fptt` the regularized gradient is clipped, outside the loss gradient alone.
+  if recipe.clip_regularizer:
+    return regularize(recipe, optax.chain(clipping, base), alpha, beta, kappa)
+  return optax.chain(clipping, regularize(recipe, base, alpha, beta, kappa))
 
 
 def hyperparameters(recipe: Recipe, method: str) -> dict[str, float]:
-  """What a method's optimizer holds in its state, by the names it has there."""
+  """Return the hyperparameters in the state of a method's optimizer.
+
+  Args:
+    recipe: settings of the runs.
+    method: training method.
+
+  Returns:
+    Initial values by the name that they have in the state.
+  """
   recipe = recipe.for_method(method)
-  names = [
-    name
-    for name in HYPERPARAMETERS
-    if fptt_jax.METHODS[method].regularized or name not in REGULARIZER
-  ]
-  values = {
-    name: recipe.first_moment if name == 'momentum' else getattr(recipe, name)
-    for name in names
-  }
-  return {HYPERPARAMETERS[name]: value for name, value in values.items()}
+  regularized = fptt_jax.METHODS[method].regularized
+  found = {}
+  for name, state_name in HYPERPARAMETERS.items():
+    if regularized or name not in REGULARIZER:
+      # A recipe may leave the momentum to the base optimizer; a state cannot.
+      value = recipe.first_moment if name == 'momentum' else getattr(recipe, name)
+      found[state_name] = value
+  return found
 
 
 def regularize(
@@ -93,7 +128,15 @@ def regularize(
   beta: jax.typing.ArrayLike,
   kappa: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
-  """FPTT around `base`; the recipe says what is not given."""
+  """Return FPTT around an optimizer.
+
+  Args:
+    recipe: settings that are not among the arguments.
+    base: the optimizer.
+    alpha: final α, after the warm-up.
+    beta: β.
+    kappa: κ.
+  """
   warmup = optax.linear_schedule(0.1, 1.0, recipe.alpha_warmup)
   return fptt_jax.fptt(
     base,
@@ -106,27 +149,39 @@ def regularize(
 
 
 def flat_loss_radius(recipe: Recipe, method: str) -> float | None:
-  """The advisor's spectral radius of FPTT with SGD where the loss is flat; None for
-  what it knows nothing of.
+  """Return the spectral radius of FPTT's recursion where the loss is flat.
+
+  Args:
+    recipe: settings of the runs.
+    method: training method.
+
+  Returns:
+    The radius, see :func:`fptt_jax.spectral_radius`; None for optimizers and gradient
+    estimates that the analysis does not cover, and for methods without the regularizer.
   """
-  if (
-    not fptt_jax.METHODS[method].regularized
-    or recipe.optimizer != 'sgd'
-    or recipe.gradient_estimate != 'running'
-  ):
+  regularized = fptt_jax.METHODS[method].regularized
+  is_analyzed = recipe.optimizer == 'sgd' and recipe.gradient_estimate == 'running'
+  if not regularized or not is_analyzed or recipe.first_moment < 0:
     return None
-  settings = dict(
-    kappa=recipe.kappa, beta=recipe.beta, linear_scale=recipe.linear_scale
+  # A recipe whose rate is not chosen yet has no radius either.
+  if recipe.lr is None:
+    return None
+  return fptt_jax.spectral_radius(
+    recipe.lr,
+    recipe.alpha,
+    kappa=recipe.kappa,
+    beta=recipe.beta,
+    linear_scale=recipe.linear_scale,
+    momentum=recipe.first_moment,
   )
-  if recipe.first_moment < 0:
-    return None
-  settings |= dict(momentum=recipe.first_moment)
-  return fptt_jax.spectral_radius(recipe.lr, recipe.alpha, **settings)
 
 
 def warn_if_unstable(recipe: Recipe, method: str) -> None:
-  """Warns when FPTT with SGD at these settings is unstable even where the loss is
-  flat.
+  """Warn if FPTT with SGD is unstable at these settings even where the loss is flat.
+
+  Args:
+    recipe: settings of the runs.
+    method: training method.
   """
   found = flat_loss_radius(recipe, method)
   if found is not None and found > 1:
@@ -156,22 +211,36 @@ def make_trainer(
     [optax.GradientTransformation], optax.GradientTransformation
   ] = lambda optimizer: optimizer,
 ) -> fptt_jax.Trainer:
-  """The trainer of one method; `wrap` goes around its optimizer, `decay` as for
-  :func:`make_optimizer`.
+  """Return the trainer of one method.
+
+  Args:
+    recipe: settings of the runs.
+    method: training method.
+    model: the model.
+    loss: the loss.
+    seq_len: sequence length T.
+    decay: factor of the learning rate, see :func:`make_optimizer`.
+    mesh: devices to split a batch over.
+    carry_hidden: whether the hidden state is carried from batch to batch.
+    wrap: function that is applied to the optimizer.
   """
   setting = fptt_jax.METHODS[method]
+  # The trainer refuses options that its method does not have.
+  num_windows = recipe.num_windows if setting.num_windows is None else None
+  truncation_steps = None
+  if setting.truncated:
+    truncation_steps = recipe.truncation_steps or min(300, seq_len)
   return fptt_jax.make_trainer(
     model,
     loss,
     wrap(make_optimizer(recipe, method, decay)),
     method=method,
-    num_windows=recipe.num_windows if setting.num_windows is None else None,
+    num_windows=num_windows,
     carry_hidden=carry_hidden,
     inner_steps=recipe.inner_steps,
-    truncation_steps=(recipe.truncation_steps or min(300, seq_len))
-    if setting.truncated
-    else None,
+    truncation_steps=truncation_steps,
     mesh=mesh,
+    # On one device there is nothing to split the parameters over.
     shard_params=recipe.shard_params and mesh is not None,
     skip_nonfinite=recipe.on_nonfinite == 'skip',
   )
@@ -180,7 +249,13 @@ def make_trainer(
 def evaluation_params(
   recipe: Recipe, method: str, state: fptt_jax.TrainState
 ) -> jax.typing.ArrayLike:
-  """The parameters to evaluate at."""
+  """Return the parameters to evaluate, W or its summary.
+
+  Args:
+    recipe: settings of the runs.
+    method: training method. Methods without the regularizer have no summary.
+    state: the training state.
+  """
   if recipe.evaluate_at == 'w_bar' and fptt_jax.METHODS[method].regularized:
     return fptt_jax.fptt_eval_params(state.opt_state, state.params)
   return state.params

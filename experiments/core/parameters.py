@@ -1,4 +1,4 @@
-"""A run's best parameters as a file."""
+"""File of a run's best parameters."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ PARAMETERS_FILE = 'parameters.npz'
 
 
 def write_parameters(folder: Path, params: Any) -> None:
-  """Write a run's best parameters; in several processes all call it, the first one
-  writes.
+  """Write a run's best parameters.
+
+  All processes must call it; process 0 writes.
 
   Args:
     folder: the run's folder.
@@ -30,32 +31,34 @@ def write_parameters(folder: Path, params: Any) -> None:
     UserError: the file cannot be written.
   """
   leaves = jax.tree.leaves_with_path(params)
-  arrays = {
+  arrays: dict[str, Any] = {
     jax.tree_util.keystr(place): processes.gather_to_host(leaf)
     for place, leaf in leaves
   }
   path = folder / PARAMETERS_FILE
 
   def write() -> None:
+    # With the hash a file of other settings is noticed, which may have equal shapes.
+    arrays['config_sha256'] = np.array(config_sha256(folder.parent))
     with user_errors(path), atomic_write(path, 'wb') as file:
-      np.savez(file, **arrays, config_sha256=np.array(config_sha256(folder.parent)))
+      np.savez(file, **arrays)
 
   processes.on_first_process(write)
 
 
 def read_parameters(folder: Path, template: Any, config_sha256: str) -> Any:
-  """Read what :func:`write_parameters` wrote.
+  """Read the parameters that :func:`write_parameters` wrote.
 
   Args:
     folder: the run's folder.
-    template: a tree of arrays, or of shapes and dtypes, as the parameters have.
-    config_sha256: hash of the configuration that they are of.
+    template: tree of arrays, or of their shapes and types, like the parameters.
+    config_sha256: hash of the configuration of the run.
 
   Returns:
     A tree like `template`, of JAX arrays.
 
   Raises:
-    UserError: the file is not there, damaged or of another model.
+    UserError: the file is missing, damaged or of another model.
   """
   path = folder / PARAMETERS_FILE
   try:
@@ -65,6 +68,7 @@ def read_parameters(folder: Path, template: Any, config_sha256: str) -> Any:
     raise UserError(
       f'there is no {path}: put it back, or train this run again.'
     ) from error
+  # NumPy and zipfile raise many kinds of errors for a damaged file.
   except (
     OSError,
     EOFError,
@@ -83,13 +87,14 @@ def read_parameters(folder: Path, template: Any, config_sha256: str) -> Any:
       f'{path} is of another configuration than config.json: put it back, or train '
       'this run again.'
     )
-  differ = differences(
-    describe(template),
-    {name: f'{leaf.dtype}{list(leaf.shape)}' for name, leaf in arrays.items()},
-  )
+  shapes = {name: f'{leaf.dtype}{list(leaf.shape)}' for name, leaf in arrays.items()}
+  differ = differences(describe(template), shapes)
   if differ:
     raise UserError(
       f'{path} does not fit the model of config.json; {"; ".join(differ[:3])}.'
     )
-  fetch = lambda place, leaf: jax.numpy.asarray(arrays[jax.tree_util.keystr(place)])
+
+  def fetch(place: Any, _: Any) -> jax.Array:
+    return jax.numpy.asarray(arrays[jax.tree_util.keystr(place)])
+
   return jax.tree.map_with_path(fetch, template)

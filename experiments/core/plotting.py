@@ -1,49 +1,48 @@
-"""Tables and plots of the runs in a folder, made from their metrics."""
+"""Plots of the runs in a folder, made from their metrics."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+import numpy as np
 
 from experiments.core import files, processes, recipe
 from experiments.core.schedule import list_members
 import fptt_jax
 
 METHOD_COLORS = {name: f'C{number}' for number, name in enumerate(fptt_jax.METHODS)}
-"""A method has the same color in every plot."""
+"""Color of each method, the same in every plot."""
 
 
 LINE_STYLES = ('-', '--', '-.', ':')
-"""Styles of the lines that share a method's color, in turn."""
+"""Styles of the lines that share a method's color, used in turn."""
 
 
 MARKERS = (None, 'o', 's', '^', 'x')
-"""Markers of these lines, the next one whenever the styles begin anew."""
+"""Markers of these lines; the next one is used when all styles have been used."""
 
 
 REDRAW_SECONDS = 5.0
-"""Least time between two drawings of a plot whose runs are still being trained."""
+"""Least number of seconds between two drawings of a plot during training."""
 
 
 REDRAW_SHARE = 20
-"""Drawing while runs are being trained takes at most one part of so many of the
-time.
-"""
+"""Least ratio of training time to drawing time while runs are trained."""
 
 
 class Curve(NamedTuple):
   """One line of a plot.
 
   Attributes:
-    label: its name in the legend; several curves (seeds) may share one.
-    method: the training method, which decides the color.
-    x: where its points are.
-    y: their values; None leaves a gap.
+    label: name in the legend; several curves, such as seeds, may share it.
+    method: training method, which decides the color.
+    x: horizontal positions of the points.
+    y: values of the points; None leaves a gap.
   """
 
   label: str
@@ -53,15 +52,15 @@ class Curve(NamedTuple):
 
 
 class Plot(NamedTuple):
-  """What to draw of the metrics of a folder's runs.
+  """Description of a plot of the runs in a folder.
 
   Attributes:
-    file: the name of the file.
-    title: what stands above all panels.
-    metric: the name of the metric.
-    ylabel: the metric in words; one that ends in '%' gets a linear axis, all others
-      a logarithmic one.
-    panels: per panel, the name of the metric to draw against and its label.
+    file: name of the file.
+    title: title above all panels.
+    metric: name of the metric to draw.
+    ylabel: the metric in words. If it ends in '%', the vertical axis is linear, else
+      logarithmic.
+    panels: per panel, name and label of the metric on the horizontal axis.
     marks: names and values of horizontal lines.
   """
 
@@ -74,35 +73,44 @@ class Plot(NamedTuple):
 
 
 def live(folder: Path, config: recipe.Recipe, plot: Plot | None) -> Callable[[], None]:
-  """Returns what to call after each evaluation, so that the plot, if any, is drawn."""
+  """Return a callback for evaluations that keeps a plot up to date.
+
+  Args:
+    folder: the parent of the runs' folders.
+    config: settings that list the runs.
+    plot: the plot; None draws nothing.
+  """
   return (lambda: None) if plot is None else LivePlot(folder, config, plot)
 
 
 class LivePlot:
-  """Draws a plot anew after evaluations while the runs are being trained."""
+  """Callback that redraws a plot while the runs are trained."""
 
   def __init__(self, folder: Path, config: recipe.Recipe, plot: Plot):
-    """Takes the runs' folder, the configuration that lists them, and what to draw."""
-    self._folder, self._config, self._plot = folder, config, plot
+    """Store the arguments of :func:`draw`."""
+    self._folder = folder
+    self._config = config
+    self._plot = plot
     self._due = time.monotonic()
 
   def __call__(self) -> None:
-    """Draws the plot unless that was done a moment ago."""
+    """Draw the plot unless it was drawn a moment ago."""
     started = time.monotonic()
     if not processes.is_first() or started < self._due:
       return
     draw(self._folder, self._config, self._plot)
     now = time.monotonic()
+    # Many runs take seconds to draw, which would slow down short evaluations.
     self._due = now + max(REDRAW_SECONDS, REDRAW_SHARE * (now - started))
 
 
 def draw(folder: Path, config: recipe.Recipe, plot: Plot) -> None:
-  """Draws one metric of all runs that have been evaluated at least once.
+  """Draw one metric of all runs that have been evaluated at least once.
 
   Args:
-    folder: the folder of the runs' folders, in which the plot is written.
-    config: the configuration that lists the runs.
-    plot: what to draw.
+    folder: the parent of the runs' folders, to which the plot is written.
+    config: settings that list the runs.
+    plot: description of the plot.
 
   Raises:
     UserError: the plot cannot be written.
@@ -112,7 +120,8 @@ def draw(folder: Path, config: recipe.Recipe, plot: Plot) -> None:
     rows = files.read_jsonl(folder / member.name / 'metrics.jsonl')
     name = member.name.replace(f'-seed{member.seed}', '')
     for metric, label in plot.panels if rows else ():
-      x, y = [row.get(metric) for row in rows], [row.get(plot.metric) for row in rows]
+      x: list[Any] = [row.get(metric) for row in rows]
+      y = [row.get(plot.metric) for row in rows]
       curves[label].append(Curve(name, member.method, x, y))
   plot_curves(folder / plot.file, curves, plot.title, plot.ylabel, dict(plot.marks))
 
@@ -125,7 +134,7 @@ def plot_curves(
   marks: dict[str, float],
   xscale: str = 'linear',
 ) -> None:
-  """Writes the plot that :func:`curves_figure` makes of the other arguments.
+  """Write the figure that :func:`curves_figure` returns for the other arguments.
 
   Raises:
     UserError: the plot cannot be written.
@@ -140,13 +149,13 @@ def curves_figure(
   marks: dict[str, float],
   xscale: str = 'linear',
 ) -> Figure:
-  """Draws panels side by side, one color per method and one line per seed.
+  """Draw panels side by side, with a color per method and a line per seed.
 
   Args:
-    panels: the curves of each panel, by the label of its horizontal axis.
-    title: what stands above all panels.
-    ylabel: the label of the vertical axes; see :class:`Plot`.
-    marks: horizontal lines by name.
+    panels: the curves of each panel by the label of its horizontal axis.
+    title: title above all panels.
+    ylabel: label of the vertical axes, see :class:`Plot`.
+    marks: values of horizontal lines by name.
     xscale: matplotlib's name of the scale of the horizontal axes.
 
   Returns:
@@ -154,17 +163,15 @@ def curves_figure(
   """
   labels = dict.fromkeys(curve.label for curves in panels.values() for curve in curves)
   width = 7.0 if len(panels) == 1 else 4.6 * len(panels)
+  # A long legend would hide the curves, so it goes next to the panels.
   beside = len(panels) > 1 or len(labels) + len(marks) > 6
   height = max(4.5, 0.3 * len(labels))
   figure = Figure(
     figsize=(width + (2.5 if beside else 0), height), layout='constrained'
   )
   figure.suptitle(title)
-  for axes, (xlabel, curves) in zip(
-    figure.subplots(1, len(panels), sharey=True, squeeze=False)[0],
-    panels.items(),
-    strict=True,
-  ):
+  all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+  for axes, (xlabel, curves) in zip(all_axes, panels.items(), strict=True):
     _draw_panel(axes, curves, marks)
     yscale = 'linear' if ylabel.endswith('%') else 'log'
     axes.set(xlabel=xlabel, yscale=yscale, xscale=xscale)
@@ -175,7 +182,7 @@ def curves_figure(
     axes.grid(alpha=0.3, which='both')
   figure.axes[0].set_ylabel(ylabel)
   legend = figure.axes[-1].get_legend_handles_labels()
-  if beside:  # Beside the curves, not over them.
+  if beside:
     figure.legend(*legend, loc='outside right center')
   elif legend[0]:
     figure.axes[-1].legend()
@@ -183,7 +190,13 @@ def curves_figure(
 
 
 def _draw_panel(axes: Axes, curves: list[Curve], marks: dict[str, float]) -> None:
-  """Draws the lines of one panel; the second variant of a method on is lighter."""
+  """Draw the lines of one panel; further variants of a method are lighter.
+
+  Args:
+    axes: the panel.
+    curves: its curves.
+    marks: values of horizontal lines by name.
+  """
   variants: dict[str, list[str]] = {}
   for curve in curves:
     known = variants.setdefault(curve.method, [])
@@ -193,7 +206,8 @@ def _draw_panel(axes: Axes, curves: list[Curve], marks: dict[str, float]) -> Non
     number = known.index(curve.label)
     axes.plot(
       curve.x,
-      curve.y,
+      # NumPy makes NaN of None, at which matplotlib leaves a gap.
+      np.array(curve.y, float),
       LINE_STYLES[number % len(LINE_STYLES)],
       color=_lighter(METHOD_COLORS[curve.method], 0.5 * (1 - 0.75**number)),
       label=curve.label if is_first else None,
@@ -207,21 +221,26 @@ def _draw_panel(axes: Axes, curves: list[Curve], marks: dict[str, float]) -> Non
 
 
 def _marker(number: int, num_points: int) -> str | None:
-  """Returns the marker of a method's line; a line of few points shows them."""
+  """Return the marker of a method's line.
+
+  Args:
+    number: number of the line among those of the method.
+    num_points: number of its points. A line of few points always shows them.
+  """
   marker = MARKERS[number // len(LINE_STYLES) % len(MARKERS)]
   return '.' if marker is None and num_points < 4 else marker
 
 
 def _lighter(color: str, share: float) -> tuple[float, ...]:
-  """Mixes a color with a share of white."""
+  """Return a color mixed with a share of white."""
   return tuple(channel + share * (1 - channel) for channel in to_rgb(color))
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-  """Writes a plot whole or not at all.
+  """Write a figure to a file, completely or not at all.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: the file cannot be written.
   """
   with files.user_errors(path):
     temporary = path.with_name(path.name + '.tmp')

@@ -18,23 +18,23 @@ from experiments.core.schedule import Member, print_warning
 import fptt_jax
 
 NORM_HISTORY = 1000
-"""Batches in which a lambda that runs away is looked for."""
+"""Number of last batches in which a diverging lambda is looked for."""
 
 
 class Population:
-  """Runs of one method and the program that trains them. What is a list here has an
-  entry for each.
+  """Runs of one method and the program that trains them.
 
-  A run by itself is not stacked: its program is the plain one.
+  Lists have an entry per run. Arrays of several runs are stacked along their first
+  axis. A single run is not stacked; its program is the trainer's own.
 
   Attributes:
-    members: the runs, those that stand in for others last.
-    runs: the folders of those that do not.
-    source: what all batches are read from, on the device or on each of them, or split
-      over them.
-    end_epoch: as the trainer's, of what is stacked.
-    lost: of the runs, by number, whose loss or gradient is no longer finite: where that
-      began.
+    members: the runs; placeholders come last.
+    runs: files of the runs that are not placeholders.
+    source: arrays that all batches are read from, on one device, on each device or
+      split over them.
+    end_epoch: the trainer's `end_epoch` for stacked states.
+    diverged_at: by number of the run, a description of where its loss or gradient was
+      first not finite.
   """
 
   def __init__(
@@ -49,65 +49,80 @@ class Population:
     fetch: Callable[[Any], Any] | None = None,
     evaluated: Callable[[], None] = lambda: None,
   ):
-    """Takes, beside what :class:`experiments.core.loop.Task` has:
+    """Open the files of the runs and build their program.
 
     Args:
+      trainer: the train step of one run.
+      read: (source, item) -> batch; traced by JAX.
+      source: arrays that all batches are read from.
       members: the runs.
-      folder: where their folders are.
-      evaluated: is called after each evaluation of a run.
+      folder: the parent of the runs' folders.
+      meshes: devices to split the work over.
+      split: whether the second axis of the source is the batch axis, so that each
+        device holds the rows of its share only.
+      fetch: (items) -> arrays that `read` takes in place of the items; None if `source`
+        has all data.
+      evaluated: callback after each evaluation of a run.
+
+    Raises:
+      UserError: a folder cannot be written.
     """
     own = [member for member in members if not member.placeholder]
-    for member in own[
-      1:
-    ]:  # Of the first the trainer's optimizer is made, and warned about.
+    # The trainer's optimizer was made for the first run, which gave its warning.
+    for member in own[1:]:
       optimizers.warn_if_unstable(member.config, member.method)
-    self.members, self.diverged_at = members, dict[int, str]()
+    config = members[0].config
+    self.members = members
+    self.diverged_at: dict[int, str] = {}
     self._norms: list[list[tuple[float, float]]] = [[] for _ in own]
     self._warned: set[int] = set()
     self.runs = [
-      checkpoints.Run(folder / member.name, members[0].config.max_to_keep)
-      for member in own
+      checkpoints.Run(folder / member.name, config.max_to_keep) for member in own
     ]
     self._evaluated = evaluated
-    self._loggers: list[TensorBoard] = []  # One per run, or none.
-    self._saved, self._interval = (
-      time.monotonic(),
-      60 * members[0].config.checkpoint_minutes,
-    )
+    # One per run, or none.
+    self._loggers: list[TensorBoard] = []
+    self._saved = time.monotonic()
+    self._interval = 60 * config.checkpoint_minutes
     self._alone = len(members) == 1
-    self._trainer, self._read, self._fetch, self._meshes = trainer, read, fetch, meshes
-    many = (
-      trainer
-      if self._alone
-      else fptt_jax.vmap_trainer(trainer, own_batches=True, mesh=meshes.members)
-    )
-    self._steps = fptt_jax.scan_train_steps(
-      many, read if self._alone else jax.vmap(read, in_axes=(None, 0))
-    )
+    self._trainer = trainer
+    self._read = read
+    self._fetch = fetch
+    self._meshes = meshes
+    many = trainer
+    read_many = read
+    # The program of a single run is the trainer's own, so it gives the same numbers.
+    if not self._alone:
+      many = fptt_jax.vmap_trainer(trainer, own_batches=True, mesh=meshes.members)
+      read_many = jax.vmap(read, in_axes=(None, 0))
+    self._steps = fptt_jax.scan_train_steps(many, read_many)
     self.end_epoch = many.end_epoch
     self.source = self._placed(source, split)
 
   @property
   def placeholders(self) -> set[int]:
-    """Numbers of the members that are no runs."""
+    """Numbers of the members that are placeholders."""
     return set(range(len(self.runs), len(self.members)))
 
   def _placed(self, source: Any, split: bool) -> Any:
+    """Put the source on the devices.
+
+    Args:
+      source: arrays.
+      split: whether to split the second axis if the devices share a batch.
+    """
     mesh = self._meshes.batch or self._meshes.members
     if mesh is None:
       return jax.device_put(source)
-    place = NamedSharding(
-      mesh,
-      PartitionSpec(None, 'devices')
-      if split and self._meshes.batch
-      else PartitionSpec(),
-    )
-    return jax.tree.map(
-      lambda leaf: jax.make_array_from_callback(
-        leaf.shape, place, lambda index: leaf[index]
-      ),
-      source,
-    )
+    is_split = split and self._meshes.batch is not None
+    spec = PartitionSpec(None, 'devices') if is_split else PartitionSpec()
+    place = NamedSharding(mesh, spec)
+
+    def put(leaf: Any) -> jax.Array:
+      # device_put cannot place an array on the devices of other processes.
+      return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
+
+    return jax.tree.map(put, source)
 
   def start(
     self,
@@ -115,37 +130,35 @@ class Population:
     items: list[Any],
     beside: Callable[[fptt_jax.TrainState], Any] = lambda state: (),
   ) -> tuple[int, tuple[fptt_jax.TrainState, Any], list[dict[str, Any]]]:
-    """(step, (state, what is saved beside it), records) that all go on from, with the
-    hyper-parameters of each configuration.
+    """Restore the last checkpoints that all runs have, or start the runs.
 
     Args:
-      keys: each run's PRNG key.
-      items: an item of each run, for the shapes.
-      beside: (first state) -> what else is saved.
+      keys: PRNG key of each run.
+      items: an item of each run, for the shapes of a batch.
+      beside: (initial state) -> further arrays that are saved with the state.
+
+    Returns:
+      (step, (stacked state, stacked further arrays), a record per run). The states have
+      the hyperparameters of the runs' configurations.
+
+    Raises:
+      BrokenCheckpoint: a checkpoint is damaged.
+      UserError: a checkpoint does not fit.
     """
     saved = processes.on_first_process(
       lambda: [checkpoints.saved_steps(run.folder) for run in self.runs]
     )
     step = min(steps[-1] if steps else 0 for steps in saved)
-    carries, records = [], []
+    carries = []
+    records = []
+    # There are no runs for the placeholders at the end of the members.
     for member, run, key, item in zip(
       self.members, self.runs, keys, items, strict=False
     ):
-      batch = lambda source, item=item: self._read(
-        source, item if self._fetch is None else self._fetch(item)
-      )
-      shapes = jax.process_count() > 1
-      state = self._trainer.init(
-        key, jax.eval_shape(batch, self.source) if shapes else batch(self.source)
-      )
+      state = self._first_state(key, item)
       (state, other), record = run.restore(step, (state, beside(state)))
-      named = optimizers.hyperparameters(member.config, member.method)
-      settings = processes.replicated(
-        {name: jnp.asarray(value, jnp.float32) for name, value in named.items()}
-      )
-      carries.append(
-        (state._replace(opt_state=optax.tree.set(state.opt_state, **settings)), other)
-      )
+      state = self._with_hyperparameters(state, member)
+      carries.append((state, other))
       records.append(record)
     if self.members[0].config.logger == 'tensorboard' and processes.is_first():
       self._loggers = [TensorBoard(run.folder, step) for run in self.runs]
@@ -153,64 +166,79 @@ class Population:
       carries.append(carries[0])
       records.append(records[0])
     if devices.over_all_devices(self.members[0].config):
-      leaves = jax.tree.leaves((state.params, state.opt_state))
-      here = (
-        sum(
-          math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-          for leaf in leaves
-        )
-        / 1e6
-      )
-      whole = sum(leaf.nbytes for leaf in leaves) / 1e6
-      print(
-        f'weights and optimizer state: {whole:.3g} MB, {here:.3g} MB on each of '
-        f'{jax.device_count()} devices'
-      )
+      _print_memory(carries[0][0])
     return step, self.stack(carries), records
+
+  def _first_state(self, key: jax.Array, item: Any) -> fptt_jax.TrainState:
+    """Return the initial state of one run."""
+
+    def batch(source: Any) -> fptt_jax.Batch:
+      return self._read(source, item if self._fetch is None else self._fetch(item))
+
+    # A process that holds only its share of the data has no complete batch to validate.
+    if jax.process_count() > 1:
+      return self._trainer.init(key, jax.eval_shape(batch, self.source))
+    return self._trainer.init(key, batch(self.source))
+
+  def _with_hyperparameters(
+    self, state: fptt_jax.TrainState, member: Member
+  ) -> fptt_jax.TrainState:
+    """Return a state with the hyperparameters of a run's configuration."""
+    # The trainer has those of the first run, and a checkpoint may have those of before
+    # an --allow_config_change.
+    named = optimizers.hyperparameters(member.config, member.method)
+    values = {name: jnp.asarray(value, jnp.float32) for name, value in named.items()}
+    settings = processes.replicated(values)
+    return state._replace(opt_state=optax.tree.set(state.opt_state, **settings))
 
   def steps(
     self, state: fptt_jax.TrainState, items: list[Any]
   ) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
-    """N steps of each run, one program: items with a leading axis of length N; metrics
-    have leading axes [N, R].
+    """Train each run on N batches, in one call of the program.
+
+    Args:
+      state: the stacked state.
+      items: for each run the items of its batches, with a leading axis of length N.
+
+    Returns:
+      (the next state, metrics with leading axes [N, R]).
     """
     if self._fetch is not None:
-      several = jax.process_count() > 1
-      items = [
-        processes.fetch_rows(self._fetch, item, self._meshes.batch)
-        if several
-        else self._fetch(item)
-        for item in items
-      ]
-    together = (
-      items[0]
-      if self._alone
-      else jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *items)
-    )
-    state, metrics = self._steps(state, self.source, together)
-    return state, jax.tree.map(
-      lambda leaf: leaf[:, None], metrics
-    ) if self._alone else metrics
+      items = [self._fetched(self._fetch, item) for item in items]
+    if self._alone:
+      state, metrics = self._steps(state, self.source, items[0])
+      return state, jax.tree.map(lambda leaf: leaf[:, None], metrics)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *items)
+    return self._steps(state, self.source, together)
+
+  def _fetched(self, fetch: Callable[[Any], Any], item: Any) -> Any:
+    """Return the arrays of items whose data stay on the host."""
+    mesh = self._meshes.batch
+    # Several processes always split the batch, and each reads its own rows.
+    if mesh is not None and jax.process_count() > 1:
+      return processes.fetch_rows(fetch, item, mesh)
+    return fetch(item)
 
   def observe(
     self, metrics: fptt_jax.StepMetrics, batches: int, windows: np.ndarray | None = None
   ) -> None:
-    """Notes which runs are lost after these N batches, gives the loggers what was
-    measured, and warns of a lambda that runs away.
+    """Look for divergence in the metrics of N batches, and log their means.
+
+    Runs whose loss or gradient is not finite are added to `diverged_at`. A run whose
+    lambda diverges gets a warning, once.
 
     Args:
-      metrics: what the batches' steps saw, with leading axes [N, R].
-      batches: batches that have gone before.
-      windows: int [N], updates of each batch that have sequences in them; None for all.
+      metrics: metrics of the batches, with leading axes [N, R].
+      batches: number of batches before these.
+      windows: int [N], number of windows of each batch that contain any sequence; None
+        if all do.
     """
     metrics = jax.tree.map(np.asarray, metrics)
     for number, member in enumerate(self.members):
       if number in self.diverged_at or number in self.placeholders:
         continue
-      own, radius = (
-        jax.tree.map(lambda leaf, number=number: leaf[:, number], metrics),
-        optimizers.flat_loss_radius(member.config, member.method),
-      )
+      own = jax.tree.map(lambda leaf, number=number: leaf[:, number], metrics)
+      radius = optimizers.flat_loss_radius(member.config, member.method)
       found = fptt_jax.find_nonfinite(
         own, first_update=batches * own.loss.shape[1], radius=radius
       )
@@ -218,24 +246,40 @@ class Population:
         self.diverged_at[number] = found
         continue
       self._log_means(number, own, batches, windows)
-      norms = self._norms[number]
-      norms.extend(
-        zip(own.lambda_norm.tolist(), own.grad_norm.max(1).tolist(), strict=True)
+      self._watch_lambda(number, own, batches, radius)
+
+  def _watch_lambda(
+    self,
+    number: int,
+    metrics: fptt_jax.StepMetrics,
+    batches: int,
+    radius: float | None,
+  ) -> None:
+    """Warn once if the lambda of a run diverges.
+
+    Args:
+      number: the run.
+      metrics: metrics of N batches of the run.
+      batches: number of batches before these.
+      radius: spectral radius of the recursion, if it is known.
+    """
+    norms = self._norms[number]
+    lambda_norms = metrics.lambda_norm.tolist()
+    norms.extend(zip(lambda_norms, metrics.grad_norm.max(1).tolist(), strict=True))
+    del norms[:-NORM_HISTORY]
+    if number in self._warned:
+      return
+    lambdas, gradients = np.array(norms).T
+    if fptt_jax.lambda_diverges(lambdas, gradients[:, None]):
+      self._warned.add(number)
+      known = ''
+      if radius is not None:
+        known = f", the recursion's spectral radius {radius:.3g}"
+      text = (
+        f'lambda runs away: its norm is {lambdas[-1]:.3g} after batch '
+        f'{batches + len(metrics.loss):,}{known}; lower lr * alpha'
       )
-      del norms[:-NORM_HISTORY]
-      lambdas, gradients = np.array(norms).T
-      if number not in self._warned and fptt_jax.lambda_diverges(
-        lambdas, gradients[:, None]
-      ):
-        self._warned.add(number)
-        known = (
-          '' if radius is None else f", the recursion's spectral radius {radius:.3g}"
-        )
-        text = (
-          f'lambda runs away: its norm is {lambdas[-1]:.3g} after batch '
-          f'{batches + len(own.loss):,}{known}; lower lr * alpha'
-        )
-        print_warning(f'{member.label}: {text}')
+      print_warning(f'{self.members[number].label}: {text}')
 
   def _log_means(
     self,
@@ -244,34 +288,46 @@ class Population:
     batches: int,
     windows: np.ndarray | None,
   ) -> None:
-    """Gives a run's logger the means over the updates of N batches that were made."""
+    """Log the means over the updates of N batches that were made.
+
+    Args:
+      number: the run.
+      metrics: metrics of the batches of the run.
+      batches: number of batches before these.
+      windows: int [N], number of windows of each batch that contain any sequence; None
+        if all do.
+    """
     made = ~metrics.skipped
     if windows is not None:
       made &= np.arange(made.shape[1]) < windows[:, None]
     if not self._loggers or not made.any():
       return
     scalars = {
-      'train/loss': metrics.loss[made].mean(dtype=np.float64),
-      'train/grad_norm': metrics.grad_norm[made].mean(dtype=np.float64),
+      'train/loss': float(metrics.loss[made].mean(dtype=np.float64)),
+      'train/grad_norm': float(metrics.grad_norm[made].mean(dtype=np.float64)),
     }
     if fptt_jax.METHODS[self.members[number].method].regularized:
-      scalars['train/lambda_norm'] = metrics.lambda_norm[-1]
+      scalars['train/lambda_norm'] = float(metrics.lambda_norm[-1])
     self._loggers[number].log(batches + len(made), scalars)
 
   def log(self, number: int, step: int, batches: int, **metrics: Any) -> dict[str, Any]:
-    """Writes down an evaluation of one run.
+    """Write an evaluation of one run to its metrics and to the logger.
 
     Args:
-      number: which run.
-      step: what the metrics' lines count: batches or epochs.
-      batches: batches so far.
-      **metrics: what was measured.
+      number: the run.
+      step: number of the line, in batches or epochs.
+      batches: number of batches so far.
+      **metrics: the metrics.
 
     Returns:
       The line of metrics.jsonl.
+
+    Raises:
+      UserError: the file cannot be written.
     """
     row = self.runs[number].log(step, **metrics)
     if self._loggers:
+      # Numbers that are not finite are None in a row.
       finite = {name: value for name, value in row.items() if value is not None}
       scalars = {f'evaluation/{name}': value for name, value in finite.items()}
       self._loggers[number].log(batches, scalars)
@@ -279,37 +335,34 @@ class Population:
     return row
 
   def all_diverged(self, going: Iterable[int]) -> bool:
-    """Whether none of these runs, by number, is worth going on with."""
+    """Return whether all of these runs, given by number, have diverged."""
     return all(number in self.diverged_at for number in going)
 
   def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of one run's arrays as one of what is stacked."""
+    """Return a function of one run's arrays as a function of stacked arrays."""
     return function if self._alone else jax.vmap(function)
 
   def pack(self, values: list[Any], dtype: Any) -> jax.Array:
-    """One number for each run as an array [R], or a scalar of a run by itself."""
+    """Return one number per run as an array [R], or [] for a single run."""
     return processes.replicated(
       jnp.asarray(values[0] if self._alone else values, dtype)
     )
 
   def stack(self, trees: list[Any]) -> Any:
-    """What the program takes of what each run has."""
+    """Return the trees of all members as one, stacked and placed on the devices."""
     if self._alone:
       return trees[0]
-    stacked, mesh = (
-      jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees),
-      self._meshes.members,
-    )
-    return (
-      stacked
-      if mesh is None
-      else jax.device_put(stacked, NamedSharding(mesh, PartitionSpec('devices')))
-    )
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    mesh = self._meshes.members
+    if mesh is None:
+      return stacked
+    return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec('devices')))
 
   def unstack(self, tree: Any) -> list[Any]:
-    """What each run has of what the program gives."""
+    """Return the tree of each member; the inverse of :meth:`stack`."""
     if self._alone:
       return [tree]
+    # Members are saved and evaluated one by one, on one device.
     tree = jax.device_put(tree, jax.local_devices()[0])
     return [
       jax.tree.map(lambda leaf, number=number: leaf[number], tree)
@@ -317,43 +370,63 @@ class Population:
     ]
 
   def save(self, step: int, carry: Any, records: dict[int, dict[str, Any]]) -> None:
-    """Saves the runs that have a record, by number, in the background: none before all
-    have been saved the last time.
+    """Save runs in the background.
 
-    A run that is lost keeps the checkpoint from before.
+    A run that has diverged keeps its earlier checkpoint.
+
+    Args:
+      step: number of batches so far.
+      carry: the stacked state and the further arrays that are saved with it.
+      records: records of the runs to save, by number.
 
     Raises:
-      Stopped: a signal asked for it; all is saved.
+      Stopped: a signal asked for the end; everything is saved.
+      UserError: a checkpoint cannot be written.
     """
+    # Killed during two saves, runs could be more than one interval apart.
     self.wait()
+    # A resumed run does not log the batches before its checkpoint again.
     for logger in self._loggers:
-      logger.flush()  # What a checkpoint follows is on the disk before it.
+      logger.flush()
     for number, member_carry in enumerate(self.unstack(carry)):
       if number in records and number not in self.diverged_at:
         self.runs[number].save(
           step, member_carry, places=len(self.members), **records[number]
         )
     self._saved = time.monotonic()
-    if asked := processes.stopped_by():
+    asked = processes.stopped_by()
+    if asked:
       self.close()
       raise signals.Stopped(f'stopped by {asked}, saved after batch {step:,}')
 
   def wait(self) -> None:
-    """Waits for the last checkpoints."""
+    """Wait until the last checkpoints are on the disk."""
     for run in self.runs:
       run.wait()
 
   def due(self) -> bool:
-    """Whether to save before the interval has ended: a signal or the clock asks for
-    it.
-    """
-    return processes.any_process(
-      signals.requested() is not None or time.monotonic() - self._saved > self._interval
-    )
+    """Return whether to save now, because of a signal or the clock."""
+    is_late = time.monotonic() - self._saved > self._interval
+    # The clocks of the processes differ, but all have to save at the same step.
+    return processes.any_process(is_late or signals.requested() is not None)
 
   def close(self) -> None:
-    """Waits for the last checkpoints; nothing more is saved."""
+    """Wait for the last checkpoints and end the saving."""
     for logger in self._loggers:
       logger.close()
     for run in self.runs:
       run.close()
+
+
+def _print_memory(state: fptt_jax.TrainState) -> None:
+  """Print the size of weights and optimizer state, in total and per device."""
+  leaves = jax.tree.leaves((state.params, state.opt_state))
+  total = sum(leaf.nbytes for leaf in leaves) / 1e6
+  per_device = 0.0
+  for leaf in leaves:
+    shard = leaf.sharding.shard_shape(leaf.shape)
+    per_device += math.prod(shard) * leaf.dtype.itemsize / 1e6
+  print(
+    f'weights and optimizer state: {total:.3g} MB, {per_device:.3g} MB on each of '
+    f'{jax.device_count()} devices'
+  )

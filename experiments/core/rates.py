@@ -1,11 +1,10 @@
-"""Learning rates and momenta of the adding problem: a declared grid, searched per
-method.
+"""Search for learning rates and momenta of the adding problem on a declared grid.
 
-The search starts at `START` and moves to the first neighbor that is better: the other
-momentum, the next two higher rates, the next lower rate. It ends when every neighbor
-has been tried and none is better, so the chosen rate lies inside the rates that were
-tried. Two higher rates, because a better rate has been seen above one that is a little
-worse.
+Each method has its own search. It starts at `START` and moves to the first neighbor
+that is better. The neighbors are the other momentum, the next two higher rates and the
+next lower rate. The search ends when all neighbors have been tried and none is better,
+so the chosen rate lies inside the rates that were tried. Two higher rates are tried,
+because a better rate has been seen above one that is a little worse.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,18 +21,18 @@ MOMENTA = (0.0, 0.9)
 
 
 SEED = 1000
-"""Tuning trains and evaluates on draws of this seed, which no reported run uses."""
+"""Seed of the draws on which tuning trains and evaluates; no reported run uses it."""
 
 
 FILE = Path(__file__).with_name('add_task_rates.json')
-"""The table that `experiments.add_task` reads, a copy of what its --tune wrote."""
+"""Table that `experiments.add_task` reads, a copy of a file that its --tune wrote."""
 
 
 SETTINGS = (
   *('seq_len', 'hidden', 'batch_size', 'batches', 'num_windows', 'decay', 'clip'),
   *('alpha', 'beta', 'kappa', 'forget_bias', 'inner_steps', 'weight_decay'),
 )
-"""Settings of the adding problem that the best rate is known to depend on."""
+"""Settings of the adding problem on which the best rate depends."""
 
 
 class Rates(NamedTuple):
@@ -49,11 +48,11 @@ class Rates(NamedTuple):
 
 
 START = Rates(3e-3, 0.9)
-"""The first point that is tried."""
+"""First point of the search."""
 
 
 def neighbors(point: Rates) -> Iterator[Rates]:
-  """Yields the points beside one of the grid, in the order they are tried in."""
+  """Yield the neighbors of a point of the grid, in the order of the search."""
   for momentum in MOMENTA:
     if momentum != point.momentum:
       yield Rates(point.lr, momentum)
@@ -66,40 +65,49 @@ def neighbors(point: Rates) -> Iterator[Rates]:
 def search(
   score: Callable[[Rates], float | None],
 ) -> tuple[Rates, dict[Rates, float | None]]:
-  """Searches the grid for a point that is better than its neighbors.
+  """Search the grid for a point that is better than its neighbors.
 
   Args:
-    score: returns what a point came to, lower being better; None if it diverged.
+    score: (point) -> score, lower is better; None if the run diverged.
 
   Returns:
-    The point, and the scores of all points that were tried.
+    (the point, the scores of all points that were tried).
   """
-  tried = {START: score(START)}
-  best, is_settled = START, False
+  best = START
+  tried = {best: score(best)}
+  is_settled = False
   while not is_settled:
     is_settled = True
     for point in neighbors(best):
+      # A point has a score already if it is a neighbor of an earlier best one.
       if point not in tried:
         tried[point] = score(point)
       if is_better(tried[point], tried[best]):
-        best, is_settled = point, False
+        best = point
+        is_settled = False
         break
   return best, tried
 
 
 def is_better(score: float | None, other: float | None) -> bool:
-  """Returns whether a score is lower than another one; a diverged run has the worst."""
+  """Return whether a score is lower than another; diverged runs are the worst."""
   return score is not None and (other is None or score < other)
 
 
 def is_inside(point: Rates, tried: dict[Rates, float | None]) -> bool:
-  """Returns whether lower and higher rates were tried at the point's momentum."""
+  """Return whether lower and higher rates were tried at the point's momentum."""
+  # If not, a better rate may lie beyond the grid, and the report says so.
   beside = [other.lr for other in tried if other.momentum == point.momentum]
   return min(beside) < point.lr < max(beside)
 
 
 def entry(best: Rates, tried: dict[Rates, float | None]) -> dict[str, Any]:
-  """Returns what the table says of one method."""
+  """Return the table's entry for one method.
+
+  Args:
+    best: the chosen point.
+    tried: scores of all points that were tried.
+  """
   points = sorted(tried, key=lambda point: (point.momentum, point.lr))
   return {
     **best._asdict(),
@@ -109,11 +117,11 @@ def entry(best: Rates, tried: dict[Rates, float | None]) -> dict[str, Any]:
 
 
 class Table(NamedTuple):
-  """What was chosen.
+  """Table of chosen rates and momenta.
 
   Attributes:
-    settings: the adding problem's settings that the search was made at.
-    methods: the chosen point by method.
+    settings: settings of the adding problem during the search.
+    methods: the chosen point of each method.
     unsettled: methods whose chosen rate is the lowest or highest that was tried.
   """
 
@@ -123,7 +131,12 @@ class Table(NamedTuple):
 
 
 def table(config: Any, methods: dict[str, Any]) -> dict[str, Any]:
-  """Returns the file's content: how the rates were chosen, and an entry per method."""
+  """Return the content of the table's file.
+
+  Args:
+    config: settings of the search.
+    methods: an :func:`entry` per method.
+  """
   return {
     'command': 'python -m experiments.add_task --tune',
     'chosen_by': 'mean MSE over the last quarter of the evaluations, on draws of '
@@ -138,7 +151,7 @@ def table(config: Any, methods: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_table(path: Path = FILE) -> Table:
-  """Returns what a file's table says was chosen."""
+  """Read the table of chosen rates from a file."""
   content = json.loads(path.read_text())
   methods = content['methods'].items()
   points = {name: Rates(row['lr'], row['momentum']) for name, row in methods}

@@ -1,17 +1,16 @@
-"""The settings all experiments share: training method, FPTT's hyper-parameters,
-optimizer.
-"""
+"""Settings that all experiments share: method, hyperparameters and optimizer."""
 
 import dataclasses
 import itertools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from experiments.core.flags import MAX_RUNS, check, check_fields, option
 from experiments.core.loggers import LOGGERS, is_available
 import fptt_jax
 
 METHODS = tuple(fptt_jax.METHODS)
+"""Values of --method."""
 
 
 HYPERPARAMETERS = {
@@ -22,21 +21,21 @@ HYPERPARAMETERS = {
   'kappa': 'kappa',
   'clip': 'clip',
 }
-"""Settings that runs of one program may differ in, and what the optimizer's state calls
-them.
+"""Settings in which runs of one program may differ, with their names in the optimizer's
+state.
 """
 
 
 REGULARIZER = ('alpha', 'beta', 'kappa')
-"""Those of them that only methods with the regularizer have."""
+"""Hyperparameters of the methods with the regularizer only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How a model is trained, apart from the task."""
+  """Settings of the training that do not depend on the task."""
 
   COMPARABLE: ClassVar[tuple[str, ...]] = tuple(HYPERPARAMETERS)
-  """Settings that --grid takes several values of."""
+  """Settings of which --grid takes several values."""
 
   method: tuple[str, ...] = option(
     ('fptt',),
@@ -95,7 +94,8 @@ class Recipe:
     1, 'gradient steps a window', within='[1, inf)', group='optimizer'
   )
   optimizer: str = option('adam', 'base optimizer', ('adam', 'sgd'), group='optimizer')
-  lr: float = option(1e-3, 'learning rate', within='(0, inf)', group='optimizer')
+  # None stands for a rate that depends on the method, see `for_method`.
+  lr: float | None = option(1e-3, 'learning rate', within='(0, inf)', group='optimizer')
   momentum: float | None = option(
     None,
     "decay of the first moment: b1 of 'adam', default 0.9; heavy-ball momentum of "
@@ -225,7 +225,7 @@ class Recipe:
     self.variants()
 
   def _check_optimizer(self) -> None:
-    """Validates settings of the optimizer and logger that depend on each other.
+    """Validate settings of the optimizer and logger that depend on each other.
 
     Raises:
       ValueError: two settings exclude each other, or the logger is not installed.
@@ -243,7 +243,7 @@ class Recipe:
     )
 
   def _check_processes(self) -> None:
-    """Validates settings of devices and processes that depend on each other.
+    """Validate settings of devices and processes that depend on each other.
 
     Raises:
       ValueError: two settings exclude each other, or one is missing.
@@ -254,6 +254,7 @@ class Recipe:
       self.shard_params,
       'false without --data_parallel',
     )
+    # Both flags below choose devices of this process alone.
     is_distributed = self.data_parallel or bool(self.coordinator)
     is_placed = self.population > 1 or self.devices > 0
     check(
@@ -285,69 +286,78 @@ class Recipe:
 
   @property
   def first_moment(self) -> float:
-    """Decay of the first moment: what is given, or the base optimizer's usual one."""
+    """Decay of the first moment, by default the usual one of the base optimizer."""
     usual = {'adam': 0.9, 'sgd': 0.0}
     return usual[self.optimizer] if self.momentum is None else self.momentum
 
   def for_method(self, method: str) -> 'Recipe':
-    """Returns the settings for one method, with all that depends on it filled in."""
+    """Return the settings for one method, with the defaults that depend on it."""
     return self
 
   def variants(self) -> list[tuple[dict[str, float], 'Recipe']]:
-    """The combinations of the grid, each with its configuration; without a grid ({},
-    this one).
+    """Return the configuration of each combination of the grid's values.
+
+    Returns:
+      (values by setting, configuration) per combination; without a grid ({}, this one).
 
     Raises:
-      ValueError: a grid of no meaning.
+      ValueError: the grid is invalid.
     """
-    names, values = [], []
+    names = []
+    values = []
     for text in self.grid:
-      name, _, numbers = text.partition('=')
-      try:
-        values.append([float(number) for number in numbers.split(':')])
-      except ValueError:
-        values.append([])
-      expected = f'NAME=VALUE:VALUE with names out of {", ".join(HYPERPARAMETERS)}'
-      check(name in HYPERPARAMETERS and len(values[-1]) > 0, 'grid', text, expected)
-      check(
-        len(set(values[-1])) == len(values[-1]),
-        'grid',
-        text,
-        'of values different from each other',
-      )
-      check(
-        name != 'clip' or min(values[-1]) > 0,
-        'grid',
-        text,
-        'of values > 0: whether to clip is not for a grid',
-      )
-      without = [
-        method for method in self.method if not fptt_jax.METHODS[method].regularized
-      ]
-      check(
-        name not in REGULARIZER or not without,
-        'grid',
-        text,
-        f'without {name}, which {", ".join(without)} does not have',
-      )
+      name, numbers = self._parse_axis(text)
       names.append(name)
+      values.append(numbers)
     check(len(set(names)) == len(names), 'grid', self.grid, 'of names given once each')
-    check(
-      math.prod(map(len, values)) <= MAX_RUNS,
-      'grid',
-      self.grid,
-      f'of at most {MAX_RUNS} combinations',
-    )
-    combinations = [
-      dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)
+    # Counted before the list is made, which could fill the memory.
+    count = math.prod(map(len, values))
+    expected = f'of at most {MAX_RUNS} combinations'
+    check(count <= MAX_RUNS, 'grid', self.grid, expected)
+    found = []
+    for numbers_chosen in itertools.product(*values):
+      chosen: dict[str, Any] = dict(zip(names, numbers_chosen, strict=True))
+      # Without a grid the configuration itself, since a copy would be validated again
+      # and ask for its own variants.
+      config = dataclasses.replace(self, grid=(), **chosen) if chosen else self
+      found.append((chosen, config))
+    return found
+
+  def _parse_axis(self, text: str) -> tuple[str, list[float]]:
+    """Return the setting and the values of one item of --grid.
+
+    Raises:
+      ValueError: the item is invalid.
+    """
+    name, _, listed = text.partition('=')
+    try:
+      numbers = [float(number) for number in listed.split(':')]
+    except ValueError:
+      numbers = []
+    expected = f'NAME=VALUE:VALUE with names out of {", ".join(HYPERPARAMETERS)}'
+    check(name in HYPERPARAMETERS and len(numbers) > 0, 'grid', text, expected)
+    is_distinct = len(set(numbers)) == len(numbers)
+    check(is_distinct, 'grid', text, 'of values different from each other')
+    # Without clipping the optimizer has another structure, and all runs of a grid share
+    # one program.
+    expected = 'of values > 0: whether to clip is not for a grid'
+    check(name != 'clip' or min(numbers) > 0, 'grid', text, expected)
+    without = [
+      method for method in self.method if not fptt_jax.METHODS[method].regularized
     ]
-    return [
-      (chosen, dataclasses.replace(self, grid=(), **chosen) if chosen else self)
-      for chosen in combinations
-    ]
+    expected = f'without {name}, which {", ".join(without)} does not have'
+    check(name not in REGULARIZER or not without, 'grid', text, expected)
+    return name, numbers
 
   def check_length(self, seq_len: int) -> None:
-    """Raises if K or truncation_steps do not fit sequences of `seq_len` steps."""
+    """Check that K and truncation_steps fit a sequence length.
+
+    Args:
+      seq_len: T.
+
+    Raises:
+      ValueError: one of them is above T.
+    """
     fits = f'an integer between 1 and the sequence length T={seq_len}'
     check((self.num_windows or 1) <= seq_len, 'num_windows', self.num_windows, fits)
     check(
@@ -359,20 +369,24 @@ class Recipe:
 
 
 def window_steps(recipe: Recipe, method: str, seq_len: int) -> int:
-  """S, the steps that an update looks at."""
+  """Return the number of steps S that an update is based on."""
   _, updates = updates_per_sequence(recipe, method, seq_len)
   return seq_len // (updates // recipe.inner_steps)
 
 
 def updates_per_sequence(recipe: Recipe, method: str, seq_len: int) -> tuple[int, int]:
-  """(K, optimizer updates) of one sequence of `seq_len` steps."""
+  """Return the numbers of windows K and of optimizer updates per sequence.
+
+  Args:
+    recipe: settings of the runs.
+    method: training method.
+    seq_len: sequence length T.
+  """
   setting = fptt_jax.METHODS[method]
   if setting.num_windows is None:
-    num_windows = fptt_jax.make_windows(
-      seq_len, num_windows=recipe.num_windows
-    ).num_windows
+    plan = fptt_jax.make_windows(seq_len, num_windows=recipe.num_windows)
+    num_windows = plan.num_windows
   else:
     num_windows = seq_len if setting.num_windows == 'T' else int(setting.num_windows)
-  return num_windows, (
-    num_windows if setting.update_each_window else 1
-  ) * recipe.inner_steps
+  updated_windows = num_windows if setting.update_each_window else 1
+  return num_windows, updated_windows * recipe.inner_steps

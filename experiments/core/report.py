@@ -1,4 +1,4 @@
-"""The table and the best run at the end of a command."""
+"""Report at the end of a command: the table of the runs and the best one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +19,15 @@ def write_report(
   digits: int,
   best: Callable[..., str] = min,
 ) -> None:
-  """Writes the summary and the plot, and prints the table and the best run.
+  """Write the summary and the plot, and print the table and the best run.
 
   Args:
-    folder: the folder of the runs' folders.
-    config: the configuration that lists the runs.
-    summaries: what each run came to.
-    plot: what to draw.
-    choose: the name, in the summaries, of the number that decides which run is best.
-    digits: decimals of the table's numbers.
+    folder: the parent of the runs' folders.
+    config: settings that list the runs.
+    summaries: summary of each run.
+    plot: the plot.
+    choose: name, in the summaries, of the number that decides which run is best.
+    digits: number of decimals in the table.
     best: `min` or `max`, the better value of `choose`.
 
   Raises:
@@ -35,13 +35,16 @@ def write_report(
   """
   if not processes.is_first():
     return
+  # A run that diverged has no score. Of a single run there is no best one.
   scores = {one['run']: one[choose] for one in summaries if one.get(choose) is not None}
   chosen = best(scores, key=lambda name: scores[name]) if len(scores) > 1 else None
   workdir.write_summary(folder, summaries, chosen)
   draw(folder, config, plot)
+  # The descriptions of divergence are too long for a column; they follow the table.
   names = dict.fromkeys(
     name for summary in summaries for name in summary if name not in ('run', 'lost')
   )
+  # The decimals of a score would round learning rates to 0.
   formats = ['g' if name in recipe.HYPERPARAMETERS else f'.{digits}f' for name in names]
   rows = [[summary.get(name) for name in names] for summary in summaries]
   headers = [name.replace('_', ' ') for name in names]

@@ -23,18 +23,19 @@ def sample_text(
 
   Args:
     run: a trained language model.
-    number: tokens to draw, characters or words.
-    prompt: what the text begins with; by default the model has read the end of a line.
-    temperature: divides the logits; 0 takes the most probable token each time.
+    number: number of tokens to draw, characters or words.
+    prompt: beginning of the text; without it the model starts after the end of a line.
+    temperature: divisor of the logits; 0 takes the most probable token each time.
     seed: seed of the draws.
 
   Returns:
-    The prompt and what was drawn after it.
+    The prompt and the tokens that were drawn after it.
 
   Raises:
-    UserError: the prompt holds a token that the vocabulary has not.
+    UserError: the prompt holds a token that is not in the vocabulary.
   """
-  by_characters, vocabulary = run.config.by_characters, run.vocabulary or []
+  by_characters = run.config.by_characters
+  vocabulary = run.vocabulary or []
   given = text.encode_prompt(prompt, vocabulary, by_characters)
   start = vocabulary.index(text.END_OF_LINE) if text.END_OF_LINE in vocabulary else 0
   tokens = jnp.asarray(given or [start], jnp.int32)
@@ -45,7 +46,7 @@ def sample_text(
     run.params,
     tokens,
     jax.random.key(seed),
-    temperature or 1.0,
+    temperature or 1.0,  # Greedy draws do not use it; 0 would divide by zero.
     number=number,
     greedy=temperature == 0,
   )
@@ -67,11 +68,11 @@ def draw_tokens(
   Args:
     model: a model from token ids to logits.
     params: its parameters.
-    prompt: int32 [P], P >= 1, what the model reads first.
+    prompt: int32 [P], P >= 1 tokens that the model reads first.
     key: PRNG key.
-    temperature: divides the logits.
-    number: N, tokens to draw.
-    greedy: take the most probable token each time.
+    temperature: divisor of the logits.
+    number: number N of tokens to draw.
+    greedy: whether to take the most probable token each time.
 
   Returns:
     int32 [N].
@@ -79,20 +80,18 @@ def draw_tokens(
 
   def read(state: Any, tokens: jax.Array) -> tuple[Any, jax.Array]:
     state, outputs = model.apply(params, state, tokens[:, None], None, None)
-    logits = (
-      outputs.outputs if isinstance(outputs, fptt_jax.OutputsWithPenalty) else outputs
-    )
-    return state, logits[-1, 0]
+    if isinstance(outputs, fptt_jax.OutputsWithPenalty):
+      outputs = outputs.outputs
+    return state, outputs[-1, 0]
 
   def draw(
     carry: tuple[Any, jax.Array], key: jax.Array
   ) -> tuple[tuple[Any, jax.Array], jax.Array]:
     state, logits = carry
-    token = (
-      jnp.argmax(logits)
-      if greedy
-      else jax.random.categorical(key, logits / temperature)
-    )
+    if greedy:
+      token = jnp.argmax(logits)
+    else:
+      token = jax.random.categorical(key, logits / temperature)
     return read(state, token[None]), token.astype(jnp.int32)
 
   start = read(model.initial_state(1), prompt)

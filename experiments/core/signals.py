@@ -1,5 +1,6 @@
-"""Ending a run from outside: SIGTERM and Ctrl-C are answered after the batches under
-way, with everything saved.
+"""Clean end of a run on SIGTERM or Ctrl-C.
+
+The current batches are finished and everything is saved before the process ends.
 """
 
 from collections.abc import Iterator
@@ -10,26 +11,32 @@ import threading
 from types import FrameType
 
 EXIT_CODE = 75
-"""How a process ends that a signal stopped and that can go on: EX_TEMPFAIL of
-sysexits.h, "try again".
+"""Exit code of a process that a signal stopped and that can be resumed.
+
+It is EX_TEMPFAIL, "try again", of sysexits.h.
 """
 
 
 _noted: list[str] = []
+"""Names of the signals received so far."""
 
 
 class Stopped(Exception):
-  """A signal asked for an end, and all is saved; the text names the signal."""
+  """Exception for an end that a signal asked for; everything is saved.
+
+  The text names the signal.
+  """
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[None]:
-  """A first SIGTERM or Ctrl-C is noted, for the loop inside to look at
-  :func:`requested`; a second one acts at once, as always.
+  """Note a first SIGTERM or Ctrl-C within the context.
+
+  The work inside must look at :func:`requested`. A second signal acts at once, as
+  usual.
   """
-  if (
-    threading.current_thread() is not threading.main_thread()
-  ):  # Others are sent no signals.
+  # Python delivers signals to the main thread, and only there can handlers be set.
+  if threading.current_thread() is not threading.main_thread():
     yield
     return
 
@@ -37,16 +44,15 @@ def catch_signals() -> Iterator[None]:
     _noted.append(signal.Signals(number).name)
     restore()
     # Not print: the signal may have come in the middle of one.
-    os.write(
-      2,
-      f'\n{_noted[-1]}: stopping after this chunk; once more stops at once\n'.encode(),
-    )
+    text = f'\n{_noted[-1]}: stopping after this chunk; once more stops at once\n'
+    os.write(2, text.encode())
 
+  # A signal that is ignored, as in background jobs of a shell, stays ignored.
   heard = [
     number
     for number in (signal.SIGTERM, signal.SIGINT)
     if signal.getsignal(number) != signal.SIG_IGN
-  ]  # As nohup does.
+  ]
   before = {number: signal.signal(number, note) for number in heard}
 
   def restore() -> None:
@@ -61,5 +67,5 @@ def catch_signals() -> Iterator[None]:
 
 
 def requested() -> str | None:
-  """Name of the signal that asked for an end, if any did."""
+  """Return the name of the signal that asked for the end, or None."""
   return _noted[-1] if _noted else None

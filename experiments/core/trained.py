@@ -1,4 +1,4 @@
-"""Trained runs, read from their folders without the data they were trained on."""
+"""Trained runs, read from their folders without their training data."""
 
 import dataclasses
 import importlib
@@ -14,6 +14,7 @@ from experiments.core.recipe import HYPERPARAMETERS
 import fptt_jax
 
 SCRIPTS = ('add_task', 'images', 'language_model')
+"""Scripts whose runs can be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +22,16 @@ class TrainedRun:
   """One run that has ended.
 
   Attributes:
-    folder: the run's own folder.
+    folder: folder of the run.
     script: the script that trained it, 'add_task', 'images' or 'language_model'.
-    config: the run's settings, those out of a grid among them.
+    config: settings of the run, with its values of a grid.
     model: the model.
-    params: the parameters that the run's results are measured at: those of the epoch
-      with the best validation score, on the adding problem those after the last batch.
-    result: what the run came to, as in result.json.
-    vocabulary: of a language model, the V token strings by id.
-    moments: of images, mean and standard deviation that pixels are normalized by.
-    order: of permuted images, int [T], the fixed order of the steps.
+    params: the parameters of the run's result. They are those of the epoch with the
+      best validation score; on the adding problem, those after the last batch.
+    result: content of result.json.
+    vocabulary: the V token strings by id, of a language model.
+    moments: mean and standard deviation by which pixels are normalized, of images.
+    order: int [T], the fixed order of the steps, of permuted images.
   """
 
   folder: Path
@@ -48,21 +49,22 @@ def load_run(folder: str | Path) -> TrainedRun:
   """Read a trained run.
 
   Args:
-    folder: the folder of one run, or a --workdir. Of the runs in a --workdir it is the
-      best one that summary.json names, or the only one that has ended.
+    folder: the folder of one run, or a --workdir. A --workdir stands for the best run
+      that its summary.json names, or for the only run that has ended.
 
   Returns:
     The run.
 
   Raises:
-    UserError: there is no such run, it has not ended, it has diverged before it had any
-      result, or a file of it is damaged.
+    UserError: there is no such run, it has not ended, it diverged before it had any
+      result, or one of its files is damaged.
   """
   root, path = _find(Path(folder).expanduser().absolute())
   described = workdir.read_config(root)
   if not (path / 'result.json').is_file():
     raise UserError(f'{path} has not ended: the command that began it goes on with it.')
   result = files.read_json(path / 'result.json', ('method', 'seed', 'config_sha256'))
+  # The settings were changed by --allow_config_change, and the run did not go on.
   if result['config_sha256'] != described['sha256']:
     raise UserError(
       f'{path} has not ended under the settings of config.json: start its command '
@@ -73,20 +75,18 @@ def load_run(folder: str | Path) -> TrainedRun:
       f'{root} is no folder of {", ".join(SCRIPTS)}, but of {described["script"]!r}.'
     )
   script = importlib.import_module(f'experiments.{described["script"]}')
-  data = (
-    {}
-    if described['script'] == 'add_task'
-    else files.read_json(root / 'data.json', script.DESCRIBED)
-  )
+  data: dict[str, Any] = {}
+  # The adding problem draws its data, so there are no facts about them.
+  if described['script'] != 'add_task':
+    data = files.read_json(root / 'data.json', script.DESCRIBED)
   try:
     config = _configuration(script, described, result, data)
     model = script.model_of(config, data)
     template = jax.eval_shape(model.init, jax.random.key(0))
   except (TypeError, ValueError) as error:
     raise UserError(f'{root}: config.json or data.json is damaged: {error}') from error
-  if not (path / parameters.PARAMETERS_FILE).exists() and (
-    'lost' in result or result.get('best_epoch') == 0
-  ):
+  has_no_score = 'lost' in result or result.get('best_epoch') == 0
+  if has_no_score and not (path / parameters.PARAMETERS_FILE).exists():
     raise UserError(
       f'{path} has diverged and left no parameters: '
       f'{result.get("lost", "no score is finite")}.'
@@ -106,13 +106,21 @@ def load_run(folder: str | Path) -> TrainedRun:
 
 
 def _find(path: Path) -> tuple[Path, Path]:
-  """Return a run's --workdir and its own folder."""
+  """Return the --workdir and the folder of a run.
+
+  Args:
+    path: the folder of a run or a --workdir.
+
+  Raises:
+    UserError: there is no run, none has ended, or there are several to choose from.
+  """
   if not path.is_dir():
     raise UserError(f'there is no folder {path}.')
   if not (path / 'config.json').exists():
     if (path.parent / 'config.json').exists():
       return path.parent, path
     raise UserError(f'{path} holds no run: it has no config.json.')
+  # Folders with a lock are runs; the --workdir may hold other folders.
   started = sorted(place.parent for place in path.glob('*/lock'))
   ended = [place for place in started if (place / 'result.json').is_file()]
   if not ended:
@@ -133,16 +141,24 @@ def _find(path: Path) -> tuple[Path, Path]:
 def _configuration(
   script: Any, described: dict[str, Any], result: dict[str, Any], data: dict[str, Any]
 ) -> Any:
-  """Make the configuration of one run from the files of its folder.
+  """Return the configuration of one run.
+
+  Args:
+    script: module of the script.
+    described: content of config.json.
+    result: content of result.json.
+    data: content of data.json.
 
   Raises:
-    ValueError: a setting is one that the script does not take.
+    ValueError: the script does not accept a setting.
   """
   settings = {}
+  # Runs of older versions lack newer settings, which get their defaults.
   for field in dataclasses.fields(script.Config):
     if field.name in described:
       value = described[field.name]
       settings[field.name] = tuple(value) if isinstance(value, list) else value
+  # A result has the values of a grid and the tuned rates, which config.json lacks.
   settings |= {name: result[name] for name in HYPERPARAMETERS if name in result}
   settings |= {'grid': (), 'method': (result['method'],), 'seeds': (result['seed'],)}
   if 'data_dir' in data:

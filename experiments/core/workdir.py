@@ -17,90 +17,117 @@ from experiments.core.files import damaged_file, read_json, write_json
 from experiments.core.flags import UserError
 
 RUNTIME_FLAGS = (
-  *(
-    'workdir',
-    'data_dir',
-    'devices',
-    'population',
-    'steps_per_call',
-    'host_data',
-    'max_to_keep',
-    'checkpoint_minutes',
-    'allow_config_change',
-  ),
-  *('logger', 'tune', 'sample', 'prompt', 'temperature', 'sample_seed'),
-  *('data_parallel', 'shard_params', 'coordinator', 'num_processes', 'process_id'),
+  'workdir',
+  'data_dir',
+  'devices',
+  'population',
+  'steps_per_call',
+  'host_data',
+  'max_to_keep',
+  'checkpoint_minutes',
+  'allow_config_change',
+  'logger',
+  'tune',
+  'sample',
+  'prompt',
+  'temperature',
+  'sample_seed',
+  'data_parallel',
+  'shard_params',
+  'coordinator',
+  'num_processes',
+  'process_id',
 )
-"""Where and how a run runs, which is not what it is: it may go on otherwise."""
+"""Settings that do not affect results and may change when a run is resumed."""
 
 
 RUN_FLAGS = ('method', 'seeds', 'grid')
-"""What may differ from command to command in one folder: each run has a folder of its
-own there.
+"""Settings in which commands for one folder may differ.
+
+They decide which runs there are, and each run has a folder of its own.
 """
 
 
 def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Path:
-  """Makes the folder and writes config.json, or checks that the folder was made with
-  the same configuration.
+  """Make the folder of a command, or check that its configuration is the same.
 
-  Other methods, seeds and values of a grid may join those that are there: each run has
-  its own folder. `identity` says what else makes it the same run, such as a hash of the
-  data. With `config.allow_config_change` other settings are taken, and config.json says
-  which were there before.
+  Runs of other methods, seeds and grid values may join the runs in a folder.
+
+  Args:
+    workdir: the folder.
+    script: name of the script.
+    config: settings of the runs. With `allow_config_change` the folder may have another
+      configuration; config.json then lists the earlier ones.
+    **identity: further entries that must not change, such as a hash of the data.
+
+  Returns:
+    The absolute path of the folder.
 
   Raises:
     UserError: the folder holds runs of another configuration, or cannot be written.
   """
   folder = Path(workdir).absolute()
   _check_letters(folder)
-  described = {
-    'script': script,
-    **json.loads(json.dumps(dataclasses.asdict(config))),
-    **identity,
-  }
+  settings = json.loads(json.dumps(dataclasses.asdict(config)))
+  _check_same_settings(settings)
+  described = {'script': script, **settings, **identity}
   for name in RUNTIME_FLAGS:
     described.pop(name, None)
-  described['sha256'] = hashlib.sha256(
-    json.dumps(_settings(described), sort_keys=True).encode()
-  ).hexdigest()
+  content = json.dumps(_settings(described), sort_keys=True)
+  described['sha256'] = hashlib.sha256(content.encode()).hexdigest()
+  claimed = processes.on_first_process(
+    _claim, folder, described, config.allow_config_change
+  )
+  return Path(claimed)
+
+
+def _check_same_settings(settings: dict[str, Any]) -> None:
+  """Raise UserError if the processes of a distributed run have different settings."""
+  # Folders may be mounted in different places.
   alike = {
     name: value
-    for name, value in dataclasses.asdict(config).items()
+    for name, value in settings.items()
     if name not in ('workdir', 'data_dir', 'process_id')
   }
-  settings = json.loads(json.dumps(alike))
-  if processes.any_process(processes.on_first_process(lambda: settings) != settings):
+  first = processes.on_first_process(lambda: alike)
+  if processes.any_process(first != alike):
     raise UserError(
       'the processes were started with different settings; only --process_id and '
       'folders may differ.'
     )
-  return Path(
-    processes.on_first_process(_claim, folder, described, config.allow_config_change)
-  )
 
 
 def _check_letters(folder: Path) -> None:
-  """Raise if orbax cannot take a folder's name.
+  """Raise UserError if orbax cannot handle a folder's name.
 
-  It takes Unicode; of bytes that the locale's encoding lacks Python makes something
-  else.
+  Orbax needs Unicode. Python represents bytes that the locale's encoding does not have
+  by characters that are not valid Unicode.
   """
   try:
     str(folder).encode()
   except UnicodeEncodeError as error:
     raise UserError(
       f'--workdir={folder} has letters that the encoding {sys.getfilesystemencoding()} '
-      'lacks: '
-      'choose another name, or set PYTHONUTF8=1.'
+      'lacks: choose another name, or set PYTHONUTF8=1.'
     ) from error
 
 
 def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
-  """Writes config.json, or checks what is there; the folder is the first process's:
-  those of others may have another date.
+  """Write config.json, or check the one that exists.
+
+  Args:
+    folder: the folder.
+    described: the content to write, without `overrides`.
+    override: whether another configuration is accepted.
+
+  Returns:
+    The folder. All processes use that of process 0, since default names hold the time.
+
+  Raises:
+    UserError: the configuration differs, or the folder cannot be written.
   """
-  path, overrides = folder / 'config.json', []
+  path = folder / 'config.json'
+  overrides: list[dict[str, Any]] = []
   try:
     if path.exists():
       found = read_config(folder)
@@ -109,8 +136,7 @@ def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
       if differ and not override:
         raise UserError(
           f'{folder} holds runs of another configuration; {"; ".join(differ)}. Choose '
-          'another --workdir, or go on with '
-          'these runs by --allow_config_change.'
+          'another --workdir, or go on with these runs by --allow_config_change.'
         )
       if differ:
         print(f'{folder} goes on with other settings than before; {"; ".join(differ)}')
@@ -123,7 +149,7 @@ def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
 
 
 def _settings(described: dict[str, Any]) -> dict[str, Any]:
-  """What makes the runs of a folder what they are."""
+  """Return the settings that all runs of a folder must share."""
   return {
     name: value
     for name, value in described.items()
@@ -132,7 +158,12 @@ def _settings(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-  """What two descriptions do not agree in."""
+  """Return a text per entry in which two descriptions differ.
+
+  Args:
+    was: the earlier description.
+    now: the new one.
+  """
   names = sorted({*was, *now})
   return [
     f'{name}: was {was.get(name)!r}, now {now.get(name)!r}'
@@ -143,11 +174,15 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def lock_runs(folders: Sequence[Path]) -> Iterator[None]:
-  """Keeps runs to this process, and those beside it, until they have been trained; a
-  process that dies lets go of them.
+  """Lock the folders of runs while they are trained.
+
+  The locks belong to process 0 and are released when it ends, even if it is killed.
+
+  Args:
+    folders: folders of the runs, which are made if they are missing.
 
   Raises:
-    UserError: they are being trained elsewhere, or a folder cannot be written.
+    UserError: another command trains one of the runs, or a folder cannot be written.
   """
   with contextlib.ExitStack() as held:
 
@@ -169,7 +204,7 @@ def lock_runs(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def config_sha256(folder: Path) -> str:
-  """Hash of the configuration that a folder's runs have."""
+  """Return the hash of the configuration of a folder."""
   found: str = read_config(folder)['sha256']
   return found
 
@@ -200,7 +235,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 def write_summary(
   folder: Path, runs: list[dict[str, Any]], best: str | None = None
 ) -> None:
-  """Writes what came out, which run was the best, and what they ran on."""
+  """Write summary.json: configuration, results and machine.
+
+  Args:
+    folder: the --workdir.
+    runs: summaries of the runs.
+    best: name of the best run; None if there is only one.
+
+  Raises:
+    UserError: a file cannot be read or written.
+  """
   chosen = {} if best is None else {'best': best}
   write_json(
     folder / 'summary.json',
@@ -209,10 +253,10 @@ def write_summary(
 
 
 def make_folder(path: str) -> Path:
-  """The folder, made if need be.
+  """Make a folder unless it exists, and return its absolute path.
 
   Raises:
-    UserError: it cannot be.
+    UserError: the folder cannot be made.
   """
   folder = Path(path).absolute()
   try:
