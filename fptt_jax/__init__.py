@@ -43,6 +43,8 @@ from fptt_jax._windows import WindowPlan, WindowView, make_windows
 from fptt_jax.losses import Loss, compute_metrics
 from fptt_jax.parallel._batches import make_global_batch
 from fptt_jax.parallel._devices import use_cpu_devices
+from fptt_jax.streaming._learner import make_learner
+from fptt_jax.streaming._types import Learner, StreamMetrics, StreamState
 from fptt_jax.training._multi import scan_train_steps, take_member, vmap_trainer
 from fptt_jax.training._schedules import METHODS, Method
 from fptt_jax.training._trainer import make_trainer
@@ -89,6 +91,10 @@ __all__ = (
   'state_to_arrays',
   'take_member',
   'make_trainer',
+  'Learner',
+  'StreamMetrics',
+  'StreamState',
+  'make_learner',
   'export_step',
   'load_exported_step',
 )

@@ -142,7 +142,7 @@ def resolve_spec(
     ValueError: An option is out of range, or options contradict each other.
     TypeError: `model`, `loss` or `optimizer` is of another type.
   """
-  _check_types(model, loss, optimizer)
+  check_types(model, loss, optimizer)
   name, method = _find_method(method)
   for flag in ('carry_hidden', 'skip_nonfinite', 'return_outputs'):
     check_flag(flag, options[flag])
@@ -297,7 +297,7 @@ def _finite_weights(loss_weights: Any) -> np.ndarray | None:
   return np.array(finite)
 
 
-def _check_types(
+def check_types(
   model: Model, loss: Loss, optimizer: optax.GradientTransformation
 ) -> None:
   """Raise a TypeError for the usual mistakes: a module, a function, a class."""

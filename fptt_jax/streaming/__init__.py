@@ -1,0 +1,1 @@
+"""Learning from one never-ending stream, a step at a time."""
