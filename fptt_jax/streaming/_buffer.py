@@ -139,13 +139,20 @@ def answer(
 
 
 def next_window(
-  pending: PendingSteps, window_size: int
+  pending: PendingSteps, window_size: int, closing: jax.Array
 ) -> tuple[jax.Array, PendingWindow]:
-  """Return whether the oldest window is ready to be trained on, and the window."""
+  """Return whether the oldest window is ready to be trained on, and the window.
+
+  Args:
+    pending: The steps.
+    window_size: S.
+    closing: bool [], whether a row starts anew at the step that comes next.
+  """
   steps = jnp.arange(window_size, dtype=jnp.int32)
   places = _place(pending, steps)
-  inside = (steps > 0) & (steps < pending.length)
-  starts = pending.reset[places].any(1) & inside
+  starts = pending.reset[places].any(1) & (steps < pending.length)
+  starts |= (steps == pending.length) & closing
+  starts &= steps > 0
   length = jnp.min(jnp.where(starts, steps, window_size))
   within = (steps < length)[:, None]
   take = lambda ring: ring[places]

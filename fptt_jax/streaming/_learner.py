@@ -23,6 +23,7 @@ from fptt_jax._compiled import Compiled
 from fptt_jax._transform import find_states
 from fptt_jax._trees import check_like, shapes
 from fptt_jax._types import Model, TrainState
+from fptt_jax.influence import Influence
 from fptt_jax.losses import Loss
 from fptt_jax.streaming._buffer import Label, NewStep, empty
 from fptt_jax.streaming._loss import partly_labelled
@@ -49,6 +50,7 @@ def make_learner(
   optimizer: optax.GradientTransformation,
   *,
   window_size: int = 1,
+  influence: str | Influence = 'none',
   delay: int = 0,
   inner_steps: int = 1,
   skip_nonfinite: bool = True,
@@ -71,6 +73,8 @@ def make_learner(
     optimizer: Any optax transformation. With `fptt` inside, the method is 'fptt',
       otherwise 'tbptt'.
     window_size: Steps S of a window.
+    influence: How a window's gradient gains what lies before the window, as in
+      :func:`fptt_jax.make_trainer`. With 'none', windows of one step learn no memory.
     delay: How many steps late a label may come: that of step t is accepted until step
       t + delay + 1 is predicted. A step without a label by then counts as unlabelled.
       Labels that come later are dropped and counted. The memory grows by so many steps.
@@ -134,6 +138,7 @@ def make_learner(
     num_windows=1,
     carry_hidden=True,
     inner_steps=inner_steps,
+    influence=influence,
     skip_nonfinite=skip_nonfinite,
     return_outputs=True,
     donate=False,
@@ -172,13 +177,13 @@ class _Functions:
     """Make the first state, see :class:`Learner`."""
     spec = self.spec
     _, batch_size = check_inputs(x)
-    inputs = _abstract_window(x, spec.window_size)
+    inputs = _zero_window(x, spec.window_size)
     train = spec.trainer.init(key, Batch(inputs, ()))
     if y is None:
       y = _infer_targets(spec, train, inputs)
     else:
       _check_rows('y', y, batch_size)
-      y = _abstract_window(y, spec.window_size)
+      y = _zero_window(y, spec.window_size)
     metrics = _trace_window(spec, train, inputs, y)
     # One place more than what may wait: a step is added before the oldest is dropped.
     places = spec.window_size + spec.delay + 1
@@ -215,7 +220,7 @@ class _Functions:
         f'y must have as many steps as x, n={num_steps}, got n={num_labels}. Labels of '
         'other steps are for learn.'
       )
-    every = functools.partial(run_steps, spec)
+    every = functools.partial(run_steps, spec, may_reset=reset is not None)
     if num_steps % spec.window_size:
       state, outputs = every(state, steps, labels)
     else:
@@ -233,7 +238,8 @@ class _Functions:
     reset: jax.typing.ArrayLike | None = None,
   ) -> tuple[StreamState, jax.Array]:
     """Predict steps whose labels come later, see :class:`Learner`."""
-    return run_steps(self.spec, state, _as_steps(state, x, valid, reset), None)
+    steps = _as_steps(state, x, valid, reset)
+    return run_steps(self.spec, state, steps, None, may_reset=reset is not None)
 
   def learn(
     self, state: StreamState, y: Any, labelled: jax.typing.ArrayLike | None = None
@@ -310,14 +316,15 @@ def _as_mask(name: str, mask: Any, rows: tuple[int, int], missing: bool) -> jax.
   return jnp.asarray(mask)
 
 
-def _abstract_window(tree: Any, size: int) -> Any:
-  """Return shapes [S, B, ...] and JAX's dtypes of a tree of arrays [n, B, ...]."""
+def _zero_window(tree: Any, size: int) -> Any:
+  """Return zeros [S, B, ...] like a tree of arrays [n, B, ...]."""
 
-  def abstract(leaf: Any) -> Any:
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-    return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), dtype)
+  def zeros(leaf: Any) -> jax.Array:
+    # NumPy's 64 bits become JAX's default width, as in a compiled call.
+    dtype = jnp.result_type(leaf.dtype)
+    return jnp.zeros((size, *leaf.shape[1:]), dtype)
 
-  return jax.tree.map(abstract, tree)
+  return jax.tree.map(zeros, tree)
 
 
 def _check_rows(name: str, tree: Any, batch_size: int) -> None:

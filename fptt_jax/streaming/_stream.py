@@ -31,7 +31,12 @@ from fptt_jax.streaming._window import (
 
 
 def run_steps(
-  spec: StreamSpec, state: StreamState, steps: NewStep, labels: Label | None
+  spec: StreamSpec,
+  state: StreamState,
+  steps: NewStep,
+  labels: Label | None,
+  *,
+  may_reset: bool,
 ) -> tuple[StreamState, jax.Array]:
   """Predict n steps and, with labels, learn after each of them.
 
@@ -40,6 +45,8 @@ def run_steps(
     state: State before.
     steps: The steps, [n, B, ...].
     labels: As many labels, for the oldest steps that wait for one; or None.
+    may_reset: Whether a row may start anew. The window before is then closed first, so
+      that the new row is predicted with the weights after it.
 
   Returns:
     The state after, and the predictions [n, B, ...].
@@ -49,6 +56,8 @@ def run_steps(
     state: StreamState, item: tuple[NewStep, Label | None]
   ) -> tuple[StreamState, jax.Array]:
     step, label = item
+    if may_reset:
+      state = _learn_ready(spec, state, closing=step.reset.any())
     state, outputs = _predict(spec, state, step)
     if label is not None:
       state = _answer(state, label)
@@ -152,15 +161,26 @@ def _answer(state: StreamState, label: Label) -> StreamState:
   return state._replace(pending=pending, counts=counts)
 
 
-def _learn_ready(spec: StreamSpec, state: StreamState) -> StreamState:
-  """Train on the windows all of whose steps are answered, the oldest first."""
+def _learn_ready(
+  spec: StreamSpec, state: StreamState, closing: jax.Array | None = None
+) -> StreamState:
+  """Train on the windows all of whose steps are answered, the oldest first.
+
+  Args:
+    spec: Options of the learner.
+    state: State before.
+    closing: bool [], whether a row starts anew at the step that comes next; None if
+      not.
+  """
+  if closing is None:
+    closing = jnp.zeros([], bool)
 
   def is_ready(state: StreamState) -> jax.Array:
-    ready, _ = next_window(state.pending, spec.window_size)
+    ready, _ = next_window(state.pending, spec.window_size, closing)
     return ready
 
   def learn(state: StreamState) -> StreamState:
-    _, window = next_window(state.pending, spec.window_size)
+    _, window = next_window(state.pending, spec.window_size, closing)
     train = start_rows_anew(spec, state.train, window.reset)
     state, _ = learn_window(spec, state._replace(train=train), window, window.valid)
     pending = drop(state.pending, window.length)

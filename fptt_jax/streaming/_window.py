@@ -139,7 +139,11 @@ def _zero_unless(valid: jax.Array, tree: Any) -> Any:
 def start_rows_anew(spec: StreamSpec, train: TrainState, rows: jax.Array) -> TrainState:
   """Return the train state with the chosen rows, bool [B], at their start."""
   start = spec.model.start(train.params, len(rows))
-  return train._replace(hidden=where_rows(rows, start, train.hidden))
+  return train._replace(
+    hidden=where_rows(rows, start, train.hidden),
+    # What does not depend on the parameters has no influence of theirs.
+    influence=where_rows(rows, optax.tree.zeros_like(train.influence), train.influence),
+  )
 
 
 def learn_window(
