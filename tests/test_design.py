@@ -57,6 +57,11 @@ def test_models_losses_and_equations_know_no_training() -> None:
   assert not offenders(paths, ('fptt_jax.training', 'fptt_jax.parallel'))
 
 
+def test_training_knows_no_streams() -> None:
+  """A stream's window is a step of a trainer, not the other way around."""
+  assert not offenders(files_of('training/*.py'), ('fptt_jax.streaming',))
+
+
 def test_parallel_knows_no_training() -> None:
   """A placement wraps functions that it is given."""
   assert not offenders(files_of('parallel/*.py'), ('fptt_jax.training',))
