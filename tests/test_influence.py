@@ -1,8 +1,23 @@
 """Credit across windows: exact influences against back-propagation through time."""
 
-import functools
 from typing import Any
 
+from credit import (
+  LENGTHS,
+  SERIES,
+  B,
+  H,
+  T,
+  assert_close,
+  batch_of,
+  collect,
+  distance,
+  elman,
+  first_window,
+  stack,
+  total_gradient,
+  whole_elman_gradient,
+)
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -15,27 +30,10 @@ import fptt_jax
 from fptt_jax import influence, losses, nn
 from fptt_jax.training import _window
 
-T, B, H = 6, 2, 3
-LENGTHS = np.array([6, 4], np.int32)
-SERIES = losses.sequence_regression()
 RNN = nn.ElmanRNN
 SNAP1 = influence.snap1()
 
 pytestmark = pytest.mark.usefixtures('x64')
-
-
-def stack(*kinds: Any) -> fptt_jax.Model:
-  """Recurrent layers in float64 and a readout."""
-
-  def build(rngs: nnx.Rngs) -> nnx.Module:
-    layers = []
-    features = 2
-    for kind in kinds:
-      layers.append(kind(features, H, param_dtype=jnp.float64, rngs=rngs))
-      features = H
-    return nn.Sequential(*layers, nnx.Linear(H, 1, param_dtype=jnp.float64, rngs=rngs))
-
-  return nn.from_nnx(build)
 
 
 def learned(features: int, size: int, **options: Any) -> nn.LearnedInitialState:
@@ -44,64 +42,6 @@ def learned(features: int, size: int, **options: Any) -> nn.LearnedInitialState:
 
 def penalized(features: int, size: int, **options: Any) -> nn.Sequential:
   return nn.Sequential(RNN(features, size, **options), nn.ActivationPenalty(0.3))
-
-
-@functools.cache
-def elman() -> fptt_jax.Model:
-  """One model for many tests, which is probed and compiled once."""
-  return problems.elman(hidden=H, dtype=jnp.float64)
-
-
-@functools.cache
-def whole_elman_gradient(num_steps: int = T, num_windows: int = 3) -> Any:
-  """Its gradient by back-propagation through time, of the sum of windows' losses."""
-  options = dict(num_windows=num_windows)
-  return total_gradient(elman(), [batch_of(num_steps)], 'bptt_aux', **options)[0]
-
-
-def batch_of(num_steps: int = T, seed: int = 0) -> fptt_jax.Batch:
-  return problems.series_batch(num_steps, B, seed=seed, dtype=np.float64)
-
-
-def collect(use_grad_fn: bool = False) -> optax.GradientTransformationExtraArgs:
-  """Add up the gradients and leave the parameters alone."""
-
-  def update(grads, total, params=None, *, grad_fn=None, **extra):
-    if use_grad_fn:
-      grads = grad_fn(params)
-    total = jax.tree.map(jnp.add, total, grads)
-    return jax.tree.map(jnp.zeros_like, grads), total
-
-  return optax.GradientTransformationExtraArgs(optax.tree.zeros_like, update)
-
-
-def total_gradient(
-  model: fptt_jax.Model,
-  batches: list[fptt_jax.Batch],
-  method: str = 'tbptt',
-  optimizer: Any = None,
-  loss: fptt_jax.Loss = SERIES,
-  **options: Any,
-) -> tuple[Any, fptt_jax.StepMetrics]:
-  """The sum of all updates' gradients, and the metrics of the last batch."""
-  optimizer = collect() if optimizer is None else optimizer
-  trainer = problems.quick_trainer(model, loss, optimizer, method=method, **options)
-  state = trainer.init(jax.random.key(0), batches[0])
-  for batch in batches:
-    state, metrics = trainer.step(state, batch)
-  return state.opt_state, metrics
-
-
-def assert_close(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-    scale = max(float(jnp.abs(b).max()), 1e-12)
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
-
-
-def distance(got: Any, expected: Any) -> float:
-  """The norm of the difference, relative to that of what is expected."""
-  difference = jax.tree.map(jnp.subtract, got, expected)
-  return float(optax.tree.norm(difference) / optax.tree.norm(expected))
 
 
 def flax_cell(
@@ -602,18 +542,6 @@ def test_units_that_are_apart_need_one_number_per_parameter(name: str) -> None:
   state, _ = trainer.step(state, batch)
   whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=4)
   assert_close(state.opt_state, whole)
-
-
-def first_window(model: fptt_jax.Model, batch: fptt_jax.Batch, steps: slice) -> Any:
-  """The map of some steps of a batch."""
-
-  def run(params, hidden, x, mask):
-    apply = model.apply if model.plain is None else model.plain
-    return apply(params, hidden, x, mask, None)[0]
-
-  x = jnp.asarray(batch.inputs[steps])
-  own = model.own_transitions
-  return influence.WindowMap(run, x, None, own_transitions=own)
 
 
 def test_parameters_that_reach_several_units_are_left_out() -> None:

@@ -8,12 +8,29 @@ or what the functions of this module make.
 
 from fptt_jax.influence._base import Influence, WindowMap, attach
 from fptt_jax.influence._exact import rtrl
+from fptt_jax.influence._lookback import lookback
 from fptt_jax.influence._snap import snap, snap1
+from fptt_jax.influence._uoro import uoro
 
-INFLUENCES: dict[str, Influence] = {'rtrl': rtrl(), 'snap1': snap1()}
+INFLUENCES: dict[str, Influence] = {
+  'rtrl': rtrl(),
+  'snap1': snap1(),
+  'uoro': uoro(),
+  'lookback': lookback(),
+}
 """The influences by name, with their default settings."""
 
-__all__ = ('INFLUENCES', 'Influence', 'WindowMap', 'attach', 'rtrl', 'snap', 'snap1')
+__all__ = (
+  'INFLUENCES',
+  'Influence',
+  'WindowMap',
+  'attach',
+  'lookback',
+  'rtrl',
+  'snap',
+  'snap1',
+  'uoro',
+)
 
 
 def __dir__() -> list[str]:

@@ -64,7 +64,8 @@ class Influence(NamedTuple):
 
   Attributes:
     init: (window, params, hidden) -> state. A tree of arrays [B, ...], all zeros, which
-      stands for "no influence". Only shapes of the arguments are used.
+      stands for "no influence". Without a mesh, rows may share arrays [1, ...]. Only
+      shapes of the arguments are used.
     credit: (window, params, hidden, state, d_hidden) -> tree like `params`: Σ_b δ_b M_b
       for the gradient δ = `d_hidden` of the hidden state before the window. It is
       linear in `d_hidden`.

@@ -50,6 +50,7 @@ class StepSpec:
     axis: Name of the mesh axis that is bound where the model runs, or None.
     influence: How credit crosses the windows' borders, or None.
     hidden_map: The window map that the influence differentiates, or None.
+    checkpoint_windows: Whether windows are run again for their gradients.
   """
 
   model: Model
@@ -71,6 +72,7 @@ class StepSpec:
   axis: str | None = None
   influence: Influence | None = None
   hidden_map: Callable[..., Hidden] | None = None
+  checkpoint_windows: bool = False
 
   def plan_windows(self, num_steps: int) -> WindowPlan:
     """Cut a sequence into the method's windows.
@@ -144,7 +146,12 @@ def resolve_spec(
   """
   check_types(model, loss, optimizer)
   name, method = _find_method(method)
-  for flag in ('carry_hidden', 'skip_nonfinite', 'return_outputs'):
+  for flag in (
+    'carry_hidden',
+    'skip_nonfinite',
+    'return_outputs',
+    'checkpoint_windows',
+  ):
     check_flag(flag, options[flag])
   for size in ('inner_steps', 'micro_batches'):
     options[size] = check_size(size, options[size])
@@ -251,6 +258,12 @@ def _check_method_options(name: str, method: Method, options: dict[str, Any]) ->
           f'method {name!r} fixes K={method.num_windows}: leave out {option}, got '
           f'{option}={options[option]}.'
         )
+  several_windows = method.whole_gradient and method.num_windows != 1
+  if options['checkpoint_windows'] and not several_windows:
+    raise ValueError(
+      'checkpoint_windows=True needs a method whose updates run through several '
+      f"windows, 'bptt_aux' or 'ftrl', got method {name!r}."
+    )
   truncation_steps = options['truncation_steps']
   if method.truncated != (truncation_steps is not None):
     raise ValueError(

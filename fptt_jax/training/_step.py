@@ -567,10 +567,12 @@ def _finite_rows(influence: Any) -> Any:
   if not leaves:
     return influence
   finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves]
-  rows = jnp.stack(finite).all(0)
+  rows = functools.reduce(jnp.logical_and, finite)
 
   def put(leaf: jax.Array) -> jax.Array:
-    keep = rows.reshape(-1, *[1] * (leaf.ndim - 1))
+    # A leaf that all rows share is dropped with any of them.
+    keep = rows if len(leaf) == len(rows) else rows.all(keepdims=True)
+    keep = keep.reshape(-1, *[1] * (leaf.ndim - 1))
     return jnp.where(keep, leaf, jnp.zeros([], leaf.dtype))
 
   return jax.tree.map(put, influence)

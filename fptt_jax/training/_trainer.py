@@ -55,6 +55,7 @@ def make_trainer(
   donate: bool = True,
   micro_batches: int = 1,
   influence: str | Influence = 'none',
+  checkpoint_windows: bool = False,
 ) -> Trainer:
   """Make the functions that train a recurrent model forward through time.
 
@@ -128,6 +129,10 @@ def make_trainer(
       for methods with one update per window and gradients that reach back to its start.
       'none' leaves it out. The model must not draw noise, such as dropout, before or in
       its recurrent layers. Excludes `shard_params`.
+    checkpoint_windows: Whether methods whose updates run through several windows
+      ('bptt_aux', 'ftrl') run each window again for its gradient. Memory then grows
+      with K + S rather than with T, for one more forward pass. With `loss_weights` of 0
+      but for the last window, 'bptt_aux' is back-propagation of a final loss.
 
   Returns:
     A :class:`Trainer`. Masked steps change neither state, loss nor gradient. A window
@@ -175,6 +180,7 @@ def make_trainer(
     'return_outputs': return_outputs,
     'micro_batches': micro_batches,
     'influence': influence,
+    'checkpoint_windows': checkpoint_windows,
   }
   spec = resolve_spec(model, loss, optimizer, method, options)
   placement = make_placement(mesh, check_flag('shard_params', shard_params), loss)
@@ -243,6 +249,8 @@ class _Functions:
       step_count=jnp.zeros([], jnp.int32),
       influence=_strong_copy(first_influence(spec, params, hidden, batch)),
     )
+    if self.placement.mesh is not None:
+      _check_influence(state.influence, batch_size)
     self._check_rows(batch_size)
     return self.placement.place(state)
 
@@ -362,6 +370,16 @@ def _check_optimizer(spec: StepSpec) -> None:
       f'method {spec.method_name!r} has no regularizer, got an optimizer with '
       'fptt(...) in it.'
     )
+
+
+def _check_influence(influence: Any, batch_size: int) -> None:
+  """Raise a ValueError if a mesh cannot split an influence with the rows."""
+  for leaf in jax.tree.leaves(influence):
+    if len(leaf) != batch_size:
+      raise ValueError(
+        f'influence must be arrays [B, ...] with B={batch_size} rows on a mesh, got '
+        f"shape {leaf.shape}: uoro(rows='each') has an array for each row."
+      )
 
 
 def _check_initial_state(model: Model, params: Params, batch_size: int) -> None:

@@ -278,7 +278,8 @@ def first_influence(
   if spec.model.learned_initial_state is not None:
     fresh = jnp.ones(batch_size, bool)
   x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[: windows.size], batch.inputs)
-  window = _bare_map(spec, x, None, fresh)
+  # No axis of a mesh is bound here.
+  window = _bare_map(spec, x, None, fresh, None)
   return spec.influence.init(window, params, hidden)
 
 
@@ -288,12 +289,17 @@ def _window_map(spec: StepSpec, sequence: Sequence, inputs: UpdateInputs) -> Win
   view = window_at(sequence.windows, numbers[0], sequence.valid, sequence.axis)
   x = jax.tree.map(lambda leaf: view.slice(jnp.asarray(leaf)), sequence.batch.inputs)
   mask = view.mask if view.masked else None
-  return _bare_map(spec, x, mask, inputs.fresh)
+  return _bare_map(spec, x, mask, inputs.fresh, spec.axis)
 
 
 def _bare_map(
-  spec: StepSpec, x: Any, mask: jax.Array | None, fresh: jax.Array | None
+  spec: StepSpec,
+  x: Any,
+  mask: jax.Array | None,
+  fresh: jax.Array | None,
+  axis: str | None,
 ) -> WindowMap:
+  """Return the map of a window of inputs x [S, B, ...]."""
   assert spec.hidden_map is not None
   own = spec.model.own_transitions
   window = WindowMap(spec.hidden_map, x, mask, own_transitions=own)
@@ -302,7 +308,7 @@ def _bare_map(
   rows = len(fresh)
   return window._replace(
     fresh=fresh,
-    start=lambda params: start_rows(spec.model, params, rows, spec.axis),
+    start=lambda params: start_rows(spec.model, params, rows, axis),
   )
 
 
@@ -333,6 +339,9 @@ def _objective(
     row = jax.tree.map(lambda leaf: leaf[0], inputs.schedule)
     (hidden, loss_state, outputs), (value, totals) = body(carry, row)
     return value, UpdateResult(hidden, loss_state, totals, outputs)
+  if spec.checkpoint_windows:
+    # Within a scan, XLA cannot merge the second forward pass with the first.
+    body = jax.checkpoint(body, prevent_cse=False)
   (hidden, loss_state, outputs), terms = jax.lax.scan(body, carry, inputs.schedule)
   values, totals = terms
   totals = jax.tree.map(lambda total: total.sum(0), totals)

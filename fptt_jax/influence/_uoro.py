@@ -1,0 +1,225 @@
+"""Unbiased random approximations of rank one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fptt_jax._checks import check_choice, check_size
+from fptt_jax._dtypes import at_least_float32
+from fptt_jax._types import Hidden, Params
+from fptt_jax.influence._arrays import Weights, join, select, split, spread
+from fptt_jax.influence._base import Influence, WindowMap
+from fptt_jax.influence._pull import (
+  pull_through_steps,
+  pull_to_start,
+  pull_to_weights,
+  run_steps,
+)
+from fptt_jax.influence._reach import reached_paths
+
+ROWS = ('each', 'together')
+TINY = 1e-7
+"""Added to norms, so that the first ratio is of two equal numbers."""
+
+
+class RankOne(NamedTuple):
+  """Factors of the influence: M_b is the mean over the pairs of s_b ⊗ w_b.
+
+  Attributes:
+    of_state: [B, r, N], s for each of the r pairs.
+    of_weights: {path: [B, r, ...]}, w; [1, r, ...] if all rows share it.
+  """
+
+  of_state: jax.Array
+  of_weights: Weights
+
+
+def uoro(pairs: int = 1, rows: str = 'each') -> Influence:
+  """Make an unbiased influence of rank one: UORO, a window at a time.
+
+  The influence is M' = J M + I. Here M is a product s ⊗ w, and a random reduction to
+  rank one is made once per window: with signs ν, s' = ρ₀ J s + ρ₁ ν and w' = w / ρ₀ +
+  (νᵀ I) / ρ₁. Its mean is exact for any model and stack. Its noise grows with the
+  number of windows that the network remembers, and falls with the steps of a window. A
+  window costs one forward derivative and one pull-back for each pair.
+
+  Args:
+    pairs: r, independent pairs (s, w), whose mean is taken. The noise is √r times
+      smaller.
+    rows: 'each' keeps a pair for each row of a batch, B·r·(N + P) numbers. 'together'
+      keeps one w for all rows, r·(B·N + P) numbers, with about √B times the noise: for
+      large tables. It excludes a mesh.
+
+  Returns:
+    The influence, which draws from the key of the trainer's state.
+
+  Raises:
+    ValueError: `pairs` is not an integer >= 1, or `rows` is another name.
+
+  Example:
+    >>> import jax, optax, fptt_jax
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> model = nn.from_nnx(
+    ...   lambda rngs: nn.Sequential(
+    ...     nn.LSTM(1, 16, rngs=rngs), nnx.Linear(16, 1, rngs=rngs)
+    ...   )
+    ... )
+    >>> loss = fptt_jax.losses.terminal_regression()
+    >>> trainer = fptt_jax.make_trainer(
+    ...   model, loss, optax.adam(1e-3), method='tbptt', num_windows=4,
+    ...   influence=fptt_jax.influence.uoro(pairs=2),
+    ... )
+    >>> batch = fptt_jax.Batch(jax.numpy.ones((20, 8, 1)), jax.numpy.ones(8))
+    >>> state = trainer.init(jax.random.key(0), batch)
+    >>> state.influence.of_state.shape  # B, r, and the numbers of h and c.
+    (8, 2, 32)
+
+  References:
+    Tallec and Ollivier, "Unbiased Online Recurrent Optimization", ICLR 2018.
+  """
+  pairs = check_size('pairs', pairs)
+  check_choice('rows', rows, ROWS)
+  together = rows == 'together'
+
+  def init(window: WindowMap, params: Params, hidden: Hidden) -> RankOne:
+    weights = select(params, reached_paths(window, params, hidden))
+    batch_size, numbers = join(hidden).shape
+    leading = (1 if together else batch_size, pairs)
+    of_weights = {
+      path: jnp.zeros((*leading, *leaf.shape), at_least_float32(leaf.dtype))
+      for path, leaf in weights.items()
+    }
+    of_state = jnp.zeros((batch_size, pairs, numbers), join(hidden).dtype)
+    return RankOne(of_state, of_weights)
+
+  def advance(
+    window: WindowMap,
+    params: Params,
+    hidden: Hidden,
+    state: RankOne,
+    key: jax.Array | None,
+  ) -> RankOne:
+    assert key is not None
+    return _advance(window, params, hidden, state, key, together)
+
+  return Influence(init, _credit, advance, draws=True)
+
+
+def _credit(
+  window: WindowMap,
+  params: Params,
+  hidden: Hidden,
+  state: RankOne,
+  d_hidden: Hidden,
+) -> Params:
+  # The share of each row and pair, [B, r].
+  shares = jnp.einsum('bn,brn->br', join(d_hidden), state.of_state)
+  shares /= shares.shape[1]
+
+  def credit(factor: jax.Array) -> jax.Array:
+    own = shares if len(factor) == len(shares) else shares.sum(0, keepdims=True)
+    return jnp.tensordot(own.astype(factor.dtype), factor, 2)
+
+  return spread(params, {path: credit(w) for path, w in state.of_weights.items()})
+
+
+def _advance(
+  window: WindowMap,
+  params: Params,
+  hidden: Hidden,
+  state: RankOne,
+  key: jax.Array,
+  together: bool,
+) -> RankOne:
+  """Add one window's own influence, and reduce the sum to rank one."""
+  of_weights = state.of_weights
+  if window.fresh is not None and not together:
+    fresh = window.fresh
+    of_weights = jax.tree.map(lambda w: jnp.where(_like(fresh, w), 0, w), of_weights)
+  signs = jax.random.rademacher(key, state.of_state.shape, state.of_state.dtype)
+  moved = _push(window, params, hidden, state.of_state)
+  direct = _pull_signs(window, params, tuple(of_weights), hidden, signs, together)
+
+  axes = (0, 2) if together else (2,)
+  by_pair = (1, -1) if together else signs.shape[:2]
+
+  def of_rows(x: jax.Array) -> jax.Array:
+    return jnp.sqrt((x**2).sum(axes)).reshape(by_pair) + TINY
+
+  def of_tree(tree: Weights) -> jax.Array:
+    squares = [
+      (leaf**2).reshape(*leaf.shape[:2], -1).sum(2) for leaf in jax.tree.leaves(tree)
+    ]
+    return jnp.sqrt(sum(squares[1:], squares[0])) + TINY
+
+  # Any positive numbers that do not depend on the signs' sign are unbiased; these make
+  # both factors of each product equally large, which makes the variance small.
+  old = jnp.sqrt(of_tree(of_weights) / of_rows(moved))
+  new = jnp.sqrt(of_tree(direct) / of_rows(signs))
+  return RankOne(
+    _like(old, moved) * moved + _like(new, signs) * signs,
+    {
+      path: (w / _like(old, w) + direct[path] / _like(new, w)).astype(w.dtype)
+      for path, w in of_weights.items()
+    },
+  )
+
+
+def _like(factors: jax.Array, x: jax.Array) -> jax.Array:
+  """Return factors with trailing axes of length 1, as many axes as `x` has."""
+  return factors.reshape(*factors.shape, *[1] * (x.ndim - factors.ndim))
+
+
+def _push(
+  window: WindowMap, params: Params, hidden: Hidden, tangents: jax.Array
+) -> jax.Array:
+  """Push tangents [B, r, N] of the hidden state through a window."""
+
+  def end(rows: jax.Array) -> jax.Array:
+    start = window.begin(params, split(rows, hidden))
+    return join(window.run(params, start, window.x, window.mask))
+
+  def one_pair(tangent: jax.Array) -> jax.Array:
+    _, moved = jax.jvp(end, (join(hidden),), (tangent,))
+    return moved
+
+  return jax.vmap(one_pair, in_axes=1, out_axes=1)(tangents)
+
+
+def _pull_signs(
+  window: WindowMap,
+  params: Params,
+  paths: tuple[str, ...],
+  hidden: Hidden,
+  signs: jax.Array,
+  together: bool,
+) -> Weights:
+  """Pull signs [B, r, N] of the state after a window back to the parameters.
+
+  Returns:
+    {path: [B, r, ...]} or, summed over the rows, {path: [1, r, ...]}.
+  """
+  before = run_steps(window, params, hidden)
+  cotangents = signs.swapaxes(0, 1)
+  first, after = pull_through_steps(window, params, before, cotangents)
+  if not together:
+    gradients = pull_to_weights(window, params, paths, before, after)
+    return pull_to_start(window, params, gradients, first)[0]
+  # The steps of all rows, as the steps of one row.
+  column = jax.tree.map(
+    lambda leaf: leaf.reshape(-1, 1, *leaf.shape[2:]), (before, window.x, window.mask)
+  )
+  before, x, mask = column
+  steps, pairs, batch_size, numbers = after.shape
+  after = after.swapaxes(1, 2).reshape(steps * batch_size, pairs, 1, numbers)
+  one_row = window._replace(x=x, mask=mask)
+  gradients = pull_to_weights(one_row, params, paths, before, after)
+  nothing: Any = {path: jnp.zeros([], g.dtype) for path, g in gradients.items()}
+  through_start, _ = pull_to_start(window, params, nothing, first)
+  return jax.tree.map(
+    lambda g, start: g + start.sum(0, keepdims=True) if start.ndim else g,
+    gradients,
+    through_start,
+  )
