@@ -1,6 +1,6 @@
 """Scripts that run the paper's experiments: `python -m experiments.NAME --help`.
 
-`load_run(folder)` gives the model and the best parameters of a run that has ended.
+`load_run(folder)` returns the model and the best parameters of a run that has ended.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ __all__ = ('TrainedRun', 'load_run')
 
 
 def __getattr__(name: str) -> Any:
-  """Import what trained runs need when it is asked for: scripts start without it."""
+  """Return a public name, which is imported at its first use."""
+  # The scripts start without the modules that reading a trained run needs.
   if name not in __all__:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   from experiments.core import trained

@@ -1,21 +1,24 @@
-"""The adding problem (Hochreiter & Schmidhuber 1997): FPTT and its rivals.
+"""The adding problem (Hochreiter and Schmidhuber, 1997) by FPTT and other methods.
 
 A sequence has two rows: numbers uniform in [0, 1], and two markers, one in each half.
-The target is the sum of the two marked numbers; always answering 1 gives a mean squared
-error of 1/6 = 0.167. Every batch is drawn afresh.
+The target is the sum of the two marked numbers. The constant answer 1 has a mean
+squared error of 1/6 = 0.167. Every batch is drawn anew.
 
-By default each method trains at a learning rate and momentum of its own, chosen from a
-declared grid on draws of another seed (see `experiments.core.rates`); --lr and
---momentum hold for all methods, and --tune searches the grid again. The methods are
-compared by their mean test error over the last quarter of the evaluations, not by a
-curve's last point.
-The defaults take a few minutes on two CPU cores: T=120, an LSTM of 128, batch 128,
-K=11, 1,000 batches. The paper's settings (Figs. 1-3) are --seq_len=200|500|750|1000
---nodecay --batches=3000 --lr=1e-3 --momentum=0.9.
+By default each method trains at its own learning rate and momentum, chosen from a
+declared grid on draws of another seed (see `experiments.core.rates`). --lr and
+--momentum set them for all methods, and --tune searches the grid again. The methods are
+compared by their mean test error over the last quarter of the evaluations, since the
+last point of a curve is noisy.
+
+The defaults take a few minutes on two CPU cores: T=120, an LSTM of 128 units, batches
+of 128, K=11 and 1,000 batches. The paper's settings (Figs. 1-3) are
+--seq_len=200|500|750|1000 --nodecay --batches=3000 --lr=1e-3 --momentum=0.9.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+import functools
+import math
 from pathlib import Path
 import statistics
 import time
@@ -57,12 +60,25 @@ import fptt_jax
 from fptt_jax import nn
 
 CHANCE = 1 / 6
+"""Mean squared error of the constant answer 1."""
+
+
 SOLVED = 0.01
+"""Mean squared error below which the problem counts as solved."""
+
+
 PROBE_BATCHES = 3
-"""Batches that are timed before the start, after one that compiles."""
+"""Number of batches that are timed before the start, after one that compiles."""
+
+
 UNTUNED_RATE = 1e-3
-"""Learning rate of what the table of tuned rates does not have."""
+"""Learning rate of methods and optimizers without a tuned rate."""
+
+
 TUNED = rates.read_table()
+"""Tuned learning rates and momenta by method."""
+
+
 PLOT = Plot(
   'convergence.png',
   'Adding problem',
@@ -71,6 +87,7 @@ PLOT = Plot(
   (('step', 'batches'), ('updates', 'updates'), ('seconds', 'seconds')),
   (('chance', CHANCE), ('solved', SOLVED)),
 )
+"""Plot of the test error of all runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +159,7 @@ class Config(recipe.Recipe):
     self._check_tuning()
 
   def _check_tuning(self) -> None:
-    """Validates --tune and the seed that tuning has used.
+    """Validate --tune and the seed that tuning has used.
 
     Raises:
       ValueError: a setting that --tune chooses is given, or a run would report on the
@@ -164,7 +181,7 @@ class Config(recipe.Recipe):
 
   @property
   def missing(self) -> list[str]:
-    """Which of rate and momentum are each method's own."""
+    """Names of the settings, out of rate and momentum, that each method has its own."""
     chosen = [variant for _, variant in self.variants()]
     names = {'lr': 'learning rate', 'momentum': 'momentum'}
     return [
@@ -175,14 +192,16 @@ class Config(recipe.Recipe):
 
   @property
   def tuned_methods(self) -> list[str]:
-    """Those of the methods whose missing settings are tuned ones."""
-    return [
-      name for name in self.method if self.optimizer == 'adam' and name in TUNED.methods
-    ]
+    """Methods whose missing settings are tuned ones."""
+    # The grid was searched with Adam alone.
+    if self.optimizer != 'adam':
+      return []
+    return [name for name in self.method if name in TUNED.methods]
 
   def for_method(self, method: str) -> 'Config':
-    """Returns the settings with the method's own rate and momentum where none are
-    given.
+    """Return the settings for one method.
+
+    A missing rate or momentum is replaced by the method's own.
     """
     tuned = method in TUNED.methods and self.optimizer == 'adam'
     usual = Rates(UNTUNED_RATE, self.first_moment)
@@ -195,8 +214,15 @@ class Config(recipe.Recipe):
 
 
 def draw_batch(key: jax.Array, seq_len: int, batch_size: int) -> fptt_jax.Batch:
-  """Draws inputs [T, B, 2] (value, marker) and targets [B]; one marker in each half of
-  the sequence.
+  """Draw a batch of the adding problem.
+
+  Args:
+    key: PRNG key.
+    seq_len: T.
+    batch_size: B.
+
+  Returns:
+    Inputs float32 [T, B, 2], (value, marker), and targets float32 [B].
   """
   value_key, first_key, second_key = jax.random.split(key, 3)
   values = jax.random.uniform(value_key, (seq_len, batch_size), jnp.float32)
@@ -204,62 +230,79 @@ def draw_batch(key: jax.Array, seq_len: int, batch_size: int) -> fptt_jax.Batch:
   second = jax.random.randint(second_key, (batch_size,), seq_len // 2, seq_len)
   steps = jnp.arange(seq_len)[:, None]
   markers = ((steps == first[None]) | (steps == second[None])).astype(values.dtype)
-  return fptt_jax.Batch(
-    jnp.stack([values, markers], axis=-1), jnp.sum(values * markers, axis=0)
-  )
+  inputs = jnp.stack([values, markers], axis=-1)
+  return fptt_jax.Batch(inputs, jnp.sum(values * markers, axis=0))
 
 
 @jax.jit
 def _batch_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
-  return jax.random.key_data(
-    jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
-  )
+  """Return the data of a key per number, see :func:`batch_keys`."""
+  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+  return jax.random.key_data(keys)
 
 
 def batch_keys(key: jax.Array, numbers: np.ndarray) -> np.ndarray:
-  """Data of each batch's own key, uint32 [N, 2]."""
+  """Return the data of a PRNG key per batch.
+
+  Args:
+    key: PRNG key of the run's batches.
+    numbers: int [N], numbers of the batches.
+
+  Returns:
+    uint32 [N, 2]. NumPy arrays, which the loop cuts and stacks, cannot hold typed keys.
+  """
   return np.asarray(_batch_keys(key, numbers))
 
 
 def make_model(config: Config) -> fptt_jax.Model:
-  """One LSTM and a linear readout."""
-  return nn.from_nnx(
-    lambda rngs: nn.Sequential(
+  """Return a model of one LSTM and a linear readout."""
+
+  def build(rngs: nnx.Rngs) -> nn.Sequential:
+    return nn.Sequential(
       nn.LSTM(2, config.hidden, forget_bias=config.forget_bias, rngs=rngs),
       nnx.Linear(config.hidden, 1, rngs=rngs),
     )
-  )
+
+  return nn.from_nnx(build)
 
 
 def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
-  """Make the model of a folder; its data are drawn, and need no description."""
+  """Return the model of a folder; `data` is empty, since the data are drawn."""
+  del data
   return make_model(config)
 
 
 def make_trainer(
   config: Config, method: str, members: int
 ) -> tuple[fptt_jax.Trainer, devices.Meshes]:
-  """The trainer of one run, and devices for so many."""
-  _, updates = recipe.updates_per_sequence(config, method, config.seq_len)
-  decay = (
-    optax.cosine_decay_schedule(1.0, config.batches * updates) if config.decay else None
-  )
-  loss, steps = (
-    fptt_jax.losses.terminal_regression(),
-    recipe.window_steps(config, method, config.seq_len),
-  )
+  """Return the trainer of one run and the devices for several.
+
+  Args:
+    config: settings of the runs.
+    method: training method.
+    members: number of runs.
+
+  Raises:
+    UserError: the devices do not fit the batch or the runs.
+  """
+  decay = None
+  if config.decay:
+    _, updates = recipe.updates_per_sequence(config, method, config.seq_len)
+    decay = optax.cosine_decay_schedule(1.0, config.batches * updates)
+  steps = recipe.window_steps(config, method, config.seq_len)
   meshes = devices.choose_meshes(
     config, config.batch_size, config.hidden, steps, members
   )
-  return optimizers.make_trainer(
+  trainer = optimizers.make_trainer(
     config,
     method,
     make_model(config),
-    loss,
+    fptt_jax.losses.terminal_regression(),
     config.seq_len,
     decay=decay,
     mesh=meshes.batch,
-  ), meshes
+  )
+  return trainer, meshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +310,7 @@ class Reporter:
   """Measurements of the adding problem, every `eval_every` batches.
 
   Attributes:
-    trainer: the train step of one run, which also evaluates.
+    trainer: the trainer of one run, which evaluates.
     tests: test batch by seed.
     extra: entries that every summary ends with.
     num_windows: K.
@@ -283,13 +326,14 @@ class Reporter:
   higher_is_better: bool = False
 
   def step(self, record: loop.Record) -> int:
-    """Returns the number of batches."""
+    """Return the number of batches."""
     return record.batches
 
   def measure(
     self, member: Member, params: Any, record: loop.Record, last: Any
   ) -> dict[str, Any]:
-    """Returns means over the last batch's updates that were made, and the test MSE."""
+    """Return means over the updates of the last batch, and the test error."""
+    # Skipped updates have losses that are not finite.
     made = ~last.skipped
     count = max(1, made.sum())
     row = {
@@ -304,10 +348,11 @@ class Reporter:
     return row
 
   def line(self, member: Member, row: dict[str, Any], reason: str | None) -> str:
-    """Returns the losses of an evaluation."""
+    """Return a line with the losses of an evaluation."""
     start = f'{member.label}  batch {row["step"]:>6}  '
     if reason is not None:
       return f'{start}diverged: {reason}'
+    # Numbers that are not finite are None in a row.
     if None in row.values():
       return f'{start}diverged: the test MSE is not finite'
     skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
@@ -319,25 +364,25 @@ class Reporter:
   def summarize(
     self, member: Member, rows: list[dict[str, Any]], record: loop.Record, params: Any
   ) -> dict[str, Any]:
-    """Returns the errors of a run that has ended, and the sizes of its model."""
+    """Return the errors of a run that has ended, and the sizes of its model."""
     settings = {'lr': member.config.lr, 'momentum': member.config.momentum}
     return settings | summarize(self.num_windows, rows) | self.extra
 
 
 def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -> Task:
-  """Makes the task of the training loop, for several runs side by side.
+  """Return the task of the training loop, for several runs side by side.
+
+  An epoch of the loop has `eval_every` batches.
 
   Args:
     config: settings of the runs.
     seeds: seeds of the runs.
-    method: method of the runs.
+    method: training method.
     members: number of runs.
-
-  Returns:
-    The task, whose epochs have `eval_every` batches.
   """
   num_windows, updates = recipe.updates_per_sequence(config, method, config.seq_len)
   trainer, meshes = make_trainer(config, method, members)
+  # Keys of the weights, the batches and the test set.
   keys = {seed: jax.random.split(jax.random.key(seed), 3) for seed in seeds}
   draw = jax.jit(draw_batch, static_argnums=(1, 2))
   tests = {
@@ -352,7 +397,7 @@ def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -
   def portions(epoch: int, seed: int) -> Iterator[loop.Portion]:
     start = (epoch - 1) * config.eval_every
     end = min(start + config.eval_every, config.batches)
-    # Batches are numbered from 1; each number has a key of its own.
+    # Each batch has a key of its own, so a resumed run draws the same batches.
     items = batch_keys(keys[seed][1], np.arange(start, end) + 1)
     yield loop.Portion(items, np.full(end - start, updates // config.inner_steps))
 
@@ -364,7 +409,7 @@ def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -
     fetch=None,
     meshes=meshes,
     portions=portions,
-    num_epochs=-(-config.batches // config.eval_every),
+    num_epochs=math.ceil(config.batches / config.eval_every),
     num_batches=config.batches,
     rules=loop.Rules(),
     reporter=Reporter(trainer, tests, sizes(config), num_windows),
@@ -373,22 +418,28 @@ def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -
 
 
 def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> None:
-  """Trains runs of one method side by side.
+  """Train runs of one method side by side.
 
   Args:
     chosen: the runs.
-    folder: the folder of their folders.
-    evaluated: called after each evaluation of a run.
+    folder: the parent of the runs' folders.
+    evaluated: callback after each evaluation of a run.
   """
-  config, seeds = chosen[0].config, {member.seed for member in chosen}
-  task = make_task(config, seeds, chosen[0].method, len(chosen))
+  seeds = {member.seed for member in chosen}
+  task = make_task(chosen[0].config, seeds, chosen[0].method, len(chosen))
   loop.train(task, chosen, folder, evaluated)
 
 
 def summarize(num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """Returns what a run came to, from its metrics."""
+  """Return the summary of a run.
+
+  Args:
+    num_windows: K.
+    rows: its lines of metrics; at least one.
+  """
   finite = [row for row in rows if row['test_mse'] is not None]
   solved = [row['step'] for row in finite if row['test_mse'] < SOLVED]
+  # One point of a noisy curve would make the order of the methods a matter of luck.
   late = [row['test_mse'] for row in rows if row['step'] > 0.75 * rows[-1]['step']]
   return {
     'K': num_windows,
@@ -402,7 +453,7 @@ def summarize(num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sizes(config: Config) -> dict[str, int]:
-  """Numbers of parameters: all, and the LSTM's."""
+  """Return the numbers of all parameters and of the LSTM's."""
   params = jax.eval_shape(make_model(config).init, jax.random.key(0))
   return {
     'parameters': cells.count(params),
@@ -411,13 +462,16 @@ def sizes(config: Config) -> dict[str, int]:
 
 
 def open_folder(config: Config, folder: str) -> Path:
-  """Makes the folder of the runs, or checks that it has the same configuration."""
+  """Make the folder of the runs, or check that it has the same configuration.
+
+  Raises:
+    UserError: it has another configuration, or cannot be written.
+  """
   identity = {}
   if config.missing:
-    # Runs at rates out of another table are other runs.
-    identity['tuned_rates'] = str(
-      {name: tuple(own) for name, own in TUNED.methods.items()}
-    )
+    # Runs with rates of another table are other runs, although their flags are equal.
+    tuned = {name: tuple(own) for name, own in TUNED.methods.items()}
+    identity['tuned_rates'] = str(tuned)
   about = (
     f'adding problem, T={config.seq_len}, LSTM {config.hidden}, batch '
     f'{config.batch_size}, {config.batches:,} batches per run'
@@ -428,15 +482,19 @@ def open_folder(config: Config, folder: str) -> Path:
 def run(
   config: Config, folder: str, plot: Plot | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed.
+  """Train a run for each method, seed and grid value.
 
   Args:
     config: settings of the runs.
     folder: folder of the runs.
-    plot: plot to redraw meanwhile; None draws nothing and announces nothing.
+    plot: plot to keep up to date; None draws nothing and announces nothing.
 
   Returns:
-    The folder, and a summary per run.
+    (the folder, a summary per run).
+
+  Raises:
+    UserError: the folder holds runs of another configuration, or cannot be written.
+    Stopped: a signal asked for the end.
   """
   path = open_folder(config, folder)
   if plot is not None and jax.process_count() == 1:
@@ -445,7 +503,12 @@ def run(
 
 
 def announce(config: Config, folder: Path) -> None:
-  """Prints which runs are still to be trained, and for about how long."""
+  """Print which runs are not trained yet, and estimate how long they take.
+
+  Args:
+    config: settings of the runs.
+    folder: folder of the runs.
+  """
   left = [member for member in list_members(config) if not has_ended(folder, member)]
   if not left:
     return
@@ -463,18 +526,21 @@ def announce(config: Config, folder: Path) -> None:
 
 
 def estimate(chosen: list[Member], folder: Path, together: int) -> float:
-  """Returns about how many seconds runs of one method will take, from a few timed
-  batches.
+  """Estimate the seconds that runs of one method take, from a few timed batches.
+
+  The estimate is too high if several runs share a program.
 
   Args:
     chosen: the runs.
-    folder: the folder of their folders, whose checkpoints tell what is done already.
-    together: runs per program; the estimate is too high where they run side by side.
+    folder: the parent of the runs' folders, whose checkpoints show what is done.
+    together: number of runs per program.
   """
-  config, key = chosen[0].config, jax.random.key(0)
+  config = chosen[0].config
+  key = jax.random.key(0)
   trainer, _ = make_trainer(config, chosen[0].method, together)
   batch = draw_batch(key, config.seq_len, config.batch_size)
-  state = trainer.init(key, jax.eval_shape(lambda: batch))  # Looks at shapes alone.
+  # Shapes are enough; the batch is validated when the runs begin.
+  state = trainer.init(key, jax.eval_shape(lambda: batch))
   seconds = []
   for _ in range(1 + PROBE_BATCHES):
     started = time.perf_counter()
@@ -485,22 +551,30 @@ def estimate(chosen: list[Member], folder: Path, together: int) -> float:
     max(checkpoints.saved_steps(folder / member.name), default=0) for member in chosen
   ]
   batches = len(chosen) * config.batches - sum(done)
+  # The first batch compiled the program.
   return len(chosen) * seconds[0] + batches * statistics.median(seconds[1:])
 
 
 def duration(seconds: float) -> str:
-  """Returns a duration in words."""
+  """Return a duration in words."""
   minutes, rest = divmod(round(seconds), 60)
   return f'{minutes} min {rest} s' if minutes else f'{rest} s'
 
 
 def settings_in_words(config: Config) -> str:
-  """Returns the rate and momentum of a run."""
-  return f'lr {format_number(config.lr)}, momentum {format_number(config.momentum)}'
+  """Return the rate and momentum of a run in words.
+
+  Args:
+    config: settings of the run, from :meth:`Config.for_method`.
+  """
+  names = {'lr': config.lr, 'momentum': config.momentum}
+  # `for_method` has filled in both.
+  known = {name: value for name, value in names.items() if value is not None}
+  return ', '.join(f'{name} {format_number(value)}' for name, value in known.items())
 
 
 def rates_in_words(config: Config) -> str:
-  """Returns where the learning rates and momenta come from."""
+  """Return the origin of the learning rates and momenta in words."""
   if not config.missing:
     return 'at the learning rate and momentum that were given'
   what = ' and '.join(config.missing)
@@ -516,6 +590,7 @@ def rates_in_words(config: Config) -> str:
     for name, value in TUNED.settings.items()
     if getattr(config, name) != value
   ]
+  # Rates tuned at other settings may be far from the best ones.
   text += f' at other settings ({"; ".join(differ)})' if differ else ''
   open_ended = [method for method in tuned if method in TUNED.unsettled]
   if open_ended:
@@ -526,13 +601,13 @@ def rates_in_words(config: Config) -> str:
 
 
 class Result(NamedTuple):
-  """What the runs of one method and point of the grid came to.
+  """Result of the runs of one method and point of the grid.
 
   Attributes:
-    name: the method, and the settings out of the grid.
+    name: the method and the values of the grid.
     settings: rate and momentum in words.
-    scores: of each seed, the mean test MSE over the last quarter of the evaluations;
-      None of a run that diverged.
+    scores: mean test error over the last quarter of the evaluations, per seed; None if
+      the run diverged.
   """
 
   name: str
@@ -541,24 +616,29 @@ class Result(NamedTuple):
 
   @property
   def mean(self) -> float | None:
-    """Mean over the seeds, None if one of them diverged."""
+    """Mean over the seeds; None if one of them diverged."""
+    # A mean over the other seeds would favor a method that sometimes diverges.
     finite = [score for score in self.scores if score is not None]
     return statistics.fmean(finite) if len(finite) == len(self.scores) else None
 
   def __str__(self) -> str:
-    return (
-      'none (diverged)' if self.mean is None else f'{self.mean:.4f}'
-    ) + f' for {self.name}'
+    """Return the mean and the name in words."""
+    score = 'none (diverged)' if self.mean is None else f'{self.mean:.4f}'
+    return f'{score} for {self.name}'
 
 
 def conclusion(config: Config, summaries: list[dict[str, Any]]) -> str:
-  """Returns two sentences: what was compared, and what was seen."""
+  """Return two sentences on the methods that were compared and on their order.
+
+  Args:
+    config: settings that list the runs.
+    summaries: summary of each run.
+  """
   results: dict[str, Result] = {}
   for member, summary in zip(list_members(config), summaries, strict=True):
     name = member.name.replace(f'-seed{member.seed}', '')
-    result = results.setdefault(
-      name, Result(name, settings_in_words(member.config), [])
-    )
+    empty = Result(name, settings_in_words(member.config), [])
+    result = results.setdefault(name, empty)
     result.scores.append(summary['last_quarter_mse'])
   listing = ', '.join(f'{one.name} ({one.settings})' for one in results.values())
   compared = (
@@ -566,46 +646,55 @@ def conclusion(config: Config, summaries: list[dict[str, Any]]) -> str:
     f'{config.batches:,} batches of {config.batch_size} per run, '
     f'{rates_in_words(config)}.'
   )
+  # Methods that diverged come last.
   ranked = sorted(
-    (one for one in results.values() if one.mean is not None), key=lambda one: one.mean
+    results.values(), key=lambda one: math.inf if one.mean is None else one.mean
   )
-  ranked += [one for one in results.values() if one.mean is None]
+  order = ', '.join(map(str, ranked))
   measure = 'mean test MSE over the last quarter of the evaluations'
-  seen = (
-    f'Seen: the {measure} was {", ".join(map(str, ranked))}, chance being {CHANCE:.3f}'
-  )
+  seen = f'Seen: the {measure} was {order}, chance being {CHANCE:.3f}'
   return f'{compared}\n{seen}{_reservation(config, ranked)}.'
 
 
 def _reservation(config: Config, ranked: list[Result]) -> str:
-  """Returns what a reader has to bear in mind about the order of the results."""
+  """Return a caveat about the order of the results.
+
+  Args:
+    config: settings of the runs.
+    ranked: the results, the best first.
+  """
   if len(ranked) == 1:
     return '; nothing else was run to compare it with'
   if len(config.seeds) == 1:
     return '; this is one seed, and another one may order them otherwise'
-  worst = float('inf')
-  columns = zip(
-    *([worst if s is None else s for s in one.scores] for one in ranked), strict=True
-  )
-  wins = sum(scores[0] < min(scores[1:]) for scores in columns)
+  scores = [[math.inf if s is None else s for s in one.scores] for one in ranked]
+  wins = sum(of_seed[0] < min(of_seed[1:]) for of_seed in zip(*scores, strict=True))
   return f'; {ranked[0].name} was the lowest from {wins} of {len(config.seeds)} seeds'
 
 
 def tune(config: Config) -> None:
-  """Searches the grid for each method, prints what was tried, and writes rates.json."""
+  """Search the grid for each method, print the trials, and write rates.json.
+
+  Args:
+    config: settings of the runs, with the methods and the folder.
+
+  Raises:
+    UserError: a file cannot be written.
+    Stopped: a signal asked for the end; the same command resumes the search.
+  """
   folder = workdir.make_folder(config.workdir)
   found: dict[str, Any] = {}
   for method in config.method:
-    point = lambda chosen, method=method: trial(
-      config, method, chosen, folder / 'tune' / method
-    )
-    found[method] = rates.entry(*rates.search(point))
+    path = folder / 'tune' / method
+    score = functools.partial(trial, config, method, path)
+    found[method] = rates.entry(*rates.search(score))
+    # Written after each method, since a search takes long.
     if processes.is_first():
       files.write_json(folder / 'rates.json', rates.table(config, found))
   if not processes.is_first():
     return
   tried = [
-    [method, *one.values()] for method, row in found.items() for one in row['tried']
+    [method, *point.values()] for method, row in found.items() for point in row['tried']
   ]
   header = ['method', 'lr', 'momentum', 'mean MSE of the last quarter']
   print(tabulate(tried, header, floatfmt='.4g', missingval='diverged'))
@@ -619,33 +708,63 @@ def tune(config: Config) -> None:
   )
 
 
-def trial(config: Config, method: str, point: Rates, folder: Path) -> float | None:
-  """Trains at one point of the grid, unless that was done before, and returns its
-  score.
+def trial(config: Config, method: str, folder: Path, point: Rates) -> float | None:
+  """Train at one point of the grid and return its score.
+
+  A point that was trained before is not trained again.
+
+  Args:
+    config: settings of the runs.
+    method: training method.
+    folder: folder of the method's runs.
+    point: learning rate and momentum.
+
+  Returns:
+    The mean error over the last quarter of the evaluations; None if the run diverged.
   """
   grid = (f'lr={format_number(point.lr)}', f'momentum={format_number(point.momentum)}')
   chosen = dataclasses.replace(
     config, tune=False, method=(method,), seeds=(rates.SEED,), grid=grid
   )
   _, [summary] = run(chosen, str(folder))
-  return summary['last_quarter_mse']
+  score: float | None = summary['last_quarter_mse']
+  return score
 
 
 def draw_tuning(path: Path, found: dict[str, Any]) -> None:
-  """Draws the scores of all points against the learning rate."""
+  """Draw the scores of all points against the learning rate.
+
+  Args:
+    path: the image to write.
+    found: an entry of the table of rates per method.
+  """
   curves = []
   for method, row in found.items():
     for momentum in rates.MOMENTA:
-      points = [one for one in row['tried'] if one['momentum'] == momentum]
-      x, y = [one['lr'] for one in points], [one['score'] for one in points]
+      points = [point for point in row['tried'] if point['momentum'] == momentum]
+      x = [point['lr'] for point in points]
+      y = [point['score'] for point in points]
       curves.append(Curve(f'{method}, momentum {momentum:g}', method, x, y))
-  title, marks = 'Adding problem: tuning', {'chance': CHANCE, 'solved': SOLVED}
-  ylabel = 'mean MSE of the last quarter'
-  plotting.plot_curves(path, {'learning rate': curves}, title, ylabel, marks, 'log')
+  plotting.plot_curves(
+    path,
+    panels={'learning rate': curves},
+    title='Adding problem: tuning',
+    ylabel='mean MSE of the last quarter',
+    marks={'chance': CHANCE, 'solved': SOLVED},
+    xscale='log',
+  )
 
 
 def main(config: Config) -> None:
-  """Trains and reports, or tunes."""
+  """Train all runs and report them, or tune.
+
+  Args:
+    config: settings of the command.
+
+  Raises:
+    UserError: a folder or file cannot be read or written.
+    Stopped: a signal asked for the end.
+  """
   if config.tune:
     processes.join(config.coordinator, config.num_processes, config.process_id)
     tune(config)

@@ -1,9 +1,10 @@
-"""Images as sequences: pixel MNIST, permuted MNIST, pixel CIFAR-10 (paper, Sec. 4.4,
-Tables 2, 3 and 6).
+"""Images as sequences: pixel MNIST, permuted MNIST and pixel CIFAR-10.
 
-An image is read pixel by pixel (T=784 or 1024), with --row row by row (T=28 or 32), and
-classified after its last step. The defaults are the authors' release's: LSTM 128, Adam
-1e-3 divided by 10 after epochs 50, 75 and 90 of 200, clip 1, alpha 0.1, K=10.
+These are the tasks of Sec. 4.4 and Tables 2, 3 and 6 of the paper. An image is read
+pixel by pixel (T=784 or 1024) or, with --row, row by row (T=28 or 32). It is classified
+after its last step. The defaults are those of the authors' release: an LSTM of 128
+units, 200 epochs of Adam at 1e-3, divided by 10 after epochs 50, 75 and 90, clip 1,
+alpha 0.1 and K=10.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,9 +36,15 @@ import fptt_jax
 from fptt_jax import nn
 
 EVALUATION_BATCH = 1000
+"""Number of images per batch of an evaluation."""
+
+
 DESCRIBED = ('data_dir', 'num_steps', 'features', 'num_classes', 'moments', 'order')
-"""What data.json says of the images, see :func:`describe`."""
+"""Entries of data.json, see :func:`describe`."""
+
+
 SPLIT_SEED = 0
+"""Seed of the validation split, which is the same for all runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +60,8 @@ class Config(loop.EpochRecipe):
   data_dir: str = option(
     '',
     'folder with the official files; or a .npz with the arrays train_images and '
-    'test_images, uint8 [N, height, width, '
-    'channels], and train_labels and test_labels, int32 [N], from 0; default a '
-    'prepared copy or a download',
+    'test_images, uint8 [N, height, width, channels], and train_labels and '
+    'test_labels, int32 [N], from 0; default a prepared copy or a download',
     group='task',
   )
   host_data: bool = option(
@@ -145,13 +151,13 @@ class Config(loop.EpochRecipe):
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-  """A task's images and how they are read.
+  """Images of a task, and how they become sequences.
 
   Attributes:
     splits: images and labels.
-    moments: mean and standard deviation they are normalized by.
-    rows: whether a step is a row.
-    order: int [T], the fixed order of the steps, or None.
+    moments: mean and standard deviation by which pixels are normalized.
+    rows: whether a step is a row of the image, not a pixel.
+    order: int [T], the fixed order of the steps; None keeps them.
     num_classes: C.
   """
 
@@ -162,61 +168,78 @@ class Sequences:
   num_classes: int
 
   def read(self, images: Any, labels: Any, ids: Any) -> fptt_jax.Batch:
-    """Examples [B, ...] time-major; with their numbers where the loss wants them, else
-    None. Traced.
+    """Return a batch of sequences; JAX traces this function.
+
+    Args:
+      images: uint8 [B, height, width, channels].
+      labels: int32 [B].
+      ids: int32 [B], numbers of the examples, if the loss needs them; else None.
     """
-    return fptt_jax.Batch(
-      data.to_sequences(images, self.moments, self.rows, self.order),
-      labels if ids is None else (labels, ids),
-    )
+    inputs = data.to_sequences(images, self.moments, self.rows, self.order)
+    return fptt_jax.Batch(inputs, labels if ids is None else (labels, ids))
 
   @property
   def shape(self) -> tuple[int, int]:
-    """(T, D)."""
-    sequence = data.to_sequences(
-      self.splits.train.images[:1], self.moments, self.rows, None
-    )
+    """Numbers of steps T and of features D."""
+    first = self.splits.train.images[:1]
+    sequence = data.to_sequences(first, self.moments, self.rows, None)
     return sequence.shape[0], sequence.shape[2]
 
 
 def load(config: Config) -> tuple[Sequences, str]:
-  """The task's sequences, and a hash of the images whatever files they came from."""
+  """Load the images of a task.
+
+  Args:
+    config: settings of the task.
+
+  Returns:
+    (sequences, hash of the images).
+
+  Raises:
+    UserError: the images cannot be read, or the validation split does not fit them.
+  """
   name = 'mnist' if config.task == 'permuted' else config.task
   images = data.load_images(name, config.data_dir)
+  # Of all images, although --train_size may leave some out: it is a setting of its own.
   fingerprint = data.fingerprint(images)
   splits = data.hold_out(images, config.valid_size, SPLIT_SEED)
   if config.train_size:
-    splits = splits._replace(
-      train=Examples(*(part[: config.train_size] for part in splits.train))
-    )
+    used = slice(config.train_size)
+    train = Examples(splits.train.images[used], splits.train.labels[used])
+    splits = splits._replace(train=train)
   num_classes = max(2, 1 + int(images.train_labels.max()))
   sequences = Sequences(splits, data.MOMENTS[name], config.row, None, num_classes)
   if config.task == 'permuted':
-    sequences = dataclasses.replace(
-      sequences, order=data.permutation(sequences.shape[0], config.permutation_seed)
-    )
+    order = data.permutation(sequences.shape[0], config.permutation_seed)
+    sequences = dataclasses.replace(sequences, order=order)
   return sequences, fingerprint
 
 
 def segment(config: Config, num_steps: int) -> int:
-  """L, the steps that r-LSTM reconstructs."""
+  """Return the number of steps that r-LSTM reconstructs."""
   return config.reconstruction_segment or max(2, num_steps // 10)
 
 
 def check_fit(config: Config, num_steps: int) -> None:
-  """Raises if K, truncation_steps or the reconstruction do not fit sequences of
-  `num_steps` steps.
+  """Check that settings fit the length of the sequences.
+
+  Args:
+    config: settings of the task.
+    num_steps: T.
+
+  Raises:
+    ValueError: K, truncation_steps or the reconstruction do not fit.
   """
   config.check_length(num_steps)
-  for method in config.method if config.reconstruction else ():
-    size = num_steps // recipe.updates_per_sequence(config, method, num_steps)[0]
+  if not config.reconstruction:
+    return
+  length = segment(config, num_steps)
+  for method in config.method:
+    # A segment must lie within one window, also within the shortest.
+    num_windows, _ = recipe.updates_per_sequence(config, method, num_steps)
+    size = num_steps // num_windows
     expected = f"at most {size}, the shortest window's steps by method {method!r}"
-    check(
-      segment(config, num_steps) <= size,
-      'reconstruction_segment',
-      segment(config, num_steps),
-      expected,
-    )
+    check(length <= size, 'reconstruction_segment', length, expected)
     check(
       method != 'tbptt_final',
       'reconstruction',
@@ -226,20 +249,28 @@ def check_fit(config: Config, num_steps: int) -> None:
 
 
 def widths(config: Config, features: int) -> list[int]:
-  """Features of the inputs, then of each recurrent layer."""
+  """Return the numbers of features of the inputs and of each recurrent layer."""
   return [features, *[config.hidden] * config.layers]
 
 
 def make_model(
   config: Config, num_steps: int, features: int, num_classes: int
 ) -> fptt_jax.Model:
-  """Recurrent layers and a readout."""
+  """Return a model of recurrent layers and a readout.
+
+  Args:
+    config: settings of the model.
+    num_steps: T, for the default length of the reconstruction.
+    features: D.
+    num_classes: C.
+  """
 
   def build(rngs: nnx.Rngs) -> nn.Sequential:
     layers = [
       cells.CELLS[config.cell](width, config.hidden, config.forget_bias, rngs)
       for width in widths(config, features)[:-1]
     ]
+    # The auxiliary loss reconstructs the inputs, which only the first layer sees.
     if config.reconstruction:
       layers[0] = nn.Reconstruction(
         layers[0],
@@ -250,18 +281,23 @@ def make_model(
       )
     if config.dropout:
       layers.append(nnx.Dropout(config.dropout))
+    width = config.hidden
     if config.readout_hidden:
-      layers += [nnx.Linear(config.hidden, config.readout_hidden, rngs=rngs), nnx.relu]
-    layers.append(
-      nnx.Linear(config.readout_hidden or config.hidden, num_classes, rngs=rngs)
-    )
+      layers += [nnx.Linear(width, config.readout_hidden, rngs=rngs), nnx.relu]
+      width = config.readout_hidden
+    layers.append(nnx.Linear(width, num_classes, rngs=rngs))
     return nn.Sequential(*layers)
 
   return nn.from_nnx(build)
 
 
 def describe(config: Config, sequences: Sequences) -> dict[str, Any]:
-  """Describe the images for data.json: what a trained model needs to know of them."""
+  """Return the facts about the images that a trained model needs, for data.json.
+
+  Args:
+    config: settings of the task.
+    sequences: the images.
+  """
   num_steps, features = sequences.shape
   return {
     'data_dir': config.data_dir,
@@ -274,75 +310,124 @@ def describe(config: Config, sequences: Sequences) -> dict[str, Any]:
 
 
 def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
-  """Make the model of a folder with this data.json."""
+  """Return the model of a folder whose data.json has this content."""
   return make_model(config, data['num_steps'], data['features'], data['num_classes'])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+  """Reading of batches from the training images.
+
+  Attributes:
+    sequences: the images.
+    by_example: whether the loss needs the numbers of the examples.
+  """
+
+  sequences: Sequences
+  by_example: bool
+
+  def pick(self, source: Any, chosen: Any) -> tuple[Any, Any, Any]:
+    """Return the images, labels and numbers of the chosen examples.
+
+    Args:
+      source: (images, labels) of all examples, on the device or on the host.
+      chosen: int32 [..., B], numbers of examples.
+    """
+    images, labels = source
+    return images[chosen], labels[chosen], chosen if self.by_example else None
+
+  def read_source(self, source: Any, chosen: Any) -> fptt_jax.Batch:
+    """Return a batch from images on the device."""
+    return self.sequences.read(*self.pick(source, chosen))
+
+  def read_fetched(self, _: Any, picked: Any) -> fptt_jax.Batch:
+    """Return a batch from images that :meth:`fetch` has read on the host."""
+    images, labels, ids = picked
+    return self.sequences.read(images, labels, ids)
+
+  def fetch(self, chosen: Any) -> tuple[Any, Any, Any]:
+    """Return the chosen examples from the host's memory."""
+    return self.pick(self.sequences.splits.train, chosen)
+
+
+def _make_trainer(
+  config: Config, sequences: Sequences, method: str, members: int, num_updates: int
+) -> tuple[fptt_jax.Trainer, devices.Meshes]:
+  """Return the trainer of one run and the devices for several.
+
+  Args:
+    config: settings of the runs.
+    sequences: the images.
+    method: training method.
+    members: number of runs.
+    num_updates: number of optimizer updates per epoch.
+  """
+  num_steps, features = sequences.shape
+  size = len(sequences.splits.train.labels)
+  loss = fptt_jax.losses.terminal_classification(
+    sequences.num_classes,
+    divergence=config.divergence,
+    num_examples=size if config.divergence == 'example' else None,
+  )
+  steps = recipe.window_steps(config, method, num_steps)
+  meshes = devices.choose_meshes(
+    config, config.batch_size, config.hidden, steps, members
+  )
+  trainer = optimizers.make_trainer(
+    config,
+    method,
+    make_model(config, num_steps, features, sequences.num_classes),
+    loss,
+    num_steps,
+    decay=loop.decay_schedule(config, num_updates),
+    mesh=meshes.batch,
+    wrap=loop.averaging_wrapper(config),
+  )
+  return trainer, meshes
 
 
 def make_task(
   config: Config, sequences: Sequences, method: str, members: int
 ) -> loop.Task:
-  """What the loop over epochs needs, for so many runs side by side."""
+  """Return the task of the training loop, for several runs side by side.
+
+  Args:
+    config: settings of the runs.
+    sequences: the images.
+    method: training method.
+    members: number of runs.
+
+  Raises:
+    UserError: a batch is larger than the training split, or the devices do not fit.
+  """
   num_steps, features = sequences.shape
   size = len(sequences.splits.train.labels)
-  by_example = config.divergence == 'example'
-  loss = fptt_jax.losses.terminal_classification(
-    sequences.num_classes,
-    divergence=config.divergence,
-    num_examples=size if by_example else None,
-  )
-  model = make_model(config, num_steps, features, sequences.num_classes)
-  steps = recipe.window_steps(config, method, num_steps)
-  meshes = devices.choose_meshes(
-    config, config.batch_size, config.hidden, steps, members
-  )
-  wrap = loop.averaging_wrapper(config)
+  # Images that do not fill a batch are left out, others in each epoch.
   count = size // config.batch_size
   if not count:
     raise flags.UserError(
       f'--batch_size must be at most the {size} training images, got '
       f'{config.batch_size}.'
     )
-  updates = recipe.updates_per_sequence(config, method, num_steps)[1]
-  decay = loop.decay_schedule(config, count * updates)
-  trainer = optimizers.make_trainer(
-    config, method, model, loss, num_steps, decay=decay, mesh=meshes.batch, wrap=wrap
-  )
-  updates //= config.inner_steps
-  images, labels = sequences.splits.train
-  pick = lambda images, labels, chosen: (
-    images[chosen],
-    labels[chosen],
-    chosen if by_example else None,
-  )
+  _, updates = recipe.updates_per_sequence(config, method, num_steps)
+  trainer, meshes = _make_trainer(config, sequences, method, members, count * updates)
+  reader = _Reader(sequences, by_example=config.divergence == 'example')
+  # Of several processes, each reads only its share of a batch.
   on_host = config.host_data or jax.process_count() > 1
-  read = (
-    (lambda _, rows: sequences.read(*rows))
-    if on_host
-    else (lambda source, chosen: sequences.read(*pick(*source, chosen)))
-  )
-  read_now = jax.jit(sequences.read)
 
   def portions(epoch: int, seed: int) -> Iterator[loop.Portion]:
     order = np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
-    yield loop.Portion(
-      order[: count * config.batch_size].reshape(count, -1), np.full(count, updates)
-    )
+    batches = order[: count * config.batch_size].reshape(count, -1)
+    yield loop.Portion(batches, np.full(count, updates // config.inner_steps))
 
-  def accuracy(params: Any, examples: Examples) -> float:
-    sums = {'accuracy': 0.0, 'count': 0}
-    for start in range(0, len(examples.labels), EVALUATION_BATCH):
-      part = Examples(*(array[start : start + EVALUATION_BATCH] for array in examples))
-      ids = np.arange(len(part.labels), dtype=np.int32) if by_example else None
-      totals, _ = trainer.evaluate(params, processes.replicated(read_now(*part, ids)))
-      sums = {name: sums[name] + totals[name].item() for name in sums}
-    return percent(sums)
-
+  accuracy = _make_accuracy(trainer, reader)
   return loop.Task(
     trainer,
-    source=() if on_host else (images, labels),  # Bytes, on the device for all epochs.
-    read=read,
+    # As bytes: all epochs read the images from the device's memory.
+    source=() if on_host else tuple(sequences.splits.train),
+    read=reader.read_fetched if on_host else reader.read_source,
     split=False,
-    fetch=(lambda chosen: pick(images, labels, chosen)) if on_host else None,
+    fetch=reader.fetch if on_host else None,
     meshes=meshes,
     portions=portions,
     num_epochs=config.epochs,
@@ -360,20 +445,44 @@ def make_task(
   )
 
 
+def _make_accuracy(
+  trainer: fptt_jax.Trainer, reader: _Reader
+) -> Callable[[Any, Examples], float]:
+  """Return a function (params, examples) -> accuracy in percent.
+
+  Args:
+    trainer: the trainer, which evaluates.
+    reader: reading of the images.
+  """
+  # Compiled once for all evaluations.
+  read = jax.jit(reader.sequences.read)
+
+  def accuracy(params: Any, examples: Examples) -> float:
+    sums = {'accuracy': 0.0, 'count': 0}
+    for start in range(0, len(examples.labels), EVALUATION_BATCH):
+      part = slice(start, start + EVALUATION_BATCH)
+      images, labels = examples.images[part], examples.labels[part]
+      # The loss needs numbers of examples, but they do not affect the accuracy.
+      ids = np.arange(len(labels), dtype=np.int32) if reader.by_example else None
+      batch = processes.replicated(read(images, labels, ids))
+      totals, _ = trainer.evaluate(params, batch)
+      sums = {name: sums[name] + totals[name].item() for name in sums}
+    return percent(sums)
+
+  return accuracy
+
+
 def describe_size(
   config: Config, method: str, num_steps: int, features: int
 ) -> dict[str, int]:
-  """Returns K and the number of recurrent parameters, for summaries."""
-  return {
-    'K': recipe.updates_per_sequence(config, method, num_steps)[0],
-    'recurrent_parameters': cells.recurrent_parameters(
-      config.cell, widths(config, features)
-    ),
-  }
+  """Return K and the number of recurrent parameters, for summaries."""
+  num_windows, _ = recipe.updates_per_sequence(config, method, num_steps)
+  recurrent = cells.recurrent_parameters(config.cell, widths(config, features))
+  return {'K': num_windows, 'recurrent_parameters': recurrent}
 
 
 def percent(totals: dict[str, float]) -> float:
-  """Accuracy in percent."""
+  """Return the accuracy in percent from sums over sequences."""
   return 100 * totals['accuracy'] / totals['count']
 
 
@@ -383,7 +492,14 @@ def train(
   folder: Path,
   evaluated: Callable[[], None],
 ) -> None:
-  """Trains runs of one method side by side."""
+  """Train runs of one method side by side.
+
+  Args:
+    sequences: the images.
+    chosen: the runs.
+    folder: the parent of the runs' folders.
+    evaluated: callback after each evaluation of a run.
+  """
   config = chosen[0].config
   task = make_task(config, sequences, chosen[0].method, len(chosen))
   loop.train(task, chosen, folder, evaluated)
@@ -392,34 +508,37 @@ def train(
 def run(
   config: Config, folder: str, plot: Plot | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed.
+  """Train a run for each method, seed and grid value.
 
   Args:
     config: settings of the runs.
     folder: folder of the runs.
-    plot: plot to redraw meanwhile; None draws nothing.
+    plot: plot to keep up to date; None draws nothing.
 
   Returns:
-    The folder, and a summary per run.
+    (the folder, a summary per run).
+
+  Raises:
+    UserError: the data cannot be read, settings do not fit them, or the folder holds
+      runs of another configuration.
+    Stopped: a signal asked for the end.
   """
   sequences, fingerprint = load(config)
   num_steps, features = sequences.shape
   flags.checked(check_fit, config, num_steps)
   sizes = ' / '.join(f'{len(part.labels):,}' for part in sequences.splits)
-  path = cli.open_task(
-    config,
-    folder,
-    'images',
+  about = (
     f'{config.task}: {sizes} images, T={num_steps}, D={features}; {config.cell} '
-    f'{config.hidden}',
-    {'images_sha256': fingerprint},
-    describe(config, sequences),
+    f'{config.hidden}'
   )
+  identity = {'images_sha256': fingerprint}
+  described = describe(config, sequences)
+  path = cli.open_task(config, folder, 'images', about, identity, described)
   return path, cli.train_runs(config, path, functools.partial(train, sequences), plot)
 
 
 def main(config: Config) -> None:
-  """Trains and reports."""
+  """Train all runs and report them."""
   title = f'{config.task}, {config.cell} {config.hidden}'
   label = 'validation accuracy, %'
   plot = Plot('accuracy.png', title, 'valid_accuracy', label, (('step', 'epoch'),))

@@ -1,29 +1,31 @@
-"""Language modelling on Penn Treebank, trained forward through time (paper, Sec. 4.3,
-Tables 4 and 5).
+"""Language modeling on Penn Treebank, trained forward through time.
 
-The text is read as B streams side by side; each sequence of T tokens continues the one
-before, hidden state carried on. The score is measured on the validation text after each
-epoch, and once, at the best epoch's weights, on the test text: perplexity of words,
-bits per character. --task sets the other defaults:
+These are the tasks of Sec. 4.3 and Tables 4 and 5 of the paper. The text is read as B
+parallel streams. Each sequence of T tokens continues the one before, and the hidden
+state is carried on. The score is the perplexity of words, or bits per character. It is
+measured on the validation text after each epoch, and on the test text once, with the
+weights of the best epoch. --task sets the other defaults:
 
-  ptb300  the authors' release for PTB-300: words, T=300, K=6, one LSTM of 256 (525,000
-  parameters; the paper says 210,000), SGD 2.0
-          with momentum 0.9, divided by 4 on a plateau, alpha 0.5, kappa 2, 100 epochs
-  ptb_c   characters: AWD-LSTM 3 x 1000 (last 200, tied), T=150, K=3, Adam 2e-3, alpha
-    0.2, kappa 2
-  ptb_w   words: AWD-LSTM 3 x 960 (last 620) with a mixture of 15 softmaxes, T=70, K=3,
-          SGD 20 then averaged, alpha 0.2, kappa 2, beta 0.7
-  text, text_c   a text of your own in UTF-8, by words or by characters, with the
-  settings of ptb300
+  ptb300  the authors' release for PTB-300: words, T=300, K=6, one LSTM of 256 units
+          (525,000 parameters; the paper says 210,000), SGD at 2.0 with momentum 0.9,
+          divided by 4 on a plateau, alpha 0.5, kappa 2, 100 epochs
+  ptb_c   characters: AWD-LSTM with 3 layers of 1000 units (last 200, tied), T=150, K=3,
+          Adam at 2e-3, alpha 0.2, kappa 2
+  ptb_w   words: AWD-LSTM with 3 layers of 960 units (last 620) and a mixture of 15
+          softmaxes, T=70, K=3, SGD at 20, then averaged, alpha 0.2, kappa 2, beta 0.7
+  text, text_c
+          a text of your own in UTF-8, by words or by characters, with the settings of
+          ptb300
 
 A text of your own is a folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt, or
 one file, as in --task=text_c --data_dir=book.txt. The first 90 % of a file are the
-training text, the next 5 % the validation text, the last 5 % the test text. By
-characters every character of the file counts; by words the end of a line is the word
-<eos>. What the training text has not is read as <unk> in the other two.
+training text, the next 5 % the validation text and the last 5 % the test text. By
+characters, every character of the file is a token. By words, the end of a line is the
+word <eos>. Tokens of the validation and test text that are not in the training text are
+read as <unk>.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
 import itertools
@@ -57,12 +59,16 @@ import fptt_jax
 from fptt_jax import nn
 
 DESCRIBED = ('data_dir', 'vocabulary')
-"""What data.json says of the text."""
+"""Entries of data.json."""
+
+
 EVALUATION_STEPS = 4096
+"""Number of steps per batch of an evaluation."""
+
+
 SPREAD = 15
-"""How many steps a sequence of random length may have beyond T: three standard
-deviations.
-"""
+"""Number of steps by which a random length may exceed T: three standard deviations."""
+
 
 SOURCES = {
   'ptb300': 'ptb',
@@ -71,6 +77,9 @@ SOURCES = {
   'text': 'text',
   'text_c': 'text_chars',
 }
+"""Data sets by the values of --task."""
+
+
 AWD: dict[str, Any] = dict(
   layers=3,
   tied=True,
@@ -79,6 +88,9 @@ AWD: dict[str, Any] = dict(
   temporal_penalty=1.0,
   weight_decay=1.2e-6,
 )
+"""Settings of AWD-LSTM that characters and words share."""
+
+
 TASKS: dict[str, dict[str, Any]] = {
   'ptb_c': dict(
     **AWD,
@@ -127,8 +139,11 @@ TASKS: dict[str, dict[str, Any]] = {
     dynamic_evaluation=True,
   ),
 }
-"""Defaults that a task changes: the release's at full size, but for PTB-w's last LSTM,
-whose 620 units make the paper's 22 million parameters."""
+"""Defaults that a task changes.
+
+They are those of the release at full size, except for the last LSTM of PTB-w. With its
+620 units the model has the 22 million parameters of the paper.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +156,9 @@ class Config(loop.EpochRecipe):
   data_dir: str = option(
     '',
     'folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt (or .gz); or a .npz with '
-    'the token ids train, valid, test, '
-    'int32 [N], from 0, and the tokens vocabulary, str [V]; or, with --task=text or '
-    'text_c, one text file, split '
-    'in order 90 / 5 / 5 %; default a download of Penn Treebank',
+    'the token ids train, valid, test, int32 [N], from 0, and the tokens vocabulary, '
+    'str [V]; or, with --task=text or text_c, one text file, split in order '
+    '90 / 5 / 5 %; default a download of Penn Treebank',
     group='task',
   )
   train_tokens: int = option(
@@ -281,7 +295,7 @@ class Config(loop.EpochRecipe):
     self.check_length(self.padded_len)
 
   def _check_data(self) -> None:
-    """Validates settings of the text and of --sample that depend on each other.
+    """Validate settings of the text and of --sample that depend on each other.
 
     Raises:
       ValueError: a setting is missing, or has no effect without another one.
@@ -298,7 +312,7 @@ class Config(loop.EpochRecipe):
     check(is_known, 'data_dir', self.data_dir, f'given with --task={self.task!r}')
 
   def _check_layers(self) -> None:
-    """Validates settings of the layers that depend on each other.
+    """Validate settings of the layers that depend on each other.
 
     Raises:
       ValueError: the layers do not fit together.
@@ -322,97 +336,120 @@ class Config(loop.EpochRecipe):
 
   @property
   def padded_len(self) -> int:
-    """Steps a batch is laid out on."""
+    """Number of steps of a batch, with its padding."""
+    # Batches of random lengths have one shape, so that the program is compiled once.
     return self.seq_len + SPREAD * self.random_lengths
 
   @property
   def by_characters(self) -> bool:
-    """Whether a token is a character."""
+    """True if a token is a character."""
     return SOURCES[self.task].endswith('_chars')
 
 
 def widths(config: Config) -> list[int]:
-  """Features of the token vectors, then of each recurrent layer."""
-  return [
-    config.embedding,
-    *[config.hidden] * (config.layers - 1),
-    config.last_hidden or config.hidden,
-  ]
+  """Return the numbers of features of the embedding and of each recurrent layer."""
+  inner = [config.hidden] * (config.layers - 1)
+  return [config.embedding, *inner, config.last_hidden or config.hidden]
 
 
 def make_model(config: Config, vocabulary_size: int) -> fptt_jax.Model:
-  """Token vectors, recurrent layers and a readout, with the dropouts and penalties of
-  AWD-LSTM (Merity et al. 2018) where they are above 0."""
+  """Return a model of an embedding, recurrent layers and a readout.
+
+  It has the dropouts and penalties of AWD-LSTM (Merity et al. 2018) that are above 0.
+
+  Args:
+    config: settings of the model.
+    vocabulary_size: V.
+  """
   dropout = nn.LockedDropout if config.locked else nnx.Dropout
 
   def build(rngs: nnx.Rngs) -> nn.Sequential:
     embed = nnx.Embed(vocabulary_size, config.embedding, rngs=rngs)
-    layers: list[Any] = [
-      nn.EmbeddingDropout(embed, config.embedding_dropout)
-      if config.embedding_dropout
-      else embed
-    ]
+    layers: list[Any] = [embed]
+    if config.embedding_dropout:
+      layers = [nn.EmbeddingDropout(embed, config.embedding_dropout)]
     layers.append(dropout(config.input_dropout))
-    for number, (features, hidden) in enumerate(
-      itertools.pairwise(widths(config)), start=1
-    ):
+    sizes = widths(config)
+    for number, (features, hidden) in enumerate(itertools.pairwise(sizes), start=1):
       layer = cells.CELLS[config.cell](features, hidden, None, rngs)
-      layers.append(
-        nn.WeightDrop(layer, config.weight_dropout) if config.weight_dropout else layer
-      )
-      if number == config.layers and config.temporal_penalty:
+      if config.weight_dropout:
+        layer = nn.WeightDrop(layer, config.weight_dropout)
+      layers.append(layer)
+      is_last = number == config.layers
+      # The penalty on changes is for outputs before their dropout, the one on their
+      # size for outputs after it, as in AWD-LSTM.
+      if is_last and config.temporal_penalty:
         layers.append(nn.TemporalActivationPenalty(config.temporal_penalty))
-      layers.append(
-        dropout(config.dropout if number == config.layers else config.hidden_dropout)
-      )
+      layers.append(dropout(config.dropout if is_last else config.hidden_dropout))
     if config.activation_penalty:
       layers.append(nn.ActivationPenalty(config.activation_penalty))
-    if config.experts:
-      layers.append(
-        nn.MixtureOfSoftmaxes(
-          hidden, embed, config.experts, dropout=config.latent_dropout, rngs=rngs
-        )
-      )
-    elif config.tied:
-      layers.append(nn.TiedReadout(embed))
-    else:
-      layers.append(nnx.Linear(hidden, vocabulary_size, rngs=rngs))
+    layers.append(_make_readout(config, embed, rngs))
     return nn.Sequential(*layers)
 
   return nn.from_nnx(build)
 
 
+def _make_readout(config: Config, embed: nnx.Embed, rngs: nnx.Rngs) -> Any:
+  """Return the readout of a model.
+
+  Args:
+    config: settings of the model.
+    embed: the embedding, which a tied readout shares.
+    rngs: random streams of the weights.
+  """
+  hidden = widths(config)[-1]
+  if config.experts:
+    return nn.MixtureOfSoftmaxes(
+      hidden, embed, config.experts, dropout=config.latent_dropout, rngs=rngs
+    )
+  if config.tied:
+    return nn.TiedReadout(embed)
+  return nnx.Linear(hidden, embed.num_embeddings, rngs=rngs)
+
+
 def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
-  """Make the model of a folder with this data.json."""
+  """Return the model of a folder whose data.json has this content."""
   return make_model(config, len(data['vocabulary']))
 
 
 def random_places(
   config: Config, length: int, rng: np.random.Generator
 ) -> Iterator[tuple[Place, float]]:
-  """Cuts streams into batches of random lengths (AWD-LSTM): normal around T with
-  deviation 5, with probability 0.05 around T/2; with each the factor of the learning
-  rate, its length over T.
+  """Yield the places of batches of random lengths, as in AWD-LSTM.
+
+  Lengths are normal with standard deviation 5. The mean is T, or T/2 with probability
+  0.05.
+
+  Args:
+    config: settings with T.
+    length: number of tokens per stream.
+    rng: random generator.
+
+  Yields:
+    (place of one batch, factor of the learning rate), which is the length over T.
   """
   start = 0
   while start < length - 1:
     mean = config.seq_len / (2 if rng.random() < 0.05 else 1)
-    drawn = int(
-      np.clip(round(rng.normal(mean, 5)), min(5, config.seq_len), config.padded_len)
-    )
-    steps = min(drawn, length - 1 - start)
-    yield (
-      Place(np.array([start], np.int32), np.array([steps], np.int32)),
-      steps / config.seq_len,
-    )
+    drawn = round(rng.normal(mean, 5))
+    limited = int(np.clip(drawn, min(5, config.seq_len), config.padded_len))
+    steps = min(limited, length - 1 - start)
+    place = Place(np.array([start], np.int32), np.array([steps], np.int32))
+    yield place, steps / config.seq_len
     start += steps
 
 
 def portions(
   config: Config, method: str, length: int, seed: int, epoch: int
 ) -> Iterator[loop.Portion]:
-  """An epoch's batches, with the updates they give and the factor of the learning
-  rate.
+  """Yield the portions of an epoch.
+
+  Args:
+    config: settings of the runs.
+    method: training method.
+    length: number of tokens per stream.
+    seed: seed of the run.
+    epoch: number of the epoch.
   """
   if config.random_lengths:
     pairs = random_places(config, length, np.random.default_rng((seed, epoch)))
@@ -423,47 +460,77 @@ def portions(
 
 
 def active_updates(config: Config, method: str, place: Place) -> np.ndarray:
-  """Updates that each batch gives: K or one, fewer where a padded batch ends before the
-  last windows.
+  """Return the number of windows of each batch that make an update.
+
+  Args:
+    config: settings of the runs.
+    method: training method.
+    place: the batches.
+
+  Returns:
+    int [N]: K or 1 by the method. A padded batch may end before its last windows, which
+    make no update.
   """
   num_windows, updates = recipe.updates_per_sequence(config, method, config.padded_len)
   if place.steps is None or updates == config.inner_steps:
     return np.full(len(place.start), updates // config.inner_steps)
-  return (
-    fptt_jax.make_windows(config.padded_len, num_windows=num_windows).starts[None, :]
-    < place.steps[:, None]
-  ).sum(1)
+  plan = fptt_jax.make_windows(config.padded_len, num_windows=num_windows)
+  has_tokens = plan.starts[None, :] < place.steps[:, None]
+  return has_tokens.sum(1)
 
 
 def nats(trainer: fptt_jax.Trainer, params: Any, tokens: np.ndarray) -> float:
-  """Mean cross-entropy a token of a whole text read as one stream, hidden state carried
-  from beginning to end.
+  """Return the mean cross-entropy per token of a text.
+
+  The text is read as one stream, with the hidden state carried from its beginning to
+  its end.
+
+  Args:
+    trainer: the trainer, which evaluates.
+    params: the parameters.
+    tokens: int32 [N].
   """
-  hidden, sums = None, {'loss': 0.0, 'count': 0}
+  hidden = None
+  sums = {'loss': 0.0, 'count': 0}
   for batch in streams.sequences(tokens, EVALUATION_STEPS, 1):
-    if hidden is None:
-      totals, hidden = trainer.evaluate(params, batch)
-    else:
-      totals, hidden = trainer.evaluate(params, batch, hidden)
+    totals, hidden = trainer.evaluate(params, batch, hidden)
+    # Summed as Python floats, since float32 would lose digits over a long text.
     sums = {name: sums[name] + totals[name].item() for name in sums}
   return sums['loss'] / sums['count']
 
 
 def to_score(config: Config, mean_nats: float) -> float:
-  """Perplexity of words, infinite where it overflows or is NaN; bits per character."""
+  """Return the score of a mean cross-entropy in nats.
+
+  Returns:
+    Bits per character, or the perplexity of words; infinity if it overflows or is NaN.
+  """
   if config.by_characters:
     return mean_nats / math.log(2)
+  # math.exp raises an error above 709.
   return math.exp(mean_nats) if mean_nats < 700 else math.inf
 
 
 def adapted(
   config: Config, model: fptt_jax.Model, loss: fptt_jax.Loss, params: Any, text: Text
 ) -> tuple[float, float]:
-  """(validation, test) cross-entropy by dynamic evaluation, its settings chosen on the
-  validation text.
+  """Return the validation and test cross-entropy by dynamic evaluation.
+
+  Its settings are chosen on the validation text.
+
+  Args:
+    config: settings of the run.
+    model: the model.
+    loss: its loss.
+    params: its trained parameters, on one device.
+    text: the three texts.
+
+  Raises:
+    Stopped: a signal asked for the end.
   """
   segment = 20 if config.by_characters else dynamic_evaluation.SEGMENT
-  steps = -(-config.seq_len // segment) * segment
+  # Sequences must have whole segments.
+  steps = math.ceil(config.seq_len / segment) * segment
   training = processes.until_stopped(
     streams.sequences(text.train, steps, config.batch_size)
   )
@@ -471,62 +538,43 @@ def adapted(
     model, loss, params, training, segment=segment
   )
   evaluate = dynamic_evaluation.evaluator(model, loss, params, rms, segment=segment)
-  read = lambda tokens: list(
-    streams.sequences(tokens, EVALUATION_STEPS // segment * segment, 1)
-  )
-  heeding = lambda batches, *settings: evaluate(
-    processes.until_stopped(batches), *settings
-  )
-  best = dynamic_evaluation.tune(
-    heeding, read(text.valid[: config.dynamic_tokens or None])
-  )[0]
-  return best.nats, heeding(read(text.test), best.learning_rate, best.decay)
+
+  def read(tokens: np.ndarray) -> list[fptt_jax.Batch]:
+    return list(streams.sequences(tokens, EVALUATION_STEPS // segment * segment, 1))
+
+  # The search takes long, so signals are looked at between batches.
+  def evaluate_until_stopped(
+    batches: Iterable[fptt_jax.Batch], learning_rate: float, decay: float
+  ) -> float:
+    return evaluate(processes.until_stopped(batches), learning_rate, decay)
+
+  valid = text.valid[: config.dynamic_tokens or None]
+  best = dynamic_evaluation.tune(evaluate_until_stopped, read(valid))[0]
+  test = evaluate_until_stopped(read(text.test), best.learning_rate, best.decay)
+  return best.nats, test
 
 
 def make_task(config: Config, text: Text, method: str, members: int) -> loop.Task:
-  """What the loop over epochs needs, for so many runs side by side."""
+  """Return the task of the training loop, for several runs side by side.
+
+  Args:
+    config: settings of the runs.
+    text: the three texts.
+    method: training method.
+    members: number of runs.
+
+  Raises:
+    UserError: the text is too short for B streams, or the devices do not fit.
+  """
+  side_by_side = streams.streams(text.train, config.batch_size)
+  num_batches = math.ceil((len(side_by_side) - 1) / config.seq_len)
   model = make_model(config, len(text.vocabulary))
   loss = fptt_jax.losses.sequence_classification(len(text.vocabulary))
-  steps = recipe.window_steps(config, method, config.padded_len)
-  meshes = devices.choose_meshes(
-    config, config.batch_size, config.hidden, steps, members
-  )
-  wrap = loop.averaging_wrapper(config)
-  score = 'bpc' if config.by_characters else 'ppl'
-  side_by_side = streams.streams(text.train, config.batch_size)
-  num_batches = -(-(len(side_by_side) - 1) // config.seq_len)
-  decay = loop.decay_schedule(
-    config,
-    num_batches * recipe.updates_per_sequence(config, method, config.padded_len)[1],
-  )
-  trainer = optimizers.make_trainer(
-    config,
-    method,
-    model,
-    loss,
-    config.padded_len,
-    decay=decay,
-    mesh=meshes.batch,
-    carry_hidden=True,
-    wrap=wrap,
-  )
-
-  def test(params: Any) -> dict[str, float]:
-    scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
-    if config.dynamic_evaluation:
-      here = jax.device_put(
-        jax.tree.map(processes.gather_to_host, params), jax.local_devices()[0]
-      )
-      best, found = adapted(config, model, loss, here, text)
-      scores |= {
-        f'dynamic_valid_{score}': to_score(config, best),
-        f'dynamic_test_{score}': to_score(config, found),
-      }
-    return scores
-
+  trainer, meshes = _make_trainer(config, model, loss, method, members, num_batches)
+  padding = ((0, config.padded_len), (0, 0))
   return loop.Task(
     trainer,
-    source=np.pad(side_by_side, ((0, config.padded_len), (0, 0))).astype(np.int32),
+    source=np.pad(side_by_side, padding).astype(np.int32),
     read=lambda source, place: streams.read(source, place, config.padded_len),
     split=True,
     fetch=None,
@@ -539,9 +587,9 @@ def make_task(config: Config, text: Text, method: str, members: int) -> loop.Tas
     rules=loop.epoch_rules(config),
     reporter=loop.EpochReporter(
       config,
-      score=score,
+      score='bpc' if config.by_characters else 'ppl',
       validate=lambda params: to_score(config, nats(trainer, params, text.valid)),
-      test=test,
+      test=lambda params: _test_scores(config, trainer, model, loss, params, text),
       train_score=lambda sums: to_score(config, sums['loss'] / sums['count']),
       higher_is_better=False,
       extra=describe_size(config, method),
@@ -549,18 +597,91 @@ def make_task(config: Config, text: Text, method: str, members: int) -> loop.Tas
   )
 
 
+def _make_trainer(
+  config: Config,
+  model: fptt_jax.Model,
+  loss: fptt_jax.Loss,
+  method: str,
+  members: int,
+  num_batches: int,
+) -> tuple[fptt_jax.Trainer, devices.Meshes]:
+  """Return the trainer of one run and the devices for several.
+
+  Args:
+    config: settings of the runs.
+    model: the model.
+    loss: its loss.
+    method: training method.
+    members: number of runs.
+    num_batches: number of batches per epoch.
+  """
+  steps = recipe.window_steps(config, method, config.padded_len)
+  meshes = devices.choose_meshes(
+    config, config.batch_size, config.hidden, steps, members
+  )
+  _, updates = recipe.updates_per_sequence(config, method, config.padded_len)
+  trainer = optimizers.make_trainer(
+    config,
+    method,
+    model,
+    loss,
+    config.padded_len,
+    decay=loop.decay_schedule(config, num_batches * updates),
+    mesh=meshes.batch,
+    carry_hidden=True,
+    wrap=loop.averaging_wrapper(config),
+  )
+  return trainer, meshes
+
+
+def _test_scores(
+  config: Config,
+  trainer: fptt_jax.Trainer,
+  model: fptt_jax.Model,
+  loss: fptt_jax.Loss,
+  params: Any,
+  text: Text,
+) -> dict[str, float]:
+  """Return the test scores of a run, with dynamic evaluation if it is asked for.
+
+  Args:
+    config: settings of the run.
+    trainer: its trainer.
+    model: its model.
+    loss: its loss.
+    params: its best parameters.
+    text: the three texts.
+  """
+  score = 'bpc' if config.by_characters else 'ppl'
+  scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
+  if config.dynamic_evaluation:
+    # Dynamic evaluation runs on one device, while parameters may be split over many.
+    on_host = jax.tree.map(processes.gather_to_host, params)
+    here = jax.device_put(on_host, jax.local_devices()[0])
+    valid, test = adapted(config, model, loss, here, text)
+    scores[f'dynamic_valid_{score}'] = to_score(config, valid)
+    scores[f'dynamic_test_{score}'] = to_score(config, test)
+  return scores
+
+
 def describe_size(config: Config, method: str) -> dict[str, int]:
-  """Returns K and the number of recurrent parameters, for summaries."""
-  return {
-    'K': recipe.updates_per_sequence(config, method, config.padded_len)[0],
-    'recurrent_parameters': cells.recurrent_parameters(config.cell, widths(config)),
-  }
+  """Return K and the number of recurrent parameters, for summaries."""
+  num_windows, _ = recipe.updates_per_sequence(config, method, config.padded_len)
+  recurrent = cells.recurrent_parameters(config.cell, widths(config))
+  return {'K': num_windows, 'recurrent_parameters': recurrent}
 
 
 def train(
   text: Text, chosen: list[Member], folder: Path, evaluated: Callable[[], None]
 ) -> None:
-  """Trains runs of one method side by side."""
+  """Train runs of one method side by side.
+
+  Args:
+    text: the three texts.
+    chosen: the runs.
+    folder: the parent of the runs' folders.
+    evaluated: callback after each evaluation of a run.
+  """
   config = chosen[0].config
   task = make_task(config, text, chosen[0].method, len(chosen))
   loop.train(task, chosen, folder, evaluated)
@@ -569,60 +690,64 @@ def train(
 def run(
   config: Config, folder: str, plot: Plot | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
-  """Trains by each method from each seed.
+  """Train a run for each method, seed and grid value.
 
   Args:
     config: settings of the runs.
     folder: folder of the runs.
-    plot: plot to redraw meanwhile; None draws nothing.
+    plot: plot to keep up to date; None draws nothing.
 
   Returns:
-    The folder, and a summary per run.
+    (the folder, a summary per run).
+
+  Raises:
+    UserError: the text cannot be read or is too short, or the folder holds runs of
+      another configuration.
+    Stopped: a signal asked for the end.
   """
   text = data.load_text(SOURCES[config.task], config.data_dir)
+  # Of the whole text, although --train_tokens may leave some out: it is a setting of
+  # its own.
   fingerprint = data.fingerprint(text)
   text = text._replace(train=text.train[: config.train_tokens or None])
   kind = 'characters' if config.by_characters else 'words'
-  path = cli.open_task(
-    config,
-    folder,
-    'language_model',
+  about = (
     f'{config.task}: {len(text.train):,} / {len(text.valid):,} / {len(text.test):,} '
     f'{kind}, vocabulary {len(text.vocabulary):,}; T={config.seq_len}, '
-    f'{config.layers} x {config.cell} {config.hidden}, batch {config.batch_size}',
-    {'text_sha256': fingerprint},
-    {'data_dir': config.data_dir, 'vocabulary': text.vocabulary},
+    f'{config.layers} x {config.cell} {config.hidden}, batch {config.batch_size}'
   )
-  # Batches of random lengths differ from run to run, and cannot share a program.
-  return path, cli.train_runs(
-    config,
-    path,
-    functools.partial(train, text),
-    plot,
-    side_by_side=not config.random_lengths,
-  )
+  identity = {'text_sha256': fingerprint}
+  described = {'data_dir': config.data_dir, 'vocabulary': text.vocabulary}
+  path = cli.open_task(config, folder, 'language_model', about, identity, described)
+  # Batches of random lengths differ from run to run and cannot share a program.
+  side_by_side = not config.random_lengths
+  train_text = functools.partial(train, text)
+  return path, cli.train_runs(config, path, train_text, plot, side_by_side)
 
 
 def print_sample(config: Config) -> None:
-  """Print a text drawn from the run in --workdir."""
+  """Print a text that is drawn from the run in --workdir.
+
+  Raises:
+    UserError: there is no trained language model, or it does not know the prompt.
+  """
   run = trained.load_run(config.workdir)
   if run.script != 'language_model':
     raise flags.UserError(
       f'--workdir={config.workdir} holds a run of {run.script}, not a language model.'
     )
-  print(
-    sampling.sample_text(
-      run,
-      config.sample,
-      prompt=config.prompt,
-      temperature=config.temperature,
-      seed=config.sample_seed,
-    )
+  text = sampling.sample_text(
+    run,
+    config.sample,
+    prompt=config.prompt,
+    temperature=config.temperature,
+    seed=config.sample_seed,
   )
+  print(text)
 
 
 def main(config: Config) -> None:
-  """Train and report, or draw text from a trained run."""
+  """Train all runs and report them, or draw text from a trained run."""
   if config.sample:
     print_sample(config)
     return

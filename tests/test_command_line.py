@@ -137,7 +137,6 @@ def test_letters_that_a_terminal_lacks_are_escaped(
   flags._show_any_letter()
   for stream in streams.values():
     print('Köln λ \udcff', file=stream, flush=True)
-    # type: ignore[attr-defined]
     assert stream.buffer.getvalue() == b'K\\xf6ln \\u03bb \\udcff\n'
 
 

@@ -113,14 +113,10 @@ def monitored(
     gradient = grad_fn(params_next)
     w_bar = fptt_jax.fptt_eval_params(new, params_next)
     distance = optax.tree.norm(optax.tree.sub(params_next, w_bar))
-    norm = optax.tree.norm(gradient)
-    error = optax.tree.norm(optax.tree.sub(found.lam, gradient))
-    # The floor avoids 0 / 0 in a window without a gradient.
-    lam_gap = error / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
     moved = (
       state.windows + 1,
       state.distance + distance,
-      state.lam_gap + lam_gap,
+      state.lam_gap + _relative_error(found.lam, gradient),
       optax.tree.add(state.gradient, gradient),
     )
     # λ and W̄ move only after the last of several inner steps.
@@ -133,6 +129,14 @@ def monitored(
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _relative_error(estimate: optax.Updates, gradient: optax.Updates) -> jax.Array:
+  """Return the norm of the error of an estimated gradient over the gradient's norm."""
+  norm = optax.tree.norm(gradient)
+  error = optax.tree.norm(optax.tree.sub(estimate, gradient))
+  # The floor avoids 0 / 0 in a window without a gradient.
+  return error / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
 
 
 def read(state: MonitoredState) -> tuple[dict[str, float], MonitoredState]:
