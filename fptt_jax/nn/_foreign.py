@@ -72,9 +72,11 @@ def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
   def initial_state(batch_size: int) -> Any:
     state = _equinox_initial_state(eqx, abstract, constants)
     batch_size = check_batch_size(batch_size)
-    return jax.tree.map(
-      lambda leaf: jnp.broadcast_to(leaf, (batch_size, *leaf.shape)), state
-    )
+
+    def repeat(leaf: jax.Array) -> jax.Array:
+      return jnp.broadcast_to(leaf, (batch_size, *leaf.shape))
+
+    return jax.tree.map(repeat, state)
 
   def apply(
     params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None
@@ -146,7 +148,8 @@ def from_haiku(
     return state
 
   def init(key: jax.Array) -> Any:
-    params, _ = run.init(key, jnp.zeros((1, *features_shape), dtype), initial_state(1))
+    x = jnp.zeros((1, *features_shape), dtype)
+    params, _ = run.init(key, x, initial_state(1))
     return params
 
   def apply(
@@ -201,7 +204,8 @@ def _check_stateless(eqx: Any, module: Any) -> None:
   def is_index(leaf: Any) -> bool:
     return isinstance(leaf, eqx.nn.StateIndex)
 
-  if any(map(is_index, jax.tree.leaves(module, is_leaf=is_index))):
+  leaves = jax.tree.leaves(module, is_leaf=is_index)
+  if any(is_index(leaf) for leaf in leaves):
     raise TypeError(
       f'{type(module).__name__} keeps state, such as running statistics: use '
       'eqx.nn.LayerNorm instead.'
@@ -224,9 +228,9 @@ def _equinox_constants(
   # Constants are part of the model, so they are computed now, even if this function is
   # traced. Two keys show whether an array depends on the key.
   with jax.ensure_compile_time_eval():
+    modules = [build(jax.random.key(seed)) for seed in range(2)]
     first, second = (
-      eqx.filter(build(jax.random.key(seed)), eqx.is_inexact_array, inverse=True)
-      for seed in range(2)
+      eqx.filter(module, eqx.is_inexact_array, inverse=True) for module in modules
     )
   leaves = jax.tree.leaves_with_path(eqx.filter(first, eqx.is_array))
   others = jax.tree.leaves(eqx.filter(second, eqx.is_array))
@@ -241,6 +245,7 @@ def _equinox_constants(
 
 
 def _is_abstract(leaf: Any) -> bool:
+  """Returns whether a leaf stands for an array."""
   return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
@@ -266,14 +271,17 @@ def _equinox_step(eqx: Any, module: Any) -> RowStep:
 def _run_equinox_cell(
   module: Any, state: Any, x: jax.Array, keywords: dict[str, Any]
 ) -> tuple[Any, jax.Array]:
-  # Equinox's cells take (x, state) and return the state, whose first part is h.
+  """Runs a cell, which takes (x, state) and returns the state alone."""
   state = module(x, state, **keywords)
-  return state, state[0] if isinstance(state, tuple) else state
+  # The output h is the state, or its first part.
+  y = state[0] if isinstance(state, tuple) else state
+  return state, y
 
 
 def _run_equinox_module(
   module: Any, state: Any, x: jax.Array, keywords: dict[str, Any]
 ) -> tuple[Any, jax.Array]:
+  """Runs a module that follows the protocol of :func:`from_equinox`."""
   result: tuple[Any, jax.Array] = module(state, x, **keywords)
   return result
 
@@ -305,13 +313,23 @@ def _equinox_initial_state(eqx: Any, abstract: Any, constants: Any) -> Any:
     zeros = jnp.zeros(abstract.hidden_size, abstract.weight_hh.dtype)
     return (zeros, zeros) if isinstance(abstract, eqx.nn.LSTMCell) else zeros
   # Parameters are zeros here: a state that depends on them would not be trained.
-  zeros = jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), eqx.filter(abstract, _is_abstract)
-  )
-  return jax.tree.map(jnp.asarray, eqx.combine(constants, zeros).initial_state())
+  params = eqx.filter(abstract, _is_abstract)
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+  module = eqx.combine(constants, zeros)
+  return jax.tree.map(jnp.asarray, module.initial_state())
 
 
 def _import(module: str, function: str, package: str) -> Any:
+  """Imports an optional package.
+
+  Args:
+    module: name of the module.
+    function: the function that needs it, for the message.
+    package: name under which it is installed.
+
+  Raises:
+    ImportError: it is not installed.
+  """
   try:
     return importlib.import_module(module)
   except ImportError as error:

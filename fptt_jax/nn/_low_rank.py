@@ -30,12 +30,15 @@ def make_matrix(
     ValueError: the rank is not an integer from 1 to min(rows, columns).
   """
   if rank is None:
-    return nnx.List([nnx.Param(draw((rows, columns)))])
+    full = nnx.Param(draw((rows, columns)))
+    return nnx.List([full])
   # A larger rank would have more parameters than the full matrix and no more freedom.
   largest = min(rows, columns)
   accepted = f'an integer from 1 to {largest} or None'
   rank = check_integer(name, rank, 1, largest, accepted)
-  return nnx.List([nnx.Param(draw((rows, rank))), nnx.Param(draw((rank, columns)))])
+  left = nnx.Param(draw((rows, rank)))
+  right = nnx.Param(draw((rank, columns)))
+  return nnx.List([left, right])
 
 
 def matrix_values(factors: Sequence[Any]) -> list[jax.Array]:

@@ -149,6 +149,7 @@ class Reconstruction(nnx.Module):
     return new_state, OutputsWithPenalty(y, penalty)
 
   def _check_training_inputs(self, x: jax.Array) -> None:
+    """Raises if a window is shorter than a segment or not floating point."""
     if x.shape[0] < self.segment:
       raise ValueError(
         f'Reconstruction expected windows of at least segment={self.segment} steps, '
@@ -177,19 +178,23 @@ class Reconstruction(nnx.Module):
       key: random key of anchor, segment and decoder.
     """
     anchor_key, start_key, decoder_key = jax.random.split(key, 3)
+    length = self.segment
+    shape = valid.shape
     # Sequences with too few valid steps draw a legal anchor, but are not counted.
-    largest = jnp.maximum(valid, self.segment)
-    anchor = jax.random.randint(anchor_key, valid.shape, self.segment, largest + 1)
-    last_start = anchor - self.segment
-    start = jax.random.randint(start_key, valid.shape, 0, last_start + 1)
+    largest = jnp.maximum(valid, length)
+    anchor = jax.random.randint(anchor_key, shape, length, largest + 1)
+    last_start = anchor - length
+    start = jax.random.randint(start_key, shape, 0, last_start + 1)
     # Masked steps leave the state unchanged, so this run ends with the anchor's state,
     # whatever the layer keeps in it.
     before_anchor = jnp.arange(x.shape[0])[:, None] < anchor[None]
     anchored, _ = self.layer(state, x, before_anchor, layer_key)
-    steps = start[None] + jnp.arange(self.segment)[:, None]
+    steps = start[None] + jnp.arange(length)[:, None]
     inputs = jnp.take_along_axis(x, steps[..., None], axis=0)
     _, y = self.decoder(anchored, inputs[:-1], None, decoder_key)
-    return jnp.square(self.readout(y) - jax.lax.stop_gradient(inputs[1:])).mean((0, 2))
+    predictions = self.readout(y)
+    targets = jax.lax.stop_gradient(inputs[1:])
+    return jnp.square(predictions - targets).mean((0, 2))
 
 
 def _move_valid_first(x: jax.Array, mask: jax.Array) -> jax.Array:

@@ -76,7 +76,10 @@ class LockedDropout(Stateless):
     """Maps activations [S, B, D] to [S, B, D]."""
     if key is None:
       return state, x
-    return state, x * _draw_noise(key, self.rate, (1, *x.shape[1:]), x.dtype)
+    # One step's shape: all steps of the window share the mask.
+    shape = (1, *x.shape[1:])
+    noise = _draw_noise(key, self.rate, shape, x.dtype)
+    return state, x * noise
 
 
 class EmbeddingDropout(Stateless):
@@ -107,14 +110,17 @@ class EmbeddingDropout(Stateless):
     key: jax.Array | None = None,
   ) -> tuple[tuple[()], jax.Array]:
     """Maps tokens int [S, B] to features [S, B, E]."""
-    if not jnp.issubdtype(check_array('tokens', x).dtype, jnp.integer):
+    dtype = check_array('tokens', x).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
       raise TypeError(f'tokens must be integers, got dtype {x.dtype}.')
     y = self.embed(x)
     if key is None:
       return state, y
     # Over the vocabulary, so that all occurrences of a word share one factor.
-    words = _draw_noise(key, self.rate, (self.embed.num_embeddings,), y.dtype)
-    return state, y * words[x][..., None]
+    shape = (self.embed.num_embeddings,)
+    words = _draw_noise(key, self.rate, shape, y.dtype)
+    noise = words[x][..., None]
+    return state, y * noise
 
 
 class WeightDrop(nnx.Module):
@@ -168,7 +174,8 @@ class WeightDrop(nnx.Module):
     # A copy, because the layer's own weights must not be written to while traced.
     graph, weights = nnx.split(self.layer)
     nnx.replace_by_pure_dict(weights, {'w_h': w_h * noise})
-    return nnx.merge(graph, weights)(state, x, mask, layer_key)
+    dropped = nnx.merge(graph, weights)
+    return dropped(state, x, mask, layer_key)
 
 
 class ActivationPenalty(Stateless):
@@ -198,7 +205,8 @@ class ActivationPenalty(Stateless):
     """Returns activations [S, B, H], in training with their penalty [S, B]."""
     if key is None:
       return state, x
-    return state, OutputsWithPenalty(x, self.alpha * _mean_square(x))
+    penalty = self.alpha * _mean_square(x)
+    return state, OutputsWithPenalty(x, penalty)
 
 
 class TemporalActivationPenalty(Stateless):
@@ -246,7 +254,8 @@ class TemporalActivationPenalty(Stateless):
     # At least 1: a window may have no difference at all.
     num_counted = jnp.maximum(counted.sum(), 1).astype(dtype)
     weight = valid.sum().astype(dtype) / num_counted
-    return state, OutputsWithPenalty(x, self.beta * weight * differences)
+    penalty = self.beta * weight * differences
+    return state, OutputsWithPenalty(x, penalty)
 
 
 def _previous_valid(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -258,9 +267,12 @@ def _previous_valid(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array
   """
   steps = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
   # -1 where there is no valid step yet.
-  index = jax.lax.cummax(jnp.where(mask, steps, -1), axis=0)[:-1]
-  before = jnp.take_along_axis(x, jnp.maximum(index, 0)[..., None], axis=0)
-  return before, mask[1:] & (index >= 0)
+  valid_steps = jnp.where(mask, steps, -1)
+  index = jax.lax.cummax(valid_steps, axis=0)[:-1]
+  row = jnp.maximum(index, 0)[..., None]
+  before = jnp.take_along_axis(x, row, axis=0)
+  is_counted = mask[1:] & (index >= 0)
+  return before, is_counted
 
 
 def _mean_square(h: jax.Array) -> jax.Array:
@@ -272,8 +284,12 @@ def _draw_noise(
   key: jax.Array, rate: float, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> jax.Array:
   """Draws factors that are 0 with probability `rate`, and else 1/(1 - rate)."""
-  return jax.random.bernoulli(key, 1 - rate, shape).astype(dtype) / (1 - rate)
+  kept = 1 - rate
+  mask = jax.random.bernoulli(key, kept, shape)
+  return mask.astype(dtype) / kept
 
 
 def _check_rate(rate: float) -> float:
-  return check_number('rate', rate, 0, math.nextafter(1, 0), 'in [0, 1)')
+  """Returns a rate that is in [0, 1)."""
+  below_one = math.nextafter(1, 0)
+  return check_number('rate', rate, 0, below_one, 'in [0, 1)')

@@ -27,7 +27,9 @@ def gather_shards(tree: Any, specs: Any, axis: str) -> Any:
 
   def gather_small(shards: list[jax.Array]) -> list[jax.Array]:
     joined, unravel = ravel_pytree(shards)
-    gathered = jax.vmap(unravel)(jax.lax.all_gather(joined, axis))  # [n, d/n, ...]
+    rows = jax.lax.all_gather(joined, axis)
+    # Each is [n, d/n, ...].
+    gathered = jax.vmap(unravel)(rows)
     return [shard.reshape(-1, *shard.shape[2:]) for shard in gathered]
 
   def gather_large(shard: jax.Array, cut: int) -> jax.Array:
@@ -60,16 +62,18 @@ def mean_over_devices(tree: Any, specs: Any, axis: str) -> Any:
     # The cut axes are in front: [n, d/n, ...].
     parts = [leaf.reshape(n, -1, *leaf.shape[1:]) for leaf in leaves]
     rows = jax.vmap(lambda part: ravel_pytree(part)[0])(parts)
-    _, unravel = ravel_pytree([part[0] for part in parts])
-    shards: list[jax.Array] = unravel(jax.lax.psum_scatter(rows, axis) / n)
+    first = [part[0] for part in parts]
+    _, unravel = ravel_pytree(first)
+    mean = jax.lax.psum_scatter(rows, axis) / n
+    shards: list[jax.Array] = unravel(mean)
     return shards
 
   def scatter_large(leaf: jax.Array, cut: int) -> jax.Array:
-    return jax.lax.psum_scatter(leaf, axis, scatter_dimension=cut, tiled=True) / n
+    total = jax.lax.psum_scatter(leaf, axis, scatter_dimension=cut, tiled=True)
+    return total / n
 
-  means = _map_shards(
-    jax.tree.unflatten(structure, leaves), specs, scatter_small, scatter_large
-  )
+  tree = jax.tree.unflatten(structure, leaves)
+  means = _map_shards(tree, specs, scatter_small, scatter_large)
   leaves = [
     mean.astype(dtype)
     for mean, dtype in zip(jax.tree.leaves(means), dtypes, strict=True)
@@ -84,12 +88,14 @@ def _mean_of_replicated(
   whole = [number for number, cut in enumerate(cuts) if cut is None]
   small = [number for number in whole if leaves[number].size <= MAX_JOINED]
   large = [number for number in whole if leaves[number].size > MAX_JOINED]
-  joined, unravel = ravel_pytree([leaves[number] for number in small])
-  joined, large_means = jax.lax.pmean(
-    (joined, [leaves[number] for number in large]), axis
-  )
+  small_leaves = [leaves[number] for number in small]
+  large_leaves = [leaves[number] for number in large]
+  joined, unravel = ravel_pytree(small_leaves)
+  # One operation, with one operand for the small arrays and one per large array.
+  joined, large_means = jax.lax.pmean((joined, large_leaves), axis)
+  means = unravel(joined) + large_means
   leaves = list(leaves)
-  for number, mean in zip(small + large, unravel(joined) + large_means, strict=True):
+  for number, mean in zip(small + large, means, strict=True):
     leaves[number] = mean
   return leaves
 
@@ -125,10 +131,8 @@ def fold_device(key: jax.Array, axis: str | None) -> jax.Array:
 
 def _cuts(tree: Any, specs: Any) -> list[int | None]:
   """Return the axis along which each leaf is cut; None for replicated leaves."""
-  return [
-    len(spec) - 1 if spec else None
-    for spec in jax.tree.leaves(jax.tree.broadcast(specs, tree))
-  ]
+  of_leaves = jax.tree.leaves(jax.tree.broadcast(specs, tree))
+  return [len(spec) - 1 if spec else None for spec in of_leaves]
 
 
 def _map_shards(
@@ -146,15 +150,13 @@ def _map_shards(
     large_leaf: Maps one large leaf, given the axis along which it is cut.
   """
   leaves, structure = jax.tree.flatten(tree)
-  cuts = {
-    number: cut for number, cut in enumerate(_cuts(tree, specs)) if cut is not None
-  }
+  all_cuts = enumerate(_cuts(tree, specs))
+  cuts = {number: cut for number, cut in all_cuts if cut is not None}
   small = [number for number in cuts if leaves[number].size <= MAX_JOINED]
   changed: list[jax.Array] = []
   if small:
-    changed = small_leaves(
-      [jnp.moveaxis(leaves[number], cuts[number], 0) for number in small]
-    )
+    moved = [jnp.moveaxis(leaves[number], cuts[number], 0) for number in small]
+    changed = small_leaves(moved)
   for number, cut in cuts.items():
     if number not in small:
       leaves[number] = large_leaf(leaves[number], cut)

@@ -93,11 +93,14 @@ class FastGRNN(Recurrent):
     def step(h: jax.Array, x_t: jax.Array) -> tuple[jax.Array, jax.Array]:
       shared = multiply(x_t, w_x) + multiply(h, w_h)
       z = jax.nn.sigmoid(shared + bias_z)
-      h = (scale * (1 - z) + shift) * jnp.tanh(shared + bias_h) + z * h
+      gate = scale * (1 - z) + shift
+      candidate = jnp.tanh(shared + bias_h)
+      h = gate * candidate + z * h
       return h, h
 
     return step
 
   def _make_scalar(self, name: str, value: float) -> nnx.Param[Any]:
+    """Returns a scalar parameter after a check of its initial value."""
     number = self._check_number(name, value, -FLOAT32_MAX, 'a finite number')
     return nnx.Param(jnp.asarray(number, self.param_dtype))

@@ -15,20 +15,25 @@ from fptt_jax.nn._recurrent import Recurrent, Step
 def _forward(
   axis: int, prepared: Any, h: jax.Array, drive_t: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array]]:
+  """Computes one step; the only factor of the Jacobian is relu's derivative."""
   u, bias = prepared
   z = drive_t + u * h + bias
-  # The only factor of the Jacobian is relu's derivative.
-  return jax.nn.relu(z), (z > 0,)
+  is_active = z > 0
+  return jax.nn.relu(z), (is_active,)
 
 
 def _backward(
   axis: int, weights: Any, factors: tuple[jax.Array, ...], dh: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  dz = dh * factors[0]
-  return dz * weights[0], dz
+  """Returns the gradients of the state before the step and of the drive."""
+  (is_active,) = factors
+  u, _ = weights
+  dz = dh * is_active
+  return dz * u, dz
 
 
 def _weight_gradient(previous: jax.Array, dz: jax.Array) -> Any:
+  """Returns the gradients of u and of the bias."""
   return previous * dz, dz
 
 
@@ -154,8 +159,9 @@ class IndRNN(Recurrent):
       limit = self.max_weight
       within = f' within ±max_weight={limit}'
     is_pair = isinstance(initial_range, tuple | list) and len(initial_range) == 2
-    ends = map(as_number, initial_range if is_pair else (None, None))
-    low, high = ends
+    ends = initial_range if is_pair else (None, None)
+    low = as_number(ends[0])
+    high = as_number(ends[1])
     if low is None or high is None or not -limit <= low <= high <= limit:
       raise ValueError(
         f'initial_range must be (low, high) with low <= high{within}, got '

@@ -39,18 +39,23 @@ def _forward(
 def _backward(
   axis: int, weights: Any, factors: tuple[jax.Array, ...], d_state: LRUState
 ) -> tuple[LRUState, jax.Array]:
+  """Returns the gradients of the state before the step and of the drive."""
   re, im = d_state
   lambda_re, lambda_im = weights
   # Real arithmetic of conj(λ) d: the gradient flows through the conjugate.
   before_re = lambda_re * re + lambda_im * im
   before_im = lambda_re * im - lambda_im * re
-  return type(d_state)(before_re, before_im), jnp.concatenate([re, im], axis)
+  d_drive = jnp.concatenate([re, im], axis)
+  return type(d_state)(before_re, before_im), d_drive
 
 
 def _weight_gradient(previous: LRUState, dz: jax.Array) -> Any:
+  """Returns the gradients of λ's parts, conj(s) d in real arithmetic."""
   re, im = previous
   d_re, d_im = jnp.split(dz, 2, -1)
-  return re * d_re + im * d_im, re * d_im - im * d_re
+  d_lambda_re = re * d_re + im * d_im
+  d_lambda_im = re * d_im - im * d_re
+  return d_lambda_re, d_lambda_im
 
 
 FUSED_CELL = elementwise_cell(_forward, _backward, _weight_gradient)
@@ -180,8 +185,9 @@ class LRU(Recurrent):
       drive_re, drive_im = jnp.split(x_t @ b, 2, axis=-1)
       re = lambda_re * state.re - lambda_im * state.im + drive_re
       im = lambda_re * state.im + lambda_im * state.re + drive_im
-      y = jnp.concatenate([re, im], -1) @ c
-      return LRUState(re, im), y + _skip(d, x_t)
+      parts = jnp.concatenate([re, im], -1)
+      y = parts @ c + _skip(d, x_t)
+      return LRUState(re, im), y
 
     return step
 
@@ -203,14 +209,18 @@ class LRU(Recurrent):
     # Input and output products run over all steps at once, outside the recurrence.
     weights = (lambda_re[0], lambda_im[0])
     state, (re, im) = run_fused(FUSED_CELL, weights, state, x @ b, mask)
-    y = jnp.concatenate([re, im], -1) @ c
-    return state, y + _skip(self.d[...], x)
+    parts = jnp.concatenate([re, im], -1)
+    y = parts @ c + _skip(self.d[...], x)
+    return state, y
 
   def _matrices(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns λ's parts [1, N], the input matrix [D, 2N], the output's [2N, H]."""
-    modulus = jnp.exp(-jnp.exp(self.nu_log[None]))
+    rate = jnp.exp(self.nu_log[None])
+    modulus = jnp.exp(-rate)
     phase = jnp.exp(self.theta_log[None])
-    scale = jnp.tile(jnp.exp(self.gamma_log[None]), 2)
+    gamma = jnp.exp(self.gamma_log[None])
+    # The same factor for the real and the imaginary part.
+    scale = jnp.tile(gamma, 2)
     b = jnp.concatenate([self.b_re[...], self.b_im[...]], -1)
     b = b * scale
     # Re((re + i im)(c_re + i c_im)) = re c_re - im c_im, as one product.
@@ -230,17 +240,28 @@ def _draw_ring(
   """
   # Neither |λ| = 1 nor |λ| = 0 may be drawn: a logarithm would be infinite.
   smallest = 2.0**-24
-  area = jax.random.uniform(rngs.params(), (size,), jnp.float32, smallest, 1.0)
-  turn = jax.random.uniform(rngs.params(), (size,), jnp.float32, smallest, 1.0)
+
+  def draw() -> jax.Array:
+    return jax.random.uniform(rngs.params(), (size,), jnp.float32, smallest, 1.0)
+
+  area = draw()
+  turn = draw()
   # 1 - |λ|² is drawn in place of |λ|²: near the unit circle 1 - |λ|² would round to 0.
-  gap = (1 - r_max**2) + area * (r_max**2 - r_min**2)
+  smallest_gap = 1 - r_max**2
+  ring_area = r_max**2 - r_min**2
+  gap = smallest_gap + area * ring_area
   gap = jnp.minimum(gap, 1 - smallest)
-  nu_log = jnp.log(-0.5 * jnp.log1p(-gap))
-  return nu_log, jnp.log(max_phase * turn), 0.5 * jnp.log(gap)
+  log_modulus = 0.5 * jnp.log1p(-gap)
+  nu_log = jnp.log(-log_modulus)
+  theta_log = jnp.log(max_phase * turn)
+  gamma_log = 0.5 * jnp.log(gap)
+  return nu_log, theta_log, gamma_log
 
 
 def _skip(d: jax.Array, x: jax.Array) -> jax.Array:
   """Returns the term x D of the output."""
-  if d.ndim == 1:
-    return x * d.reshape(*[1] * (x.ndim - 1), -1)
-  return x @ d
+  if d.ndim > 1:
+    return x @ d
+  # Axes for steps and rows, since implicit rank promotion is an error in the tests.
+  leading = [1] * (x.ndim - 1)
+  return x * d.reshape(*leading, -1)
