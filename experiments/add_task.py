@@ -115,19 +115,19 @@ class Config(recipe.Recipe):
   )
   tune: bool = option(
     False,
-    'search rate and momentum of each method on draws of another seed, and stop',
+    'search the rate and momentum of each method on draws of another seed, and stop',
     group='training',
   )
   alpha: float = redeclare(recipe.Recipe, 'alpha', 0.1)
   clip: float = redeclare(recipe.Recipe, 'clip', 1.0)
-  seq_len: int = option(120, 'T, steps of a sequence', within='[2, inf)', group='task')
+  seq_len: int = option(120, 'T, steps per sequence', within='[2, inf)', group='task')
   hidden: int = option(128, 'H, LSTM units', within='[1, inf)', group='model')
   batch_size: int = option(
-    128, 'B, fresh sequences a batch', within='[1, inf)', group='training'
+    128, 'B, sequences per batch', within='[1, inf)', group='training'
   )
   batches: int = option(
     1000,
-    'training batches; each gives K updates, or one',
+    'number of training batches, each with K updates or one',
     within='[1, inf)',
     group='training',
   )
@@ -142,13 +142,13 @@ class Config(recipe.Recipe):
   )
   test_size: int = option(
     1024,
-    'sequences of the test set, drawn independently',
+    'number of sequences of the test set',
     within='[1, inf)',
     group='task',
   )
   eval_every: int = option(
     50,
-    'batches between evaluations, which are also checkpoints',
+    'number of batches between evaluations, which are also checkpoints',
     within='[1, inf)',
     group='training',
   )

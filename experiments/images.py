@@ -66,28 +66,31 @@ class Config(loop.EpochRecipe):
   )
   host_data: bool = option(
     False,
-    "keep the images in the host's memory, hand them over chunk by chunk: for more "
-    'than a device holds',
+    "keep the images in the host's memory and pass them to the device in chunks, for "
+    'more images than it holds',
     group='task',
   )
   row: bool = option(
     False,
-    'a row of the image a step instead of a pixel: quick, and another task than the '
-    'paper has',
+    'read an image row by row instead of pixel by pixel: faster, but not the task of '
+    'the paper',
     group='task',
   )
   permutation_seed: int = option(
-    0, "draws the fixed order of steps of 'permuted'", within='[0, inf)', group='task'
+    0, "seed of the order of steps of 'permuted'", within='[0, inf)', group='task'
   )
   train_size: int = option(
-    0, 'use only so many training images; 0 for all', within='[0, inf)', group='task'
+    0, 'number of training images to use; 0 for all', within='[0, inf)', group='task'
   )
   valid_size: int = option(
-    5000, 'training images held out to validate on', within='[1, inf)', group='task'
+    5000,
+    'number of training images held out for validation',
+    within='[1, inf)',
+    group='task',
   )
   cell: str = option('lstm', 'recurrent layer', tuple(cells.CELLS), group='model')
   hidden: int = option(
-    128, 'H, units of a recurrent layer', within='[1, inf)', group='model'
+    128, 'H, units per recurrent layer', within='[1, inf)', group='model'
   )
   layers: int = option(1, 'recurrent layers', within='[1, 100]', group='model')
   forget_bias: float = option(
@@ -100,29 +103,32 @@ class Config(loop.EpochRecipe):
     group='model',
   )
   dropout: float = option(
-    0.0, 'on the outputs of the last recurrent layer', within='[0, 1)', group='model'
+    0.0,
+    'rate of the dropout of the last recurrent outputs',
+    within='[0, 1)',
+    group='model',
   )
   divergence: str = option(
     'class_ema',
-    'what Q of the divergence term is',
+    'Q of the divergence term',
     ('class_ema', 'last_epoch', 'example', 'uniform', 'none'),
     group='model',
   )
   reconstruction: float = option(
     0.0,
     "weight of r-LSTM's auxiliary loss, which reconstructs inputs before a random "
-    'step; 0 is none',
+    'step; 0 leaves it out',
     within='[0, inf)',
     group='model',
   )
   reconstruction_segment: int = option(
-    0, 'steps to reconstruct; default T/10', within='[0, inf)', group='model'
+    0, 'number of steps to reconstruct; default T/10', within='[0, inf)', group='model'
   )
   num_windows: int | None = redeclare(
     loop.EpochRecipe,
     'num_windows',
     10,
-    'K, updates a sequence, for methods that do not fix it',
+    'K, windows per sequence, of methods that do not fix it',
   )
   alpha: float = redeclare(loop.EpochRecipe, 'alpha', 0.1)
   clip: float = redeclare(loop.EpochRecipe, 'clip', 1.0)

@@ -163,7 +163,7 @@ class Config(loop.EpochRecipe):
   )
   train_tokens: int = option(
     0,
-    'use only so many tokens of the training text; 0 for all',
+    'number of tokens of the training text to use; 0 for all',
     within='[0, inf)',
     group='task',
   )
@@ -171,7 +171,7 @@ class Config(loop.EpochRecipe):
     loop.EpochRecipe,
     'num_windows',
     6,
-    'K, updates a sequence, for methods that do not fix it',
+    'K, windows per sequence, of methods that do not fix it',
   )
   kappa: float = redeclare(loop.EpochRecipe, 'kappa', 2.0)
   optimizer: str = redeclare(loop.EpochRecipe, 'optimizer', 'sgd')
@@ -188,10 +188,10 @@ class Config(loop.EpochRecipe):
   )
   plateau_factor: float = redeclare(loop.EpochRecipe, 'plateau_factor', 4.0)
   min_lr: float = redeclare(loop.EpochRecipe, 'min_lr', 0.001)
-  seq_len: int = option(300, 'T, tokens of a sequence', within='[1, inf)', group='task')
+  seq_len: int = option(300, 'T, tokens per sequence', within='[1, inf)', group='task')
   random_lengths: bool = option(
     False,
-    'draw lengths near T, sometimes T/2, the learning rate in proportion (AWD-LSTM)',
+    'draw lengths near T or T/2, with the learning rate in proportion (AWD-LSTM)',
     group='task',
   )
   batch_size: int = option(
@@ -202,13 +202,13 @@ class Config(loop.EpochRecipe):
   )
   cell: str = option('lstm', 'recurrent layer', tuple(cells.CELLS), group='model')
   hidden: int = option(
-    256, 'H, units of a recurrent layer', within='[1, inf)', group='model'
+    256, 'H, units per recurrent layer', within='[1, inf)', group='model'
   )
   layers: int = option(1, 'recurrent layers', within='[1, 100]', group='model')
   last_hidden: int = option(
-    0, 'units of the last one; default H', within='[0, inf)', group='model'
+    0, 'units of the last recurrent layer; default H', within='[0, inf)', group='model'
   )
-  tied: bool = option(False, 'the readout shares the token vectors', group='model')
+  tied: bool = option(False, 'share the token vectors with the readout', group='model')
   experts: int = option(
     0,
     'softmaxes that the readout mixes; 0 for one plain softmax',
@@ -217,60 +217,76 @@ class Config(loop.EpochRecipe):
   )
   locked: bool = option(
     False,
-    'dropout masks last a window (variational) rather than one step',
+    'keep dropout masks for a window (variational dropout) instead of one step',
     group='model',
   )
   dropout: float = option(
-    0.2, 'on the outputs of the last recurrent layer', within='[0, 1)', group='model'
+    0.2,
+    'rate of the dropout of the last recurrent outputs',
+    within='[0, 1)',
+    group='model',
   )
   hidden_dropout: float = option(
-    0.0, 'on the outputs of the others', within='[0, 1)', group='model'
+    0.0,
+    'rate of the dropout of the other recurrent outputs',
+    within='[0, 1)',
+    group='model',
   )
   input_dropout: float = option(
-    0.2, 'on the token vectors', within='[0, 1)', group='model'
+    0.2, 'rate of the dropout of token vectors', within='[0, 1)', group='model'
   )
   embedding_dropout: float = option(
-    0.0, 'on whole tokens of the vocabulary, a window', within='[0, 1)', group='model'
+    0.0,
+    'rate at which tokens are dropped from a window',
+    within='[0, 1)',
+    group='model',
   )
   latent_dropout: float = option(
-    0.0, "on the mixture's latent vectors", within='[0, 1)', group='model'
+    0.0,
+    'rate of the dropout of latent vectors of the mixture',
+    within='[0, 1)',
+    group='model',
   )
   weight_dropout: float = option(
-    0.0, 'on recurrent matrices, a window', within='[0, 1)', group='model'
+    0.0,
+    'rate of the dropout of recurrent weights per window',
+    within='[0, 1)',
+    group='model',
   )
   activation_penalty: float = option(
     0.0,
-    'factor of the mean square of the last outputs, dropped out (AR)',
+    'factor of the mean square of the last outputs after dropout (AR)',
     within='[0, inf)',
     group='model',
   )
   temporal_penalty: float = option(
     0.0,
-    'factor of the mean square of their changes from step to step (TAR)',
+    'factor of the mean square of the changes of the last outputs (TAR)',
     within='[0, inf)',
     group='model',
   )
   dynamic_evaluation: bool = option(
     False,
-    'test once more with dynamic evaluation, tuned on the validation text',
+    'also test with dynamic evaluation, tuned on the validation text',
     group='training',
   )
   dynamic_tokens: int = option(
     0,
-    'tokens of the validation text to tune dynamic evaluation on; 0 for all',
+    'number of tokens of the validation text for the tuning of dynamic evaluation; 0 '
+    'for all',
     within='[0, inf)',
     group='training',
   )
   sample: int = option(
     0,
-    'draw so many tokens from the run in --workdir (its best one), instead of training',
+    'number of tokens to draw from the best run in --workdir, instead of training',
     within='[0, inf)',
     group='run',
   )
-  prompt: str = option('', 'what the text drawn by --sample begins with', group='run')
+  prompt: str = option('', 'beginning of the text of --sample', group='run')
   temperature: float = option(
     1.0,
-    'divides the logits of --sample; 0 takes the most probable token each time',
+    'divisor of the logits of --sample; 0 takes the most probable token each time',
     within='[0, inf)',
     group='run',
   )

@@ -34,7 +34,7 @@ _MOVES = (
 
 
 class _Flow(NamedTuple):
-  """What is known about a variable.
+  """Facts about a variable.
 
   Attributes:
     marks: Indices of the marked updates that it holds, unchanged or replaced by zeros.

@@ -25,7 +25,7 @@ class Config:
   )
   precision: str = option(
     'float32',
-    "of matrix products on a GPU, ours and the others'",
+    'precision of matrix products on a GPU, of all systems',
     ('float32', 'tensorfloat32'),
   )
   workdir: str = option('', 'folder; default runs/benchmark-TIME')

@@ -251,7 +251,7 @@ class Reporter(Protocol):
 
   @property
   def higher_is_better(self) -> bool:
-    """Whether a higher validation score is better."""
+    """True if a higher validation score is better."""
 
   def step(self, record: 'Record') -> int:
     """Return the step of a line of metrics, in epochs or batches."""

@@ -53,19 +53,22 @@ class Recipe:
   )
   num_windows: int | None = option(
     None,
-    'K, updates a sequence; default round(sqrt(T)), for methods that do not fix it',
+    'K, windows per sequence, of methods that do not fix it; default round(sqrt(T))',
     within='[1, inf)',
     group='training',
   )
   truncation_steps: int | None = option(
     None,
-    "k of method 'tbptt_final': the last steps that are differentiated; default "
+    "k of method 'tbptt_final', number of last steps that are differentiated; default "
     'min(300, T)',
     within='[1, inf)',
     group='training',
   )
   alpha: float = option(
-    0.5, 'strength of the tie of W to its summary', within='(0, inf)', group='optimizer'
+    0.5,
+    'strength of the regularizer, which ties W to its summary',
+    within='(0, inf)',
+    group='optimizer',
   )
   alpha_warmup: int = option(
     0,
@@ -91,7 +94,7 @@ class Recipe:
     group='optimizer',
   )
   inner_steps: int = option(
-    1, 'gradient steps a window', within='[1, inf)', group='optimizer'
+    1, 'gradient steps per window', within='[1, inf)', group='optimizer'
   )
   optimizer: str = option('adam', 'base optimizer', ('adam', 'sgd'), group='optimizer')
   # None stands for a rate that depends on the method, see `for_method`.
@@ -105,7 +108,7 @@ class Recipe:
   )
   weight_decay: float = option(
     0.0,
-    'added to the gradient times the weights, after clipping',
+    'factor of the weights that is added to the gradient after clipping',
     within='[0, inf)',
     group='optimizer',
   )
@@ -123,8 +126,8 @@ class Recipe:
   )
   on_nonfinite: str = option(
     'stop',
-    'what a loss or gradient that is not finite does: end the run, or have its update '
-    'skipped',
+    'reaction to a loss or gradient that is not finite: end the run, or skip the '
+    'update',
     ('stop', 'skip'),
     group='optimizer',
   )
@@ -136,72 +139,72 @@ class Recipe:
   )
   population: int = option(
     0,
-    'runs (seeds, grid) trained side by side in one program; 0 chooses: all, on a CPU '
-    'one where a batch is better split',
+    'largest number of runs (seeds, grid) in one program; 0 chooses: all, or one if a '
+    'CPU splits its batches better',
     within='[0, inf)',
     group='run',
   )
   devices: int = option(
     0,
-    'devices to split a batch or a population over; 0 chooses: all of an '
-    "accelerator's, a CPU's cores where that pays, or 1",
+    'number of devices to split a batch or a population over; 0 chooses: all GPUs or '
+    'TPUs, all cores of a CPU if that is faster, or 1',
     within='[0, inf)',
     group='devices',
   )
   steps_per_call: int = option(
     25,
-    'batches that run as one compiled program, after which progress shows; 0: all up '
-    'to an evaluation',
+    'batches per call of the compiled program, after which progress is shown; 0: all '
+    'up to the next evaluation',
     within='[0, inf)',
     group='run',
   )
   data_parallel: bool = option(
     False,
-    'split every batch over all devices, those of other processes included',
+    'split every batch over all devices of all processes',
     group='devices',
   )
   shard_params: bool = option(
     False,
-    'split weights and optimizer state over these devices, too, for networks of many '
-    'parameters',
+    'also split weights and optimizer state over these devices, for networks with '
+    'many parameters',
     group='devices',
   )
   coordinator: str = option(
     '',
-    'HOST:PORT of the first of several processes; SLURM and TPU hosts tell by '
-    'themselves',
+    'HOST:PORT of the first of several processes; not needed under SLURM and on TPU '
+    'hosts',
     group='devices',
   )
   num_processes: int | None = option(
     None,
-    'how many processes there are; 1: this one alone, whatever started it',
+    'number of processes; 1 ignores SLURM and TPU hosts',
     within='[1, inf)',
     group='devices',
   )
   process_id: int | None = option(
-    None, 'the number of this process, from 0', within='[0, inf)', group='devices'
+    None, 'number of this process, from 0', within='[0, inf)', group='devices'
   )
   max_to_keep: int = option(
     2,
-    'checkpoints to keep of each run, the last ones; each holds the weights of the '
-    'best epoch as well',
+    'number of last checkpoints to keep per run; each also holds the weights of the '
+    'best epoch',
     within='[2, inf)',
     group='run',
   )
   checkpoint_minutes: float = option(
     10.0,
-    'minutes after which a run is saved also before its epoch or interval has ended',
+    'minutes after which a run is saved before the end of its epoch or interval',
     within='(0, inf]',
     group='run',
   )
   allow_config_change: bool = option(
     False,
-    'go on with the runs in --workdir under other settings than they began with',
+    'resume the runs in --workdir with other settings than they began with',
     group='run',
   )
   logger: str = option(
     'none',
-    'also write curves, within an epoch too, for this program',
+    'program for which curves are also written, with points within each epoch',
     LOGGERS,
     group='run',
   )

@@ -42,7 +42,7 @@ class Config:
     False, 'try the declared learning rates, choose by validation, and stop'
   )
   allow_config_change: bool = option(
-    False, 'go on with the runs in --workdir under other settings than they began with'
+    False, 'resume the runs in --workdir with other settings than they began with'
   )
   data_dir: str = option(
     '',

@@ -149,13 +149,13 @@ def _print_scale(scale: str) -> None:
   """Print how far numbers at a scale can be compared with the paper's."""
   if scale == 'short':
     print(
-      "scale short: the paper's model, data and length in fewer epochs; its numbers "
-      'are of other schedules'
+      "scale short: the paper's model, data and length, but fewer epochs and another "
+      'schedule of the learning rate'
     )
   elif scale != 'full':
     print(
-      f"scale {scale}: reduced settings, not the paper's; its numbers stand "
-      'beside --scale=full only'
+      f"scale {scale}: reduced settings, not the paper's; the paper's numbers are for "
+      '--scale=full'
     )
 
 

@@ -21,17 +21,15 @@ class Config:
   A command with several tasks collects first, then writes tables, then draws plots.
   """
 
-  collect: str = option('', 'run folder to take results from')
-  item: str = option('', 'the item that they belong to', ('', *known_items()))
-  series: str = option(
-    '', 'name of the runs that are compared together; default the scale'
-  )
-  scale: str = option('', 'scale of the runs; default what their reports say')
-  command: str = option('', 'how they were started; default what they recorded')
-  commit: str = option('', 'revision of the code; default what they recorded')
-  notes: str = option('', 'what a reader of the series has to know')
-  tables: bool = option(False, 'make the tables of README.md and docs/ anew')
-  plots: str = option('', 'folder to draw all plots into')
+  collect: str = option('', 'run folder to collect results from')
+  item: str = option('', 'item that the results belong to', ('', *known_items()))
+  series: str = option('', 'name of the series of runs; default the scale')
+  scale: str = option('', 'scale of the runs; default that of their reports')
+  command: str = option('', 'command that started the runs; default the recorded one')
+  commit: str = option('', 'revision of the code; default the recorded one')
+  notes: str = option('', 'remarks for the readers of the series')
+  tables: bool = option(False, 'rewrite the tables of README.md and docs/')
+  plots: str = option('', 'folder for the plots of all results')
 
   def __post_init__(self) -> None:
     flags.check_fields(self)
