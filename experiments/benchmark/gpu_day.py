@@ -25,7 +25,7 @@ from experiments.benchmark.settings import Config
 from experiments.core import environment, files
 from fptt_jax import nn
 
-KERNEL_LAYERS = {'LSTM': nn.LSTM, 'GRU': nn.GRU}
+KERNEL_LAYERS: dict[str, Callable[..., nnx.Module]] = {'LSTM': nn.LSTM, 'GRU': nn.GRU}
 """Layers with a CUDA kernel."""
 
 KERNEL_SIZES = (32, 64, 128)
@@ -155,7 +155,7 @@ def check_kernels() -> list[dict[str, Any]]:
   Raises:
     RuntimeError: an error is larger than float32 sums of other orders explain.
   """
-  rows = []
+  rows: list[dict[str, Any]] = []
   for layer in KERNEL_LAYERS:
     for hidden in KERNEL_SIZES:
       start = time.monotonic()
@@ -185,9 +185,10 @@ def _window_and_gradients(
 
   @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
   def window(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-    end, y = model.apply(params, model.initial_state(32), x, mask, None)
+    outputs: Any
+    end, outputs = model.apply(params, model.initial_state(32), x, mask, None)
     # Outputs of masked steps are undefined.
-    y = jnp.where(mask[..., None], y, 0)
+    y = jnp.where(mask[..., None], outputs, 0)
     total = jnp.sum(jnp.sin(y)) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(end))
     return total, (y, end)
 
