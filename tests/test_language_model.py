@@ -100,9 +100,8 @@ def test_perplexity_is_that_of_the_whole_text_in_one_pass(
   """
   config = language_model.Config(data_dir='.', **FLOAT32_TINY)
   model = language_model.make_model(config, 6)
-  trainer = fptt_jax.make_trainer(
-    model, fptt_jax.losses.sequence_classification(6), optax.sgd(0.1)
-  )
+  loss = fptt_jax.losses.sequence_classification(6)
+  trainer = fptt_jax.make_trainer(model, loss, optax.sgd(0.1), method='tbptt')
   params = model.init(jax.random.key(0))
   tokens = np.random.default_rng(0).integers(0, 6, 101).astype(np.int32)
   monkeypatch.setattr(language_model, 'EVALUATION_STEPS', 16)
