@@ -1,0 +1,221 @@
+"""Problems that tell whether a method carries credit across windows.
+
+Each function draws sequences with NumPy, time-major. The sequences of a problem are
+either episodes, which are independent, or parts of one stream that never ends.
+"""
+
+from collections.abc import Callable
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+import fptt_jax
+
+LAGS = (6, 10)
+"""Lags t1 and t2 of the stream of coin flips, in steps."""
+
+BURN_IN = 200
+"""Steps of a dynamical system that are dropped, in which it reaches its attractor."""
+
+Draw = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
+"""(random numbers, T, B) -> inputs [T, B, D] and targets."""
+
+
+class Problem(NamedTuple):
+  """A problem and what its numbers mean.
+
+  Attributes:
+    about: one line for --help and the report.
+    draw: draws T steps of B sequences.
+    features: D.
+    outputs: outputs of the network per step.
+    make_loss: () -> the loss.
+    is_stream: whether sequences go on where the one before ended. Otherwise each is an
+      episode with one target at its end.
+    score: the loss in words.
+    levels: the losses of known predictors, by what they know.
+  """
+
+  about: str
+  draw: Draw
+  features: int
+  outputs: int
+  make_loss: Callable[[], fptt_jax.Loss]
+  is_stream: bool
+  score: str
+  levels: dict[str, float]
+
+
+def draw_lags(
+  rng: np.random.Generator, num_steps: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draw coin flips whose labels depend on two earlier flips.
+
+  A label is 1 with probability 1/2 + x[t - t1]/2 - x[t - t2]/4, for fair flips x.
+
+  Returns:
+    Flips float32 [T, B, 1] and labels int32 [T, B].
+
+  References:
+    Pitis, "Recurrent Neural Networks in Tensorflow I", 2016; Marschall, Cho and Savin,
+    JMLR 2020.
+  """
+  first, second = LAGS
+  # Labels of the first steps depend on flips that the network has not seen.
+  flips = rng.integers(0, 2, (second + num_steps, batch_size)).astype(np.float32)
+  chance = (
+    0.5
+    + 0.5 * flips[second - first : second - first + num_steps]
+    - 0.25 * flips[:num_steps]
+  )
+  labels = rng.random(chance.shape) < chance
+  return flips[second:, :, None], labels.astype(np.int32)
+
+
+def lag_levels() -> dict[str, float]:
+  """Return the cross-entropy of predictors that know none, one or both of the flips."""
+  chances = {(a, b): 0.5 + 0.5 * a - 0.25 * b for a in (0, 1) for b in (0, 1)}
+  given_first = [np.mean([chances[a, b] for b in (0, 1)]) for a in (0, 1)]
+  return {
+    'neither lag': _entropy([np.mean(list(chances.values()))]),
+    'first lag': _entropy(given_first),
+    'both lags': _entropy(list(chances.values())),
+  }
+
+
+def _entropy(chances: list[float]) -> float:
+  """Return the mean entropy of coins, in nats."""
+  terms = [
+    -sum(p * math.log(p) for p in (chance, 1 - chance) if p > 0) for chance in chances
+  ]
+  return sum(terms) / len(terms)
+
+
+def draw_recall(
+  rng: np.random.Generator, num_steps: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draw a number that is shown at the first step and asked for at the last.
+
+  Returns:
+    Inputs float32 [T, B, 2], the number and a marker at step 0 and zeros after it, and
+    targets float32 [B], uniform in [0, 1].
+  """
+  values = rng.random(batch_size, np.float32)
+  inputs = np.zeros((num_steps, batch_size, 2), np.float32)
+  inputs[0] = np.stack([values, np.ones_like(values)], -1)
+  return inputs, values
+
+
+def draw_henon(
+  rng: np.random.Generator, num_steps: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draw series of the Hénon map, x' = 1 - 1.4 x² + 0.3 x_before, to predict x'."""
+  before = rng.uniform(-0.1, 0.1, batch_size)
+  x = rng.uniform(-0.1, 0.1, batch_size)
+  series = []
+  for _ in range(BURN_IN + num_steps + 1):
+    before, x = x, 1 - 1.4 * x * x + 0.3 * before
+    series.append(x[:, None])
+  return _one_step_ahead(series)
+
+
+def draw_mackey_glass(
+  rng: np.random.Generator, num_steps: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draw Mackey-Glass series with a delay of 17, at one Euler step per unit of time.
+
+  The equation is dx/dt = 0.2 x(t - 17) / (1 + x(t - 17)^10) - 0.1 x.
+  """
+  delay = 17
+  series = list(rng.uniform(0.8, 1.3, (delay + 1, batch_size, 1)))
+  for _ in range(BURN_IN + num_steps + 1):
+    x = series[-1]
+    late = series[-1 - delay]
+    series.append(x + 0.2 * late / (1 + late**10) - 0.1 * x)
+  return _one_step_ahead(series[delay + 1 :])
+
+
+def draw_lorenz(
+  rng: np.random.Generator, num_steps: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draw trajectories of the Lorenz system, of which all three numbers are seen.
+
+  The steps are 0.02 long, by the classical Runge-Kutta method.
+  """
+
+  def slope(state: np.ndarray) -> np.ndarray:
+    x, y, z = state.T
+    return np.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z], -1)
+
+  step = 0.02
+  state = rng.normal(size=(batch_size, 3)) + np.array([0.0, 0.0, 25.0])
+  series = []
+  for _ in range(BURN_IN + num_steps + 1):
+    k1 = slope(state)
+    k2 = slope(state + step / 2 * k1)
+    k3 = slope(state + step / 2 * k2)
+    k4 = slope(state + step * k3)
+    state = state + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    series.append(state)
+  return _one_step_ahead(series)
+
+
+def _one_step_ahead(series: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """Return a series of T + 1 arrays [B, D] as inputs and as the next values.
+
+  Each of the D numbers gets mean 0 and variance 1 over steps and rows, so that a mean
+  squared error is the share of the variance that is not predicted.
+
+  Args:
+    series: the steps, the burn-in first.
+
+  Returns:
+    Inputs and targets, both float32 [T, B, D].
+  """
+  values = np.stack(series[BURN_IN:])
+  values = (values - values.mean((0, 1))) / values.std((0, 1))
+  values = values.astype(np.float32)
+  return values[:-1], values[1:]
+
+
+def _chaos(about: str, draw: Draw, features: int) -> Problem:
+  """Return the problem of predicting a chaotic series one step ahead."""
+  return Problem(
+    about,
+    draw,
+    features,
+    features,
+    fptt_jax.losses.sequence_regression,
+    is_stream=True,
+    score='normalized mean squared error',
+    levels={'mean of the series': 1.0},
+  )
+
+
+PROBLEMS = {
+  'lags': Problem(
+    f'labels that depend on the flips {LAGS[0]} and {LAGS[1]} steps before',
+    draw_lags,
+    features=1,
+    outputs=2,
+    make_loss=lambda: fptt_jax.losses.sequence_classification(2),
+    is_stream=True,
+    score='cross-entropy, nats',
+    levels=lag_levels(),
+  ),
+  'recall': Problem(
+    'a number that is shown at the first step and asked for at the last',
+    draw_recall,
+    features=2,
+    outputs=1,
+    make_loss=fptt_jax.losses.terminal_regression,
+    is_stream=False,
+    score='mean squared error',
+    levels={'chance': 1 / 12},
+  ),
+  'henon': _chaos('the next value of the Hénon map', draw_henon, 1),
+  'mackey_glass': _chaos('the next value of Mackey-Glass series', draw_mackey_glass, 1),
+  'lorenz': _chaos('the next state of the Lorenz system', draw_lorenz, 3),
+}
+"""Problems by the value of --task."""
