@@ -38,6 +38,7 @@ from experiments.core import (
   devices,
   files,
   flags,
+  intervals,
   loop,
   optimizers,
   plotting,
@@ -305,68 +306,17 @@ def make_trainer(
   return trainer, meshes
 
 
-@dataclasses.dataclass(frozen=True)
-class Reporter:
-  """Measurements of the adding problem, every `eval_every` batches.
-
-  Attributes:
-    trainer: the trainer of one run, which evaluates.
-    tests: test batch by seed.
-    extra: entries that every summary ends with.
-    num_windows: K.
-    metric: None, since the last weights are the result.
-    higher_is_better: not used without a validation score.
-  """
-
-  trainer: fptt_jax.Trainer
-  tests: dict[int, fptt_jax.Batch]
-  extra: dict[str, int]
-  num_windows: int
-  metric: str | None = None
-  higher_is_better: bool = False
-
-  def step(self, record: loop.Record) -> int:
-    """Return the number of batches."""
-    return record.batches
-
-  def measure(
-    self, member: Member, params: Any, record: loop.Record, last: Any
-  ) -> dict[str, Any]:
-    """Return means over the updates of the last batch, and the test error."""
-    # Skipped updates have losses that are not finite.
-    made = ~last.skipped
-    count = max(1, made.sum())
-    row = {
-      'updates': record.updates,
-      'train_loss': float(np.where(made, last.loss, 0).sum() / count),
-      'grad_norm': float(np.where(made, last.grad_norm, 0).sum() / count),
-    }
-    if member.config.on_nonfinite == 'skip':
-      row['skipped'] = record.skipped
-    sums, _ = self.trainer.evaluate(params, self.tests[member.seed])
-    row['test_mse'] = fptt_jax.compute_metrics(sums)['loss']
-    return row
-
-  def line(self, member: Member, row: dict[str, Any], reason: str | None) -> str:
-    """Return a line with the losses of an evaluation."""
-    start = f'{member.label}  batch {row["step"]:>6}  '
-    if reason is not None:
-      return f'{start}diverged: {reason}'
-    # Numbers that are not finite are None in a row.
-    if None in row.values():
-      return f'{start}diverged: the test MSE is not finite'
-    skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
-    return (
-      f'{start}updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  '
-      f'test MSE {row["test_mse"]:.4f}  {skipped}{row["seconds"]:.0f} s'
-    )
+class Reporter(intervals.IntervalReporter):
+  """Measurements of the adding problem, every `eval_every` batches."""
 
   def summarize(
     self, member: Member, rows: list[dict[str, Any]], record: loop.Record, params: Any
   ) -> dict[str, Any]:
     """Return the errors of a run that has ended, and the sizes of its model."""
-    settings = {'lr': member.config.lr, 'momentum': member.config.momentum}
-    return settings | summarize(self.num_windows, rows) | self.extra
+    finite = [row for row in rows if row['test_mse'] is not None]
+    solved = [row['step'] for row in finite if row['test_mse'] < SOLVED]
+    summary = super().summarize(member, rows, record, params)
+    return summary | {'below_0.01_at': solved[0] if solved else None}
 
 
 def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -> Task:
@@ -412,7 +362,9 @@ def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -
     num_epochs=math.ceil(config.batches / config.eval_every),
     num_batches=config.batches,
     rules=loop.Rules(),
-    reporter=Reporter(trainer, tests, sizes(config), num_windows),
+    reporter=Reporter(
+      trainer, tests, sizes(config), num_windows, 'test_mse', 'test MSE'
+    ),
     make_key=lambda seed: keys[seed][0],
   )
 
@@ -428,28 +380,6 @@ def train(chosen: list[Member], folder: Path, evaluated: Callable[[], None]) -> 
   seeds = {member.seed for member in chosen}
   task = make_task(chosen[0].config, seeds, chosen[0].method, len(chosen))
   loop.train(task, chosen, folder, evaluated)
-
-
-def summarize(num_windows: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """Return the summary of a run.
-
-  Args:
-    num_windows: K.
-    rows: its lines of metrics; at least one.
-  """
-  finite = [row for row in rows if row['test_mse'] is not None]
-  solved = [row['step'] for row in finite if row['test_mse'] < SOLVED]
-  # One point of a noisy curve would make the order of the methods a matter of luck.
-  late = [row['test_mse'] for row in rows if row['step'] > 0.75 * rows[-1]['step']]
-  return {
-    'K': num_windows,
-    'batches': rows[-1]['step'],
-    'updates': rows[-1]['updates'],
-    'test_mse': rows[-1]['test_mse'],
-    'last_quarter_mse': None if None in late else statistics.fmean(late),
-    'below_0.01_at': solved[0] if solved else None,
-    'seconds': rows[-1]['seconds'],
-  }
 
 
 def sizes(config: Config) -> dict[str, int]:

@@ -12,7 +12,7 @@ from test_images import make_config
 from test_language_model import write_text
 
 from experiments import add_task, images, language_model
-from experiments.core import plotting, report, workdir
+from experiments.core import intervals, plotting, report, workdir
 from experiments.core.plotting import Curve
 import fptt_jax
 
@@ -160,12 +160,11 @@ def test_a_summary_takes_the_mean_of_the_last_quarter() -> None:
     dict(step=10 * number, updates=10 * number, seconds=1.0, test_mse=error)
     for number, error in enumerate(errors, start=1)
   ]
-  summary = add_task.summarize(3, rows)
+  summary = intervals.summarize(3, rows, 'test_mse')
   assert summary['last_quarter_mse'] == pytest.approx(0.03)
   assert summary['test_mse'] == 0.04
-  assert summary['below_0.01_at'] == 40
   assert (
-    add_task.summarize(3, [*rows[:-1], rows[-1] | {'test_mse': None}])[
+    intervals.summarize(3, [*rows[:-1], rows[-1] | {'test_mse': None}], 'test_mse')[
       'last_quarter_mse'
     ]
     is None

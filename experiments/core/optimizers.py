@@ -1,6 +1,6 @@
 """Optimizers and trainers made from a recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import warnings
 
 import jax
@@ -207,6 +207,8 @@ def make_trainer(
   decay: optax.Schedule | None = None,
   mesh: jax.sharding.Mesh | None = None,
   carry_hidden: bool = False,
+  influence: str = 'none',
+  loss_weights: Sequence[float] | None = None,
   wrap: Callable[
     [optax.GradientTransformation], optax.GradientTransformation
   ] = lambda optimizer: optimizer,
@@ -222,6 +224,8 @@ def make_trainer(
     decay: factor of the learning rate, see :func:`make_optimizer`.
     mesh: devices to split a batch over.
     carry_hidden: whether the hidden state is carried from batch to batch.
+    influence: how credit crosses the border of a window.
+    loss_weights: factors of the windows' losses; None for 1.
     wrap: function that is applied to the optimizer.
   """
   setting = fptt_jax.METHODS[method]
@@ -237,6 +241,8 @@ def make_trainer(
     method=method,
     num_windows=num_windows,
     carry_hidden=carry_hidden,
+    influence=influence,
+    loss_weights=loss_weights,
     inner_steps=recipe.inner_steps,
     truncation_steps=truncation_steps,
     mesh=mesh,

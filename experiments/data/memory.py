@@ -15,11 +15,14 @@ import fptt_jax
 LAGS = (6, 10)
 """Lags t1 and t2 of the stream of coin flips, in steps."""
 
+RECALL_FEATURES = 32
+"""Numbers that are shown at the first step of a recall."""
+
 BURN_IN = 200
 """Steps of a dynamical system that are dropped, in which it reaches its attractor."""
 
 Draw = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
-"""(random numbers, T, B) -> inputs [T, B, D] and targets."""
+"""(random numbers, T, B) -> inputs [n, B, D] and targets. If n < T, zeros follow."""
 
 
 class Problem(NamedTuple):
@@ -76,9 +79,9 @@ def draw_lags(
 def lag_levels() -> dict[str, float]:
   """Return the cross-entropy of predictors that know none, one or both of the flips."""
   chances = {(a, b): 0.5 + 0.5 * a - 0.25 * b for a in (0, 1) for b in (0, 1)}
-  given_first = [np.mean([chances[a, b] for b in (0, 1)]) for a in (0, 1)]
+  given_first = [(chances[a, 0] + chances[a, 1]) / 2 for a in (0, 1)]
   return {
-    'neither lag': _entropy([np.mean(list(chances.values()))]),
+    'neither lag': _entropy([sum(chances.values()) / 4]),
     'first lag': _entropy(given_first),
     'both lags': _entropy(list(chances.values())),
   }
@@ -95,16 +98,19 @@ def _entropy(chances: list[float]) -> float:
 def draw_recall(
   rng: np.random.Generator, num_steps: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Draw a number that is shown at the first step and asked for at the last.
+  """Draw numbers that are shown at the first step, one of which is asked for.
+
+  All later inputs are 0. A network with far fewer units than numbers must learn at the
+  first step which of them to keep. The error at the last step has to reach the weights'
+  effect at the first one for that.
 
   Returns:
-    Inputs float32 [T, B, 2], the number and a marker at step 0 and zeros after it, and
-    targets float32 [B], uniform in [0, 1].
+    Inputs float32 [1, B, 32] of mean 0 and variance 1, without the steps of zeros, and
+    targets float32 [B], uniform in [0, 1]: the first number before it was normalized.
   """
-  values = rng.random(batch_size, np.float32)
-  inputs = np.zeros((num_steps, batch_size, 2), np.float32)
-  inputs[0] = np.stack([values, np.ones_like(values)], -1)
-  return inputs, values
+  del num_steps
+  values = rng.random((batch_size, RECALL_FEATURES), np.float32)
+  return (values[None] - 0.5) * math.sqrt(12), values[:, 0]
 
 
 def draw_henon(
@@ -205,9 +211,9 @@ PROBLEMS = {
     levels=lag_levels(),
   ),
   'recall': Problem(
-    'a number that is shown at the first step and asked for at the last',
+    f'one of the {RECALL_FEATURES} numbers of the first step, asked for at the last',
     draw_recall,
-    features=2,
+    features=RECALL_FEATURES,
     outputs=1,
     make_loss=fptt_jax.losses.terminal_regression,
     is_stream=False,

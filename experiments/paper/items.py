@@ -13,8 +13,9 @@ import dataclasses
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from experiments import add_task, images, language_model
+from experiments import add_task, images, language_model, online
 from experiments.core.cells import CELLS
+from experiments.data.memory import PROBLEMS
 
 SCALES = ('smoke', 'cpu', 'short', 'full')
 """Values of --scale, from the fastest to the slowest."""
@@ -55,6 +56,8 @@ class Score(NamedTuple):
     label: the score in words.
     higher_is_better: whether a higher score is better.
     digits: number of decimals to print.
+    axis: the horizontal axis of its curves, 'epoch' or 'batches'.
+    marks: names and values of horizontal lines beside its curves.
   """
 
   test: str
@@ -63,9 +66,20 @@ class Score(NamedTuple):
   label: str
   higher_is_better: bool
   digits: int
+  axis: str = 'epoch'
+  marks: tuple[tuple[str, float], ...] = ()
 
 
-ERROR = Score('test_mse', 'test_mse', 'test_mse', 'test MSE', False, 4)
+ERROR = Score(
+  'test_mse',
+  'test_mse',
+  'test_mse',
+  'test MSE',
+  False,
+  4,
+  'batches',
+  (('chance', add_task.CHANCE),),
+)
 
 
 ACCURACY = Score(
@@ -77,6 +91,22 @@ PERPLEXITY = Score('test_ppl', 'valid_ppl', 'valid_ppl', 'perplexity', False, 2)
 
 
 BITS = Score('test_bpc', 'valid_bpc', 'valid_bpc', 'bits per character', False, 3)
+
+
+CREDIT = {
+  task: Score(
+    f'test_{task}',
+    f'last_quarter_{task}',
+    f'test_{task}',
+    f'{task}: {problem.score}',
+    False,
+    4,
+    'batches',
+    tuple(problem.levels.items()),
+  )
+  for task, problem in PROBLEMS.items()
+}
+"""Scores of the problems with long dependencies."""
 
 
 class Entry(NamedTuple):
@@ -500,6 +530,60 @@ def alpha(scale: str) -> list[Entry]:
   ]
 
 
+LONG_RECALL = dict(seq_len=10_000, num_windows=1000, batches=200, test_steps=200)
+"""Settings of the recall of a number that was shown 10,000 steps before."""
+
+
+def credit(scale: str) -> list[Entry]:
+  """Declare the problems that windows alone cannot learn, with and without credit.
+
+  The paper has no such comparison. 'full' and 'short' are the same as 'cpu'.
+  """
+  variants = (
+    ('tbptt', 'none'),
+    ('tbptt', 'snap1'),
+    ('tbptt', 'rtrl'),
+    ('fptt', 'none'),
+    ('fptt', 'rtrl'),
+    ('bptt', 'none'),
+  )
+  entries = [
+    _online(task, scale, task, method, influence)
+    for task in online.TASKS
+    for method, influence in variants
+  ]
+  if scale == 'smoke':
+    return entries
+  return entries + [
+    _online('recall10000', scale, 'recall', method, influence, **LONG_RECALL)
+    for method, influence in (('tbptt', 'none'), ('tbptt', 'rtrl'), ('bptt', 'none'))
+  ]
+
+
+def _online(
+  name: str, scale: str, task: str, method: str, influence: str, **settings: Any
+) -> Entry:
+  """Declare a line on a problem with a long dependency.
+
+  Args:
+    name: name of the problem in the line's label.
+    scale: a name in :data:`SCALES`.
+    task: a name in `online.TASKS`.
+    method: training method.
+    influence: how credit crosses the border of a window.
+    **settings: further settings of `online.Config`.
+  """
+  preset = online.TASKS[task] | settings
+  if scale == 'smoke':
+    preset |= dict(seq_len=12, num_windows=3, hidden=4, batch_size=4, batches=4)
+    preset |= dict(eval_every=2, test_steps=20)
+  if method == 'bptt':
+    del preset['num_windows']
+  config = online.Config(task=task, method=(method,), influence=influence, **preset)
+  label = f'{name}-{method}' + ('' if influence == 'none' else f'-{influence}')
+  return Entry(label, online, config, CREDIT[task])
+
+
 ITEMS: dict[str, Callable[[str], list[Entry]]] = {
   'fig1': fig1,
   'fig2': fig2,
@@ -511,6 +595,7 @@ ITEMS: dict[str, Callable[[str], list[Entry]]] = {
   'table6': table6,
   'cells': cells,
   'alpha': alpha,
+  'online': credit,
 }
 """Items that are compared by training: (scale) -> lines."""
 

@@ -8,7 +8,6 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from experiments import add_task
 from experiments.core import files, plotting
 from experiments.core.plotting import Curve
 from experiments.paper import items, quoted
@@ -98,12 +97,9 @@ def write_tables(
       folder / f'{name}.json',
       {'item': config.item, 'scale': config.scale, 'lines': table, 'quoted': rivals},
     )
-    is_error = score is items.ERROR
-    panels = {
-      'batches' if is_error else 'epoch': learning_curves(folder, pairs, score.curve)
-    }
-    marks = {'chance': add_task.CHANCE} if is_error else {}
-    plotting.plot_curves(folder / f'{name}.png', panels, title, score.label, marks)
+    panels = {score.axis: learning_curves(folder, pairs, score.curve)}
+    path = folder / f'{name}.png'
+    plotting.plot_curves(path, panels, title, score.label, dict(score.marks))
   for quote in quotes:
     print(quote)
   _print_scale(config.scale)

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import add_task
 from experiments.benchmark import cost, plots
 from experiments.core import plotting, workdir
 from experiments.core.plotting import Curve
-from experiments.paper import convergence, items
-from experiments.paper.items import Score
+from experiments.paper import convergence
 from experiments.results import store, tables
 from experiments.results.store import Row
 
@@ -65,17 +63,10 @@ def draw_curves(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
         curves.append(Curve(row.line, row.settings['method'], x, y))
     if curves:
       path = out / f'{stem}-{score.test}.png'
-      unit, marks = axis_of(score)
-      plotting.plot_curves(path, {unit: curves}, stem, score.label, marks)
+      marks = dict(score.marks)
+      plotting.plot_curves(path, {score.axis: curves}, stem, score.label, marks)
       drawn.append(path)
   return drawn
-
-
-def axis_of(score: Score) -> tuple[str, dict[str, float]]:
-  """Return the unit of the learning curves of a score, and the lines to mark."""
-  if score is items.ERROR:
-    return 'batches', {'chance': add_task.CHANCE}
-  return 'epoch', {}
 
 
 def draw_tuning(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:

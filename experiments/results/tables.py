@@ -22,7 +22,9 @@ from experiments.paper.tables import interval
 from experiments.results import store
 from experiments.results.store import Item, Row
 
-SCORES = [value for value in vars(items).values() if isinstance(value, Score)]
+SCORES = [value for value in vars(items).values() if isinstance(value, Score)] + [
+  *items.CREDIT.values()
+]
 """Scores of all scripts, in the order in which a row is searched for them."""
 
 

@@ -1,0 +1,107 @@
+"""Measurements of runs whose batches are drawn anew, every so many batches."""
+
+import dataclasses
+import statistics
+from typing import Any
+
+import numpy as np
+
+from experiments.core import loop
+from experiments.core.schedule import Member
+import fptt_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class IntervalReporter:
+  """Measurements on a test batch at the end of each interval.
+
+  Attributes:
+    trainer: the trainer of one run, which evaluates.
+    tests: test batch by seed.
+    extra: entries that every summary ends with.
+    num_windows: K.
+    score: name of the test loss in the lines of metrics; it begins with 'test_'.
+    label: the test loss in words.
+    metric: None, since the last weights are the result.
+    higher_is_better: not used without a validation score.
+  """
+
+  trainer: fptt_jax.Trainer
+  tests: dict[int, fptt_jax.Batch]
+  extra: dict[str, Any]
+  num_windows: int
+  score: str
+  label: str
+  metric: str | None = None
+  higher_is_better: bool = False
+
+  def step(self, record: loop.Record) -> int:
+    """Return the number of batches."""
+    return record.batches
+
+  def measure(
+    self, member: Member, params: Any, record: loop.Record, last: Any
+  ) -> dict[str, Any]:
+    """Return means over the updates of the last batch, and the test loss."""
+    # Skipped updates have losses that are not finite.
+    made = ~last.skipped
+    count = max(1, made.sum())
+    row = {
+      'updates': record.updates,
+      'train_loss': float(np.where(made, last.loss, 0).sum() / count),
+      'grad_norm': float(np.where(made, last.grad_norm, 0).sum() / count),
+    }
+    if member.config.on_nonfinite == 'skip':
+      row['skipped'] = record.skipped
+    sums, _ = self.trainer.evaluate(params, self.tests[member.seed])
+    row[self.score] = fptt_jax.compute_metrics(sums)['loss']
+    return row
+
+  def line(self, member: Member, row: dict[str, Any], reason: str | None) -> str:
+    """Return a line with the losses of an evaluation."""
+    start = f'{member.label}  batch {row["step"]:>6}  '
+    if reason is not None:
+      return f'{start}diverged: {reason}'
+    # Numbers that are not finite are None in a row.
+    if None in row.values():
+      return f'{start}diverged: the {self.label} is not finite'
+    skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
+    return (
+      f'{start}updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  '
+      f'{self.label} {row[self.score]:.4f}  {skipped}{row["seconds"]:.0f} s'
+    )
+
+  def summarize(
+    self, member: Member, rows: list[dict[str, Any]], record: loop.Record, params: Any
+  ) -> dict[str, Any]:
+    """Return the losses of a run that has ended, and the entries of `extra`."""
+    settings = {'lr': member.config.lr, 'momentum': member.config.momentum}
+    return settings | summarize(self.num_windows, rows, self.score) | self.extra
+
+
+def summarize(
+  num_windows: int, rows: list[dict[str, Any]], score: str
+) -> dict[str, Any]:
+  """Return the summary of a run.
+
+  Args:
+    num_windows: K.
+    rows: its lines of metrics; at least one.
+    score: name of the test loss in them, which begins with 'test_'.
+
+  Returns:
+    The counts of the last line, its test loss, and the mean of the test losses over the
+    last quarter of the batches, None if the run diverged.
+  """
+  # One point of a noisy curve would make the order of the methods a matter of luck.
+  late = [row[score] for row in rows if row['step'] > 0.75 * rows[-1]['step']]
+  return {
+    'K': num_windows,
+    'batches': rows[-1]['step'],
+    'updates': rows[-1]['updates'],
+    score: rows[-1][score],
+    score.replace('test_', 'last_quarter_'): (
+      None if None in late else statistics.fmean(late)
+    ),
+    'seconds': rows[-1]['seconds'],
+  }
