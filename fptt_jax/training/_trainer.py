@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -185,13 +185,21 @@ def make_trainer(
   spec = resolve_spec(model, loss, optimizer, method, options)
   placement = make_placement(mesh, check_flag('shard_params', shard_params), loss)
   if shard_params and spec.influence is not None:
-    raise ValueError(
-      'influence goes without shard_params, since each row needs the gradient of all '
-      f'parameters: got influence={influence!r} and shard_params=True.'
-    )
+    _refuse_sharding(influence)
   spec = dataclasses.replace(spec, axis=placement.axis)
-  functions = _Functions(spec, placement)
-  donate = check_flag('donate', donate)
+  return _compile(_Functions(spec, placement), check_flag('donate', donate))
+
+
+def _refuse_sharding(influence: str | Influence) -> NoReturn:
+  raise ValueError(
+    'influence goes without shard_params, since each row needs the gradient of all '
+    f'parameters: got influence={influence!r} and shard_params=True.'
+  )
+
+
+def _compile(functions: '_Functions', donate: bool) -> Trainer:
+  """Return the compiled functions of a trainer."""
+  # `init` and `end_epoch` run once per run and per epoch, and may see concrete values.
   return Trainer(
     init=functions.init,
     step=Compiled(functions.step, donate=donate),
