@@ -150,6 +150,7 @@ def validate_batch(batch: Batch, loss: Loss) -> None:
       raise TypeError(
         f'validate_batch needs a batch of concrete arrays, got {batch!r}.'
       )
+  # Numbers at invalid steps are never read, so that padding may be anything.
   valid = np.ones((num_steps, batch_size), bool)
   if batch.lengths is not None:
     lengths = np.asarray(batch.lengths)
@@ -206,6 +207,7 @@ def check_shapes(batch: Batch) -> tuple[int, int]:
     # The dtype of PRNG keys has no kind.
     if getattr(dtype, 'kind', '') in tuple('OSUMm'):
       raise TypeError(f'targets must be numbers, got dtype {dtype}.')
+    # The loss checks the rest, since it knows which of the two it takes.
     if batch_size not in leaf.shape[:2]:
       raise ValueError(
         f'targets must be [B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}; '
@@ -275,6 +277,7 @@ def with_mask(batch: Batch) -> Batch:
 
 def _lengths_and_mask(lengths: Any, mask: Any) -> tuple[Any, Any]:
   """Return lengths and mask, given perhaps a mask as lengths."""
+  # Callers pass the mask in the place of lengths, which is the third argument.
   if mask is None and getattr(lengths, 'ndim', 0) == 2 and lengths.dtype == bool:
     return None, lengths
   return lengths, mask

@@ -131,6 +131,7 @@ def export_step(
   for name, tree in (('state', state), ('args', args)):
     _check_arrays(name, tree)
   num_state = len(jax.tree.leaves(state))
+  # The structure of the results is known only once the step has been traced.
   outputs: dict[str, Any] = {}
 
   def flat_step(*leaves: jax.Array) -> list[jax.Array]:
@@ -144,6 +145,7 @@ def export_step(
   donated = num_state if donate else 0
   jitted = jax.jit(flat_step, donate_argnums=tuple(range(donated)))
   leaves = jax.tree.leaves((state, args))
+  # Typed keys exist in JAX alone; other runtimes know plain arrays.
   abstract = [jax.eval_shape(_key_data, leaf) for leaf in leaves]
   exported = export.export(jitted, platforms=tuple(platforms))(*abstract)
   manifest = {
@@ -196,6 +198,7 @@ def load_exported_step(folder: str | Path) -> LoadedStep:
         f'folder must hold {name} as it was written, with sha256 {expected}; got '
         f'{found} in {folder}. {AGAIN}.'
       )
+  # Hashes are compared first, since a damaged program may crash the process.
   exported = export.deserialize(bytearray(data[PROGRAM]))
   num_state = len(manifest['state'])
   donated = tuple(range(manifest['donated']))
@@ -256,6 +259,7 @@ def _check_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
       f'{manifest["versions"]["jax"]}, in {folder}. {AGAIN}, or compile {TEXT}.'
     )
   platform = jax.default_backend()
+  # JAX names the backend of NVIDIA's GPUs 'gpu', and the platform 'cuda'.
   accepted = {platform, {'gpu': 'cuda'}.get(platform, platform)}
   if accepted.isdisjoint(manifest['platforms']):
     raise ValueError(

@@ -78,9 +78,11 @@ def find_nonfinite(
     check_number('radius', radius, 0, FLOAT32_MAX, 'a finite number >= 0')
   run = _as_run(metrics)
   finite = np.isfinite(run.losses) & np.isfinite(run.norms)
+  # A skipped update did no harm, but a batch with a bad label must be reported.
   fine = (finite | run.skipped) & ~run.invalid
   if fine.all():
     return None
+  # The first one explains those after it.
   at = int(fine.argmin())
   batch, window = divmod(at, run.num_updates)
   where = f'window {window} of {run.num_updates} (update {first_update + at})'
@@ -148,6 +150,7 @@ def _as_run(metrics: StepMetrics) -> _Run:
       f'{norms.shape}, lambda_norm {lambdas.shape}, skipped {skipped.dtype} '
       f'{skipped.shape}.'
     )
+  # Metrics made by hand may lack the field.
   invalid = np.zeros(shape, bool)
   if metrics.invalid is not None:
     invalid = np.asarray(metrics.invalid)
@@ -219,6 +222,7 @@ def lambda_diverges(
   half = (len(lambdas) + 1) // 2
   seen = np.concatenate([lambdas[:half], grads[:half].ravel()])
   largest = seen[np.isfinite(seen)].max(initial=0)
+  # A comparison with NaN would be False.
   if not np.isfinite(lambdas[-1]):
     return True
   return bool(lambdas[-1] > DIVERGENCE_FACTOR * largest > 0)

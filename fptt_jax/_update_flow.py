@@ -100,6 +100,7 @@ def _follow(jaxpr: core.Jaxpr, inputs: Sequence[_Flow]) -> list[_Flow]:
     )
 
   for equation in jaxpr.eqns:
+    # Equations come in the order in which they are computed.
     outputs = _follow_equation(equation, [read(atom) for atom in equation.invars])
     known.update(zip(equation.outvars, outputs, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
@@ -110,6 +111,7 @@ def _follow_equation(equation: Any, inputs: list[_Flow]) -> list[_Flow]:
   name = equation.primitive.name
   bodies = _bodies(equation)
   if name == 'cond':
+    # The first input chooses the branch and does not reach the outputs.
     branches = [_follow(body, inputs[1:]) for body in bodies]
     return [_either(cases) for cases in zip(*branches, strict=True)]
   # A call of another function has that function's inputs. Loops have not.
@@ -131,6 +133,7 @@ def _combine(equation: Any, inputs: list[_Flow]) -> _Flow:
     return inputs[0]._replace(marks=frozenset())
   if name == 'select_n' and inputs[0].is_switch:
     return _either(inputs[1:])
+  # MultiSteps multiplies updates by 0 on calls without a step.
   if name == 'mul':
     for factor, switch in (inputs, inputs[::-1]):
       if switch.is_switch:
@@ -149,6 +152,7 @@ def _all_of(inputs: list[_Flow]) -> _Flow:
 
 def _either(cases: Sequence[_Flow]) -> _Flow:
   """Return the flow of an array that is one of others, for all of its numbers."""
+  # A case that is neither an update nor zero replaces updates by something else.
   if not all(flow.marks or flow.is_zero for flow in cases):
     return _Flow()
   marks = frozenset().union(*(flow.marks for flow in cases))

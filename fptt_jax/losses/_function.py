@@ -68,6 +68,7 @@ def from_function(
     return _measure_steps(function, outputs, targets, window)
 
   def check(targets: Any, valid: np.ndarray) -> None:
+    # Only the default measure depends on the shapes.
     if measure is None:
       _is_terminal(terminal, targets, *valid.shape)
 
@@ -88,6 +89,7 @@ def _is_terminal(
     return terminal
   leaf_shapes = [np.shape(leaf) for leaf in jax.tree.leaves(targets)]
   time_major = [shape[:2] == (num_steps, batch_size) for shape in leaf_shapes]
+  # With T = B, targets [B, ...] and [T, B, ...] cannot be told apart.
   certain = num_steps != batch_size or not any(time_major)
   if leaf_shapes and certain and all(time_major) == any(time_major):
     return not any(time_major)

@@ -182,6 +182,7 @@ class _Members:
     self.trainer = trainer
     self.own_batches = own_batches
     self.mesh = mesh
+    # None broadcasts one batch to all members without copies of it.
     self.batch_axis = 0 if own_batches else None
     # How members, and what all of them share, lie on the mesh.
     self.split: Any = PartitionSpec(None if mesh is None else mesh.axis_names[0])
@@ -255,6 +256,7 @@ class _Members:
     """Run a function of members on each device, for its share of them."""
     if self.mesh is None:
       return function
+    # Members do not depend on each other, so that no device needs another's result.
     return jax.shard_map(
       function,
       mesh=self.mesh,

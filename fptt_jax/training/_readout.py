@@ -42,11 +42,13 @@ def steps_at_once(
     Steps per chunk; S to compute the window as a whole.
   """
   num_steps = features.shape[0]
+  # The readout is the user's own, so its arrays are found by tracing it.
   jaxpr = jax.make_jaxpr(readout)(params, features, key)
   largest = 0
   for equation in jaxpr.eqns:
     for variable in equation.outvars:
       array = variable.aval
+      # Weights have the same size in every chunk and do not count.
       if array.shape[:2] == features.shape[:2]:
         largest = max(largest, array.size * array.dtype.itemsize)
   if largest <= CHUNK_THRESHOLD_BYTES:
@@ -98,6 +100,7 @@ def chunked_loss(
     evaluating: Whether the window is evaluated, not trained on.
   """
   num_steps = features.shape[0]
+  # Chunks of nearly equal size need less padding than full ones and a rest.
   num_chunks = -(-num_steps // steps)
   steps = -(-num_steps // num_chunks)
 
@@ -172,6 +175,7 @@ def _chunked_loss_with_gradient(
     sums = [g + m.astype(g.dtype) for g, m in zip(to_weights, more, strict=True)]
     return tuple(sums), (window_loss, to_features)
 
+  # Sums over many chunks in bfloat16 would stop growing.
   zeros = tuple(jnp.zeros(w.shape, at_least_float32(w.dtype)) for w in weights)
   to_weights, (parts, to_features) = jax.lax.scan(
     body, zeros, (features, targets, mask)
@@ -211,6 +215,7 @@ def _part(
   mask: jax.Array,
 ) -> tuple[jax.Array, MetricSums]:
   """Return a chunk's part of the mean and of the totals."""
+  # `count` is the whole window's, so that the parts add up to its mean.
   values = per_step(run(features, key, *weights), targets)
   wide = at_least_float32(values['loss'].dtype)
   loss = jnp.sum(values['loss'], where=mask, dtype=wide) / count.astype(wide)

@@ -106,6 +106,7 @@ class StepSpec:
         )
       return make_windows(steps, num_windows=1).shifted(num_steps - steps)
     fixed = self.method.num_windows
+    # Methods with an update per step have as many windows as the sequence has steps.
     if fixed == 'T':
       return make_windows(num_steps, num_windows=num_steps)
     if fixed is not None:
@@ -144,6 +145,7 @@ def resolve_spec(
     ValueError: An option is out of range, or options contradict each other.
     TypeError: `model`, `loss` or `optimizer` is of another type.
   """
+  # Types come first: the other checks read attributes of these objects.
   check_types(model, loss, optimizer)
   name, method = _find_method(method)
   for flag in (
@@ -233,6 +235,7 @@ def _find_influence(
 
 def _hidden_map(model: Model) -> Callable[..., Hidden]:
   """Make the map from hidden state to hidden state, without noise."""
+  # Hand-written backward passes have no forward mode, which some influences need.
   apply = model.apply if model.plain is None else model.plain
 
   def run(params: Params, hidden: Hidden, x: Any, mask: jax.Array | None) -> Hidden:
