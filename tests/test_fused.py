@@ -246,7 +246,8 @@ def compiled_step(num_steps, num_windows, features=1, batch_size=64, **options):
   """Compile a train step of an LSTM of 128 units."""
   run = nn.from_nnx(
     lambda rngs: nn.Sequential(
-      nn.LSTM(features, 128, rngs=rngs), nnx.Linear(128, 10, rngs=rngs)
+      nn.LSTM(features, 128, implementation='custom_vjp', rngs=rngs),
+      nnx.Linear(128, 10, rngs=rngs),
     )
   )
   loss, tx = (

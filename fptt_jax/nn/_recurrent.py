@@ -22,12 +22,13 @@ from fptt_jax._checks import (
   check_number,
   check_size,
 )
+from fptt_jax.nn import _native
 from fptt_jax.nn._checks import check_batch_size, check_inputs, check_rngs, check_window
 from fptt_jax.nn._fused import FusedCell, WindowKernel, run_fused
 from fptt_jax.nn.kernels import cuda
 
 Step = Callable[[Any, Any], tuple[Any, jax.Array]]
-IMPLEMENTATIONS = ('custom_vjp', 'scan', 'cuda')
+IMPLEMENTATIONS = ('auto', 'native', 'custom_vjp', 'scan', 'cuda')
 
 
 def scan_cell(
@@ -83,6 +84,12 @@ class Recurrent(nnx.Module):
     param_dtype: dtype of parameters and state.
     implementation: how a window runs.
 
+      * 'auto': as 'native' where that is possible, else as 'custom_vjp'.
+      * 'native': all steps of a window in one kernel for the CPU, compiled at first use
+        (:mod:`fptt_jax.nn.kernels.cpu`), with the same derivatives as 'custom_vjp'.
+        Only :class:`LSTM` has one, for float32. Without a C++ compiler, in another
+        dtype, for symbolic sizes and on an accelerator it warns once and runs as
+        'custom_vjp'. Programs exported by `jax.export` never hold the kernel.
       * 'custom_vjp': with the hand-written backward pass, if the layer has one. It is
         fast and small, and differentiable once, in reverse mode.
       * 'scan': the plain scan of `step`, which `jax.jvp` and second derivatives need.
@@ -99,6 +106,7 @@ class Recurrent(nnx.Module):
   """
 
   _cuda_kernel: ClassVar[WindowKernel | None] = None
+  _native_cell: ClassVar[_native.NativeCell | None] = None
 
   def __init__(
     self,
@@ -106,7 +114,7 @@ class Recurrent(nnx.Module):
     hidden_features: int,
     param_dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
-    implementation: str = 'custom_vjp',
+    implementation: str = 'auto',
   ):
     check_choice('implementation', implementation, IMPLEMENTATIONS)
     check_rngs(rngs)
@@ -114,8 +122,7 @@ class Recurrent(nnx.Module):
     self.hidden_features = check_size('hidden_features', hidden_features)
     self.param_dtype = check_dtype('param_dtype', param_dtype)
     self.implementation = implementation
-    if implementation == 'cuda':
-      self._check_kernel()
+    self._check_implementation()
 
   @abc.abstractmethod
   def step(self) -> Step:
@@ -147,10 +154,13 @@ class Recurrent(nnx.Module):
       (state after the window, y [S, B, H]). y is undefined at masked steps.
     """
     x = self._check_call(state, x, mask)
+    native = self._choose_native(x)
+    if native is not None:
+      return _native.run_native(*native, state, x, mask)
     # A single step leaves no product to defer. A symbolic size may be any number.
     several_steps = export.is_symbolic_dim(x.shape[0]) or x.shape[0] > 1
     by_kernel = self.implementation == 'cuda'
-    is_fused = by_kernel or (self.implementation == 'custom_vjp' and several_steps)
+    is_fused = by_kernel or (self.implementation != 'scan' and several_steps)
     fused = self._fused_cell() if is_fused else None
     if fused is None:
       return scan_cell(self.step(), state, x, mask)
@@ -199,9 +209,29 @@ class Recurrent(nnx.Module):
     check_window(self, state, x, mask)
     return x.astype(self.param_dtype)
 
-  def _check_kernel(self) -> None:
-    """Raises unless the layer has a CUDA kernel for its size and dtype."""
+  def _choose_native(self, x: jax.Array) -> tuple[_native.NativeCell, Any] | None:
+    """Returns the cell and the weights if a window runs in the native kernel."""
+    if self.implementation not in ('auto', 'native') or self._native_cell is None:
+      return None
+    fused = self._fused_cell()
+    assert fused is not None
+    weights = fused[1]
+    problem = _native.find_problem(self._native_cell, weights, x)
+    if problem is None:
+      return self._native_cell, weights
+    if self.implementation == 'native':
+      _native.warn_once(problem)
+    return None
+
+  def _check_implementation(self) -> None:
+    """Raises if the layer has no kernel, or no CUDA kernel for its size and dtype."""
     name = type(self).__name__
+    if self.implementation == 'native' and self._native_cell is None:
+      raise ValueError(
+        f"implementation='native' needs a layer with a kernel, LSTM, got {name}."
+      )
+    if self.implementation != 'cuda':
+      return
     if self._cuda_kernel is None:
       raise ValueError(
         f"implementation='cuda' needs a layer with a kernel, LSTM or GRU, got {name}."

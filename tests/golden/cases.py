@@ -7,6 +7,7 @@ comes out; `tests/test_golden.py` compares.
 from collections.abc import Callable
 import dataclasses
 import hashlib
+import inspect
 from pathlib import Path
 import platform
 import re
@@ -57,7 +58,13 @@ class Case:
 
 
 def layer_of(kind: type[nnx.Module], **settings: Any) -> Callable[..., nnx.Module]:
-  """Returns (in_features, dtype, rngs) -> a layer of `kind` with 6 units."""
+  """Returns (in_features, dtype, rngs) -> a layer of `kind` with 6 units.
+
+  Layers with several implementations run as JAX's own scans unless `settings` say
+  otherwise, so that the records do not depend on a C++ compiler.
+  """
+  if 'implementation' in inspect.signature(kind).parameters:
+    settings = {'implementation': 'custom_vjp', **settings}
   return lambda features, dtype, rngs: kind(
     features, 6, param_dtype=dtype, rngs=rngs, **settings
   )

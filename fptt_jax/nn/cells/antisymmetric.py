@@ -75,9 +75,9 @@ class AntisymmetricRNN(Recurrent):
     gamma: diffusion γ >= 0.
     w_scale: σ_w. The initial entries of W are normal with variance σ_w²/H, those of V
       with variance 1/D; biases are 0.
-    implementation: 'custom_vjp' runs windows with a hand-written backward pass, which
-      is fast and differentiable once, in reverse mode. 'scan' is the plain scan over
-      steps, which `jax.jvp` and second derivatives need.
+    implementation: 'auto' and 'custom_vjp' run windows with a hand-written backward
+      pass, which is fast and differentiable once, in reverse mode. 'scan' is the plain
+      scan over steps, which `jax.jvp` and second derivatives need.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
 
@@ -106,7 +106,7 @@ class AntisymmetricRNN(Recurrent):
     epsilon: float = 0.01,
     gamma: float = 0.01,
     w_scale: float = 1.0,
-    implementation: str = 'custom_vjp',
+    implementation: str = 'auto',
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):

@@ -45,9 +45,9 @@ class ElmanRNN(Recurrent):
     in_features: D.
     hidden_features: H.
     init: 'torch' or 'flax', as for :class:`fptt_jax.nn.LSTM`.
-    implementation: 'custom_vjp' runs windows with a hand-written backward pass, which
-      is fast and differentiable once, in reverse mode. 'scan' is the plain scan over
-      steps, which `jax.jvp` and second derivatives need.
+    implementation: 'auto' and 'custom_vjp' run windows with a hand-written backward
+      pass, which is fast and differentiable once, in reverse mode. 'scan' is the plain
+      scan over steps, which `jax.jvp` and second derivatives need.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
 
@@ -73,7 +73,7 @@ class ElmanRNN(Recurrent):
     hidden_features: int,
     *,
     init: str = 'torch',
-    implementation: str = 'custom_vjp',
+    implementation: str = 'auto',
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):

@@ -131,9 +131,9 @@ class GRU(Recurrent):
     hidden_features: H.
     init: 'torch' or 'flax', as for :class:`fptt_jax.nn.LSTM`.
     recurrent_bias: whether there is a second bias. Without it, b_hn is 0.
-    implementation: 'custom_vjp' runs windows with a hand-written backward pass, which
-      is fast and differentiable once, in reverse mode. 'scan' is the plain scan over
-      steps, which `jax.jvp` and second derivatives need.
+    implementation: 'auto' and 'custom_vjp' run windows with a hand-written backward
+      pass, which is fast and differentiable once, in reverse mode. 'scan' is the plain
+      scan over steps, which `jax.jvp` and second derivatives need.
       'cuda' runs all steps of a window in one CUDA kernel, for float32 and H of 32, 64
       or 128; the kernels have only run in emulation so far.
     param_dtype: dtype of parameters and state.
@@ -165,7 +165,7 @@ class GRU(Recurrent):
     *,
     init: str = 'torch',
     recurrent_bias: bool = True,
-    implementation: str = 'custom_vjp',
+    implementation: str = 'auto',
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):

@@ -65,9 +65,9 @@ class IndRNN(Recurrent):
     max_weight: upper limit of abs(u), > 0; the paper's is `2 ** (1 / num_steps)`. None
       for no limit.
     initial_range: (low, high) of the uniform initial u, within ±`max_weight`.
-    implementation: 'custom_vjp' runs windows with a hand-written backward pass, which
-      is fast and differentiable once, in reverse mode. 'scan' is the plain scan over
-      steps, which `jax.jvp` and second derivatives need.
+    implementation: 'auto' and 'custom_vjp' run windows with a hand-written backward
+      pass, which is fast and differentiable once, in reverse mode. 'scan' is the plain
+      scan over steps, which `jax.jvp` and second derivatives need.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters. `w_x` is uniform in ±√(6/(65 D)), as in the
       authors' code (He's with slope 8), and the bias is 0. The weights are small
@@ -97,7 +97,7 @@ class IndRNN(Recurrent):
     *,
     max_weight: float | None = None,
     initial_range: tuple[float, float] = (0.0, 1.0),
-    implementation: str = 'custom_vjp',
+    implementation: str = 'auto',
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):

@@ -90,9 +90,9 @@ class LRU(Recurrent):
       Long memories need a ring near 1.
     max_phase: the initial phase of λ is uniform in (0, max_phase), at most 2π. Long
       sequences need a small one.
-    implementation: 'custom_vjp' runs windows with a hand-written backward pass, which
-      is fast and differentiable once, in reverse mode. 'scan' is the plain scan over
-      steps, which `jax.jvp` and second derivatives need.
+    implementation: 'auto' and 'custom_vjp' run windows with a hand-written backward
+      pass, which is fast and differentiable once, in reverse mode. 'scan' is the plain
+      scan over steps, which `jax.jvp` and second derivatives need.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters. B's parts are normal with variance 1/(2D),
       C's with 1/N, `d` with 1 (a matrix with 1/D). γ = log √(1 - r²) of the modulus r,
@@ -134,7 +134,7 @@ class LRU(Recurrent):
     r_min: float = 0.0,
     r_max: float = 1.0,
     max_phase: float = 2 * math.pi,
-    implementation: str = 'custom_vjp',
+    implementation: str = 'auto',
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):

@@ -15,6 +15,7 @@ from fptt_jax.nn._fused import (
   scale_gates,
 )
 from fptt_jax.nn._initializers import draw_gates
+from fptt_jax.nn._native import NativeCell
 from fptt_jax.nn._recurrent import Recurrent, Step
 from fptt_jax.nn.kernels import cuda
 
@@ -116,6 +117,10 @@ CUDA_KERNEL = WindowKernel(_cuda_forward, _cuda_backward)
 """All steps of :data:`FUSED_CELL`, float32, H in `cuda.SIZES`."""
 
 
+NATIVE_CELL = NativeCell('lstm', num_factors=5, fused=FUSED_CELL)
+"""The factors are i, f, g, o and the new c."""
+
+
 class LSTM(Recurrent):
   r"""Long short-term memory with forget gates, as `torch.nn.LSTM` computes it.
 
@@ -135,9 +140,11 @@ class LSTM(Recurrent):
       'flax' draws `w_x` LeCun normal and `w_h` orthogonal per gate; the bias is 0.
     forget_bias: initial bias of the forget gate, in place of `init`'s. 1 gives long
       memories from the start.
-    implementation: 'custom_vjp' runs windows with a hand-written backward pass, which
-      is fast and differentiable once, in reverse mode. 'scan' is the plain scan over
-      steps, which `jax.jvp` and second derivatives need.
+    implementation: 'native' runs all steps of a window in one kernel for the CPU,
+      which a C++ compiler compiles at first use, for float32. 'custom_vjp' runs windows
+      with a hand-written backward pass. 'auto' takes the first that can run. They are
+      differentiable once, in reverse mode. 'scan' is the plain scan over steps, which
+      `jax.jvp` and second derivatives need.
       'cuda' runs all steps of a window in one CUDA kernel, for float32 and H of 32, 64
       or 128; the kernels have only run in emulation so far.
     param_dtype: dtype of parameters and state.
@@ -160,6 +167,7 @@ class LSTM(Recurrent):
   """
 
   _cuda_kernel = CUDA_KERNEL
+  _native_cell = NATIVE_CELL
 
   def __init__(
     self,
@@ -168,7 +176,7 @@ class LSTM(Recurrent):
     *,
     init: str = 'torch',
     forget_bias: float | None = None,
-    implementation: str = 'custom_vjp',
+    implementation: str = 'auto',
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):

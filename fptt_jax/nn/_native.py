@@ -1,0 +1,306 @@
+"""Windows that run in a native kernel of the CPU: see :mod:`fptt_jax.nn.kernels.cpu`.
+
+A window is one operation forward and one backward, which gives all gradients. Each is
+a primitive of JAX, because only its lowering knows what a program is for: one for this
+CPU calls the kernel, and one for another platform, or for :mod:`jax.export`, runs the
+fused scan.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+import warnings
+
+import jax
+from jax import export
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+import jax.numpy as jnp
+
+from fptt_jax.nn._fused import FusedCell, Mask, State, Weights, run_fused
+from fptt_jax.nn.kernels import cpu
+
+UNIT_MULTIPLE = 16
+"""Kernels keep factors for a multiple of so many units, the widest vector of floats."""
+
+
+class NativeCell(NamedTuple):
+  """A cell with a native kernel.
+
+  Operands are the weights, x, the mask, the parts of the state, and backward y, the
+  factors, dy and the gradient of the parts of the end state. Results are the parts of
+  the end state, y and the factors, and backward the gradients of weights, x and the
+  parts of the state. What is absent or not wanted has no elements.
+
+  Attributes:
+    name: name of the kernel's source and targets.
+    num_factors: numbers per unit and step that the backward pass reads, without y.
+    fused: the same cell, for programs that cannot call the kernel.
+  """
+
+  name: str
+  num_factors: int
+  fused: FusedCell
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+  """Tells which gradients a backward pass computes beside those of the weights."""
+
+  x: bool
+  state: bool
+
+
+class _Call(NamedTuple):
+  """The static parts of an operation.
+
+  Attributes:
+    cell: the cell.
+    structure: tree structure of (weights, state).
+    keep: whether the forward pass returns factors.
+    wanted: what the backward pass computes.
+  """
+
+  cell: NativeCell
+  structure: Any
+  keep: bool = False
+  wanted: _Wanted = _Wanted(False, False)
+
+
+def find_problem(cell: NativeCell, weights: Weights, x: jax.Array) -> str | None:
+  """Returns why a window cannot run in the native kernel, or None if it can."""
+  if jax.default_backend() != 'cpu':
+    return f'the default backend is {jax.default_backend()!r}'
+  dtypes = {leaf.dtype for leaf in (x, *jax.tree.leaves(weights))}
+  if dtypes != {jnp.dtype(jnp.float32)}:
+    names = sorted(dtype.name for dtype in dtypes)
+    return f'it takes float32, got {", ".join(names)}'
+  if any(export.is_symbolic_dim(size) for size in x.shape):
+    return 'sizes are symbolic'
+  if 0 in x.shape or math.prod(x.shape[-3:-1]) >= 2**31:
+    return f'it takes 1 to 2^31 rows in a window, got inputs of the shape {x.shape}'
+  return cpu.find_problem(cell.name)
+
+
+@functools.cache
+def warn_once(problem: str) -> None:
+  """Warns that windows run in the fused scan although the kernel was asked for."""
+  warnings.warn(
+    "implementation='native' runs as 'custom_vjp' where it must: " + problem,
+    stacklevel=2,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_native(
+  cell: NativeCell, weights: Weights, state: State, x: jax.Array, mask: Mask
+) -> tuple[State, Any]:
+  """Runs a window as `run_fused` does, for which `find_problem` found no problem."""
+  return _run_forward(cell, False, weights, state, x, mask)[0]
+
+
+def _run_forward(
+  cell: NativeCell,
+  keep: bool,
+  weights: Weights,
+  state: State,
+  x: jax.Array,
+  mask: Mask,
+) -> tuple[tuple[State, jax.Array], jax.Array]:
+  """Returns ((state after the window, y), factors)."""
+  parts, state_structure = jax.tree.flatten(state)
+  call = _Call(cell, jax.tree.structure((weights, state)), keep)
+  operands = (*weights, x, _fill(mask, jnp.bool_), *parts)
+  *end, y, factors = _forward_p.bind(*operands, call=call)
+  return (jax.tree.unflatten(state_structure, end), y), factors
+
+
+def _run_native_forward(
+  cell: NativeCell, weights: Any, state: Any, x: Any, mask: Any
+) -> tuple[Any, Any]:
+  """Runs a window whose arguments tell whether they are differentiated."""
+  wanted = _Wanted(x.perturbed, any(part.perturbed for part in jax.tree.leaves(state)))
+  weights, state, x, mask = jax.tree.map(
+    lambda argument: argument.value, (weights, state, x, mask)
+  )
+  outputs, factors = _run_forward(cell, True, weights, state, x, mask)
+  return outputs, (weights, state, x, mask, outputs[1], factors, wanted)
+
+
+def _run_native_backward(
+  cell: NativeCell, residuals: Any, gradient: tuple[State, Any]
+) -> tuple[Any, ...]:
+  """Returns the gradients of weights, state, x and (None) mask."""
+  weights, state, x, mask, y, factors, wanted = residuals
+  d_end, dy = gradient
+  parts, state_structure = jax.tree.flatten(state)
+  call = _Call(cell, jax.tree.structure((weights, state)), wanted=wanted)
+  d_outputs = (dy, *jax.tree.leaves(d_end, is_leaf=_is_zero))
+  given = [_fill(None if _is_zero(d) else d, jnp.float32) for d in d_outputs]
+  operands = (*weights, x, _fill(mask, jnp.bool_), *parts, y, factors, *given)
+  gradients = _backward_p.bind(*operands, call=call)
+  d_weights = tuple(gradients[: len(weights)])
+  dx, *d_parts = gradients[len(weights) :]
+  d_state = jax.tree.unflatten(state_structure, d_parts) if wanted.state else None
+  return d_weights, d_state, dx if wanted.x else None, None
+
+
+run_native.defvjp(_run_native_forward, _run_native_backward, symbolic_zeros=True)
+
+
+def _is_zero(gradient: Any) -> bool:
+  return isinstance(gradient, SymbolicZero)
+
+
+def _fill(array: jax.Array | None, dtype: Any) -> jax.Array:
+  """Returns an array, or one without elements for None."""
+  return jnp.zeros(0, dtype) if array is None else array
+
+
+def _split(call: _Call, operands: Any) -> tuple[Any, Any, Any, Any, Any]:
+  """Splits operands into (weights, parts of the state, x, mask, others)."""
+  num_weights = len(
+    jax.tree.unflatten(call.structure, [0] * call.structure.num_leaves)[0]
+  )
+  num_parts = call.structure.num_leaves - num_weights
+  weights = operands[:num_weights]
+  x, mask, *others = operands[num_weights:]
+  return weights, others[:num_parts], x, mask, others[num_parts:]
+
+
+def _forward_shapes(call: _Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
+  """Returns the shapes of the forward pass's results."""
+  _, parts, x, _, _ = _split(call, operands)
+  *steps, _ = x.shape
+  hidden = parts[0].shape[-1]
+  padded = -(-hidden // UNIT_MULTIPLE) * UNIT_MULTIPLE
+  factors = (*steps, call.cell.num_factors * padded) if call.keep else (*steps[:-2], 0)
+  shapes = [*(part.shape for part in parts), (*steps, hidden), factors]
+  return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+def _backward_shapes(call: _Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
+  """Returns the shapes of the backward pass's results."""
+  weights, parts, x, _, _ = _split(call, operands)
+  nothing = (*x.shape[:-3], 0)
+  shapes = [
+    *(weight.shape for weight in weights),
+    x.shape if call.wanted.x else nothing,
+    *(part.shape if call.wanted.state else nothing for part in parts),
+  ]
+  return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+def _fused_forward(call: _Call, *operands: jax.Array) -> list[jax.Array]:
+  """Computes what the kernel does, without factors, by the fused scan."""
+  weights, parts, x, mask, _ = _split(call, operands)
+  run = _fused_window(call, mask)
+  *_, factors = _forward_shapes(call, *operands)
+  return [*run(weights, parts, x), jnp.zeros(factors.shape, factors.dtype)]
+
+
+def _fused_backward(call: _Call, *operands: jax.Array) -> list[jax.Array]:
+  """Computes what the kernel does by the fused scan, which runs forward anew."""
+  weights, parts, x, mask, others = _split(call, operands)
+  _, _, dy, *d_end = others
+  outputs, pull_back = jax.vjp(_fused_window(call, mask), weights, parts, x)
+  given = (*d_end, dy)
+  d_outputs = [
+    d if d.size else jnp.zeros_like(output)
+    for d, output in zip(given, outputs, strict=True)
+  ]
+  d_weights, d_parts, dx = pull_back(d_outputs)
+  shapes = _backward_shapes(call, *operands)
+  gradients = (*d_weights, dx, *d_parts)
+  return [
+    gradient if math.prod(shape.shape) else jnp.zeros(shape.shape, shape.dtype)
+    for gradient, shape in zip(gradients, shapes, strict=True)
+  ]
+
+
+def _fused_window(call: _Call, mask: jax.Array) -> Any:
+  """Returns the fused scan: (weights, parts, x) -> [parts of the end state, y]."""
+
+  def run(weights: Any, parts: Any, x: jax.Array) -> list[jax.Array]:
+    weights, state = jax.tree.unflatten(call.structure, [*weights, *parts])
+    valid = mask if mask.size else None
+    end, y = run_fused(call.cell.fused, weights, state, x, valid)
+    return [*jax.tree.leaves(end), y]
+
+  return run
+
+
+def _make_primitive(direction: str, shapes: Any, fused: Any) -> Primitive:
+  """Makes an operation of JAX from its results' shapes and the scan that equals it."""
+  primitive = Primitive(f'fptt_jax_native_{direction}')
+  primitive.multiple_results = True
+
+  def abstract(*operands: Any, call: _Call) -> list[Any]:
+    return [
+      jax.core.ShapedArray(result.shape, result.dtype)
+      for result in shapes(call, *operands)
+    ]
+
+  def run_kernel(call: _Call, *operands: jax.Array) -> Any:
+    results = shapes(call, *operands)
+    name = cpu.target(call.cell.name, direction)
+    return jax.ffi.ffi_call(name, results)(*operands)
+
+  def run_fused_members(call: _Call, *operands: jax.Array) -> Any:
+    run = functools.partial(fused, call)
+    _, _, x, _, _ = _split(call, operands)
+    for _ in range(x.ndim - 3):
+      run = jax.vmap(run)
+    return run(*operands)
+
+  def lower(ctx: Any, *operands: Any, call: _Call) -> Any:
+    # A call of the kernel means nothing to another process.
+    exported = ctx.module_context.lowering_parameters.for_export
+    run = run_fused_members if exported else run_kernel
+    run = functools.partial(run, call)
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
+  def lower_elsewhere(ctx: Any, *operands: Any, call: _Call) -> Any:
+    run = functools.partial(run_fused_members, call)
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
+  def batch(operands: Any, axes: Any, *, call: _Call) -> tuple[Any, Any]:
+    # The kernel takes members as leading axes, each with operands of its own.
+    size = next(
+      operand.shape[axis]
+      for operand, axis in zip(operands, axes, strict=True)
+      if axis is not None
+    )
+    members = [
+      jnp.broadcast_to(operand, (size, *operand.shape))
+      if axis is None
+      else jnp.moveaxis(operand, axis, 0)
+      for operand, axis in zip(operands, axes, strict=True)
+    ]
+    results = primitive.bind(*members, call=call)
+    return results, [0] * len(results)
+
+  primitive.def_impl(functools.partial(_run_eagerly, primitive))
+  primitive.def_abstract_eval(abstract)
+  mlir.register_lowering(primitive, lower_elsewhere)
+  mlir.register_lowering(primitive, lower, platform='cpu')
+  batching.primitive_batchers[primitive] = batch
+  return primitive
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(primitive: Primitive, call: _Call, *operands: jax.Array) -> Any:
+  return primitive.bind(*operands, call=call)
+
+
+def _run_eagerly(primitive: Primitive, *operands: jax.Array, call: _Call) -> Any:
+  # Without compilation the operation would call itself.
+  with jax.disable_jit(False):
+    return _compiled(primitive, call, *operands)
+
+
+_forward_p = _make_primitive('forward', _forward_shapes, _fused_forward)
+_backward_p = _make_primitive('backward', _backward_shapes, _fused_backward)

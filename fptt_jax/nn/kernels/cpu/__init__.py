@@ -1,0 +1,182 @@
+"""CPU kernels that run a whole window, compiled at first use and called by `jax.ffi`.
+
+The sources are C++17 with the vector extensions of GCC and Clang. A library is compiled
+for the processor at hand, and kept for later processes in a folder that only its user
+may write: `$FPTT_JAX_CACHE_DIR`, else `fptt_jax` in `$XDG_CACHE_HOME` or `~/.cache`.
+Where there is no such folder, each process compiles for itself.
+
+Calls share the threads of XLA's pool. `$FPTT_JAX_NUM_THREADS` limits their number; the
+default is the number of processors that the process may use. The number of threads does
+not change results, but another processor may round differently.
+"""
+
+import ctypes
+import functools
+import hashlib
+from importlib.metadata import version
+import os
+from pathlib import Path
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+
+import jax
+
+CACHE_VARIABLE = 'FPTT_JAX_CACHE_DIR'
+THREADS_VARIABLE = 'FPTT_JAX_NUM_THREADS'
+FOLDER = Path(__file__).parent
+COMPILERS = ('g++', 'clang++')
+
+
+def target(cell: str, direction: str) -> str:
+  """Returns the name by which JAX knows the kernel of a cell."""
+  return f'fptt_jax_cpu_{cell}_{direction}'
+
+
+@functools.cache
+def find_problem(cell: str) -> str | None:
+  """Compiles and registers a cell's kernels, once per process.
+
+  Args:
+    cell: the name of a source file, such as 'lstm'.
+
+  Returns:
+    None, or why the kernels cannot be used.
+
+  Raises:
+    ValueError: the environment variable of the threads is not a number of threads.
+  """
+  num_threads = count_threads()
+  try:
+    library = _load(cell)
+  except (OSError, RuntimeError) as error:
+    return str(error)
+  library.set_thread_limit(num_threads)
+  for direction in ('forward', 'backward'):
+    capsule = jax.ffi.pycapsule(getattr(library, f'{cell}_{direction}'))
+    jax.ffi.register_ffi_target(target(cell, direction), capsule, platform='cpu')
+  return None
+
+
+def count_threads() -> int:
+  """Returns how many threads the kernels of this process may use together.
+
+  Raises:
+    ValueError: the environment variable is not a whole number of at least 1.
+  """
+  wanted = os.environ.get(THREADS_VARIABLE)
+  if wanted is None:
+    # Containers and job schedulers often grant fewer processors than there are.
+    if hasattr(os, 'sched_getaffinity'):
+      return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+  if not wanted.isdecimal() or int(wanted) < 1:
+    raise ValueError(
+      f'{THREADS_VARIABLE} must be a whole number of at least 1, got {wanted!r}.'
+    )
+  return int(wanted)
+
+
+def compile_command(cell: str) -> list[str]:
+  """Returns the command that compiles a cell's kernels, without `-o`.
+
+  Raises:
+    RuntimeError: there is no compiler on the PATH.
+  """
+  compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+  if compiler is None or sys.platform == 'win32':
+    raise RuntimeError(
+      f'the kernels need {" or ".join(COMPILERS)} on the PATH of Linux or macOS'
+    )
+  options = ['-std=c++17', '-O3', '-march=native', '-ffp-contract=fast', '-fPIC']
+  headers = ['-I', str(FOLDER), '-isystem', jax.ffi.include_dir()]
+  return [compiler, *options, '-shared', *headers, str(FOLDER / f'{cell}.cc')]
+
+
+def _load(cell: str) -> ctypes.CDLL:
+  """Loads a cell's library from the cache, or compiles it.
+
+  Raises:
+    OSError: the library cannot be written or loaded.
+    RuntimeError: there is no compiler, or it fails.
+  """
+  command = compile_command(cell)
+  folder = _private_folder()
+  if folder is not None:
+    library = folder / f'{cell}-{_digest(command)}.so'
+    if not _is_private(library):
+      _compile(command, library)
+    return ctypes.CDLL(str(library))
+  with tempfile.TemporaryDirectory() as temporary:
+    library = Path(temporary) / f'{cell}.so'
+    _compile(command, library)
+    # What is loaded stays when the file is gone.
+    return ctypes.CDLL(str(library))
+
+
+def _private_folder() -> Path | None:
+  """Returns the folder of compiled libraries, or None if it cannot be used."""
+  try:
+    base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    folder = Path(os.environ.get(CACHE_VARIABLE) or base / 'fptt_jax')
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+  except (OSError, RuntimeError):  # There is no home.
+    return None
+  return folder if _is_private(folder) and os.access(folder, os.W_OK) else None
+
+
+def _is_private(path: Path) -> bool:
+  """Returns whether a path exists and only this user may write it.
+
+  A library runs with the rights of the process, so another user must not supply it.
+  """
+  try:
+    status = path.stat()
+  except OSError:
+    return False
+  others = stat.S_IWGRP | stat.S_IWOTH
+  return status.st_uid == os.getuid() and not status.st_mode & others
+
+
+def _digest(command: list[str]) -> str:
+  """Returns a digest of all that a library depends on.
+
+  The macros that the compiler defines tell its version and the instructions of the
+  processor. The interface of `jax.ffi` is that of the installed jaxlib.
+  """
+  compiler, *options = command[:-1]
+  macros = subprocess.run(
+    [compiler, *options, '-x', 'c++', '-dM', '-E', os.devnull],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  sources = [path.read_text() for path in sorted(FOLDER.glob('*.h'))]
+  sources.append(Path(command[-1]).read_text())
+  origins = [*sources, macros.stdout, version('jaxlib'), *command]
+  return hashlib.sha256(repr(origins).encode()).hexdigest()[:32]
+
+
+def _compile(command: list[str], library: Path) -> None:
+  """Compiles to a temporary file beside the library and moves it into place.
+
+  Other processes may compile the same library; the last one that ends wins.
+
+  Raises:
+    OSError: the folder or the disk refuses the file.
+    RuntimeError: the compiler fails.
+  """
+  with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    output = Path(folder) / library.name
+    done = subprocess.run(
+      [*command, '-o', str(output)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+      raise RuntimeError(
+        f'{command[0]} failed to compile {Path(command[-1]).name}:\n'
+        f'{done.stdout}{done.stderr}'
+      )
+    output.chmod(0o700)
+    output.replace(library)
