@@ -63,7 +63,7 @@ def layer_of(kind: type[nnx.Module], **settings: Any) -> Callable[..., nnx.Modul
   Layers with several implementations run as JAX's own scans unless `settings` say
   otherwise, so that the records do not depend on a C++ compiler.
   """
-  if 'implementation' in inspect.signature(kind).parameters:
+  if 'implementation' in inspect.signature(kind.__init__).parameters:
     settings = {'implementation': 'custom_vjp', **settings}
   return lambda features, dtype, rngs: kind(
     features, 6, param_dtype=dtype, rngs=rngs, **settings

@@ -106,9 +106,10 @@ def _load(cell: str) -> ctypes.CDLL:
   folder = _private_folder()
   if folder is not None:
     library = folder / f'{cell}-{_digest(command)}.so'
-    if not _is_private(library):
+    if not _is_private(library) and os.access(folder, os.W_OK):
       _compile(command, library)
-    return ctypes.CDLL(str(library))
+    if _is_private(library):
+      return ctypes.CDLL(str(library))
   with tempfile.TemporaryDirectory() as temporary:
     library = Path(temporary) / f'{cell}.so'
     _compile(command, library)
@@ -117,14 +118,14 @@ def _load(cell: str) -> ctypes.CDLL:
 
 
 def _private_folder() -> Path | None:
-  """Returns the folder of compiled libraries, or None if it cannot be used."""
+  """Returns the folder of compiled libraries, or None if others may write it."""
   try:
     base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     folder = Path(os.environ.get(CACHE_VARIABLE) or base / 'fptt_jax')
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   except (OSError, RuntimeError):  # There is no home.
     return None
-  return folder if _is_private(folder) and os.access(folder, os.W_OK) else None
+  return folder if _is_private(folder) else None
 
 
 def _is_private(path: Path) -> bool:

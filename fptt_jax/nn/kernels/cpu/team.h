@@ -31,21 +31,18 @@ class Team {
   Team() = default;
 
   // Asks the pool for as many helpers as are free and the work is worth.
-  Team(xla::ffi::ThreadPool& pool, double flops) {
+  Team(xla::ffi::ThreadPool& pool, double flops) : counted_(true) {
     constexpr double kWorthwhile = 4e6;  // About 40 microseconds; waking a thread takes 10.
     const int running = ++threads_running;
-    counted_ = true;
-    const int free = std::min<int64_t>(pool.num_threads(), thread_limit - running);
+    const int free = static_cast<int>(std::min<int64_t>(pool.num_threads(), thread_limit - running));
     const int helpers = static_cast<int>(std::min<double>(free, flops / kWorthwhile - 1));
     if (helpers <= 0) return;
-    shared_ = std::make_shared<Shared>();
-    shared_->caller = std::this_thread::get_id();
-    size_ = 1 + helpers;
-    for (int i = 0; i < helpers; i++) pool.Schedule([shared = shared_] { help(*shared); });
+    shared_ = std::make_shared<Shared>(1 + helpers);
+    for (int slot = 1; slot <= helpers; slot++) pool.Schedule([shared = shared_, slot] { help(*shared, slot); });
   }
 
   ~Team() {
-    if (shared_) shared_->ticket.store(kClosed, std::memory_order_release);
+    if (shared_) shared_->closed.store(true, std::memory_order_release);
     if (counted_) --threads_running;
   }
 
@@ -53,7 +50,7 @@ class Team {
   Team& operator=(const Team&) = delete;
 
   // Threads that may take part, for the choice of the number of parts.
-  int size() const { return size_; }
+  int size() const { return shared_ ? static_cast<int>(shared_->slots.size()) : 1; }
 
   // Calls work(0), ..., work(count - 1) in any order, and returns when all are done.
   template <typename Work>
@@ -66,52 +63,59 @@ class Team {
     shared.work.store(&work, std::memory_order_relaxed);
     shared.call.store(
         [](const void* work, int i) { (*static_cast<const Work*>(work))(i); }, std::memory_order_relaxed);
-    shared.count.store(count, std::memory_order_relaxed);
     shared.unfinished.store(count, std::memory_order_relaxed);
-    shared.ticket.store(++phase_ << 32, std::memory_order_release);
-    while (do_part(shared)) continue;
+    phase_++;
+    for (int slot = 0; slot < size(); slot++) {
+      const uint64_t begin = int64_t{slot} * count / size(), end = int64_t{slot + 1} * count / size();
+      shared.slots[slot].ticket.store(phase_ << 40 | end << 20 | begin, std::memory_order_release);
+    }
+    while (do_part(shared, 0)) continue;
     for (int spins = 0; shared.unfinished.load(std::memory_order_acquire) > 0; spins++) pause(spins);
   }
 
  private:
-  static constexpr uint64_t kClosed = ~uint64_t{0};
-
-  struct Shared {
-    // The number of the run in the upper half, the next part in the lower one. Taking a
-    // part is one exchange of both, which fails if the run has ended meanwhile.
-    std::atomic<uint64_t> ticket{kIdle};
-    std::atomic<const void*> work{nullptr};
-    std::atomic<void (*)(const void*, int)> call{nullptr};
-    std::atomic<int> count{0};
-    std::atomic<int> unfinished{0};
-    std::thread::id caller;
+  // A thread's own range of the parts, so that it finds its rows in its cache again: the
+  // number of the run, the end and the next part in 24, 20 and 20 bits. Taking a part is
+  // one exchange of all three, which fails if the run has ended meanwhile.
+  struct alignas(64) Slot {
+    std::atomic<uint64_t> ticket{0};
   };
 
-  static constexpr uint64_t kIdle = 0;
+  struct Shared {
+    explicit Shared(int threads) : slots(threads), caller(std::this_thread::get_id()) {}
 
-  // Does one part of the current run, if there is one left.
-  static bool do_part(Shared& shared) {
-    uint64_t ticket = shared.ticket.load(std::memory_order_acquire);
-    while (ticket != kClosed && ticket >> 32 != 0) {
-      const int part = static_cast<int>(ticket & 0xffffffff);
-      if (part >= shared.count.load(std::memory_order_relaxed)) return false;
-      const void* work = shared.work.load(std::memory_order_relaxed);
-      const auto call = shared.call.load(std::memory_order_relaxed);
-      if (!shared.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-      call(work, part);
-      shared.unfinished.fetch_sub(1, std::memory_order_release);
-      return true;
+    std::vector<Slot> slots;
+    const std::thread::id caller;
+    std::atomic<const void*> work{nullptr};
+    std::atomic<void (*)(const void*, int)> call{nullptr};
+    std::atomic<int> unfinished{0};
+    std::atomic<bool> closed{false};
+  };
+
+  // Does one part of the current run: of a thread's own, or else of another one's.
+  static bool do_part(Shared& shared, size_t own) {
+    for (size_t i = 0; i < shared.slots.size(); i++) {
+      std::atomic<uint64_t>& slot = shared.slots[(own + i) % shared.slots.size()].ticket;
+      uint64_t ticket = slot.load(std::memory_order_acquire);
+      while ((ticket & 0xfffff) < (ticket >> 20 & 0xfffff)) {
+        const void* const work = shared.work.load(std::memory_order_relaxed);
+        const auto call = shared.call.load(std::memory_order_relaxed);
+        if (!slot.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+        call(work, static_cast<int>(ticket & 0xfffff));
+        shared.unfinished.fetch_sub(1, std::memory_order_release);
+        return true;
+      }
     }
     return false;
   }
 
-  static void help(Shared& shared) {
+  static void help(Shared& shared, size_t slot) {
     // Without a pool, XLA would run this in the caller, which would wait for itself.
     if (std::this_thread::get_id() == shared.caller) return;
     ++threads_running;
-    for (int spins = 0; shared.ticket.load(std::memory_order_acquire) != kClosed;) {
+    for (int spins = 0; !shared.closed.load(std::memory_order_acquire);) {
       if (leave_if_crowded()) return;
-      spins = do_part(shared) ? 0 : spins + 1;
+      spins = do_part(shared, slot) ? 0 : spins + 1;
       pause(spins);
     }
     --threads_running;
@@ -132,7 +136,6 @@ class Team {
 
   std::shared_ptr<Shared> shared_;
   uint64_t phase_ = 0;
-  int size_ = 1;
   bool counted_ = false;
 };
 

@@ -1,0 +1,467 @@
+"""The native kernels of the CPU: numbers, fallbacks, and how they are compiled."""
+
+from collections.abc import Callable, Iterator
+import functools
+import os
+from pathlib import Path
+import subprocess
+import sys
+from typing import Any
+import warnings
+
+from flax import nnx
+import jax
+from jax import export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+import fptt_jax
+from fptt_jax import nn
+from fptt_jax.nn import _native
+from fptt_jax.nn.kernels import cpu
+
+LAYERS = {'LSTM': nn.LSTM}
+TINY = 'extern "C" int answer() { return ANSWER; }'
+
+
+@pytest.fixture
+def kernels() -> None:
+  """Skips a test where there is no compiler; a compiler that fails is an error."""
+  try:
+    cpu.compile_command('lstm')
+  except RuntimeError as missing:
+    pytest.skip(str(missing))
+  assert [cpu.find_problem(name.lower()) for name in LAYERS] == [None] * len(LAYERS)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+  """Lets a test compile and warn as a new process does."""
+  caches = (cpu.find_problem, _native.warn_once)
+  for function in caches:
+    function.cache_clear()
+  yield
+  for function in caches:
+    function.cache_clear()
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: None) -> Path:
+  """Puts one small source in place of the kernels, and an empty cache."""
+  folder = tmp_path / 'source'
+  folder.mkdir()
+  (folder / 'tiny.h').write_text('#define ANSWER 42\n')
+  (folder / 'tiny.cc').write_text(f'#include "tiny.h"\n{TINY}')
+  monkeypatch.setattr(cpu, 'FOLDER', folder)
+  monkeypatch.setenv('FPTT_JAX_CACHE_DIR', str(tmp_path / 'cache'))
+  return folder
+
+
+def make_model(layer: str, features: int, hidden: int, **options: Any) -> Any:
+  return nn.from_nnx(lambda rngs: LAYERS[layer](features, hidden, rngs=rngs, **options))
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def compute(
+  layer: str,
+  implementation: str,
+  shape: tuple[int, int, int, int],
+  masked: bool,
+  read: str = 'all',
+) -> Any:
+  """Returns a loss of a window, and its gradients in weights, state and inputs.
+
+  Args:
+    layer: name in `LAYERS`.
+    implementation: of the layer.
+    shape: (S, B, H, D).
+    masked: whether 40 % of the steps are masked.
+    read: what the loss reads: 'all', 'outputs' or 'end', the state after the window.
+  """
+  steps, batch, hidden, features = shape
+  model = make_model(layer, features, hidden, implementation=implementation)
+  params = model.init(jax.random.key(0))
+  state = jax.tree.map(
+    lambda leaf: draw(1, *leaf.shape) / 2, model.initial_state(batch)
+  )
+  mask = jax.random.bernoulli(jax.random.key(2), 0.6, (steps, batch))
+  mask = mask if masked else None
+  weights = draw(3, steps, batch, hidden)
+
+  @problems.quick
+  @lambda function: jax.value_and_grad(function, (0, 1, 2))
+  def total(params: Any, state: Any, x: jax.Array) -> jax.Array:
+    end, y = model.apply(params, state, x, mask, None)
+    y = y if mask is None else jnp.where(mask[..., None], y, 0)
+    from_end = sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(end))
+    from_outputs = jnp.sum(weights * y)
+    return {
+      'all': from_end + from_outputs,
+      'outputs': from_outputs,
+      'end': from_end,
+    }[read]
+
+  return total(params, state, draw(4, steps, batch, features))
+
+
+def assert_close(got: Any, expected: Any, tolerance: float = 3e-6) -> None:
+  """Compares each leaf to `tolerance` times its largest number."""
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    scale = max(float(np.abs(b).max()), 1e-3)
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('layer', LAYERS)
+@pytest.mark.parametrize('masked', [False, True], ids=['whole', 'masked'])
+@pytest.mark.parametrize(
+  'shape',
+  [
+    (1, 1, 1, 1),
+    (1, 64, 128, 1),
+    (3, 3, 5, 2),
+    (5, 8, 16, 3),
+    (28, 8, 16, 1),
+    (4, 50, 17, 50),
+    (9, 64, 16, 50),
+    (6, 50, 128, 2),
+    (2, 3, 600, 70),
+  ],
+  ids=str,
+)
+def test_equals_the_scan(layer: str, shape: Any, masked: bool) -> None:
+  """Outputs and all gradients are equal for any sizes: rows and units that fill no
+  tile, one step, several chunks of a gradient, and weights beyond the cache.
+  """
+  got = compute(layer, 'native', shape, masked)
+  assert_close(got, compute(layer, 'scan', shape, masked))
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('read', ['outputs', 'end'])
+@pytest.mark.parametrize('layer', LAYERS)
+def test_outputs_that_no_loss_reads(layer: str, read: str) -> None:
+  """The kernel takes an absent gradient of y, and of the end state, as zeros."""
+  shape = (5, 7, 20, 3)
+  got = compute(layer, 'native', shape, True, read)
+  assert_close(got, compute(layer, 'scan', shape, True, read))
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('threads', [2, 5])
+@pytest.mark.parametrize('shape', [(9, 70, 100, 70), (3, 5, 600, 40)], ids=str)
+def test_threads_do_not_change_a_bit(threads: int, shape: Any) -> None:
+  """Threads that share rows, or units, give the bits of a single one."""
+  library = cpu._load('lstm')
+  found = []
+  try:
+    for limit in (1, threads):
+      library.set_thread_limit(limit)
+      found.append(compute('LSTM', 'native', shape, True))
+  finally:
+    library.set_thread_limit(cpu.count_threads())
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def gradients(model: Any, batch_size: int) -> Callable[..., Any]:
+  """Returns the gradient of a loss of (params, x) in params."""
+
+  def total(params: Any, x: jax.Array) -> jax.Array:
+    state = model.initial_state(batch_size)
+    return jnp.sum(jnp.sin(model.apply(params, state, x, None, None)[1]))
+
+  return jax.grad(total)
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('layer', LAYERS)
+def test_members(layer: str) -> None:
+  """Models under vmap run in one call, with data that they share and data of their
+  own, also two deep.
+  """
+  models = [make_model(layer, 2, 9, implementation=i) for i in ('native', 'scan')]
+  keys = jax.random.split(jax.random.key(0), 6).reshape(2, 3)
+  params = jax.vmap(jax.vmap(models[0].init))(keys)
+  x = draw(1, 3, 5, 4, 2)
+
+  def run(model: Any) -> Any:
+    inner = jax.vmap(gradients(model, 4))
+    return problems.quick(jax.vmap(inner, in_axes=(0, None)))(params, x)
+
+  assert_close(run(models[0]), run(models[1]))
+
+
+@pytest.mark.usefixtures('kernels')
+def test_without_jit() -> None:
+  """The operation runs eagerly, and where compilation is off."""
+  model = make_model('LSTM', 2, 5, implementation='native')
+  params, x = model.init(jax.random.key(0)), draw(1, 3, 4, 2)
+  expected = jax.jit(gradients(model, 4))(params, x)
+  assert_close(gradients(model, 4)(params, x), expected)
+  with jax.disable_jit():
+    assert_close(gradients(model, 4)(params, x), expected)
+
+
+@pytest.mark.usefixtures('kernels')
+def test_nonfinite_numbers_come_through() -> None:
+  """A weight that is not a number shows in the outputs and the gradient."""
+  model = make_model('LSTM', 2, 5, implementation='native')
+  params = jax.tree.map(lambda w: w.at[0].set(jnp.nan), model.init(jax.random.key(0)))
+  x = draw(1, 3, 4, 2)
+  y = model.apply(params, model.initial_state(4), x, None, None)[1]
+  assert np.isnan(y).any()
+  assert all(np.isnan(d).any() for d in jax.tree.leaves(gradients(model, 4)(params, x)))
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('platforms', [('cpu',), ('cpu', 'cuda')], ids=str)
+def test_exported_programs_hold_no_kernel(platforms: tuple[str, ...]) -> None:
+  """Another process, or device, can run them: forward, backward and under vmap."""
+  model = make_model('LSTM', 2, 5)
+  params = jax.vmap(model.init)(jax.random.split(jax.random.key(0), 2))
+  run = problems.quick(jax.vmap(gradients(model, 4), in_axes=(0, None)))
+  x = draw(1, 3, 4, 2)
+  assert 'fptt_jax_cpu_lstm_backward' in run.lower(params, x).as_text()
+  exported = export.export(run, platforms=platforms)(params, x)
+  assert 'fptt_jax_cpu' not in exported.mlir_module()
+  restored = export.deserialize(exported.serialize())
+  assert_close(restored.call(params, x), run(params, x))
+
+
+@functools.cache
+def train(implementation: str, mesh: jax.sharding.Mesh | None = None) -> Any:
+  """Trains a stack of two layers for two steps on ragged sequences."""
+
+  def build(rngs: nnx.Rngs) -> nn.Sequential:
+    return nn.Sequential(
+      nn.LSTM(3, 20, implementation=implementation, rngs=rngs),
+      nn.LSTM(20, 10, implementation=implementation, rngs=rngs),
+      nnx.Linear(10, 4, rngs=rngs),
+    )
+
+  loss = fptt_jax.losses.terminal_classification(4)
+  trainer = fptt_jax.make_trainer(
+    nn.from_nnx(build), loss, fptt_jax.fptt(optax.sgd(0.5)), num_windows=3, mesh=mesh
+  )
+  lengths = jnp.array([11, 3, 8, 11, 1, 7, 11, 5])
+  batch = fptt_jax.Batch(draw(1, 11, 8, 3), jnp.arange(8) % 4, lengths)
+  state = trainer.init(jax.random.key(0), batch)
+  for _ in range(2):
+    state, metrics = trainer.step(state, batch)
+  return state.params, metrics.loss
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('devices', [1, 2])
+def test_train_steps(devices: int) -> None:
+  """Training equals that with the plain scan, on one device and split over two."""
+  mesh = None
+  if devices > 1:
+    mesh = jax.sharding.Mesh(jax.devices('cpu')[:devices], ('batch',))
+  assert_close(train('native', mesh), train('scan'), 2e-5)
+
+
+@pytest.mark.usefixtures('kernels')
+def test_memory_of_a_window() -> None:
+  """A window keeps six numbers a unit and step: four gates, the memory, the output."""
+  model = make_model('LSTM', 1, 128, implementation='native')
+
+  def temporary_bytes(steps: int) -> int:
+    x = jax.ShapeDtypeStruct((steps, 64, 1), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    lowered = jax.jit(gradients(model, 64)).lower(params, x)
+    return problems.optimized(lowered).memory_analysis().temp_size_in_bytes
+
+  grown = temporary_bytes(64) - temporary_bytes(32)
+  # The loss of `gradients` reads y and makes its gradient, another two.
+  assert grown / (32 * 64 * 128 * 4) <= 8.05
+
+
+@pytest.mark.parametrize(
+  ('options', 'expected'),
+  [({'param_dtype': jnp.bfloat16}, 'takes float32, got bfloat16')],
+)
+def test_what_the_kernel_cannot_run_is_said_once(
+  fresh: None, options: dict[str, Any], expected: str
+) -> None:
+  """'native' warns once; 'auto' says nothing. Both give the numbers of the scan."""
+  x, found = draw(1, 3, 4, 2), {}
+  with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter('always')
+    for implementation in ('custom_vjp', 'auto', 'native', 'native'):
+      model = make_model('LSTM', 2, 5, implementation=implementation, **options)
+      params = model.init(jax.random.key(0))
+      state = model.initial_state(4)
+      found[implementation] = model.apply(params, state, x, None, None)[1]
+  assert [str(warning.message) for warning in seen if expected in str(warning.message)]
+  assert len(seen) == 1
+  np.testing.assert_array_equal(found['auto'], found['custom_vjp'])
+  np.testing.assert_array_equal(found['native'], found['custom_vjp'])
+
+
+def break_compiler(folder: Path) -> None:
+  """Makes a compiler that fails."""
+  for name in cpu.COMPILERS:
+    path = folder / name
+    path.write_text('#!/bin/sh\necho "no such luck" >&2\nexit 1\n')
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+  ('broken', 'expected'),
+  [(False, r'need g\+\+ or clang\+\+ on the PATH'), (True, 'no such luck')],
+  ids=['absent', 'broken'],
+)
+def test_without_a_working_compiler(
+  broken: bool,
+  expected: str,
+  fresh: None,
+  monkeypatch: pytest.MonkeyPatch,
+  tmp_path: Path,
+) -> None:
+  """'auto' runs the fused scan in silence; 'native' says once what is missing."""
+  if broken:
+    break_compiler(tmp_path)
+  monkeypatch.setenv('PATH', f'{tmp_path}:/bin' if broken else str(tmp_path))
+  monkeypatch.setenv('FPTT_JAX_CACHE_DIR', str(tmp_path / 'cache'))
+  x = draw(1, 3, 4, 2)
+
+  def outputs(implementation: str) -> Any:
+    model = make_model('LSTM', 2, 5, implementation=implementation)
+    params = model.init(jax.random.key(0))
+    return model.apply(params, model.initial_state(4), x, None, None)[1]
+
+  expected_outputs = outputs('custom_vjp')
+  np.testing.assert_array_equal(outputs('auto'), expected_outputs)
+  with pytest.warns(UserWarning, match=expected):
+    np.testing.assert_array_equal(outputs('native'), expected_outputs)
+  outputs('native')  # A second warning would be an error.
+
+
+@pytest.mark.usefixtures('kernels')
+def test_a_library_is_compiled_once(source: Path, tmp_path: Path) -> None:
+  """It is kept, and made anew when the source or a header changes."""
+  cache = tmp_path / 'cache'
+  assert cpu._load('tiny').answer() == 42
+  [first] = cache.iterdir()
+  stamp = first.stat().st_mtime_ns
+  assert cpu._load('tiny').answer() == 42
+  assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [stamp]
+  (source / 'tiny.h').write_text('#define ANSWER 43\n')
+  assert cpu._load('tiny').answer() == 43
+  (source / 'tiny.cc').write_text(f'#define ANSWER 44\n{TINY}')
+  assert cpu._load('tiny').answer() == 44
+  assert len(list(cache.iterdir())) == 3
+  assert cache.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures('kernels')
+def test_what_a_library_depends_on(
+  source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The interface, the instructions of the processor and the options name it."""
+  command = cpu.compile_command('tiny')
+  narrow = [option.replace('native', 'x86-64') for option in command]
+  debug = [command[0], '-g', *command[1:]]
+  digests = {cpu._digest(command), cpu._digest(narrow), cpu._digest(debug)}
+  monkeypatch.setattr(cpu, 'version', lambda package: '0.0.1')
+  assert len(digests | {cpu._digest(command)}) == 4
+
+
+@pytest.mark.usefixtures('kernels')
+def test_processes_compile_at_once(source: Path, tmp_path: Path) -> None:
+  """Each of two gets a whole library, and one is left behind."""
+  program = (
+    'from pathlib import Path; from fptt_jax.nn.kernels import cpu; '
+    f'cpu.FOLDER = Path({str(source)!r}); print(cpu._load("tiny").answer())'
+  )
+  command = [sys.executable, '-c', program]
+  processes = [
+    subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)
+  ]
+  assert [process.communicate()[0] for process in processes] == ['42\n', '42\n']
+  assert len(list((tmp_path / 'cache').iterdir())) == 1
+
+
+@pytest.mark.usefixtures('kernels')
+def test_a_folder_that_others_may_write_is_not_used(
+  source: Path, tmp_path: Path
+) -> None:
+  """Nothing is read from it or written to it."""
+  cache = tmp_path / 'cache'
+  cache.mkdir()
+  cache.chmod(0o777)
+  assert cpu._load('tiny').answer() == 42
+  assert list(cache.iterdir()) == []
+
+
+@pytest.mark.usefixtures('kernels')
+def test_a_folder_of_another_user_is_not_used(
+  source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Nothing is read from it or written to it."""
+  user = os.getuid()
+  (tmp_path / 'cache').mkdir()
+  monkeypatch.setattr(os, 'getuid', lambda: user + 1)
+  assert cpu._load('tiny').answer() == 42
+  assert list((tmp_path / 'cache').iterdir()) == []
+
+
+@pytest.mark.usefixtures('kernels')
+def test_a_library_that_others_may_write_is_replaced(
+  source: Path, tmp_path: Path
+) -> None:
+  """Whoever could write it could run code in this process."""
+  command = cpu.compile_command('tiny')
+  library = tmp_path / 'cache' / f'tiny-{cpu._digest(command)}.so'
+  library.parent.mkdir(mode=0o700)
+  library.write_text('not a library')
+  library.chmod(0o666)
+  assert cpu._load('tiny').answer() == 42
+  assert library.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('kind', ['read-only', 'not a folder'])
+def test_a_folder_that_cannot_be_written(
+  kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The process compiles for itself, and leaves nothing behind."""
+  cache = tmp_path / 'cache'
+  if kind == 'read-only':
+    cache.mkdir()
+    access = os.access  # It tells root that all can be written.
+    may = lambda path, mode: mode != os.W_OK and access(path, mode)
+    monkeypatch.setattr(os, 'access', may)
+  else:
+    cache.write_text('')
+  monkeypatch.setenv('TMPDIR', str(tmp_path / 'temporary'))
+  (tmp_path / 'temporary').mkdir()
+  monkeypatch.setattr('tempfile.tempdir', None)
+  assert cpu._load('tiny').answer() == 42
+  assert not list((tmp_path / 'temporary').iterdir())
+  assert not cache.is_dir() or not list(cache.iterdir())
+
+
+def test_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+  """It is that of the processors at hand, unless the environment says otherwise."""
+  monkeypatch.delenv('FPTT_JAX_NUM_THREADS', raising=False)
+  assert 1 <= cpu.count_threads() <= (os.cpu_count() or 1)
+  monkeypatch.setenv('FPTT_JAX_NUM_THREADS', '3')
+  assert cpu.count_threads() == 3
+  for wrong in ('0', '-1', 'two'):
+    monkeypatch.setenv('FPTT_JAX_NUM_THREADS', wrong)
+    with pytest.raises(ValueError, match=f"FPTT_JAX_NUM_THREADS .* got '{wrong}'"):
+      cpu.count_threads()
+
+
+def test_layers_without_a_kernel_refuse_it() -> None:
+  """The error names the layer and those that have one."""
+  with pytest.raises(ValueError, match=r"implementation='native' .* LSTM.* got IndRNN"):
+    nn.IndRNN(2, 3, implementation='native', rngs=nnx.Rngs(0))
