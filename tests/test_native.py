@@ -220,6 +220,16 @@ def test_nonfinite_numbers_come_through() -> None:
 
 
 @pytest.mark.usefixtures('kernels')
+def test_weights_of_another_shape_never_reach_the_kernel() -> None:
+  """JAX refuses them, as without the kernel."""
+  model = make_model('LSTM', 2, 5)
+  params = dict(model.init(jax.random.key(0)))
+  params['w_h'] = params['w_h'][:-1]
+  with pytest.raises(ValueError, match='Size of label'):
+    model.apply(params, model.initial_state(4), draw(1, 3, 4, 2), None, None)
+
+
+@pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('platforms', [('cpu',), ('cpu', 'cuda')], ids=str)
 def test_exported_programs_hold_no_kernel(platforms: tuple[str, ...]) -> None:
   """Another process, or device, can run them: forward, backward and under vmap."""

@@ -6,6 +6,7 @@ CPU calls the kernel, and one for another platform, or for :mod:`jax.export`, ru
 fused scan.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -37,11 +38,13 @@ class NativeCell(NamedTuple):
   Attributes:
     name: name of the kernel's source and targets.
     num_factors: numbers per unit and step that the backward pass reads, without y.
+    weight_shapes: (D, H) -> the shapes of the weights.
     fused: the same cell, for programs that cannot call the kernel.
   """
 
   name: str
   num_factors: int
+  weight_shapes: Callable[[int, int], tuple[tuple[int, ...], ...]]
   fused: FusedCell
 
 
@@ -70,11 +73,14 @@ class _Call(NamedTuple):
   wanted: _Wanted = _Wanted(False, False)
 
 
-def find_problem(cell: NativeCell, weights: Weights, x: jax.Array) -> str | None:
+def find_problem(
+  cell: NativeCell, weights: Weights, state: State, x: jax.Array
+) -> str | None:
   """Returns why a window cannot run in the native kernel, or None if it can."""
+  parts = jax.tree.leaves(state)
   if jax.default_backend() != 'cpu':
     return f'the default backend is {jax.default_backend()!r}'
-  dtypes = {leaf.dtype for leaf in (x, *jax.tree.leaves(weights))}
+  dtypes = {leaf.dtype for leaf in (x, *weights, *parts)}
   if dtypes != {jnp.dtype(jnp.float32)}:
     names = sorted(dtype.name for dtype in dtypes)
     return f'it takes float32, got {", ".join(names)}'
@@ -82,6 +88,10 @@ def find_problem(cell: NativeCell, weights: Weights, x: jax.Array) -> str | None
     return 'sizes are symbolic'
   if 0 in x.shape or math.prod(x.shape[-3:-1]) >= 2**31:
     return f'it takes 1 to 2^31 rows in a window, got inputs of the shape {x.shape}'
+  # A kernel reads raw memory by these shapes, so a wrong operand must not reach it.
+  expected = cell.weight_shapes(x.shape[-1], parts[0].shape[-1])
+  if tuple(weight.shape for weight in weights) != expected:
+    return f'it takes weights of the shapes {expected}'
   return cpu.find_problem(cell.name)
 
 
@@ -162,10 +172,7 @@ def _fill(array: jax.Array | None, dtype: Any) -> jax.Array:
 
 def _split(call: _Call, operands: Any) -> tuple[Any, Any, Any, Any, Any]:
   """Splits operands into (weights, parts of the state, x, mask, others)."""
-  num_weights = len(
-    jax.tree.unflatten(call.structure, [0] * call.structure.num_leaves)[0]
-  )
-  num_parts = call.structure.num_leaves - num_weights
+  num_weights, num_parts = (tree.num_leaves for tree in call.structure.children())
   weights = operands[:num_weights]
   x, mask, *others = operands[num_weights:]
   return weights, others[:num_parts], x, mask, others[num_parts:]
@@ -233,74 +240,96 @@ def _fused_window(call: _Call, mask: jax.Array) -> Any:
   return run
 
 
-def _make_primitive(direction: str, shapes: Any, fused: Any) -> Primitive:
-  """Makes an operation of JAX from its results' shapes and the scan that equals it."""
-  primitive = Primitive(f'fptt_jax_native_{direction}')
-  primitive.multiple_results = True
+class _Pass(NamedTuple):
+  """A direction of the window.
 
-  def abstract(*operands: Any, call: _Call) -> list[Any]:
-    return [
-      jax.core.ShapedArray(result.shape, result.dtype)
-      for result in shapes(call, *operands)
-    ]
+  Attributes:
+    name: 'forward' or 'backward'.
+    shapes: (call, *operands) -> the shapes of the results.
+    fused: (call, *operands) -> the results by the fused scan, of one member.
+  """
 
-  def run_kernel(call: _Call, *operands: jax.Array) -> Any:
-    results = shapes(call, *operands)
-    name = cpu.target(call.cell.name, direction)
-    return jax.ffi.ffi_call(name, results)(*operands)
+  name: str
+  shapes: Callable[..., list[jax.ShapeDtypeStruct]]
+  fused: Callable[..., list[jax.Array]]
 
-  def run_fused_members(call: _Call, *operands: jax.Array) -> Any:
-    run = functools.partial(fused, call)
-    _, _, x, _, _ = _split(call, operands)
-    for _ in range(x.ndim - 3):
-      run = jax.vmap(run)
-    return run(*operands)
 
-  def lower(ctx: Any, *operands: Any, call: _Call) -> Any:
-    # A call of the kernel means nothing to another process.
-    exported = ctx.module_context.lowering_parameters.for_export
-    run = run_fused_members if exported else run_kernel
-    run = functools.partial(run, call)
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+def _find_avals(part: _Pass, *operands: Any, call: _Call) -> list[Any]:
+  """Returns the types of the results."""
+  results = part.shapes(call, *operands)
+  return [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
 
-  def lower_elsewhere(ctx: Any, *operands: Any, call: _Call) -> Any:
-    run = functools.partial(run_fused_members, call)
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
-  def batch(operands: Any, axes: Any, *, call: _Call) -> tuple[Any, Any]:
-    # The kernel takes members as leading axes, each with operands of its own.
-    size = next(
-      operand.shape[axis]
-      for operand, axis in zip(operands, axes, strict=True)
-      if axis is not None
-    )
-    members = [
-      jnp.broadcast_to(operand, (size, *operand.shape))
-      if axis is None
-      else jnp.moveaxis(operand, axis, 0)
-      for operand, axis in zip(operands, axes, strict=True)
-    ]
-    results = primitive.bind(*members, call=call)
-    return results, [0] * len(results)
+def _run_kernel(part: _Pass, call: _Call, *operands: jax.Array) -> Any:
+  """Runs the kernel, which takes members as leading axes."""
+  name = cpu.target(call.cell.name, part.name)
+  return jax.ffi.ffi_call(name, part.shapes(call, *operands))(*operands)
 
-  primitive.def_impl(functools.partial(_run_eagerly, primitive))
-  primitive.def_abstract_eval(abstract)
-  mlir.register_lowering(primitive, lower_elsewhere)
-  mlir.register_lowering(primitive, lower, platform='cpu')
-  batching.primitive_batchers[primitive] = batch
-  return primitive
+
+def _run_fused(part: _Pass, call: _Call, *operands: jax.Array) -> Any:
+  """Runs the fused scan, which takes members by `jax.vmap`."""
+  run = functools.partial(part.fused, call)
+  _, _, x, _, _ = _split(call, operands)
+  for _ in range(x.ndim - 3):
+    run = jax.vmap(run)
+  return run(*operands)
+
+
+def _lower_on_cpu(part: _Pass, ctx: Any, *operands: Any, call: _Call) -> Any:
+  """Lowers to the kernel, unless the program is exported."""
+  # A call of the kernel means nothing to another process.
+  exported = ctx.module_context.lowering_parameters.for_export
+  run = functools.partial(_run_fused if exported else _run_kernel, part, call)
+  return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
+
+def _lower(part: _Pass, ctx: Any, *operands: Any, call: _Call) -> Any:
+  """Lowers to the fused scan."""
+  run = functools.partial(_run_fused, part, call)
+  return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
+
+def _batch(
+  primitive: Primitive, operands: Any, axes: Any, *, call: _Call
+) -> tuple[Any, Any]:
+  """Gives each member operands of its own, along a new leading axis."""
+  pairs = list(zip(operands, axes, strict=True))
+  size = next(operand.shape[axis] for operand, axis in pairs if axis is not None)
+  members = [
+    jnp.broadcast_to(operand, (size, *operand.shape))
+    if axis is None
+    else jnp.moveaxis(operand, axis, 0)
+    for operand, axis in pairs
+  ]
+  results = primitive.bind(*members, call=call)
+  return results, [0] * len(results)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compiled(primitive: Primitive, call: _Call, *operands: jax.Array) -> Any:
+  """Runs an operation as a program of its own."""
   return primitive.bind(*operands, call=call)
 
 
 def _run_eagerly(primitive: Primitive, *operands: jax.Array, call: _Call) -> Any:
+  """Runs an operation outside of any program."""
   # Without compilation the operation would call itself.
   with jax.disable_jit(False):
     return _compiled(primitive, call, *operands)
 
 
-_forward_p = _make_primitive('forward', _forward_shapes, _fused_forward)
-_backward_p = _make_primitive('backward', _backward_shapes, _fused_backward)
+def _make_primitive(part: _Pass) -> Primitive:
+  """Makes an operation of JAX from a direction of the window."""
+  primitive = Primitive(f'fptt_jax_native_{part.name}')
+  primitive.multiple_results = True
+  primitive.def_impl(functools.partial(_run_eagerly, primitive))
+  primitive.def_abstract_eval(functools.partial(_find_avals, part))
+  mlir.register_lowering(primitive, functools.partial(_lower, part))
+  on_cpu = functools.partial(_lower_on_cpu, part)
+  mlir.register_lowering(primitive, on_cpu, platform='cpu')
+  batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+  return primitive
+
+
+_forward_p = _make_primitive(_Pass('forward', _forward_shapes, _fused_forward))
+_backward_p = _make_primitive(_Pass('backward', _backward_shapes, _fused_backward))

@@ -154,7 +154,7 @@ class Recurrent(nnx.Module):
       (state after the window, y [S, B, H]). y is undefined at masked steps.
     """
     x = self._check_call(state, x, mask)
-    native = self._choose_native(x)
+    native = self._choose_native(state, x)
     if native is not None:
       return _native.run_native(*native, state, x, mask)
     # A single step leaves no product to defer. A symbolic size may be any number.
@@ -209,14 +209,16 @@ class Recurrent(nnx.Module):
     check_window(self, state, x, mask)
     return x.astype(self.param_dtype)
 
-  def _choose_native(self, x: jax.Array) -> tuple[_native.NativeCell, Any] | None:
+  def _choose_native(
+    self, state: Any, x: jax.Array
+  ) -> tuple[_native.NativeCell, Any] | None:
     """Returns the cell and the weights if a window runs in the native kernel."""
     if self.implementation not in ('auto', 'native') or self._native_cell is None:
       return None
     fused = self._fused_cell()
     assert fused is not None
     weights = fused[1]
-    problem = _native.find_problem(self._native_cell, weights, x)
+    problem = _native.find_problem(self._native_cell, weights, state, x)
     if problem is None:
       return self._native_cell, weights
     if self.implementation == 'native':

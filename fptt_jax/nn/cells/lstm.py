@@ -117,7 +117,11 @@ CUDA_KERNEL = WindowKernel(_cuda_forward, _cuda_backward)
 """All steps of :data:`FUSED_CELL`, float32, H in `cuda.SIZES`."""
 
 
-NATIVE_CELL = NativeCell('lstm', num_factors=5, fused=FUSED_CELL)
+def _weight_shapes(features: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+  return (features, 4 * hidden), (hidden, 4 * hidden), (4 * hidden,)
+
+
+NATIVE_CELL = NativeCell('lstm', 5, _weight_shapes, FUSED_CELL)
 """The factors are i, f, g, o and the new c."""
 
 
