@@ -44,11 +44,14 @@ np.savez(folder / 'end.npz', *bits)
 
 
 def make_trainer(dtype: Any = jnp.float32) -> fptt_jax.Trainer:
-  """A stack with dropout and a clipped `fptt` of Adam."""
+  """A stack with dropout and a clipped `fptt` of Adam.
+
+  Its layer runs here as in exported programs, which never hold a native kernel.
+  """
 
   def stack(rngs: nnx.Rngs) -> nn.Sequential:
     return nn.Sequential(
-      nn.LSTM(2, 4, param_dtype=dtype, rngs=rngs),
+      nn.LSTM(2, 4, param_dtype=dtype, implementation='custom_vjp', rngs=rngs),
       nn.LockedDropout(0.2),
       nnx.Linear(4, 1, param_dtype=dtype, rngs=rngs),
     )
