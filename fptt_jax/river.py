@@ -1,0 +1,447 @@
+"""Learners of streams as estimators of river, a library for online machine learning.
+
+This module needs river, `pip install 'fptt-jax[river]'`, and is not imported by
+`fptt_jax` itself.
+
+A prediction is a step of the stream: `predict_one` moves the hidden state. A label
+answers a step that was predicted before. If its features equal those of a step that
+waits, it is that one's. Otherwise it is the oldest waiting step's, because a scaler in
+front of the estimator may have changed the features in the meantime. Features that were
+never predicted are a step with its label.
+"""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from river import base
+
+from fptt_jax import losses
+from fptt_jax._checks import INT32_MAX, check_callable, check_integer
+from fptt_jax._states import state_from_arrays, state_to_arrays
+from fptt_jax._types import Model
+from fptt_jax.streaming._learner import make_learner
+from fptt_jax.streaming._types import Learner, StreamState
+
+__all__ = ('Classifier', 'Regressor')
+
+REMEMBERED = 1000
+"""Number of steps without a label whose features are kept, to recognize late labels."""
+
+
+@dataclasses.dataclass
+class _Step:
+  """A step that was predicted and waits.
+
+  Attributes:
+    x: float32 [D], its features.
+    outputs: float [O], its prediction.
+    answered: Whether its label came.
+    y: The label as the loss takes it, or None for none.
+  """
+
+  x: np.ndarray
+  outputs: np.ndarray
+  answered: bool = False
+  y: float | None = None
+
+
+class _StreamEstimator:
+  """What regressor and classifier share: features, waiting steps, and copies.
+
+  The learner itself is compiled code, which is not copied or pickled: copies find it by
+  their options.
+  """
+
+  model: Callable[[int], Model] | None
+  optimizer: Callable[[], optax.GradientTransformation] | None
+  window_size: int
+  influence: str
+  delay: int
+  features: Sequence[Any] | None
+  seed: int
+
+  def _start(self) -> None:
+    """Check the options and forget everything learned."""
+    for name in ('model', 'optimizer'):
+      if getattr(self, name) is not None:
+        check_callable(name, getattr(self, name))
+    check_integer('delay', self.delay, 0, INT32_MAX // 2, 'an integer >= 0')
+    self.late = 0
+    self._names = None if self.features is None else tuple(self.features)
+    self._state: StreamState | dict[str, np.ndarray] | None = None
+    self._waiting: collections.deque[_Step] = collections.deque()
+    self._unlabelled: collections.deque[bytes] = collections.deque(maxlen=REMEMBERED)
+
+  def _num_classes(self) -> int | None:
+    """Return C of a classifier, or None."""
+    return None
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Return the attributes, with the state as NumPy arrays by path."""
+    attributes = self.__dict__.copy()
+    if isinstance(self._state, StreamState):
+      attributes['_state'] = state_to_arrays(self._state)
+    return attributes
+
+  def _learner(self) -> Learner:
+    return _make_learner(
+      self.model,
+      self.optimizer,
+      len(self._names or ()),
+      self._num_classes(),
+      self.window_size,
+      self.influence,
+      self.delay,
+    )
+
+  def _ready(self) -> tuple[Learner, StreamState]:
+    """Return the learner and its state, made at the first step or from a copy."""
+    learner = self._learner()
+    if not isinstance(self._state, StreamState):
+      x = np.zeros((1, 1, len(self._names or ())), np.float32)
+      state = learner.init(jax.random.key(self.seed), x)
+      if self._state is not None:
+        state = state_from_arrays(state, self._state)
+      self._state = state
+    return learner, self._state
+
+  def _vector(self, x: Mapping[Any, Any]) -> np.ndarray:
+    """Return the features [D] of a step; those that are missing are 0."""
+    if self._names is None:
+      self._names = tuple(sorted(x, key=str))
+    if self.features is not None:
+      unknown = [name for name in x if name not in self._names]
+      if unknown:
+        raise ValueError(
+          f'x must have no other features than {list(self._names)}, got {unknown[:3]}.'
+        )
+    vector = np.zeros(len(self._names), np.float32)
+    for place, name in enumerate(self._names):
+      value = x.get(name, 0)
+      if not isinstance(value, int | float | np.number | np.bool_):
+        raise TypeError(f'x[{name!r}] must be a number, got {value!r}.')
+      vector[place] = value
+    return vector
+
+  def _matrix(self, X: Any) -> np.ndarray:
+    """Return the features [n, 1, D] of the rows of a pandas DataFrame."""
+    rows = [self._vector(row) for row in X.to_dict(orient='records')]
+    return np.stack(rows)[:, None]
+
+  def _predict(self, x: Mapping[Any, Any]) -> np.ndarray:
+    """Return the outputs [O] of a step, which waits for its label from now on."""
+    vector = self._vector(x)
+    if self._waiting and not self._waiting[-1].answered:
+      newest = self._waiting[-1]
+      if np.array_equal(newest.x, vector):
+        return newest.outputs
+    learner, state = self._ready()
+    self._state, outputs = learner.predict(state, vector[None, None])
+    step = _Step(vector, np.asarray(outputs[0, 0]))
+    self._waiting.append(step)
+    if len(self._waiting) > self.delay + 1:
+      # The learner does not wait for the oldest step any longer, and drops its label.
+      oldest = self._waiting[0]
+      oldest.answered = True
+      self._unlabelled.append(oldest.x.tobytes())
+      self._hand_in()
+    return step.outputs
+
+  def _predict_many(self, X: Any) -> np.ndarray:
+    """Return the outputs [n, O] of the next n steps, which are not taken yet."""
+    matrix = self._matrix(X)
+    learner, state = self._ready()
+    _, outputs = learner.predict(jax.tree.map(jnp.copy, state), matrix)
+    return np.asarray(outputs[:, 0])
+
+  def _learn(self, x: Mapping[Any, Any], y: float | None) -> None:
+    """Give a label to a step, or take a step that was never predicted."""
+    vector = self._vector(x)
+    waiting = [step for step in self._waiting if not step.answered]
+    same = [step for step in waiting if np.array_equal(step.x, vector)]
+    if not same and vector.tobytes() in self._unlabelled:
+      self._unlabelled.remove(vector.tobytes())
+      self.late += y is not None
+      return
+    if not same and self._unlabelled:
+      raise ValueError(
+        f'x must be of a step that waits for its label, got {x!r}, and '
+        f'{len(self._unlabelled)} steps were no longer waited for after '
+        f'delay={self.delay} steps, so that it is uncertain whose label this is. Make '
+        'the estimator with a larger delay, or call learn_one(x, None) for steps '
+        'without a label.'
+      )
+    if waiting:
+      step = (same or waiting)[0]
+      step.answered, step.y = True, y
+      self._hand_in()
+      return
+    learner, state = self._ready()
+    targets, labelled = self._labels([y])
+    self._state, _, _ = learner.step(state, vector[None, None], targets, labelled)
+
+  def _learn_many(self, X: Any, y: Sequence[float | None]) -> None:
+    """Learn from the rows of a pandas DataFrame."""
+    if self._waiting or self._unlabelled:
+      for row, label in zip(X.to_dict(orient='records'), y, strict=True):
+        self._learn(row, label)
+      return
+    matrix = self._matrix(X)
+    learner, state = self._ready()
+    self._state, _, _ = learner.step(state, matrix, *self._labels(y))
+
+  def _hand_in(self) -> None:
+    """Give the learner the labels that have come, in the order of their steps."""
+    while self._waiting and self._waiting[0].answered:
+      step = self._waiting.popleft()
+      learner, state = self._ready()
+      self._state, _ = learner.learn(state, *self._labels([step.y]))
+
+  def _labels(self, y: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels as the loss takes them, and which of them exist, bool [n, 1]."""
+    numbers = [0 if label is None else label for label in y]
+    labelled = np.array([[label is not None] for label in y])
+    if self._num_classes() is None:
+      return np.array(numbers, np.float32)[:, None, None], labelled
+    return np.array(numbers, np.int32)[:, None], labelled
+
+
+class Regressor(_StreamEstimator, base.MiniBatchRegressor):
+  """A recurrent network that learns online, as a regressor of river.
+
+  See :mod:`fptt_jax.river` for which step a label belongs to.
+
+  Args:
+    model: (number of features D) -> :class:`fptt_jax.Model` for inputs [S, 1, D] and
+      outputs [S, 1, 1]. None makes a GRU of 32 units with a linear readout. An
+      estimator can be pickled if this is a function of a module.
+    optimizer: () -> optax transformation; like `model`, a function of a module. None is
+      Adam with the learning rate 0.003.
+    window_size: As in :func:`fptt_jax.make_learner`.
+    influence: The name of an influence, as in :func:`fptt_jax.make_learner`.
+    delay: How many steps late a label may come. Give `progressive_val_score` no larger
+      delay. Labels that come later are dropped and counted in the attribute `late`.
+    features: Names of the features, in the order in which the model gets them. Others
+      raise an error then. None takes those of the first step, sorted, and ignores
+      others later. A feature that is missing in a step is 0.
+    seed: Seed of the parameters.
+
+  Raises:
+    TypeError: `model` or `optimizer` is not a function. When called: a feature is not a
+      number.
+    ValueError: An option is out of range.
+
+  Example:
+    >>> from fptt_jax.river import Regressor
+    >>> from river import metrics, preprocessing
+    >>> model = preprocessing.StandardScaler() | Regressor(window_size=4)
+    >>> error = metrics.MAE()
+    >>> for t in range(100):
+    ...   x, y = {'a': t % 5, 'b': t % 2}, float((t + 1) % 5)
+    ...   error.update(y, model.predict_one(x))
+    ...   model.learn_one(x, y)
+  """
+
+  def __init__(
+    self,
+    model: Callable[[int], Model] | None = None,
+    optimizer: Callable[[], optax.GradientTransformation] | None = None,
+    window_size: int = 8,
+    influence: str = 'none',
+    delay: int = 0,
+    features: Sequence[Any] | None = None,
+    seed: int = 0,
+  ) -> None:
+    """Keep the options, see the class."""
+    self.model = model
+    self.optimizer = optimizer
+    self.window_size = window_size
+    self.influence = influence
+    self.delay = delay
+    self.features = features
+    self.seed = seed
+    self._start()
+
+  def predict_one(self, x: dict[Any, Any]) -> float:
+    """Predict the next step of the stream.
+
+    Asking twice for the same features, with no label in between, is one step.
+    """
+    return float(self._predict(x)[0])
+
+  def learn_one(self, x: dict[Any, Any], y: Any) -> None:
+    """Learn from the label of a step; None says that it has none."""
+    self._learn(x, _number(y))
+
+  def predict_many(self, X: Any) -> Any:
+    """Predict the next rows of a pandas DataFrame, without moving the hidden state."""
+    import pandas as pd
+
+    return pd.Series(self._predict_many(X)[:, 0], index=X.index)
+
+  def learn_many(self, X: Any, y: Any) -> None:
+    """Learn from rows of a pandas DataFrame, as steps one after the other."""
+    self._learn_many(X, [_number(label) for label in y])
+
+
+class Classifier(_StreamEstimator, base.MiniBatchClassifier):
+  """A recurrent network that learns online, as a classifier of river.
+
+  Args:
+    num_classes: C, the largest number of different labels. They need not be known:
+      each new label takes the next place.
+    model: As in :class:`Regressor`, with outputs [S, 1, C].
+    optimizer: As in :class:`Regressor`.
+    window_size: As in :func:`fptt_jax.make_learner`.
+    influence: The name of an influence, as in :func:`fptt_jax.make_learner`.
+    delay: As in :class:`Regressor`.
+    features: As in :class:`Regressor`.
+    seed: Seed of the parameters.
+
+  Raises:
+    TypeError: As in :class:`Regressor`.
+    ValueError: An option is out of range. When called: there are more labels than
+      `num_classes`.
+
+  Example:
+    >>> from fptt_jax.river import Classifier
+    >>> model = Classifier(num_classes=2)
+    >>> model.learn_one({'a': 1.0}, 'up')
+    >>> model.predict_proba_one({'a': 1.0})
+    {'up': 1.0}
+  """
+
+  def __init__(
+    self,
+    num_classes: int = 10,
+    model: Callable[[int], Model] | None = None,
+    optimizer: Callable[[], optax.GradientTransformation] | None = None,
+    window_size: int = 8,
+    influence: str = 'none',
+    delay: int = 0,
+    features: Sequence[Any] | None = None,
+    seed: int = 0,
+  ) -> None:
+    """Keep the options, see the class."""
+    self.num_classes = num_classes
+    self.model = model
+    self.optimizer = optimizer
+    self.window_size = window_size
+    self.influence = influence
+    self.delay = delay
+    self.features = features
+    self.seed = seed
+    self._labels_seen: list[Any] = []
+    self._start()
+
+  def _num_classes(self) -> int | None:
+    """Return C."""
+    return self.num_classes
+
+  @property
+  def _multiclass(self) -> bool:
+    """True: any number of labels up to C is accepted."""
+    return True
+
+  def predict_proba_one(self, x: dict[Any, Any], **kwargs: Any) -> dict[Any, float]:
+    """Predict the probabilities of the labels seen so far, for the next step.
+
+    Asking twice for the same features, with no label in between, is one step.
+    """
+    return self._probabilities(self._predict(x))
+
+  def learn_one(self, x: dict[Any, Any], y: Any) -> None:
+    """Learn from the label of a step; None says that it has none."""
+    self._learn(x, self._index(y))
+
+  def predict_proba_many(self, X: Any) -> Any:
+    """Predict the probabilities of the rows of a pandas DataFrame.
+
+    The hidden state does not move.
+    """
+    import pandas as pd
+
+    rows = [self._probabilities(row) for row in self._predict_many(X)]
+    return pd.DataFrame(rows, index=X.index, columns=self._labels_seen)
+
+  def learn_many(self, X: Any, y: Any) -> None:
+    """Learn from rows of a pandas DataFrame, as steps one after the other."""
+    self._learn_many(X, [self._index(label) for label in y])
+
+  def _index(self, y: Any) -> int | None:
+    """Return the place of a label, a new one if it was never seen."""
+    if y is None:
+      return None
+    if y not in self._labels_seen:
+      if len(self._labels_seen) == self.num_classes:
+        raise ValueError(
+          f'y must be one of num_classes={self.num_classes} labels, '
+          f'{self._labels_seen[:10]}, got another one, {y!r}.'
+        )
+      self._labels_seen.append(y)
+    return self._labels_seen.index(y)
+
+  def _probabilities(self, logits: np.ndarray) -> dict[Any, float]:
+    """Return the probabilities of the labels seen so far from logits [C]."""
+    number = len(self._labels_seen)
+    if number == 0:
+      return {}
+    seen = logits[:number].astype(np.float64)
+    odds = np.exp(seen - seen.max())
+    shares = (odds / odds.sum()).tolist()
+    return dict(zip(self._labels_seen, shares, strict=True))
+
+
+def _number(y: Any) -> float | None:
+  """Return a label as a float, or None for a label that is missing."""
+  return None if y is None else float(y)
+
+
+@functools.lru_cache(maxsize=32)
+def _make_learner(
+  model: Callable[[int], Model] | None,
+  optimizer: Callable[[], optax.GradientTransformation] | None,
+  num_features: int,
+  num_classes: int | None,
+  window_size: int,
+  influence: str,
+  delay: int,
+) -> Learner:
+  """Make the learner of an estimator; the same one for the same options."""
+  if num_classes is None:
+    loss = losses.sequence_regression()
+  else:
+    loss = losses.sequence_classification(num_classes)
+  if model is None:
+    made = _default_model(num_features, num_classes or 1)
+  else:
+    made = model(num_features)
+  return make_learner(
+    made,
+    loss,
+    optax.adam(3e-3) if optimizer is None else optimizer(),
+    window_size=window_size,
+    influence=influence,
+    delay=delay,
+  )
+
+
+def _default_model(num_features: int, num_outputs: int) -> Model:
+  """Return a GRU of 32 units with a linear readout."""
+  from flax import nnx
+
+  from fptt_jax import nn
+
+  def build(rngs: nnx.Rngs) -> nn.Sequential:
+    return nn.Sequential(
+      nn.GRU(num_features, 32, rngs=rngs), nnx.Linear(32, num_outputs, rngs=rngs)
+    )
+
+  return nn.from_nnx(build)

@@ -1,0 +1,248 @@
+"""The estimators keep river's conventions, and learn what the learner learns."""
+
+from collections.abc import Callable
+import datetime
+import functools
+import itertools
+import pickle
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import problems
+import pytest
+
+pytest.importorskip('river', reason='river is not installed.')
+from river import checks, evaluate, metrics, preprocessing
+
+import fptt_jax
+from fptt_jax import losses
+from fptt_jax.river import Classifier, Regressor
+
+
+def sgd() -> optax.GradientTransformation:
+  return optax.sgd(0.05)
+
+
+def small(num_features: int) -> fptt_jax.Model:
+  return problems.elman(features=num_features)
+
+
+def ten_classes(num_features: int) -> fptt_jax.Model:
+  return problems.elman(features=num_features, out=10)
+
+
+ESTIMATORS = (
+  Regressor(model=small, optimizer=sgd, window_size=3),
+  Classifier(model=ten_classes, optimizer=sgd, window_size=3),
+)
+
+
+def all_checks() -> list[Any]:
+  """Return river's checks of each estimator, once for each of its data sets.
+
+  Those on further data sets, and of memory over many steps, are slow.
+  """
+  found = []
+  for estimator in ESTIMATORS:
+    seen: set[str] = set()
+    for check in checks.yield_checks(estimator):
+      name = check.__name__
+      slow = name in seen or name == 'check_bounded_memory_growth'
+      seen.add(name)
+      case_id = f'{type(estimator).__name__}-{name}'
+      marks = [pytest.mark.slow] if slow else []
+      found.append(pytest.param(estimator, check, id=case_id, marks=marks))
+  return found
+
+
+@pytest.mark.parametrize(('estimator', 'check'), all_checks())
+def test_river_accepts_the_estimator(
+  estimator: Any, check: Callable[[Any], None]
+) -> None:
+  check(estimator.clone())
+
+
+def stream(num_steps: int) -> list[tuple[dict[str, float], float]]:
+  """Return steps of two features and a label."""
+  x, y = problems.series_batch(num_steps, 1)[:2]
+  return [
+    ({'a': float(a), 'b': float(b)}, float(label))
+    for (a, b), label in zip(x[:, 0], y[:, 0, 0], strict=True)
+  ]
+
+
+def reference(delay: int = 0) -> tuple[fptt_jax.Learner, fptt_jax.StreamState]:
+  """Return the learner that the first estimator has, and its first state."""
+  learner = fptt_jax.make_learner(
+    small(2),
+    losses.sequence_regression(),
+    sgd(),
+    window_size=3,
+    influence='none',
+    delay=delay,
+    donate=False,
+  )
+  return learner, learner.init(jax.random.key(0), np.zeros((1, 1, 2), np.float32))
+
+
+def arrays(steps: list[tuple[dict[str, float], float]]) -> tuple[Any, Any]:
+  """Return steps as the learner takes them."""
+  x = np.array([[[x['a'], x['b']]] for x, _ in steps], np.float32)
+  return x, np.array([[[y]] for _, y in steps], np.float32)
+
+
+def test_progressive_validation_is_a_run_of_the_learner() -> None:
+  """Predict, then learn: the error is that of the learner's predictions."""
+  steps = stream(20)
+  error = evaluate.progressive_val_score(steps, ESTIMATORS[0].clone(), metrics.MAE())
+  learner, state = reference()
+  x, y = arrays(steps)
+  _, outputs, _ = learner.step(state, x, y)
+  assert error.get() == pytest.approx(np.abs(outputs - y).mean(), rel=1e-5)
+
+
+def test_progressive_validation_with_late_labels() -> None:
+  """Each label comes four steps late, and is that of its own step."""
+  steps = stream(20)
+  estimator = ESTIMATORS[0].clone({'delay': 4})
+  error = evaluate.progressive_val_score(steps, estimator, metrics.MAE(), delay=4)
+  learner, state = reference(delay=4)
+  x, y = arrays(steps)
+  predicted = []
+  for t in range(20):
+    if t >= 4:
+      state, _ = learner.learn(state, y[t - 4 : t - 3])
+    state, outputs = learner.predict(state, x[t : t + 1])
+    predicted.append(outputs)
+  state, _ = learner.learn(state, y[16:])
+  expected = np.abs(np.concatenate(predicted) - y).mean()
+  assert error.get() == pytest.approx(expected, rel=1e-5)
+  assert estimator.late == 0
+  np.testing.assert_allclose(
+    estimator._state.train.params['v'], state.train.params['v'], rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize('delay', [0, 3])
+def test_a_scaler_may_change_the_features_in_between(delay: int) -> None:
+  """Labels find their steps by order: the stream has as many steps as samples."""
+  model = preprocessing.StandardScaler() | ESTIMATORS[0].clone({'delay': delay})
+  evaluate.progressive_val_score(stream(12), model, metrics.MAE(), delay=delay or None)
+  state = model['Regressor']._state
+  assert state.train.step_count == 4  # Windows of three steps.
+  assert state.pending.length == 0
+
+
+def test_labels_out_of_order_find_their_steps() -> None:
+  """They are learned in the order of the steps."""
+  steps = stream(3)
+  estimator, in_order = (ESTIMATORS[0].clone({'delay': 5}) for _ in range(2))
+  for x, _ in steps:
+    assert estimator.predict_one(x) == in_order.predict_one(x)
+  for number in (2, 0, 1):
+    estimator.learn_one(*steps[number])
+  for x, y in steps:
+    in_order.learn_one(x, y)
+  assert pickle.dumps(estimator) == pickle.dumps(in_order)
+
+
+def test_labels_that_come_too_late_are_counted() -> None:
+  """They are dropped, and the labels of the steps that wait still count."""
+  steps = stream(5)
+  estimator = ESTIMATORS[0].clone({'delay': 1})
+  for x, _ in steps[:4]:
+    estimator.predict_one(x)
+  estimator.learn_one(*steps[0])
+  assert estimator.late == 1
+  with pytest.raises(ValueError, match=r'x must be of a step that waits .* delay=1'):
+    estimator.learn_one(*steps[4])
+  estimator.learn_one(steps[1][0], None)
+  assert estimator.late == 1
+  estimator.learn_one(*steps[3])
+  estimator.learn_one(*steps[2])
+  learner, state = reference()
+  x, y = arrays(steps[:4])
+  labelled = np.array([False, False, True, True])[:, None]
+  state, _, _ = learner.step(state, x, y, labelled)
+  np.testing.assert_allclose(
+    estimator._state.train.params['v'], state.train.params['v'], rtol=1e-5
+  )
+
+
+def test_asking_twice_is_one_step() -> None:
+  """The prediction is the same, and the stream has moved once."""
+  [(x, y), (other, _)] = stream(2)
+  estimator, once = (ESTIMATORS[0].clone() for _ in range(2))
+  assert estimator.predict_one(x) == estimator.predict_one(x) == once.predict_one(x)
+  for model in (estimator, once):
+    model.learn_one(x, y)
+  assert estimator.predict_one(other) == once.predict_one(other)
+
+
+@pytest.mark.parametrize('estimator', ESTIMATORS, ids=lambda e: type(e).__name__)
+def test_a_pickled_stream_goes_on(estimator: Any) -> None:
+  """Also with steps that wait for their labels, and bit for bit."""
+  steps = [(x, y > 0) for x, y in stream(9)]
+  model = estimator.clone({'delay': 2})
+  for x, y in steps[:4]:
+    model.learn_one(x, y)
+  model.predict_one(steps[4][0])
+  copy = pickle.loads(pickle.dumps(model))
+  for one in (model, copy):
+    for x, y in steps[4:]:
+      one.learn_one(x, y)
+  assert copy.predict_one(steps[0][0]) == model.predict_one(steps[0][0])
+
+
+def test_unknown_features() -> None:
+  """They raise an error where the features were named, and are ignored elsewhere."""
+  x = {'a': 1.0, 'b': 2.0}
+  strict = ESTIMATORS[0].clone({'features': ['b', 'a']})
+  strict.predict_one(x)
+  with pytest.raises(ValueError, match=r"than \['b', 'a'\], got \['c'\]"):
+    strict.predict_one({**x, 'c': 1.0})
+  lenient = ESTIMATORS[0].clone()
+  lenient.learn_one(x, 1.0)
+  lenient.learn_one({**x, 'c': 1.0}, 1.0)
+
+
+def test_bad_input_is_refused() -> None:
+  x = {'a': datetime.datetime(2026, 1, 1)}
+  with pytest.raises(TypeError, match=r"x\['a'\] must be a number, got datetime"):
+    ESTIMATORS[0].clone().predict_one(x)
+  with pytest.raises(TypeError, match=r'optimizer must be a function, got 0\.1'):
+    Regressor(optimizer=0.1)
+  with pytest.raises(ValueError, match='delay must be an integer >= 0, got -1'):
+    Classifier(delay=-1)
+  classifier = Classifier(2, model=lambda features: problems.elman(1, out=2))
+  classifier.learn_one({'a': 1}, 'red')
+  classifier.learn_one({'a': 1}, 'green')
+  with pytest.raises(ValueError, match=r"num_classes=2 labels.*another one, 'blue'"):
+    classifier.learn_one({'a': 1}, 'blue')
+  assert set(classifier.predict_proba_one({'a': 1})) == {'red', 'green'}
+
+
+def test_a_classifier_learns_labels() -> None:
+  """Which of two labels comes next depends on the step before."""
+  rng = np.random.default_rng(0)
+  bits = rng.integers(0, 2, 600)
+  steps = [
+    ({'bit': float(bit)}, 'high' if before else 'low')
+    for before, bit in itertools.pairwise(bits)
+  ]
+  estimator = Classifier(
+    num_classes=2,
+    model=lambda features: problems.elman(features, out=2),
+    optimizer=functools.partial(optax.adam, 0.03),
+    window_size=4,
+  )
+  accuracy = metrics.Accuracy()
+  for number, (x, y) in enumerate(steps):
+    if number >= 400:
+      accuracy.update(y, estimator.predict_one(x))
+    else:
+      estimator.predict_one(x)
+    estimator.learn_one(x, y)
+  assert accuracy.get() > 0.95
