@@ -1,7 +1,7 @@
 """Learners of streams as estimators of river, a library for online machine learning.
 
-This module needs river, `pip install 'fptt-jax[river]'`, and is not imported by
-`fptt_jax` itself.
+This module needs river, which the extra 'river' of this package installs. `fptt_jax`
+itself does not import it.
 
 A prediction is a step of the stream: `predict_one` moves the hidden state. A label
 answers a step that was predicted before. If its features equal those of a step that

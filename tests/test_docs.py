@@ -22,6 +22,8 @@ MODULES = [
 @pytest.mark.parametrize('name', MODULES)
 def test_docstring_examples(name: str) -> None:
   """Each example stands on its own imports and gives what it shows."""
+  if name == 'fptt_jax.river':
+    pytest.importorskip('river', reason='river is not installed.')
   module = importlib.import_module(name)
   for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs={}):
     runner = doctest.DocTestRunner()
@@ -34,6 +36,7 @@ def test_there_are_examples() -> None:
   found = {
     test.name
     for name in MODULES
+    if name != 'fptt_jax.river'
     for test in doctest.DocTestFinder().find(importlib.import_module(name))
     if test.examples
   }
@@ -46,6 +49,7 @@ def test_there_are_examples() -> None:
     'fptt_jax.nn._adapters.from_nnx',
     'fptt_jax.training._multi.scan_train_steps',
     'fptt_jax.training._multi.vmap_trainer',
+    'fptt_jax.streaming._learner.make_learner',
   } <= found
 
 

@@ -44,6 +44,8 @@ def test_code_runs_and_prints_what_the_page_says(page: Path) -> None:
   if page.name == 'own_model.md':
     for package in ('equinox', 'haiku'):
       pytest.importorskip(package, reason=f'{package} is not installed.')
+  if page.name == 'streams.md':
+    pytest.importorskip('river', reason='river is not installed.')
   scope: dict[str, Any] = {}
   for code, expected in blocks(page.read_text()):
     output = io.StringIO()

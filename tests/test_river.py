@@ -14,6 +14,7 @@ import problems
 import pytest
 
 pytest.importorskip('river', reason='river is not installed.')
+pytest.importorskip('sklearn', reason="scikit-learn, of river's checks, is missing.")
 from river import checks, evaluate, metrics, preprocessing
 
 import fptt_jax
