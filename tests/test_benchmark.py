@@ -57,10 +57,19 @@ def test_one_buffer_trains_the_same():
   importlib.util.find_spec('torch') is None,
   reason='needs PyTorch, which is not a dependency',
 )
-@pytest.mark.parametrize('kind', ['plain', 'optimized'])
+@pytest.mark.parametrize(
+  ('kind', 'tolerance'),
+  [
+    ('plain', 1e-5),
+    ('optimized', 1e-5),
+    ('bfloat16', 2e-2),
+    # The compiler of PyTorch takes most of a minute.
+    pytest.param('compiled', 1e-5, marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
-def test_pytorch_equals_the_trainer(case, kind):
-  """From the same weights: losses of three batches agree to float32's rounding."""
+def test_pytorch_equals_the_trainer(case, kind, tolerance):
+  """From the same weights: losses of three batches agree to rounding."""
   data, trainer = (
     cases.draw(case),
     ours.make_trainer(case, ours.lstm_cell(case)),
@@ -70,7 +79,7 @@ def test_pytorch_equals_the_trainer(case, kind):
   for _ in range(3):
     state, metrics = trainer.step(state, fptt_jax.Batch(*data))
     np.testing.assert_allclose(
-      step(*rivals_torch.tensors(*data, device='cpu')), metrics.loss, rtol=1e-5
+      step(*rivals_torch.tensors(*data, device='cpu')), metrics.loss, rtol=tolerance
     )
 
 
@@ -81,7 +90,11 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
   monkeypatch.setattr(measurements, 'PAUSE', 0)
   benchmark.main(settings.Config(cases=('smoke',), rounds=2, workdir=str(tmp_path)))
   lines = json.loads((tmp_path / 'rivals.json').read_text())['lines']
-  names = {line['system'].partition(', threads')[0] for line in lines}
+  names = {line['system'] for line in lines}
+  assert all(
+    line['precision'] == 'float32' for line in lines if 'ours' in line['system']
+  )
+  assert all(line['threads'] >= 1 for line in lines)
   assert {'ours', 'ours, 4 batches a program', 'flax, one jit', 'flax, a loop'} <= names
   assert all(
     0 < line['min_ms'] <= line['median_ms'] <= line['max_ms'] for line in lines

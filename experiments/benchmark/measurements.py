@@ -118,11 +118,11 @@ def _torch_systems(case: Case) -> dict[str, Callable[[], Step]]:
   """Return the systems of PyTorch, by style and number of threads."""
   cores = os.cpu_count() or 1
   device = 'cuda'
-  kinds = ['plain', 'optimized', 'graph']
+  kinds = ['plain', 'optimized', 'bfloat16', 'compiled', 'graph']
   threads = [cores]
   if devices.is_cpu():
     device = 'cpu'
-    kinds = ['plain', 'optimized']
+    kinds = ['plain', 'optimized', 'bfloat16', 'compiled']
     # Small products are often faster in one thread; the table keeps the better one.
     threads = sorted({1, cores})
 
@@ -266,7 +266,12 @@ def _rival_rows(
   for name, summary in times.items():
     median_ms = summary['median_ms']
     gflops = 1e-9 * flops(case) / (1e-3 * median_ms)
-    row = {'case': case.name, 'system': name, **summary}
+    system, _, threads = name.partition(', threads ')
+    row: dict[str, Any] = {'case': case.name, 'system': system}
+    row['precision'] = 'bfloat16' if 'bfloat16' in system else 'float32'
+    # XLA and the kernels use all cores.
+    row['threads'] = int(threads or os.cpu_count() or 1)
+    row |= summary
     row['times_ours'] = median_ms / ours_ms
     row['gflops'] = gflops
     row['peak_gflops'] = peak

@@ -66,19 +66,14 @@ def plot_rivals(path: Path, rows: list[dict[str, Any]]) -> None:
     path: the image to write.
     rows: rows of `measure_rivals`.
   """
-
-  def base(row: dict[str, Any]) -> str:
-    # The number of threads is a detail of PyTorch's bar.
-    return str(row['system'].partition(', threads')[0])
-
   cases = list(dict.fromkeys(row['case'] for row in rows))
-  names = list(dict.fromkeys(base(row) for row in rows))
+  names = list(dict.fromkeys(str(row['system']) for row in rows))
   width = 0.8 / len(names)
   figure = Figure(figsize=(max(7, 1.4 * len(cases)), 4.5), layout='constrained')
   axes = figure.subplots()
   for number, name in enumerate(names):
     # A system that failed or does not fit a case has no bar there.
-    chosen = [row for row in rows if base(row) == name]
+    chosen = [row for row in rows if str(row['system']) == name]
     places = [cases.index(row['case']) + number * width for row in chosen]
     ratios = [row['times_ours'] for row in chosen]
     axes.bar(places, ratios, width, align='edge', label=name)
