@@ -101,12 +101,12 @@ __all__ = (
 
 
 def __getattr__(name: str) -> types.ModuleType:
-  """Imports `fptt_jax.nn`, and Flax with it, when it is first asked for."""
+  """Import `fptt_jax.nn`, and Flax with it, when it is first asked for."""
   if name == 'nn':
     return importlib.import_module('fptt_jax.nn')
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__() -> list[str]:
-  """Lists the public names alone."""
+  """List the public names alone."""
   return sorted((*__all__, '__version__', 'nn'))

@@ -356,7 +356,7 @@ def accepted(
 
 
 _RECORDS: list[list[Any]] = []
-"""Lists to which `fptt` adds the number of inner steps that it is given, while
+"""List to which `fptt` adds the number of inner steps that it is given, while
 :func:`check_usable` traces an update. They are empty otherwise.
 """
 

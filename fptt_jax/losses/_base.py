@@ -13,7 +13,7 @@ from fptt_jax._windows import WindowView
 
 LossState = Any
 MetricSums = dict[str, jax.Array]
-"""Sums of metrics by name, and 'count', the number of terms: means are sum / count."""
+"""Sum of metrics by name, and 'count', the number of terms: means are sum / count."""
 
 
 class Memory(NamedTuple):

@@ -62,5 +62,5 @@ __all__ = (
 
 
 def __dir__() -> list[str]:
-  """Lists the public names alone."""
+  """List the public names alone."""
   return sorted(__all__)

@@ -35,7 +35,7 @@ from fptt_jax.nn._sequential import Sequential, own_transitions
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
-  """Turns an NNX module into a :class:`fptt_jax.Model`.
+  """Turn an NNX module into a :class:`fptt_jax.Model`.
 
   Args:
     build: makes the module from `nnx.Rngs`, such as `lambda rngs: nn.LSTM(1, 128,
@@ -107,7 +107,7 @@ def from_linen(
   features_shape: tuple[int, ...],
   dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Model:
-  """Turns a Linen per-step module into a :class:`fptt_jax.Model`.
+  """Turn a Linen per-step module into a :class:`fptt_jax.Model`.
 
   Args:
     module: follows the protocol of flax's cells: `module(carry, x_t) -> (carry, y_t)`
@@ -174,7 +174,7 @@ def from_linen(
 
 
 def to_nnx(build: Callable[[nnx.Rngs], nnx.Module], params: Any) -> nnx.Module:
-  """Puts trained parameters into a module.
+  """Put trained parameters into a module.
 
   Args:
     build: the function that :func:`from_nnx` was given.
@@ -207,7 +207,7 @@ def to_nnx(build: Callable[[nnx.Rngs], nnx.Module], params: Any) -> nnx.Module:
 
 
 def with_float32_params(model: Model) -> Model:
-  """Keeps the parameters of a low-precision model in float32 (mixed precision).
+  """Keep the parameters of a low-precision model in float32 (mixed precision).
 
   Each window casts them to the dtypes in which the model draws them. Products are then
   of bfloat16, for example, while gradients, W, W̄, λ and the optimizer's moments are
@@ -299,20 +299,20 @@ class _Parts(NamedTuple):
 
   @classmethod
   def split(cls, module: nnx.Module) -> Self:
-    """Splits a module."""
+    """Split a module."""
     parts: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
     return cls(*parts)
 
   def merge(self) -> Any:
-    """Makes the module with abstract parameters."""
+    """Make the module with abstract parameters."""
     return nnx.merge(self.graph, self.params, self.streams, self.constants)
 
   def abstract_params(self) -> Any:
-    """Returns the parameters as a nested dict of shapes and dtypes."""
+    """Return the parameters as a nested dict of shapes and dtypes."""
     return nnx.to_pure_dict(self.params)
 
   def make(self, params: Any, key: jax.Array | None) -> Any:
-    """Makes the module with parameters; without a key it is in evaluation mode."""
+    """Make the module with parameters; without a key it is in evaluation mode."""
     # replace_by_pure_dict writes into its argument, so it gets a copy.
     weights = jax.tree.map(lambda leaf: leaf, self.params)
     nnx.replace_by_pure_dict(weights, params)
@@ -326,7 +326,7 @@ class _Parts(NamedTuple):
 
 
 def _make_apply(parts: _Parts, known: bool) -> Callable[..., tuple[Any, jax.Array]]:
-  """Makes `Model.apply`, which also takes `last` for a :class:`Sequential`."""
+  """Make `Model.apply`, which also takes `last` for a :class:`Sequential`."""
 
   def apply(
     params: Any,
@@ -350,7 +350,7 @@ def _make_apply(parts: _Parts, known: bool) -> Callable[..., tuple[Any, jax.Arra
 
 
 def _with_plain_scans(parts: _Parts) -> _Parts:
-  """Returns the module with all layers as plain scans, whatever they run as."""
+  """Return the module with all layers as plain scans, whatever they run as."""
   module = parts.merge()
   for _, node in nnx.iter_graph(module):
     if isinstance(node, Recurrent):
@@ -359,7 +359,7 @@ def _with_plain_scans(parts: _Parts) -> _Parts:
 
 
 def _make_own_transitions(parts: _Parts) -> Callable[..., dict[int, jax.Array]]:
-  """Makes `Model.own_transitions`."""
+  """Make `Model.own_transitions`."""
 
   def run(params: Any, state: Any, x: Any, own_only: bool) -> dict[int, jax.Array]:
     return own_transitions(parts.make(params, None), state, x, own_only)
@@ -370,7 +370,7 @@ def _make_own_transitions(parts: _Parts) -> Callable[..., dict[int, jax.Array]]:
 def _initial_state_functions(
   parts: _Parts,
 ) -> tuple[Callable[[int], Any], Callable[[Any, int], Any] | None]:
-  """Makes `Model.initial_state` and `Model.learned_initial_state`."""
+  """Make `Model.initial_state` and `Model.learned_initial_state`."""
 
   def learned_initial_state(params: Any, batch_size: int) -> Any:
     return parts.make(params, None).initial_state(batch_size)
@@ -394,7 +394,7 @@ def _initial_state_functions(
 
 
 def _split_readout(parts: _Parts) -> FeaturesAndReadout:
-  """Makes `Model.split` of a :class:`Sequential`."""
+  """Make `Model.split` of a :class:`Sequential`."""
 
   def features(
     params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None
@@ -408,7 +408,7 @@ def _split_readout(parts: _Parts) -> FeaturesAndReadout:
 
 
 def _reads_params(function: Callable[[Any], Any], params: Any) -> bool:
-  """Returns whether a function reads its parameters, or returns some of them."""
+  """Return whether a function reads its parameters, or returns some of them."""
   # The jaxpr shows dependence without running anything.
   jaxpr = jax.make_jaxpr(function)(params).jaxpr
   read = [variable for equation in jaxpr.eqns for variable in equation.invars]
@@ -418,7 +418,7 @@ def _reads_params(function: Callable[[Any], Any], params: Any) -> bool:
 
 
 def _split_module(make: Callable[[jax.Array], Any]) -> _Parts:
-  """Splits the module that `make` builds.
+  """Split the module that `make` builds.
 
   Only its constants are computed, and only if there are some.
 
@@ -449,7 +449,7 @@ def _split_module(make: Callable[[jax.Array], Any]) -> _Parts:
 
 
 def _check_constants(module: nnx.Module, other: nnx.Module) -> None:
-  """Raises a TypeError if arrays outside the parameters depend on the key.
+  """Raise a TypeError if arrays outside the parameters depend on the key.
 
   Args:
     module: made with one key.
@@ -467,7 +467,7 @@ def _check_constants(module: nnx.Module, other: nnx.Module) -> None:
 
 
 def _check_variables(state: Any) -> None:
-  """Raises a TypeError if a module keeps state that a train step does not carry."""
+  """Raise a TypeError if a module keeps state that a train step does not carry."""
   kept = {
     '.'.join(map(str, path)): leaf
     for path, leaf in nnx.to_flat_state(state)
@@ -491,7 +491,7 @@ def _check_variables(state: Any) -> None:
 def _check_collections(
   module: linen.Module, initial_state: Callable[[int], Any], x: jax.ShapeDtypeStruct
 ) -> None:
-  """Raises a TypeError if a Linen module has collections other than 'params'."""
+  """Raise a TypeError if a Linen module has collections other than 'params'."""
 
   def init(key: jax.Array, x: jax.Array) -> Any:
     return module.init(key, initial_state(1), x)
@@ -511,13 +511,13 @@ def _check_collections(
 
 
 def _arrays(module: nnx.Module) -> dict[Any, list[Any]]:
-  """Returns a module's arrays by path, without random streams and sown values."""
+  """Return a module's arrays by path, without random streams and sown values."""
   parts: Any = nnx.split(module, (nnx.RngState, nnx.Intermediate), ...)
   return {path: jax.tree.leaves(leaf) for path, leaf in nnx.to_flat_state(parts[2])}
 
 
 def _check_unchanged(before: dict[Any, list[Any]], after: dict[Any, list[Any]]) -> None:
-  """Raises if a module's call replaced or added an array, which no window would see.
+  """Raise if a module's call replaced or added an array, which no window would see.
 
   Raises:
     HiddenMemoryError: names the first such array.
@@ -533,7 +533,7 @@ def _check_unchanged(before: dict[Any, list[Any]], after: dict[Any, list[Any]]) 
 
 
 def _check_model(model: Model, module: Any, known: bool) -> None:
-  """Checks a new model: rows in its state, any state at all, unknown layers.
+  """Check a new model: rows in its state, any state at all, unknown layers.
 
   Args:
     model: the model.

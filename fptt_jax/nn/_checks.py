@@ -12,7 +12,7 @@ from fptt_jax._trees import check_like
 
 
 def check_rngs(rngs: Any) -> None:
-  """Raises a TypeError unless `rngs` has a stream for parameters."""
+  """Raise a TypeError unless `rngs` has a stream for parameters."""
   if not isinstance(rngs, nnx.Rngs) or not ('params' in rngs or 'default' in rngs):
     raise TypeError(
       "rngs must be nnx.Rngs with a stream for 'params', such as nnx.Rngs(0), got "
@@ -21,13 +21,13 @@ def check_rngs(rngs: Any) -> None:
 
 
 def check_embed(embed: Any) -> None:
-  """Raises a TypeError unless `embed` is an embedding."""
+  """Raise a TypeError unless `embed` is an embedding."""
   if not isinstance(embed, nnx.Embed):
     raise TypeError(f'embed must be an nnx.Embed, got {embed!r}.')
 
 
 def check_batch_size(batch_size: Any) -> Any:
-  """Returns B as an int, or the symbolic size of `jax.export`.
+  """Return B as an int, or the symbolic size of `jax.export`.
 
   Raises:
     ValueError: B is not an integer >= 1.
@@ -38,7 +38,7 @@ def check_batch_size(batch_size: Any) -> Any:
 
 
 def check_features_shape(features_shape: Any) -> tuple[int, ...]:
-  """Returns the shape of one step; a ValueError names what is not a shape."""
+  """Return the shape of one step; a ValueError names what is not a shape."""
   if not isinstance(features_shape, tuple | list):
     raise ValueError(
       'features_shape must be the shape of one step, such as (D,), got '
@@ -48,7 +48,7 @@ def check_features_shape(features_shape: Any) -> tuple[int, ...]:
 
 
 def check_inputs(layer: nnx.Module, x: Any, features: int) -> jax.Array:
-  """Returns a layer's inputs as a JAX array.
+  """Return a layer's inputs as a JAX array.
 
   Args:
     layer: errors name its class.
@@ -71,7 +71,7 @@ def check_inputs(layer: nnx.Module, x: Any, features: int) -> jax.Array:
 
 
 def check_window(layer: Any, state: Any, x: jax.Array, mask: Any) -> None:
-  """Raises unless state and mask of a window fit its inputs [S, B, D].
+  """Raise unless state and mask of a window fit its inputs [S, B, D].
 
   Raises:
     ValueError: a part of the state has the wrong shape or dtype, or the mask is not

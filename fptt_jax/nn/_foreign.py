@@ -20,7 +20,7 @@ RowStep = Callable[[Any, Any, jax.Array, dict[str, Any]], tuple[Any, jax.Array]]
 
 
 def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
-  """Turns an Equinox per-step module into a :class:`fptt_jax.Model`.
+  """Turn an Equinox per-step module into a :class:`fptt_jax.Model`.
 
   Equinox modules act on one row. Here they are mapped over the rows of a batch.
 
@@ -97,7 +97,7 @@ def from_haiku(
   features_shape: tuple[int, ...],
   dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Model:
-  """Turns a Haiku recurrent core into a :class:`fptt_jax.Model`.
+  """Turn a Haiku recurrent core into a :class:`fptt_jax.Model`.
 
   Args:
     build: makes the core inside Haiku's transformation, such as `lambda:
@@ -176,7 +176,7 @@ def from_haiku(
 def _check_haiku_core(
   start: Any, run: Any, initial_state: Callable[[int], Any], x_t: jax.ShapeDtypeStruct
 ) -> None:
-  """Raises a TypeError if a core has a trained initial state or Haiku state."""
+  """Raise a TypeError if a core has a trained initial state or Haiku state."""
   key = jax.random.key(0)
   params, _ = jax.eval_shape(lambda key: start.init(key, 1), key)
   if jax.tree.leaves(params):
@@ -199,7 +199,7 @@ def _check_haiku_core(
 
 
 def _check_stateless(eqx: Any, module: Any) -> None:
-  """Raises a TypeError if an Equinox module keeps state outside its carry."""
+  """Raise a TypeError if an Equinox module keeps state outside its carry."""
 
   def is_index(leaf: Any) -> bool:
     return isinstance(leaf, eqx.nn.StateIndex)
@@ -215,7 +215,7 @@ def _check_stateless(eqx: Any, module: Any) -> None:
 def _equinox_constants(
   eqx: Any, build: Callable[[jax.Array], Any], abstract: Any
 ) -> Any:
-  """Returns the module without its parameters.
+  """Return the module without its parameters.
 
   These are functions, numbers and arrays that are not floating point.
 
@@ -245,12 +245,12 @@ def _equinox_constants(
 
 
 def _is_abstract(leaf: Any) -> bool:
-  """Returns whether a leaf stands for an array."""
+  """Return whether a leaf stands for an array."""
   return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _equinox_step(eqx: Any, module: Any) -> RowStep:
-  """Returns the step of one row.
+  """Return the step of one row.
 
   Raises:
     TypeError: the module does not follow the protocol.
@@ -271,7 +271,7 @@ def _equinox_step(eqx: Any, module: Any) -> RowStep:
 def _run_equinox_cell(
   module: Any, state: Any, x: jax.Array, keywords: dict[str, Any]
 ) -> tuple[Any, jax.Array]:
-  """Runs a cell, which takes (x, state) and returns the state alone."""
+  """Run a cell, which takes (x, state) and returns the state alone."""
   state = module(x, state, **keywords)
   # The output h is the state, or its first part.
   y = state[0] if isinstance(state, tuple) else state
@@ -281,13 +281,13 @@ def _run_equinox_cell(
 def _run_equinox_module(
   module: Any, state: Any, x: jax.Array, keywords: dict[str, Any]
 ) -> tuple[Any, jax.Array]:
-  """Runs a module that follows the protocol of :func:`from_equinox`."""
+  """Run a module that follows the protocol of :func:`from_equinox`."""
   result: tuple[Any, jax.Array] = module(state, x, **keywords)
   return result
 
 
 def _map_over_rows(run_row: RowStep, module: Any, takes_key: bool) -> Step:
-  """Makes a step (state, (x_t [B, ...], key or None)) of a batch."""
+  """Make a step (state, (x_t [B, ...], key or None)) of a batch."""
 
   def run_with_key(state: Any, x: jax.Array, key: jax.Array) -> Any:
     return run_row(module, state, x, {'key': key})
@@ -308,7 +308,7 @@ def _map_over_rows(run_row: RowStep, module: Any, takes_key: bool) -> Step:
 
 
 def _equinox_initial_state(eqx: Any, abstract: Any, constants: Any) -> Any:
-  """Returns the state of one row before the first step."""
+  """Return the state of one row before the first step."""
   if isinstance(abstract, eqx.nn.GRUCell | eqx.nn.LSTMCell):
     zeros = jnp.zeros(abstract.hidden_size, abstract.weight_hh.dtype)
     return (zeros, zeros) if isinstance(abstract, eqx.nn.LSTMCell) else zeros
@@ -320,7 +320,7 @@ def _equinox_initial_state(eqx: Any, abstract: Any, constants: Any) -> Any:
 
 
 def _import(module: str, function: str, package: str) -> Any:
-  """Imports an optional package.
+  """Import an optional package.
 
   Args:
     module: name of the module.

@@ -11,7 +11,7 @@ from fptt_jax.nn._recurrent import scan_cell
 
 
 class FromCell(nnx.Module):
-  """Runs a per-step cell of flax's protocol over windows.
+  """Run a per-step cell of flax's protocol over windows.
 
   Args:
     cell: an `nnx.Module`, (carry, x_t [B, D]) -> (carry, y_t), with
@@ -52,7 +52,7 @@ class FromCell(nnx.Module):
       _check_carry_without_features(cell)
 
   def initial_state(self, batch_size: int) -> Any:
-    """Returns the cell's initial carry."""
+    """Return the cell's initial carry."""
     features = 1 if self.in_features is None else self.in_features
     # Flax's cells draw their carry from rngs only if an initializer is random.
     shape = (check_batch_size(batch_size), features)
@@ -65,7 +65,7 @@ class FromCell(nnx.Module):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[Any, jax.Array]:
-    """Runs a window step by step; `key` is not used."""
+    """Run a window step by step; `key` is not used."""
     if self.in_features is not None:
       x = check_inputs(self, x, self.in_features)
     check_window(self, state, x, mask)
@@ -73,7 +73,7 @@ class FromCell(nnx.Module):
 
 
 def is_recurrent(layer: Any) -> bool:
-  """Returns whether a layer runs windows: (state, x, mask, key) -> (state, y).
+  """Return whether a layer runs windows: (state, x, mask, key) -> (state, y).
 
   Such layers have `initial_state(batch_size)`. A state may be empty.
   """
@@ -81,12 +81,12 @@ def is_recurrent(layer: Any) -> bool:
 
 
 def is_cell(layer: Any) -> bool:
-  """Returns whether a layer is a per-step cell of flax's protocol."""
+  """Return whether a layer is a per-step cell of flax's protocol."""
   return hasattr(layer, 'initialize_carry') and not is_recurrent(layer)
 
 
 def as_recurrent(module: nnx.Module) -> Any:
-  """Returns a layer that runs windows.
+  """Return a layer that runs windows.
 
   Args:
     module: a layer that runs windows, a per-step cell, or an `nnx.RNN` of one.
@@ -107,7 +107,7 @@ def as_recurrent(module: nnx.Module) -> Any:
 
 
 def unwrap_rnn(layer: Any) -> Any:
-  """Returns the cell of an `nnx.RNN`, and any other layer unchanged.
+  """Return the cell of an `nnx.RNN`, and any other layer unchanged.
 
   The loop of `nnx.RNN` would reset the carry in each window.
 
@@ -136,7 +136,7 @@ def unwrap_rnn(layer: Any) -> Any:
 
 
 def _check_carry_without_features(cell: Any) -> None:
-  """Raises a TypeError if a cell's carry depends on the unknown number of features."""
+  """Raise a TypeError if a cell's carry depends on the unknown number of features."""
   name = type(cell).__name__
   shapes = []
   # Two sizes suffice: a carry that depends on D differs between them.

@@ -65,7 +65,7 @@ class WindowKernel(NamedTuple):
 
 
 def matmul(axis: int, weights: jax.Array, a: jax.Array) -> jax.Array:
-  """Multiplies features by weights.
+  """Multiply features by weights.
 
   Args:
     axis: the axis of the features.
@@ -79,7 +79,7 @@ def matmul(axis: int, weights: jax.Array, a: jax.Array) -> jax.Array:
 
 
 def product_gradient(axis: int, a: jax.Array, dz: jax.Array) -> jax.Array:
-  """Returns the gradient [H, G] of the weights that multiplied the steps of `a`.
+  """Return the gradient [H, G] of the weights that multiplied the steps of `a`.
 
   Args:
     axis: the axis of the features.
@@ -94,12 +94,12 @@ def product_gradient(axis: int, a: jax.Array, dz: jax.Array) -> jax.Array:
 
 
 def bias_gradient(axis: int, dz: jax.Array) -> jax.Array:
-  """Sums dz over steps and batch, which is the gradient [G] of a bias."""
+  """Sum dz over steps and batch, which is the gradient [G] of a bias."""
   return widen(dz).sum((0, _batch_axis(axis)))
 
 
 def affine_drive(axis: int, prepared: Weights, x: jax.Array) -> jax.Array:
-  """Computes x w_x + bias of one step or of n.
+  """Compute x w_x + bias of one step or of n.
 
   Args:
     axis: the axis of the features.
@@ -112,7 +112,7 @@ def affine_drive(axis: int, prepared: Weights, x: jax.Array) -> jax.Array:
 def affine_gradient(
   axis: int, previous: jax.Array, x: jax.Array, dz: jax.Array
 ) -> Weights:
-  """Returns the gradients of (w_x, w_h, bias) for z = x w_x + h w_h + bias.
+  """Return the gradients of (w_x, w_h, bias) for z = x w_x + h w_h + bias.
 
   `previous` holds h before each step, or (h, x, 1) joined if x has few features.
   """
@@ -129,12 +129,12 @@ def affine_gradient(
 
 
 def input_gradient(axis: int, weights: Weights, dz: jax.Array) -> jax.Array:
-  """Returns the gradient of x where the first of the weights is w_x."""
+  """Return the gradient of x where the first of the weights is w_x."""
   return _matmul_steps(axis, weights[0], dz)
 
 
 def scale_gates(axis: int, weights: Weights, scales: tuple[float, ...]) -> Weights:
-  """Multiplies the columns of each gate by its scale.
+  """Multiply the columns of each gate by its scale.
 
   With σ(z) = (1 + tanh(z/2))/2, one tanh over all gates replaces sigmoids of parts: on
   CPUs, functions of parts of an array were measured to be several times slower than
@@ -194,7 +194,7 @@ def elementwise_cell(
   backward: Callable[..., Any],
   weight_gradient: Callable[[Any, jax.Array], Weights],
 ) -> FusedCell:
-  """Makes a cell whose weights are all vectors.
+  """Make a cell whose weights are all vectors.
 
   Args:
     forward: as in :class:`FusedCell`.
@@ -226,7 +226,7 @@ def elementwise_cell(
 def run_fused(
   cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: Mask
 ) -> tuple[State, Any]:
-  """Runs a cell over a window.
+  """Run a cell over a window.
 
   The result is differentiable once, in reverse mode, in weights, state and x.
 
@@ -253,7 +253,7 @@ def run_fused(
 
 
 def choose_axis(batch_size: int, hidden_features: int) -> int:
-  """Returns the faster of `ROWS` and `COLUMNS` for cells with matrix products.
+  """Return the faster of `ROWS` and `COLUMNS` for cells with matrix products.
 
   On a CPU, columns are faster if the weights exceed its cache, and for batch sizes that
   suit XLA's loops over columns. Other sizes were measured to take up to 1.6 times as
@@ -268,7 +268,7 @@ def choose_axis(batch_size: int, hidden_features: int) -> int:
 
 
 def steps_per_chunk(num_steps: int, batch_size: int) -> int:
-  """Returns how many steps share one product for the gradients of the weights.
+  """Return how many steps share one product for the gradients of the weights.
 
   The operands of a deferred product must be stored. A CPU therefore takes the smallest
   divisor of S that gives 128 to 1024 rows (or columns), if there is one. With fewer
@@ -302,7 +302,7 @@ def _run_window(
   x: jax.Array,
   mask: Mask,
 ) -> tuple[State, Any]:
-  """Runs a window as `run_fused` does, with features along `axis`."""
+  """Run a window as `run_fused` does, with features along `axis`."""
   state, (y, _, _) = _run_forward(cell, axis, weights, state, x, mask)
   return state, y
 
@@ -315,7 +315,7 @@ def _run_window_forward(
   x: jax.Array,
   mask: Mask,
 ) -> tuple[Any, Any]:
-  """Runs a window and returns the residuals of its backward pass with the result."""
+  """Run a window and returns the residuals of its backward pass with the result."""
   end, (y, kept, factors) = _run_forward(cell, axis, weights, state, x, mask)
   # Residuals hold `kept` and not y: XLA drops y if the caller does not use it.
   return (end, y), (weights, x, mask, kept, factors)
@@ -324,7 +324,7 @@ def _run_window_forward(
 def _run_window_backward(
   cell: FusedCell, axis: int, residuals: Any, gradient: tuple[State, Any]
 ) -> tuple[Any, ...]:
-  """Returns the gradients of weights, state, x and (None) mask."""
+  """Return the gradients of weights, state, x and (None) mask."""
   given_weights, x, mask, kept, factors = residuals
   d_state, dy = gradient
   # Backward, products are with the transposed weights.
@@ -365,7 +365,7 @@ def _run_forward(
   x: jax.Array,
   mask: Mask,
 ) -> tuple[State, ChunkOutputs]:
-  """Runs a window.
+  """Run a window.
 
   Returns:
     (state after the window, (y of S steps, the operands of the weights'
@@ -393,7 +393,7 @@ def _run_chunk_forward(
   state: State,
   inputs: ChunkInputs,
 ) -> tuple[State, ChunkOutputs]:
-  """Runs a chunk; one product gives the drive of all its steps."""
+  """Run a chunk; one product gives the drive of all its steps."""
   x, mask = inputs
 
   def step(state: State, inputs: ChunkInputs) -> tuple[State, ChunkOutputs]:
@@ -411,7 +411,7 @@ def _run_chunk_of_few_features(
   state: State,
   inputs: ChunkInputs,
 ) -> tuple[State, ChunkOutputs]:
-  """Runs a chunk; each step computes its own drive."""
+  """Run a chunk; each step computes its own drive."""
   x, mask = inputs
 
   def step(
@@ -436,7 +436,7 @@ def _run_chunk_by_kernel(
   state: State,
   inputs: ChunkInputs,
 ) -> tuple[State, ChunkOutputs]:
-  """Runs a chunk by the cell's kernel."""
+  """Run a chunk by the cell's kernel."""
   assert cell.kernel is not None
   x, mask = inputs
   drive = cell.drive(axis, prepared, x)
@@ -455,7 +455,7 @@ def _run_step(
   mask_t: Mask,
   dtype: jnp.dtype,
 ) -> tuple[State, Factors]:
-  """Runs one step in at least float32.
+  """Run one step in at least float32.
 
   Returns:
     the new state in the state's dtypes, the factors in `dtype`.
@@ -475,7 +475,7 @@ def _run_chunk_backward(
   carry: tuple[State, Weights],
   inputs: tuple[Any, ...],
 ) -> tuple[Any, jax.Array]:
-  """Runs a chunk backward and adds its share to the weights' gradients.
+  """Run a chunk backward and adds its share to the weights' gradients.
 
   Args:
     cell: the parts of a step.
@@ -513,7 +513,7 @@ def _run_chunk_backward(
 
 
 def _num_chunk_steps(cell: FusedCell, axis: int, x: jax.Array) -> int:
-  """Returns the steps per chunk; all S where there are no products to defer."""
+  """Return the steps per chunk; all S where there are no products to defer."""
   if cell.elementwise:
     return x.shape[0]
   return steps_per_chunk(x.shape[0], x.shape[_batch_axis(axis)])
@@ -526,7 +526,7 @@ def _scan_chunks(
   num_steps: int,
   reverse: bool = False,
 ) -> tuple[Any, Any]:
-  """Scans a function that processes `num_steps` steps at once."""
+  """Scan a function that processes `num_steps` steps at once."""
   size = jax.tree.leaves(inputs)[0].shape[0]
   if num_steps == size:
     return chunk(carry, inputs)
@@ -554,7 +554,7 @@ def _scan_steps(
   inputs: Any,
   reverse: bool = False,
 ) -> tuple[Any, Any]:
-  """Scans a chunk's steps, unrolled if they are few."""
+  """Scan a chunk's steps, unrolled if they are few."""
   size = jax.tree.leaves(inputs)[0].shape[0]
   unroll = 1
   if not cell.elementwise and not export.is_symbolic_dim(size):
@@ -563,7 +563,7 @@ def _scan_steps(
 
 
 def _lay_out(axis: int, weights: Weights, transposed: bool) -> Weights:
-  """Lays out weights for products along `axis`.
+  """Lay out weights for products along `axis`.
 
   Matrices stay [in, G] or become [G, in]. Vectors, which are only added or multiplied
   elementwise, become [1, G] or [G, 1] of at least float32.
@@ -578,7 +578,7 @@ def _lay_out(axis: int, weights: Weights, transposed: bool) -> Weights:
 
 
 def _join_operands(cell: FusedCell, axis: int, previous: Any, x: jax.Array) -> Any:
-  """Joins (y before the step, x, 1), where one product gives all weights' gradients."""
+  """Join (y before the step, x, 1), where one product gives all weights' gradients."""
   if not cell.joint or x.shape[axis] > FEW_FEATURES:
     return previous
   one = jnp.ones_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis), previous.dtype)
@@ -586,7 +586,7 @@ def _join_operands(cell: FusedCell, axis: int, previous: Any, x: jax.Array) -> A
 
 
 def _join_steps(axis: int, a: jax.Array) -> jax.Array:
-  """Joins steps [n, B, G] to [n B, G], or columns [n, G, B] to [G, n B]."""
+  """Join steps [n, B, G] to [n B, G], or columns [n, G, B] to [G, n B]."""
   if axis == ROWS:
     return a.reshape(-1, a.shape[2])
   if 0 < a.shape[0] <= MAX_UNROLLED_STEPS:
@@ -596,7 +596,7 @@ def _join_steps(axis: int, a: jax.Array) -> jax.Array:
 
 
 def _input_product(axis: int, w: jax.Array, x: jax.Array) -> jax.Array:
-  """Multiplies w and the inputs of one step or of n.
+  """Multiply w and the inputs of one step or of n.
 
   For few features the sum is written out, so that XLA fuses it with what follows.
   """
@@ -614,7 +614,7 @@ def _input_product(axis: int, w: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _matmul_steps(axis: int, weights: jax.Array, a: jax.Array) -> jax.Array:
-  """Applies :func:`matmul` to n steps [n, B, H] or [n, H, B] as one product."""
+  """Apply :func:`matmul` to n steps [n, B, H] or [n, H, B] as one product."""
   if axis == ROWS:
     return matmul(axis, weights, a)
   products = matmul(axis, weights, _join_steps(axis, a))
@@ -622,7 +622,7 @@ def _matmul_steps(axis: int, weights: jax.Array, a: jax.Array) -> jax.Array:
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Computes `jnp.einsum` in a's dtype with sums of at least float32."""
+  """Compute `jnp.einsum` in a's dtype with sums of at least float32."""
   b = b.astype(a.dtype)
   if jax.default_backend() == 'cpu':
     # CPUs lack 16-bit products in some layouts. Products of 16-bit numbers are exact
@@ -638,7 +638,7 @@ def _add_axes(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _where(axis: int, mask_t: Mask, new: Any, old: Any) -> Any:
-  """Selects `new` at valid rows and `old` at masked ones."""
+  """Select `new` at valid rows and `old` at masked ones."""
   if mask_t is None:
     return new
   mask_t = jnp.expand_dims(mask_t, axis)
@@ -646,7 +646,7 @@ def _where(axis: int, mask_t: Mask, new: Any, old: Any) -> Any:
 
 
 def _batch_axis(axis: int) -> int:
-  """Returns the other one of the last two axes."""
+  """Return the other one of the last two axes."""
   return -3 - axis
 
 

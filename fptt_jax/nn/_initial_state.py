@@ -12,7 +12,7 @@ from fptt_jax.nn._recurrent import Recurrent
 
 
 class LearnedInitialState(nnx.Module):
-  """Trains the initial state of a recurrent layer with its parameters.
+  """Train the initial state of a recurrent layer with its parameters.
 
   One initial state is learned for all sequences. Each floating-point array [B, ...] of
   the layer's state gets a parameter [...]. It starts at the layer's own initial state,
@@ -51,7 +51,7 @@ class LearnedInitialState(nnx.Module):
       )
 
   def initial_state(self, batch_size: int) -> Any:
-    """Returns the learned state before the first step, the same for each row."""
+    """Return the learned state before the first step, the same for each row."""
     leaves, structure = jax.tree.flatten(self.layer.initial_state(batch_size))
     # Parameters are in the order of the state's floating-point leaves.
     learned = iter(self.initial)
@@ -68,12 +68,12 @@ class LearnedInitialState(nnx.Module):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[Any, jax.Array | OutputsWithPenalty]:
-    """Runs a window as the layer does."""
+    """Run a window as the layer does."""
     result: tuple[Any, jax.Array | OutputsWithPenalty] = self.layer(state, x, mask, key)
     return result
 
   def _last_output(self, state: Any) -> jax.Array | None:
-    """Returns what the layer returns; see `Recurrent._last_output`."""
+    """Return what the layer returns; see `Recurrent._last_output`."""
     if isinstance(self.layer, Recurrent):
       return self.layer._last_output(state)
     return None

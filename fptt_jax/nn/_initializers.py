@@ -14,7 +14,7 @@ INITS = ('torch', 'flax')
 def draw_gates(
   layer: Recurrent, init: str, num_gates: int, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-  """Draws the weights of a layer with G gates.
+  """Draw the weights of a layer with G gates.
 
   Args:
     layer: its sizes and dtype are used.
@@ -37,7 +37,7 @@ def draw_gates(
 def _draw_as_torch(
   layer: Recurrent, num_gates: int, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-  """Draws all weights uniform in ±1/√H."""
+  """Draw all weights uniform in ±1/√H."""
   # The order of the draws is part of the result: seeds give the same weights.
   bound = layer.hidden_features**-0.5
   width = num_gates * layer.hidden_features
@@ -57,7 +57,7 @@ def _draw_as_torch(
 def _draw_as_flax(
   layer: Recurrent, num_gates: int, rngs: nnx.Rngs
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-  """Draws w_x LeCun normal and w_h orthogonal, gate by gate; biases are 0."""
+  """Draw w_x LeCun normal and w_h orthogonal, gate by gate; biases are 0."""
   size = layer.hidden_features
   dtype = layer.param_dtype
   normal = jax.nn.initializers.lecun_normal()

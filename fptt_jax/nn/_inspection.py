@@ -91,7 +91,7 @@ LIBRARIES = ('builtins', 'flax', 'jax', 'jaxlib', 'numpy', 'optax')
 
 
 def is_known(layer: Any) -> bool:
-  """Returns whether a layer needs no probe: it and all layers in it are known."""
+  """Return whether a layer needs no probe: it and all layers in it are known."""
   # By exact type throughout: a subclass may override anything.
   if type(layer) is Sequential:
     return all(is_known(inner) for inner in layer.layers)
@@ -108,7 +108,7 @@ def is_known(layer: Any) -> bool:
 
 
 def unknown_layers(layer: Any) -> list[str]:
-  """Returns the names of a stack's layers, or of the module itself, if not known."""
+  """Return the names of a stack's layers, or of the module itself, if not known."""
   is_stack = type(layer) is Sequential
   names = []
   for index, inner in enumerate(layer.layers if is_stack else [layer]):
@@ -120,7 +120,7 @@ def unknown_layers(layer: Any) -> list[str]:
 
 
 def example_inputs(module: Any) -> jax.ShapeDtypeStruct | None:
-  """Returns inputs [1, 1, ...] that the module takes, None if they are unknown.
+  """Return inputs [1, 1, ...] that the module takes, None if they are unknown.
 
   The first layer with a known number of features determines them.
   """
@@ -141,7 +141,7 @@ def example_inputs(module: Any) -> jax.ShapeDtypeStruct | None:
 
 
 def referred_arrays(module: nnx.Module) -> Iterator[tuple[str, Any]]:
-  """Yields what a module refers to outside its variables, with its path.
+  """Yield what a module refers to outside its variables, with its path.
 
   These are arrays among its attributes and, inside functions and plain objects among
   its attributes, arrays, modules and variables. NNX neither finds nor replaces them.
@@ -164,7 +164,7 @@ def _layer_name(layer: Any) -> str:
 
 
 def _referred(value: Any, within: bool, seen: set[int]) -> Iterator[Any]:
-  """Yields arrays in a value, and modules inside functions and objects.
+  """Yield arrays in a value, and modules inside functions and objects.
 
   Args:
     value: any object.
@@ -188,7 +188,7 @@ def _referred(value: Any, within: bool, seen: set[int]) -> Iterator[Any]:
 
 
 def _parts(value: Any) -> list[Any]:
-  """Returns what a function, container or object of the user refers to."""
+  """Return what a function, container or object of the user refers to."""
   if isinstance(value, tuple | list | set | frozenset):
     return list(value)
   if isinstance(value, dict):
@@ -216,7 +216,7 @@ def _belongs_to_a_library(value: Any) -> bool:
 
 
 def _contents(cell: Any) -> Any:
-  """Returns the value of a closure's cell, None if it is not yet assigned."""
+  """Return the value of a closure's cell, None if it is not yet assigned."""
   try:
     return cell.cell_contents
   except ValueError:

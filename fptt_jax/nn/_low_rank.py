@@ -17,7 +17,7 @@ def make_matrix(
   name: str,
   rank: int | None,
 ) -> nnx.List[Any]:
-  """Draws a matrix, or its two factors, as parameters.
+  """Draw a matrix, or its two factors, as parameters.
 
   Args:
     draw: draws an array of a shape.
@@ -42,10 +42,10 @@ def make_matrix(
 
 
 def matrix_values(factors: Sequence[Any]) -> list[jax.Array]:
-  """Returns the arrays of a matrix's factors."""
+  """Return the arrays of a matrix's factors."""
   return [factor[...] for factor in factors]
 
 
 def multiply(x: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
-  """Multiplies x by the factors from the left, so that the low rank comes first."""
+  """Multiply x by the factors from the left, so that the low rank comes first."""
   return functools.reduce(jax.numpy.matmul, factors, x)

@@ -51,7 +51,7 @@ class NativeCell(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-  """Tells which gradients a backward pass computes beside those of the weights."""
+  """Tell which gradients a backward pass computes beside those of the weights."""
 
   x: bool
   state: bool
@@ -76,7 +76,7 @@ class _Call(NamedTuple):
 def find_problem(
   cell: NativeCell, weights: Weights, state: State, x: jax.Array
 ) -> str | None:
-  """Returns why a window cannot run in the native kernel, or None if it can."""
+  """Return why a window cannot run in the native kernel, or None if it can."""
   parts = jax.tree.leaves(state)
   if jax.default_backend() != 'cpu':
     return f'the default backend is {jax.default_backend()!r}'
@@ -97,7 +97,7 @@ def find_problem(
 
 @functools.cache
 def warn_once(problem: str) -> None:
-  """Warns that windows run in the fused scan although the kernel was asked for."""
+  """Warn that windows run in the fused scan although the kernel was asked for."""
   warnings.warn(
     "implementation='native' runs as 'custom_vjp' where it must: " + problem,
     stacklevel=2,
@@ -108,7 +108,7 @@ def warn_once(problem: str) -> None:
 def run_native(
   cell: NativeCell, weights: Weights, state: State, x: jax.Array, mask: Mask
 ) -> tuple[State, Any]:
-  """Runs a window as `run_fused` does, for which `find_problem` found no problem."""
+  """Run a window as `run_fused` does, for which `find_problem` found no problem."""
   return _run_forward(cell, False, weights, state, x, mask)[0]
 
 
@@ -120,7 +120,7 @@ def _run_forward(
   x: jax.Array,
   mask: Mask,
 ) -> tuple[tuple[State, jax.Array], jax.Array]:
-  """Returns ((state after the window, y), factors)."""
+  """Return ((state after the window, y), factors)."""
   parts, state_structure = jax.tree.flatten(state)
   call = _Call(cell, jax.tree.structure((weights, state)), keep)
   operands = (*weights, x, _fill(mask, jnp.bool_), *parts)
@@ -131,7 +131,7 @@ def _run_forward(
 def _run_native_forward(
   cell: NativeCell, weights: Any, state: Any, x: Any, mask: Any
 ) -> tuple[Any, Any]:
-  """Runs a window whose arguments tell whether they are differentiated."""
+  """Run a window whose arguments tell whether they are differentiated."""
   wanted = _Wanted(x.perturbed, any(part.perturbed for part in jax.tree.leaves(state)))
   weights, state, x, mask = jax.tree.map(
     lambda argument: argument.value, (weights, state, x, mask)
@@ -143,7 +143,7 @@ def _run_native_forward(
 def _run_native_backward(
   cell: NativeCell, residuals: Any, gradient: tuple[State, Any]
 ) -> tuple[Any, ...]:
-  """Returns the gradients of weights, state, x and (None) mask."""
+  """Return the gradients of weights, state, x and (None) mask."""
   weights, state, x, mask, y, factors, wanted = residuals
   d_end, dy = gradient
   parts, state_structure = jax.tree.flatten(state)
@@ -166,12 +166,12 @@ def _is_zero(gradient: Any) -> bool:
 
 
 def _fill(array: jax.Array | None, dtype: Any) -> jax.Array:
-  """Returns an array, or one without elements for None."""
+  """Return an array, or one without elements for None."""
   return jnp.zeros(0, dtype) if array is None else array
 
 
 def _split(call: _Call, operands: Any) -> tuple[Any, Any, Any, Any, Any]:
-  """Splits operands into (weights, parts of the state, x, mask, others)."""
+  """Split operands into (weights, parts of the state, x, mask, others)."""
   num_weights, num_parts = (tree.num_leaves for tree in call.structure.children())
   weights = operands[:num_weights]
   x, mask, *others = operands[num_weights:]
@@ -179,7 +179,7 @@ def _split(call: _Call, operands: Any) -> tuple[Any, Any, Any, Any, Any]:
 
 
 def _forward_shapes(call: _Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
-  """Returns the shapes of the forward pass's results."""
+  """Return the shapes of the forward pass's results."""
   _, parts, x, _, _ = _split(call, operands)
   *steps, _ = x.shape
   hidden = parts[0].shape[-1]
@@ -190,7 +190,7 @@ def _forward_shapes(call: _Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
 
 
 def _backward_shapes(call: _Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
-  """Returns the shapes of the backward pass's results."""
+  """Return the shapes of the backward pass's results."""
   weights, parts, x, _, _ = _split(call, operands)
   nothing = (*x.shape[:-3], 0)
   shapes = [
@@ -202,7 +202,7 @@ def _backward_shapes(call: _Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
 
 
 def _fused_forward(call: _Call, *operands: jax.Array) -> list[jax.Array]:
-  """Computes what the kernel does, without factors, by the fused scan."""
+  """Compute what the kernel does, without factors, by the fused scan."""
   weights, parts, x, mask, _ = _split(call, operands)
   run = _fused_window(call, mask)
   *_, factors = _forward_shapes(call, *operands)
@@ -210,7 +210,7 @@ def _fused_forward(call: _Call, *operands: jax.Array) -> list[jax.Array]:
 
 
 def _fused_backward(call: _Call, *operands: jax.Array) -> list[jax.Array]:
-  """Computes what the kernel does by the fused scan, which runs forward anew."""
+  """Compute what the kernel does by the fused scan, which runs forward anew."""
   weights, parts, x, mask, others = _split(call, operands)
   _, _, dy, *d_end = others
   outputs, pull_back = jax.vjp(_fused_window(call, mask), weights, parts, x)
@@ -229,7 +229,7 @@ def _fused_backward(call: _Call, *operands: jax.Array) -> list[jax.Array]:
 
 
 def _fused_window(call: _Call, mask: jax.Array) -> Any:
-  """Returns the fused scan: (weights, parts, x) -> [parts of the end state, y]."""
+  """Return the fused scan: (weights, parts, x) -> [parts of the end state, y]."""
 
   def run(weights: Any, parts: Any, x: jax.Array) -> list[jax.Array]:
     weights, state = jax.tree.unflatten(call.structure, [*weights, *parts])
@@ -255,19 +255,19 @@ class _Pass(NamedTuple):
 
 
 def _find_avals(part: _Pass, *operands: Any, call: _Call) -> list[Any]:
-  """Returns the types of the results."""
+  """Return the types of the results."""
   results = part.shapes(call, *operands)
   return [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
 
 
 def _run_kernel(part: _Pass, call: _Call, *operands: jax.Array) -> Any:
-  """Runs the kernel, which takes members as leading axes."""
+  """Run the kernel, which takes members as leading axes."""
   name = cpu.target(call.cell.name, part.name)
   return jax.ffi.ffi_call(name, part.shapes(call, *operands))(*operands)
 
 
 def _run_fused(part: _Pass, call: _Call, *operands: jax.Array) -> Any:
-  """Runs the fused scan, which takes members by `jax.vmap`."""
+  """Run the fused scan, which takes members by `jax.vmap`."""
   run = functools.partial(part.fused, call)
   _, _, x, _, _ = _split(call, operands)
   for _ in range(x.ndim - 3):
@@ -276,7 +276,7 @@ def _run_fused(part: _Pass, call: _Call, *operands: jax.Array) -> Any:
 
 
 def _lower_on_cpu(part: _Pass, ctx: Any, *operands: Any, call: _Call) -> Any:
-  """Lowers to the kernel, unless the program is exported."""
+  """Lower to the kernel, unless the program is exported."""
   # A call of the kernel means nothing to another process.
   exported = ctx.module_context.lowering_parameters.for_export
   run = functools.partial(_run_fused if exported else _run_kernel, part, call)
@@ -284,7 +284,7 @@ def _lower_on_cpu(part: _Pass, ctx: Any, *operands: Any, call: _Call) -> Any:
 
 
 def _lower(part: _Pass, ctx: Any, *operands: Any, call: _Call) -> Any:
-  """Lowers to the fused scan."""
+  """Lower to the fused scan."""
   run = functools.partial(_run_fused, part, call)
   return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
@@ -292,7 +292,7 @@ def _lower(part: _Pass, ctx: Any, *operands: Any, call: _Call) -> Any:
 def _batch(
   primitive: Primitive, operands: Any, axes: Any, *, call: _Call
 ) -> tuple[Any, Any]:
-  """Gives each member operands of its own, along a new leading axis."""
+  """Give each member operands of its own, along a new leading axis."""
   pairs = list(zip(operands, axes, strict=True))
   size = next(operand.shape[axis] for operand, axis in pairs if axis is not None)
   members = [
@@ -307,19 +307,19 @@ def _batch(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compiled(primitive: Primitive, call: _Call, *operands: jax.Array) -> Any:
-  """Runs an operation as a program of its own."""
+  """Run an operation as a program of its own."""
   return primitive.bind(*operands, call=call)
 
 
 def _run_eagerly(primitive: Primitive, *operands: jax.Array, call: _Call) -> Any:
-  """Runs an operation outside of any program."""
+  """Run an operation outside of any program."""
   # Without compilation the operation would call itself.
   with jax.disable_jit(False):
     return _compiled(primitive, call, *operands)
 
 
 def _make_primitive(part: _Pass) -> Primitive:
-  """Makes an operation of JAX from a direction of the window."""
+  """Make an operation of JAX from a direction of the window."""
   primitive = Primitive(f'fptt_jax_native_{part.name}')
   primitive.multiple_results = True
   primitive.def_impl(functools.partial(_run_eagerly, primitive))

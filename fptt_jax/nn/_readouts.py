@@ -15,7 +15,7 @@ from fptt_jax.nn._regularization import LockedDropout, Stateless
 
 
 class TiedReadout(nnx.Module):
-  """Computes the logits x Eᵀ + b of each step.
+  """Compute the logits x Eᵀ + b of each step.
 
   Parameters: `bias` [V], initially 0, and the embedding's.
 
@@ -45,13 +45,13 @@ class TiedReadout(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(embed.num_embeddings, embed.param_dtype))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps features [S, B, E] to logits [S, B, V]."""
+    """Map features [S, B, E] to logits [S, B, V]."""
     x = check_inputs(self, x, self.embed.features)
     return self.embed.attend(x) + self.bias[None, None]
 
 
 class MixtureOfSoftmaxes(Stateless):
-  r"""Computes log-probabilities of a mixture of M softmaxes over V words.
+  r"""Compute log-probabilities of a mixture of M softmaxes over V words.
 
   .. math::
 
@@ -128,7 +128,7 @@ class MixtureOfSoftmaxes(Stateless):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[tuple[()], jax.Array]:
-    """Maps features [S, B, H] to log-probabilities [S, B, V] of at least float32."""
+    """Map features [S, B, H] to log-probabilities [S, B, V] of at least float32."""
     x = check_inputs(self, x, self.in_features)
     state, z = self.dropout(state, jnp.tanh(self.latent(x)), mask, key)
     # One product gives all experts' latents.

@@ -19,7 +19,7 @@ from fptt_jax.nn._from_cell import as_recurrent
 
 
 class Reconstruction(nnx.Module):
-  r"""Trains a recurrent layer to reconstruct inputs that it has seen.
+  r"""Train a recurrent layer to reconstruct inputs that it has seen.
 
   This is the r-LSTM's auxiliary loss for any recurrent layer. At random anchor steps a
   decoder, a layer of the same kind, starts from the layer's state. It reconstructs a
@@ -103,7 +103,7 @@ class Reconstruction(nnx.Module):
     )
 
   def initial_state(self, batch_size: int) -> Any:
-    """Returns the layer's initial state."""
+    """Return the layer's initial state."""
     return self.layer.initial_state(batch_size)
 
   def __call__(
@@ -113,7 +113,7 @@ class Reconstruction(nnx.Module):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[Any, jax.Array | OutputsWithPenalty]:
-    """Runs a window.
+    """Run a window.
 
     Args:
       state: as `initial_state` makes it.
@@ -149,7 +149,7 @@ class Reconstruction(nnx.Module):
     return new_state, OutputsWithPenalty(y, penalty)
 
   def _check_training_inputs(self, x: jax.Array) -> None:
-    """Raises if a window is shorter than a segment or not floating point."""
+    """Raise if a window is shorter than a segment or not floating point."""
     if x.shape[0] < self.segment:
       raise ValueError(
         f'Reconstruction expected windows of at least segment={self.segment} steps, '
@@ -168,7 +168,7 @@ class Reconstruction(nnx.Module):
     layer_key: jax.Array,
     key: jax.Array,
   ) -> jax.Array:
-    """Returns the mean squared error [B] of one segment per sequence.
+    """Return the mean squared error [B] of one segment per sequence.
 
     Args:
       state: the state before the window.
@@ -198,6 +198,6 @@ class Reconstruction(nnx.Module):
 
 
 def _move_valid_first(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """Moves each sequence's valid steps of [S, B, D] to its start, in their order."""
+  """Move each sequence's valid steps of [S, B, D] to its start, in their order."""
   order = jnp.argsort(~mask, axis=0, stable=True)
   return jnp.take_along_axis(x, order[..., None], axis=0)

@@ -34,7 +34,7 @@ IMPLEMENTATIONS = ('auto', 'native', 'custom_vjp', 'scan', 'cuda')
 def scan_cell(
   step: Step, state: Any, x: Any, mask: jax.Array | None
 ) -> tuple[Any, jax.Array]:
-  """Runs `step(state, x_t) -> (state, y_t)` over a window.
+  """Run `step(state, x_t) -> (state, y_t)` over a window.
 
   Args:
     step: one time step.
@@ -126,13 +126,13 @@ class Recurrent(nnx.Module):
 
   @abc.abstractmethod
   def step(self) -> Step:
-    """Returns one time step as a function of (state, x_t [B, D]).
+    """Return one time step as a function of (state, x_t [B, D]).
 
     It reads and prepares the weights, once per window.
     """
 
   def initial_state(self, batch_size: int) -> Any:
-    """Returns the state before the first step: zeros."""
+    """Return the state before the first step: zeros."""
     return self._zeros(batch_size, self.hidden_features)
 
   def __call__(
@@ -142,7 +142,7 @@ class Recurrent(nnx.Module):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[Any, jax.Array]:
-    """Runs a window.
+    """Run a window.
 
     Args:
       state: as `initial_state` makes it.
@@ -170,13 +170,13 @@ class Recurrent(nnx.Module):
     return run_fused(cell, weights, state, x, mask)
 
   def _fused_cell(self) -> tuple[FusedCell, Any] | None:
-    """Returns the parts of the fused window and the weights they take, if any."""
+    """Return the parts of the fused window and the weights they take, if any."""
     return None
 
   def own_transition(
     self, state: Any, x_t: jax.Array, own_only: bool
   ) -> jax.Array | None:
-    """Returns how each unit's state after a step depends on its own before it.
+    """Return how each unit's state after a step depends on its own before it.
 
     Args:
       state: m arrays [R, n].
@@ -192,7 +192,7 @@ class Recurrent(nnx.Module):
     return None
 
   def _last_output(self, state: Any) -> jax.Array | None:
-    """Returns the output [B, H] at each sequence's last valid step, or None.
+    """Return the output [B, H] at each sequence's last valid step, or None.
 
     It is read from the state after that step, where the layer's output is a known part
     of the state.
@@ -204,7 +204,7 @@ class Recurrent(nnx.Module):
     return None if fused is None else fused[0].output(state)
 
   def _check_call(self, state: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Validates a window's arguments and casts inputs to the layer's dtype."""
+    """Validate a window's arguments and casts inputs to the layer's dtype."""
     x = check_inputs(self, x, self.in_features)
     check_window(self, state, x, mask)
     return x.astype(self.param_dtype)
@@ -212,7 +212,7 @@ class Recurrent(nnx.Module):
   def _choose_native(
     self, state: Any, x: jax.Array
   ) -> tuple[_native.NativeCell, Any] | None:
-    """Returns the cell and the weights if a window runs in the native kernel."""
+    """Return the cell and the weights if a window runs in the native kernel."""
     if self.implementation not in ('auto', 'native') or self._native_cell is None:
       return None
     fused = self._fused_cell()
@@ -226,7 +226,7 @@ class Recurrent(nnx.Module):
     return None
 
   def _check_implementation(self) -> None:
-    """Raises if the layer has no kernel, or no CUDA kernel for its size and dtype."""
+    """Raise if the layer has no kernel, or no CUDA kernel for its size and dtype."""
     name = type(self).__name__
     if self.implementation == 'native' and self._native_cell is None:
       raise ValueError(
@@ -241,9 +241,9 @@ class Recurrent(nnx.Module):
     cuda.check_supported(name, self.hidden_features, self.param_dtype)
 
   def _check_number(self, name: str, value: Any, low: float, expected: str) -> float:
-    """Returns a number that is at least `low` and finite in the layer's dtype."""
+    """Return a number that is at least `low` and finite in the layer's dtype."""
     return check_number(name, value, low, FLOAT32_MAX, expected, self.param_dtype)
 
   def _zeros(self, batch_size: int, features: int) -> jax.Array:
-    """Returns a part of the initial state [B, features]."""
+    """Return a part of the initial state [B, features]."""
     return jnp.zeros((check_batch_size(batch_size), features), self.param_dtype)

@@ -36,7 +36,7 @@ class Stateless(nnx.Module):
   in_readout: ClassVar[bool] = False
 
   def initial_state(self, batch_size: int) -> tuple[()]:
-    """Returns the empty state."""
+    """Return the empty state."""
     return ()
 
 
@@ -73,7 +73,7 @@ class LockedDropout(Stateless):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[tuple[()], jax.Array]:
-    """Maps activations [S, B, D] to [S, B, D]."""
+    """Map activations [S, B, D] to [S, B, D]."""
     if key is None:
       return state, x
     # One step's shape: all steps of the window share the mask.
@@ -109,7 +109,7 @@ class EmbeddingDropout(Stateless):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[tuple[()], jax.Array]:
-    """Maps tokens int [S, B] to features [S, B, E]."""
+    """Map tokens int [S, B] to features [S, B, E]."""
     dtype = check_array('tokens', x).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
       raise TypeError(f'tokens must be integers, got dtype {x.dtype}.')
@@ -124,7 +124,7 @@ class EmbeddingDropout(Stateless):
 
 
 class WeightDrop(nnx.Module):
-  """Drops recurrent weights of a layer (DropConnect), with one mask per window.
+  """Drop recurrent weights of a layer (DropConnect), with one mask per window.
 
   The layer itself does not change: a copy with dropped weights runs the window.
 
@@ -155,7 +155,7 @@ class WeightDrop(nnx.Module):
     self.rate = _check_rate(rate)
 
   def initial_state(self, batch_size: int) -> Any:
-    """Returns the layer's initial state."""
+    """Return the layer's initial state."""
     return self.layer.initial_state(batch_size)
 
   def __call__(
@@ -165,7 +165,7 @@ class WeightDrop(nnx.Module):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[Any, jax.Array | OutputsWithPenalty]:
-    """Runs a window, in training with dropped weights."""
+    """Run a window, in training with dropped weights."""
     if key is None:
       return self.layer(state, x, mask, None)
     noise_key, layer_key = jax.random.split(key)
@@ -202,7 +202,7 @@ class ActivationPenalty(Stateless):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[tuple[()], jax.Array | OutputsWithPenalty]:
-    """Returns activations [S, B, H], in training with their penalty [S, B]."""
+    """Return activations [S, B, H], in training with their penalty [S, B]."""
     if key is None:
       return state, x
     penalty = self.alpha * _mean_square(x)
@@ -238,7 +238,7 @@ class TemporalActivationPenalty(Stateless):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[tuple[()], jax.Array | OutputsWithPenalty]:
-    """Returns activations [S, B, H], in training with their penalty [S, B]."""
+    """Return activations [S, B, H], in training with their penalty [S, B]."""
     if key is None:
       return state, x
     if mask is None:
@@ -259,7 +259,7 @@ class TemporalActivationPenalty(Stateless):
 
 
 def _previous_valid(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Finds the last valid step before each step from the second one on.
+  """Find the last valid step before each step from the second one on.
 
   Returns:
     (activations [S - 1, B, H] of that step, bool [S - 1, B]: whether both steps are
@@ -276,20 +276,20 @@ def _previous_valid(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _mean_square(h: jax.Array) -> jax.Array:
-  """Returns the mean of h² over H, [S, B], in at least float32."""
+  """Return the mean of h² over H, [S, B], in at least float32."""
   return jnp.square(widen(h)).mean(-1)
 
 
 def _draw_noise(
   key: jax.Array, rate: float, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> jax.Array:
-  """Draws factors that are 0 with probability `rate`, and else 1/(1 - rate)."""
+  """Draw factors that are 0 with probability `rate`, and else 1/(1 - rate)."""
   kept = 1 - rate
   mask = jax.random.bernoulli(key, kept, shape)
   return mask.astype(dtype) / kept
 
 
 def _check_rate(rate: float) -> float:
-  """Returns a rate that is in [0, 1)."""
+  """Return a rate that is in [0, 1)."""
   below_one = math.nextafter(1, 0)
   return check_number('rate', rate, 0, below_one, 'in [0, 1)')

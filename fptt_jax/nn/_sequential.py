@@ -56,7 +56,7 @@ class Sequential(nnx.Module):
     )
 
   def initial_state(self, batch_size: int) -> tuple[Any, ...]:
-    """Returns the recurrent layers' initial states."""
+    """Return the recurrent layers' initial states."""
     return tuple(
       layer.initial_state(batch_size) for layer in self.layers if is_recurrent(layer)
     )
@@ -69,7 +69,7 @@ class Sequential(nnx.Module):
     key: jax.Array | None = None,
     last: jax.Array | int | None = None,
   ) -> tuple[tuple[Any, ...], jax.Array | OutputsWithPenalty]:
-    """Runs a window through all layers.
+    """Run a window through all layers.
 
     Args:
       state: as `initial_state` makes it.
@@ -108,13 +108,13 @@ class Sequential(nnx.Module):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[tuple[Any, ...], jax.Array | OutputsWithPenalty]:
-    """Runs a window through the layers before the readout."""
+    """Run a window through the layers before the readout."""
     new_state, x, penalties = self._run(0, self.readout_start, state, x, mask, key)
     # The readout's layers have empty states.
     return (*new_state, *state[len(new_state) :]), _with_penalty(x, penalties)
 
   def readout(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Runs the readout on any steps of a window.
+    """Run the readout on any steps of a window.
 
     Args:
       x: features [s, B, ...] of s steps.
@@ -147,7 +147,7 @@ class Sequential(nnx.Module):
     mask: jax.Array | None,
     key: jax.Array | None,
   ) -> tuple[tuple[Any, ...], jax.Array, list[jax.Array]]:
-    """Runs the layers start..end - 1.
+    """Run the layers start..end - 1.
 
     Returns:
       (their new states, outputs, penalties).
@@ -174,7 +174,7 @@ class Sequential(nnx.Module):
   def _at_last_step(
     self, layer: Any, state: tuple[Any, ...], x: jax.Array, last: jax.Array | int
   ) -> jax.Array:
-    """Returns the outputs [1, B, ...] of the last recurrent layer at steps `last`."""
+    """Return the outputs [1, B, ...] of the last recurrent layer at steps `last`."""
     output = None
     if isinstance(layer, Recurrent | LearnedInitialState):
       # Read from the state, the outputs of the other steps need not be stored.
@@ -185,7 +185,7 @@ class Sequential(nnx.Module):
 def own_transitions(
   module: Any, state: Any, x: Any, own_only: bool
 ) -> dict[int, jax.Array]:
-  """Collects `own_transition` of the layers that define it.
+  """Collect `own_transition` of the layers that define it.
 
   Args:
     module: a layer that runs windows, in evaluation mode.
@@ -219,7 +219,7 @@ def own_transitions(
 
 
 def _acts_on_steps(layer: Any) -> bool:
-  """Returns whether a layer may run on some steps of a window at a time."""
+  """Return whether a layer may run on some steps of a window at a time."""
   if is_recurrent(layer):
     return bool(getattr(layer, 'in_readout', False))
   if isinstance(layer, nnx.Dropout):

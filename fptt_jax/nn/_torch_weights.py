@@ -16,7 +16,7 @@ _LAYERS_BY_GATES = {1: 'ElmanRNN', 3: 'GRU', 4: 'LSTM'}
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> list[dict[str, jax.Array]]:
-  """Converts the weights of a torch recurrent module.
+  """Convert the weights of a torch recurrent module.
 
   The outputs then equal torch's up to rounding.
 
@@ -69,7 +69,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> list[dict[str, jax.Array]]:
 
 
 def _as_array(name: str, value: Any) -> np.ndarray:
-  """Returns a tensor or array as a NumPy array of floats."""
+  """Return a tensor or array as a NumPy array of floats."""
   # A torch tensor; torch itself is not imported.
   if hasattr(value, 'detach'):
     value = np.asarray(value.detach())
@@ -86,7 +86,7 @@ def _as_array(name: str, value: Any) -> np.ndarray:
 def _convert_layer(
   weights: Mapping[str, np.ndarray], number: int
 ) -> dict[str, jax.Array]:
-  """Converts one of torch's layers."""
+  """Convert one of torch's layers."""
   names = [f'weight_ih_l{number}', f'weight_hh_l{number}']
   if not all(name in weights for name in names):
     raise ValueError(f'state_dict must hold {names}, got {sorted(weights)}.')
@@ -119,7 +119,7 @@ def _convert_layer(
 
 
 def _layer_kind(w_x: np.ndarray, w_h: np.ndarray) -> str | None:
-  """Returns the layer with weights of these shapes, None if there is none."""
+  """Return the layer with weights of these shapes, None if there is none."""
   if w_x.ndim != 2 or w_h.ndim != 2 or 0 in w_x.shape or 0 in w_h.shape:
     return None
   hidden_features, width = w_h.shape

@@ -45,7 +45,7 @@ def _weight_gradient(
 
 @functools.cache
 def fused_cell(epsilon: float) -> FusedCell:
-  """Makes the parts of a fused window for a step size ε.
+  """Make the parts of a fused window for a step size ε.
 
   Weights (v [D, 2H], Aᵀ [H, H], bias [2H]), first the part of tanh, then the gate's.
   The cache keeps one object per ε: JAX compiles anew for each other object.
@@ -126,7 +126,7 @@ class AntisymmetricRNN(Recurrent):
     self.bias = nnx.Param(jnp.zeros(2 * size, param_dtype))
 
   def step(self) -> Step:
-    """Returns one time step as a function of (h, x_t)."""
+    """Return one time step as a function of (h, x_t)."""
     a_transposed = self._a_transposed()
     v = self.v[...]
     bias = self.bias[None]
@@ -142,7 +142,7 @@ class AntisymmetricRNN(Recurrent):
     return step
 
   def _a_transposed(self) -> jax.Array:
-    """Returns Aᵀ [H, H]: a step multiplies the row h by it."""
+    """Return Aᵀ [H, H]: a step multiplies the row h by it."""
     size = self.hidden_features
     # Only H(H-1)/2 numbers are stored, so that the optimizer's state is half as large.
     upper = jnp.zeros((size, size), self.w[...].dtype)

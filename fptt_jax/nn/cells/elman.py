@@ -84,7 +84,7 @@ class ElmanRNN(Recurrent):
     self.bias = nnx.Param(biases[0] + biases[1])
 
   def step(self) -> Step:
-    """Returns one time step as a function of (h, x_t)."""
+    """Return one time step as a function of (h, x_t)."""
     w_x = self.w_x[...]
     w_h = self.w_h[...]
     bias = self.bias[None]
@@ -98,7 +98,7 @@ class ElmanRNN(Recurrent):
   def own_transition(
     self, state: jax.Array, x_t: jax.Array, own_only: bool
   ) -> jax.Array:
-    """Returns [R, 1, 1, H]; see :class:`Recurrent`."""
+    """Return [R, 1, 1, H]; see :class:`Recurrent`."""
     w_h = self.w_h[...]
     h = jnp.tanh(x_t @ self.w_x[...] + state @ w_h + self.bias[None])
     own = jnp.zeros_like(self.bias[...]) if own_only else jnp.diagonal(w_h)

@@ -82,7 +82,7 @@ class FastGRNN(Recurrent):
     self.nu = self._make_scalar('nu', nu)
 
   def step(self) -> Step:
-    """Returns one time step as a function of (h, x_t)."""
+    """Return one time step as a function of (h, x_t)."""
     w_x = matrix_values(self.w_x)
     w_h = matrix_values(self.w_h)
     bias_z, bias_h = jnp.split(self.bias[None], 2, axis=-1)
@@ -101,6 +101,6 @@ class FastGRNN(Recurrent):
     return step
 
   def _make_scalar(self, name: str, value: float) -> nnx.Param[Any]:
-    """Returns a scalar parameter after a check of its initial value."""
+    """Return a scalar parameter after a check of its initial value."""
     number = self._check_number(name, value, -FLOAT32_MAX, 'a finite number')
     return nnx.Param(jnp.asarray(number, self.param_dtype))

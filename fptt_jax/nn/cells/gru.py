@@ -28,7 +28,7 @@ def _prepare(axis: int, weights: Any) -> Any:
 def _forward(
   axis: int, prepared: Any, h: jax.Array, drive_t: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  """Computes a step and the factors of its Jacobian.
+  """Compute a step and the factors of its Jacobian.
 
   The factors are those of dh, in this order: for r, z, n, the recurrent part of n, and
   the h of the step before.
@@ -54,7 +54,7 @@ def _forward(
 def _backward(
   axis: int, weights: Any, factors: tuple[jax.Array, ...], dh: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """Computes a step backward; dz is one array for w_x and one for w_h."""
+  """Compute a step backward; dz is one array for w_x and one for w_h."""
   to_r, to_z, to_n, to_recurrent_n, z = factors
   d_rz = jnp.concatenate([dh * to_r, dh * to_z], axis)
   d_recurrent = jnp.concatenate([d_rz, dh * to_recurrent_n], axis)
@@ -178,7 +178,7 @@ class GRU(Recurrent):
     self.recurrent_bias = nnx.Param(biases[1]) if has_recurrent_bias else None
 
   def step(self) -> Step:
-    """Returns one time step as a function of (h, x_t)."""
+    """Return one time step as a function of (h, x_t)."""
     w_x = self.w_x[...]
     w_h = self.w_h[...]
     bias = self.bias[None]
@@ -198,7 +198,7 @@ class GRU(Recurrent):
   def own_transition(
     self, state: jax.Array, x_t: jax.Array, own_only: bool
   ) -> jax.Array:
-    """Returns [R, 1, 1, H]; see :class:`Recurrent`."""
+    """Return [R, 1, 1, H]; see :class:`Recurrent`."""
     w_h = self.w_h[...]
     x_r, x_z, x_n = jnp.split(x_t @ self.w_x[...] + self.bias[None], 3, axis=-1)
     recurrent = state @ w_h + self._recurrent_bias()[None]
@@ -216,7 +216,7 @@ class GRU(Recurrent):
     return h_by_h[:, None, None]
 
   def _recurrent_bias(self) -> jax.Array:
-    """Returns the second bias [3H], zeros if there is none."""
+    """Return the second bias [3H], zeros if there is none."""
     if self.recurrent_bias is None:
       # Zeros compute the same function, so the steps need no second variant.
       return jnp.zeros_like(self.bias[...])

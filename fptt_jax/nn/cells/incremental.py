@@ -90,7 +90,7 @@ class IncrementalRNN(Recurrent):
     self.eta = nnx.Param(jnp.full(inner_steps, eta, param_dtype))
 
   def step(self) -> Step:
-    """Returns one time step as a function of (h, x_t)."""
+    """Return one time step as a function of (h, x_t)."""
     w_x = self.w_x[...]
     w_h = matrix_values(self.w_h)
     bias = self.bias[None]

@@ -15,7 +15,7 @@ from fptt_jax.nn._recurrent import Recurrent, Step
 def _forward(
   axis: int, prepared: Any, h: jax.Array, drive_t: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array]]:
-  """Computes one step; the only factor of the Jacobian is relu's derivative."""
+  """Compute one step; the only factor of the Jacobian is relu's derivative."""
   u, bias = prepared
   z = drive_t + u * h + bias
   is_active = z > 0
@@ -25,7 +25,7 @@ def _forward(
 def _backward(
   axis: int, weights: Any, factors: tuple[jax.Array, ...], dh: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the gradients of the state before the step and of the drive."""
+  """Return the gradients of the state before the step and of the drive."""
   (is_active,) = factors
   u, _ = weights
   dz = dh * is_active
@@ -33,7 +33,7 @@ def _backward(
 
 
 def _weight_gradient(previous: jax.Array, dz: jax.Array) -> Any:
-  """Returns the gradients of u and of the bias."""
+  """Return the gradients of u and of the bias."""
   return previous * dz, dz
 
 
@@ -117,7 +117,7 @@ class IndRNN(Recurrent):
     self.bias = nnx.Param(jnp.zeros(shape[1], param_dtype))
 
   def step(self) -> Step:
-    """Returns one time step as a function of (h, x_t)."""
+    """Return one time step as a function of (h, x_t)."""
     w_x = self.w_x[...]
     u = self._clipped_u()[None]
     bias = self.bias[None]
@@ -135,7 +135,7 @@ class IndRNN(Recurrent):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    """Runs a window; one product gives the drive of all its steps.
+    """Run a window; one product gives the drive of all its steps.
 
     Arguments and result are those of the other recurrent layers.
     """
@@ -150,7 +150,7 @@ class IndRNN(Recurrent):
     return run_fused(FUSED_CELL, weights, state, drive, mask)
 
   def _check_range(self, initial_range: Any) -> tuple[float, float]:
-    """Returns (low, high); a ValueError names a range outside ±max_weight."""
+    """Return (low, high); a ValueError names a range outside ±max_weight."""
     if self.max_weight is None:
       # Half of the largest number, so that high - low is finite.
       limit = float(jnp.finfo(self.param_dtype).max) / 2
@@ -170,7 +170,7 @@ class IndRNN(Recurrent):
     return low, high
 
   def _clipped_u(self) -> jax.Array:
-    """Returns the u [H] that steps use."""
+    """Return the u [H] that steps use."""
     u = self.u[...]
     if self.max_weight is None:
       return u

@@ -27,7 +27,7 @@ class LRUState(NamedTuple):
 def _forward(
   axis: int, prepared: Any, state: LRUState, drive_t: jax.Array
 ) -> tuple[LRUState, tuple[()]]:
-  """Computes s' = λ s + drive; the Jacobian is λ, so there are no factors to keep."""
+  """Compute s' = λ s + drive; the Jacobian is λ, so there are no factors to keep."""
   re, im = state
   lambda_re, lambda_im = prepared
   drive_re, drive_im = jnp.split(drive_t, 2, axis)
@@ -39,7 +39,7 @@ def _forward(
 def _backward(
   axis: int, weights: Any, factors: tuple[jax.Array, ...], d_state: LRUState
 ) -> tuple[LRUState, jax.Array]:
-  """Returns the gradients of the state before the step and of the drive."""
+  """Return the gradients of the state before the step and of the drive."""
   re, im = d_state
   lambda_re, lambda_im = weights
   # Real arithmetic of conj(λ) d: the gradient flows through the conjugate.
@@ -50,7 +50,7 @@ def _backward(
 
 
 def _weight_gradient(previous: LRUState, dz: jax.Array) -> Any:
-  """Returns the gradients of λ's parts, conj(s) d in real arithmetic."""
+  """Return the gradients of λ's parts, conj(s) d in real arithmetic."""
   re, im = previous
   d_re, d_im = jnp.split(dz, 2, -1)
   d_lambda_re = re * d_re + im * d_im
@@ -171,13 +171,13 @@ class LRU(Recurrent):
       self.d = normal(inputs**-0.5, inputs, hidden)
 
   def initial_state(self, batch_size: int) -> LRUState:
-    """Returns the state before the first step: zeros."""
+    """Return the state before the first step: zeros."""
     re = self._zeros(batch_size, self.state_features)
     im = self._zeros(batch_size, self.state_features)
     return LRUState(re, im)
 
   def step(self) -> Step:
-    """Returns one time step as a function of (state, x_t)."""
+    """Return one time step as a function of (state, x_t)."""
     lambda_re, lambda_im, b, c = self._matrices()
     d = self.d[...]
 
@@ -198,7 +198,7 @@ class LRU(Recurrent):
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
   ) -> tuple[LRUState, jax.Array]:
-    """Runs a window; only the recurrence itself runs step by step.
+    """Run a window; only the recurrence itself runs step by step.
 
     Arguments and result are those of the other recurrent layers.
     """
@@ -214,7 +214,7 @@ class LRU(Recurrent):
     return state, y
 
   def _matrices(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns λ's parts [1, N], the input matrix [D, 2N], the output's [2N, H]."""
+    """Return λ's parts [1, N], the input matrix [D, 2N], the output's [2N, H]."""
     rate = jnp.exp(self.nu_log[None])
     modulus = jnp.exp(-rate)
     phase = jnp.exp(self.theta_log[None])
@@ -233,7 +233,7 @@ class LRU(Recurrent):
 def _draw_ring(
   rngs: nnx.Rngs, size: int, r_min: float, r_max: float, max_phase: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Draws λ uniform on a ring of the complex plane.
+  """Draw λ uniform on a ring of the complex plane.
 
   Returns:
     `nu_log`, `theta_log` and `gamma_log`, each [N].
@@ -259,7 +259,7 @@ def _draw_ring(
 
 
 def _skip(d: jax.Array, x: jax.Array) -> jax.Array:
-  """Returns the term x D of the output."""
+  """Return the term x D of the output."""
   if d.ndim > 1:
     return x @ d
   # Axes for steps and rows, since implicit rank promotion is an error in the tests.

@@ -41,7 +41,7 @@ def _prepare(axis: int, weights: Any) -> Any:
 def _forward(
   axis: int, prepared: Any, state: LSTMState, drive_t: jax.Array
 ) -> tuple[LSTMState, tuple[jax.Array, ...]]:
-  """Computes a step and the factors of its Jacobian.
+  """Compute a step and the factors of its Jacobian.
 
   The factors are, in this order: of dc for i, f and g; of dh for o and for c; of dc
   for the c of the step before.
@@ -197,13 +197,13 @@ class LSTM(Recurrent):
     self.bias = nnx.Param(bias)
 
   def initial_state(self, batch_size: int) -> LSTMState:
-    """Returns the state before the first step: zeros."""
+    """Return the state before the first step: zeros."""
     h = self._zeros(batch_size, self.hidden_features)
     c = self._zeros(batch_size, self.hidden_features)
     return LSTMState(h, c)
 
   def step(self) -> Step:
-    """Returns one time step as a function of (state, x_t)."""
+    """Return one time step as a function of (state, x_t)."""
     w_x = self.w_x[...]
     w_h = self.w_h[...]
     bias = self.bias[None]
@@ -219,7 +219,7 @@ class LSTM(Recurrent):
   def own_transition(
     self, state: LSTMState, x_t: jax.Array, own_only: bool
   ) -> jax.Array:
-    """Returns [R, 2, 2, H], for h and c; see :class:`Recurrent`."""
+    """Return [R, 2, 2, H], for h and c; see :class:`Recurrent`."""
     w_h = self.w_h[...]
     z = x_t @ self.w_x[...] + state.h @ w_h + self.bias[None]
     z_i, z_f, z_g, z_o = jnp.split(z, 4, axis=-1)

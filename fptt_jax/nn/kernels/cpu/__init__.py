@@ -31,13 +31,13 @@ COMPILERS = ('g++', 'clang++')
 
 
 def target(cell: str, direction: str) -> str:
-  """Returns the name by which JAX knows the kernel of a cell."""
+  """Return the name by which JAX knows the kernel of a cell."""
   return f'fptt_jax_cpu_{cell}_{direction}'
 
 
 @functools.cache
 def find_problem(cell: str) -> str | None:
-  """Compiles and registers a cell's kernels, once per process.
+  """Compile and registers a cell's kernels, once per process.
 
   Args:
     cell: the name of a source file, such as 'lstm'.
@@ -61,7 +61,7 @@ def find_problem(cell: str) -> str | None:
 
 
 def count_threads() -> int:
-  """Returns how many threads the kernels of this process may use together.
+  """Return how many threads the kernels of this process may use together.
 
   Raises:
     ValueError: the environment variable is not a whole number of at least 1.
@@ -80,7 +80,7 @@ def count_threads() -> int:
 
 
 def compile_command(cell: str) -> list[str]:
-  """Returns the command that compiles a cell's kernels, without `-o`.
+  """Return the command that compiles a cell's kernels, without `-o`.
 
   Raises:
     RuntimeError: there is no compiler on the PATH.
@@ -96,7 +96,7 @@ def compile_command(cell: str) -> list[str]:
 
 
 def _load(cell: str) -> ctypes.CDLL:
-  """Loads a cell's library from the cache, or compiles it.
+  """Load a cell's library from the cache, or compiles it.
 
   Raises:
     OSError: the library cannot be written or loaded.
@@ -118,7 +118,7 @@ def _load(cell: str) -> ctypes.CDLL:
 
 
 def _private_folder() -> Path | None:
-  """Returns the folder of compiled libraries, or None if others may write it."""
+  """Return the folder of compiled libraries, or None if others may write it."""
   try:
     base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     folder = Path(os.environ.get(CACHE_VARIABLE) or base / 'fptt_jax')
@@ -129,7 +129,7 @@ def _private_folder() -> Path | None:
 
 
 def _is_private(path: Path) -> bool:
-  """Returns whether a path exists and only this user may write it.
+  """Return whether a path exists and only this user may write it.
 
   A library runs with the rights of the process, so another user must not supply it.
   """
@@ -142,7 +142,7 @@ def _is_private(path: Path) -> bool:
 
 
 def _digest(command: list[str]) -> str:
-  """Returns a digest of all that a library depends on.
+  """Return a digest of all that a library depends on.
 
   The macros that the compiler defines tell its version and the instructions of the
   processor. The interface of `jax.ffi` is that of the installed jaxlib.
@@ -161,7 +161,7 @@ def _digest(command: list[str]) -> str:
 
 
 def _compile(command: list[str], library: Path) -> None:
-  """Compiles to a temporary file beside the library and moves it into place.
+  """Compile to a temporary file beside the library and moves it into place.
 
   Other processes may compile the same library; the last one that ends wins.
 

@@ -26,7 +26,7 @@ _built: set[tuple[str, str]] = set()
 
 
 def is_available() -> bool:
-  """Returns whether there are an NVIDIA GPU and the compiler that kernels need."""
+  """Return whether there are an NVIDIA GPU and the compiler that kernels need."""
   try:
     return bool(jax.devices('cuda') and _find_compiler('CUDA'))
   except RuntimeError:
@@ -34,7 +34,7 @@ def is_available() -> bool:
 
 
 def build(cell: str, platform: str) -> None:
-  """Compiles a cell's kernels and registers them with JAX, once per process.
+  """Compile a cell's kernels and registers them with JAX, once per process.
 
   The library is kept in `$XDG_CACHE_HOME/fptt_jax` for later processes.
 
@@ -63,7 +63,7 @@ def build(cell: str, platform: str) -> None:
 def compile_command(
   cell: str, platform: str, architecture: str | None = None
 ) -> list[str]:
-  """Returns the command that compiles a cell's kernels, without `-o`.
+  """Return the command that compiles a cell's kernels, without `-o`.
 
   Args:
     cell: 'LSTM' or 'GRU'.
@@ -93,7 +93,7 @@ def compile_command(
 def check_supported(
   cell: str, hidden_features: int, dtype: jax.typing.DTypeLike
 ) -> None:
-  """Raises unless a cell's kernel exists for this size and dtype.
+  """Raise unless a cell's kernel exists for this size and dtype.
 
   Raises:
     ValueError: H is not one of :data:`SIZES`.
@@ -118,7 +118,7 @@ def run_forward(
   state: dict[str, jax.Array],
   mask: jax.Array | None,
 ) -> tuple[list[jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]]:
-  """Runs a window forward.
+  """Run a window forward.
 
   Args:
     cell: 'LSTM' or 'GRU'.
@@ -171,7 +171,7 @@ def run_backward(
   dy: jax.Array,
   mask: jax.Array | None,
 ) -> list[jax.Array]:
-  """Runs a window backward.
+  """Run a window backward.
 
   Args:
     cell: 'LSTM' or 'GRU'.
@@ -211,7 +211,7 @@ def _fill_mask(mask: jax.Array | None, like: jax.Array) -> jax.Array:
 
 
 def _library_path(cell: str, command: list[str]) -> Path:
-  """Returns the path of the compiled library, named by a digest of its origins."""
+  """Return the path of the compiled library, named by a digest of its origins."""
   compiler = subprocess.run(
     [command[0], '--version'], capture_output=True, text=True, check=True
   )
@@ -247,7 +247,7 @@ def _compile(cell: str, command: list[str], library: Path) -> None:
 
 
 def _find_compiler(platform: str) -> str:
-  """Returns the path of nvcc or g++."""
+  """Return the path of nvcc or g++."""
   if platform != 'CUDA':
     name = 'g++'
     places = 'on the PATH'
