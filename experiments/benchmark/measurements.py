@@ -94,6 +94,11 @@ def _our_systems(case: Case, without: dict[str, str]) -> dict[str, Callable[[], 
   }
   if mesh is not None:
     found['ours, one device'] = lambda: train_step(case, lstm_cell(case))
+  # On a CPU the layer's default is a native kernel, where it can be compiled.
+  if devices.is_cpu():
+    found['ours, XLA alone'] = lambda: train_step(
+      case, lstm_cell(case, implementation='custom_vjp'), mesh
+    )
   found[f'ours, {MANY_NAME}'] = lambda: train_steps(case, lstm_cell(case), mesh)
   # On a CPU one vector of all parameters takes several times as long.
   if not devices.is_cpu():

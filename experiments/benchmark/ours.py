@@ -53,7 +53,7 @@ def make_trainer(
 
 
 def lstm_cell(
-  case: Case, implementation: str = 'custom_vjp'
+  case: Case, implementation: str = 'auto'
 ) -> Callable[[nnx.Rngs], nn.LSTM]:
   """Return a function (rngs) -> the LSTM of `fptt_jax`."""
   return lambda rngs: nn.LSTM(
