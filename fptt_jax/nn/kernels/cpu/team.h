@@ -151,11 +151,13 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // Returns the next `count` floats of the block.
-  float* next(size_t count) {
+  // Returns the next `count` numbers of 4 bytes, each part from a multiple of 64 bytes.
+  template <typename Number = float>
+  Number* next(size_t count) {
+    static_assert(sizeof(Number) == sizeof(float));
     float* const start = block_.data + used_;
     used_ += padded(count);
-    return start;
+    return reinterpret_cast<Number*>(start);
   }
 
   static size_t padded(size_t count) { return (count + 15) / 16 * 16; }

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef FPTT_BFLOAT16
+#include <immintrin.h>
+#endif
+
 #define FPTT_INLINE inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
@@ -85,3 +89,57 @@ FPTT_INLINE Vector tanh(Vector v) {
   const Vector m = e.scale * e.rest + (e.scale - 1.0f);  // exp(2v) - 1
   return m / (m + 2.0f);
 }
+
+// What products multiply: float32 or, with FPTT_BFLOAT16, pairs of bfloat16 that share 32
+// bits. A pair holds neighbors along the axis that a product sums over, so an array of
+// operands is shorter along that axis by the factor kPair. Sums are float32.
+#ifdef FPTT_BFLOAT16
+
+constexpr int kPair = 2;
+typedef uint32_t Operand;
+typedef Integers Operands;
+
+FPTT_INLINE void add_product(Vector& sum, Operand a, Operands w) {
+  const __m512i pair = _mm512_set1_epi32(static_cast<int>(a));
+  sum = reinterpret_cast<Vector>(_mm512_dpbf16_ps(
+      reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(w)));
+}
+
+// Rounds neighbors along the axis of a sum, one in each vector.
+FPTT_INLINE Operands join(const Vector (&v)[kPair]) {
+  const auto round = [](Vector v) {
+    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
+  };
+  return reinterpret_cast<Operands>(round(v[0]) | _mm512_slli_epi32(round(v[1]), 16));
+}
+
+// Rounds and stores kLanes numbers that are neighbors along the axis of a sum.
+FPTT_INLINE void store_row(Operand* to, Vector v) {
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
+}
+
+FPTT_INLINE Operands load_operands(const Operand* from) {
+  Operands v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+FPTT_INLINE void store_operands(Operand* to, Operands v) { std::memcpy(to, &v, sizeof(v)); }
+
+#else
+
+constexpr int kPair = 1;
+typedef float Operand;
+typedef Vector Operands;
+
+FPTT_INLINE void add_product(Vector& sum, Operand a, Operands w) { sum += a * w; }
+FPTT_INLINE Operands join(const Vector (&v)[kPair]) { return v[0]; }
+FPTT_INLINE void store_row(Operand* to, Vector v) { store(to, v); }
+FPTT_INLINE Operands load_operands(const Operand* from) { return load(from); }
+FPTT_INLINE void store_operands(Operand* to, Operands v) { store(to, v); }
+
+#endif
+
+// Returns how many operands hold `count` numbers.
+inline size_t operands(size_t count) { return (count + kPair - 1) / kPair; }

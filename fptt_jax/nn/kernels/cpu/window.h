@@ -4,6 +4,9 @@
 // are row-major float32, masks bool. Leading axes are members, each with weights of its own.
 // An operand that is absent, or a result that is not wanted, has no elements; its pointer is
 // null here.
+//
+// All cells multiply x [B, D] by w_x [D, GX H] and the output h [B, H] by w_h [H, GH H]. A
+// cell's file says what it does with the sums, forward and backward.
 
 #pragma once
 
@@ -22,93 +25,354 @@ using Mask = ffi::Buffer<ffi::PRED>;
 using Output = ffi::Result<Array>;
 
 // Packed weights above this size do not fit the cache of a core (L2) beside the rest.
-constexpr size_t kCachedFloats = 256 * 1024;
+constexpr size_t kCachedOperands = 256 * 1024;
 // Rows that a weight gradient sums at once, at least. From 128 to 1792 measured within 2 %.
 constexpr int kGradientRows = 256;
 
 struct Window {
   int steps, batch;
-  Layer layer;
+  Units inputs, units;
+  int gates;  // Of w_h.
 
-  size_t rows() const { return static_cast<size_t>(steps) * batch; }
-  // Numbers of one step of y.
-  size_t step_size() const { return static_cast<size_t>(batch) * layer.hidden; }
+  size_t row(int t, int row) const { return static_cast<size_t>(t) * batch + row; }
+  size_t rows() const { return row(steps, 0); }
+  // Rows of a step, padded to pairs.
+  size_t step_rows() const { return operands(batch) * kPair; }
   // Numbers of a state whose units are padded to whole blocks.
-  size_t padded_size() const { return static_cast<size_t>(batch) * padded_units(); }
-  size_t padded_units() const { return static_cast<size_t>(layer.blocks()) * kLanes; }
-  int gradient_steps() const { return std::min(steps, (kGradientRows + batch - 1) / batch); }
+  size_t padded_size() const { return batch * units.padded(); }
+  int gradient_steps() const { return std::min(steps, divide_up(kGradientRows, batch)); }
 
   // Threads share rows where a core can keep all weights, and units otherwise: then a core
   // reads a part of the weights, at the cost of a barrier per step.
   bool shares_units() const {
-    return (layer.features + layer.hidden) * layer.width() > kCachedFloats || batch < 2 * kRows;
+    return (inputs.count + units.count) * units.packed(gates) > kCachedOperands || batch < 2 * kRows;
   }
 
   // Calls work(begin, end) for parts of the rows, about 12 each if threads share them.
   template <typename Work>
   void run_rows(Team& team, const Work& work) const {
-    const int threads = team.size();
-    const int parts = threads == 1 ? 1 : std::min(batch, threads * std::max(1, (batch / threads + 6) / 12));
+    const int threads = team.size(), pairs = static_cast<int>(operands(batch));
+    const int parts = threads == 1 ? 1 : std::min(pairs, threads * std::max(1, (batch / threads + 6) / 12));
     team.run(parts, [&](int part) {
-      work(static_cast<int>(int64_t{part} * batch / parts), static_cast<int>(int64_t{part + 1} * batch / parts));
+      const int64_t begin = int64_t{part} * pairs / parts, end = int64_t{part + 1} * pairs / parts;
+      work(static_cast<int>(begin * kPair), std::min(static_cast<int>(end * kPair), batch));
     });
-  }
-
-  // Calls step(t, begin row, end row, block) in an order in which each step follows the one
-  // before.
-  template <typename Step>
-  void run_forward(Team& team, const Step& step) const {
-    if (shares_units()) {
-      for (int t = 0; t < steps; t++) {
-        team.run(layer.blocks(), [&](int block) { step(t, 0, batch, block); });
-      }
-      return;
-    }
-    run_rows(team, [&](int begin, int end) {
-      for (int t = 0; t < steps; t++) {
-        for (int block = 0; block < layer.blocks(); block++) step(t, begin, end, block);
-      }
-    });
-  }
-
-  // Runs backward. For each step, gates(t, first step of the chunk, rows, block) for all
-  // blocks, then state(t, first step of the chunk, rows, panel) for all panels. After each
-  // chunk of steps, weights(first step, end step).
-  template <typename Gates, typename State, typename Weights>
-  void run_backward(Team& team, const Gates& gates, const State& state, const Weights& weights) const {
-    for (int end = steps; end > 0;) {
-      const int begin = std::max(0, end - gradient_steps());
-      if (shares_units()) {
-        for (int t = end - 1; t >= begin; t--) {
-          team.run(layer.blocks(), [&](int block) { gates(t, begin, 0, batch, block); });
-          team.run(layer.panels(), [&](int panel) { state(t, begin, 0, batch, panel); });
-        }
-      } else {
-        run_rows(team, [&](int first, int last) {
-          for (int t = end - 1; t >= begin; t--) {
-            for (int block = 0; block < layer.blocks(); block++) gates(t, begin, first, last, block);
-            for (int panel = 0; panel < layer.panels(); panel++) state(t, begin, first, last, panel);
-          }
-        });
-      }
-      weights(begin, end);
-      end = begin;
-    }
   }
 
   // Copies a state [B, H] to one of padded units, or zeros if it is absent.
   void pad(const float* state, float* padded) const {
     for (int row = 0; row < batch; row++) {
-      for (int block = 0; block < layer.blocks(); block++, padded += kLanes) {
-        const float* from = state + static_cast<size_t>(row) * layer.hidden + block * kLanes;
-        store(padded, state ? load(from, layer.units(block)) : Vector{});
+      for (int block = 0; block < units.blocks(); block++, padded += kLanes) {
+        const float* from = state + static_cast<size_t>(row) * units.count + block * kLanes;
+        store(padded, state ? load(from, units.in_block(block)) : Vector{});
       }
     }
   }
 
   void unpad(const float* padded, float* state) const {
-    for (int row = 0; row < batch; row++, state += layer.hidden, padded += padded_units()) {
-      std::memcpy(state, padded, 4 * static_cast<size_t>(layer.hidden));
+    for (int row = 0; row < batch; row++, state += units.count, padded += units.padded()) {
+      std::memcpy(state, padded, 4 * static_cast<size_t>(units.count));
+    }
+  }
+};
+
+// The products of a window forward, and its output.
+template <int GX, int GH>
+struct Forward {
+  const Window window;
+  const float *w_x, *w_h, *x, *h_start;
+  const bool* mask;
+  float *h_end, *y;
+  Operand *packed_x = nullptr, *packed_h = nullptr, *rounded_x = nullptr, *rounded_h = nullptr;
+
+  size_t panel_x() const { return operands(window.inputs.count) * GX * kLanes; }
+  size_t panel_h() const { return operands(window.units.count) * GH * kLanes; }
+  size_t stride_x() const { return operands(window.inputs.count); }
+  size_t stride_h() const { return kPair == 1 ? window.units.count : window.units.packed(1); }
+  size_t scratch_size() const {
+    const size_t packed = window.units.blocks() * (panel_x() + panel_h());
+    const size_t rounded = kPair == 1 ? 0 : window.rows() * stride_x() + 2 * window.batch * stride_h();
+    return packed + rounded + 128;
+  }
+
+  // Calls tile(R, t, first row, block) for all tiles, each step after the one before.
+  template <typename Tile>
+  void run(Team& team, Scratch& scratch, const Tile& tile) {
+    const int blocks = window.units.blocks();
+    packed_x = scratch.next<Operand>(blocks * panel_x());
+    packed_h = scratch.next<Operand>(blocks * panel_h());
+    team.run(blocks, [&](int block) {
+      pack_block<GX>(window.units, w_x, window.inputs.count, block, packed_x + block * panel_x());
+      pack_block<GH>(window.units, w_h, window.units.count, block, packed_h + block * panel_h());
+    });
+    if (kPair > 1) round_operands(scratch);
+    const auto step = [&](int t, int begin, int end, int block) {
+      for_tiles(begin, end, [&](auto rows, int row) { tile(rows, t, row, block); });
+    };
+    if (window.shares_units()) {
+      for (int t = 0; t < window.steps; t++) {
+        team.run(blocks, [&](int block) { step(t, 0, window.batch, block); });
+      }
+    } else {
+      window.run_rows(team, [&](int begin, int end) {
+        for (int t = 0; t < window.steps; t++) {
+          for (int block = 0; block < blocks; block++) step(t, begin, end, block);
+        }
+      });
+    }
+    const size_t size = static_cast<size_t>(window.batch) * window.units.count;
+    std::memcpy(h_end, y + (window.steps - 1) * size, 4 * size);
+  }
+
+  // Rounds x and the first h. Two copies of h alternate, because a step reads all units of
+  // the one before while it writes its own.
+  void round_operands(Scratch& scratch) {
+    rounded_x = scratch.next<Operand>(window.rows() * stride_x());
+    rounded_h = scratch.next<Operand>(2 * window.batch * stride_h());
+    const auto round = [](const float* from, Units units, size_t rows, Operand* to, size_t stride) {
+      for (size_t row = 0; row < rows; row++, from += units.count, to += stride) {
+        for (int block = 0; block < units.blocks(); block++) {
+          Operand rounded[kLanes];
+          store_row(rounded, load(from + block * kLanes, units.in_block(block)));
+          const size_t count = operands(units.in_block(block));
+          std::memcpy(to + block * kLanes / kPair, rounded, count * sizeof(Operand));
+        }
+      }
+    };
+    round(x, window.inputs, window.rows(), rounded_x, stride_x());
+    round(h_start, window.units, window.batch, rounded_h, stride_h());
+  }
+
+  // Returns h before a step, in full precision.
+  const float* h_before(int t, int row) const {
+    return t == 0 ? h_start + static_cast<size_t>(row) * window.units.count
+                  : y + window.row(t - 1, row) * window.units.count;
+  }
+
+  FPTT_INLINE Vector h_before(int t, int row, int block) const {
+    return load(h_before(t, row) + block * kLanes, window.units.in_block(block));
+  }
+
+  // Adds x w_x of R rows.
+  template <int R>
+  FPTT_INLINE void multiply_x(Vector (&sums)[R][GX], int t, int row, int block) const {
+    const Operand* const rows = kPair == 1 ? reinterpret_cast<const Operand*>(x) : rounded_x;
+    multiply(
+        sums, rows + window.row(t, row) * stride_x(), stride_x(), 1, stride_x(), packed_x + block * panel_x());
+  }
+
+  // Adds h w_h of R rows.
+  template <int R>
+  FPTT_INLINE void multiply_h(Vector (&sums)[R][GH], int t, int row, int block) const {
+    const Operand* const rows = kPair == 1 ? reinterpret_cast<const Operand*>(h_before(t, row))
+                                           : rounded_h + (t % 2 * window.batch + row) * stride_h();
+    multiply(sums, rows, stride_h(), 1, operands(window.units.count), packed_h + block * panel_h());
+  }
+
+  // Stores h after a step.
+  FPTT_INLINE void keep_h(int t, int row, int block, Vector h) const {
+    store(y + window.row(t, row) * window.units.count + block * kLanes, h, window.units.in_block(block));
+    if (kPair > 1) {
+      store_row(rounded_h + ((t + 1) % 2 * window.batch + row) * stride_h() + block * kLanes / kPair, h);
+    }
+  }
+
+  bool is_valid(int t, int row) const { return !mask || mask[window.row(t, row)]; }
+
+  // Returns N vectors of a row of biases [N, H].
+  template <int N>
+  FPTT_INLINE void load_bias(Vector (&start)[N], const float* bias, int block) const {
+    for (int gate = 0; gate < N; gate++) {
+      start[gate] = load(bias + gate * window.units.count + block * kLanes, window.units.in_block(block));
+    }
+  }
+};
+
+// The products of a window backward, which give all gradients. With kShared the gradients
+// of x w_x and of h w_h are one array.
+template <int GX, int GH, bool kShared>
+struct Backward {
+  const Window window;
+  const float *w_x, *w_h, *x;
+  const bool* mask;
+  const float *h_start, *y, *dy, *dh_end;
+  float *dw_x, *dw_h, *dbias, *dx, *dh_start;
+  Operand *packed_x = nullptr, *packed_h = nullptr, *columns_x = nullptr, *columns_h = nullptr;
+  float* dh = nullptr;
+  PackedGradient<GX> dz_x{};
+  PackedGradient<GH> dz_h{};
+
+  size_t chunk_rows() const { return window.gradient_steps() * window.step_rows(); }
+  size_t scratch_size() const {
+    const Units inputs = window.inputs, units = window.units;
+    const size_t transposed = units.packed(GH) * units.padded() + (dx ? units.packed(GX) * inputs.padded() : 0);
+    const size_t gradients = kPair * (units.packed(GH) + (kShared ? 0 : units.packed(GX))) * chunk_rows();
+    const size_t columns = (units.parts() + inputs.parts()) * kPart * (chunk_rows() / kPair);
+    return transposed + gradients + columns + Scratch::padded(window.padded_size()) + 256;
+  }
+
+  // Runs the cell, step by step. cell(t, row, block, dh, to_h, to_x) computes dz of a row in
+  // to_h and to_x (only in to_h if they are shared) and returns the part of the gradient
+  // of h before the step that passes no product.
+  template <typename Cell>
+  void run(Team& team, Scratch& scratch, const Cell& cell) {
+    allocate(scratch);
+    pack<GH>(team, w_h, window.units, packed_h);
+    if (dx) pack<GX>(team, w_x, window.inputs, packed_x);
+    window.pad(dh_end, dh);
+    const int blocks = window.units.blocks(), panels = window.units.panels();
+    for (int end = window.steps; end > 0;) {
+      const int begin = std::max(0, end - window.gradient_steps());
+      if (window.shares_units()) {
+        for (int t = end - 1; t >= begin; t--) {
+          team.run(blocks, [&](int block) { gates(cell, t, t - begin, 0, window.batch, block); });
+          team.run(panels, [&](int panel) { state(t, t - begin, 0, window.batch, panel); });
+        }
+      } else {
+        window.run_rows(team, [&](int first, int last) {
+          for (int t = end - 1; t >= begin; t--) {
+            for (int block = 0; block < blocks; block++) gates(cell, t, t - begin, first, last, block);
+            for (int panel = 0; panel < panels; panel++) state(t, t - begin, first, last, panel);
+          }
+        });
+      }
+      gradients(team, begin, end);
+      end = begin;
+    }
+    if (dh_start) window.unpad(dh, dh_start);
+  }
+
+  void allocate(Scratch& scratch) {
+    const Units inputs = window.inputs, units = window.units;
+    packed_h = scratch.next<Operand>(units.packed(GH) * units.padded());
+    packed_x = scratch.next<Operand>(dx ? units.packed(GX) * inputs.padded() : 0);
+    columns_h = scratch.next<Operand>(units.parts() * kPart * (chunk_rows() / kPair));
+    columns_x = scratch.next<Operand>(inputs.parts() * kPart * (chunk_rows() / kPair));
+    dh = scratch.next(window.padded_size());
+    const size_t size_h = dz_h.size(units, chunk_rows()), size_x = dz_x.size(units, chunk_rows());
+    Operand* const by_column = scratch.next<Operand>(size_h);
+    dz_h = {units, chunk_rows(), kPair == 1 ? by_column : scratch.next<Operand>(size_h), by_column};
+    if constexpr (kShared) {
+      dz_x = dz_h;
+    } else {
+      Operand* const x_by_column = scratch.next<Operand>(size_x);
+      dz_x = {units, chunk_rows(), kPair == 1 ? x_by_column : scratch.next<Operand>(size_x), x_by_column};
+    }
+  }
+
+  template <int G>
+  void pack(Team& team, const float* weights, Units columns, Operand* to) const {
+    team.run(columns.panels(), [&](int panel) {
+      Operand* const start = to + window.units.packed(G) * panel * kPanel * kLanes;
+      pack_transposed_panel<G>(window.units, weights, columns, panel, start);
+    });
+  }
+
+  // Computes dz of a block of units, and what of the gradient of h passes no product.
+  template <typename Cell>
+  void gates(const Cell& cell, int t, int step, int begin, int end, int block) const {
+    for (int first = begin; first < end; first += kPair) {
+      Vector to_h[kPair][GH] = {}, to_x[kPair][GX] = {};
+      for (int i = 0; i < kPair && first + i < end; i++) {
+        const int row = first + i;
+        float* const dh_here = dh + row * window.units.padded() + block * kLanes;
+        Vector d = load(dh_here);
+        if (dy) {
+          d += load(dy + window.row(t, row) * window.units.count + block * kLanes, window.units.in_block(block));
+        }
+        // A masked step passes the gradient on. Its dz is 0.
+        const bool valid = !mask || mask[window.row(t, row)];
+        store(dh_here, valid ? cell(t, row, block, d, to_h[i], to_x[i]) : d);
+      }
+      dz_h.keep(step * window.step_rows() + first, block, to_h);
+      if constexpr (!kShared) dz_x.keep(step * window.step_rows() + first, block, to_x);
+    }
+  }
+
+  // Adds dz w_h^T to the gradient of h before the step.
+  void state(int t, int step, int begin, int end, int panel) const {
+    if (t == 0 && !dh_start) return;
+    dz_h.multiply_transposed(
+        step * window.step_rows(), packed_h, window.units, panel, begin, end, [&](int row, int unit, Vector sum) {
+          float* const to = dh + row * window.units.padded() + unit;
+          store(to, load(to) + sum);
+        });
+  }
+
+  // Adds the share of the steps [begin, end) to the gradients of weights and inputs.
+  void gradients(Team& team, int begin, int end) const {
+    const Units inputs = window.inputs, units = window.units;
+    const int parts = units.parts();
+    team.run(parts + inputs.parts(), [&](int part) {
+      if (part < parts) {
+        pack_columns(begin, end, part, units, columns_h, [&](int t) {
+          return t == 0 ? h_start : y + window.row(t - 1, 0) * units.count;
+        });
+      } else {
+        pack_columns(begin, end, part - parts, inputs, columns_x, [&](int t) {
+          return x + window.row(t, 0) * inputs.count;
+        });
+      }
+    });
+    const size_t count = (end - begin) * window.step_rows() / kPair;
+    const bool set = end == window.steps;
+    team.run(units.blocks() * (parts + inputs.parts()), [&](int task) {
+      const int block = task / (parts + inputs.parts()), part = task % (parts + inputs.parts());
+      const int first = (part < parts ? part : part - parts) * kPart;
+      if (part < parts) {
+        const Operand* const columns = columns_h + first * (chunk_rows() / kPair);
+        const int last = std::min(first + kPart, units.count);
+        dz_h.add_weight_gradient(columns, kPart, count, first, last, block, set, dw_h);
+      } else {
+        const Operand* const columns = columns_x + first * (chunk_rows() / kPair);
+        const int last = std::min(first + kPart, inputs.count);
+        dz_x.add_weight_gradient(columns, kPart, count, first, last, block, set, dw_x);
+      }
+      if (part == 0) bias_gradients(count, block, set);
+    });
+    if (dx) {
+      window.run_rows(team, [&](int first, int last) { input_gradients(begin, end, first, last); });
+    }
+  }
+
+  // Copies kPart columns of the rows that weights multiplied: whole rows would be so far
+  // apart that they compete for the same lines of the cache.
+  template <typename From>
+  void pack_columns(int begin, int end, int part, Units units, Operand* columns, const From& from) const {
+    const int first = part * kPart, last = std::min(first + kPart, units.count);
+    Operand* to = columns + first * (chunk_rows() / kPair);
+    for (int t = begin; t < end; t++) {
+      const float* const rows = from(t);
+      for (int row = 0; row < window.batch; row += kPair, to += kPart) {
+        for (int column = first; column < last; column += kLanes) {
+          Vector v[kPair] = {};
+          for (int i = 0; i < kPair && row + i < window.batch; i++) {
+            v[i] = load(rows + static_cast<size_t>(row + i) * units.count + column, last - column);
+          }
+          store_operands(to + column - first, join(v));
+        }
+      }
+    }
+  }
+
+  void bias_gradients(size_t count, int block, bool set) const {
+    Vector ones[kPair];
+    for (Vector& one : ones) one = 1.0f - Vector{};
+    Operand one[kLanes];
+    store_operands(one, join(ones));
+    dz_x.add_weight_gradient(one, 0, count, 0, 1, block, set, dbias);
+  }
+
+  void input_gradients(int begin, int end, int first, int last) const {
+    const int features = window.inputs.count;
+    for (int t = begin; t < end; t++) {
+      for (int panel = 0; panel < window.inputs.panels(); panel++) {
+        dz_x.multiply_transposed(
+            (t - begin) * window.step_rows(), packed_x, window.inputs, panel, first, last,
+            [&](int row, int column, Vector sum) {
+              store(dx + window.row(t, row) * features + column, sum, features - column);
+            });
+      }
     }
   }
 };
@@ -131,12 +395,11 @@ ffi::Error run_members(
   const auto matrix = w_h.dimensions();
   const size_t rank = dims.size();
   const auto size = [&](size_t back) { return static_cast<int>(dims[rank - back]); };
-  const Window window{size(3), size(2), {size(1), static_cast<int>(matrix[matrix.size() - 2]), gates}};
+  const Window window{size(3), size(2), {size(1)}, {static_cast<int>(matrix[matrix.size() - 2])}, gates};
   int members = 1;
   for (size_t i = 0; i + 3 < rank; i++) members *= static_cast<int>(dims[i]);
-  const Layer& layer = window.layer;
-  const double flops = 2.0 * window.rows() * (layer.features + layer.hidden) * layer.hidden * gates;
-  Team team(pool, passes * members * flops);
+  const double weights = static_cast<double>(window.inputs.count + window.units.count) * window.units.count * gates;
+  Team team(pool, 2.0 * passes * members * window.rows() * weights);
   if (members == 1) {
     work(window, team, 0, 1);
   } else {
@@ -149,3 +412,5 @@ ffi::Error run_members(
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "there is no memory for a window's packed weights.");
 }
+
+extern "C" void set_thread_limit(int threads) { thread_limit = threads; }
