@@ -31,10 +31,19 @@ TINY = 'extern "C" int answer() { return ANSWER; }'
 def kernels() -> None:
   """Skips a test where there is no compiler; a compiler that fails is an error."""
   try:
-    cpu.compile_command('lstm')
+    cpu.compile_command('lstm', 'float32')
   except RuntimeError as missing:
     pytest.skip(str(missing))
-  assert [cpu.find_problem(name.lower()) for name in LAYERS] == [None] * len(LAYERS)
+  for name in LAYERS:
+    assert cpu.find_problem(name.lower(), 'float32') is None
+
+
+@pytest.fixture
+def rounding(kernels: None) -> None:
+  """Skips a test where the processor has no products of bfloat16."""
+  command = cpu.compile_command('lstm', 'bfloat16')
+  if '__AVX512BF16__' not in cpu._read_macros(command):
+    pytest.skip('the processor has no AVX-512 BF16')
 
 
 @pytest.fixture
@@ -65,7 +74,7 @@ def make_model(layer: str, features: int, hidden: int, **options: Any) -> Any:
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
-  return jax.random.normal(jax.random.key(seed), shape)
+  return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
 def compute(
@@ -74,6 +83,7 @@ def compute(
   shape: tuple[int, int, int, int],
   masked: bool,
   read: str = 'all',
+  **options: Any,
 ) -> Any:
   """Returns a loss of a window, and its gradients in weights, state and inputs.
 
@@ -83,12 +93,17 @@ def compute(
     shape: (S, B, H, D).
     masked: whether 40 % of the steps are masked.
     read: what the loss reads: 'all', 'outputs' or 'end', the state after the window.
+    options: further arguments of the layer.
   """
   steps, batch, hidden, features = shape
-  model = make_model(layer, features, hidden, implementation=implementation)
-  params = model.init(jax.random.key(0))
+  options['implementation'] = implementation
+  model = make_model(layer, features, hidden, **options)
+  dtype = options.get('param_dtype', jnp.float32)
+  # The same numbers in any dtype.
+  params = make_model(layer, features, hidden).init(jax.random.key(0))
+  params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
   state = jax.tree.map(
-    lambda leaf: draw(1, *leaf.shape) / 2, model.initial_state(batch)
+    lambda leaf: draw(1, *leaf.shape).astype(dtype) / 2, model.initial_state(batch)
   )
   mask = jax.random.bernoulli(jax.random.key(2), 0.6, (steps, batch))
   mask = mask if masked else None
@@ -107,7 +122,7 @@ def compute(
       'end': from_end,
     }[read]
 
-  return total(params, state, draw(4, steps, batch, features))
+  return total(params, state, draw(4, steps, batch, features).astype(dtype))
 
 
 def assert_close(got: Any, expected: Any, tolerance: float = 3e-6) -> None:
@@ -143,6 +158,78 @@ def test_equals_the_scan(layer: str, shape: Any, masked: bool) -> None:
   assert_close(got, compute(layer, 'scan', shape, masked))
 
 
+def distance(tree: Any, other: Any) -> float:
+  """Returns the largest relative distance of two leaves, as norms."""
+  pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+  return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
+
+
+@pytest.mark.usefixtures('rounding', 'x64')
+@pytest.mark.parametrize('masked', [False, True], ids=['whole', 'masked'])
+@pytest.mark.parametrize(
+  'shape', [(28, 64, 128, 1), (7, 9, 33, 5), (2, 3, 5, 1), (3, 20, 600, 70)], ids=str
+)
+@pytest.mark.parametrize('layer', LAYERS)
+def test_products_of_bfloat16(layer: str, shape: Any, masked: bool) -> None:
+  """Gradients are as far from float64 as rounded operands make them, and nearer to
+  those of the fused scan with the same rounding. Without it they are within 1e-6.
+  """
+  exact = compute(layer, 'scan', shape, masked, param_dtype=jnp.float64)
+  assert distance(compute(layer, 'native', shape, masked)[1], exact[1]) < 1e-6
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # The scan says that it is slow.
+    scan = compute(layer, 'custom_vjp', shape, masked, products='bfloat16')
+  native = compute(layer, 'native', shape, masked, products='bfloat16')
+  assert 1e-4 < distance(native[1], exact[1]) < 1e-2
+  assert distance(native[1], scan[1]) < 0.5 * distance(native[1], exact[1])
+
+
+@pytest.mark.usefixtures('rounding')
+def test_products_follow_the_precision_of_jax() -> None:
+  """`jax.default_matmul_precision` decides where the layer does not."""
+  shape = (5, 9, 33, 5)
+  rounded = compute('LSTM', 'native', shape, False, products='bfloat16')
+  with jax.default_matmul_precision('bfloat16'):
+    followed = compute('LSTM', 'native', shape, False)
+    exact = compute('LSTM', 'native', shape, False, products='float32')
+  jax.tree.map(np.testing.assert_array_equal, followed, rounded)
+  expected = compute('LSTM', 'native', shape, False)
+  jax.tree.map(np.testing.assert_array_equal, exact, expected)
+
+
+@pytest.mark.usefixtures('kernels')
+def test_a_processor_without_products_of_bfloat16(
+  fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The scan rounds in their place, and says once that this is slow."""
+  monkeypatch.setattr(cpu, '_read_macros', lambda command: '')
+  with pytest.warns(UserWarning, match=r"'bfloat16' is slower .* no products of bfloa"):
+    got = compute('LSTM', 'auto', (3, 4, 5, 6), False, products='bfloat16')
+  assert 1e-4 < distance(got[1], compute('LSTM', 'scan', (3, 4, 5, 6), False)[1]) < 8e-3
+
+
+@pytest.mark.parametrize(
+  ('build', 'message'),
+  [
+    (lambda rngs: nn.LSTM(2, 3, products='int8', rngs=rngs), r"products .*'int8'"),
+    (
+      lambda rngs: nn.LSTM(2, 3, products='bfloat16', implementation='scan', rngs=rngs),
+      r"products='bfloat16' needs .* got LSTM with 'scan'",
+    ),
+    (
+      lambda rngs: nn.LSTM(
+        2, 3, products='bfloat16', param_dtype=jnp.float16, rngs=rngs
+      ),
+      r"products='bfloat16' rounds float32, got param_dtype=float16",
+    ),
+  ],
+  ids=['unknown', 'scan', 'dtype'],
+)
+def test_products_that_a_layer_refuses(build: Any, message: str) -> None:
+  with pytest.raises(ValueError, match=message):
+    build(nnx.Rngs(0))
+
+
 @pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('read', ['outputs', 'end'])
 @pytest.mark.parametrize('layer', LAYERS)
@@ -158,7 +245,7 @@ def test_outputs_that_no_loss_reads(layer: str, read: str) -> None:
 @pytest.mark.parametrize('shape', [(9, 70, 100, 70), (3, 5, 600, 40)], ids=str)
 def test_threads_do_not_change_a_bit(threads: int, shape: Any) -> None:
   """Threads that share rows, or units, give the bits of a single one."""
-  library = cpu._load('lstm')
+  library = cpu._load('lstm', 'float32')
   found = []
   try:
     for limit in (1, threads):
@@ -237,7 +324,7 @@ def test_exported_programs_hold_no_kernel(platforms: tuple[str, ...]) -> None:
   params = jax.vmap(model.init)(jax.random.split(jax.random.key(0), 2))
   run = problems.quick(jax.vmap(gradients(model, 4), in_axes=(0, None)))
   x = draw(1, 3, 4, 2)
-  assert 'fptt_jax_cpu_lstm_backward' in run.lower(params, x).as_text()
+  assert 'fptt_jax_cpu_lstm_float32_backward' in run.lower(params, x).as_text()
   exported = export.export(run, platforms=platforms)(params, x)
   assert 'fptt_jax_cpu' not in exported.mlir_module()
   restored = export.deserialize(exported.serialize())
@@ -358,15 +445,15 @@ def test_without_a_working_compiler(
 def test_a_library_is_compiled_once(source: Path, tmp_path: Path) -> None:
   """It is kept, and made anew when the source or a header changes."""
   cache = tmp_path / 'cache'
-  assert cpu._load('tiny').answer() == 42
+  assert cpu._load('tiny', 'float32').answer() == 42
   [first] = cache.iterdir()
   stamp = first.stat().st_mtime_ns
-  assert cpu._load('tiny').answer() == 42
+  assert cpu._load('tiny', 'float32').answer() == 42
   assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [stamp]
   (source / 'tiny.h').write_text('#define ANSWER 43\n')
-  assert cpu._load('tiny').answer() == 43
+  assert cpu._load('tiny', 'float32').answer() == 43
   (source / 'tiny.cc').write_text(f'#define ANSWER 44\n{TINY}')
-  assert cpu._load('tiny').answer() == 44
+  assert cpu._load('tiny', 'float32').answer() == 44
   assert len(list(cache.iterdir())) == 3
   assert cache.stat().st_mode & 0o777 == 0o700
 
@@ -376,12 +463,16 @@ def test_what_a_library_depends_on(
   source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   """The interface, the instructions of the processor and the options name it."""
-  command = cpu.compile_command('tiny')
+
+  def digest(command: list[str]) -> str:
+    return cpu._digest(command, cpu._read_macros(command))
+
+  command = cpu.compile_command('tiny', 'float32')
   narrow = [option.replace('native', 'x86-64') for option in command]
   debug = [command[0], '-g', *command[1:]]
-  digests = {cpu._digest(command), cpu._digest(narrow), cpu._digest(debug)}
+  digests = {digest(command), digest(narrow), digest(debug)}
   monkeypatch.setattr(cpu, 'version', lambda package: '0.0.1')
-  assert len(digests | {cpu._digest(command)}) == 4
+  assert len(digests | {digest(command)}) == 4
 
 
 @pytest.mark.usefixtures('kernels')
@@ -389,7 +480,7 @@ def test_processes_compile_at_once(source: Path, tmp_path: Path) -> None:
   """Each of two gets a whole library, and one is left behind."""
   program = (
     'from pathlib import Path; from fptt_jax.nn.kernels import cpu; '
-    f'cpu.FOLDER = Path({str(source)!r}); print(cpu._load("tiny").answer())'
+    f'cpu.FOLDER = Path({str(source)!r}); print(cpu._load("tiny", "float32").answer())'
   )
   command = [sys.executable, '-c', program]
   processes = [
@@ -407,7 +498,7 @@ def test_a_folder_that_others_may_write_is_not_used(
   cache = tmp_path / 'cache'
   cache.mkdir()
   cache.chmod(0o777)
-  assert cpu._load('tiny').answer() == 42
+  assert cpu._load('tiny', 'float32').answer() == 42
   assert list(cache.iterdir()) == []
 
 
@@ -419,7 +510,7 @@ def test_a_folder_of_another_user_is_not_used(
   user = os.getuid()
   (tmp_path / 'cache').mkdir()
   monkeypatch.setattr(os, 'getuid', lambda: user + 1)
-  assert cpu._load('tiny').answer() == 42
+  assert cpu._load('tiny', 'float32').answer() == 42
   assert list((tmp_path / 'cache').iterdir()) == []
 
 
@@ -428,12 +519,14 @@ def test_a_library_that_others_may_write_is_replaced(
   source: Path, tmp_path: Path
 ) -> None:
   """Whoever could write it could run code in this process."""
-  command = cpu.compile_command('tiny')
-  library = tmp_path / 'cache' / f'tiny-{cpu._digest(command)}.so'
+  command = cpu.compile_command('tiny', 'float32')
+  library = (
+    tmp_path / 'cache' / f'tiny-{cpu._digest(command, cpu._read_macros(command))}.so'
+  )
   library.parent.mkdir(mode=0o700)
   library.write_text('not a library')
   library.chmod(0o666)
-  assert cpu._load('tiny').answer() == 42
+  assert cpu._load('tiny', 'float32').answer() == 42
   assert library.stat().st_mode & 0o777 == 0o700
 
 
@@ -454,7 +547,7 @@ def test_a_folder_that_cannot_be_written(
   monkeypatch.setenv('TMPDIR', str(tmp_path / 'temporary'))
   (tmp_path / 'temporary').mkdir()
   monkeypatch.setattr('tempfile.tempdir', None)
-  assert cpu._load('tiny').answer() == 42
+  assert cpu._load('tiny', 'float32').answer() == 42
   assert not list((tmp_path / 'temporary').iterdir())
   assert not cache.is_dir() or not list(cache.iterdir())
 

@@ -14,6 +14,7 @@ batch, which is small, and not the weights. :func:`choose_axis` decides.
 """
 
 from collections.abc import Callable
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -175,6 +176,8 @@ class FusedCell(NamedTuple):
       with few features `weight_gradient` is then given that row in place of y.
     elementwise: whether all weights are vectors. `drive` must return x then.
     kernel: runs all steps of a window, as rows, in place of the scans.
+    products: 'bfloat16' rounds the operands of all products of float32; None follows
+      `jax.default_matmul_precision`.
   """
 
   forward: Callable[[int, Any, State, jax.Array], tuple[State, Factors]]
@@ -187,6 +190,7 @@ class FusedCell(NamedTuple):
   joint: bool = False
   elementwise: bool = False
   kernel: WindowKernel | None = None
+  products: str | None = None
 
 
 def elementwise_cell(
@@ -241,6 +245,14 @@ def run_fused(
     (state after the window, y [S, B, H]). At a masked step y repeats the output
     of the step before.
   """
+  with _precision(cell):
+    return _run_layout(cell, weights, state, x, mask)
+
+
+def _run_layout(
+  cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: Mask
+) -> tuple[State, Any]:
+  """Runs a window in the layout that suits it."""
   # Elementwise cells have no products, and kernels read rows.
   if cell.elementwise or cell.kernel is not None:
     axis = ROWS
@@ -250,6 +262,13 @@ def run_fused(
     return _run_window(cell, axis, weights, state, x, mask)
   swap = functools.partial(jax.tree.map, _swap_features)
   return swap(_run_window(cell, axis, weights, swap(state), swap(x), mask))
+
+
+def rounds_products(dtype: jax.typing.DTypeLike) -> bool:
+  """Returns whether products of this dtype round their operands to bfloat16."""
+  config: Any = jax.config  # Its attributes have no types.
+  precision = config.jax_default_matmul_precision
+  return precision == 'bfloat16' and jnp.dtype(dtype) == jnp.float32
 
 
 def choose_axis(batch_size: int, hidden_features: int) -> int:
@@ -324,7 +343,15 @@ def _run_window_forward(
 def _run_window_backward(
   cell: FusedCell, axis: int, residuals: Any, gradient: tuple[State, Any]
 ) -> tuple[Any, ...]:
-  """Return the gradients of weights, state, x and (None) mask."""
+  """Returns the gradients of weights, state, x and (None) mask."""
+  with _precision(cell):
+    return _run_backward(cell, axis, residuals, gradient)
+
+
+def _run_backward(
+  cell: FusedCell, axis: int, residuals: Any, gradient: tuple[State, Any]
+) -> tuple[Any, ...]:
+  """Runs a window backward, in the precision of the context."""
   given_weights, x, mask, kept, factors = residuals
   d_state, dy = gradient
   # Backward, products are with the transposed weights.
@@ -355,6 +382,13 @@ def _run_window_backward(
 
 
 _run_window.defvjp(_run_window_forward, _run_window_backward)
+
+
+def _precision(cell: FusedCell) -> contextlib.AbstractContextManager[Any]:
+  """Returns the context of a cell's products."""
+  if cell.products is None:
+    return contextlib.nullcontext()
+  return jax.default_matmul_precision(cell.products)
 
 
 def _run_forward(
@@ -602,9 +636,9 @@ def _input_product(axis: int, w: jax.Array, x: jax.Array) -> jax.Array:
   """
   if x.shape[axis] > FEW_FEATURES:
     return _matmul_steps(axis, w, x)
-  wide = widen(x)
+  wide = _round(widen(x))
   batch_axis = _batch_axis(axis)
-  w_by_feature = jnp.split(widen(w), w.shape[batch_axis], batch_axis)
+  w_by_feature = jnp.split(_round(widen(w)), w.shape[batch_axis], batch_axis)
   x_by_feature = jnp.split(wide, wide.shape[axis], axis)
   products = (
     _add_axes(w_d, wide) * x_d
@@ -624,12 +658,24 @@ def _matmul_steps(axis: int, weights: jax.Array, a: jax.Array) -> jax.Array:
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """Compute `jnp.einsum` in a's dtype with sums of at least float32."""
   b = b.astype(a.dtype)
+  dtype = at_least_float32(a.dtype)
+  if rounds_products(a.dtype) and jax.default_backend() != 'cpu':
+    a = a.astype(jnp.bfloat16)
+    b = b.astype(jnp.bfloat16)
   if jax.default_backend() == 'cpu':
     # CPUs lack 16-bit products in some layouts. Products of 16-bit numbers are exact
     # in float32, so the sums are the same.
-    a = widen(a)
-    b = widen(b)
-  return jnp.einsum(equation, a, b, preferred_element_type=at_least_float32(a.dtype))
+    a = _round(widen(a))
+    b = _round(widen(b))
+  return jnp.einsum(equation, a, b, preferred_element_type=dtype)
+
+
+def _round(a: jax.Array) -> jax.Array:
+  """Rounds an operand as products do, without a change of its dtype."""
+  if not rounds_products(a.dtype):
+    return a
+  # XLA may leave out a conversion to bfloat16 and back.
+  return jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
 
 
 def _add_axes(vector: jax.Array, like: jax.Array) -> jax.Array:

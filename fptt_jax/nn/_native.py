@@ -40,12 +40,19 @@ class NativeCell(NamedTuple):
     num_factors: numbers per unit and step that the backward pass reads, without y.
     weight_shapes: (D, H) -> the shapes of the weights.
     fused: the same cell, for programs that cannot call the kernel.
+    products: 'bfloat16' rounds the operands of products.
   """
 
   name: str
   num_factors: int
   weight_shapes: Callable[[int, int], tuple[tuple[int, ...], ...]]
   fused: FusedCell
+  products: str = 'float32'
+
+  def round_products(self) -> 'NativeCell':
+    """Returns the cell with products of bfloat16."""
+    fused = self.fused._replace(products='bfloat16')
+    return self._replace(products='bfloat16', fused=fused)
 
 
 @jax.tree_util.register_static
@@ -92,16 +99,13 @@ def find_problem(
   expected = cell.weight_shapes(x.shape[-1], parts[0].shape[-1])
   if tuple(weight.shape for weight in weights) != expected:
     return f'it takes weights of the shapes {expected}'
-  return cpu.find_problem(cell.name)
+  return cpu.find_problem(cell.name, cell.products)
 
 
 @functools.cache
-def warn_once(problem: str) -> None:
-  """Warn that windows run in the fused scan although the kernel was asked for."""
-  warnings.warn(
-    "implementation='native' runs as 'custom_vjp' where it must: " + problem,
-    stacklevel=2,
-  )
+def warn_once(message: str) -> None:
+  """Warns the first time."""
+  warnings.warn(message, stacklevel=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -261,8 +265,8 @@ def _find_avals(part: _Pass, *operands: Any, call: _Call) -> list[Any]:
 
 
 def _run_kernel(part: _Pass, call: _Call, *operands: jax.Array) -> Any:
-  """Run the kernel, which takes members as leading axes."""
-  name = cpu.target(call.cell.name, part.name)
+  """Runs the kernel, which takes members as leading axes."""
+  name = cpu.target(call.cell.name, call.cell.products, part.name)
   return jax.ffi.ffi_call(name, part.shapes(call, *operands))(*operands)
 
 

@@ -24,10 +24,11 @@ from fptt_jax._checks import (
 )
 from fptt_jax.nn import _native
 from fptt_jax.nn._checks import check_batch_size, check_inputs, check_rngs, check_window
-from fptt_jax.nn._fused import FusedCell, WindowKernel, run_fused
+from fptt_jax.nn._fused import FusedCell, WindowKernel, rounds_products, run_fused
 from fptt_jax.nn.kernels import cuda
 
 Step = Callable[[Any, Any], tuple[Any, jax.Array]]
+PRODUCTS = ('float32', 'bfloat16')
 IMPLEMENTATIONS = ('auto', 'native', 'custom_vjp', 'scan', 'cuda')
 
 
@@ -98,6 +99,10 @@ class Recurrent(nnx.Module):
         one, for float32 and H of 32, 64 or 128. The kernels have only run in emulation
         so far, so they are never the default.
 
+    products: what the operands of products are rounded to, 'float32' or 'bfloat16'.
+      Sums, state and parameters stay float32. None follows
+      `jax.default_matmul_precision`. Only layers with a native kernel take it.
+
   Raises:
     ValueError: an argument is outside its range; inputs, state or mask have the wrong
       shape (when traced).
@@ -115,14 +120,19 @@ class Recurrent(nnx.Module):
     param_dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
     implementation: str = 'auto',
+    products: str | None = None,
   ):
     check_choice('implementation', implementation, IMPLEMENTATIONS)
+    if products is not None:
+      check_choice('products', products, PRODUCTS)
     check_rngs(rngs)
     self.in_features = check_size('in_features', in_features)
     self.hidden_features = check_size('hidden_features', hidden_features)
     self.param_dtype = check_dtype('param_dtype', param_dtype)
     self.implementation = implementation
+    self.products = products
     self._check_implementation()
+    self._check_products()
 
   @abc.abstractmethod
   def step(self) -> Step:
@@ -157,16 +167,16 @@ class Recurrent(nnx.Module):
     native = self._choose_native(state, x)
     if native is not None:
       return _native.run_native(*native, state, x, mask)
+    products = self._choose_products()
     # A single step leaves no product to defer. A symbolic size may be any number.
     several_steps = export.is_symbolic_dim(x.shape[0]) or x.shape[0] > 1
-    by_kernel = self.implementation == 'cuda'
-    is_fused = by_kernel or (self.implementation != 'scan' and several_steps)
-    fused = self._fused_cell() if is_fused else None
+    gains = several_steps or products == 'bfloat16' or self.implementation == 'cuda'
+    fused = self._fused_cell() if gains and self.implementation != 'scan' else None
     if fused is None:
       return scan_cell(self.step(), state, x, mask)
     cell, weights = fused
-    if by_kernel:
-      cell = cell._replace(kernel=self._cuda_kernel)
+    kernel = self._cuda_kernel if self.implementation == 'cuda' else None
+    cell = cell._replace(kernel=kernel, products=products)
     return run_fused(cell, weights, state, x, mask)
 
   def _fused_cell(self) -> tuple[FusedCell, Any] | None:
@@ -212,18 +222,45 @@ class Recurrent(nnx.Module):
   def _choose_native(
     self, state: Any, x: jax.Array
   ) -> tuple[_native.NativeCell, Any] | None:
-    """Return the cell and the weights if a window runs in the native kernel."""
-    if self.implementation not in ('auto', 'native') or self._native_cell is None:
+    """Returns the cell and the weights if a window runs in the native kernel."""
+    cell = self._native_cell
+    if cell is None or self.implementation in ('scan', 'cuda'):
       return None
+    if self._choose_products() == 'bfloat16':
+      cell = cell.round_products()
     fused = self._fused_cell()
     assert fused is not None
-    weights = fused[1]
-    problem = _native.find_problem(self._native_cell, weights, state, x)
+    problem: str | None = "implementation='custom_vjp' never runs in the kernel"
+    if self.implementation != 'custom_vjp':
+      problem = _native.find_problem(cell, fused[1], state, x)
     if problem is None:
-      return self._native_cell, weights
+      return cell, fused[1]
     if self.implementation == 'native':
-      _native.warn_once(problem)
+      _native.warn_once(f"implementation='native' runs as 'custom_vjp': {problem}.")
+    if self.products == 'bfloat16' and jax.default_backend() == 'cpu':
+      _native.warn_once(f"products='bfloat16' is slower than 'float32': {problem}.")
     return None
+
+  def _choose_products(self) -> str | None:
+    """Returns the precision of products, None for what JAX does."""
+    if self.products is not None or self._native_cell is None:
+      return self.products
+    return 'bfloat16' if rounds_products(self.param_dtype) else None
+
+  def _check_products(self) -> None:
+    """Raises if the layer cannot round the operands of its products."""
+    if self.products != 'bfloat16':
+      return
+    if self._native_cell is None or self.implementation in ('scan', 'cuda'):
+      raise ValueError(
+        "products='bfloat16' needs an LSTM with implementation='auto', 'native' or "
+        f"'custom_vjp', got {type(self).__name__} with {self.implementation!r}."
+      )
+    if self.param_dtype != jnp.float32:
+      raise ValueError(
+        "products='bfloat16' rounds float32, got param_dtype="
+        f'{jnp.dtype(self.param_dtype).name}.'
+      )
 
   def _check_implementation(self) -> None:
     """Raise if the layer has no kernel, or no CUDA kernel for its size and dtype."""

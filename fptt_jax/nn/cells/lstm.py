@@ -151,6 +151,10 @@ class LSTM(Recurrent):
       `jax.jvp` and second derivatives need.
       'cuda' runs all steps of a window in one CUDA kernel, for float32 and H of 32, 64
       or 128; the kernels have only run in emulation so far.
+    products: 'bfloat16' rounds the operands of all products of a window, forward and
+      backward, for float32 parameters; sums, gates and state stay float32. It is about
+      1.6 times as fast on CPUs with AVX-512 BF16. On CPUs without it is slower, and
+      warns once. None follows `jax.default_matmul_precision`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
 
@@ -181,10 +185,13 @@ class LSTM(Recurrent):
     init: str = 'torch',
     forget_bias: float | None = None,
     implementation: str = 'auto',
+    products: str | None = None,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype, rngs, implementation)
+    super().__init__(
+      in_features, hidden_features, param_dtype, rngs, implementation, products
+    )
     w_x, w_h, biases = draw_gates(self, init, 4, rngs)
     bias = biases[0] + biases[1]
     if forget_bias is not None:

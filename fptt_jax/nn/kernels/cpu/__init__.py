@@ -30,17 +30,18 @@ FOLDER = Path(__file__).parent
 COMPILERS = ('g++', 'clang++')
 
 
-def target(cell: str, direction: str) -> str:
-  """Return the name by which JAX knows the kernel of a cell."""
-  return f'fptt_jax_cpu_{cell}_{direction}'
+def target(cell: str, products: str, direction: str) -> str:
+  """Returns the name by which JAX knows the kernel of a cell."""
+  return f'fptt_jax_cpu_{cell}_{products}_{direction}'
 
 
 @functools.cache
-def find_problem(cell: str) -> str | None:
-  """Compile and registers a cell's kernels, once per process.
+def find_problem(cell: str, products: str) -> str | None:
+  """Compiles and registers a cell's kernels, once per process.
 
   Args:
     cell: the name of a source file, such as 'lstm'.
+    products: 'float32' or 'bfloat16', to which operands of products are rounded.
 
   Returns:
     None, or why the kernels cannot be used.
@@ -50,13 +51,15 @@ def find_problem(cell: str) -> str | None:
   """
   num_threads = count_threads()
   try:
-    library = _load(cell)
+    library = _load(cell, products)
   except (OSError, RuntimeError) as error:
     return str(error)
   library.set_thread_limit(num_threads)
   for direction in ('forward', 'backward'):
     capsule = jax.ffi.pycapsule(getattr(library, f'{cell}_{direction}'))
-    jax.ffi.register_ffi_target(target(cell, direction), capsule, platform='cpu')
+    jax.ffi.register_ffi_target(
+      target(cell, products, direction), capsule, platform='cpu'
+    )
   return None
 
 
@@ -79,8 +82,12 @@ def count_threads() -> int:
   return int(wanted)
 
 
-def compile_command(cell: str) -> list[str]:
-  """Return the command that compiles a cell's kernels, without `-o`.
+def compile_command(cell: str, products: str) -> list[str]:
+  """Returns the command that compiles a cell's kernels, without `-o`.
+
+  Args:
+    cell: the name of a source file.
+    products: 'float32' or 'bfloat16'.
 
   Raises:
     RuntimeError: there is no compiler on the PATH.
@@ -91,21 +98,27 @@ def compile_command(cell: str) -> list[str]:
       f'the kernels need {" or ".join(COMPILERS)} on the PATH of Linux or macOS'
     )
   options = ['-std=c++17', '-O3', '-march=native', '-ffp-contract=fast', '-fPIC']
+  if products == 'bfloat16':
+    options.append('-DFPTT_BFLOAT16')
   headers = ['-I', str(FOLDER), '-isystem', jax.ffi.include_dir()]
   return [compiler, *options, '-shared', *headers, str(FOLDER / f'{cell}.cc')]
 
 
-def _load(cell: str) -> ctypes.CDLL:
-  """Load a cell's library from the cache, or compiles it.
+def _load(cell: str, products: str) -> ctypes.CDLL:
+  """Loads a cell's library from the cache, or compiles it.
 
   Raises:
     OSError: the library cannot be written or loaded.
-    RuntimeError: there is no compiler, or it fails.
+    RuntimeError: there is no compiler, or it fails, or the processor has no such
+      products.
   """
-  command = compile_command(cell)
+  command = compile_command(cell, products)
+  macros = _read_macros(command)
+  if products == 'bfloat16' and '__AVX512BF16__' not in macros:
+    raise RuntimeError('the processor has no products of bfloat16 (AVX-512 BF16)')
   folder = _private_folder()
   if folder is not None:
-    library = folder / f'{cell}-{_digest(command)}.so'
+    library = folder / f'{cell}-{_digest(command, macros)}.so'
     if not _is_private(library) and os.access(folder, os.W_OK):
       _compile(command, library)
     if _is_private(library):
@@ -141,22 +154,28 @@ def _is_private(path: Path) -> bool:
   return status.st_uid == os.getuid() and not status.st_mode & others
 
 
-def _digest(command: list[str]) -> str:
-  """Return a digest of all that a library depends on.
+def _read_macros(command: list[str]) -> str:
+  """Returns the macros that the compiler defines.
 
-  The macros that the compiler defines tell its version and the instructions of the
-  processor. The interface of `jax.ffi` is that of the installed jaxlib.
+  They tell its version and the instructions of the processor.
   """
-  compiler, *options = command[:-1]
-  macros = subprocess.run(
-    [compiler, *options, '-x', 'c++', '-dM', '-E', os.devnull],
+  done = subprocess.run(
+    [*command[:-1], '-x', 'c++', '-dM', '-E', os.devnull],
     capture_output=True,
     text=True,
     check=False,
   )
+  return done.stdout
+
+
+def _digest(command: list[str], macros: str) -> str:
+  """Returns a digest of all that a library depends on.
+
+  The interface of `jax.ffi` is that of the installed jaxlib.
+  """
   sources = [path.read_text() for path in sorted(FOLDER.glob('*.h'))]
   sources.append(Path(command[-1]).read_text())
-  origins = [*sources, macros.stdout, version('jaxlib'), *command]
+  origins = [*sources, macros, version('jaxlib'), *command]
   return hashlib.sha256(repr(origins).encode()).hexdigest()[:32]
 
 
