@@ -85,7 +85,7 @@ def compute(
   read: str = 'all',
   **options: Any,
 ) -> Any:
-  """Returns a loss of a window, and its gradients in weights, state and inputs.
+  """Returns a window's results, and gradients of a loss in weights, state and inputs.
 
   Args:
     layer: name in `LAYERS`.
@@ -110,25 +110,29 @@ def compute(
   weights = draw(3, steps, batch, hidden)
 
   @problems.quick
-  @lambda function: jax.value_and_grad(function, (0, 1, 2))
-  def total(params: Any, state: Any, x: jax.Array) -> jax.Array:
+  @lambda function: jax.value_and_grad(function, (0, 1, 2), has_aux=True)
+  def total(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     end, y = model.apply(params, state, x, mask, None)
     y = y if mask is None else jnp.where(mask[..., None], y, 0)
     from_end = sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(end))
     from_outputs = jnp.sum(weights * y)
-    return {
+    losses = {
       'all': from_end + from_outputs,
       'outputs': from_outputs,
       'end': from_end,
-    }[read]
+    }
+    return losses[read], (end, y)
 
-  return total(params, state, draw(4, steps, batch, features).astype(dtype))
+  (_, results), gradients = total(
+    params, state, draw(4, steps, batch, features).astype(dtype)
+  )
+  return results, gradients
 
 
 def assert_close(got: Any, expected: Any, tolerance: float = 3e-6) -> None:
   """Compares each leaf to `tolerance` times its largest number."""
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-    scale = max(float(np.abs(b).max()), 1e-3)
+    scale = float(np.abs(b).max(initial=1e-3))
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
 
 
