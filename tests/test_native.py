@@ -29,7 +29,7 @@ TINY = 'extern "C" int answer() { return ANSWER; }'
 
 @pytest.fixture
 def kernels() -> None:
-  """Skips a test where there is no compiler; a compiler that fails is an error."""
+  """Skip a test where there is no compiler; a compiler that fails is an error."""
   try:
     cpu.compile_command('lstm', 'float32')
   except RuntimeError as missing:
@@ -40,7 +40,7 @@ def kernels() -> None:
 
 @pytest.fixture
 def rounding(kernels: None) -> None:
-  """Skips a test where the processor has no products of bfloat16."""
+  """Skip a test where the processor has no products of bfloat16."""
   command = cpu.compile_command('lstm', 'bfloat16')
   if '__AVX512BF16__' not in cpu._read_macros(command):
     pytest.skip('the processor has no AVX-512 BF16')
@@ -48,7 +48,7 @@ def rounding(kernels: None) -> None:
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-  """Lets a test compile and warn as a new process does."""
+  """Let a test compile and warn as a new process does."""
   caches = (cpu.find_problem, _native.warn_once)
   for function in caches:
     function.cache_clear()
@@ -59,7 +59,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: None) -> Path:
-  """Puts one small source in place of the kernels, and an empty cache."""
+  """Put one small source in place of the kernels, and an empty cache."""
   folder = tmp_path / 'source'
   folder.mkdir()
   (folder / 'tiny.h').write_text('#define ANSWER 42\n')
@@ -85,7 +85,7 @@ def compute(
   read: str = 'all',
   **options: Any,
 ) -> Any:
-  """Returns a window's results, and gradients of a loss in weights, state and inputs.
+  """Return a window's results, and gradients of a loss in weights, state and inputs.
 
   Args:
     layer: name in `LAYERS`.
@@ -130,7 +130,7 @@ def compute(
 
 
 def assert_close(got: Any, expected: Any, tolerance: float = 3e-6) -> None:
-  """Compares each leaf to `tolerance` times its largest number."""
+  """Compare each leaf to `tolerance` times its largest number."""
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     scale = float(np.abs(b).max(initial=1e-3))
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
@@ -163,7 +163,7 @@ def test_equals_the_scan(layer: str, shape: Any, masked: bool) -> None:
 
 
 def distance(tree: Any, other: Any) -> float:
-  """Returns the largest relative distance of two leaves, as norms."""
+  """Return the largest relative distance of two leaves, as norms."""
   pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
   return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
 
@@ -261,7 +261,7 @@ def test_threads_do_not_change_a_bit(threads: int, shape: Any) -> None:
 
 
 def gradients(model: Any, batch_size: int) -> Callable[..., Any]:
-  """Returns the gradient of a loss of (params, x) in params."""
+  """Return the gradient of a loss of (params, x) in params."""
 
   def total(params: Any, x: jax.Array) -> jax.Array:
     state = model.initial_state(batch_size)
@@ -337,7 +337,7 @@ def test_exported_programs_hold_no_kernel(platforms: tuple[str, ...]) -> None:
 
 @functools.cache
 def train(implementation: str, mesh: jax.sharding.Mesh | None = None) -> Any:
-  """Trains a stack of two layers for two steps on ragged sequences."""
+  """Train a stack of two layers for two steps on ragged sequences."""
 
   def build(rngs: nnx.Rngs) -> nn.Sequential:
     return nn.Sequential(
@@ -407,7 +407,7 @@ def test_what_the_kernel_cannot_run_is_said_once(
 
 
 def break_compiler(folder: Path) -> None:
-  """Makes a compiler that fails."""
+  """Make a compiler that fails."""
   for name in cpu.COMPILERS:
     path = folder / name
     path.write_text('#!/bin/sh\necho "no such luck" >&2\nexit 1\n')

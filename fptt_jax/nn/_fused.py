@@ -252,7 +252,7 @@ def run_fused(
 def _run_layout(
   cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: Mask
 ) -> tuple[State, Any]:
-  """Runs a window in the layout that suits it."""
+  """Run a window in the layout that suits it."""
   # Elementwise cells have no products, and kernels read rows.
   if cell.elementwise or cell.kernel is not None:
     axis = ROWS
@@ -265,7 +265,7 @@ def _run_layout(
 
 
 def rounds_products(dtype: jax.typing.DTypeLike) -> bool:
-  """Returns whether products of this dtype round their operands to bfloat16."""
+  """Return whether products of this dtype round their operands to bfloat16."""
   config: Any = jax.config  # Its attributes have no types.
   precision = config.jax_default_matmul_precision
   return precision == 'bfloat16' and jnp.dtype(dtype) == jnp.float32
@@ -343,7 +343,7 @@ def _run_window_forward(
 def _run_window_backward(
   cell: FusedCell, axis: int, residuals: Any, gradient: tuple[State, Any]
 ) -> tuple[Any, ...]:
-  """Returns the gradients of weights, state, x and (None) mask."""
+  """Return the gradients of weights, state, x and (None) mask."""
   with _precision(cell):
     return _run_backward(cell, axis, residuals, gradient)
 
@@ -351,7 +351,7 @@ def _run_window_backward(
 def _run_backward(
   cell: FusedCell, axis: int, residuals: Any, gradient: tuple[State, Any]
 ) -> tuple[Any, ...]:
-  """Runs a window backward, in the precision of the context."""
+  """Run a window backward, in the precision of the context."""
   given_weights, x, mask, kept, factors = residuals
   d_state, dy = gradient
   # Backward, products are with the transposed weights.
@@ -385,7 +385,7 @@ _run_window.defvjp(_run_window_forward, _run_window_backward)
 
 
 def _precision(cell: FusedCell) -> contextlib.AbstractContextManager[Any]:
-  """Returns the context of a cell's products."""
+  """Return the context of a cell's products."""
   if cell.products is None:
     return contextlib.nullcontext()
   return jax.default_matmul_precision(cell.products)
@@ -671,7 +671,7 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _round(a: jax.Array) -> jax.Array:
-  """Rounds an operand as products do, without a change of its dtype."""
+  """Round an operand as products do, without a change of its dtype."""
   if not rounds_products(a.dtype):
     return a
   # XLA may leave out a conversion to bfloat16 and back.

@@ -50,7 +50,7 @@ class NativeCell(NamedTuple):
   products: str = 'float32'
 
   def round_products(self) -> 'NativeCell':
-    """Returns the cell with products of bfloat16."""
+    """Return the cell with products of bfloat16."""
     fused = self.fused._replace(products='bfloat16')
     return self._replace(products='bfloat16', fused=fused)
 
@@ -104,7 +104,7 @@ def find_problem(
 
 @functools.cache
 def warn_once(message: str) -> None:
-  """Warns the first time."""
+  """Warn the first time."""
   warnings.warn(message, stacklevel=2)
 
 
@@ -265,7 +265,7 @@ def _find_avals(part: _Pass, *operands: Any, call: _Call) -> list[Any]:
 
 
 def _run_kernel(part: _Pass, call: _Call, *operands: jax.Array) -> Any:
-  """Runs the kernel, which takes members as leading axes."""
+  """Run the kernel, which takes members as leading axes."""
   name = cpu.target(call.cell.name, call.cell.products, part.name)
   return jax.ffi.ffi_call(name, part.shapes(call, *operands))(*operands)
 

@@ -222,7 +222,7 @@ class Recurrent(nnx.Module):
   def _choose_native(
     self, state: Any, x: jax.Array
   ) -> tuple[_native.NativeCell, Any] | None:
-    """Returns the cell and the weights if a window runs in the native kernel."""
+    """Return the cell and the weights if a window runs in the native kernel."""
     cell = self._native_cell
     if cell is None or self.implementation in ('scan', 'cuda'):
       return None
@@ -242,13 +242,13 @@ class Recurrent(nnx.Module):
     return None
 
   def _choose_products(self) -> str | None:
-    """Returns the precision of products, None for what JAX does."""
+    """Return the precision of products, None for what JAX does."""
     if self.products is not None or self._native_cell is None:
       return self.products
     return 'bfloat16' if rounds_products(self.param_dtype) else None
 
   def _check_products(self) -> None:
-    """Raises if the layer cannot round the operands of its products."""
+    """Raise if the layer cannot round the operands of its products."""
     if self.products != 'bfloat16':
       return
     if self._native_cell is None or self.implementation in ('scan', 'cuda'):

@@ -31,13 +31,13 @@ COMPILERS = ('g++', 'clang++')
 
 
 def target(cell: str, products: str, direction: str) -> str:
-  """Returns the name by which JAX knows the kernel of a cell."""
+  """Return the name by which JAX knows the kernel of a cell."""
   return f'fptt_jax_cpu_{cell}_{products}_{direction}'
 
 
 @functools.cache
 def find_problem(cell: str, products: str) -> str | None:
-  """Compiles and registers a cell's kernels, once per process.
+  """Compile and register a cell's kernels, once per process.
 
   Args:
     cell: the name of a source file, such as 'lstm'.
@@ -83,7 +83,7 @@ def count_threads() -> int:
 
 
 def compile_command(cell: str, products: str) -> list[str]:
-  """Returns the command that compiles a cell's kernels, without `-o`.
+  """Return the command that compiles a cell's kernels, without `-o`.
 
   Args:
     cell: the name of a source file.
@@ -105,7 +105,7 @@ def compile_command(cell: str, products: str) -> list[str]:
 
 
 def _load(cell: str, products: str) -> ctypes.CDLL:
-  """Loads a cell's library from the cache, or compiles it.
+  """Load a cell's library from the cache; compile it where it is absent.
 
   Raises:
     OSError: the library cannot be written or loaded.
@@ -155,7 +155,7 @@ def _is_private(path: Path) -> bool:
 
 
 def _read_macros(command: list[str]) -> str:
-  """Returns the macros that the compiler defines.
+  """Return the macros that the compiler defines.
 
   They tell its version and the instructions of the processor.
   """
@@ -169,7 +169,7 @@ def _read_macros(command: list[str]) -> str:
 
 
 def _digest(command: list[str], macros: str) -> str:
-  """Returns a digest of all that a library depends on.
+  """Return a digest of all that a library depends on.
 
   The interface of `jax.ffi` is that of the installed jaxlib.
   """
