@@ -44,6 +44,36 @@ class FeaturesAndReadout(NamedTuple):
   readout: Callable[[Params, jax.Array, jax.Array | None], jax.Array]
 
 
+class OwnProduct(NamedTuple):
+  """Parameters that act on a step of a recurrent layer through the same sums.
+
+  Each of n units has k of these sums, such as the gates of an LSTM: z = a A + b B + c.
+
+  Attributes:
+    gains: [R, m, k, n], derivative of each of a unit's m arrays of state after the step
+      with respect to each of its k sums.
+    operands: {name of a parameter: what it is multiplied by, [R, q], or None if it is
+      added}. A parameter that is multiplied has the shape [q, k n] and one that is
+      added [k n], units fastest.
+  """
+
+  gains: jax.Array
+  operands: dict[str, jax.Array | None]
+
+
+class OwnStep(NamedTuple):
+  """Derivatives of a step of a recurrent layer that stay within each unit.
+
+  Attributes:
+    transition: [R, m, m, n], derivative of array i of a unit's state after the step
+      with respect to array j before it.
+    products: How the layer's parameters act on the step.
+  """
+
+  transition: jax.Array
+  products: tuple[OwnProduct, ...]
+
+
 class Model(NamedTuple):
   """A recurrent model as pure functions; `fptt_jax.nn` makes them from Flax modules.
 
@@ -68,12 +98,11 @@ class Model(NamedTuple):
       starts a sequence is differentiated with respect to it. None if it is constant.
     plain: `apply` in a form that `jax.jvp`, `jax.vmap` and derivatives of any order
       take, for windows of any size. None if `apply` itself is of that form.
-    own_transitions: (params, state [R, ...], x [1, R, ...], own_only) -> {number of an
-      array: [m, m, n] for each row, [R, m, m, n]}: for layers with m arrays of n units
-      each, how the arrays of each unit after one step depend on those of the same unit
-      before it; with `own_only` without recurrent matrices. The key is the number of
-      the layer's first array among the floating-point arrays of the state. Used by
-      `fptt_jax.influence.snap1`, which differentiates layers that are not there.
+    own_steps: (params, state [R, ...], x [1, R, ...], own_only) -> {number of an array:
+      :class:`fptt_jax.influence.OwnStep`}, one for each recurrent layer that defines
+      `own_step`. The key is the number of the layer's first array among the
+      floating-point arrays of the state. Used by `fptt_jax.influence`, which
+      differentiates layers that are not there.
   """
 
   init: Callable[[jax.Array], Params]
@@ -86,7 +115,7 @@ class Model(NamedTuple):
   split: FeaturesAndReadout | None = None
   learned_initial_state: Callable[[Params, int], Hidden] | None = None
   plain: Callable[..., tuple[Hidden, jax.Array | OutputsWithPenalty]] | None = None
-  own_transitions: Callable[..., dict[int, jax.Array]] | None = None
+  own_steps: Callable[..., dict[int, OwnStep]] | None = None
 
   def start(self, params: Params, batch_size: int) -> Hidden:
     """Make the hidden state before the first step.

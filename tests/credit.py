@@ -98,5 +98,5 @@ def first_window(model: fptt_jax.Model, batch: fptt_jax.Batch, steps: slice) -> 
     return apply(params, hidden, x, mask, None)[0]
 
   x = jnp.asarray(batch.inputs[steps])
-  own = model.own_transitions
-  return influence.WindowMap(run, x, None, own_transitions=own)
+  own = model.own_steps
+  return influence.WindowMap(run, x, None, own_steps=own)

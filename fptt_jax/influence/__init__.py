@@ -6,6 +6,7 @@ approximated. `fptt_jax.make_trainer(..., influence=...)` takes a name of `INFLU
 or what the functions of this module make.
 """
 
+from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.influence._base import Influence, WindowMap, attach
 from fptt_jax.influence._exact import rtrl
 from fptt_jax.influence._lookback import lookback
@@ -23,6 +24,8 @@ INFLUENCES: dict[str, Influence] = {
 __all__ = (
   'INFLUENCES',
   'Influence',
+  'OwnProduct',
+  'OwnStep',
   'WindowMap',
   'attach',
   'lookback',

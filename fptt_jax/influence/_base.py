@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._types import Hidden, Params
+from fptt_jax._types import Hidden, OwnStep, Params
 
 State = Any
 """State of an influence: a tree of arrays [B, ...]."""
@@ -23,7 +23,7 @@ class WindowMap(NamedTuple):
     mask: bool [S, B], which steps are valid; None if all are.
     fresh: bool [B], rows that start from the learned initial state; None for none.
     start: (params) -> hidden state [B, ...] of those rows; None if it is constant.
-    own_transitions: `Model.own_transitions`, or None.
+    own_steps: `Model.own_steps`, or None.
   """
 
   run: Callable[[Params, Hidden, Any, jax.Array | None], Hidden]
@@ -31,7 +31,7 @@ class WindowMap(NamedTuple):
   mask: jax.Array | None
   fresh: jax.Array | None = None
   start: Callable[[Params], Hidden] | None = None
-  own_transitions: Callable[..., dict[int, jax.Array]] | None = None
+  own_steps: Callable[..., dict[int, OwnStep]] | None = None
 
   def begin(self, params: Params, hidden: Hidden) -> Hidden:
     """Return the hidden state that the window starts from.

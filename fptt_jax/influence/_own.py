@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax._dtypes import at_least_float32, widen
-from fptt_jax._types import Hidden, Params
+from fptt_jax._types import Hidden, OwnStep, Params
 from fptt_jax.influence._arrays import (
   Weights,
   is_real,
@@ -17,12 +17,17 @@ from fptt_jax.influence._arrays import (
   take_arrays,
 )
 from fptt_jax.influence._base import WindowMap
-from fptt_jax.influence._pull import pull_to_start, pull_to_weights, run_steps
+from fptt_jax.influence._pull import (
+  inner_axis,
+  pull_to_start,
+  pull_to_weights,
+  run_steps,
+)
 from fptt_jax.influence._units import Layer, Units
 
 
 def empty_own(units: Units, params: Params, batch_size: int) -> Weights:
-  """Return the influence before the first step, {path: zeros [B, m, ...]}.
+  """Return the influence before the first step, {path: zeros [B, ..., m, G]}.
 
   Args:
     units: Layers and units of the model.
@@ -32,7 +37,8 @@ def empty_own(units: Units, params: Params, batch_size: int) -> Weights:
   influence = {}
   for layer in units.layers:
     for path, leaf in select(params, layer.units).items():
-      shape = (batch_size, len(layer.arrays), *leaf.shape)
+      shape = [batch_size, *leaf.shape]
+      shape.insert(inner_axis(leaf.ndim), len(layer.arrays))
       influence[path] = jnp.zeros(shape, at_least_float32(leaf.dtype))
   return influence
 
@@ -47,7 +53,7 @@ def credit_own(
     of_layer = delta[:, layer.columns]
     for path, unit in layer.units.items():
       own = _at_units(of_layer, unit)
-      credits[path] = (own * influence[path]).sum((0, 1))
+      credits[path] = (own * influence[path]).sum((0, inner_axis(unit.ndim)))
   return spread(params, credits)
 
 
@@ -68,39 +74,40 @@ def advance_own(
     window: The window.
     params: Parameters of the model.
     hidden: [B, ...], hidden state after the window before.
-    influence: {path: [B, m, ...]}, influence before the window.
+    influence: {path: [B, ..., m, G]}, influence before the window.
     own_only: Whether to leave out a unit's effect on itself through recurrent matrices,
       too.
   """
   before = run_steps(window, params, hidden)
-  given = given_transitions(window, params, before, own_only)
+  given = given_steps(window, params, before, own_only)
   moved: Weights = {}
   for layer in units.layers:
-    transitions = given.get(layer.arrays[0])
-    if transitions is None or layer.apart:
-      transitions = _own_transitions(layer, window, params, before)
-    transitions = _where_valid(window.mask, transitions)
-    moved |= _advance_layer(layer, window, params, before, influence, transitions)
+    step = given.get(layer.arrays[0])
+    if step is None:
+      transition = _own_transitions(layer, window, params, before)
+      step = OwnStep(_where_valid(window.mask, transition), ())
+    moved |= _advance_layer(layer, window, params, before, influence, step)
   return moved
 
 
-def given_transitions(
+def given_steps(
   window: WindowMap, params: Params, before: Hidden, own_only: bool
-) -> dict[int, jax.Array]:
-  """Return the transitions [S, B, m, m, n] that layers compute themselves.
+) -> dict[int, OwnStep]:
+  """Return the derivatives that layers compute themselves, of all steps of a window.
 
-  They are keyed by the number of the layer's first array, as in :class:`Layer`.
+  They are keyed by the number of the layer's first array, as in :class:`Layer`, and
+  their arrays are [S, B, ...], at least float32.
   """
-  if window.own_transitions is None:
+  if window.own_steps is None:
     return {}
-  first = jax.tree.leaves(before)[0]
-  steps, batch_size = first.shape[:2]
-  blocks = window.own_transitions(
-    params, _join_steps(before), _one_window(window.x), own_only
+  steps, batch_size = jax.tree.leaves(before)[0].shape[:2]
+  found = window.own_steps(params, _join_steps(before), _one_window(window.x), own_only)
+  found = jax.tree.map(
+    lambda leaf: widen(leaf).reshape(steps, batch_size, *leaf.shape[1:]), found
   )
   return {
-    array: widen(block).reshape(steps, batch_size, *block.shape[1:])
-    for array, block in blocks.items()
+    array: step._replace(transition=_where_valid(window.mask, step.transition))
+    for array, step in found.items()
   }
 
 
@@ -110,7 +117,7 @@ def _advance_layer(
   params: Params,
   before: Hidden,
   influence: Weights,
-  transitions: jax.Array,
+  step: OwnStep,
 ) -> Weights:
   """Return the influence of one layer's parameters after a window.
 
@@ -119,15 +126,13 @@ def _advance_layer(
     window: The window.
     params: Parameters of the model.
     before: [S, B, ...], hidden states before each step.
-    influence: {path: [B, m, ...]}, influence before the window.
-    transitions: [S, B, m, m, n], derivative of the m arrays of each unit after each
-      step with respect to those before it.
+    influence: {path: [B, ..., m, G]}, influence before the window.
+    step: Derivatives of all steps, arrays [S, B, ...]. Parameters without a product
+      are differentiated.
   """
-  paths = tuple(layer.units)
-  carried, after = _chain(transitions)
-  steps, batch_size, arrays = after.shape[:3]
-  rows = after.reshape(steps, batch_size, arrays, -1).swapaxes(1, 2)
-  direct = pull_to_weights(window, params, paths, before, rows, layer.arrays)
+  carried, after = _chain(step.transition)
+  direct = _direct(layer, window, params, before, step, after)
+  arrays, batch_size = len(layer.arrays), len(carried)
   if window.fresh is not None:
     width = join(jax.tree.map(lambda leaf: leaf[0], before)).shape[1]
     first = jnp.zeros((arrays, batch_size, width), carried.dtype)
@@ -137,13 +142,57 @@ def _advance_layer(
 
   def moved(path: str, unit: np.ndarray) -> jax.Array:
     old = influence[path]
-    added = jnp.where(unit >= 0, direct[path], 0).astype(old.dtype)
+    added = direct[path].astype(old.dtype)
+    if (unit < 0).any():
+      added = jnp.where(jnp.expand_dims(unit >= 0, inner_axis(unit.ndim) - 1), added, 0)
     for array in range(arrays):
       own = _at_units(carried[:, :, array], unit)
-      added += own.astype(old.dtype) * old[:, None, array]
+      part = jax.lax.index_in_dim(old, array, inner_axis(unit.ndim))
+      added += own.astype(old.dtype) * part
     return added
 
   return {path: moved(path, unit) for path, unit in layer.units.items()}
+
+
+def _direct(
+  layer: Layer,
+  window: WindowMap,
+  params: Params,
+  before: Hidden,
+  step: OwnStep,
+  after: jax.Array,
+) -> Weights:
+  """Return the influence that parameters gain within the window.
+
+  Args:
+    layer: The layer.
+    window: The window.
+    params: Parameters of the model.
+    before: [S, B, ...], hidden states before each step.
+    step: Derivatives of all steps.
+    after: [S, B, m, m, n], derivatives of the arrays after the window with respect to
+      those after each step.
+
+  Returns:
+    {path: [B, ..., m, G]}.
+  """
+  known = {path for product in step.products for path in product.operands}
+  if not known.issuperset(layer.units):
+    steps, batch_size, arrays = after.shape[:3]
+    rows = after.reshape(steps, batch_size, arrays, -1).swapaxes(1, 2)
+    paths = tuple(layer.units)
+    return pull_to_weights(window, params, paths, before, rows, layer.arrays)
+  direct = {}
+  for product in step.products:
+    sums = _through_arrays(after, product.gains).reshape(*after.shape[:3], -1)
+    if window.mask is not None:
+      sums = jnp.where(window.mask[:, :, None, None], sums, 0)
+    for path, operand in product.operands.items():
+      if operand is None:
+        direct[path] = sums.sum(0)
+      else:
+        direct[path] = jnp.einsum('sbq,sbag->bqag', operand, sums)
+  return direct
 
 
 def _chain(transitions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -160,14 +209,29 @@ def _chain(transitions: jax.Array) -> tuple[jax.Array, jax.Array]:
   eye = jnp.eye(arrays, dtype=transitions.dtype)[None, :, :, None]
 
   def body(after: jax.Array, transition: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # A few products of units: einsum would make a batched product of them.
-    terms = [
-      after[:, :, array, None] * transition[:, None, array] for array in range(arrays)
-    ]
-    return sum(terms[1:], terms[0]), after
+    return _through_arrays(after, transition), after
 
   start = jnp.broadcast_to(eye, (batch_size, arrays, arrays, size))
   return jax.lax.scan(body, start, transitions, reverse=True)
+
+
+def _through_arrays(outer: jax.Array, inner: jax.Array) -> jax.Array:
+  """Multiply derivatives unit by unit: the sum over j of outer[i, j] inner[j, k].
+
+  Args:
+    outer: [..., m, m, n].
+    inner: [..., m, k, n].
+
+  Returns:
+    [..., m, k, n].
+  """
+  # For the CPU a few products of whole arrays are several times faster than a
+  # reduction over a short axis, or a product of a small matrix for each unit.
+  terms = [
+    outer[..., array, None, :] * inner[..., None, array, :, :]
+    for array in range(outer.shape[-2])
+  ]
+  return sum(terms[1:], terms[0])
 
 
 def _own_transitions(
@@ -229,8 +293,16 @@ def _where_valid(mask: jax.Array | None, transitions: jax.Array) -> jax.Array:
 
 
 def _at_units(values: jax.Array, units: np.ndarray) -> jax.Array:
-  """Return values [..., n] of the units of a parameter's entries, [..., *units]."""
-  return jnp.take(values, np.maximum(units, 0), axis=-1)
+  """Return values [B, m, n] at a parameter's units [..., G], as [B, ..., m, G]."""
+  size = values.shape[-1]
+  axis = inner_axis(units.ndim)
+  repeats = units.size // size
+  if np.array_equal(units.ravel(), np.tile(np.arange(size), repeats)):
+    # The usual case, gates of all units side by side, needs no slow gather.
+    taken = jnp.tile(values, (1, 1, repeats)).reshape(*values.shape[:2], *units.shape)
+  else:
+    taken = jnp.take(values, np.maximum(units, 0), axis=-1)
+  return jnp.moveaxis(taken, 1, axis)
 
 
 def put_arrays(hidden: Hidden, layer: Layer, rows: jax.Array) -> Hidden:

@@ -5,6 +5,7 @@ parameters is then one product over all steps of a row, as for a batch of S rows
 run one step. So no array grows with both S and the number of parameters.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,7 +63,43 @@ def pull_back(
   before = run_steps(window, params, hidden)
   first, steps = pull_through_steps(window, params, before, cotangents)
   gradients = pull_to_weights(window, params, paths, before, steps)
-  return pull_to_start(window, params, gradients, first)
+  gradients, first = pull_to_start(window, params, gradients, first)
+  return numbered_first(gradients), first
+
+
+def inner_axis(ndim: int) -> int:
+  """Return the axis of the n gradients of a parameter of `ndim` axes, for each row.
+
+  It stands before the parameter's last axis, where a product over the steps puts it
+  without a transposition: [B, ..., n, G].
+  """
+  return max(ndim, 1)
+
+
+def numbered_first(gradients: Weights) -> Weights:
+  """Return gradients [B, ..., n, G] as [B, n, ..., G]."""
+
+  def move(leaf: jax.Array) -> jax.Array:
+    return jnp.moveaxis(leaf, inner_axis(leaf.ndim - 2), 1)
+
+  return {path: move(leaf) for path, leaf in gradients.items()}
+
+
+def _pull_all(
+  pull: Callable[[jax.Array], tuple[Weights]],
+  weights: Weights,
+  cotangents: jax.Array,
+  axis: int,
+) -> Weights:
+  """Pull n cotangents of one row back, to gradients [..., n, G]."""
+  places = {path: inner_axis(leaf.ndim) - 1 for path, leaf in weights.items()}
+
+  def one(cotangent: jax.Array) -> Weights:
+    [gradients] = pull(cotangent)
+    return gradients
+
+  gradients: Weights = jax.vmap(one, in_axes=axis, out_axes=places)(cotangents)
+  return gradients
 
 
 def pull_through_steps(
@@ -115,7 +152,7 @@ def pull_to_weights(
       None for all.
 
   Returns:
-    Sums over the steps, {path: [B, n, ...]}.
+    Sums over the steps, {path: [B, ..., n, G]}; see `inner_axis`.
   """
   weights = select(params, paths)
 
@@ -130,8 +167,7 @@ def pull_to_weights(
       return join(new_hidden)
 
     _, pull = jax.vjp(run, weights)
-    [gradients] = jax.vmap(pull, in_axes=1)(after)
-    return gradients
+    return _pull_all(pull, weights, after, axis=1)
 
   rows = jax.vmap(one_row, in_axes=(1, 1, 1, 2))
   gradients: Weights = rows(before, window.x, window.mask, cotangents)
@@ -146,7 +182,7 @@ def pull_to_start(
   Args:
     window: The window.
     params: Parameters of the model.
-    gradients: {path: [B, n, ...]}, gradients of the parameters so far.
+    gradients: {path: [B, ..., n, G]}, gradients of the parameters so far.
     first: [n, B, N], gradients of the state before the first step.
 
   Returns:
@@ -164,8 +200,7 @@ def pull_to_start(
       return join(start(replace(params, weights)))[number]
 
     _, pull = jax.vjp(run, weights)
-    [row] = jax.vmap(pull)(after)
-    return row
+    return _pull_all(pull, weights, after, axis=0)
 
   into_start = jnp.where(fresh, first, 0)
   numbers = jnp.arange(into_start.shape[1])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax._checks import check_flag, check_size
-from fptt_jax._types import Hidden, Params
+from fptt_jax._types import Hidden, OwnStep, Params
 from fptt_jax.influence._arrays import Weights, join
 from fptt_jax.influence._base import Influence, WindowMap
 from fptt_jax.influence._exact import (
@@ -21,7 +21,7 @@ from fptt_jax.influence._own import (
   advance_own,
   credit_own,
   empty_own,
-  given_transitions,
+  given_steps,
 )
 from fptt_jax.influence._pull import pull_back, run_steps
 from fptt_jax.influence._reach import DRAWS, draw_like, reached_paths, shapes_key
@@ -52,13 +52,13 @@ def snap1(own_only: bool = False) -> Influence:
     resets before its matrix.
 
   `StepMetrics.credit_norm` tells how much credit arrives. A window costs about two
-  passes more where layers define `own_transition` or keep units apart, as LSTM, GRU,
-  ElmanRNN, LRU and IndRNN do; other layers need H forward steps for each step.
+  passes more where layers define `own_step`, as LSTM, GRU, ElmanRNN, LRU and
+  IndRNN do; other layers need H forward steps for each step.
 
   Args:
     own_only: Whether a unit's effect on itself through the diagonals of recurrent
       matrices is left out as well. What remains is the leak of a memory, as in RFLO and
-      e-prop, or the trace of OSTL. Needs layers that define `own_transition`.
+      e-prop, or the trace of OSTL. Needs layers that define `own_step`.
 
   Returns:
     The influence.
@@ -66,7 +66,7 @@ def snap1(own_only: bool = False) -> Influence:
   Raises:
     TypeError: `own_only` is not a bool.
     ValueError: In `init`: no parameter belongs to one unit, or `own_only` is set and a
-      layer neither defines `own_transition` nor keeps its units apart.
+      layer neither defines `own_step` nor keeps its units apart.
 
   Example:
     >>> import jax, optax, fptt_jax
@@ -84,8 +84,8 @@ def snap1(own_only: bool = False) -> Influence:
     ... )
     >>> batch = fptt_jax.Batch(jax.numpy.ones((20, 8, 1)), jax.numpy.ones(8))
     >>> state = trainer.init(jax.random.key(0), batch)
-    >>> state.influence['layers/0/w_h'].shape  # B, m, and the parameter's own.
-    (8, 2, 16, 64)
+    >>> state.influence['layers/0/w_h'].shape  # B, the parameter's own, and m inside.
+    (8, 16, 2, 64)
 
   References:
     Menick, Elsen, Evci, Osindero, Simonyan and Graves, "Practical Real Time Recurrent
@@ -135,9 +135,9 @@ def _check_units(
   if not own_only:
     return
 
-  def given(params: Params, hidden: Hidden) -> dict[int, jax.Array]:
+  def given(params: Params, hidden: Hidden) -> dict[int, OwnStep]:
     before = run_steps(window, params, hidden)
-    return given_transitions(window, params, before, own_only)
+    return given_steps(window, params, before, own_only)
 
   known = jax.eval_shape(given, params, hidden)
   missing = [
@@ -147,7 +147,7 @@ def _check_units(
   ]
   if missing:
     raise ValueError(
-      'own_only=True needs layers that define own_transition (LSTM, GRU, ElmanRNN) or '
+      'own_only=True needs layers that define own_step (LSTM, GRU, ElmanRNN) or '
       f'keep their units apart, got others, with the arrays {missing[0]} of the state.'
     )
 

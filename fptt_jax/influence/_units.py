@@ -17,12 +17,14 @@ from fptt_jax.influence._arrays import by_path, is_real, join, row_size, split
 from fptt_jax.influence._base import WindowMap
 from fptt_jax.influence._reach import DRAWS, draw_like, shapes_key
 
-ROWS = 2
-"""Rows of the step that is run."""
+ROWS = 1
+"""Rows of the step that is run: contributions of several could cancel."""
 NOT_REACHED, SEVERAL = -1, -2
 """In place of a unit's number: the layer is not reached, or several units are."""
-TOLERANCE = 1e-3
-"""Relative difference of numbers that count as equal: several thousand roundings."""
+BITS = 4
+"""Bits of a unit's number that one pull-back tells."""
+TOLERANCE = 1e-5
+"""Relative difference of numbers that count as equal: about a hundred roundings."""
 
 
 class Layer(NamedTuple):
@@ -76,23 +78,22 @@ def find_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
 
 
 def _probe_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
-  rows = min(ROWS, len(jax.tree.leaves(hidden)[0]))
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params
   )
   hidden_shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), hidden
+    lambda leaf: jax.ShapeDtypeStruct((ROWS, *leaf.shape[1:]), leaf.dtype), hidden
   )
   x_shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((1, rows, *leaf.shape[2:]), leaf.dtype), window.x
+    lambda leaf: jax.ShapeDtypeStruct((1, ROWS, *leaf.shape[2:]), leaf.dtype), window.x
   )
   columns = _columns_of_arrays(hidden)
-  probe = _Probe(window, rows, columns)
+  probe = _Probe(window, columns)
   units_of_params: dict[str, np.ndarray] = {}
   units_of_state = np.full((len(columns), row_size(hidden)), NOT_REACHED)
   for seed in range(DRAWS):
     point = draw_like((shapes, hidden_shapes, x_shapes), seed)
-    of_params, of_state = probe.run(point, seed)
+    of_params, of_state = probe.run(point)
     units_of_state = _agree(units_of_state, of_state)
     for path, found in of_params.items():
       before = units_of_params.get(path, np.full(found.shape, NOT_REACHED))
@@ -115,45 +116,43 @@ def _columns_of_arrays(hidden: Hidden) -> list[np.ndarray]:
 class _Probe:
   """One step of a model, and which unit each of its inputs reaches."""
 
-  def __init__(self, window: WindowMap, rows: int, columns: list[np.ndarray]) -> None:
+  def __init__(self, window: WindowMap, columns: list[np.ndarray]) -> None:
     """Compile the step.
 
     Args:
       window: The model's functions.
-      rows: Rows of the step.
       columns: Columns of the arrays of the hidden state.
     """
     self.window = window
-    self.rows = rows
     self.columns = columns
     self._pull = jax.jit(self._pull_back)
 
   def run(
-    self, point: tuple[Params, Hidden, Any], seed: int
+    self, point: tuple[Params, Hidden, Any]
   ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return the unit of each array that each input reaches.
 
     Args:
       point: Parameters, hidden state before the step, and inputs of the step.
-      seed: Seed of the weights of the units.
 
     Returns:
       Of each entry of the parameters, {path: int [A, ...]}, and of the hidden state,
       int [A, N], for the A arrays of the state after the step.
     """
     width = sum(len(columns) for columns in self.columns)
-    weights = np.random.default_rng(seed).uniform(1, 2, width)
-    cotangents = np.zeros((len(self.columns), 3, self.rows, width))
-    for number, columns in enumerate(self.columns):
-      # The second tells the unit, and the third whether there is only one.
-      cotangents[number, 0][:, columns] = 1.0
-      cotangents[number, 1][:, columns] = np.arange(len(columns))
-      cotangents[number, 2][:, columns] = weights[columns]
+    most = max(len(columns) for columns in self.columns)
+    digits = -(-most.bit_length() // BITS)
+    cotangents = np.zeros((len(self.columns), 1 + digits, ROWS, width))
+    for array, columns in enumerate(self.columns):
+      cotangents[array, 0][:, columns] = 1.0
+      for digit in range(digits):
+        # Powers of two scale a derivative without any rounding.
+        numbers = np.arange(len(columns)) >> BITS * digit
+        powers = 2.0 ** (numbers % 2**BITS)
+        cotangents[array, 1 + digit][:, columns] = powers
     of_params, of_state = self._pull(*point, cotangents)
-    units = {
-      path: self._units(np.asarray(leaf), weights) for path, leaf in of_params.items()
-    }
-    return units, self._units(np.asarray(of_state), weights)
+    units = {path: self._units(np.asarray(leaf)) for path, leaf in of_params.items()}
+    return units, self._units(np.asarray(of_state))
 
   def _pull_back(
     self, params: Params, hidden: Hidden, x: Any, cotangents: jax.Array
@@ -162,7 +161,7 @@ class _Probe:
       new_hidden = join(self.window.run(params, split(rows, hidden), x, None))
       start = new_hidden
       if self.window.start is not None:
-        start = join(self.window.start(params))[: self.rows]
+        start = join(self.window.start(params))[:ROWS]
       return new_hidden, start
 
     (out, start), pull = jax.vjp(step, params, join(hidden))
@@ -178,20 +177,23 @@ class _Probe:
     of_params, of_state = jax.vmap(jax.vmap(both))(cotangents)
     return by_path(of_params), of_state[:, :, 0]
 
-  def _units(self, gradients: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the unit [A, ...] that gradients [A, 3, ...] belong to."""
+  def _units(self, gradients: np.ndarray) -> np.ndarray:
+    """Return the unit [A, ...] that gradients [A, 1 + digits, ...] belong to."""
     found = np.full((len(gradients), *gradients.shape[2:]), NOT_REACHED)
-    for number, columns in enumerate(self.columns):
-      total, numbered, weighted = gradients[number]
-      reached = (total != 0) | (weighted != 0)
-      with np.errstate(divide='ignore', invalid='ignore'):
-        ratio = np.real(numbered / total)
-      ratio = np.where(np.isfinite(ratio), ratio, -1.0)
-      unit = np.clip(np.rint(ratio), 0, len(columns) - 1).astype(int)
-      expected = weights[columns][unit] * total
-      single = np.abs(ratio - unit) < 0.1
-      single &= np.abs(weighted - expected) <= TOLERANCE * np.abs(expected)
-      found[number] = np.where(reached, np.where(single, unit, SEVERAL), NOT_REACHED)
+    for array, columns in enumerate(self.columns):
+      total, *powers = gradients[array]
+      unit = np.zeros(total.shape, int)
+      single = np.isfinite(total)
+      for digit, power in enumerate(powers):
+        with np.errstate(divide='ignore', invalid='ignore'):
+          exponent = np.log2(np.real(power / total))
+          nearest = np.nan_to_num(np.rint(exponent), posinf=0, neginf=0).astype(int)
+          # Of several units, the sum is no power of two.
+          single &= np.abs(exponent - nearest) < TOLERANCE
+        unit += nearest << BITS * digit
+      single &= (unit >= 0) & (unit < len(columns))
+      reached = (gradients[array] != 0).any(0)
+      found[array] = np.where(reached, np.where(single, unit, SEVERAL), NOT_REACHED)
     return found
 
 

@@ -11,6 +11,7 @@ from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import Weights, join, select, split, spread
 from fptt_jax.influence._base import Influence, WindowMap
 from fptt_jax.influence._pull import (
+  numbered_first,
   pull_through_steps,
   pull_to_start,
   pull_to_weights,
@@ -206,7 +207,8 @@ def _pull_signs(
   first, after = pull_through_steps(window, params, before, cotangents)
   if not together:
     gradients = pull_to_weights(window, params, paths, before, after)
-    return pull_to_start(window, params, gradients, first)[0]
+    gradients, _ = pull_to_start(window, params, gradients, first)
+    return numbered_first(gradients)
   # The steps of all rows, as the steps of one row.
   column = jax.tree.map(
     lambda leaf: leaf.reshape(-1, 1, *leaf.shape[2:]), (before, window.x, window.mask)
@@ -218,8 +220,9 @@ def _pull_signs(
   gradients = pull_to_weights(one_row, params, paths, before, after)
   nothing: Any = {path: jnp.zeros([], g.dtype) for path, g in gradients.items()}
   through_start, _ = pull_to_start(window, params, nothing, first)
-  return jax.tree.map(
+  summed = jax.tree.map(
     lambda g, start: g + start.sum(0, keepdims=True) if start.ndim else g,
     gradients,
     through_start,
   )
+  return numbered_first(summed)

@@ -21,7 +21,7 @@ from fptt_jax._probe import (
   mark_checked,
 )
 from fptt_jax._trees import check_like
-from fptt_jax._types import FeaturesAndReadout, Model
+from fptt_jax._types import FeaturesAndReadout, Model, OwnStep
 from fptt_jax.nn._checks import check_batch_size, check_features_shape
 from fptt_jax.nn._from_cell import as_recurrent
 from fptt_jax.nn._inspection import (
@@ -31,7 +31,7 @@ from fptt_jax.nn._inspection import (
   unknown_layers,
 )
 from fptt_jax.nn._recurrent import Recurrent, scan_cell
-from fptt_jax.nn._sequential import Sequential, own_transitions
+from fptt_jax.nn._sequential import Sequential, own_steps
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
@@ -89,7 +89,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     apply,
     learned_initial_state=learned_initial_state,
     plain=_make_apply(_with_plain_scans(parts), known),
-    own_transitions=_make_own_transitions(parts),
+    own_steps=_make_own_steps(parts),
   )
   _check_model(model, abstract, known)
   if not isinstance(abstract, Sequential):
@@ -262,7 +262,7 @@ def with_float32_params(model: Model) -> Model:
   if split is not None:
     split = FeaturesAndReadout(cast(split.features), cast(split.readout))
   learned = model.learned_initial_state
-  own = model.own_transitions
+  own = model.own_steps
   return Model(
     init=init,
     initial_state=model.initial_state,
@@ -271,7 +271,7 @@ def with_float32_params(model: Model) -> Model:
     split=split,
     learned_initial_state=None if learned is None else cast(learned),
     plain=None if model.plain is None else cast(model.plain),
-    own_transitions=None if own is None else cast(own),
+    own_steps=None if own is None else cast(own),
   )
 
 
@@ -358,11 +358,11 @@ def _with_plain_scans(parts: _Parts) -> _Parts:
   return _Parts.split(module)
 
 
-def _make_own_transitions(parts: _Parts) -> Callable[..., dict[int, jax.Array]]:
-  """Make `Model.own_transitions`."""
+def _make_own_steps(parts: _Parts) -> Callable[..., dict[int, OwnStep]]:
+  """Make `Model.own_steps`."""
 
-  def run(params: Any, state: Any, x: Any, own_only: bool) -> dict[int, jax.Array]:
-    return own_transitions(parts.make(params, None), state, x, own_only)
+  def run(params: Any, state: Any, x: Any, own_only: bool) -> dict[int, OwnStep]:
+    return own_steps(parts.make(params, None), state, x, own_only)
 
   return run
 

@@ -22,6 +22,7 @@ from fptt_jax._checks import (
   check_number,
   check_size,
 )
+from fptt_jax._types import OwnStep
 from fptt_jax.nn import _native
 from fptt_jax.nn._checks import check_batch_size, check_inputs, check_rngs, check_window
 from fptt_jax.nn._fused import FusedCell, WindowKernel, rounds_products, run_fused
@@ -71,6 +72,28 @@ def _cast_like(new: jax.Array, old: jax.Array) -> jax.Array:
 
 def _add_axes(mask: jax.Array, ndim: int) -> jax.Array:
   return mask.reshape(-1, *[1] * (ndim - 1))
+
+
+def own_recurrence(gains: jax.Array, w_h: jax.Array, own_only: bool) -> jax.Array:
+  """Return what each unit passes to itself through a recurrent matrix.
+
+  Args:
+    gains: [R, m, k, n], derivative of a unit's m arrays with respect to its k sums.
+    w_h: [n, k n], the matrix.
+    own_only: whether to leave it out.
+
+  Returns:
+    [R, m, n], derivative of the m arrays with respect to the unit's output before.
+  """
+  if own_only:
+    return jnp.zeros_like(gains[:, :, 0])
+  gates = gains.shape[2]
+  parts = jnp.split(w_h, gates, axis=1)
+  terms = [
+    gains[:, :, gate] * jnp.diagonal(part)[None, None]
+    for gate, part in enumerate(parts)
+  ]
+  return sum(terms[1:], terms[0])
 
 
 class Recurrent(nnx.Module):
@@ -183,21 +206,18 @@ class Recurrent(nnx.Module):
     """Return the parts of the fused window and the weights they take, if any."""
     return None
 
-  def own_transition(
-    self, state: Any, x_t: jax.Array, own_only: bool
-  ) -> jax.Array | None:
-    """Return how each unit's state after a step depends on its own before it.
+  def own_step(self, state: Any, x_t: jax.Array, own_only: bool) -> OwnStep | None:
+    """Return the derivatives of a step that stay within each unit.
 
     Args:
       state: m arrays [R, n].
       x_t: inputs [R, D].
-      own_only: whether to leave out what a unit passes to itself through a recurrent
-        matrix.
+      own_only: whether to leave out of the transition what a unit passes to itself
+        through a recurrent matrix.
 
     Returns:
-      [R, m, m, n], the derivative of array i after the step with respect to array j
-      before it, unit by unit; None if the layer does not define it. Without it, it is
-      found by differentiating the step unit by unit.
+      The derivatives; None if the layer does not define them. They are then found by
+      differentiating the step unit by unit.
     """
     return None
 

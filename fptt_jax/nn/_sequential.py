@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._types import OutputsWithPenalty
+from fptt_jax._types import OutputsWithPenalty, OwnStep
 from fptt_jax._windows import take_steps
 from fptt_jax.nn._from_cell import FromCell, is_cell, is_recurrent, unwrap_rnn
 from fptt_jax.nn._initial_state import LearnedInitialState
@@ -182,40 +182,46 @@ class Sequential(nnx.Module):
     return take_steps(x, last) if output is None else output[None]
 
 
-def own_transitions(
-  module: Any, state: Any, x: Any, own_only: bool
-) -> dict[int, jax.Array]:
-  """Collect `own_transition` of the layers that define it.
+def own_steps(module: Any, state: Any, x: Any, own_only: bool) -> dict[int, OwnStep]:
+  """Collect `own_step` of the layers that define it.
 
   Args:
     module: a layer that runs windows, in evaluation mode.
     state: its state before the step, arrays [R, ...].
     x: inputs [1, R, ...] of the step.
-    own_only: as in `Recurrent.own_transition`.
+    own_only: as in `Recurrent.own_step`.
 
   Returns:
     {number of the layer's first array among the floating-point arrays of the state:
-    [R, m, m, n]}.
+    its step}, with the paths of the parameters in place of their names.
   """
   is_stack = isinstance(module, Sequential)
   states = iter(state if is_stack else (state,))
-  found: dict[int, jax.Array] = {}
+  found: dict[int, OwnStep] = {}
   first = 0
-  for layer in module.layers if is_stack else (module,):
+  for index, layer in enumerate(module.layers if is_stack else (module,)):
     if not is_recurrent(layer):
       x = layer(x)
       continue
     layer_state = next(states)
-    differentiate = getattr(layer, 'own_transition', None)
-    if differentiate is not None:
-      transition = differentiate(layer_state, x[0], own_only)
-      if transition is not None:
-        found[first] = transition
+    if hasattr(layer, 'own_step'):
+      step = layer.own_step(layer_state, x[0], own_only)
+      if step is not None:
+        found[first] = _with_prefix(step, f'layers/{index}/' if is_stack else '')
     arrays = jax.tree.leaves(layer_state)
     first += sum(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in arrays)
     _, x = layer(layer_state, x, None, None)
     x = x.outputs if isinstance(x, OutputsWithPenalty) else x
   return found
+
+
+def _with_prefix(step: OwnStep, prefix: str) -> OwnStep:
+  """Put a prefix before the names of a step's parameters."""
+  products = []
+  for product in step.products:
+    operands = {prefix + name: operand for name, operand in product.operands.items()}
+    products.append(product._replace(operands=operands))
+  return step._replace(products=tuple(products))
 
 
 def _acts_on_steps(layer: Any) -> bool:

@@ -337,7 +337,7 @@ def check_types(
     )
   for name in ('init', 'initial_state', 'apply'):
     check_callable(f'model.{name}', getattr(model, name))
-  for name in ('learned_initial_state', 'apply_last', 'plain', 'own_transitions'):
+  for name in ('learned_initial_state', 'apply_last', 'plain', 'own_steps'):
     if getattr(model, name) is not None:
       check_callable(f'model.{name}', getattr(model, name))
   for name in ('init', 'apply', 'measure', 'end_epoch', 'check'):

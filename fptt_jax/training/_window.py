@@ -301,8 +301,8 @@ def _bare_map(
 ) -> WindowMap:
   """Return the map of a window of inputs x [S, B, ...]."""
   assert spec.hidden_map is not None
-  own = spec.model.own_transitions
-  window = WindowMap(spec.hidden_map, x, mask, own_transitions=own)
+  own = spec.model.own_steps
+  window = WindowMap(spec.hidden_map, x, mask, own_steps=own)
   if fresh is None:
     return window
   rows = len(fresh)

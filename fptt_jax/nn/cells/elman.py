@@ -6,9 +6,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.nn._fused import FusedCell, affine_gradient, matmul
 from fptt_jax.nn._initializers import draw_gates
-from fptt_jax.nn._recurrent import Recurrent, Step
+from fptt_jax.nn._recurrent import Recurrent, Step, own_recurrence
 
 
 def _forward(
@@ -95,14 +96,14 @@ class ElmanRNN(Recurrent):
 
     return step
 
-  def own_transition(
-    self, state: jax.Array, x_t: jax.Array, own_only: bool
-  ) -> jax.Array:
-    """Return [R, 1, 1, H]; see :class:`Recurrent`."""
+  def own_step(self, state: jax.Array, x_t: jax.Array, own_only: bool) -> OwnStep:
+    """Return the derivatives within each unit; see :class:`Recurrent`."""
     w_h = self.w_h[...]
     h = jnp.tanh(x_t @ self.w_x[...] + state @ w_h + self.bias[None])
-    own = jnp.zeros_like(self.bias[...]) if own_only else jnp.diagonal(w_h)
-    return ((1 - h * h) * own[None])[:, None, None]
+    gains = (1 - h * h)[:, None, None]
+    transition = own_recurrence(gains, w_h, own_only)[:, :, None]
+    operands = {'w_x': x_t, 'w_h': state, 'bias': None}
+    return OwnStep(transition, (OwnProduct(gains, operands),))
 
   def _fused_cell(self) -> tuple[FusedCell, Any]:
     return FUSED_CELL, (self.w_x[...], self.w_h[...], self.bias[...])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax._checks import check_flag
+from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.nn._fused import (
   FusedCell,
   WindowKernel,
@@ -17,7 +18,7 @@ from fptt_jax.nn._fused import (
   scale_gates,
 )
 from fptt_jax.nn._initializers import draw_gates
-from fptt_jax.nn._recurrent import Recurrent, Step
+from fptt_jax.nn._recurrent import Recurrent, Step, own_recurrence
 from fptt_jax.nn.kernels import cuda
 
 
@@ -195,25 +196,29 @@ class GRU(Recurrent):
 
     return step
 
-  def own_transition(
-    self, state: jax.Array, x_t: jax.Array, own_only: bool
-  ) -> jax.Array:
-    """Return [R, 1, 1, H]; see :class:`Recurrent`."""
+  def own_step(self, state: jax.Array, x_t: jax.Array, own_only: bool) -> OwnStep:
+    """Return the derivatives within each unit; see :class:`Recurrent`."""
     w_h = self.w_h[...]
     x_r, x_z, x_n = jnp.split(x_t @ self.w_x[...] + self.bias[None], 3, axis=-1)
     recurrent = state @ w_h + self._recurrent_bias()[None]
     h_r, h_z, h_n = jnp.split(recurrent, 3, axis=-1)
     r = jax.nn.sigmoid(x_r + h_r)
     z = jax.nn.sigmoid(x_z + h_z)
-    if own_only:
-      return z[:, None, None]
     n = jnp.tanh(x_n + r * h_n)
-    own_r, own_z, own_n = (
-      jnp.diagonal(part)[None] for part in jnp.split(w_h, 3, axis=1)
+    by_n = (1 - z) * (1 - n * n)
+    by_rz = [by_n * h_n * r * (1 - r), (state - n) * z * (1 - z)]
+    # The reset gate acts on the recurrent part of the candidate alone.
+    of_inputs = jnp.stack([*by_rz, by_n], 1)[:, None]
+    of_state = jnp.stack([*by_rz, by_n * r], 1)[:, None]
+    transition = z[:, None] + own_recurrence(of_state, w_h, own_only)
+    recurrent_operands: dict[str, jax.Array | None] = {'w_h': state}
+    if self.recurrent_bias is not None:
+      recurrent_operands['recurrent_bias'] = None
+    products = (
+      OwnProduct(of_inputs, {'w_x': x_t, 'bias': None}),
+      OwnProduct(of_state, recurrent_operands),
     )
-    n_by_h = (1 - n * n) * (r * own_n + h_n * r * (1 - r) * own_r)
-    h_by_h = z + (state - n) * z * (1 - z) * own_z + (1 - z) * n_by_h
-    return h_by_h[:, None, None]
+    return OwnStep(transition[:, :, None], products)
 
   def _recurrent_bias(self) -> jax.Array:
     """Return the second bias [3H], zeros if there is none."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax._checks import FLOAT32_TINY, as_number
+from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.nn._fused import elementwise_cell, run_fused
 from fptt_jax.nn._recurrent import Recurrent, Step
 
@@ -148,6 +149,17 @@ class IndRNN(Recurrent):
     drive = drive.reshape(*x.shape[:2], -1)
     weights = (self._clipped_u(), self.bias[...])
     return run_fused(FUSED_CELL, weights, state, drive, mask)
+
+  def own_step(self, state: jax.Array, x_t: jax.Array, own_only: bool) -> OwnStep:
+    """Returns the derivatives within each unit; see :class:`Recurrent`."""
+    u = self._clipped_u()[None]
+    z = x_t @ self.w_x[...] + u * state + self.bias[None]
+    gains = (z > 0).astype(z.dtype)[:, None, None]
+    products = (
+      OwnProduct(gains, {'w_x': x_t, 'bias': None}),
+      OwnProduct(gains * state[:, None, None], {'u': None}),
+    )
+    return OwnStep(gains * u[:, None, None], products)
 
   def _check_range(self, initial_range: Any) -> tuple[float, float]:
     """Return (low, high); a ValueError names a range outside ±max_weight."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax._checks import FLOAT32_TINY, check_number, check_size
+from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.nn._fused import elementwise_cell, run_fused
 from fptt_jax.nn._recurrent import Recurrent, Step
 
@@ -212,6 +213,34 @@ class LRU(Recurrent):
     parts = jnp.concatenate([re, im], -1)
     y = parts @ c + _skip(self.d[...], x)
     return state, y
+
+  def own_step(self, state: LRUState, x_t: jax.Array, own_only: bool) -> OwnStep:
+    """Returns the derivatives within each unit; see :class:`Recurrent`."""
+    lambda_re, lambda_im, b, _ = self._matrices()
+    re, im = state
+    kept_re = lambda_re * re - lambda_im * im
+    kept_im = lambda_re * im + lambda_im * re
+    decay = jnp.exp(self.nu_log[None])
+    turn = jnp.exp(self.theta_log[None])
+    scale = jnp.broadcast_to(jnp.exp(self.gamma_log[None]), re.shape)
+    nothing = jnp.zeros_like(re)
+
+    def product(re: jax.Array, im: jax.Array, **operands: Any) -> OwnProduct:
+      return OwnProduct(jnp.stack([re, im], 1)[:, :, None], operands)
+
+    products = (
+      product(scale, nothing, b_re=x_t),
+      product(nothing, scale, b_im=x_t),
+      product(*jnp.split(x_t @ b, 2, axis=-1), gamma_log=None),
+      # λ = exp(-decay + i turn), with decay = exp(ν) and turn = exp(θ).
+      product(-decay * kept_re, -decay * kept_im, nu_log=None),
+      product(-turn * kept_im, turn * kept_re, theta_log=None),
+    )
+    by_re = jnp.stack([lambda_re, lambda_im], 1)
+    by_im = jnp.stack([-lambda_im, lambda_re], 1)
+    transition = jnp.stack([by_re, by_im], 2)
+    transition = jnp.broadcast_to(transition, (len(re), *transition.shape[1:]))
+    return OwnStep(transition, products)
 
   def _matrices(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return λ's parts [1, N], the input matrix [D, 2N], the output's [2N, H]."""

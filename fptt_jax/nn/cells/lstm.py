@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax._checks import FLOAT32_MAX
+from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.nn._fused import (
   FusedCell,
   WindowKernel,
@@ -16,7 +17,7 @@ from fptt_jax.nn._fused import (
 )
 from fptt_jax.nn._initializers import draw_gates
 from fptt_jax.nn._native import NativeCell
-from fptt_jax.nn._recurrent import Recurrent, Step
+from fptt_jax.nn._recurrent import Recurrent, Step, own_recurrence
 from fptt_jax.nn.kernels import cuda
 
 
@@ -223,27 +224,23 @@ class LSTM(Recurrent):
 
     return step
 
-  def own_transition(
-    self, state: LSTMState, x_t: jax.Array, own_only: bool
-  ) -> jax.Array:
-    """Return [R, 2, 2, H], for h and c; see :class:`Recurrent`."""
+  def own_step(self, state: LSTMState, x_t: jax.Array, own_only: bool) -> OwnStep:
+    """Return the derivatives within each unit; see :class:`Recurrent`."""
     w_h = self.w_h[...]
     z = x_t @ self.w_x[...] + state.h @ w_h + self.bias[None]
     z_i, z_f, z_g, z_o = jnp.split(z, 4, axis=-1)
     i, f, o = (jax.nn.sigmoid(gate) for gate in (z_i, z_f, z_o))
     g = jnp.tanh(z_g)
     t = jnp.tanh(f * state.c + i * g)
-    own = [jnp.zeros_like(self.bias[None, : self.hidden_features])] * 4
-    if not own_only:
-      own = [jnp.diagonal(part)[None] for part in jnp.split(w_h, 4, axis=1)]
-    own_i, own_f, own_g, own_o = own
-    c_by_h = state.c * f * (1 - f) * own_f
-    c_by_h += g * i * (1 - i) * own_i + i * (1 - g * g) * own_g
-    h_by_new_c = o * (1 - t * t)
-    h_by_h = t * o * (1 - o) * own_o + h_by_new_c * c_by_h
-    of_h = jnp.stack([h_by_h, h_by_new_c * f], 1)
-    of_c = jnp.stack([c_by_h, f], 1)
-    return jnp.stack([of_h, of_c], 1)
+    of_c = [g * i * (1 - i), state.c * f * (1 - f), i * (1 - g * g)]
+    h_by_c = o * (1 - t * t)
+    of_h = [h_by_c * gain for gain in of_c] + [t * o * (1 - o)]
+    of_c.append(jnp.zeros_like(f))
+    gains = jnp.stack([jnp.stack(of_h, 1), jnp.stack(of_c, 1)], 1)
+    by_h = own_recurrence(gains, w_h, own_only)
+    by_c = jnp.stack([h_by_c * f, f], 1)
+    operands = {'w_x': x_t, 'w_h': state.h, 'bias': None}
+    return OwnStep(jnp.stack([by_h, by_c], 2), (OwnProduct(gains, operands),))
 
   def _fused_cell(self) -> tuple[FusedCell, Any]:
     return FUSED_CELL, (self.w_x[...], self.w_h[...], self.bias[...])
