@@ -14,9 +14,14 @@ from fptt_jax import nn
 
 AS_FOR_USERS = {
   'xla_backend_optimization_level': 3,
+  'xla_cpu_parallel_codegen_split_count': 32,
   'xla_cpu_use_fusion_emitters': True,
 }
-QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
+QUICK = {
+  'xla_backend_optimization_level': 0,
+  'xla_cpu_parallel_codegen_split_count': 1,
+  'xla_cpu_use_fusion_emitters': False,
+}
 """Options by which XLA compiles several times faster for the CPU, to slower programs:
 for all but speed and memory.
 """

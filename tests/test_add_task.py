@@ -104,7 +104,9 @@ def test_every_method_runs_and_writes_its_folder(
   assert f'best last quarter mse: {best["run"]}\n' in printed
 
 
-@pytest.mark.parametrize('method', ['fptt', 'bptt'])
+@pytest.mark.parametrize(
+  'method', ['fptt', pytest.param('bptt', marks=pytest.mark.slow)]
+)
 def test_interrupted_run_resumes_to_the_same_numbers(
   tmp_path: Path, method: str
 ) -> None:

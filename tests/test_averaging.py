@@ -79,6 +79,7 @@ def test_mean_of_the_weights_after_each_update(name: str) -> None:
       )
 
 
+@pytest.mark.slow
 def test_averaging_within_the_trainer() -> None:
   """Around an fptt that needs the trainer's extra arguments (two inner steps, explicit
   gradients) nothing of the training changes, switched on or not; fptt's own evaluation

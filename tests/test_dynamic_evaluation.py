@@ -116,6 +116,7 @@ def segments(text: np.ndarray, rows: int) -> list[tuple[np.ndarray, np.ndarray]]
   ]
 
 
+@pytest.mark.slow
 def test_learning_rate_0_is_static_evaluation() -> None:
   """The language-model script's own figure for the same text, whatever the decay;
   dropout is off.

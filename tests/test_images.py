@@ -76,7 +76,9 @@ def test_script_learns_and_reports(
   'settings',
   [
     dict(divergence='example', dropout=0.3),
-    dict(average_after=1, restart_each_epoch=True),
+    pytest.param(
+      dict(average_after=1, restart_each_epoch=True), marks=pytest.mark.slow
+    ),
   ],
 )
 def test_interrupted_run_resumes_to_the_same_numbers(

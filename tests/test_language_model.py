@@ -347,6 +347,7 @@ def test_the_whole_recipe_of_ptb_w_learns_a_rule(tmp_path: Path) -> None:
   assert summary['recurrent_parameters'] == 3 * 4 * 16 * (16 + 16 + 1)
 
 
+@pytest.mark.slow
 def test_dynamic_evaluation_follows_a_text_that_turns(tmp_path: Path) -> None:
   """A model that has learned one order, by the script, meets the other one: it adapts
   while it is tested.
@@ -374,6 +375,7 @@ def test_dynamic_evaluation_follows_a_text_that_turns(tmp_path: Path) -> None:
   assert after['dynamic_test_ppl'] < 0.9 * after['test_ppl']
 
 
+@pytest.mark.slow
 def test_the_test_text_can_be_left_alone(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -385,7 +385,13 @@ def test_numbers_stay_in_their_columns_where_a_line_has_no_result(
   assert 'the paper quotes, PTB-c bits per character: TrellisNet 1.158' in text
 
 
-@pytest.mark.parametrize('study', list(studies.STUDIES))
+@pytest.mark.parametrize(
+  'study',
+  [
+    pytest.param(study, marks=pytest.mark.slow if study == 'convergence' else ())
+    for study in studies.STUDIES
+  ],
+)
 def test_studies_run(tmp_path: Path, study: str) -> None:
   """Numbers as text and JSON, with the machine they were measured on."""
   run(study, tmp_path)

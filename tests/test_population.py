@@ -100,6 +100,7 @@ def test_seeds_and_grid_side_by_side(tmp_path: Path, devices: int) -> None:
   assert len({summary['test_mse'] for summary in summaries}) == 4
 
 
+@pytest.mark.slow
 def test_epochs_side_by_side(tmp_path: Path) -> None:
   """Each run has its own order of the images, its own plateaus of the learning rate,
   its own best epoch; the last chunk of an epoch is shorter."""
@@ -121,6 +122,7 @@ def test_epochs_side_by_side(tmp_path: Path) -> None:
   )
 
 
+@pytest.mark.slow
 def test_averaging_starts_for_each_by_itself(tmp_path: Path) -> None:
   """Averaged weights, which some of the runs begin to take while others do not yet."""
   settings = dict(
@@ -143,6 +145,7 @@ def test_averaging_starts_for_each_by_itself(tmp_path: Path) -> None:
   )
 
 
+@pytest.mark.slow
 def test_averaging_and_a_run_that_diverges(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +228,7 @@ def test_chunks_change_nothing(tmp_path: Path, steps_per_call: int) -> None:
   assert_same_runs(tmp_path / 'cut', tmp_path / 'whole', ['bptt-seed0'], 1e-6)
 
 
+@pytest.mark.slow
 def test_interrupted_while_the_runs_are_saved(tmp_path: Path) -> None:
   """Stopped when one of three has been saved and the others have not: it goes back to
   them, and all end as if never stopped.
@@ -307,6 +311,7 @@ def restored(folder: Path, config: add_task.Config, seed: int) -> Any:
   return state.params
 
 
+@pytest.mark.slow
 def test_more_seeds_join(tmp_path: Path) -> None:
   """What has ended is not trained again; new seeds and values are."""
   config = add_task.Config(

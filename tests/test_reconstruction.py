@@ -241,6 +241,7 @@ def test_windows_with_no_room_for_a_sub_sequence_have_no_penalty() -> None:
   assert difference[0][1] > difference[1][1]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_error_through_the_layer() -> None:
   """BPTT halves the reconstruction error. The penalty moves every weight of layer,
   decoder and readout, and no weight of the outputs.

@@ -92,7 +92,7 @@ BY_THE_CLOCK = dict(checkpoint_minutes=1e-9)
   ('family', 'settings', 'clock'),
   [
     (adding, dict(seeds=(0, 1), population=2, devices=1), BY_THE_CLOCK),
-    (epochs_of_images, {}, BY_THE_CLOCK),
+    pytest.param(epochs_of_images, {}, BY_THE_CLOCK, marks=pytest.mark.slow),
     (epochs_of_text, dict(random_lengths=True), {}),
   ],
 )
@@ -172,6 +172,7 @@ def test_a_signal_between_two_runs_starts_no_other(
   assert not (tmp_path / 'run' / 'fptt-seed1').exists()
 
 
+@pytest.mark.slow
 def test_a_signal_during_dynamic_evaluation(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
