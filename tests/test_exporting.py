@@ -25,10 +25,11 @@ for name in ('fptt_jax', 'flax', 'optax'):
   sys.modules[name] = None  # Importing it raises an ImportError.
 import json, pathlib
 import jax, numpy as np
+from jax import export
 folder = pathlib.Path(sys.argv[1])
 manifest = json.loads((folder / 'manifest.json').read_text())
 program = (folder / 'step.bin').read_bytes()
-exported = jax.export.deserialize(bytearray(program))
+exported = export.deserialize(bytearray(program))
 step = jax.jit(exported.call, donate_argnums=range(manifest['donated']))
 with np.load(folder / 'state.npz') as arrays:
   state = [arrays[leaf['path']].view(leaf['dtype']) for leaf in manifest['state']]

@@ -27,8 +27,6 @@ OPTIMIZERS = {
   'dadapt_adamw': C.dadapt_adamw(),
   'dog': C.dog(),
   'dowg': C.dowg(),
-  'galore': C.galore(1e-3, rank=1),
-  'madgrad': C.madgrad(1e-3),
   'mechanize': C.mechanize(SGD),
   'momo': C.momo(),
   'momo_adam': C.momo_adam(),
@@ -48,6 +46,10 @@ OPTIMIZERS = {
   'polyak_sgd': optax.polyak_sgd(),
   'noisy_sgd': optax.noisy_sgd(1e-3, key=0),
 }
+# Not in the oldest release that is supported.
+for new, settings in {'galore': {'rank': 1}, 'madgrad': {}}.items():
+  if hasattr(C, new):
+    OPTIMIZERS[new] = getattr(C, new)(1e-3, **settings)
 
 
 def stepped(optimizer, steps=2, **options):
