@@ -35,6 +35,7 @@ REPORTS = {
   'rivals': ('case', 'system'),
   'population': ('case', 'R'),
   'growth': ('varied', 'value'),
+  'stream': ('stream', 'system'),
 }
 """Columns that identify a line, by the report of a study or benchmark."""
 
@@ -406,4 +407,4 @@ def report_lines(
 
 def known_items() -> tuple[str, ...]:
   """Return the names of the items that can be collected."""
-  return (*items.ITEMS, *studies.STUDIES, 'add_task', 'benchmark')
+  return (*items.ITEMS, *studies.STUDIES, 'add_task', 'benchmark', 'stream')

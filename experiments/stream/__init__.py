@@ -1,0 +1,1 @@
+"""Forecasts of real streams by the learner, by baselines and by deep-river."""
