@@ -35,8 +35,8 @@ def ten_classes(num_features: int) -> fptt_jax.Model:
 
 
 ESTIMATORS = (
-  Regressor(model=small, optimizer=sgd, window_size=3),
-  Classifier(model=ten_classes, optimizer=sgd, window_size=3),
+  Regressor(model=small, optimizer=sgd, window_size=3, influence='none'),
+  Classifier(model=ten_classes, optimizer=sgd, window_size=3, influence='none'),
 )
 
 
@@ -238,6 +238,7 @@ def test_a_classifier_learns_labels() -> None:
     model=lambda features: problems.elman(features, out=2),
     optimizer=functools.partial(optax.adam, 0.03),
     window_size=4,
+    influence='none',
   )
   accuracy = metrics.Accuracy()
   for number, (x, y) in enumerate(steps):

@@ -37,13 +37,16 @@ def make(
   optimizer: optax.GradientTransformation = SGD,
   model: fptt_jax.Model = ELMAN,
   loss: losses.Loss = LOSS,
+  influence: str = 'none',
   **options: Any,
 ) -> fptt_jax.Learner:
   """Return a learner whose functions leave the old state alive.
 
   Tests with the same options share one, and what it compiled.
   """
-  return fptt_jax.make_learner(model, loss, optimizer, donate=False, **options)
+  return fptt_jax.make_learner(
+    model, loss, optimizer, influence=influence, donate=False, **options
+  )
 
 
 def begin(learner: fptt_jax.Learner, x: Any, y: Any = None) -> fptt_jax.StreamState:

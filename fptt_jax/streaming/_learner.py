@@ -50,7 +50,7 @@ def make_learner(
   optimizer: optax.GradientTransformation,
   *,
   window_size: int = 1,
-  influence: str | Influence = 'none',
+  influence: str | Influence = 'snap1',
   delay: int = 0,
   inner_steps: int = 1,
   skip_nonfinite: bool = True,
@@ -74,7 +74,8 @@ def make_learner(
       otherwise 'tbptt'.
     window_size: Steps S of a window.
     influence: How a window's gradient gains what lies before the window, as in
-      :func:`fptt_jax.make_trainer`. With 'none', windows of one step learn no memory.
+      :func:`fptt_jax.make_trainer`. 'none' is faster and takes any model, but teaches
+      no memory beyond a window.
     delay: How many steps late a label may come: that of step t is accepted until step
       t + delay + 1 is predicted. A step without a label by then counts as unlabelled.
       Labels that come later are dropped and counted. The memory grows by so many steps.

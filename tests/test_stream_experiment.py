@@ -1,0 +1,111 @@
+"""The forecasts of real streams are scored fairly, and the learner beats a season."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.core import files
+from experiments.results import store
+from experiments.results.collect import Origin, collect_folder
+from experiments.stream import __main__ as script
+from experiments.stream import series, systems
+from experiments.stream.series import make_problem
+from fptt_jax import nn
+
+
+def test_inputs_are_of_the_past() -> None:
+  """Another future changes neither inputs nor baselines of the steps before it."""
+  values = np.random.default_rng(0).normal(size=60)
+  other = values.copy()
+  other[40:] += 5.0
+  one, two = make_problem(values, season=4), make_problem(other, season=4)
+  # The first step is that of value 5, so step 34 is the last that sees value 39.
+  np.testing.assert_array_equal(one.inputs[:35], two.inputs[:35])
+  for name, forecast in one.baselines.items():
+    np.testing.assert_array_equal(forecast[:35], two.baselines[name][:35])
+  np.testing.assert_array_equal(one.truth[:34], two.truth[:34])
+  assert np.any(one.truth[34] != two.truth[34])
+
+
+def test_problem_by_hand() -> None:
+  """Changes, seasons and baselines of a short series with a gap."""
+  values = np.array([1.0, 3.0, 2.0, 6.0, 3.0, np.nan, 4.0, 9.0, 5.0, 6.0, 6.0, 8.0])
+  problem = make_problem(values, season=2)
+  # Steps see the values 3 to 10, and the first six set the scales.
+  scale = np.std([4, -3, 5, -4])
+  assert problem.scale == pytest.approx(scale)
+  np.testing.assert_allclose(problem.truth[:3], [3, np.nan, 4])
+  np.testing.assert_allclose(problem.inputs[0, :2], [4 / scale, -1 / scale], rtol=1e-6)
+  assert np.isnan(problem.inputs[2:4, 0]).all()
+  np.testing.assert_allclose(problem.targets[:2], [-3 / scale, np.nan], rtol=1e-6)
+  np.testing.assert_allclose(problem.baselines['last value'][:4], [6, 3, 3, 4])
+  np.testing.assert_allclose(problem.baselines['value a season ago'][:2], [2, 6])
+  np.testing.assert_allclose(problem.baselines['change a season ago'][0], 6 + 2 - 3)
+  assert not np.any(problem.tuning & problem.test)
+  assert not np.any((problem.tuning | problem.test)[: 3 * 2])
+
+
+def test_settings_are_chosen_before_the_test() -> None:
+  """The setting with the least error in the first part is reported on the other."""
+  problem = make_problem(np.random.default_rng(0).normal(size=100), season=7)
+  first = np.where(problem.tuning, problem.truth, 100.0)
+  last = np.where(problem.test, problem.truth, 100.0)
+  line = script.score(problem, [(0.1, 0, first, 1.0), (0.2, 0, last, 1.0)])
+  assert line['setting'] == 0.1
+  assert line['error'] == pytest.approx(
+    np.abs(100 - problem.truth)[problem.test].mean()
+  )
+
+
+def test_least_squares_finds_a_linear_rule() -> None:
+  """A series that its last two changes determine is forecast without error."""
+  values = np.empty(200)
+  values[:3] = 0.0, 1.0, 0.5
+  for t in range(3, 200):
+    values[t] = values[t - 1] + 0.9 * (values[t - 1] - values[t - 2])
+    values[t] -= 0.9 * (values[t - 2] - values[t - 3])
+  problem = make_problem(values, season=2)
+  errors = [problem.error(run[2], problem.test) for run in systems.run_linear(problem)]
+  assert min(errors) < 0.01 * problem.error(
+    problem.baselines['last value'], problem.test
+  )
+
+
+@pytest.fixture
+def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+  """The script with one short stream and one network."""
+  values = np.sin(np.arange(120.0))
+  monkeypatch.setattr(script, 'read', lambda name: make_problem(values, season=6))
+  monkeypatch.setattr(script, 'is_available', lambda name: True)
+  monkeypatch.setattr(systems, 'SYSTEMS', (systems.System(nn.ElmanRNN, 4),))
+
+
+@pytest.mark.usefixtures('one_stream')
+def test_the_table_is_collected(tmp_path: Path, capsys: Any) -> None:
+  """The command writes a report that joins the results, a row per system."""
+  runs = tmp_path / 'runs'
+  config = script.Config(
+    streams=('brent',), systems=('baselines', 'learner'), seeds=2, workdir=str(runs)
+  )
+  script.main(config)
+  assert 'ElmanRNN, S=4, none' in capsys.readouterr().out
+  lines = files.read_json(runs / 'stream.json')['lines']
+  assert [line['seeds'] for line in lines] == [1, 1, 1, 1, 2]
+  assert lines[-1]['interval'] > 0
+  assert collect_folder(runs, 'stream', Origin(), tmp_path) == len(lines)
+  rows = store.load('stream', tmp_path).rows
+  assert {row.settings['system'] for row in rows} >= {'last value'}
+
+
+def test_the_learner_beats_last_and_seasonal_value_on_temperatures() -> None:
+  """On the hourly temperatures of San Francisco, after half of their year."""
+  if not series.is_available('sf-temps'):
+    pytest.skip('vega_datasets is not installed.')
+  problem = series.read('sf-temps')
+  runs = systems.run_learner(systems.System(nn.GRU, 1), problem, seeds=1)
+  _, _, forecast, _ = next(runs)
+  error = problem.error(forecast, problem.test)
+  for name in ('last value', 'value a season ago'):
+    assert error < 0.9 * problem.error(problem.baselines[name], problem.test)
