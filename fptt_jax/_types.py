@@ -50,14 +50,14 @@ class OwnProduct(NamedTuple):
   Each of n units has k of these sums, such as the gates of an LSTM: z = a A + b B + c.
 
   Attributes:
-    gains: [R, m, k, n], derivative of each of a unit's m arrays of state after the step
-      with respect to each of its k sums.
+    gains: For each of the m arrays of state and each of the k sums of a unit, the
+      derivative [R, n] of the array after the step with respect to the sum; None for 0.
     operands: {name of a parameter: what it is multiplied by, [R, q], or None if it is
       added}. A parameter that is multiplied has the shape [q, k n] and one that is
       added [k n], units fastest.
   """
 
-  gains: jax.Array
+  gains: tuple[tuple[jax.Array | None, ...], ...]
   operands: dict[str, jax.Array | None]
 
 
@@ -65,12 +65,12 @@ class OwnStep(NamedTuple):
   """Derivatives of a step of a recurrent layer that stay within each unit.
 
   Attributes:
-    transition: [R, m, m, n], derivative of array i of a unit's state after the step
-      with respect to array j before it.
+    transition: For each of the m arrays of state, the derivatives [R, n] of its units
+      after the step with respect to each of their m arrays before it.
     products: How the layer's parameters act on the step.
   """
 
-  transition: jax.Array
+  transition: tuple[tuple[jax.Array, ...], ...]
   products: tuple[OwnProduct, ...]
 
 

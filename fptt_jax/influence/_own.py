@@ -25,6 +25,9 @@ from fptt_jax.influence._pull import (
 )
 from fptt_jax.influence._units import Layer, Units
 
+Blocks = tuple[tuple[jax.Array, ...], ...]
+"""A small matrix for each unit: m times m arrays over the units."""
+
 
 def empty_own(units: Units, params: Params, batch_size: int) -> Weights:
   """Return the influence before the first step, {path: zeros [B, ..., m, G]}.
@@ -132,13 +135,15 @@ def _advance_layer(
   """
   carried, after = _chain(step.transition)
   direct = _direct(layer, window, params, before, step, after)
-  arrays, batch_size = len(layer.arrays), len(carried)
+  arrays = len(layer.arrays)
   if window.fresh is not None:
     width = join(jax.tree.map(lambda leaf: leaf[0], before)).shape[1]
-    first = jnp.zeros((arrays, batch_size, width), carried.dtype)
-    first = first.at[:, :, layer.columns].set(carried.swapaxes(0, 1))
+    first = jnp.zeros((arrays, len(window.fresh), width), carried[0][0].dtype)
+    rows = jnp.stack([jnp.stack(row, 1) for row in carried])
+    first = first.at[:, :, layer.columns].set(rows)
     direct, first = pull_to_start(window, params, direct, first)
-    carried = first[:, :, layer.columns].swapaxes(0, 1)
+    rows = first[:, :, layer.columns]
+    carried = tuple(tuple(rows[i, :, j] for j in range(arrays)) for i in range(arrays))
 
   def moved(path: str, unit: np.ndarray) -> jax.Array:
     old = influence[path]
@@ -146,7 +151,7 @@ def _advance_layer(
     if (unit < 0).any():
       added = jnp.where(jnp.expand_dims(unit >= 0, inner_axis(unit.ndim) - 1), added, 0)
     for array in range(arrays):
-      own = _at_units(carried[:, :, array], unit)
+      own = _at_units(jnp.stack([row[array] for row in carried], 1), unit)
       part = jax.lax.index_in_dim(old, array, inner_axis(unit.ndim))
       added += own.astype(old.dtype) * part
     return added
@@ -160,7 +165,7 @@ def _direct(
   params: Params,
   before: Hidden,
   step: OwnStep,
-  after: jax.Array,
+  after: Blocks,
 ) -> Weights:
   """Return the influence that parameters gain within the window.
 
@@ -170,21 +175,22 @@ def _direct(
     params: Parameters of the model.
     before: [S, B, ...], hidden states before each step.
     step: Derivatives of all steps.
-    after: [S, B, m, m, n], derivatives of the arrays after the window with respect to
-      those after each step.
+    after: m times m arrays [S, B, n], derivatives of the arrays after the window with
+      respect to those after each step.
 
   Returns:
     {path: [B, ..., m, G]}.
   """
   known = {path for product in step.products for path in product.operands}
   if not known.issuperset(layer.units):
-    steps, batch_size, arrays = after.shape[:3]
-    rows = after.reshape(steps, batch_size, arrays, -1).swapaxes(1, 2)
+    rows = jnp.stack([jnp.concatenate(row, -1) for row in after], 1)
     paths = tuple(layer.units)
     return pull_to_weights(window, params, paths, before, rows, layer.arrays)
   direct = {}
   for product in step.products:
-    sums = _through_arrays(after, product.gains).reshape(*after.shape[:3], -1)
+    # [S, B, m, k n]: the k sums of all units side by side.
+    through = _multiply(after, product.gains)
+    sums = jnp.stack([jnp.concatenate(row, -1) for row in through], 2)
     if window.mask is not None:
       sums = jnp.where(window.mask[:, :, None, None], sums, 0)
     for path, operand in product.operands.items():
@@ -195,49 +201,51 @@ def _direct(
   return direct
 
 
-def _chain(transitions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _chain(transition: Blocks) -> tuple[Blocks, Blocks]:
   """Multiply transitions backward from a window's end.
 
   Args:
-    transitions: [S, B, m, m, n].
+    transition: m times m arrays [S, B, n].
 
   Returns:
-    Derivative of each unit's arrays after the window with respect to those before it
-    [B, m, m, n], and to those after each step [S, B, m, m, n].
+    Derivatives of each unit's arrays after the window with respect to those before it,
+    m times m arrays [B, n], and to those after each step, [S, B, n].
   """
-  batch_size, arrays, _, size = transitions.shape[1:]
-  eye = jnp.eye(arrays, dtype=transitions.dtype)[None, :, :, None]
 
-  def body(after: jax.Array, transition: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _through_arrays(after, transition), after
+  def body(after: Blocks, step: Blocks) -> tuple[Blocks, Blocks]:
+    return _multiply(after, step), after
 
-  start = jnp.broadcast_to(eye, (batch_size, arrays, arrays, size))
-  return jax.lax.scan(body, start, transitions, reverse=True)
+  one = jnp.ones_like(transition[0][0][0])
+  size = len(transition)
+  start = tuple(
+    tuple(one if i == j else jnp.zeros_like(one) for j in range(size))
+    for i in range(size)
+  )
+  return jax.lax.scan(body, start, transition, reverse=True)
 
 
-def _through_arrays(outer: jax.Array, inner: jax.Array) -> jax.Array:
-  """Multiply derivatives unit by unit: the sum over j of outer[i, j] inner[j, k].
-
-  Args:
-    outer: [..., m, m, n].
-    inner: [..., m, k, n].
-
-  Returns:
-    [..., m, k, n].
-  """
+def _multiply(outer: Blocks, inner: tuple[tuple[jax.Array | None, ...], ...]) -> Blocks:
+  """Multiply small matrices of arrays, unit by unit; None counts as 0."""
   # For the CPU a few products of whole arrays are several times faster than a
   # reduction over a short axis, or a product of a small matrix for each unit.
-  terms = [
-    outer[..., array, None, :] * inner[..., None, array, :, :]
-    for array in range(outer.shape[-2])
-  ]
-  return sum(terms[1:], terms[0])
+  rows = []
+  for row in outer:
+    sums = []
+    for column in zip(*inner, strict=True):
+      terms = [
+        left * right
+        for left, right in zip(row, column, strict=True)
+        if right is not None
+      ]
+      sums.append(sum(terms[1:], terms[0]))
+    rows.append(tuple(sums))
+  return tuple(rows)
 
 
 def _own_transitions(
   layer: Layer, window: WindowMap, params: Params, before: Hidden
-) -> jax.Array:
-  """Differentiate each step; returns [S, B, m, m, n]."""
+) -> Blocks:
+  """Differentiate each step; returns m times m arrays [S, B, n]."""
   steps, batch_size = jax.tree.leaves(before)[0].shape[:2]
   hidden = _join_steps(before)
   inputs = _one_window(window.x)
@@ -252,7 +260,8 @@ def _own_transitions(
     blocks = _pull_ones(run, rows, arrays)
   else:
     blocks = _push_units(run, rows, arrays)
-  return blocks.reshape(steps, batch_size, arrays, arrays, size)
+  blocks = blocks.reshape(steps, batch_size, arrays, arrays, size)
+  return tuple(tuple(blocks[:, :, i, j] for j in range(arrays)) for i in range(arrays))
 
 
 def _pull_ones(run: Any, rows: jax.Array, arrays: int) -> jax.Array:
@@ -283,13 +292,15 @@ def _push_units(run: Any, rows: jax.Array, arrays: int) -> jax.Array:
   return blocks.transpose(2, 3, 1, 0)
 
 
-def _where_valid(mask: jax.Array | None, transitions: jax.Array) -> jax.Array:
+def _where_valid(mask: jax.Array | None, transition: Blocks) -> Blocks:
   """Put the identity in place of the transitions of masked steps."""
   if mask is None:
-    return transitions
-  arrays = transitions.shape[2]
-  eye = jnp.eye(arrays, dtype=transitions.dtype)[None, None, :, :, None]
-  return jnp.where(mask[:, :, None, None, None], transitions, eye)
+    return transition
+  valid = mask[:, :, None]
+  return tuple(
+    tuple(jnp.where(valid, block, float(i == j)) for j, block in enumerate(row))
+    for i, row in enumerate(transition)
+  )
 
 
 def _at_units(values: jax.Array, units: np.ndarray) -> jax.Array:

@@ -74,26 +74,30 @@ def _add_axes(mask: jax.Array, ndim: int) -> jax.Array:
   return mask.reshape(-1, *[1] * (ndim - 1))
 
 
-def own_recurrence(gains: jax.Array, w_h: jax.Array, own_only: bool) -> jax.Array:
+def own_recurrence(
+  gains: tuple[tuple[jax.Array | None, ...], ...], w_h: jax.Array, own_only: bool
+) -> list[jax.Array]:
   """Return what each unit passes to itself through a recurrent matrix.
 
   Args:
-    gains: [R, m, k, n], derivative of a unit's m arrays with respect to its k sums.
+    gains: derivatives [R, n] of a unit's m arrays with respect to its k sums.
     w_h: [n, k n], the matrix.
     own_only: whether to leave it out.
 
   Returns:
-    [R, m, n], derivative of the m arrays with respect to the unit's output before.
+    m derivatives [R, n] of the arrays with respect to the unit's output before.
   """
-  if own_only:
-    return jnp.zeros_like(gains[:, :, 0])
-  gates = gains.shape[2]
-  parts = jnp.split(w_h, gates, axis=1)
-  terms = [
-    gains[:, :, gate] * jnp.diagonal(part)[None, None]
-    for gate, part in enumerate(parts)
-  ]
-  return sum(terms[1:], terms[0])
+  diagonals = [jnp.diagonal(part) for part in jnp.split(w_h, len(gains[0]), axis=1)]
+  found = []
+  for of_array in gains:
+    terms = [
+      gain * diagonal[None]
+      for gain, diagonal in zip(of_array, diagonals, strict=True)
+      if gain is not None
+    ]
+    total = sum(terms[1:], terms[0])
+    found.append(jnp.zeros_like(total) if own_only else total)
+  return found
 
 
 class Recurrent(nnx.Module):

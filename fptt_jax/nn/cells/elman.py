@@ -100,10 +100,10 @@ class ElmanRNN(Recurrent):
     """Return the derivatives within each unit; see :class:`Recurrent`."""
     w_h = self.w_h[...]
     h = jnp.tanh(x_t @ self.w_x[...] + state @ w_h + self.bias[None])
-    gains = (1 - h * h)[:, None, None]
-    transition = own_recurrence(gains, w_h, own_only)[:, :, None]
+    gains = ((1 - h * h,),)
+    [transition] = own_recurrence(gains, w_h, own_only)
     operands = {'w_x': x_t, 'w_h': state, 'bias': None}
-    return OwnStep(transition, (OwnProduct(gains, operands),))
+    return OwnStep(((transition,),), (OwnProduct(gains, operands),))
 
   def _fused_cell(self) -> tuple[FusedCell, Any]:
     return FUSED_CELL, (self.w_x[...], self.w_h[...], self.bias[...])

@@ -206,11 +206,11 @@ class GRU(Recurrent):
     z = jax.nn.sigmoid(x_z + h_z)
     n = jnp.tanh(x_n + r * h_n)
     by_n = (1 - z) * (1 - n * n)
-    by_rz = [by_n * h_n * r * (1 - r), (state - n) * z * (1 - z)]
+    by_rz = (by_n * h_n * r * (1 - r), (state - n) * z * (1 - z))
     # The reset gate acts on the recurrent part of the candidate alone.
-    of_inputs = jnp.stack([*by_rz, by_n], 1)[:, None]
-    of_state = jnp.stack([*by_rz, by_n * r], 1)[:, None]
-    transition = z[:, None] + own_recurrence(of_state, w_h, own_only)
+    of_inputs = ((*by_rz, by_n),)
+    of_state = ((*by_rz, by_n * r),)
+    [recurrent_part] = own_recurrence(of_state, w_h, own_only)
     recurrent_operands: dict[str, jax.Array | None] = {'w_h': state}
     if self.recurrent_bias is not None:
       recurrent_operands['recurrent_bias'] = None
@@ -218,7 +218,7 @@ class GRU(Recurrent):
       OwnProduct(of_inputs, {'w_x': x_t, 'bias': None}),
       OwnProduct(of_state, recurrent_operands),
     )
-    return OwnStep(transition[:, :, None], products)
+    return OwnStep(((z + recurrent_part,),), products)
 
   def _recurrent_bias(self) -> jax.Array:
     """Return the second bias [3H], zeros if there is none."""

@@ -154,12 +154,12 @@ class IndRNN(Recurrent):
     """Returns the derivatives within each unit; see :class:`Recurrent`."""
     u = self._clipped_u()[None]
     z = x_t @ self.w_x[...] + u * state + self.bias[None]
-    gains = (z > 0).astype(z.dtype)[:, None, None]
+    gain = (z > 0).astype(z.dtype)
     products = (
-      OwnProduct(gains, {'w_x': x_t, 'bias': None}),
-      OwnProduct(gains * state[:, None, None], {'u': None}),
+      OwnProduct(((gain,),), {'w_x': x_t, 'bias': None}),
+      OwnProduct(((gain * state,),), {'u': None}),
     )
-    return OwnStep(gains * u[:, None, None], products)
+    return OwnStep(((gain * u,),), products)
 
   def _check_range(self, initial_range: Any) -> tuple[float, float]:
     """Return (low, high); a ValueError names a range outside ±max_weight."""

@@ -223,24 +223,18 @@ class LRU(Recurrent):
     decay = jnp.exp(self.nu_log[None])
     turn = jnp.exp(self.theta_log[None])
     scale = jnp.broadcast_to(jnp.exp(self.gamma_log[None]), re.shape)
-    nothing = jnp.zeros_like(re)
-
-    def product(re: jax.Array, im: jax.Array, **operands: Any) -> OwnProduct:
-      return OwnProduct(jnp.stack([re, im], 1)[:, :, None], operands)
-
+    drive_re, drive_im = jnp.split(x_t @ b, 2, axis=-1)
+    lambda_re = jnp.broadcast_to(lambda_re, re.shape)
+    lambda_im = jnp.broadcast_to(lambda_im, re.shape)
     products = (
-      product(scale, nothing, b_re=x_t),
-      product(nothing, scale, b_im=x_t),
-      product(*jnp.split(x_t @ b, 2, axis=-1), gamma_log=None),
+      OwnProduct(((scale,), (None,)), {'b_re': x_t}),
+      OwnProduct(((None,), (scale,)), {'b_im': x_t}),
+      OwnProduct(((drive_re,), (drive_im,)), {'gamma_log': None}),
       # λ = exp(-decay + i turn), with decay = exp(ν) and turn = exp(θ).
-      product(-decay * kept_re, -decay * kept_im, nu_log=None),
-      product(-turn * kept_im, turn * kept_re, theta_log=None),
+      OwnProduct(((-decay * kept_re,), (-decay * kept_im,)), {'nu_log': None}),
+      OwnProduct(((-turn * kept_im,), (turn * kept_re,)), {'theta_log': None}),
     )
-    by_re = jnp.stack([lambda_re, lambda_im], 1)
-    by_im = jnp.stack([-lambda_im, lambda_re], 1)
-    transition = jnp.stack([by_re, by_im], 2)
-    transition = jnp.broadcast_to(transition, (len(re), *transition.shape[1:]))
-    return OwnStep(transition, products)
+    return OwnStep(((lambda_re, -lambda_im), (lambda_im, lambda_re)), products)
 
   def _matrices(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return λ's parts [1, N], the input matrix [D, 2N], the output's [2N, H]."""

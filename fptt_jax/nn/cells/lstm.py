@@ -232,15 +232,14 @@ class LSTM(Recurrent):
     i, f, o = (jax.nn.sigmoid(gate) for gate in (z_i, z_f, z_o))
     g = jnp.tanh(z_g)
     t = jnp.tanh(f * state.c + i * g)
-    of_c = [g * i * (1 - i), state.c * f * (1 - f), i * (1 - g * g)]
+    of_c = (g * i * (1 - i), state.c * f * (1 - f), i * (1 - g * g))
     h_by_c = o * (1 - t * t)
-    of_h = [h_by_c * gain for gain in of_c] + [t * o * (1 - o)]
-    of_c.append(jnp.zeros_like(f))
-    gains = jnp.stack([jnp.stack(of_h, 1), jnp.stack(of_c, 1)], 1)
-    by_h = own_recurrence(gains, w_h, own_only)
-    by_c = jnp.stack([h_by_c * f, f], 1)
+    of_h = tuple(h_by_c * gain for gain in of_c)
+    gains = ((*of_h, t * o * (1 - o)), (*of_c, None))
+    h_by_h, c_by_h = own_recurrence(gains, w_h, own_only)
+    transition = ((h_by_h, h_by_c * f), (c_by_h, f))
     operands = {'w_x': x_t, 'w_h': state.h, 'bias': None}
-    return OwnStep(jnp.stack([by_h, by_c], 2), (OwnProduct(gains, operands),))
+    return OwnStep(transition, (OwnProduct(gains, operands),))
 
   def _fused_cell(self) -> tuple[FusedCell, Any]:
     return FUSED_CELL, (self.w_x[...], self.w_h[...], self.bias[...])
