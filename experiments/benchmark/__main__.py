@@ -21,6 +21,8 @@ time to compile, and the memory that a step needs besides its arguments.
 
 'population' compares R members side by side with a single run.
 
+'influence' times a step with credit across windows relative to one without it.
+
 'gpu-day' is for a GPU that is there for a few minutes: it checks the CUDA kernels, runs
 the GPU's tests, and times the cases, the first of --cases first. It writes one file,
 gpu-day.json, after each stage. The same --workdir goes on where the time ran out.
@@ -41,6 +43,7 @@ from experiments.benchmark import gpu_day
 from experiments.benchmark.cases import varied_cases
 from experiments.benchmark.measurements import (
   left_out,
+  measure_influence,
   measure_population,
   measure_programs,
   measure_rivals,
@@ -89,6 +92,10 @@ def main(config: Config) -> None:
         print((folder / 'population.txt').read_text())
     if config.part in ('all', 'growth'):
       report_growth(config, folder, about)
+    if config.part == 'influence':
+      rows = measure_influence(config)
+      write_rows(folder, 'influence', about, rows)
+      print((folder / 'influence.txt').read_text())
     if config.part == 'gpu-day':
       gpu_day.run_day(config, folder)
   print(f'numbers, tables and plots are in {folder}')

@@ -75,6 +75,35 @@ DEFAULT_CASES = tuple(name for name in CASES if name != 'smoke')
 """Cases that are timed unless --cases names others."""
 
 
+class CreditCase(NamedTuple):
+  """A layer that is trained with credit across windows.
+
+  Attributes:
+    layer: name of a layer of `fptt_jax.nn`.
+    influences: the influences to time, besides 'none'.
+    implementation: that of the layer; '' for its default.
+  """
+
+  layer: str
+  influences: tuple[str, ...]
+  implementation: str = ''
+
+
+CREDIT_CASES = (
+  CreditCase('LSTM', ('snap1', 'uoro', 'lookback')),
+  # Without the native kernel, which makes the step without an influence faster.
+  CreditCase('LSTM', ('snap1',), 'custom_vjp'),
+  CreditCase('GRU', ('snap1',)),
+  CreditCase('LRU', ('rtrl',)),
+  CreditCase('IndRNN', ('rtrl',)),
+)
+"""Layers and influences of the part 'influence'."""
+
+
+CREDIT_SHAPE = Case('credit', 256, 16, 32, 1, 64)
+"""Shape of the models of the part 'influence': windows of 16 steps."""
+
+
 LR = 1e-3
 """Learning rate of Adam, of all systems."""
 

@@ -8,15 +8,20 @@ import os
 import time
 from typing import Any
 
+from flax import nnx
 import jax
 import numpy as np
+import optax
 
 from experiments.benchmark import cases, cost, rivals_flax, rivals_torch
 from experiments.benchmark.cases import (
   CASES,
+  CREDIT_CASES,
+  CREDIT_SHAPE,
   POPULATION_CASES,
   POPULATION_SIZES,
   Case,
+  CreditCase,
   flops,
 )
 from experiments.benchmark.ours import (
@@ -43,6 +48,7 @@ from experiments.benchmark.timing import (
 )
 from experiments.core import devices, recipe
 import fptt_jax
+from fptt_jax import nn
 
 Step = Callable[..., Any]
 """(inputs, targets) -> losses; trains on one batch, or on several by its name."""
@@ -410,3 +416,58 @@ def _population_program(case: Case, size: int) -> _Program:
   compiled, state, _ = cost.compile_step(trainer, batch, key)
   placed = jax.device_put(batch, compiled.input_shardings[0][1])
   return _Program(compiled, state, placed, {'case': case.name, 'R': size})
+
+
+def measure_influence(config: Config) -> list[dict[str, Any]]:
+  """Time a step with credit across windows, in turns with one without it.
+
+  Args:
+    config: number of rounds; with the case 'smoke' one layer of a toy's shape.
+
+  Returns:
+    A row per layer and influence: `implementation` of the layer, `state_mib` of the
+    influence, `temp_mib` (memory besides arguments and results), the times, and
+    `times_none`, the ratio of the fastest calls with and without the influence.
+  """
+  small = 'smoke' in config.cases
+  shape = CASES['smoke'] if small else CREDIT_SHAPE
+  rows: list[dict[str, Any]] = []
+  for case in CREDIT_CASES[-1:] if small else CREDIT_CASES:
+    programs = [
+      _influence_program(case, shape, name) for name in ('none', *case.influences)
+    ]
+    found = _time_in_turns(programs, config.rounds)
+    for row in found:
+      row['times_none'] = row['min_ms'] / found[0]['min_ms']
+    rows += found
+  return rows
+
+
+def _influence_program(case: CreditCase, shape: Case, influence: str) -> _Program:
+  """Compile the step of a layer with an influence, on one device."""
+  kind = getattr(nn, case.layer)
+  settings = {'implementation': case.implementation} if case.implementation else {}
+
+  def build(rngs: nnx.Rngs) -> nn.Sequential:
+    layer = kind(shape.features, shape.hidden, rngs=rngs, **settings)
+    return nn.Sequential(layer, nnx.Linear(shape.hidden, shape.outputs, rngs=rngs))
+
+  trainer = fptt_jax.make_trainer(
+    nn.from_nnx(build),
+    cases.make_loss(shape),
+    fptt_jax.fptt(optax.adam(cases.LR), alpha=cases.ALPHA),
+    num_windows=shape.num_windows,
+    influence=influence,
+  )
+  batch = fptt_jax.Batch(*cases.draw(shape))
+  compiled, state, _ = cost.compile_step(trainer, batch)
+  state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.influence))
+  row = {
+    'layer': case.layer,
+    'implementation': case.implementation or 'default',
+    'influence': influence,
+    'state_mib': state_bytes / 2**20,
+    'temp_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,
+  }
+  placed = jax.device_put(batch, compiled.input_shardings[0][1])
+  return _Program(compiled, state, placed, row)

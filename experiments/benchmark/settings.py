@@ -13,8 +13,8 @@ class Config:
 
   part: str = option(
     'all',
-    "what to measure; 'gpu-day' is not part of 'all'",
-    ('all', 'rivals', 'growth', 'population', 'gpu-day'),
+    "what to measure; 'influence' and 'gpu-day' are not part of 'all'",
+    ('all', 'rivals', 'growth', 'population', 'influence', 'gpu-day'),
   )
   cases: tuple[str, ...] = option(
     DEFAULT_CASES, 'cases of rivals', CASES, required=True
