@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 import jax.numpy as jnp
+import numpy as np
 
 from fptt_jax.nn._fused import FusedCell, Mask, State, Weights, run_fused
 from fptt_jax.nn.kernels import cpu
@@ -41,6 +42,7 @@ class NativeCell(NamedTuple):
     weight_shapes: (D, H) -> the shapes of the weights.
     fused: the same cell, for programs that cannot call the kernel.
     products: 'bfloat16' rounds the operands of products.
+    attributes: further arguments of the kernel, names and numbers of float32.
   """
 
   name: str
@@ -48,6 +50,7 @@ class NativeCell(NamedTuple):
   weight_shapes: Callable[[int, int], tuple[tuple[int, ...], ...]]
   fused: FusedCell
   products: str = 'float32'
+  attributes: tuple[tuple[str, float], ...] = ()
 
   def round_products(self) -> 'NativeCell':
     """Return the cell with products of bfloat16."""
@@ -267,7 +270,9 @@ def _find_avals(part: _Pass, *operands: Any, call: _Call) -> list[Any]:
 def _run_kernel(part: _Pass, call: _Call, *operands: jax.Array) -> Any:
   """Run the kernel, which takes members as leading axes."""
   name = cpu.target(call.cell.name, call.cell.products, part.name)
-  return jax.ffi.ffi_call(name, part.shapes(call, *operands))(*operands)
+  attributes = {key: np.float32(value) for key, value in call.cell.attributes}
+  function = jax.ffi.ffi_call(name, part.shapes(call, *operands))
+  return function(*operands, **attributes)
 
 
 def _run_fused(part: _Pass, call: _Call, *operands: jax.Array) -> Any:

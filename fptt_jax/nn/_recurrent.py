@@ -115,9 +115,10 @@ class Recurrent(nnx.Module):
       * 'auto': as 'native' where that is possible, else as 'custom_vjp'.
       * 'native': all steps of a window in one kernel for the CPU, compiled at first use
         (:mod:`fptt_jax.nn.kernels.cpu`), with the same derivatives as 'custom_vjp'.
-        Only :class:`LSTM` has one, for float32. Without a C++ compiler, in another
-        dtype, for symbolic sizes and on an accelerator it warns once and runs as
-        'custom_vjp'. Programs exported by `jax.export` never hold the kernel.
+        :class:`LSTM`, :class:`GRU`, :class:`ElmanRNN` and :class:`AntisymmetricRNN`
+        have one, for float32. Without a C++ compiler, in another dtype, for symbolic
+        sizes and on an accelerator it warns once and runs as 'custom_vjp'. Programs
+        exported by `jax.export` never hold the kernel.
       * 'custom_vjp': with the hand-written backward pass, if the layer has one. It is
         fast and small, and differentiable once, in reverse mode.
       * 'scan': the plain scan of `step`, which `jax.jvp` and second derivatives need.
@@ -246,8 +247,8 @@ class Recurrent(nnx.Module):
   def _choose_native(
     self, state: Any, x: jax.Array
   ) -> tuple[_native.NativeCell, Any] | None:
-    """Return the cell and the weights if a window runs in the native kernel."""
-    cell = self._native_cell
+    """Returns the cell and the weights if a window runs in the native kernel."""
+    cell = self._make_native_cell()
     if cell is None or self.implementation in ('scan', 'cuda'):
       return None
     if self._choose_products() == 'bfloat16':
@@ -265,6 +266,10 @@ class Recurrent(nnx.Module):
       _native.warn_once(f"products='bfloat16' is slower than 'float32': {problem}.")
     return None
 
+  def _make_native_cell(self) -> _native.NativeCell | None:
+    """Returns the native kernel of this layer, if any."""
+    return self._native_cell
+
   def _choose_products(self) -> str | None:
     """Return the precision of products, None for what JAX does."""
     if self.products is not None or self._native_cell is None:
@@ -277,8 +282,9 @@ class Recurrent(nnx.Module):
       return
     if self._native_cell is None or self.implementation in ('scan', 'cuda'):
       raise ValueError(
-        "products='bfloat16' needs an LSTM with implementation='auto', 'native' or "
-        f"'custom_vjp', got {type(self).__name__} with {self.implementation!r}."
+        "products='bfloat16' needs an LSTM, GRU, ElmanRNN or AntisymmetricRNN with "
+        f"implementation='auto', 'native' or 'custom_vjp', got {type(self).__name__} "
+        f'with {self.implementation!r}.'
       )
     if self.param_dtype != jnp.float32:
       raise ValueError(
@@ -291,7 +297,8 @@ class Recurrent(nnx.Module):
     name = type(self).__name__
     if self.implementation == 'native' and self._native_cell is None:
       raise ValueError(
-        f"implementation='native' needs a layer with a kernel, LSTM, got {name}."
+        "implementation='native' needs a layer with a kernel, LSTM, GRU, ElmanRNN or "
+        f'AntisymmetricRNN, got {name}.'
       )
     if self.implementation != 'cuda':
       return

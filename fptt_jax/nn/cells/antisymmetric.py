@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fptt_jax._checks import FLOAT32_TINY
 from fptt_jax.nn._fused import FusedCell, bias_gradient, matmul, product_gradient
+from fptt_jax.nn._native import NativeCell
 from fptt_jax.nn._recurrent import Recurrent, Step
 
 
@@ -57,6 +58,14 @@ def fused_cell(epsilon: float) -> FusedCell:
   )
 
 
+def _weight_shapes(features: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+  return (features, 2 * hidden), (hidden, hidden), (2 * hidden,)
+
+
+NATIVE_CELL = NativeCell('antisymmetric', 2, _weight_shapes, fused_cell(1.0))
+"""The factors are the tanh and its gate. Each layer has an ε of its own."""
+
+
 class AntisymmetricRNN(Recurrent):
   r"""AntisymmetricRNN with gating (Eq. 14 of the paper).
 
@@ -75,9 +84,9 @@ class AntisymmetricRNN(Recurrent):
     gamma: diffusion γ >= 0.
     w_scale: σ_w. The initial entries of W are normal with variance σ_w²/H, those of V
       with variance 1/D; biases are 0.
-    implementation: 'auto' and 'custom_vjp' run windows with a hand-written backward
-      pass, which is fast and differentiable once, in reverse mode. 'scan' is the plain
-      scan over steps, which `jax.jvp` and second derivatives need.
+    implementation: 'auto', 'native', 'custom_vjp' or 'scan', as for
+      :class:`fptt_jax.nn.LSTM`.
+    products: as for :class:`fptt_jax.nn.LSTM`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
 
@@ -98,6 +107,8 @@ class AntisymmetricRNN(Recurrent):
     Neural Networks", ICLR 2019.
   """
 
+  _native_cell = NATIVE_CELL
+
   def __init__(
     self,
     in_features: int,
@@ -107,10 +118,13 @@ class AntisymmetricRNN(Recurrent):
     gamma: float = 0.01,
     w_scale: float = 1.0,
     implementation: str = 'auto',
+    products: str | None = None,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype, rngs, implementation)
+    super().__init__(
+      in_features, hidden_features, param_dtype, rngs, implementation, products
+    )
     positive = 'a finite number > 0'
     nonnegative = 'a finite number >= 0'
     self.epsilon = self._check_number('epsilon', epsilon, FLOAT32_TINY, positive)
@@ -152,3 +166,7 @@ class AntisymmetricRNN(Recurrent):
   def _fused_cell(self) -> tuple[FusedCell, Any]:
     weights = (self.v[...], self._a_transposed(), self.bias[...])
     return fused_cell(self.epsilon), weights
+
+  def _make_native_cell(self) -> NativeCell:
+    attributes = (('epsilon', self.epsilon),)
+    return NATIVE_CELL._replace(fused=fused_cell(self.epsilon), attributes=attributes)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.nn._fused import FusedCell, affine_gradient, matmul
 from fptt_jax.nn._initializers import draw_gates
+from fptt_jax.nn._native import NativeCell
 from fptt_jax.nn._recurrent import Recurrent, Step, own_recurrence
 
 
@@ -35,6 +36,14 @@ FUSED_CELL = FusedCell(
 """Weights (w_x [D, H], w_h [H, H], bias [H])."""
 
 
+def _weight_shapes(features: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+  return (features, hidden), (hidden, hidden), (hidden,)
+
+
+NATIVE_CELL = NativeCell('elman', 0, _weight_shapes, FUSED_CELL)
+"""The outputs are all that the backward pass reads."""
+
+
 class ElmanRNN(Recurrent):
   r"""Elman network with tanh, as `torch.nn.RNN` computes it.
 
@@ -46,9 +55,9 @@ class ElmanRNN(Recurrent):
     in_features: D.
     hidden_features: H.
     init: 'torch' or 'flax', as for :class:`fptt_jax.nn.LSTM`.
-    implementation: 'auto' and 'custom_vjp' run windows with a hand-written backward
-      pass, which is fast and differentiable once, in reverse mode. 'scan' is the plain
-      scan over steps, which `jax.jvp` and second derivatives need.
+    implementation: 'auto', 'native', 'custom_vjp' or 'scan', as for
+      :class:`fptt_jax.nn.LSTM`.
+    products: as for :class:`fptt_jax.nn.LSTM`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
 
@@ -68,6 +77,8 @@ class ElmanRNN(Recurrent):
     Elman, "Finding Structure in Time", Cognitive Science 1990.
   """
 
+  _native_cell = NATIVE_CELL
+
   def __init__(
     self,
     in_features: int,
@@ -75,10 +86,13 @@ class ElmanRNN(Recurrent):
     *,
     init: str = 'torch',
     implementation: str = 'auto',
+    products: str | None = None,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype, rngs, implementation)
+    super().__init__(
+      in_features, hidden_features, param_dtype, rngs, implementation, products
+    )
     w_x, w_h, biases = draw_gates(self, init, 1, rngs)
     self.w_x = nnx.Param(w_x)
     self.w_h = nnx.Param(w_h)

@@ -18,6 +18,7 @@ from fptt_jax.nn._fused import (
   scale_gates,
 )
 from fptt_jax.nn._initializers import draw_gates
+from fptt_jax.nn._native import NativeCell
 from fptt_jax.nn._recurrent import Recurrent, Step, own_recurrence
 from fptt_jax.nn.kernels import cuda
 
@@ -115,6 +116,15 @@ CUDA_KERNEL = WindowKernel(_cuda_forward, _cuda_backward)
 """All steps of :data:`FUSED_CELL`, float32, H in `cuda.SIZES`."""
 
 
+def _weight_shapes(features: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+  wide = (3 * hidden,)
+  return (features, *wide), (hidden, *wide), wide, wide
+
+
+NATIVE_CELL = NativeCell('gru', 4, _weight_shapes, FUSED_CELL)
+"""The factors are r, z, n and the recurrent part of n."""
+
+
 class GRU(Recurrent):
   r"""Gated recurrent unit, as `torch.nn.GRU` computes it.
 
@@ -132,11 +142,11 @@ class GRU(Recurrent):
     hidden_features: H.
     init: 'torch' or 'flax', as for :class:`fptt_jax.nn.LSTM`.
     recurrent_bias: whether there is a second bias. Without it, b_hn is 0.
-    implementation: 'auto' and 'custom_vjp' run windows with a hand-written backward
-      pass, which is fast and differentiable once, in reverse mode. 'scan' is the plain
-      scan over steps, which `jax.jvp` and second derivatives need.
+    implementation: 'auto', 'native', 'custom_vjp' or 'scan', as for
+      :class:`fptt_jax.nn.LSTM`.
       'cuda' runs all steps of a window in one CUDA kernel, for float32 and H of 32, 64
       or 128; the kernels have only run in emulation so far.
+    products: as for :class:`fptt_jax.nn.LSTM`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
 
@@ -158,6 +168,7 @@ class GRU(Recurrent):
   """
 
   _cuda_kernel = CUDA_KERNEL
+  _native_cell = NATIVE_CELL
 
   def __init__(
     self,
@@ -167,10 +178,13 @@ class GRU(Recurrent):
     init: str = 'torch',
     recurrent_bias: bool = True,
     implementation: str = 'auto',
+    products: str | None = None,
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    super().__init__(in_features, hidden_features, param_dtype, rngs, implementation)
+    super().__init__(
+      in_features, hidden_features, param_dtype, rngs, implementation, products
+    )
     has_recurrent_bias = check_flag('recurrent_bias', recurrent_bias)
     w_x, w_h, biases = draw_gates(self, init, 3, rngs)
     self.w_x = nnx.Param(w_x)

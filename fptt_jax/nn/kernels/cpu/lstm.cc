@@ -12,12 +12,6 @@ namespace {
 constexpr int kGates = 4;
 constexpr int kKept = 5;  // i, f, g, o, c of a block of units, side by side.
 
-// Returns where the factors of a row and block are.
-template <typename Float>
-FPTT_INLINE Float* factors(const Window& window, Float* kept, int t, int row, int block) {
-  return kept + (window.row(t, row) * window.units.blocks() + block) * kKept * kLanes;
-}
-
 struct LstmForward {
   Forward<kGates, kGates> products;
   const float *bias, *c_start;
@@ -42,11 +36,8 @@ struct LstmForward {
     products.load_bias(start, bias, block);
     for (int r = 0; r < R; r++) {
       for (int gate = 0; gate < kGates; gate++) sums[r][gate] = start[gate];
-      // Fetches the lines that the tile will write, which takes as long as its products.
-      for (int i = 0; kept && i < kKept; i++) {
-        __builtin_prefetch(factors(window, kept, t, row + r, block) + i * kLanes, 1);
-      }
     }
+    prefetch_factors<kKept, R>(window, kept, t, row, block);
     products.multiply_x(sums, t, row, block);
     products.multiply_h(sums, t, row, block);
     for (int r = 0; r < R; r++) {
@@ -60,13 +51,7 @@ struct LstmForward {
       }
       store(c_here, new_c);
       products.keep_h(t, row + r, block, h);
-      if (!kept) continue;
-      float* const to = factors(window, kept, t, row + r, block);
-      store(to, i);
-      store(to + kLanes, f);
-      store(to + 2 * kLanes, g);
-      store(to + 3 * kLanes, o);
-      store(to + 4 * kLanes, new_c);
+      if (kept) keep_factors<kKept>(factors<kKept>(window, kept, t, row + r, block), {i, f, g, o, new_c});
     }
   }
 };
@@ -89,11 +74,11 @@ struct LstmBackward {
 
   FPTT_INLINE Vector step(float* dc, int t, int row, int block, Vector dh, Vector* to) const {
     const Window& window = products.window;
-    const float* const from = factors(window, kept, t, row, block);
+    const float* const from = factors<kKept>(window, kept, t, row, block);
     const Vector i = load(from), f = load(from + kLanes), g = load(from + 2 * kLanes), o = load(from + 3 * kLanes);
     const Vector before =
         t == 0 ? load(c_start + static_cast<size_t>(row) * window.units.count + block * kLanes, window.units.in_block(block))
-               : load(factors(window, kept, t - 1, row, block) + 4 * kLanes);
+               : load(factors<kKept>(window, kept, t - 1, row, block) + 4 * kLanes);
     const Vector tanh_c = tanh(load(from + 4 * kLanes));
     float* const dc_here = dc + row * window.units.padded() + block * kLanes;
     const Vector d = load(dc_here) + dh * o * (1.0f - tanh_c * tanh_c);
@@ -126,7 +111,7 @@ ffi::Error backward(
     LstmBackward{
         {window, part(w_x, m, n), part(w_h, m, n), part(x, m, n), part(mask, m, n), part(h_start, m, n),
          part(y, m, n), part(dy, m, n), part(dh_end, m, n), part(*dw_x, m, n), part(*dw_h, m, n),
-         part(*dbias, m, n), part(*dx, m, n), part(*dh_start, m, n)},
+         part(*dbias, m, n), nullptr, part(*dx, m, n), part(*dh_start, m, n)},
         part(c_start, m, n), part(kept, m, n), part(dc_end, m, n), part(*dc_start, m, n)}
         .run(team);
   });

@@ -196,7 +196,7 @@ struct Backward {
   const float *w_x, *w_h, *x;
   const bool* mask;
   const float *h_start, *y, *dy, *dh_end;
-  float *dw_x, *dw_h, *dbias, *dx, *dh_start;
+  float *dw_x, *dw_h, *dbias, *dbias_h, *dx, *dh_start;  // Biases of the sums of x w_x, and of h w_h.
   Operand *packed_x = nullptr, *packed_h = nullptr, *columns_x = nullptr, *columns_h = nullptr;
   float* dh = nullptr;
   PackedGradient<GX> dz_x{};
@@ -240,6 +240,20 @@ struct Backward {
       end = begin;
     }
     if (dh_start) window.unpad(dh, dh_start);
+  }
+
+  // Returns h before a step.
+  FPTT_INLINE Vector h_before(int t, int row, int block) const {
+    return t == 0 ? load_units(h_start + static_cast<size_t>(row) * window.units.count, block)
+                  : h_after(t - 1, row, block);
+  }
+
+  FPTT_INLINE Vector h_after(int t, int row, int block) const {
+    return load_units(y + window.row(t, row) * window.units.count, block);
+  }
+
+  FPTT_INLINE Vector load_units(const float* row, int block) const {
+    return load(row + block * kLanes, window.units.in_block(block));
   }
 
   void allocate(Scratch& scratch) {
@@ -361,6 +375,7 @@ struct Backward {
     Operand one[kLanes];
     store_operands(one, join(ones));
     dz_x.add_weight_gradient(one, 0, count, 0, 1, block, set, dbias);
+    if (dbias_h) dz_h.add_weight_gradient(one, 0, count, 0, 1, block, set, dbias_h);
   }
 
   void input_gradients(int begin, int end, int first, int last) const {
@@ -376,6 +391,26 @@ struct Backward {
     }
   }
 };
+
+// Returns where the N factors of a row and block of units are, side by side.
+template <int N, typename Float>
+FPTT_INLINE Float* factors(const Window& window, Float* kept, int t, int row, int block) {
+  return kept + (window.row(t, row) * window.units.blocks() + block) * N * kLanes;
+}
+
+// Fetches the lines of R rows that a tile will write, which takes as long as its products.
+template <int N, int R>
+FPTT_INLINE void prefetch_factors(const Window& window, float* kept, int t, int row, int block) {
+  for (int r = 0; kept && r < R; r++) {
+    for (int i = 0; i < N; i++) __builtin_prefetch(factors<N>(window, kept, t, row + r, block) + i * kLanes, 1);
+  }
+}
+
+// Keeps N factors.
+template <int N>
+FPTT_INLINE void keep_factors(float* to, const Vector (&v)[N]) {
+  for (int i = 0; i < N; i++) store(to + i * kLanes, v[i]);
+}
 
 // Returns the part of an array that belongs to a member, or null if the array is empty.
 template <typename Buffer>
