@@ -29,7 +29,7 @@ LAYERS = {
   'Elman': nn.ElmanRNN,
   'Antisymmetric': functools.partial(nn.AntisymmetricRNN, epsilon=0.3),
 }
-OTHERS = [layer for layer in LAYERS if layer != 'LSTM']
+
 TINY = 'extern "C" int answer() { return ANSWER; }'
 
 
@@ -91,7 +91,7 @@ def compute(
   read: str = 'all',
   **options: Any,
 ) -> Any:
-  """Returns a window's results, and gradients of a loss in weights, state and inputs.
+  """Return a window's results, and gradients of a loss in weights, state and inputs.
 
   Args:
     layer: name in `LAYERS`.

@@ -247,7 +247,7 @@ class Recurrent(nnx.Module):
   def _choose_native(
     self, state: Any, x: jax.Array
   ) -> tuple[_native.NativeCell, Any] | None:
-    """Returns the cell and the weights if a window runs in the native kernel."""
+    """Return the cell and the weights if a window runs in the native kernel."""
     cell = self._make_native_cell()
     if cell is None or self.implementation in ('scan', 'cuda'):
       return None
@@ -267,7 +267,7 @@ class Recurrent(nnx.Module):
     return None
 
   def _make_native_cell(self) -> _native.NativeCell | None:
-    """Returns the native kernel of this layer, if any."""
+    """Return the native kernel of this layer, if any."""
     return self._native_cell
 
   def _choose_products(self) -> str | None:
