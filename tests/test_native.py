@@ -142,21 +142,29 @@ def assert_close(got: Any, expected: Any, tolerance: float = 3e-6) -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
 
 
+SHAPES = [
+  (1, 1, 1, 1),
+  (1, 64, 128, 1),
+  (3, 3, 5, 2),
+  (5, 8, 16, 3),
+  (28, 8, 16, 1),
+  (4, 50, 17, 50),
+  (9, 64, 16, 50),
+  (6, 50, 128, 2),
+  (2, 3, 600, 70),
+]
+"""(S, B, H, D)"""
+
+
 @pytest.mark.usefixtures('kernels')
-@pytest.mark.parametrize('layer', LAYERS)
-@pytest.mark.parametrize('masked', [False, True], ids=['whole', 'masked'])
 @pytest.mark.parametrize(
-  'shape',
-  [
-    (1, 1, 1, 1),
-    (1, 64, 128, 1),
-    (3, 3, 5, 2),
-    (5, 8, 16, 3),
-    (28, 8, 16, 1),
-    (4, 50, 17, 50),
-    (9, 64, 16, 50),
-    (6, 50, 128, 2),
-    (2, 3, 600, 70),
+  ('layer', 'shape', 'masked'),
+  # What the cells share, the LSTM alone covers.
+  [('LSTM', shape, masked) for shape in SHAPES for masked in (False, True)]
+  + [
+    (layer, shape, masked)
+    for layer in ('GRU', 'Elman', 'Antisymmetric')
+    for shape, masked in zip(SHAPES[1::2], (False, True, False, True), strict=True)
   ],
   ids=str,
 )
@@ -177,9 +185,13 @@ def distance(tree: Any, other: Any) -> float:
 @pytest.mark.usefixtures('rounding', 'x64')
 @pytest.mark.parametrize('masked', [False, True], ids=['whole', 'masked'])
 @pytest.mark.parametrize(
-  'shape', [(28, 64, 128, 1), (7, 9, 33, 5), (2, 3, 5, 1), (3, 20, 600, 70)], ids=str
+  ('layer', 'shape'),
+  [
+    *(('LSTM', shape) for shape in [(28, 64, 128, 1), (2, 3, 5, 1), (3, 20, 600, 70)]),
+    *((layer, (7, 9, 33, 5)) for layer in LAYERS),
+  ],
+  ids=str,
 )
-@pytest.mark.parametrize('layer', LAYERS)
 def test_products_of_bfloat16(layer: str, shape: Any, masked: bool) -> None:
   """Gradients are as far from float64 as rounded operands make them, and nearer to
   those of the fused scan with the same rounding. Without it they are within 1e-6.
