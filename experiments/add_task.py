@@ -157,6 +157,7 @@ class Config(recipe.Recipe):
   def __post_init__(self) -> None:
     super().__post_init__()
     self.check_length(self.seq_len)
+    cells.check_settings(self, 'lstm')
     self._check_tuning()
 
   def _check_tuning(self) -> None:
@@ -260,7 +261,7 @@ def make_model(config: Config) -> fptt_jax.Model:
 
   def build(rngs: nnx.Rngs) -> nn.Sequential:
     return nn.Sequential(
-      nn.LSTM(2, config.hidden, forget_bias=config.forget_bias, rngs=rngs),
+      cells.build(config, 'lstm', 2, config.hidden, config.forget_bias, rngs),
       nnx.Linear(config.hidden, 1, rngs=rngs),
     )
 

@@ -140,6 +140,7 @@ class Config(loop.EpochRecipe):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    cells.check_settings(self, self.cell)
     # One step cannot be reconstructed from the steps before it.
     check(
       self.reconstruction_segment != 1,
@@ -273,7 +274,7 @@ def make_model(
 
   def build(rngs: nnx.Rngs) -> nn.Sequential:
     layers = [
-      cells.CELLS[config.cell](width, config.hidden, config.forget_bias, rngs)
+      cells.build(config, config.cell, width, config.hidden, config.forget_bias, rngs)
       for width in widths(config, features)[:-1]
     ]
     # The auxiliary loss reconstructs the inputs, which only the first layer sees.

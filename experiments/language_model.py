@@ -296,6 +296,7 @@ class Config(loop.EpochRecipe):
     super().__post_init__()
     self._check_data()
     self._check_layers()
+    cells.check_settings(self, self.cell)
     check(
       'tbptt_final' not in self.method,
       'method',
@@ -387,7 +388,7 @@ def make_model(config: Config, vocabulary_size: int) -> fptt_jax.Model:
     layers.append(dropout(config.input_dropout))
     sizes = widths(config)
     for number, (features, hidden) in enumerate(itertools.pairwise(sizes), start=1):
-      layer = cells.CELLS[config.cell](features, hidden, None, rngs)
+      layer = cells.build(config, config.cell, features, hidden, None, rngs)
       if config.weight_dropout:
         layer = nn.WeightDrop(layer, config.weight_dropout)
       layers.append(layer)

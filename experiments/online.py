@@ -38,7 +38,6 @@ from experiments.core import (
   processes,
   recipe,
 )
-from experiments.core.cells import CELLS
 from experiments.core.flags import check, option, redeclare
 from experiments.core.loop import Task
 from experiments.core.plotting import Plot
@@ -82,7 +81,7 @@ class Config(recipe.Recipe):
   )
   lr: float = redeclare(recipe.Recipe, 'lr', 3e-3)
   clip: float = redeclare(recipe.Recipe, 'clip', 1.0)
-  cell: str = option('gru', 'recurrent layer', CELLS, group='model')
+  cell: str = option('gru', 'recurrent layer', tuple(cells.CELLS), group='model')
   hidden: int = option(16, 'H, units', within='[1, inf)', group='model')
   seq_len: int = option(100, 'T, steps per batch', within='[2, inf)', group='task')
   batch_size: int = option(
@@ -111,6 +110,7 @@ class Config(recipe.Recipe):
   def __post_init__(self) -> None:
     super().__post_init__()
     self.check_length(self.seq_len)
+    cells.check_settings(self, self.cell)
     whole = [name for name in self.method if not carries_credit(name)]
     check(
       self.influence == 'none' or not whole,
@@ -150,7 +150,7 @@ def _recurrent_layer(config: Config, features: int, rngs: nnx.Rngs) -> Any:
       max_phase=0.1 / config.seq_len,
       rngs=rngs,
     )
-  return CELLS[config.cell](features, config.hidden, None, rngs)
+  return cells.build(config, config.cell, features, config.hidden, None, rngs)
 
 
 def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:

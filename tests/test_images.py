@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
 from interruption import interrupted_at
 import jax
 import numpy as np
@@ -186,6 +187,17 @@ def test_the_permutation_is_fixed_and_kept_with_the_run(
     )
 
 
+@pytest.mark.parametrize('cell', cells.WITH_KERNEL)
+def test_layers_run_as_the_flags_say(cell: str) -> None:
+  """Each layer gets the implementation and the precision of products."""
+  settings = {**FLOAT32_TINY, 'task': 'mnist', 'cell': cell}
+  config = images.Config(**settings, implementation='custom_vjp', products='bfloat16')
+  layer = cells.build(config, cell, 2, 3, None, nnx.Rngs(0))
+  assert (layer.implementation, layer.products) == ('custom_vjp', 'bfloat16')
+  default = cells.build(images.Config(**settings), cell, 2, 3, None, nnx.Rngs(0))
+  assert (default.implementation, default.products) == ('auto', None)
+
+
 @pytest.mark.parametrize('cell', list(cells.CELLS))
 def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
   """All parameters move, the stacked layers' too."""
@@ -262,6 +274,18 @@ def test_parameter_counts_are_the_paper_s(
     (dict(average_after=-1), '--average_after must be .*, got -1'),
     (dict(alpha_warmup=-1), '--alpha_warmup must be .*, got -1'),
     (dict(weight_decay=-1.0), '--weight_decay must be .*, got -1.0'),
+    (
+      dict(cell='lru', implementation='native'),
+      "--implementation must be 'auto' with --cell=lru, .* got 'native'",
+    ),
+    (
+      dict(cell='fastgrnn', products='bfloat16'),
+      "--products must be 'float32' with --cell=fastgrnn, .* got 'bfloat16'",
+    ),
+    (
+      dict(implementation='scan', products='bfloat16'),
+      "--products must be 'float32' with --implementation=scan, got 'bfloat16'",
+    ),
   ],
 )
 def test_settings_of_no_meaning_are_refused(

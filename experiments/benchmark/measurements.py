@@ -105,6 +105,9 @@ def _our_systems(case: Case, without: dict[str, str]) -> dict[str, Callable[[], 
     found['ours, XLA alone'] = lambda: train_step(
       case, lstm_cell(case, implementation='custom_vjp'), mesh
     )
+  found['ours, bfloat16'] = lambda: train_step(
+    case, lstm_cell(case, products='bfloat16'), mesh
+  )
   found[f'ours, {MANY_NAME}'] = lambda: train_steps(case, lstm_cell(case), mesh)
   # On a CPU one vector of all parameters takes several times as long.
   if not devices.is_cpu():

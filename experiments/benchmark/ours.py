@@ -52,13 +52,9 @@ def make_trainer(
   )
 
 
-def lstm_cell(
-  case: Case, implementation: str = 'auto'
-) -> Callable[[nnx.Rngs], nn.LSTM]:
-  """Return a function (rngs) -> the LSTM of `fptt_jax`."""
-  return lambda rngs: nn.LSTM(
-    case.features, case.hidden, implementation=implementation, rngs=rngs
-  )
+def lstm_cell(case: Case, **settings: Any) -> Callable[[nnx.Rngs], nn.LSTM]:
+  """Return a function (rngs) -> the LSTM of `fptt_jax` with some settings."""
+  return lambda rngs: nn.LSTM(case.features, case.hidden, rngs=rngs, **settings)
 
 
 def train_step(

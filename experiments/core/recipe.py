@@ -151,6 +151,19 @@ class Recipe:
     within='[0, inf)',
     group='devices',
   )
+  implementation: str = option(
+    'auto',
+    'how windows of the recurrent layers run; auto: in a native kernel on a CPU, if '
+    'the layer has one, else by the hand-written backward pass',
+    ('auto', 'native', 'custom_vjp', 'scan'),
+    group='devices',
+  )
+  products: str = option(
+    'float32',
+    'what the operands of the products in recurrent layers are rounded to',
+    ('float32', 'bfloat16'),
+    group='devices',
+  )
   steps_per_call: int = option(
     25,
     'batches per call of the compiled program, after which progress is shown; 0: all '
