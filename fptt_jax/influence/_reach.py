@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import by_path, join
 from fptt_jax.influence._base import WindowMap
@@ -33,8 +34,7 @@ def reached_paths(window: WindowMap, params: Params, hidden: Hidden) -> tuple[st
   known = _found.setdefault(window.run, {})
   key = shapes_key(window, params)
   if key not in known:
-    with jax.ensure_compile_time_eval():
-      known[key] = _probe_reach(window, params, hidden)
+    known[key] = _probe_reach(window, params, hidden)
   return known[key]
 
 
@@ -57,7 +57,7 @@ def _probe_reach(window: WindowMap, params: Params, hidden: Hidden) -> tuple[str
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, hidden, x)
   )
 
-  @jax.jit
+  @concrete
   def gradient(params: Params, hidden: Hidden, x: Any, seed: jax.Array) -> Params:
     def end(params: Params) -> jax.Array:
       ends = join(window.run(params, hidden, x, None))
@@ -75,13 +75,13 @@ def _probe_reach(window: WindowMap, params: Params, hidden: Hidden) -> tuple[str
     point = draw_like(shapes, seed)
     for path, leaf in by_path(gradient(*point, np.uint32(seed))).items():
       # A NaN counts as a dependence, too.
-      if bool((leaf != 0).any()):
+      if (np.asarray(leaf) != 0).any():
         reached.add(path)
   return tuple(path for path in by_path(params) if path in reached)
 
 
 def draw_like(tree: Any, seed: int) -> Any:
-  """Return random arrays of the shapes and dtypes of a tree.
+  """Return random concrete arrays of the shapes and dtypes of a tree.
 
   Args:
     tree: Tree of abstract arrays. Real ones become normal numbers, integers 0 or 1.
@@ -91,9 +91,11 @@ def draw_like(tree: Any, seed: int) -> Any:
 
   def draw(leaf: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
-      return jnp.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype)
+      return np.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return jax.random.split(jax.random.key(seed), leaf.shape)
-    return jnp.asarray(rng.integers(0, 2, leaf.shape), leaf.dtype)
+      # Keys are no NumPy arrays, so they must be kept out of a surrounding trace.
+      with jax.ensure_compile_time_eval():
+        return jax.random.split(jax.random.key(seed), leaf.shape)
+    return np.asarray(rng.integers(0, 2, leaf.shape), leaf.dtype)
 
   return jax.tree.map(draw, tree)

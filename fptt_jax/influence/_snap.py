@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax._checks import check_flag, check_size
+from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, OwnStep, Params
 from fptt_jax.influence._arrays import Weights, join
 from fptt_jax.influence._base import Influence, WindowMap
@@ -186,8 +187,7 @@ def snap(n: int) -> Influence:
     known = patterns.setdefault(window.run, {})
     key = shapes_key(window, params)
     if key not in known:
-      with jax.ensure_compile_time_eval():
-        known[key] = _find_pattern(window, params, hidden, n)
+      known[key] = _find_pattern(window, params, hidden, n)
     return known[key]
 
   def init(window: WindowMap, params: Params, hidden: Hidden) -> Weights:
@@ -257,7 +257,7 @@ def _find_pattern(window: WindowMap, params: Params, hidden: Hidden, n: int) -> 
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, hidden, x)
   )
 
-  @jax.jit
+  @concrete
   def derivatives(params: Params, hidden: Hidden, x: Any, fresh: jax.Array) -> Any:
     eye = jnp.eye(size, dtype=join(hidden).dtype)
     cotangents = jnp.broadcast_to(eye[:, None], (size, rows, size))
@@ -269,7 +269,7 @@ def _find_pattern(window: WindowMap, params: Params, hidden: Hidden, n: int) -> 
   for seed in range(DRAWS):
     point = draw_like(shapes, seed)
     for fresh in (False, True):
-      direct, jacobian = derivatives(*point, jnp.full(rows, fresh))
+      direct, jacobian = derivatives(*point, np.full(rows, fresh))
       moved |= np.any(np.asarray(jacobian) != 0, axis=1)
       for path, leaf in direct.items():
         found = np.any(np.asarray(leaf) != 0, axis=0)

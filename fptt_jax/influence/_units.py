@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import by_path, is_real, join, row_size, split
 from fptt_jax.influence._base import WindowMap
@@ -72,8 +73,7 @@ def find_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
   known = _found.setdefault(window.run, {})
   key = shapes_key(window, params)
   if key not in known:
-    with jax.ensure_compile_time_eval():
-      known[key] = _probe_units(window, params, hidden)
+    known[key] = _probe_units(window, params, hidden)
   return known[key]
 
 
@@ -125,7 +125,7 @@ class _Probe:
     """
     self.window = window
     self.columns = columns
-    self._pull = jax.jit(self._pull_back)
+    self._pull = concrete(self._pull_back)
 
   def run(
     self, point: tuple[Params, Hidden, Any]
