@@ -151,7 +151,7 @@ class IndRNN(Recurrent):
     return run_fused(FUSED_CELL, weights, state, drive, mask)
 
   def own_step(self, state: jax.Array, x_t: jax.Array, own_only: bool) -> OwnStep:
-    """Returns the derivatives within each unit; see :class:`Recurrent`."""
+    """Return the derivatives within each unit; see :class:`Recurrent`."""
     u = self._clipped_u()[None]
     z = x_t @ self.w_x[...] + u * state + self.bias[None]
     gain = (z > 0).astype(z.dtype)

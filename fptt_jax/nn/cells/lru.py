@@ -215,7 +215,7 @@ class LRU(Recurrent):
     return state, y
 
   def own_step(self, state: LRUState, x_t: jax.Array, own_only: bool) -> OwnStep:
-    """Returns the derivatives within each unit; see :class:`Recurrent`."""
+    """Return the derivatives within each unit; see :class:`Recurrent`."""
     lambda_re, lambda_im, b, _ = self._matrices()
     re, im = state
     kept_re = lambda_re * re - lambda_im * im
