@@ -95,7 +95,7 @@ def programs_of_estimators() -> Iterator[tuple[tuple[str, str], Callable[[], int
   if importlib.util.find_spec('river') is not None:
     from fptt_jax.river import Regressor
 
-    models['fptt_jax.river, GRU, S=8, none'] = Regressor()
+    models['fptt_jax.river, GRU, S=8, snap1'] = Regressor()
   if systems.has_deep_river():
     import torch
 
