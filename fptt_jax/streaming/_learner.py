@@ -156,8 +156,12 @@ def make_learner(
     on_drift=on_drift,
     inner_steps=int(inner_steps),
   )
-  functions = _Functions(spec)
-  donate = check_flag('donate', donate)
+  return _compile(_Functions(spec), check_flag('donate', donate))
+
+
+def _compile(functions: '_Functions', donate: bool) -> Learner:
+  """Return the compiled functions of a learner."""
+  # `init` runs once and checks values, which compiled code cannot.
   return Learner(
     init=functions.init,
     step=Compiled(functions.step, donate=donate),
