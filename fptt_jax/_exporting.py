@@ -72,7 +72,7 @@ class LoadedStep(NamedTuple):
   """A train step that :func:`load_exported_step` read.
 
   Attributes:
-    step: (state, *arguments) -> (state, results). A state is a list of arrays in the
+    step: `(state, *arguments) -> (state, results)`. A state is a list of arrays in the
       manifest's order, which is donated if the manifest says so; the arguments are the
       leaves of the step's other arguments. The results are a dict by path.
     state: The first state.
@@ -99,8 +99,8 @@ def export_step(
   exports.
 
   Args:
-    step: A pure function (state, *args) -> (new state, results) or (new state, result,
-      result, ...), such as `trainer.step`, where a state is a tree of arrays.
+    step: A pure function `(state, *args)` -> (new state, results) or (new state,
+      result, result, ...), such as `trainer.step`, where a state is a tree of arrays.
     state: The first state, concrete.
     *args: The other arguments, such as a :class:`Batch`: trees of arrays, or of
       `jax.ShapeDtypeStruct`.
