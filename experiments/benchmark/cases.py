@@ -91,9 +91,10 @@ class CreditCase(NamedTuple):
 
 CREDIT_CASES = (
   CreditCase('LSTM', ('snap1', 'uoro', 'lookback')),
-  # Without the native kernel, which makes the step without an influence faster.
-  CreditCase('LSTM', ('snap1',), 'custom_vjp'),
   CreditCase('GRU', ('snap1',)),
+  # Without the native kernels, which make the steps without an influence faster.
+  CreditCase('LSTM', ('snap1',), 'custom_vjp'),
+  CreditCase('GRU', ('snap1',), 'custom_vjp'),
   CreditCase('LRU', ('rtrl',)),
   CreditCase('IndRNN', ('rtrl',)),
 )

@@ -25,9 +25,9 @@ def rtrl(max_bytes: int = MAX_BYTES) -> Influence:
 
   A model whose only recurrent layer keeps its units apart, such as an :class:`LRU` or
   an :class:`IndRNN`, needs one number per parameter and array of the state alone:
-  B·m·P numbers, and about as much time as the window itself. Whether a model is of this
-  kind is found by running one step. A layer before the recurrent one, such as a linear
-  encoder, reaches all units, so that the model is not.
+  B·m·P numbers, and one to two times the time of the window itself. Whether a model is
+  of this kind is found by running one step. A layer before the recurrent one, such as a
+  linear encoder, reaches all units, so that the model is not.
 
   With weights that do not move, the gradients of a sequence's windows add up to that of
   back-propagation through time. With weights that move, each gradient is the derivative

@@ -52,7 +52,7 @@ def snap1(own_only: bool = False) -> Influence:
     recurrent layer, the scalars of a :class:`FastGRNN`, the reset gate of a GRU that
     resets before its matrix.
 
-  `StepMetrics.credit_norm` tells how much credit arrives. A window takes three to seven
+  `StepMetrics.credit_norm` tells how much credit arrives. A window takes three to nine
   times as long where layers define `own_step`, as LSTM, GRU, ElmanRNN, LRU and
   IndRNN do; other layers need H forward steps for each step.
 
