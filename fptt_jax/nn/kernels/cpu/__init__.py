@@ -109,11 +109,14 @@ def _load(cell: str, products: str) -> ctypes.CDLL:
 
   Raises:
     OSError: the library cannot be written or loaded.
-    RuntimeError: there is no compiler, or it fails, or the processor has no such
-      products.
+    RuntimeError: there is no compiler, or it fails, or the processor has too narrow
+      vectors or no such products.
   """
   command = compile_command(cell, products)
   macros = _read_macros(command)
+  # With narrower vectors XLA's own programs are faster.
+  if not any(name in macros for name in ('__AVX2__', '__aarch64__')):
+    raise RuntimeError('the processor has neither AVX2 nor the vectors of 64-bit Arm')
   if products == 'bfloat16' and '__AVX512BF16__' not in macros:
     raise RuntimeError('the processor has no products of bfloat16 (AVX-512 BF16)')
   folder = _private_folder()
@@ -158,13 +161,22 @@ def _read_macros(command: list[str]) -> str:
   """Return the macros that the compiler defines.
 
   They tell its version and the instructions of the processor.
+
+  Raises:
+    RuntimeError: the compiler fails.
   """
-  done = subprocess.run(
-    [*command[:-1], '-x', 'c++', '-dM', '-E', os.devnull],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  return _run([*command[:-1], '-x', 'c++', '-dM', '-E', os.devnull])
+
+
+def _run(command: list[str]) -> str:
+  """Run a compiler and return its output.
+
+  Raises:
+    RuntimeError: it fails.
+  """
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  if done.returncode != 0:
+    raise RuntimeError(f'{command[0]} failed:\n{done.stdout}{done.stderr}')
   return done.stdout
 
 
@@ -180,7 +192,7 @@ def _digest(command: list[str], macros: str) -> str:
 
 
 def _compile(command: list[str], library: Path) -> None:
-  """Compile to a temporary file beside the library and moves it into place.
+  """Compile to a temporary file beside the library and move it into place.
 
   Other processes may compile the same library; the last one that ends wins.
 
@@ -190,13 +202,6 @@ def _compile(command: list[str], library: Path) -> None:
   """
   with tempfile.TemporaryDirectory(dir=library.parent) as folder:
     output = Path(folder) / library.name
-    done = subprocess.run(
-      [*command, '-o', str(output)], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-      raise RuntimeError(
-        f'{command[0]} failed to compile {Path(command[-1]).name}:\n'
-        f'{done.stdout}{done.stderr}'
-      )
+    _run([*command, '-o', str(output)])
     output.chmod(0o700)
     output.replace(library)
