@@ -608,7 +608,7 @@ def test_own_transitions_are_the_diagonals_of_a_steps_derivative(name: str) -> N
   assert_close(stacked(layer.own_step(state, x, False)), diagonals(layer))
   gates = layer.w_h.shape[1] // H
   without = layer.w_h[...] * (1 - jnp.tile(jnp.eye(H), gates))
-  layer.w_h.set_value(without)
+  layer.w_h[...] = without
   expected = diagonals(layer)
   assert_close(stacked(layer.own_step(state, x, True)), expected)
 
