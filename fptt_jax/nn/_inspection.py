@@ -179,7 +179,8 @@ def _referred(value: Any, within: bool, seen: set[int]) -> Iterator[Any]:
     return
   # Objects may refer to each other in circles.
   seen.add(id(value))
-  if isinstance(value, jax.Array | np.ndarray):
+  # Old releases of Flax keep abstract arrays of `eval_shape` as plain attributes.
+  if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
     yield value
     return
   is_container = isinstance(value, tuple | list | set | frozenset | dict)
