@@ -217,7 +217,7 @@ struct Backward {
   template <typename Cell>
   void run(Team& team, Scratch& scratch, const Cell& cell) {
     allocate(scratch);
-    pack<GH>(team, w_h, window.units, packed_h);
+    if (window.steps > 1 || dh_start) pack<GH>(team, w_h, window.units, packed_h);
     if (dx) pack<GX>(team, w_x, window.inputs, packed_x);
     window.pad(dh_end, dh);
     const int blocks = window.units.blocks(), panels = window.units.panels();
