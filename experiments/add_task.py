@@ -28,7 +28,6 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tabulate import tabulate
 
 from experiments.core import (
@@ -287,21 +286,14 @@ def make_trainer(
   Raises:
     UserError: the devices do not fit the batch or the runs.
   """
-  decay = None
-  if config.decay:
-    _, updates = recipe.updates_per_sequence(config, method, config.seq_len)
-    decay = optax.cosine_decay_schedule(1.0, config.batches * updates)
-  steps = recipe.window_steps(config, method, config.seq_len)
-  meshes = devices.choose_meshes(
-    config, config.batch_size, config.hidden, steps, members
-  )
+  meshes = intervals.choose_meshes(config, method, members)
   trainer = optimizers.make_trainer(
     config,
     method,
     make_model(config),
     fptt_jax.losses.terminal_regression(),
     config.seq_len,
-    decay=decay,
+    decay=intervals.decay_schedule(config, method),
     mesh=meshes.batch,
   )
   return trainer, meshes

@@ -25,7 +25,6 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.core import (
   cells,
@@ -173,14 +172,8 @@ def make_trainer(
     UserError: the devices do not fit the batch or the runs.
   """
   problem = PROBLEMS[config.task]
-  num_windows, updates = recipe.updates_per_sequence(config, method, config.seq_len)
-  decay = None
-  if config.decay:
-    decay = optax.cosine_decay_schedule(1.0, config.batches * updates)
-  steps = recipe.window_steps(config, method, config.seq_len)
-  meshes = devices.choose_meshes(
-    config, config.batch_size, config.hidden, steps, members
-  )
+  num_windows, _ = recipe.updates_per_sequence(config, method, config.seq_len)
+  meshes = intervals.choose_meshes(config, method, members)
   # The target of an episode is asked for in its last window alone.
   weights = None if problem.is_stream else [0.0] * (num_windows - 1) + [1.0]
   trainer = optimizers.make_trainer(
@@ -189,7 +182,7 @@ def make_trainer(
     make_model(config),
     problem.make_loss(),
     config.seq_len,
-    decay=decay,
+    decay=intervals.decay_schedule(config, method),
     mesh=meshes.batch,
     carry_hidden=problem.is_stream,
     influence=config.influence,

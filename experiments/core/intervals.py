@@ -5,10 +5,42 @@ import statistics
 from typing import Any
 
 import numpy as np
+import optax
 
-from experiments.core import loop
+from experiments.core import devices, loop, recipe
 from experiments.core.schedule import Member
 import fptt_jax
+
+
+def decay_schedule(config: Any, method: str) -> optax.Schedule | None:
+  """Return the schedule of the learning rate's factor for --decay.
+
+  Args:
+    config: settings of the runs, with `decay`, `batches` and `seq_len`.
+    method: training method.
+
+  Returns:
+    (updates so far) -> factor, a half cosine from 1 to 0; None without --decay.
+  """
+  if not config.decay:
+    return None
+  _, updates = recipe.updates_per_sequence(config, method, config.seq_len)
+  return optax.cosine_decay_schedule(1.0, config.batches * updates)
+
+
+def choose_meshes(config: Any, method: str, members: int) -> devices.Meshes:
+  """Return the devices for several runs of one recurrent layer.
+
+  Args:
+    config: settings of the runs, with `seq_len`, `batch_size` and `hidden`.
+    method: training method.
+    members: number of runs.
+
+  Raises:
+    UserError: the devices do not fit the batch or the runs.
+  """
+  steps = recipe.window_steps(config, method, config.seq_len)
+  return devices.choose_meshes(config, config.batch_size, config.hidden, steps, members)
 
 
 @dataclasses.dataclass(frozen=True)
