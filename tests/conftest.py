@@ -4,13 +4,13 @@ from collections.abc import Iterator
 import gc
 import os
 
+import helpers
 import jax
-import problems
 import pytest
 
 # XLA_FLAGS= in the environment leaves programs as users have them, and takes twice the
 # time.
-os.environ.setdefault('XLA_FLAGS', problems.QUICK_FLAGS)
+os.environ.setdefault('XLA_FLAGS', helpers.QUICK_FLAGS)
 
 # Silent broadcasting between ranks is an error in every test. Strict promotion of
 # dtypes is a fixture: optax's Adam needs it off.
@@ -37,5 +37,5 @@ def strict_dtypes() -> Iterator[None]:
 @pytest.fixture
 def x64() -> Iterator[None]:
   """float64 for the length of one test."""
-  with problems.default_float64():
+  with helpers.default_float64():
     yield

@@ -4,11 +4,11 @@ import functools
 from typing import Any
 
 from flax import nnx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 
 import fptt_jax
 from fptt_jax import influence, losses, nn
@@ -35,7 +35,7 @@ def stack(*kinds: Any) -> fptt_jax.Model:
 @functools.cache
 def elman() -> fptt_jax.Model:
   """One model for many tests, which is probed and compiled once."""
-  return problems.elman(hidden=H, dtype=jnp.float64)
+  return helpers.elman(hidden=H, dtype=jnp.float64)
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def whole_elman_gradient(num_steps: int = T, num_windows: int = 3) -> Any:
 
 
 def batch_of(num_steps: int = T, seed: int = 0) -> fptt_jax.Batch:
-  return problems.series_batch(num_steps, B, seed=seed, dtype=np.float64)
+  return helpers.series_batch(num_steps, B, seed=seed, dtype=np.float64)
 
 
 def collect(use_grad_fn: bool = False) -> optax.GradientTransformationExtraArgs:
@@ -71,7 +71,7 @@ def total_gradient(
 ) -> tuple[Any, fptt_jax.StepMetrics]:
   """The sum of all updates' gradients, and the metrics of the last batch."""
   optimizer = collect() if optimizer is None else optimizer
-  trainer = problems.quick_trainer(model, loss, optimizer, method=method, **options)
+  trainer = helpers.quick_trainer(model, loss, optimizer, method=method, **options)
   state = trainer.init(jax.random.key(0), batches[0])
   for batch in batches:
     state, metrics = trainer.step(state, batch)
@@ -79,9 +79,7 @@ def total_gradient(
 
 
 def assert_close(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-    scale = max(float(jnp.abs(b).max()), 1e-12)
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+  helpers.assert_close(got, expected, tolerance, least=1e-12)
 
 
 def distance(got: Any, expected: Any) -> float:

@@ -9,19 +9,19 @@ from pathlib import Path
 import sys
 from typing import Any
 
+import helpers
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
-import problems
 
 import fptt_jax
 from fptt_jax import losses
 
 T, B, N, OUT = 12, 16, 5, 3
 LOSS = losses.sequence_regression()
-BATCHES = [problems.series_batch(T, B, out=OUT, seed=n) for n in range(N)]
+BATCHES = [helpers.series_batch(T, B, out=OUT, seed=n) for n in range(N)]
 
 
 def train(
@@ -33,7 +33,7 @@ def train(
   optimizer = fptt_jax.fptt(
     optax.chain(optax.clip_by_global_norm(0.3), optax.adam(0.01))
   )
-  model = problems.elman(hidden=8, out=OUT)
+  model = helpers.elman(hidden=8, out=OUT)
   mine = slice(B // processes * process, B // processes * (process + 1))
   share = lambda batch: jax.tree.map(lambda x: x[..., mine, :], batch)
   batches = [fptt_jax.make_global_batch(share(batch), LOSS, mesh) for batch in BATCHES]

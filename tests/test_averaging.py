@@ -3,11 +3,11 @@ starts it.
 """
 
 import chex
+from helpers import elman, quick, tagging_batch
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import elman, quick, tagging_batch
 import pytest
 
 from experiments.core.averaging import (

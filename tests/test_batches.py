@@ -1,11 +1,11 @@
 """Inputs that are trees, and batches whose first axis is the batch's."""
 
 from flax import nnx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -72,7 +72,7 @@ def test_a_tree_gives_what_one_array_gives(sequence, method):
   )
   results = []
   for used, inputs in ((model(), batch.inputs), (joined, packed.astype(np.float32))):
-    trainer = problems.quick_trainer(used, loss, optimizer, method=method, **options)
+    trainer = helpers.quick_trainer(used, loss, optimizer, method=method, **options)
     given = batch._replace(inputs=inputs)
     fptt_jax.validate_batch(given, loss)
     state, metrics = trainer.step(trainer.init(jax.random.key(0), given), given)
@@ -133,7 +133,7 @@ def test_a_model_that_is_all_readout_takes_a_tree():
   )
   loss = losses.sequence_classification(3)
   for used in (stateless, stateless._replace(split=split)):
-    trainer = problems.quick_trainer(
+    trainer = helpers.quick_trainer(
       used, loss, optax.sgd(0.1), method='tbptt', num_windows=3
     )
     batch = tree_batch(True)

@@ -8,11 +8,11 @@ from typing import Any
 
 import chex
 from flax import nnx
+from helpers import quick, quick_trainer, regression_batch
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import quick, quick_trainer, regression_batch
 import pytest
 
 import fptt_jax

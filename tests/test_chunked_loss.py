@@ -5,11 +5,11 @@ from typing import Any
 
 import chex
 from flax import nnx
+from helpers import optimized, quick, quick_trainer
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import optimized, quick, quick_trainer
 import pytest
 
 import fptt_jax

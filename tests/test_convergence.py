@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 from experiments import add_task
@@ -108,13 +108,13 @@ def test_measuring_leaves_the_training_as_it_is() -> None:
   """Parameters, hidden state and the optimizer's own state after two batches are those
   without monitoring, to the bit.
   """
-  batch, states = problems.regression_batch(7, 4), []
+  batch, states = helpers.regression_batch(7, 4), []
   for wrap in (lambda tx: tx, convergence.monitored):
     optimizer = wrap(
       optax.chain(optax.clip_by_global_norm(1.0), fptt(optax.adam(1e-2), alpha=0.1))
     )
-    trainer = problems.quick_trainer(
-      problems.elman(), fptt_jax.losses.terminal_regression(), optimizer, num_windows=3
+    trainer = helpers.quick_trainer(
+      helpers.elman(), fptt_jax.losses.terminal_regression(), optimizer, num_windows=3
     )
     state = trainer.init(jax.random.key(0), batch)
     for _ in range(2):
@@ -132,9 +132,9 @@ def test_mean_gradient_is_that_of_the_mean_loss() -> None:
   window losses written out, weights t/T, hidden state stopped at each window's start;
   the given parameters stay usable.
   """
-  model, loss = problems.elman(dtype=np.float64), fptt_jax.losses.terminal_regression()
+  model, loss = helpers.elman(dtype=np.float64), fptt_jax.losses.terminal_regression()
   batches = [
-    problems.regression_batch(7, 3, seed=seed, dtype=np.float64) for seed in range(2)
+    helpers.regression_batch(7, 3, seed=seed, dtype=np.float64) for seed in range(2)
   ]
   params = model.init(jax.random.key(1))
 
@@ -154,7 +154,7 @@ def test_mean_gradient_is_that_of_the_mean_loss() -> None:
   mean = lambda p: jnp.concatenate(
     [window_losses(p, batch) for batch in batches]
   ).mean()
-  gradient = problems.quick(jax.grad(mean))(params)
+  gradient = helpers.quick(jax.grad(mean))(params)
   expected = np.sqrt(sum(np.sum(np.asarray(g) ** 2) for g in jax.tree.leaves(gradient)))
   for _ in range(2):  # Nothing is left over from one call to the next.
     assert convergence.mean_gradient_norm(
@@ -169,7 +169,7 @@ def test_study_has_a_row_an_interval(
   its plot.
   """
   monkeypatch.setattr(
-    add_task, 'make_model', lambda config: problems.elman(hidden=config.hidden)
+    add_task, 'make_model', lambda config: helpers.elman(hidden=config.hidden)
   )
   config = add_task.Config(
     seq_len=6, num_windows=2, hidden=2, batch_size=3, batches=5, eval_every=2

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import helpers
 import jax
 import numpy as np
 import optax
-import problems
 import pytest
 
 from experiments import add_task
@@ -54,14 +54,14 @@ def test_time_goes_to_what_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pause = 0 * clock.spend(3.0, optax.tree.norm(grads))
     return jax.tree.map(lambda g: -0.1 * g + pause, grads), state
 
-  model = problems.elman(hidden=2)
+  model = helpers.elman(hidden=2)
   slow = model._replace(
     apply=lambda p, h, x, mask, key: model.apply(
       {**p, 'b': slow_backward(p['b'])}, h, x, mask, key
     )
   )
   optimizer = optax.GradientTransformation(lambda params: (), slow_update)
-  loss, batch = fptt_jax.losses.terminal_regression(), problems.regression_batch(4, 2)
+  loss, batch = fptt_jax.losses.terminal_regression(), helpers.regression_batch(4, 2)
   costs = cost.measure(
     slow, loss, lambda method: optimizer, 'bptt', batch, num_windows=None, repeats=3
   )
@@ -83,9 +83,9 @@ def measure_with_times(
     cost, 'timed_step', lambda step, state, batch: (next(times), *step(state, batch))
   )
   model, loss, batch = (
-    problems.elman(hidden=2),
+    helpers.elman(hidden=2),
     fptt_jax.losses.terminal_regression(),
-    problems.regression_batch(4, 2),
+    helpers.regression_batch(4, 2),
   )
   return cost.measure(
     model,
@@ -136,9 +136,9 @@ def test_batches_of_one_program_share_its_time(monkeypatch: pytest.MonkeyPatch) 
 def test_memory_and_updates_are_the_trainers() -> None:
   """Bytes are those of the method's own step, which updates K times a batch."""
   model, loss, batch = (
-    problems.elman(hidden=2),
+    helpers.elman(hidden=2),
     fptt_jax.losses.terminal_regression(),
-    problems.regression_batch(6, 2),
+    helpers.regression_batch(6, 2),
   )
   costs = cost.measure(
     model, loss, lambda method: optax.adam(0.1), 'ftrl', batch, num_windows=3, repeats=1
@@ -216,7 +216,7 @@ def test_table1_measures(monkeypatch: pytest.MonkeyPatch) -> None:
   as each makes.
   """
   monkeypatch.setattr(
-    add_task, 'make_model', lambda config: problems.elman(hidden=config.hidden)
+    add_task, 'make_model', lambda config: helpers.elman(hidden=config.hidden)
   )
   monkeypatch.setattr(cost, 'FTRL_STEPS', 0)
   rows = cost.table1(

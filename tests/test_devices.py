@@ -6,11 +6,11 @@ import re
 import subprocess
 import sys
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 from experiments.core import devices, recipe
@@ -58,8 +58,8 @@ def make(task, method, mesh, optimizer, dtype=jnp.float64, **options):
     options = {'num_windows': 4} | options
   if method == 'tbptt_final':
     options = {'truncation_steps': 4} | options
-  model = problems.lstm(hidden=8, out=out, dtype=dtype)
-  return problems.quick_trainer(
+  model = helpers.lstm(hidden=8, out=out, dtype=dtype)
+  return helpers.quick_trainer(
     model, loss, tx, method=method, mesh=mesh, **options
   ), targets
 
@@ -181,8 +181,8 @@ def test_explicit_gradients_on_two_devices():
 
   def run(where):
     tx = fptt_jax.fptt(clipped_adam(), gradient_estimate='recomputed')
-    model = problems.elman(hidden=8, out=out, dtype=jnp.float64)
-    trainer = problems.quick_trainer(
+    model = helpers.elman(hidden=8, out=out, dtype=jnp.float64)
+    trainer = helpers.quick_trainer(
       model, loss, tx, num_windows=4, inner_steps=2, **where
     )
     batch = fptt_jax.Batch(INPUTS, targets)
@@ -252,8 +252,8 @@ def clipped_trainer(**where):
   """(trainer, its state, a batch): FPTT whose optimizer looks at the whole gradient."""
   loss, targets, out = TASKS['regression']
   tx = fptt_jax.fptt(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))
-  trainer = problems.quick_trainer(
-    problems.lstm(hidden=32, out=out), loss, tx, num_windows=4, **where
+  trainer = helpers.quick_trainer(
+    helpers.lstm(hidden=32, out=out), loss, tx, num_windows=4, **where
   )
   batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32))
   return trainer, trainer.init(jax.random.key(0), batch), batch
@@ -326,8 +326,8 @@ def test_one_devices_nan_skips_the_update_on_all(task):
   start, end = inputs.copy(), inputs.copy()
   start[5:, 3] = end[:5, 3] = np.nan  # WindowPlan start at 0, 2, 5 and 7.
   options = dict(num_windows=4, carry_hidden=True, mesh=mesh_of(8), skip_nonfinite=True)
-  trainer = problems.quick_trainer(
-    problems.lstm(out=out), loss, fptt_jax.fptt(optax.adam(0.01)), **options
+  trainer = helpers.quick_trainer(
+    helpers.lstm(out=out), loss, fptt_jax.fptt(optax.adam(0.01)), **options
   )
 
   def train(sequences):
@@ -381,7 +381,7 @@ def test_noise_differs_between_devices(shard_params):
 def test_what_does_not_fit_is_refused():
   loss, targets, _ = TASKS['regression']
   build = lambda mesh: fptt_jax.make_trainer(
-    problems.lstm(), loss, optax.sgd(0.1), method='tbptt', num_windows=2, mesh=mesh
+    helpers.lstm(), loss, optax.sgd(0.1), method='tbptt', num_windows=2, mesh=mesh
   )
   batch = fptt_jax.Batch(INPUTS.astype(np.float32), targets.astype(np.float32))
   with pytest.raises(
@@ -396,7 +396,7 @@ def test_what_does_not_fit_is_refused():
     ValueError, match=r'shard_params=True needs a mesh, .* got mesh=None\.'
   ):
     fptt_jax.make_trainer(
-      problems.lstm(), loss, optax.sgd(0.1), method='tbptt', shard_params=True
+      helpers.lstm(), loss, optax.sgd(0.1), method='tbptt', shard_params=True
     )
   square = jax.sharding.Mesh(np.array(jax.devices('cpu')[:4]).reshape(2, 2), ('a', 'b'))
   with pytest.raises(
@@ -414,14 +414,14 @@ def test_evaluation_of_any_batch_size():
   """What cannot be split is evaluated whole."""
   loss, targets, _ = TASKS['regression']
   trainer = fptt_jax.make_trainer(
-    problems.lstm(),
+    helpers.lstm(),
     loss,
     optax.sgd(0.1),
     method='tbptt',
     num_windows=2,
     mesh=mesh_of(2),
   )
-  params = problems.lstm().init(jax.random.key(0))
+  params = helpers.lstm().init(jax.random.key(0))
   inputs, targets = INPUTS.astype(np.float32), targets.astype(np.float32)
   whole, _ = trainer.evaluate(params, fptt_jax.Batch(inputs, targets))
   parts = [
@@ -582,7 +582,7 @@ def test_population_start_from_the_same_rows():
 def test_gradient_of_evaluation_on_devices():
   """It is that of one device, with respect to parameters and to the initial state."""
   loss, targets, out = TASKS['series']
-  model = problems.elman(out=out, dtype=jnp.float64)
+  model = helpers.elman(out=out, dtype=jnp.float64)
   batch = fptt_jax.Batch(INPUTS, targets, LENGTHS)
 
   def gradient(where):
@@ -609,8 +609,8 @@ def train_placed(mesh, spec=None, over=None):
   """The losses of two steps and the evaluated one, the inputs sharded as `spec` over
   the mesh `over`.
   """
-  trainer = problems.quick_trainer(
-    problems.lstm(),
+  trainer = helpers.quick_trainer(
+    helpers.lstm(),
     losses.terminal_regression(),
     optax.sgd(0.1),
     method='tbptt',

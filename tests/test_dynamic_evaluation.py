@@ -10,11 +10,11 @@ from typing import Any
 
 import chex
 from flax import nnx
+from helpers import quick, quick_trainer
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import quick, quick_trainer
 import pytest
 
 from experiments import dynamic_evaluation, language_model

@@ -4,11 +4,11 @@ import functools
 import re
 
 from flax import nnx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -60,7 +60,7 @@ def value_and_gradients(layer, implementation, shape, masked, dtype=jnp.float64)
   )
   weights = draw(3, size, batch_size, H)
 
-  @problems.quick
+  @helpers.quick
   @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
   def total(params, state, x):
     end, y = run.apply(params, state, x, mask, None)
@@ -70,13 +70,6 @@ def value_and_gradients(layer, implementation, shape, masked, dtype=jnp.float64)
     )
 
   return total(params, state, draw(4, size, batch_size, features))
-
-
-def assert_close(got, expected, tolerance):
-  """Compare each leaf to `tolerance` times its largest number."""
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
 
 
 @pytest.mark.usefixtures('x64')
@@ -101,7 +94,9 @@ def test_fused_equals_the_scan(layer, axis, shape, masked, steps):
   assert choose_axis(shape[1], H) == axis
   assert steps_per_chunk(*shape[:2]) == steps
   expected = value_and_gradients(layer, 'scan', shape, masked)
-  assert_close(value_and_gradients(layer, 'custom_vjp', shape, masked), expected, 1e-12)
+  helpers.assert_close(
+    value_and_gradients(layer, 'custom_vjp', shape, masked), expected, 1e-12
+  )
 
 
 @pytest.mark.parametrize('batch_size', [16, 64], ids=['rows', 'columns'])
@@ -112,7 +107,7 @@ def test_fused_in_float32_is_as_good_as_the_scan(layer, batch_size):
   """
   shape = (12, batch_size, 7)
   expected = value_and_gradients(layer, 'scan', shape, False, jnp.float32)
-  assert_close(
+  helpers.assert_close(
     value_and_gradients(layer, 'custom_vjp', shape, False, jnp.float32), expected, 2e-5
   )
 
@@ -141,7 +136,7 @@ def test_fused_in_bfloat16_sums_in_float32(layer, batch_size):
         ** 2
       )
 
-    return problems.quick(jax.grad(total))(
+    return helpers.quick(jax.grad(total))(
       jax.tree.map(lambda w: w.astype(dtype), weights)
     )
 
@@ -180,9 +175,9 @@ def test_fused_under_vmap(layer, batch_size):
         jnp.sin(run.apply(params, run.initial_state(batch_size), x, None, None)[1])
       )
 
-    return problems.quick(jax.vmap(jax.grad(total)))(params, x)
+    return helpers.quick(jax.vmap(jax.grad(total)))(params, x)
 
-  assert_close(gradients(runs[0]), gradients(runs[1]), 1e-12)
+  helpers.assert_close(gradients(runs[0]), gradients(runs[1]), 1e-12)
 
 
 def test_plain_scan_can_be_differentiated_forward():
@@ -260,7 +255,7 @@ def compiled_step(num_steps, num_windows, features=1, batch_size=64, **options):
     jax.ShapeDtypeStruct((batch_size,), jnp.int32),
   )
   batch = fptt_jax.Batch(*shapes)
-  return problems.optimized(
+  return helpers.optimized(
     trainer.step.lower(jax.eval_shape(trainer.init, jax.random.key(0), batch), batch)
   )
 

@@ -4,8 +4,8 @@ import json
 import os
 
 from golden import cases
+import helpers
 import numpy as np
-import problems
 import pytest
 
 RECORDED = json.loads((cases.FOLDER / 'records.json').read_text())
@@ -13,7 +13,7 @@ RECORDED = json.loads((cases.FOLDER / 'records.json').read_text())
 
 def same_machine() -> bool:
   """Returns whether programs round here as where the cases were recorded."""
-  flags = os.environ.get('XLA_FLAGS') == problems.QUICK_FLAGS
+  flags = os.environ.get('XLA_FLAGS') == helpers.QUICK_FLAGS
   return flags and cases.machine() == RECORDED['machine']
 
 
@@ -22,7 +22,7 @@ def same_machine() -> bool:
 def test_recorded_run_comes_out_the_same(name: str, dtype: str) -> None:
   """Digest, traces, temporary memory and collectives; elsewhere numbers to 1e-6."""
   expected = RECORDED['cases'][f'{name}-{dtype}']
-  with problems.default_float64(dtype == 'float64'):
+  with helpers.default_float64(dtype == 'float64'):
     record, arrays = cases.run(cases.CASES[name], dtype)
   if same_machine():
     assert record == expected

@@ -3,11 +3,11 @@
 import functools
 
 import chex
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 from experiments.benchmark import cases, ours, rivals_torch
@@ -33,14 +33,14 @@ def test_train_step_on_gpu_equals_cpu(method: str) -> None:
   base = optax.sgd(0.1, momentum=0.9)
   optimizer = fptt_jax.fptt(base) if fptt_jax.METHODS[method].regularized else base
   num_windows = None if method == 'bptt' else 3
-  batch = problems.regression_batch(20, 6)._replace(
+  batch = helpers.regression_batch(20, 6)._replace(
     lengths=np.array([20, 13, 7, 20, 1, 19], np.int32)
   )
   results = []
   for place in (device, jax.devices('cpu')[0]):
     with jax.default_device(place), jax.default_matmul_precision('float32'):
       trainer = fptt_jax.make_trainer(
-        problems.lstm(hidden=32),
+        helpers.lstm(hidden=32),
         fptt_jax.losses.terminal_regression(),
         optimizer,
         method=method,

@@ -19,11 +19,11 @@ from credit import (
   whole_elman_gradient,
 )
 from flax import nnx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -257,7 +257,7 @@ def test_two_devices_give_what_one_gives() -> None:
   batch = batch_of()
   results = []
   for where in (None, mesh):
-    trainer = problems.quick_trainer(
+    trainer = helpers.quick_trainer(
       model,
       SERIES,
       fptt_jax.fptt(optax.sgd(0.5)),
@@ -294,7 +294,7 @@ def test_members_of_a_population_have_influences_of_their_own() -> None:
 def test_an_influence_that_is_not_finite_is_dropped_by_rows() -> None:
   """The update is skipped, the row's influence starts anew, and training goes on."""
   model = elman()
-  trainer = problems.quick_trainer(
+  trainer = helpers.quick_trainer(
     model,
     SERIES,
     optax.sgd(0.1),
@@ -334,9 +334,9 @@ def test_an_influence_of_ones_own() -> None:
 
 def test_a_model_in_low_precision_has_its_influence_in_float32() -> None:
   """And gradients that are as exact as its numbers."""
-  model = problems.elman(hidden=H, dtype=jnp.bfloat16)
-  batch = problems.series_batch(T, B, dtype=jnp.bfloat16)
-  trainer = problems.quick_trainer(
+  model = helpers.elman(hidden=H, dtype=jnp.bfloat16)
+  batch = helpers.series_batch(T, B, dtype=jnp.bfloat16)
+  trainer = helpers.quick_trainer(
     model, SERIES, collect(), method='tbptt', num_windows=3, influence='rtrl'
   )
   state, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
@@ -443,7 +443,7 @@ def test_refused_models() -> None:
   refused(
     ValueError, 'random key of a window reaches the hidden state', nn.from_nnx(noisy)
   )
-  model = problems.elman(hidden=H)
+  model = helpers.elman(hidden=H)
   refused(
     ValueError,
     r"got a state of \['complex64'\]",
@@ -465,7 +465,7 @@ def test_refused_models() -> None:
 
 def test_dropout_after_the_recurrent_layers_is_no_obstacle() -> None:
   """The readout's noise does not reach the state."""
-  model = problems.lstm(hidden=H, dtype=jnp.float64, dropout=0.5)
+  model = helpers.lstm(hidden=H, dtype=jnp.float64, dropout=0.5)
   _, metrics = total_gradient(model, [batch_of()], num_windows=3, influence='rtrl')
   assert (metrics.credit_norm[1:] > 0).all()
 
@@ -537,7 +537,7 @@ def test_units_that_are_apart_need_one_number_per_parameter(name: str) -> None:
   """Credit is exact, and as small as that of one unit."""
   model = APART[name]()
   batch = batch_of()._replace(lengths=LENGTHS)
-  trainer = problems.quick_trainer(
+  trainer = helpers.quick_trainer(
     model, SERIES, collect(), method='tbptt', num_windows=4, influence='rtrl'
   )
   state = trainer.init(jax.random.key(0), batch)
@@ -558,11 +558,11 @@ def test_parameters_that_reach_several_units_are_left_out() -> None:
 
   model = nn.from_nnx(build)
   params = model.init(jax.random.key(0))
-  window = first_window(model, problems.series_batch(T, B), slice(T))
+  window = first_window(model, helpers.series_batch(T, B), slice(T))
   hidden = model.initial_state(B)
   state = SNAP1.init(window, params, hidden)
   assert set(state) == {'layers/1/w_x', 'layers/1/w_h', 'layers/1/bias'}
-  advance = problems.quick(
+  advance = helpers.quick(
     lambda state: SNAP1.advance(window, params, hidden, state, None)
   )
   state = advance(state)
@@ -576,7 +576,7 @@ def test_units_of_a_wide_layer_are_all_found() -> None:
   kinds = {'w_x': (1, 256), 'w_h': (1, 256), 'bias': (256,)}
   model = nn.from_nnx(lambda rngs: nn.Sequential(nn.LSTM(3, 64, rngs=rngs)))
   params = model.init(jax.random.key(0))
-  window = first_window(model, problems.series_batch(T, B, 3), slice(T))
+  window = first_window(model, helpers.series_batch(T, B, 3), slice(T))
   [layer] = _units.find_units(window, params, model.initial_state(B)).layers
   for name, shape in kinds.items():
     found = layer.units[f'layers/0/{name}']
@@ -629,7 +629,7 @@ def snap_by_definition(
     h = jax.flatten_util.ravel_pytree(state)[0]
     return h, h
 
-  @problems.quick
+  @helpers.quick
   def advance(h, matrix, x_t):
     derivative = jax.jacrev(step, argnums=(0, 1), has_aux=True)
     (direct, jacobian), h = derivative(flat, h, x_t)
@@ -667,7 +667,7 @@ def test_windows_of_snap1_give_what_steps_give_by_definition(
   window = first_window(model, batch, slice(0, 3))
   state = method.init(window, params, hidden)
 
-  @problems.quick
+  @helpers.quick
   def advance(x, hidden, state):
     moved = window._replace(x=x)
     state = method.advance(moved, params, hidden, state, None)
@@ -779,7 +779,7 @@ def test_memory_does_not_grow_with_the_sequence() -> None:
     )
     batch = jax.eval_shape(lambda: batch_of(num_steps))
     state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
-    compiled = problems.optimized(trainer.step.lower(state, batch))
+    compiled = helpers.optimized(trainer.step.lower(state, batch))
     return compiled.memory_analysis().temp_size_in_bytes
 
   short, long = temporary_bytes(12), temporary_bytes(240)

@@ -15,11 +15,11 @@ from credit import (
   stack,
   total_gradient,
 )
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -40,7 +40,7 @@ def credits_of(
   window = first_window(model, batch, slice(0, size))
   mask = jnp.asarray(np.arange(T)[:, None] < LENGTHS)
 
-  @problems.quick
+  @helpers.quick
   def run(key: jax.Array) -> jax.Array:
     hidden = model.initial_state(B)
     state = method.init(window, params, hidden)
@@ -58,7 +58,7 @@ def credits_of(
 
 @pytest.fixture(scope='module')
 def small() -> fptt_jax.Model:
-  return problems.elman(hidden=2, dtype='float64')
+  return helpers.elman(hidden=2, dtype='float64')
 
 
 @pytest.mark.parametrize(('rows', 'size'), [('each', 2), ('each', T), ('together', 2)])
@@ -182,16 +182,16 @@ def test_checkpointed_windows_have_the_same_gradient_and_less_memory() -> None:
   used = {}
   for kept in (False, True):
     trainer = fptt_jax.make_trainer(
-      problems.lstm(hidden=16),
+      helpers.lstm(hidden=16),
       SERIES,
       optax.sgd(0.1),
       method='bptt_aux',
       window_size=16,
       checkpoint_windows=kept,
     )
-    batch = jax.eval_shape(lambda: problems.series_batch(256, 16))
+    batch = jax.eval_shape(lambda: helpers.series_batch(256, 16))
     state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
-    compiled = problems.optimized(trainer.step.lower(state, batch))
+    compiled = helpers.optimized(trainer.step.lower(state, batch))
     used[kept] = compiled.memory_analysis().temp_size_in_bytes
   assert used[True] < used[False] / 4
 

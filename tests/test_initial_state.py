@@ -5,13 +5,13 @@ loops in Python.
 from typing import Any
 
 from flax import nnx
+import helpers
+from helpers import quick, quick_trainer
 import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
-from problems import quick, quick_trainer
 import pytest
 
 import fptt_jax
@@ -26,7 +26,7 @@ def learned_elman() -> fptt_jax.Model:
   """An Elman network by hand with a parameter `h0` [H], a multiple of which each row
   starts from.
   """
-  plain = problems.elman(dtype=jnp.float64)
+  plain = helpers.elman(dtype=jnp.float64)
 
   def start(params: Any, batch_size: int) -> jax.Array:
     return (1 + jnp.arange(batch_size, dtype=float))[:, None] * params['h0'][None]
@@ -39,7 +39,7 @@ def learned_elman() -> fptt_jax.Model:
 
 def make_batch(lengths: np.ndarray | None = None) -> fptt_jax.Batch:
   """Draws sequences with a target per step."""
-  return problems.series_batch(T, B, dtype=np.float64)._replace(lengths=lengths)
+  return helpers.series_batch(T, B, dtype=np.float64)._replace(lengths=lengths)
 
 
 def window_loss(
@@ -269,7 +269,7 @@ def test_gradient_of_a_learned_initial_state_is_that_of_finite_differences(
   model = nn.from_nnx(build)
   assert model.learned_initial_state is not None
   loss = losses.terminal_regression()
-  batch = problems.regression_batch(T, B, dtype=np.float64)
+  batch = helpers.regression_batch(T, B, dtype=np.float64)
   batch = batch._replace(targets=np.ones((B, 1 if stacked else 3)))
   trainer = fptt_jax.make_trainer(model, loss, optax.sgd(RATE), method='bptt')
   flat, unravel = ravel_pytree(model.init(jax.random.key(0)))
@@ -329,17 +329,17 @@ def test_initial_states_that_do_not_fit_are_refused() -> None:
   """A learned state of another shape than `initial_state` gives, and a layer without a
   state to learn.
   """
-  model = problems.elman()._replace(
+  model = helpers.elman()._replace(
     learned_initial_state=lambda params, batch_size: jnp.zeros((batch_size, 9))
   )
   trainer = fptt_jax.make_trainer(
     model, losses.sequence_regression(), optax.sgd(0.1), method='tbptt'
   )
   with pytest.raises(ValueError, match=r'learned_initial_state.*9'):
-    trainer.init(jax.random.key(0), problems.series_batch(T, B))
+    trainer.init(jax.random.key(0), helpers.series_batch(T, B))
   with pytest.raises(TypeError, match=r'layer.*LockedDropout'):
     nn.LearnedInitialState(nn.LockedDropout(0.1))
-  model = problems.elman()._replace(learned_initial_state=7)
+  model = helpers.elman()._replace(learned_initial_state=7)
   with pytest.raises(TypeError, match=r'learned_initial_state.*7'):
     fptt_jax.make_trainer(
       model, losses.sequence_regression(), optax.sgd(0.1), method='tbptt'
@@ -350,7 +350,7 @@ def test_initial_states_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize('inner_steps', [1, 3])
 @pytest.mark.parametrize(
   'model',
-  [problems.elman(dtype=jnp.float64), learned_elman()],
+  [helpers.elman(dtype=jnp.float64), learned_elman()],
   ids=['constant', 'learned'],
 )
 def test_hidden_state_that_ftrl_carries_on(inner_steps: int, model: Any) -> None:

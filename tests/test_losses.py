@@ -6,13 +6,13 @@ import contextlib
 import re
 
 import chex
+import helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -620,7 +620,7 @@ def test_own_terminal_loss_is_evaluated_at_the_last_step(
 ):
   """Also where B = T, in uneven windows, and at each sequence's own end."""
   outputs = shape[1] if len(shape) > 1 else 1
-  model = problems.elman(out=outputs)
+  model = helpers.elman(out=outputs)
   lengths = (
     np.array([1, num_steps, (num_steps + 1) // 2, num_steps], np.int32)
     if ragged
@@ -639,7 +639,7 @@ def test_own_terminal_loss_is_evaluated_at_the_last_step(
 @pytest.mark.parametrize('num_steps', [4, 7])
 def test_own_terminal_loss_on_devices(num_steps, ragged):
   """Each of two devices has its share of the rows, also where B = T = O."""
-  model = problems.elman(out=4)
+  model = helpers.elman(out=4)
   lengths = np.array([1, 2, 3, 4], np.int32) if ragged else None
   batch = fptt_jax.Batch(random(num_steps, 4, 2), random(4, 4, seed=1), lengths)
   mesh = jax.sharding.Mesh(jax.devices('cpu')[:2], ('batch',))
@@ -654,7 +654,7 @@ def test_own_terminal_loss_sees_the_batch_together():
   together.
   """
   spread = losses.from_function(lambda outputs, targets, window: outputs[-1].std())
-  model = problems.elman()
+  model = helpers.elman()
   batch = fptt_jax.Batch(random(7, 4, 2), random(4, seed=1))
   got, params = evaluate_own(spread, model, batch)
   outputs = model.apply(params, model.initial_state(4), batch.inputs, None, None)[1]
@@ -669,7 +669,7 @@ def test_own_loss_says_itself_that_it_is_a_mean_over_steps():
     ),
     terminal=False,
   )
-  model = problems.elman()
+  model = helpers.elman()
   batch = fptt_jax.Batch(random(7, 4, 2), random(4, seed=1))
   got, params = evaluate_own(every_step, model, batch)
   outputs = model.apply(params, model.initial_state(4), batch.inputs, None, None)[1]
@@ -700,7 +700,7 @@ def test_targets_of_ambiguous_shapes(num_steps, targets):
     (losses.from_function(function, measure), False),
   ):
     trainer = fptt_jax.make_trainer(
-      problems.elman(), loss, optax.sgd(0.1), method='tbptt'
+      helpers.elman(), loss, optax.sgd(0.1), method='tbptt'
     )
     state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
     for call in (
@@ -790,9 +790,9 @@ def test_own_reference_by_hand():
 
 def test_own_reference_in_a_trainer():
   """The state moves once per window, but not where an update is skipped."""
-  batch = problems.label_batch(6, 4)
-  trainer = problems.quick_trainer(
-    problems.elman(out=C),
+  batch = helpers.label_batch(6, 4)
+  trainer = helpers.quick_trainer(
+    helpers.elman(out=C),
     smoothed_labels(),
     optax.sgd(0.1),
     method='tbptt',
@@ -1055,7 +1055,7 @@ def test_a_window_writes_its_part_of_a_table_in_place(divergence, skip_nonfinite
     np.zeros((10, 3, 2), np.float32), targets_for(divergence, np.arange(3))
   )
   trainer = fptt_jax.make_trainer(
-    problems.elman(out=classes),
+    helpers.elman(out=classes),
     loss,
     optax.sgd(0.1),
     method='tbptt',
@@ -1063,7 +1063,7 @@ def test_a_window_writes_its_part_of_a_table_in_place(divergence, skip_nonfinite
     skip_nonfinite=skip_nonfinite,
   )
   state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
-  text = problems.optimized(trainer.step.lower(state, batch)).as_text()
+  text = helpers.optimized(trainer.step.lower(state, batch)).as_text()
   [shape] = {leaf.shape for leaf in jax.tree.leaves(state.loss_state) if leaf.ndim == 3}
   whole = re.findall(rf'= f32\[{",".join(map(str, shape))}\]\S* (copy|select)\(', text)
   assert not whole
@@ -1077,12 +1077,12 @@ def test_a_replaced_apply_of_a_loss_with_a_memory_is_used() -> None:
     value, loss_state = loss.apply(outputs, targets, window, loss_state)
     return 2 * value, loss_state
 
-  batch = problems.label_batch(6, 4)
+  batch = helpers.label_batch(6, 4)
   seen = []
   for chosen in (loss, loss._replace(apply=doubled)):
     optimizer = fptt_jax.fptt(optax.sgd(0.0))
-    trainer = problems.quick_trainer(
-      problems.elman(out=3), chosen, optimizer, num_windows=2
+    trainer = helpers.quick_trainer(
+      helpers.elman(out=3), chosen, optimizer, num_windows=2
     )
     state = trainer.init(jax.random.key(0), batch)
     seen.append(trainer.step(state, batch)[1].loss)

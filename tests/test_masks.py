@@ -1,13 +1,13 @@
 """A step that the mask leaves out is as good as not there."""
 
 from flax import nnx
+import helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -47,7 +47,7 @@ def per_row(mask: np.ndarray, batch: Batch, sequence: bool) -> list[Batch]:
 
 def value_and_gradient(model, loss, params, batch):
   """A whole sequence's loss and gradient, through a step of one window."""
-  trainer = problems.quick_trainer(model, loss, optax.sgd(1.0), method='bptt')
+  trainer = helpers.quick_trainer(model, loss, optax.sgd(1.0), method='bptt')
   state = trainer.init(jax.random.key(0), batch)
   new, metrics = trainer.step(state._replace(params=params), batch)
   return metrics, jax.tree.map(lambda w, v: w - v, params, new.params)
@@ -75,9 +75,9 @@ def test_loss_and_gradient_are_those_without_the_masked_steps(layer, sequence):
   model = model_of(layer)
   params = model.init(jax.random.key(1))
   make, loss = (
-    (problems.tagging_batch, losses.sequence_classification(C))
+    (helpers.tagging_batch, losses.sequence_classification(C))
     if sequence
-    else (problems.label_batch, losses.terminal_classification(C, divergence='none'))
+    else (helpers.label_batch, losses.terminal_classification(C, divergence='none'))
   )
   batch = make(T, B, D, C)
   metrics, gradient = value_and_gradient(model, loss, params, spoiled(batch, MASK))
@@ -96,7 +96,7 @@ def test_loss_and_gradient_are_those_without_the_masked_steps(layer, sequence):
       )
     return jnp.concatenate(parts).mean()
 
-  value, expected = problems.quick(jax.value_and_grad(objective))(params)
+  value, expected = helpers.quick(jax.value_and_grad(objective))(params)
   np.testing.assert_allclose(metrics.loss[0], value, rtol=1e-5)
   assert int(metrics.totals['count']) == (MASK.sum() if sequence else MASK.any(0).sum())
   jax.tree.map(
@@ -104,7 +104,7 @@ def test_loss_and_gradient_are_those_without_the_masked_steps(layer, sequence):
   )
 
 
-ELMAN = problems.elman(D, 4, C)
+ELMAN = helpers.elman(D, 4, C)
 ELMAN_PARAMS = ELMAN.init(jax.random.key(1))
 TERMINAL = fptt_jax.make_trainer(
   ELMAN,
@@ -130,8 +130,8 @@ def test_evaluation_is_that_of_the_rows_without_the_masked_steps(bits):
   """
   mask = np.array(bits).reshape(T, B)
   for trainer, batch, sequence in (
-    (TERMINAL, problems.label_batch(T, B, D, C), False),
-    (TAGGING, problems.tagging_batch(T, B, D, C), True),
+    (TERMINAL, helpers.label_batch(T, B, D, C), False),
+    (TAGGING, helpers.tagging_batch(T, B, D, C), True),
   ):
     totals, hidden = trainer.evaluate(ELMAN_PARAMS, spoiled(batch, mask))
     expected = np.zeros(2)
@@ -152,7 +152,7 @@ def test_a_mask_of_ended_sequences_is_their_lengths(lengths):
   """State, loss and metrics agree bit for bit, the mask given by name or in the
   lengths' place.
   """
-  batch = problems.label_batch(T, B, D, C)
+  batch = helpers.label_batch(T, B, D, C)
   ragged = batch._replace(lengths=np.array(lengths, np.int32))
   mask = np.arange(T)[:, None] < np.array(lengths)
   start = lambda: TERMINAL.init(jax.random.key(0), batch)
@@ -190,14 +190,14 @@ def test_windows_without_a_valid_step_change_nothing(method):
   """
   options = {} if method == 'bptt' else {'num_windows': 3}
   base = optax.adam(0.1)
-  trainer = problems.quick_trainer(
+  trainer = helpers.quick_trainer(
     ELMAN,
     losses.terminal_classification(C),
     fptt_jax.fptt(base) if method == 'fptt' else base,
     method=method,
     **options,
   )
-  batch = problems.label_batch(6, B, D, C)
+  batch = helpers.label_batch(6, B, D, C)
   state = trainer.init(jax.random.key(0), batch)
   empty = batch._replace(
     mask=np.zeros((6, B), bool), inputs=np.full_like(batch.inputs, np.nan)
@@ -220,14 +220,14 @@ def test_windows_without_a_valid_step_change_nothing(method):
 
 def test_a_row_without_valid_steps_counts_for_nothing():
   """The others' loss is what it is without it, also with NaN as its target."""
-  trainer = problems.quick_trainer(
-    problems.elman(D, 4, 1),
+  trainer = helpers.quick_trainer(
+    helpers.elman(D, 4, 1),
     losses.terminal_regression(),
     optax.sgd(0.1),
     method='tbptt',
     num_windows=2,
   )
-  batch = problems.regression_batch(6, 3, D)
+  batch = helpers.regression_batch(6, 3, D)
   targets = batch.targets.copy()
   targets[1] = np.nan
   mask = np.ones((6, 3), bool)
@@ -253,7 +253,7 @@ def test_masks_under_a_mesh(shard_params):
   mask = np.random.default_rng(0).random((T, 4)) < 0.5
   mask[:, 0] = False
   mask[3:5] = False
-  batch = spoiled(problems.tagging_batch(T, 4, D, C), mask)
+  batch = spoiled(helpers.tagging_batch(T, 4, D, C), mask)
   results = []
   for options in ({}, {'mesh': mesh, 'shard_params': shard_params}):
     trainer = fptt_jax.make_trainer(
@@ -307,7 +307,7 @@ def test_penalties_across_holes():
   ],
 )
 def test_masks_of_wrong_shape_or_dtype_are_refused(mask, message):
-  batch = problems.label_batch(T, B, D, C)._replace(mask=mask)
+  batch = helpers.label_batch(T, B, D, C)._replace(mask=mask)
   with pytest.raises(ValueError, match=message):
     TERMINAL.init(jax.random.key(0), batch)
 
@@ -320,7 +320,7 @@ def test_a_ragged_tbptt_final_is_refused():
     method='tbptt_final',
     truncation_steps=2,
   )
-  batch = problems.label_batch(T, B, D, C)
+  batch = helpers.label_batch(T, B, D, C)
   state = trainer.init(jax.random.key(0), batch)
   with pytest.raises(ValueError, match='got mask'):
     trainer.step(state, batch._replace(mask=np.ones((T, B), bool)))
@@ -329,7 +329,7 @@ def test_a_ragged_tbptt_final_is_refused():
 def test_check_batch_looks_at_valid_steps_alone():
   """NaN and labels that mean nothing are said where they count, and there alone."""
   loss = losses.sequence_classification(C)
-  batch = problems.tagging_batch(T, B, D, C)
+  batch = helpers.tagging_batch(T, B, D, C)
   labels = np.where(MASK, batch.targets, -100).astype(np.int32)
   fptt_jax.validate_batch(spoiled(batch._replace(targets=labels), MASK), loss)
   for bad in (
@@ -356,7 +356,7 @@ def test_an_own_terminal_loss_is_evaluated_at_the_last_valid_step():
   trainer = fptt_jax.make_trainer(
     ELMAN, losses.from_function(error, terminal=True), optax.sgd(0.1), method='tbptt'
   )
-  batch = problems.regression_batch(T, B, D)
+  batch = helpers.regression_batch(T, B, D)
   totals, _ = trainer.evaluate(ELMAN_PARAMS, spoiled(batch, MASK))
   alone = [
     trainer.evaluate(ELMAN_PARAMS, row)[0]['loss']

@@ -1,9 +1,9 @@
 """What is said of numbers that are not finite, and when λ counts as having run away."""
 
+import helpers
 import jax
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -114,15 +114,15 @@ def test_what_does_not_fit_is_refused(seen, options, message):
 def test_a_run_that_is_shown_nan():
   """The second half of the second batch; λ is NaN after it, and was not before."""
   batches = jax.tree.map(
-    lambda leaf: np.stack([leaf, leaf]), problems.regression_batch(4, 2)
+    lambda leaf: np.stack([leaf, leaf]), helpers.regression_batch(4, 2)
   )
   batches.inputs[1, 2:] = NAN
   optimizer = fptt_jax.fptt(optax.sgd(0.1))
   trainer = fptt_jax.make_trainer(
-    problems.elman(), losses.terminal_regression(), optimizer, num_windows=2
+    helpers.elman(), losses.terminal_regression(), optimizer, num_windows=2
   )
-  state = trainer.init(jax.random.key(0), problems.regression_batch(4, 2))
-  _, seen = problems.quick(fptt_jax.scan_train_steps(trainer))(state, (), batches)
+  state = trainer.init(jax.random.key(0), helpers.regression_batch(4, 2))
+  _, seen = helpers.quick(fptt_jax.scan_train_steps(trainer))(state, (), batches)
   message = (
     'loss is nan in batch 1 of 2, window 1 of 2 (update 3): gradient norm nan; the '
     'last finite update, 2, had loss '
@@ -142,20 +142,20 @@ def norms_of_a_run(loss, make_batch, optimizer, num_batches, out=1, weight=1.0):
   """
   batches = [make_batch(12, 8, seed=seed) for seed in range(num_batches)]
   trainer = fptt_jax.make_trainer(
-    problems.elman(hidden=8, out=out),
+    helpers.elman(hidden=8, out=out),
     loss,
     optimizer,
     num_windows=4,
     loss_weights=[weight] * 4,
   )
   state = trainer.init(jax.random.key(0), batches[0])
-  run = problems.quick(fptt_jax.scan_train_steps(trainer))
+  run = helpers.quick(fptt_jax.scan_train_steps(trainer))
   _, seen = run(state, (), jax.tree.map(lambda *leaves: np.stack(leaves), *batches))
   return np.asarray(seen.loss), np.asarray(seen.lambda_norm), np.asarray(seen.grad_norm)
 
 
-REGRESSION = (losses.sequence_regression(), problems.series_batch)
-TAGGING = (losses.sequence_classification(3), problems.tagging_batch)
+REGRESSION = (losses.sequence_regression(), helpers.series_batch)
+TAGGING = (losses.sequence_classification(3), helpers.tagging_batch)
 UNSTABLE = dict(alpha=1.0, kappa=2.0)
 
 

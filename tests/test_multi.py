@@ -2,11 +2,11 @@
 step, and of a member, alone.
 """
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -38,7 +38,7 @@ def make(method='fptt', optimizer=None, dtype=jnp.float64, **options):
   if fptt_jax.METHODS[method].num_windows is None:
     options = {'num_windows': 3} | options
   return fptt_jax.make_trainer(
-    problems.elman(dtype=dtype),
+    helpers.elman(dtype=dtype),
     losses.terminal_regression(),
     optimizer,
     method=method,
@@ -48,7 +48,7 @@ def make(method='fptt', optimizer=None, dtype=jnp.float64, **options):
 
 def data(dtype=np.float64, seed=0):
   batches = [
-    problems.regression_batch(T, B, seed=seed + n, dtype=dtype) for n in range(N)
+    helpers.regression_batch(T, B, seed=seed + n, dtype=dtype) for n in range(N)
   ]
   return batches, jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
@@ -76,8 +76,8 @@ def assert_same(got, expected, tolerance=1e-12):
 def test_scan_equals_calls(carry_hidden):
   """States and metrics of N steps in one program are those of N calls."""
   trainer, run = (
-    problems.quickened(make(carry_hidden=carry_hidden)),
-    problems.quick(fptt_jax.scan_train_steps(make(carry_hidden=carry_hidden))),
+    helpers.quickened(make(carry_hidden=carry_hidden)),
+    helpers.quick(fptt_jax.scan_train_steps(make(carry_hidden=carry_hidden))),
   )
   batches, stacked = data()
   state, seen = trainer.init(jax.random.key(1), batches[0]), []
@@ -131,7 +131,7 @@ def test_one_trace_and_no_copy_of_the_source():
   state = trainer.init(jax.random.key(1), jax.eval_shape(read, source, rows[0]))
   traces.clear()
   run = fptt_jax.scan_train_steps(trainer, read)
-  memory = problems.optimized(run.lower(state, source, rows)).memory_analysis()
+  memory = helpers.optimized(run.lower(state, source, rows)).memory_analysis()
   for _ in range(3):
     state, _ = run(state, source, rows)
   assert len(traces) <= 2  # Once for each of lower and call.
@@ -164,12 +164,12 @@ def test_population_equal_trainers(method, own_batches, devices):
   """
   options = {'truncation_steps': 4} if method == 'tbptt_final' else {}
   one = make(method, carry_hidden=True, **options)
-  many = problems.quickened(
+  many = helpers.quickened(
     fptt_jax.vmap_trainer(
       one, own_batches=own_batches, mesh=devices and mesh_of(devices)
     )
   )
-  one = problems.quickened(one)
+  one = helpers.quickened(one)
   batches, stacked = data()
   given = lambda first: (
     jax.tree.map(lambda x: x[first : first + 4], stacked)
@@ -212,7 +212,7 @@ def test_population_equal_trainers(method, own_batches, devices):
 def test_hyperparameters_of_members(varied):
   """A hyper-parameter set in the state does what one built into the optimizer does."""
   batches, _ = data()
-  many = problems.quickened(fptt_jax.vmap_trainer(make()))
+  many = helpers.quickened(fptt_jax.vmap_trainer(make()))
   states = many.init(jnp.stack([KEYS[0]] * 4), batches[0])
   states = states._replace(
     opt_state=optax.tree.set(
@@ -228,7 +228,7 @@ def test_hyperparameters_of_members(varied):
       optax.clip_by_global_norm(settings['clip']),
       optax.sgd(settings['learning_rate'], momentum=0.9),
     )
-    alone = problems.quickened(
+    alone = helpers.quickened(
       make(
         optimizer=fptt_jax.fptt(
           base, **{name: settings[name] for name in ('alpha', 'beta', 'kappa')}
@@ -290,7 +290,7 @@ def test_one_members_batch_is_bad(devices):
   start = many.init(KEYS, good)
   before = jax.tree.map(np.asarray, start[:4])
   (state, metrics), (expected, expected_metrics) = (
-    problems.quick(many.step)(start, batch) for batch in (bad, good)
+    helpers.quick(many.step)(start, batch) for batch in (bad, good)
   )
   assert metrics.skipped.tolist() == [[False] * 3, [True] * 3, [False] * 3, [False] * 3]
   assert metrics.lambda_norm.shape == (4,)
@@ -310,7 +310,7 @@ def test_scan_of_a_population():
   """The two together: an epoch of many members in one program, each with its own order
   of the data.
   """
-  one = problems.quickened(make())
+  one = helpers.quickened(make())
   batches, stacked = data()
   orders = np.stack(
     [np.random.default_rng(r).permutation(N) for r in range(4)], axis=1

@@ -10,12 +10,12 @@ from typing import Any
 import warnings
 
 from flax import nnx
+import helpers
 import jax
 from jax import export
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -115,7 +115,7 @@ def compute(
   mask = mask if masked else None
   weights = draw(3, steps, batch, hidden)
 
-  @problems.quick
+  @helpers.quick
   @lambda function: jax.value_and_grad(function, (0, 1, 2), has_aux=True)
   def total(params: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     end, y = model.apply(params, state, x, mask, None)
@@ -136,10 +136,7 @@ def compute(
 
 
 def assert_close(got: Any, expected: Any, tolerance: float = 3e-6) -> None:
-  """Compare each leaf to `tolerance` times its largest number."""
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-    scale = float(np.abs(b).max(initial=1e-3))
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+  helpers.assert_close(got, expected, tolerance, least=1e-3)
 
 
 SHAPES = [
@@ -306,7 +303,7 @@ def test_members(layer: str) -> None:
 
   def run(model: Any) -> Any:
     inner = jax.vmap(gradients(model, 4))
-    return problems.quick(jax.vmap(inner, in_axes=(0, None)))(params, x)
+    return helpers.quick(jax.vmap(inner, in_axes=(0, None)))(params, x)
 
   assert_close(run(models[0]), run(models[1]))
 
@@ -349,7 +346,7 @@ def test_exported_programs_hold_no_kernel(platforms: tuple[str, ...]) -> None:
   """Another process, or device, can run them: forward, backward and under vmap."""
   model = make_model('LSTM', 2, 5)
   params = jax.vmap(model.init)(jax.random.split(jax.random.key(0), 2))
-  run = problems.quick(jax.vmap(gradients(model, 4), in_axes=(0, None)))
+  run = helpers.quick(jax.vmap(gradients(model, 4), in_axes=(0, None)))
   x = draw(1, 3, 4, 2)
   assert 'fptt_jax_cpu_lstm_float32_backward' in run.lower(params, x).as_text()
   exported = export.export(run, platforms=platforms)(params, x)
@@ -400,7 +397,7 @@ def test_memory_of_a_window() -> None:
     x = jax.ShapeDtypeStruct((steps, 64, 1), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0))
     lowered = jax.jit(gradients(model, 64)).lower(params, x)
-    return problems.optimized(lowered).memory_analysis().temp_size_in_bytes
+    return helpers.optimized(lowered).memory_analysis().temp_size_in_bytes
 
   grown = temporary_bytes(64) - temporary_bytes(32)
   # The loss of `gradients` reads y and makes its gradient, another two.

@@ -11,11 +11,11 @@ import warnings
 
 import chex
 from flax import linen, nnx
+from helpers import quick
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import quick
 import pytest
 
 import fptt_jax

@@ -2,11 +2,11 @@
 them.
 """
 
+from helpers import quick_trainer
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import quick_trainer
 import pytest
 
 import fptt_jax

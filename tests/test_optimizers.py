@@ -2,12 +2,12 @@
 step.
 """
 
+import helpers
+from helpers import quick_trainer
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
-from problems import quick_trainer
 import pytest
 
 import fptt_jax
@@ -17,7 +17,7 @@ from fptt_jax._transform import check_usable
 C = optax.contrib
 SGD = optax.sgd(0.1)
 FPTT = fptt_jax.fptt(SGD)
-BATCH = problems.regression_batch(4, 2)
+BATCH = helpers.regression_batch(4, 2)
 
 OPTIMIZERS = {
   'acprop': C.acprop(1e-3),
@@ -56,7 +56,7 @@ def stepped(optimizer, steps=2, **options):
   """Return losses of some steps on one batch."""
   method = options.pop('method', 'bptt')
   trainer = quick_trainer(
-    problems.elman(), losses.terminal_regression(), optimizer, method=method, **options
+    helpers.elman(), losses.terminal_regression(), optimizer, method=method, **options
   )
   # Donates, where the test's compiled step does not: a buffer that is there twice is an
   # error.
@@ -110,7 +110,7 @@ def test_optimizers_that_ask_for_more_are_refused(optimizer, message):
   """When the trainer is made."""
   with pytest.raises((TypeError, ValueError), match=message):
     fptt_jax.make_trainer(
-      problems.elman(), losses.terminal_regression(), optimizer, method='bptt'
+      helpers.elman(), losses.terminal_regression(), optimizer, method='bptt'
     )
 
 
@@ -244,7 +244,7 @@ def test_what_leaves_updates_alone_is_not_refused(optimizer):
 def test_a_trainer_that_changes_updates_after_fptt_is_not_made():
   with pytest.raises(ValueError, match=r'optimizer .* after fptt'):
     fptt_jax.make_trainer(
-      problems.elman(),
+      helpers.elman(),
       losses.terminal_regression(),
       optax.chain(FPTT, optax.scale(0.5)),
       num_windows=2,

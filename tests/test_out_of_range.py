@@ -2,12 +2,12 @@
 
 import chex
 from flax import nnx
+import helpers
+from helpers import quick_trainer
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
-from problems import quick_trainer
 import pytest
 
 import fptt_jax
@@ -22,11 +22,11 @@ def make(kind, optimizer=None, method='fptt', **options):
   rng = np.random.default_rng(0)
   if kind == 'sequence':
     loss = losses.sequence_classification(C, accuracy=True)
-    batch = problems.tagging_batch(T, B)
+    batch = helpers.tagging_batch(T, B)
   else:
     ids = dict(num_examples=10) if kind == 'example' else {}
     loss = losses.terminal_classification(C, divergence=kind, **ids)
-    batch = problems.label_batch(T, B)
+    batch = helpers.label_batch(T, B)
     if kind == 'example':
       batch = batch._replace(
         targets=(batch.targets, rng.permutation(10)[:B].astype(np.int32))
@@ -34,7 +34,7 @@ def make(kind, optimizer=None, method='fptt', **options):
   if optimizer is None:
     optimizer = fptt_jax.fptt(ADAM) if method == 'fptt' else ADAM
   options = dict(num_windows=K, carry_hidden=True, method=method) | options
-  return quick_trainer(problems.elman(out=C), loss, optimizer, **options), batch
+  return quick_trainer(helpers.elman(out=C), loss, optimizer, **options), batch
 
 
 def with_target(batch, value, at=1):
@@ -94,9 +94,9 @@ def test_example_ids_out_of_range():
 def test_lengths_out_of_range(kind):
   """Lengths that are too large, 0 or negative, also for a loss without labels."""
   if kind == 'regression':
-    good = problems.regression_batch(T, B)
+    good = helpers.regression_batch(T, B)
     trainer = quick_trainer(
-      problems.elman(),
+      helpers.elman(),
       losses.terminal_regression(),
       fptt_jax.fptt(ADAM),
       num_windows=K,
@@ -162,19 +162,19 @@ def test_scan_and_population():
   """One invalid batch of three, and one member of three whose batch is invalid."""
   loss = losses.terminal_classification(C)
   optimizer = fptt_jax.fptt(ADAM)
-  trainer = fptt_jax.make_trainer(problems.elman(out=C), loss, optimizer, num_windows=K)
-  good = problems.label_batch(T, B)
+  trainer = fptt_jax.make_trainer(helpers.elman(out=C), loss, optimizer, num_windows=K)
+  good = helpers.label_batch(T, B)
   bad = with_target(good, -1)
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), good, bad, good)
   state = trainer.init(jax.random.key(0), good)
-  run = problems.quick(fptt_jax.scan_train_steps(trainer))
+  run = helpers.quick(fptt_jax.scan_train_steps(trainer))
   _, metrics = run(state, (), stacked)
   np.testing.assert_array_equal(metrics.invalid, [[False] * K, [True] * K, [False] * K])
   assert 'batch 1 of 3, window 0 of 2 (update 12)' in fptt_jax.find_nonfinite(
     metrics, first_update=10
   )
 
-  many = problems.quickened(fptt_jax.vmap_trainer(trainer, own_batches=True))
+  many = helpers.quickened(fptt_jax.vmap_trainer(trainer, own_batches=True))
   keys = jax.random.split(jax.random.key(0), 3)
   states = many.init(keys, stacked)
   after, metrics = many.step(states, stacked)
@@ -213,9 +213,9 @@ def test_evaluation_gives_nan(kind):
 def test_labels_of_any_integer_dtype(dtype):
   """With more classes than 8 bits can hold, all dtypes give the numbers of int32."""
   classes = 300
-  batch = problems.label_batch(T, B, classes=100)
+  batch = helpers.label_batch(T, B, classes=100)
   trainer = quick_trainer(
-    problems.elman(out=classes),
+    helpers.elman(out=classes),
     losses.terminal_classification(classes),
     fptt_jax.fptt(ADAM),
     num_windows=K,
@@ -243,13 +243,13 @@ def test_chunked_readout():
     readout_chunk=1,
     carry_hidden=True,
   )
-  good = problems.tagging_batch(T, B)
+  good = helpers.tagging_batch(T, B)
   assert_skipped(trainer, good, with_target(good, -1))
 
 
 @pytest.mark.parametrize('value', [-1, -100])
 def test_validate_batch_explains_negative_labels(value):
-  good = problems.label_batch(T, B)
+  good = helpers.label_batch(T, B)
   loss = losses.terminal_classification(C)
   with pytest.raises(ValueError, match=rf'labels .* {value} .*lengths'):
     fptt_jax.validate_batch(with_target(good, value), loss)
@@ -259,8 +259,8 @@ def test_valid_of_an_own_loss():
   """A user's `Loss.valid` decides which targets are valid."""
   mean = losses.from_function(lambda outputs, targets, window: jnp.mean(outputs))
   loss = mean._replace(valid=lambda targets, mask: jnp.all(targets <= 1))
-  trainer = quick_trainer(problems.elman(), loss, fptt_jax.fptt(ADAM), num_windows=K)
-  good = problems.series_batch(T, B)
+  trainer = quick_trainer(helpers.elman(), loss, fptt_jax.fptt(ADAM), num_windows=K)
+  good = helpers.series_batch(T, B)
   good = good._replace(targets=np.zeros_like(good.targets))
   state = trainer.init(jax.random.key(0), good)
   after, metrics = trainer.step(state, good._replace(targets=good.targets + 2))

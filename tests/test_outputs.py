@@ -5,18 +5,18 @@ a few rows at a time.
 import functools
 
 from flax import nnx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
 from fptt_jax import Batch, losses, nn
 
 D, C, T, B = 2, 3, 7, 4
-ELMAN = problems.elman(D, 4, C)
+ELMAN = helpers.elman(D, 4, C)
 PARAMS = ELMAN.init(jax.random.key(1))
 TAGGING = losses.sequence_classification(C)
 TERMINAL = losses.terminal_classification(C)
@@ -58,7 +58,7 @@ def test_predict_gives_the_outputs_of_all_steps(num_steps, masked):
   """In order, whatever T; zeros at masked steps; time-major or batch-major; with the
   hidden state after them.
   """
-  batch = problems.tagging_batch(num_steps, B, D, C)
+  batch = helpers.tagging_batch(num_steps, B, D, C)
   if masked:
     batch = batch._replace(mask=np.resize(MASK, (num_steps, B)))
     batch.inputs[~batch.mask] = np.nan
@@ -74,7 +74,7 @@ def test_predict_gives_the_outputs_of_all_steps(num_steps, masked):
 
 def test_predict_takes_lengths_and_goes_on_from_a_hidden_state():
   """Two halves, the state handed over, are the whole."""
-  batch = problems.tagging_batch(9, B, D, C)
+  batch = helpers.tagging_batch(9, B, D, C)
   predict = trainer_of().predict
   whole = predict(PARAMS, batch.inputs)
   first, hidden = predict(PARAMS, batch.inputs[:5], return_hidden=True)
@@ -99,7 +99,7 @@ def test_predict_is_without_dropout_and_penalties():
     )
   )
   trainer = fptt_jax.make_trainer(model, TERMINAL, optax.sgd(0.1), method='tbptt')
-  params, x = model.init(jax.random.key(0)), problems.tagging_batch(T, B, D, C).inputs
+  params, x = model.init(jax.random.key(0)), helpers.tagging_batch(T, B, D, C).inputs
   expected = model.apply(params, model.initial_state(B), jnp.asarray(x), None, None)[1]
   np.testing.assert_allclose(trainer.predict(params, x), expected, rtol=1e-5, atol=1e-6)
 
@@ -110,7 +110,7 @@ def test_predict_under_a_mesh(rows):
   rows.
   """
   mesh = jax.sharding.Mesh(jax.devices()[:2], ('batch',))
-  batch = problems.tagging_batch(T, rows, D, C)
+  batch = helpers.tagging_batch(T, rows, D, C)
   lengths = np.arange(1, rows + 1)
   expected = trainer_of().predict(PARAMS, batch.inputs, lengths)
   got = fptt_jax.make_trainer(
@@ -125,7 +125,7 @@ def test_predict_of_a_population(split):
   mesh = jax.sharding.Mesh(jax.devices()[:2], ('members',)) if split else None
   many = fptt_jax.vmap_trainer(trainer_of(), mesh=mesh)
   params = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), PARAMS)
-  x = problems.tagging_batch(T, B, D, C).inputs
+  x = helpers.tagging_batch(T, B, D, C).inputs
   outputs, hidden = many.predict(
     params, x.swapaxes(0, 1), batch_major=True, return_hidden=True
   )
@@ -139,12 +139,12 @@ def test_predict_keeps_outputs_alone():
   """The program's memory beside the outputs is that of a window, not of the
   sequence.
   """
-  model = problems.elman(D, 64, 1)
+  model = helpers.elman(D, 64, 1)
   trainer = fptt_jax.make_trainer(
     model, losses.sequence_regression(), optax.sgd(0.1), method='tbptt'
   )
   params = model.init(jax.random.key(0))
-  compiled = problems.optimized(
+  compiled = helpers.optimized(
     trainer.predict.lower(params, jax.ShapeDtypeStruct((900, 8, D), jnp.float32))
   )
   states = 900 * 8 * 64 * 4
@@ -189,15 +189,13 @@ def test_step_returns_outputs_on_request(method, last_only):
     method, {'num_windows': 3}
   )
   batch = (
-    problems.label_batch(T, B, D, C)
-    if last_only
-    else problems.tagging_batch(T, B, D, C)
+    helpers.label_batch(T, B, D, C) if last_only else helpers.tagging_batch(T, B, D, C)
   )
   batch = batch if method == 'tbptt_final' else batch._replace(mask=MASK)
   loss = TERMINAL if last_only else TAGGING
   results = []
   for wanted in (False, True):
-    trainer = problems.quick_trainer(
+    trainer = helpers.quick_trainer(
       ELMAN, loss, optax.sgd(0.0), method=method, return_outputs=wanted, **options
     )
     state = trainer.init(jax.random.key(1), batch)
@@ -218,7 +216,7 @@ def test_step_returns_outputs_on_request(method, last_only):
 
 def test_outputs_are_those_before_each_update():
   """Each window's are of the parameters that its loss was computed with."""
-  batch = problems.tagging_batch(T, B, D, C)
+  batch = helpers.tagging_batch(T, B, D, C)
   trainer = trainer_of(num_windows=3, return_outputs=True)
   state = trainer.init(jax.random.key(0), batch)
   params, hidden = jax.device_get(state.params), ELMAN.initial_state(B)
@@ -248,7 +246,7 @@ def test_outputs_are_those_before_each_update():
 @pytest.mark.parametrize('shard_params', [False, True])
 def test_outputs_of_a_step_under_a_mesh(shard_params):
   mesh = jax.sharding.Mesh(jax.devices()[:2], ('batch',))
-  batch = problems.tagging_batch(T, B, D, C)._replace(mask=MASK)
+  batch = helpers.tagging_batch(T, B, D, C)._replace(mask=MASK)
   seen = []
   for options in ({}, {'mesh': mesh, 'shard_params': shard_params}):
     trainer = trainer_of(num_windows=3, return_outputs=True, **options)
@@ -258,7 +256,7 @@ def test_outputs_of_a_step_under_a_mesh(shard_params):
 
 
 def test_outputs_in_compiled_epochs_and_populations():
-  batch = problems.tagging_batch(T, B, D, C)
+  batch = helpers.tagging_batch(T, B, D, C)
   trainer = trainer_of(num_windows=3, return_outputs=True)
   two = jax.tree.map(lambda x: jnp.stack([x, x]), batch)
   _, metrics = fptt_jax.scan_train_steps(trainer)(
@@ -273,7 +271,7 @@ def test_outputs_in_compiled_epochs_and_populations():
 
 
 def test_outputs_do_not_go_with_readout_steps():
-  model = problems.lstm(D, 4, C)
+  model = helpers.lstm(D, 4, C)
   with pytest.raises(ValueError, match=r'return_outputs.*readout_chunk=2'):
     fptt_jax.make_trainer(
       model,
@@ -313,18 +311,18 @@ def test_micro_batches_give_the_whole_batchs_numbers(parts, kind, method):
     'own loss': losses.from_function(own_loss, own_measure),
   }[kind]
   batch = (
-    problems.tagging_batch(T, B, D, C)
+    helpers.tagging_batch(T, B, D, C)
     if kind in ('tagging', 'own loss')
-    else problems.label_batch(T, B, D, C)
+    else helpers.label_batch(T, B, D, C)
   )
   batch = batch._replace(mask=MASK)
   if kind == 'example':
     batch = batch._replace(targets=(batch.targets, np.arange(B)))
   optimizer = fptt_jax.fptt(optax.sgd(0.3)) if method == 'fptt' else optax.sgd(0.3)
-  model = problems.lstm(D, 3, C)
+  model = helpers.lstm(D, 3, C)
   results = []
   for number in (1, parts):
-    trainer = problems.quick_trainer(
+    trainer = helpers.quick_trainer(
       model,
       loss,
       optimizer,
@@ -359,7 +357,7 @@ def own_measure(outputs, targets, window):
 def test_micro_batches_under_a_mesh(shard_params):
   """Each device's share in two parts, with outputs, is the whole batch on one."""
   mesh = jax.sharding.Mesh(jax.devices()[:2], ('batch',))
-  batch = problems.tagging_batch(T, B, D, C)._replace(mask=MASK)
+  batch = helpers.tagging_batch(T, B, D, C)._replace(mask=MASK)
   results = []
   for options in ({}, {'mesh': mesh, 'shard_params': shard_params, 'micro_batches': 2}):
     trainer = trainer_of(num_windows=3, return_outputs=True, **options)
@@ -388,10 +386,10 @@ def test_micro_batches_with_penalties():
       nnx.Linear(4, C, rngs=r),
     )
   )
-  batch = problems.tagging_batch(T, B, D, C)
+  batch = helpers.tagging_batch(T, B, D, C)
   seen = []
   for number in (1, 2):
-    trainer = problems.quick_trainer(
+    trainer = helpers.quick_trainer(
       model,
       TAGGING,
       optax.sgd(0.3),
@@ -414,7 +412,7 @@ def test_micro_batches_need_less_memory():
     jax.ShapeDtypeStruct((64, 64, D), jnp.float32),
     jax.ShapeDtypeStruct((64,), jnp.int32),
   )
-  model, sizes = problems.lstm(D, 64, C), []
+  model, sizes = helpers.lstm(D, 64, C), []
   for number in (1, 4):
     trainer = fptt_jax.make_trainer(
       model,
@@ -426,7 +424,7 @@ def test_micro_batches_need_less_memory():
     )
     state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
     sizes.append(
-      problems.optimized(trainer.step.lower(state, batch))
+      helpers.optimized(trainer.step.lower(state, batch))
       .memory_analysis()
       .temp_size_in_bytes
     )
@@ -440,7 +438,7 @@ def test_micro_batches_must_be_a_size(number):
 
 
 def test_micro_batches_must_divide_the_rows():
-  batch = problems.tagging_batch(T, B, D, C)
+  batch = helpers.tagging_batch(T, B, D, C)
   with pytest.raises(ValueError, match=r'micro_batches.* 4 .*got 3'):
     trainer_of(micro_batches=3).init(jax.random.key(0), batch)
   state = trainer_of().init(jax.random.key(0), batch)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
+from helpers import quick
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import quick
 import pytest
 
 from experiments import language_model

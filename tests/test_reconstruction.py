@@ -7,11 +7,11 @@ from typing import Any
 
 import chex
 from flax import nnx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -91,7 +91,7 @@ def test_penalty_by_hand() -> None:
   d = math.tanh(-x1 + 2 * h)
   error = 2 * d + 0.25 - x2
   x = jnp.float32([x1, x2])
-  value, gradient = problems.quick(
+  value, gradient = helpers.quick(
     lambda x: (penalty(x), jax.grad(lambda x: penalty(x)[0, 0])(x))
   )(x)
   np.testing.assert_allclose(value, np.full((2, 1), 3 * error**2), rtol=1e-6)
@@ -105,12 +105,12 @@ def test_evaluation_is_the_layer_itself_and_training_keeps_its_outputs() -> None
   outputs do. Short windows are allowed in evaluation.
   """
   wrapped, plain = (
-    m._replace(apply=problems.quick(m.apply))
-    for m in (model(segment=3, anchors=2), problems.lstm(hidden=3))
+    m._replace(apply=helpers.quick(m.apply))
+    for m in (model(segment=3, anchors=2), helpers.lstm(hidden=3))
   )
   params = random_params(wrapped)
   plain_params = {'layers': {0: params['layers'][0]['layer'], 2: params['layers'][1]}}
-  x = problems.regression_batch(4, 2).inputs
+  x = helpers.regression_batch(4, 2).inputs
   mask = jnp.array([[True, True], [True, True], [True, True], [True, False]])
   expected = plain.apply(plain_params, plain.initial_state(2), x, mask, None)
   evaluated = wrapped.apply(params, wrapped.initial_state(2), x, mask, None)
@@ -159,14 +159,14 @@ def test_anchors_and_sub_sequences_are_all_those_before_the_end(kind: type) -> N
     )
   )
   params = random_params(wrapped)
-  x = jnp.asarray(problems.regression_batch(5, 2, dtype=np.float64).inputs)
+  x = jnp.asarray(helpers.regression_batch(5, 2, dtype=np.float64).inputs)
   mask = jnp.arange(5)[:, None] < jnp.array([4, 1])[None]
 
   def run(key):
     return wrapped.apply(params, wrapped.initial_state(2), x, mask, key)[1].penalty
 
   penalties = np.asarray(
-    problems.quick(jax.vmap(run))(jax.random.split(jax.random.key(0), 200))
+    helpers.quick(jax.vmap(run))(jax.random.split(jax.random.key(0), 200))
   )
   assert np.ptp(penalties, axis=(1, 2)).max() == 0
   expected = errors_by_hand(kind, params, x[:, 0], 4, 2)
@@ -186,7 +186,7 @@ def objective(
   """Return the objectives that the trainer descends in one step from `params` with a
   fixed key.
   """
-  trainer = problems.quick_trainer(
+  trainer = helpers.quick_trainer(
     wrapped._replace(init=lambda key: params),
     fptt_jax.losses.terminal_regression(),
     optax.sgd(0.0),
@@ -201,7 +201,7 @@ def test_objective_is_the_loss_plus_the_weighted_mean_error() -> None:
   """In a ragged batch the objective is the plain layer's plus w times the mean error
   over anchors and long enough sequences.
   """
-  batch = problems.regression_batch(6, 3, dtype=np.float64)._replace(
+  batch = helpers.regression_batch(6, 3, dtype=np.float64)._replace(
     lengths=np.array([3, 2, 3], np.int32)
   )
   zero, two = (
@@ -231,7 +231,7 @@ def test_objective_is_the_loss_plus_the_weighted_mean_error() -> None:
 
 def test_windows_with_no_room_for_a_sub_sequence_have_no_penalty() -> None:
   """With windows of 2 and 3 steps and L = 3, only the second adds a penalty."""
-  batch = problems.regression_batch(5, 2)
+  batch = helpers.regression_batch(5, 2)
   with_penalty, without = (model(nn.ElmanRNN, segment=3, weight=w) for w in (1.0, 0.0))
   params = random_params(without)
   difference = [
@@ -247,8 +247,8 @@ def test_training_lowers_the_error_through_the_layer() -> None:
   decoder and readout, and no weight of the outputs.
   """
   wrapped = model(nn.GRU, hidden=8, segment=3)
-  batch = problems.regression_batch(6, 4)
-  trainer = problems.quick_trainer(
+  batch = helpers.regression_batch(6, 4)
+  trainer = helpers.quick_trainer(
     wrapped, fptt_jax.losses.terminal_regression(), optax.adam(3e-2), method='bptt'
   )
   state = trainer.init(jax.random.key(0), batch)
@@ -261,7 +261,7 @@ def test_training_lowers_the_error_through_the_layer() -> None:
 
     return jax.vmap(run)(jax.random.split(jax.random.key(5), 8)).mean()
 
-  error_and_gradient = problems.quick(jax.value_and_grad(error))
+  error_and_gradient = helpers.quick(jax.value_and_grad(error))
   before, grads = error_and_gradient(state.params)
   reconstruction, outputs = grads['layers'][0], grads['layers'][1]
   assert all(jnp.abs(g).max() > 1e-4 for g in jax.tree.leaves(reconstruction))

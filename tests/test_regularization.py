@@ -4,11 +4,11 @@ from typing import Any
 
 import chex
 from flax import nnx
+from helpers import quick
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from problems import quick
 import pytest
 
 import fptt_jax

@@ -7,10 +7,10 @@ import itertools
 import pickle
 from typing import Any
 
+import helpers
 import jax
 import numpy as np
 import optax
-import problems
 import pytest
 
 pytest.importorskip('river', reason='river is not installed.')
@@ -27,11 +27,11 @@ def sgd() -> optax.GradientTransformation:
 
 
 def small(num_features: int) -> fptt_jax.Model:
-  return problems.elman(features=num_features)
+  return helpers.elman(features=num_features)
 
 
 def ten_classes(num_features: int) -> fptt_jax.Model:
-  return problems.elman(features=num_features, out=10)
+  return helpers.elman(features=num_features, out=10)
 
 
 ESTIMATORS = (
@@ -67,7 +67,7 @@ def test_river_accepts_the_estimator(
 
 def stream(num_steps: int) -> list[tuple[dict[str, float], float]]:
   """Return steps of two features and a label."""
-  x, y = problems.series_batch(num_steps, 1)[:2]
+  x, y = helpers.series_batch(num_steps, 1)[:2]
   return [
     ({'a': float(a), 'b': float(b)}, float(label))
     for (a, b), label in zip(x[:, 0], y[:, 0, 0], strict=True)
@@ -217,7 +217,7 @@ def test_bad_input_is_refused() -> None:
     Regressor(optimizer=0.1)
   with pytest.raises(ValueError, match='delay must be an integer >= 0, got -1'):
     Classifier(delay=-1)
-  classifier = Classifier(2, model=lambda features: problems.elman(1, out=2))
+  classifier = Classifier(2, model=lambda features: helpers.elman(1, out=2))
   classifier.learn_one({'a': 1}, 'red')
   classifier.learn_one({'a': 1}, 'green')
   with pytest.raises(ValueError, match=r"num_classes=2 labels.*another one, 'blue'"):
@@ -235,7 +235,7 @@ def test_a_classifier_learns_labels() -> None:
   ]
   estimator = Classifier(
     num_classes=2,
-    model=lambda features: problems.elman(features, out=2),
+    model=lambda features: helpers.elman(features, out=2),
     optimizer=functools.partial(optax.adam, 0.03),
     window_size=4,
     influence='none',

@@ -7,24 +7,24 @@ import pickle
 
 import chex
 from flax import serialization
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
 from fptt_jax import losses
 
 K = 2
-BATCH = problems.regression_batch(4, 2)
+BATCH = helpers.regression_batch(4, 2)
 OPTIMIZER = fptt_jax.fptt(optax.adam(1e-2))
 
 
 def layered():
   """Return a model whose parameters have integers for keys."""
-  base = problems.elman()
+  base = helpers.elman()
   wrap = lambda params: {
     'layers': {0: {k: params[k] for k in 'abc'}, 10: params['v'], 2: jnp.ones(3)}
   }

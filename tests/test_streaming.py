@@ -9,18 +9,18 @@ import sys
 from typing import Any
 
 import chex
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
 from fptt_jax import losses
 
 LOSS = losses.sequence_regression()
-ELMAN = problems.elman()
+ELMAN = helpers.elman()
 SGD = optax.sgd(0.1)
 FPTT = fptt_jax.fptt(optax.adam(1e-2), alpha=0.3)
 Stream = tuple[np.ndarray, np.ndarray]
@@ -28,7 +28,7 @@ Stream = tuple[np.ndarray, np.ndarray]
 
 def draw(num_steps: int, batch_size: int = 1, seed: int = 0) -> Stream:
   """Return random inputs [n, B, 2] and labels [n, B, 1]."""
-  batch = problems.series_batch(num_steps, batch_size, seed=seed)
+  batch = helpers.series_batch(num_steps, batch_size, seed=seed)
   return batch.inputs, batch.targets
 
 
@@ -494,7 +494,7 @@ def absolute_error(outputs: Any, targets: Any, window: Any) -> jax.Array:
 def test_other_losses(loss: losses.Loss, labels: Any) -> None:
   """The metrics are those of the predictions, by the loss's own evaluation."""
   x, y = draw(4)[0], np.asarray(labels, None)
-  learner = make(model=problems.elman(out=3), loss=loss, window_size=2)
+  learner = make(model=helpers.elman(out=3), loss=loss, window_size=2)
   labelled = np.array([True, False, True, True])[:, None]
   state, outputs, metrics = learner.step(begin(learner, x), x, y, labelled)
   if loss.per_step is not None:
@@ -514,7 +514,7 @@ def test_a_label_out_of_range_is_not_learned() -> None:
   """Its window moves the hidden state alone and counts as skipped."""
   x = draw(2)[0]
   learner = make(
-    model=problems.elman(out=3), loss=losses.sequence_classification(3), window_size=2
+    model=helpers.elman(out=3), loss=losses.sequence_classification(3), window_size=2
   )
   before = begin(learner, x)
   after, _, metrics = learner.step(before, x, np.array([[1], [3]]))
@@ -529,7 +529,7 @@ def test_predictions_are_made_before_the_update_and_without_noise(
   options: dict[str, Any],
 ) -> None:
   """Also where the training pass has other outputs."""
-  model = problems.elman(dropout=options.get('dropout', 0.0))
+  model = helpers.elman(dropout=options.get('dropout', 0.0))
   x, y = draw(4)
   learner = make(model=model, window_size=2, inner_steps=options.get('inner_steps', 1))
   state = begin(learner, x)

@@ -8,12 +8,12 @@ import itertools
 from typing import Any, NamedTuple
 
 import chex
+import helpers
+from helpers import quick_trainer
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
-from problems import quick_trainer
 import pytest
 
 import fptt_jax
@@ -22,9 +22,9 @@ from fptt_jax._transform import find_states
 
 F64 = dict(rtol=1e-10, atol=1e-12)
 TIGHT = dict(rtol=1e-12, atol=1e-13)
-GOOD = problems.regression_batch(6, 2)
+GOOD = helpers.regression_batch(6, 2)
 in_float64 = pytest.mark.usefixtures('x64')
-double = functools.partial(problems.elman, dtype=np.float64)
+double = functools.partial(helpers.elman, dtype=np.float64)
 
 
 class Recorder(NamedTuple):
@@ -96,7 +96,7 @@ def by_hand(
     model.initial_state(batch_size),
   )
 
-  @problems.quick
+  @helpers.quick
   def one_step(params, opt_state, hidden, loss_state, x, k, start, end):
     mask = (start + jnp.arange(len(x)))[:, None] < lengths[None, :]
     window = WindowView(
@@ -197,9 +197,9 @@ def same(got: Any, expected: Any, **tolerance: float) -> None:
 @pytest.mark.parametrize(
   ('loss', 'batch', 'out'),
   [
-    (losses.terminal_classification(3, ema_decay=0.5), problems.label_batch, 3),
-    (losses.sequence_classification(3, accuracy=True), problems.tagging_batch, 3),
-    (losses.from_function(mean_absolute_error), problems.series_batch, 1),
+    (losses.terminal_classification(3, ema_decay=0.5), helpers.label_batch, 3),
+    (losses.sequence_classification(3, accuracy=True), helpers.tagging_batch, 3),
+    (losses.from_function(mean_absolute_error), helpers.series_batch, 1),
   ],
   ids=['terminal_classification', 'sequence_classification', 'from_function'],
 )
@@ -234,12 +234,12 @@ def test_lstm_step_equals_a_python_loop():
   come from the window's own key.
   """
   model, optimizer = (
-    problems.lstm(dtype=jnp.float64, dropout=0.3),
+    helpers.lstm(dtype=jnp.float64, dropout=0.3),
     fptt_jax.fptt(optax.sgd(0.1, momentum=0.9)),
   )
   loss, batch = (
     losses.terminal_regression(),
-    problems.regression_batch(6, 3, dtype=np.float64),
+    helpers.regression_batch(6, 3, dtype=np.float64),
   )
   trainer = quick_trainer(model, loss, optimizer, num_windows=3)
   expected = by_hand(
@@ -267,7 +267,7 @@ def test_step_is_the_same_without_compilation():
     lambda outputs, targets, window: jnp.mean(outputs * outputs)
   )
   trainer = quick_trainer(
-    problems.elman(), squares, optax.sgd(0.1), method='tbptt', num_windows=2
+    helpers.elman(), squares, optax.sgd(0.1), method='tbptt', num_windows=2
   )
   start = trainer.init(jax.random.key(0), GOOD)
   batch = Batch(GOOD.inputs[:2], GOOD.targets)
@@ -280,7 +280,7 @@ def test_step_is_the_same_without_compilation():
 
 
 def lstm_outputs(params: Any, x: np.ndarray) -> jax.Array:
-  """The LSTM of `problems.lstm`, unrolled from its equations."""
+  """The LSTM of `helpers.lstm`, unrolled from its equations."""
   lstm, head = params['layers'][0], params['layers'][2]
   h = c = jnp.zeros((x.shape[1], lstm['w_h'].shape[0]), x.dtype)
   outputs = []
@@ -302,9 +302,9 @@ def test_one_window_has_bptts_gradient(method, options):
   """K = 1: the gradient is back-propagation through the whole unrolled sequence, and
   grad_norm its global norm.
   """
-  batch = problems.regression_batch(6, 3, dtype=np.float64)
+  batch = helpers.regression_batch(6, 3, dtype=np.float64)
   trainer = quick_trainer(
-    problems.lstm(dtype=jnp.float64),
+    helpers.lstm(dtype=jnp.float64),
     losses.terminal_regression(),
     record(1),
     method=method,
@@ -313,7 +313,7 @@ def test_one_window_has_bptts_gradient(method, options):
   objective = lambda params: jnp.mean(
     (lstm_outputs(params, batch.inputs)[-1, :, 0] - batch.targets) ** 2
   )
-  value, expected = problems.quick(jax.value_and_grad(objective))(
+  value, expected = helpers.quick(jax.value_and_grad(objective))(
     trainer.init(jax.random.key(0), batch).params
   )
   state, metrics = run(trainer, batch)
@@ -329,7 +329,7 @@ def test_one_window_has_bptts_gradient(method, options):
 def window_losses(
   params: Any, batch: Batch, cuts: list[int], terminal: bool, stop: tuple[int, ...]
 ) -> jax.Array:
-  """The windows' losses [K] of `problems.elman`, each sequence run alone and unpadded
+  """The windows' losses [K] of `helpers.elman`, each sequence run alone and unpadded
   in a Python loop.
 
   Terminal: β · squared error of the window's last output, β = t/length; else the
@@ -395,7 +395,7 @@ def test_each_methods_gradient(method, options, stop, objectives):
   borders (tbptt), their sum (bptt_aux), the mean of those so far (ftrl), the last with
   the gradient stopped at T - k (tbptt_final); windows here are (2, 2, 3).
   """
-  batch = problems.regression_batch(7, 2, dtype=np.float64)
+  batch = helpers.regression_batch(7, 2, dtype=np.float64)
   trainer = quick_trainer(
     double(),
     losses.terminal_regression(),
@@ -407,7 +407,7 @@ def test_each_methods_gradient(method, options, stop, objectives):
     objectives @ window_losses(params, batch, [0, 2, 4, 7], True, stop)
   )
   params = trainer.init(jax.random.key(0), batch).params
-  values, grads = problems.quick(lambda p: (combined(p), jax.jacrev(combined)(p)))(
+  values, grads = helpers.quick(lambda p: (combined(p), jax.jacrev(combined)(p)))(
     params
   )
   state, metrics = run(trainer, batch)
@@ -430,7 +430,7 @@ def test_mixed_lengths_equal_the_sequences_one_by_one(terminal):
   alone, unpadded: a sequence that has ended adds neither a term nor to the number
   divided by, and its last window's output is its own last.
   """
-  make = problems.regression_batch if terminal else problems.series_batch
+  make = helpers.regression_batch if terminal else helpers.series_batch
   batch = make(7, 3, dtype=np.float64)._replace(lengths=np.array([3, 5, 2], np.int32))
   loss = losses.terminal_regression() if terminal else losses.sequence_regression()
   trainer = quick_trainer(double(), loss, record(3), method='tbptt', num_windows=3)
@@ -438,7 +438,7 @@ def test_mixed_lengths_equal_the_sequences_one_by_one(terminal):
     window_losses, batch=batch, cuts=[0, 2, 4, 7], terminal=terminal, stop=(2, 4)
   )
   params = trainer.init(jax.random.key(0), batch).params
-  values, grads = problems.quick(lambda p: (expected(p), jax.jacrev(expected)(p)))(
+  values, grads = helpers.quick(lambda p: (expected(p), jax.jacrev(expected)(p)))(
     params
   )
   state, metrics = run(trainer, batch)
@@ -453,13 +453,13 @@ def test_no_gradient_crosses_a_border():
   through the update, so the zeros are not for want of a path. Nor does a gradient leave
   through the state's hidden.
   """
-  batch = problems.regression_batch(6, 2)
+  batch = helpers.regression_batch(6, 2)
 
   def function(
     method: str, rate: float, weights: list[float]
   ) -> Callable[[jax.Array], Any]:
     trainer = fptt_jax.make_trainer(
-      problems.elman(),
+      helpers.elman(),
       losses.terminal_regression(),
       optax.sgd(rate),
       method=method,
@@ -476,10 +476,10 @@ def test_no_gradient_crosses_a_border():
 
   def gradient(*arguments) -> np.ndarray:
     return np.asarray(
-      problems.quick(jax.grad(function(*arguments), has_aux=True))(batch.inputs)[0]
+      helpers.quick(jax.grad(function(*arguments), has_aux=True))(batch.inputs)[0]
     )
 
-  @problems.quick
+  @helpers.quick
   def both(inputs):
     (value, hidden), pull_back = jax.vjp(function('tbptt', 0.0, [1, 1]), inputs)
     one, ones = jnp.ones_like(value), jnp.ones_like(hidden)
@@ -510,7 +510,7 @@ def test_ragged_batch_equals_the_shorter_one():
   trainer = quick_trainer(
     double(out=3), loss, fptt_jax.fptt(optax.adam(1e-2)), window_size=3
   )
-  long = problems.label_batch(9, 2, dtype=np.float64)._replace(
+  long = helpers.label_batch(9, 2, dtype=np.float64)._replace(
     lengths=np.array([6, 6], np.int32)
   )
   short = Batch(long.inputs[:6], long.targets)
@@ -536,13 +536,13 @@ def test_nothing_past_the_end_matters(method):
   """
   lengths = np.array([7, 3, 4], np.int32)
   past = np.arange(10)[:, None] >= lengths
-  clean = problems.tagging_batch(10, 3)._replace(lengths=lengths)
+  clean = helpers.tagging_batch(10, 3)._replace(lengths=lengths)
   inputs, labels = clean.inputs.copy(), clean.targets.copy()
   inputs[past] = np.resize([np.nan, np.inf, -np.inf, 1e30], (past.sum(), 2))
   labels[past] = np.resize([-1, 999], past.sum())
   optimizer = fptt_jax.fptt(optax.adam(1e-2)) if method == 'fptt' else optax.adam(1e-2)
   trainer = quick_trainer(
-    problems.elman(out=3),
+    helpers.elman(out=3),
     losses.sequence_classification(3),
     optimizer,
     method=method,
@@ -564,10 +564,10 @@ def test_nothing_past_the_end_matters(method):
 
 def test_real_targets_past_the_end_do_not_matter():
   """As for inputs: NaN targets past the end leave the gradient finite."""
-  batch = problems.series_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
+  batch = helpers.series_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
   batch.targets[3, 1] = np.nan
   trainer = quick_trainer(
-    problems.elman(), losses.sequence_regression(), optax.sgd(0.1), method='bptt'
+    helpers.elman(), losses.sequence_regression(), optax.sgd(0.1), method='bptt'
   )
   assert np.isfinite(run(trainer, batch)[1].grad_norm).all()
 
@@ -592,7 +592,7 @@ def test_one_window_is_one_method():
   """With one window of the whole sequence tbptt, bptt, bptt_aux, ftrl and tbptt_final
   (all steps differentiated) are the same.
   """
-  batch = problems.regression_batch(4, 2, dtype=np.float64)
+  batch = helpers.regression_batch(4, 2, dtype=np.float64)
   make = functools.partial(
     quick_trainer, double(), losses.terminal_regression(), optax.adam(1e-2)
   )
@@ -612,7 +612,7 @@ def test_first_updates_agree():
   W = W̄) and ftrl's (the mean of one loss) are tbptt's. From the second update on, all
   three go their own ways.
   """
-  batch = problems.regression_batch(6, 2, dtype=np.float64)
+  batch = helpers.regression_batch(6, 2, dtype=np.float64)
   one, two = (batch._replace(lengths=np.full(2, n, np.int32)) for n in (3, 6))
   first = {
     name: run(two_windows(name, name == 'fptt'), one)[0]
@@ -635,7 +635,7 @@ def test_methods_are_told_apart_by_their_settings_only():
   """A Method given as a value is the method of that name, bit for bit: names are only
   names.
   """
-  batch = problems.regression_batch(6, 2, dtype=np.float64)._replace(
+  batch = helpers.regression_batch(6, 2, dtype=np.float64)._replace(
     lengths=np.full(2, 6, np.int32)
   )
   expected = run(two_windows('tbptt', False), batch)
@@ -667,14 +667,14 @@ def test_a_method_goes_by_its_true_name():
   ):
     with pytest.raises(ValueError, match=message):
       fptt_jax.make_trainer(
-        problems.elman(), losses.terminal_regression(), optimizer, method=method
+        helpers.elman(), losses.terminal_regression(), optimizer, method=method
       )
 
 
 @in_float64
 def test_ogd_updates_each_step():
   """Online gradient descent is tbptt with K = T."""
-  batch = problems.series_batch(4, 2, dtype=np.float64)
+  batch = helpers.series_batch(4, 2, dtype=np.float64)
   make = functools.partial(
     quick_trainer, double(), losses.sequence_regression(), optax.sgd(0.1)
   )
@@ -691,7 +691,7 @@ def test_carried_hidden_state_joins_batches():
   """With carry_hidden two batches of T steps in K windows are one of 2T in 2K: same
   parameters, FPTT state, hidden, losses.
   """
-  whole = problems.series_batch(8, 2, dtype=np.float64)
+  whole = helpers.series_batch(8, 2, dtype=np.float64)
   halves = [Batch(whole.inputs[i : i + 4], whole.targets[i : i + 4]) for i in (0, 4)]
   make = functools.partial(
     quick_trainer,
@@ -711,10 +711,10 @@ def test_carried_hidden_state_joins_batches():
 def test_hidden_state_starts_anew_unless_carried():
   """Without carry_hidden a step does not read state.hidden, garbage in it changes no
   bit; with it, it does. `end_epoch` sets it to the model's initial state."""
-  batch = problems.series_batch(4, 2)
+  batch = helpers.series_batch(4, 2)
   for carry in (False, True):
     trainer = quick_trainer(
-      problems.elman(),
+      helpers.elman(),
       losses.sequence_regression(),
       optax.sgd(0.1),
       method='tbptt',
@@ -741,9 +741,9 @@ def test_hidden_state_starts_anew_unless_carried():
 
 def test_end_epoch_does_the_losses_work():
   """The loss's own end_epoch runs: the last_epoch table takes over the sums."""
-  batch = problems.label_batch(2, 4)
+  batch = helpers.label_batch(2, 4)
   trainer = quick_trainer(
-    problems.elman(out=3),
+    helpers.elman(out=3),
     losses.terminal_classification(3, divergence='last_epoch'),
     optax.sgd(0.1),
     method='bptt',
@@ -769,7 +769,7 @@ def test_inner_steps_start_from_the_same_state_with_the_same_key():
     fptt_jax.fptt(optax.sgd(0.2)),
   )
   loss = losses.terminal_classification(3, ema_decay=0.5)
-  batch = problems.label_batch(4, 3, dtype=np.float64)
+  batch = helpers.label_batch(4, 3, dtype=np.float64)
   trainer = quick_trainer(model, loss, optimizer, num_windows=2, inner_steps=3)
   expected, expected_metrics = by_hand(
     model,
@@ -794,7 +794,7 @@ def test_explicit_gradient_is_taken_from_the_windows_own_start():
   window's loss at W_{t+1}, the parameters now, from the hidden state that window
   started from, under the dropout mask it had.
   """
-  model, batch = double(dropout=0.5), problems.regression_batch(4, 3, dtype=np.float64)
+  model, batch = double(dropout=0.5), helpers.regression_batch(4, 3, dtype=np.float64)
   trainer = quick_trainer(
     model,
     losses.terminal_regression(),
@@ -818,7 +818,7 @@ def test_explicit_gradient_is_taken_from_the_windows_own_start():
     return jnp.mean((outputs[-1, :, 0] - batch.targets) ** 2)
 
   state, _ = trainer.step(start, batch)
-  same(state.opt_state.lam, problems.quick(jax.grad(objective))(state.params))
+  same(state.opt_state.lam, helpers.quick(jax.grad(objective))(state.params))
 
 
 # Updates that are not finite.
@@ -844,7 +844,7 @@ def skipping(method: str, skip_nonfinite: bool = True) -> fptt_jax.Trainer:
   optimizer = fptt_jax.fptt(base) if method == 'fptt' else base
   loss = remembering(losses.sequence_regression())
   options |= {'method': method, 'carry_hidden': True, 'skip_nonfinite': skip_nonfinite}
-  return quick_trainer(problems.elman(), loss, optimizer, **options)
+  return quick_trainer(helpers.elman(), loss, optimizer, **options)
 
 
 def spoiled(batch: Batch, kind: str) -> Batch:
@@ -879,7 +879,7 @@ def test_a_skipped_update_leaves_no_trace(method, kind):
   window has an update, two sequences with a good half each are one good sequence; else
   a bad sequence may as well not be there.
   """
-  first, second = (problems.series_batch(6, 3, seed=seed) for seed in (0, 1))
+  first, second = (helpers.series_batch(6, 3, seed=seed) for seed in (0, 1))
   bad = spoiled(first, kind)
   if fptt_jax.METHODS[method].update_each_window and method != 'ftrl':
     halves = lambda a, b: jax.tree.map(
@@ -916,7 +916,7 @@ def test_a_skipped_update_of_a_ragged_batch():
   together; such a window is not skipped.
   """
   lengths = np.array([2, 4, 3], np.int32)
-  good = problems.series_batch(6, 3)._replace(lengths=lengths)
+  good = helpers.series_batch(6, 3)._replace(lengths=lengths)
   bad = spoiled(good, 'NaN')
   halves = lambda a, b: Batch(
     np.concatenate([a.inputs[:2], b.inputs[2:]]), good.targets, lengths
@@ -924,7 +924,7 @@ def test_a_skipped_update_of_a_ragged_batch():
   optimizer = fptt_jax.fptt(optax.adam(1e-2))
   options = dict(num_windows=3, carry_hidden=True, skip_nonfinite=True)
   trainer = quick_trainer(
-    problems.elman(), remembering(losses.sequence_regression()), optimizer, **options
+    helpers.elman(), remembering(losses.sequence_regression()), optimizer, **options
   )
   state, totals, metrics = train(trainer, [good, halves(good, bad), halves(bad, good)])
   expected, expected_totals, _ = train(trainer, [good, good])
@@ -1000,7 +1000,7 @@ def test_norm_of_lambda():
     'none': optax.sgd(0.1),
   }
   trainer = quick_trainer(
-    problems.elman(),
+    helpers.elman(),
     losses.terminal_regression(),
     optax.partition(parts, labels),
     num_windows=2,
@@ -1024,7 +1024,7 @@ def test_one_trace_for_each_shape():
   a state from a checkpoint would be traced anew.
   """
   calls = {'model': 0, 'loss': 0}
-  model, loss = problems.elman(out=3), losses.terminal_classification(3)
+  model, loss = helpers.elman(out=3), losses.terminal_classification(3)
 
   def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args):
@@ -1045,7 +1045,7 @@ def test_one_trace_for_each_shape():
     num_windows=2,
     skip_nonfinite=True,
   )
-  batch = problems.label_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
+  batch = helpers.label_batch(4, 2)._replace(lengths=np.array([4, 3], np.int32))
   state = trainer.init(jax.random.key(0), batch)
   calls.update(model=0)  # The probe of an own model calls it, too.
   kinds = jax.tree.map(lambda x: (x.shape, x.dtype), state)
@@ -1054,7 +1054,7 @@ def test_one_trace_for_each_shape():
   for seed in (0, 1, 2):
     state, _ = trainer.step(
       state,
-      problems.label_batch(4, 2, seed=seed)._replace(
+      helpers.label_batch(4, 2, seed=seed)._replace(
         lengths=np.array([2, 4 - seed], np.int32)
       ),
     )
@@ -1064,7 +1064,7 @@ def test_one_trace_for_each_shape():
   assert counts[0] == counts[1] == counts[2]
   assert min(counts[0].values()) >= 1
   assert trainer.step._cache_size() == 1
-  longer = problems.label_batch(6, 2)._replace(lengths=np.array([6, 5], np.int32))
+  longer = helpers.label_batch(6, 2)._replace(lengths=np.array([6, 5], np.int32))
   for _ in range(2):
     state, _ = trainer.step(state, longer)
     assert calls == {name: 2 * count for name, count in counts[0].items()}
@@ -1075,10 +1075,10 @@ def test_one_trace_for_each_shape():
 @pytest.mark.parametrize(
   ('loss', 'batch', 'out'),
   [
-    (losses.terminal_classification(3), problems.label_batch, 3),
-    (losses.terminal_regression(), problems.regression_batch, 1),
-    (losses.sequence_classification(3, accuracy=True), problems.tagging_batch, 3),
-    (losses.sequence_regression(), problems.series_batch, 1),
+    (losses.terminal_classification(3), helpers.label_batch, 3),
+    (losses.terminal_regression(), helpers.regression_batch, 1),
+    (losses.sequence_classification(3, accuracy=True), helpers.tagging_batch, 3),
+    (losses.sequence_regression(), helpers.series_batch, 1),
   ],
   ids=[
     'terminal_classification',
@@ -1099,7 +1099,7 @@ def test_step_promotes_nothing_implicitly(method, loss, batch, out, dtype):
   )
   batch = batch._replace(inputs=batch.inputs.astype(dtype), targets=targets)
   optimizer = fptt_jax.fptt(optax.sgd(0.1)) if method == 'fptt' else optax.sgd(0.1)
-  model = problems.elman(out=out, dtype=dtype)
+  model = helpers.elman(out=out, dtype=dtype)
   trainer = fptt_jax.make_trainer(
     model, loss, optimizer, method=method, num_windows=4, skip_nonfinite=True
   )
@@ -1118,10 +1118,10 @@ def test_step_takes_over_the_old_state(skip_nonfinite):
   """The old state's buffers are donated, all of them (a warning, had one not been
   usable, is an error here).
   """
-  batch = problems.label_batch(4, 2)
+  batch = helpers.label_batch(4, 2)
   options = dict(num_windows=2, carry_hidden=True, skip_nonfinite=skip_nonfinite)
   trainer = fptt_jax.make_trainer(
-    problems.elman(out=3),
+    helpers.elman(out=3),
     losses.terminal_classification(3),
     fptt_jax.fptt(optax.adam(1e-2)),
     **options,
@@ -1140,7 +1140,7 @@ def temporary_bytes(num_steps: int, **options: Any) -> int:
     fptt_jax.fptt(optax.sgd(0.1)) if options['method'] == 'fptt' else optax.sgd(0.1)
   )
   trainer = fptt_jax.make_trainer(
-    problems.elman(hidden=32), losses.terminal_regression(), optimizer, **options
+    helpers.elman(hidden=32), losses.terminal_regression(), optimizer, **options
   )
   batch = Batch(
     jax.ShapeDtypeStruct((num_steps, 16, 2), jnp.float32),
@@ -1148,7 +1148,7 @@ def temporary_bytes(num_steps: int, **options: Any) -> int:
   )
   state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
   return (
-    problems.optimized(trainer.step.lower(state, batch))
+    helpers.optimized(trainer.step.lower(state, batch))
     .memory_analysis()
     .temp_size_in_bytes
   )
@@ -1177,9 +1177,9 @@ def test_initialisation_from_shapes_and_over_seeds():
   vmap over keys each seed gets its own parameters, those of a call of its own, and a
   step vmapped over such states is the steps one by one.
   """
-  batch = problems.regression_batch(4, 2)
+  batch = helpers.regression_batch(4, 2)
   plain = fptt_jax.make_trainer(
-    problems.elman(),
+    helpers.elman(),
     losses.terminal_regression(),
     fptt_jax.fptt(optax.sgd(0.1)),
     num_windows=2,
@@ -1192,9 +1192,9 @@ def test_initialisation_from_shapes_and_over_seeds():
     concrete
   )
   keys = jax.random.split(jax.random.key(1), 3)
-  step = problems.quick(plain.step)
-  many = problems.quick(jax.vmap(lambda key: plain.init(key, batch)))(keys)
-  stepped = problems.quick(jax.vmap(plain.step, in_axes=(0, None)))(many, batch)
+  step = helpers.quick(plain.step)
+  many = helpers.quick(jax.vmap(lambda key: plain.init(key, batch)))(keys)
+  stepped = helpers.quick(jax.vmap(plain.step, in_axes=(0, None)))(many, batch)
   assert len(np.unique(many.params['b'])) == many.params['b'].size
   for i, key in enumerate(keys):
     one = plain.init(key, batch)
@@ -1206,7 +1206,7 @@ def test_initialisation_from_shapes_and_over_seeds():
 def test_steps_inside_an_outer_scan():
   """A compiled scan of `step` over stacked batches is the loop over them."""
   batches = [
-    problems.regression_batch(4, 2, seed=seed, dtype=np.float64) for seed in range(3)
+    helpers.regression_batch(4, 2, seed=seed, dtype=np.float64) for seed in range(3)
   ]
   trainer = quick_trainer(
     double(dropout=0.5),
@@ -1221,7 +1221,7 @@ def test_steps_inside_an_outer_scan():
     num_windows=2,
   )
   stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
-  state, metrics = problems.quick(
+  state, metrics = helpers.quick(
     lambda state: jax.lax.scan(plain.step, state, stacked)
   )(trainer.init(jax.random.key(0), batches[0]))
   expected, last = run(trainer, *batches)
@@ -1297,10 +1297,10 @@ def test_evaluation_equals_the_whole_sequence(terminal, lengths):
   whole sequence: cross-entropy and hits at the sequence's last step, or at every step;
   dropout is off. The hidden state is the one at each sequence's end.
   """
-  model = problems.elman(out=3, dropout=0.5)
-  batch = (problems.label_batch if terminal else problems.tagging_batch)(
-    10, 3
-  )._replace(lengths=lengths)
+  model = helpers.elman(out=3, dropout=0.5)
+  batch = (helpers.label_batch if terminal else helpers.tagging_batch)(10, 3)._replace(
+    lengths=lengths
+  )
   loss = (
     losses.terminal_classification(3)
     if terminal
@@ -1334,12 +1334,12 @@ def test_evaluation_goes_on_from_a_given_hidden_state():
   """Two halves, the second from the first's hidden state, have the whole's totals and
   hidden state; from the start they do not.
   """
-  whole = problems.tagging_batch(8, 2)
+  whole = helpers.tagging_batch(8, 2)
   halves = [Batch(whole.inputs[i : i + 4], whole.targets[i : i + 4]) for i in (0, 4)]
   trainer = quick_trainer(
-    problems.elman(out=3), losses.sequence_classification(3), optax.sgd(0.1)
+    helpers.elman(out=3), losses.sequence_classification(3), optax.sgd(0.1)
   )
-  params = problems.elman(out=3).init(jax.random.key(0))
+  params = helpers.elman(out=3).init(jax.random.key(0))
   first, hidden = trainer.evaluate(params, halves[0])
   second, hidden = trainer.evaluate(params, halves[1], hidden)
   expected, expected_hidden = trainer.evaluate(params, whole)
@@ -1358,12 +1358,10 @@ def test_totals_are_the_measures_of_the_step(method):
   method that sees all windows in one update and for ftrl, which sees the first one K
   times.
   """
-  batch = problems.regression_batch(6, 3)._replace(
-    lengths=np.array([6, 2, 3], np.int32)
-  )
+  batch = helpers.regression_batch(6, 3)._replace(lengths=np.array([6, 2, 3], np.int32))
   optimizer = fptt_jax.fptt(optax.sgd(0.0)) if method == 'fptt' else optax.sgd(0.0)
   trainer = quick_trainer(
-    problems.elman(),
+    helpers.elman(),
     losses.terminal_regression(),
     optimizer,
     method=method,
@@ -1379,7 +1377,7 @@ def test_totals_are_the_measures_of_the_step(method):
 
 def make(method: str = 'tbptt', **options: Any) -> fptt_jax.Trainer:
   return fptt_jax.make_trainer(
-    problems.elman(),
+    helpers.elman(),
     losses.terminal_regression(),
     optax.sgd(0.1),
     method=method,
@@ -1560,28 +1558,28 @@ SAME_HIDDEN = (
   ('model', 'loss', 'batch', 'error', 'message'),
   [
     (
-      changed(problems.elman(), lambda h, y: (h.astype(jnp.bfloat16), y)),
+      changed(helpers.elman(), lambda h, y: (h.astype(jnp.bfloat16), y)),
       losses.terminal_regression(),
       GOOD,
       ValueError,
       SAME_HIDDEN + r'float32\[2, 4\]; got bfloat16\[2, 4\]\.',
     ),
     (
-      changed(problems.elman(), lambda h, y: (h[:, :3], y)),
+      changed(helpers.elman(), lambda h, y: (h[:, :3], y)),
       losses.terminal_regression(),
       GOOD,
       ValueError,
       SAME_HIDDEN + r'float32\[2, 4\]; got float32\[2, 3\]\.',
     ),
     (
-      changed(problems.elman(), lambda h, y: ((h,), y)),
+      changed(helpers.elman(), lambda h, y: ((h,), y)),
       losses.terminal_regression(),
       GOOD,
       ValueError,
       SAME_HIDDEN,
     ),
     (
-      changed(problems.elman(), lambda h, y: (h, y[-1])),
+      changed(helpers.elman(), lambda h, y: (h, y[-1])),
       losses.terminal_regression(),
       GOOD,
       ValueError,
@@ -1589,28 +1587,28 @@ SAME_HIDDEN = (
       r'shape \(2, 1\)\.',
     ),
     (
-      problems.elman(out=2),
+      helpers.elman(out=2),
       losses.terminal_regression(),
       GOOD,
       ValueError,
       r'outputs must have shape \[S, B, 1\], got \(3, 2, 2\)\.',
     ),
     (
-      problems.elman(),
+      helpers.elman(),
       losses.terminal_regression(),
       Batch(GOOD.inputs, np.zeros(5, np.float32)),
       ValueError,
       r'B=2, T=6; got shape',
     ),
     (
-      problems.elman(out=3),
+      helpers.elman(out=3),
       losses.terminal_classification(3),
       GOOD,
       TypeError,
       r'labels must be integers \(class indices\), got dtype float32 of shape \(2,\)\.',
     ),
     (
-      problems.elman(),
+      helpers.elman(),
       losses.sequence_regression(),
       Batch(GOOD.inputs, np.zeros((5, 2, 1), np.float32)),
       ValueError,
@@ -1618,7 +1616,7 @@ SAME_HIDDEN = (
       r'1\)\.',
     ),
     (
-      problems.elman(),
+      helpers.elman(),
       losses.sequence_regression(),
       Batch(GOOD.inputs, np.zeros((2, 6, 1), np.float32)),
       ValueError,
@@ -1656,7 +1654,7 @@ def test_carried_hidden_state_of_another_batch_size_is_refused():
   """Rows of the next batch continue rows of the last: there must be as many. Without
   carry_hidden another size is welcome.
   """
-  other = problems.regression_batch(6, 3)
+  other = helpers.regression_batch(6, 3)
   trainer = make(carry_hidden=True)
   message = (
     r'the carried hidden state must have .* for this batch, float32\[3, 4\]; got '
@@ -1672,7 +1670,7 @@ def test_carried_hidden_state_of_another_batch_size_is_refused():
     trainer.evaluate(
       trainer.init(jax.random.key(0), GOOD).params,
       other,
-      problems.elman().initial_state(2),
+      helpers.elman().initial_state(2),
     )
   state, _ = jax.eval_shape(make().step, make().init(jax.random.key(0), GOOD), other)
   assert state.hidden.shape == (3, 4)
@@ -1778,8 +1776,8 @@ def test_check_batch_accepts_bfloat16_targets():
 @pytest.mark.parametrize(
   ('loss', 'make_batch', 'padding'),
   [
-    (losses.sequence_classification(3), problems.tagging_batch, -1),
-    (losses.sequence_regression(), problems.series_batch, np.nan),
+    (losses.sequence_classification(3), helpers.tagging_batch, -1),
+    (losses.sequence_regression(), helpers.series_batch, np.nan),
   ],
 )
 def test_check_batch_does_not_look_past_the_end(loss, make_batch, padding):
@@ -1811,11 +1809,11 @@ def test_init_looks_at_a_concrete_batch():
       r'model must be a fptt_jax\.Model, .* got function\.',
     ),
     (
-      (problems.elman(), mean_absolute_error, optax.sgd(0.1)),
+      (helpers.elman(), mean_absolute_error, optax.sgd(0.1)),
       r'loss must be a fptt_jax\.Loss, .*from_function',
     ),
     (
-      (problems.elman(), losses.terminal_regression(), 0.1),
+      (helpers.elman(), losses.terminal_regression(), 0.1),
       r'optimizer must be an optax\.GradientTransformation, got 0\.1\.',
     ),
   ],
@@ -1843,7 +1841,7 @@ def test_parts_of_the_wrong_kind_are_refused(arguments, message):
 def test_a_loss_that_is_no_number_is_refused(function, got):
   """A loss of one's own must return one floating-point number."""
   trainer = fptt_jax.make_trainer(
-    problems.elman(), losses.from_function(function), optax.sgd(0.1), method='tbptt'
+    helpers.elman(), losses.from_function(function), optax.sgd(0.1), method='tbptt'
   )
   state = jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
   with pytest.raises(
@@ -1860,8 +1858,8 @@ def test_own_measure_of_a_loss():
     'steps': window.mask.sum(),
   }
   loss = losses.from_function(mean_absolute_error, measure)
-  batch = problems.series_batch(9, 2)
-  trainer = fptt_jax.make_trainer(problems.elman(), loss, optax.sgd(0.1), method='bptt')
+  batch = helpers.series_batch(9, 2)
+  trainer = fptt_jax.make_trainer(helpers.elman(), loss, optax.sgd(0.1), method='bptt')
   totals, _ = trainer.evaluate(trainer.init(jax.random.key(0), batch).params, batch)
   assert (int(totals['count']), int(totals['steps'])) == (3, 18)
 
@@ -1873,7 +1871,7 @@ def test_inner_steps_must_reach_fptt():
     inner.init, lambda grads, state, params=None: inner.update(grads, state, params)
   )
   trainer = fptt_jax.make_trainer(
-    problems.elman(), losses.terminal_regression(), wrapper, inner_steps=2
+    helpers.elman(), losses.terminal_regression(), wrapper, inner_steps=2
   )
   with pytest.raises(ValueError, match=r'^optimizer .*inner_steps=2.* got 1'):
     jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
@@ -1887,7 +1885,7 @@ def test_multi_steps_with_the_explicit_gradient():
     fptt_jax.fptt(optax.sgd(0.1), gradient_estimate='recomputed'), 2
   )
   trainer = quick_trainer(
-    problems.elman(), losses.terminal_regression(), optimizer, num_windows=2
+    helpers.elman(), losses.terminal_regression(), optimizer, num_windows=2
   )
   state, _ = run(trainer, GOOD)
   [fptt_state] = find_states(state.opt_state)
@@ -1901,9 +1899,9 @@ def test_state_owns_its_buffers_and_types():
   """
   zeros = jnp.zeros((2, 4))
   own = jax.tree.map(
-    lambda leaf: leaf + 0.0, problems.elman().init(jax.random.key(0))
+    lambda leaf: leaf + 0.0, helpers.elman().init(jax.random.key(0))
   ) | {'b': jnp.full((4,), 0.1)}
-  model = problems.elman()._replace(
+  model = helpers.elman()._replace(
     init=lambda key: own, initial_state=lambda batch_size: zeros
   )
   trainer = quick_trainer(
@@ -1926,13 +1924,13 @@ def test_ftrl_reads_the_loss_state_of_the_sequences_start():
   the one this sequence has moved: with a learning rate of 0 the u-th objective is the
   mean of the first u window losses.
   """
-  batch = problems.label_batch(6, 3)
+  batch = helpers.label_batch(6, 3)
   batch = batch._replace(targets=(batch.targets, np.arange(3, dtype=np.int32)))
   loss = losses.terminal_classification(3, divergence='example', num_examples=3)
   metrics = {}
   for method in ('tbptt', 'ftrl'):
     trainer = quick_trainer(
-      problems.elman(out=3), loss, optax.sgd(0.0), method=method, num_windows=3
+      helpers.elman(out=3), loss, optax.sgd(0.0), method=method, num_windows=3
     )
     state = trainer.init(jax.random.key(0), batch)
     q = jax.random.dirichlet(jax.random.key(5), jnp.ones(3), (3, 3))
@@ -1948,13 +1946,13 @@ def test_a_penalty_of_the_model_is_added_as_its_mean_over_valid_steps(
   """Objective = loss + mean penalty over the window's valid steps, gradient included;
   what is measured leaves it out.
   """
-  plain = problems.elman()
+  plain = helpers.elman()
 
   def apply(params, h, x, mask, key):
     h, y = plain.apply(params, h, x, mask, key)
     return h, fptt_jax.OutputsWithPenalty(y, jnp.square(y[..., 0]))
 
-  batch = problems.regression_batch(8, 4)
+  batch = helpers.regression_batch(8, 4)
   lengths = np.array([8, 8, 7, 3], np.int32)
   batch = batch._replace(lengths=lengths) if ragged else batch
   loss = fptt_jax.losses.terminal_regression()
@@ -1985,7 +1983,7 @@ def test_a_penalty_of_the_model_is_added_as_its_mean_over_valid_steps(
 
 def test_a_penalty_of_another_shape_is_refused() -> None:
   """The message names what was got and what was expected."""
-  plain = problems.elman()
+  plain = helpers.elman()
 
   def wrong(*arguments: Any) -> Any:
     hidden, outputs = plain.apply(*arguments)
@@ -1997,7 +1995,7 @@ def test_a_penalty_of_another_shape_is_refused() -> None:
     optax.sgd(0.1),
     method='bptt',
   )
-  batch = problems.regression_batch(8, 4)
+  batch = helpers.regression_batch(8, 4)
   with pytest.raises(
     ValueError,
     match=(

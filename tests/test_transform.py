@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import chex
+from helpers import default_float64
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import jax
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import optax
-from problems import default_float64
 import pytest
 
 from fptt_jax import (

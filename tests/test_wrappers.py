@@ -4,11 +4,11 @@ trainer.
 
 from flax import nnx
 from flax.training.train_state import TrainState
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import fptt_jax
@@ -119,8 +119,8 @@ def test_a_plateau_schedule_counts_sequences(inner_steps):
     accumulation_size=num_windows * inner_steps, **options
   )
   optimizer = fptt_jax.fptt(optax.chain(optax.sgd(0.02), plateau))
-  model, batch = problems.elman(), problems.regression_batch(6, 4)
-  trainer = problems.quick_trainer(
+  model, batch = helpers.elman(), helpers.regression_batch(6, 4)
+  trainer = helpers.quick_trainer(
     model,
     losses.terminal_regression(),
     optimizer,

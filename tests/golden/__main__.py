@@ -5,9 +5,9 @@ import os
 import sys
 
 sys.path.insert(0, 'tests')
-import problems
+import helpers
 
-os.environ['XLA_FLAGS'] = problems.QUICK_FLAGS
+os.environ['XLA_FLAGS'] = helpers.QUICK_FLAGS
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ def main() -> None:
   jax.config.update('jax_num_cpu_devices', 8)
   records, arrays = {}, {}
   for dtype in ('float32', 'float64'):
-    with problems.default_float64(dtype == 'float64'):
+    with helpers.default_float64(dtype == 'float64'):
       for name, case in cases.CASES.items():
         key = f'{name}-{dtype}'
         records[key], found = cases.run(case, dtype)

@@ -1,4 +1,4 @@
-"""Small problems that several tests share."""
+"""Small problems, comparators and compilation options that tests share."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -52,6 +52,16 @@ def default_float64(enabled: bool = True) -> Iterator[None]:
     yield
   finally:
     jax.config.update('jax_enable_x64', before)
+
+
+def assert_close(got: Any, expected: Any, tolerance: float, least: float = 1.0) -> None:
+  """Compares each leaf to `tolerance` times its largest number, which counts as `least`
+  at least.
+  """
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    scale = np.abs(b).max(initial=least)
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
 
 
 def quick(function: Callable[..., Any]) -> Callable[..., Any]:
