@@ -116,6 +116,8 @@ def texts(tree):
   return np.asarray(tree)
 
 
+# Old releases say that the data of a key, which becomes a key, cannot be reused.
+@pytest.mark.filterwarnings('ignore:Some donated buffers were not usable')
 def test_texts_for_integer_keys(trainer):
   """Parameters and states as msgpack, JSON or orbax without a template give them
   back.
