@@ -26,7 +26,6 @@ from fptt_jax._checks import (
 )
 from fptt_jax._dtypes import at_least_float32, widen
 from fptt_jax._trees import shapes
-from fptt_jax._update_flow import lost_marks, mark
 
 Hyperparameter = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
 
@@ -381,6 +380,9 @@ def check_usable(
     ValueError: If updates are changed after `fptt`, or `inner_steps` does not reach it.
     TypeError: If `update` requires other extra arguments.
   """
+  # Imported here, since jax.extend takes a fifth of this library's time to import.
+  from fptt_jax._update_flow import lost_marks
+
   record: list[Any] = []
 
   def update(params: optax.Params) -> optax.Updates:
@@ -417,6 +419,8 @@ def _record(updates: optax.Updates, inner_steps: Any) -> optax.Updates:
   """Return the updates, marked if :func:`check_usable` traces this call."""
   if not _RECORDS:
     return updates
+  from fptt_jax._update_flow import mark
+
   _RECORDS[-1].append(inner_steps)
   return jax.tree.map(mark, updates)
 
