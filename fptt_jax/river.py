@@ -53,7 +53,7 @@ class _Step:
 
 
 class _StreamEstimator:
-  """What regressor and classifier share: features, waiting steps, and copies.
+  """Base class of the regressor and the classifier: features, waiting steps, copies.
 
   The learner itself is compiled code, which is not copied or pickled: copies find it by
   their options.

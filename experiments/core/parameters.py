@@ -68,7 +68,8 @@ def read_parameters(folder: Path, template: Any, config_sha256: str) -> Any:
     raise UserError(
       f'there is no {path}: put it back, or train this run again.'
     ) from error
-  # NumPy and zipfile raise many kinds of errors for a damaged file.
+  # NumPy and zipfile raise many kinds of errors for a damaged file. zipfile raises
+  # NotImplementedError where damage has changed a member's compression method.
   except (
     OSError,
     EOFError,

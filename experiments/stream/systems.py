@@ -1,4 +1,4 @@
-"""What forecasts a stream: recurrent networks, a linear model, and deep-river."""
+"""Forecasters of streams: recurrent networks, a linear model, and deep-river."""
 
 from collections.abc import Callable, Iterator
 import dataclasses

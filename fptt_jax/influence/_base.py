@@ -1,4 +1,4 @@
-"""What an influence is, and how its credit joins the gradient of a window."""
+"""The type of an influence, and the link of its credit to a window's gradient."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ State = Any
 
 
 class WindowMap(NamedTuple):
-  """How one window maps parameters and hidden state to the next hidden state.
+  """The map of one window from parameters and hidden state to the next hidden state.
 
   Attributes:
     run: (params, hidden [R, ...], x [n, R, ...], mask [n, R] or None) -> hidden

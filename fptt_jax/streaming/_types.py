@@ -72,7 +72,7 @@ class StreamMetrics(NamedTuple):
 
 
 class Counts(NamedTuple):
-  """What was counted since the last report, see :class:`StreamMetrics`."""
+  """Counts since the last report, with the fields of :class:`StreamMetrics`."""
 
   totals: MetricSums
   windows: jax.Array
