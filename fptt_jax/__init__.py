@@ -24,12 +24,11 @@ from fptt_jax._exporting import (
 from fptt_jax._monitor import find_nonfinite, lambda_diverges, raise_if_nonfinite
 from fptt_jax._stability import spectral_radius
 from fptt_jax._states import state_from_arrays, state_to_arrays
+from fptt_jax._summary import fptt_eval_params, fptt_restart
 from fptt_jax._transform import (
   FPTTState,
   fptt,
   fptt_algorithm2,
-  fptt_eval_params,
-  fptt_restart,
 )
 from fptt_jax._types import (
   FeaturesAndReadout,

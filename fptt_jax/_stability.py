@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from fptt_jax._checks import FLOAT32_MAX, FLOAT32_TINY, check_number
-from fptt_jax._transform import RANGES
+from fptt_jax._hyperparameters import RANGES
 
 
 def spectral_radius(

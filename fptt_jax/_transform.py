@@ -6,38 +6,35 @@ gradient, and W̄ (`w_bar`) is the running summary of the parameters. λ and W̄
 """
 
 from collections.abc import Callable, Mapping
-import inspect
 from typing import Any, NamedTuple
-import warnings
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from fptt_jax._checks import (
   ARRAYS,
-  FLOAT32_MAX,
-  FLOAT32_TINY,
   check_choice,
   check_dtype,
-  check_number,
   check_size,
 )
-from fptt_jax._dtypes import at_least_float32, widen
-from fptt_jax._trees import shapes
-
-Hyperparameter = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
+from fptt_jax._dtypes import at_least_float32
+from fptt_jax._hyperparameters import (
+  Hyperparameter,
+  Hyperparameters,
+  check_hyperparameters,
+  values_at,
+)
+from fptt_jax._trees import (
+  have_same_field,
+  have_same_shapes,
+  have_same_structure,
+  is_floating,
+  shapes,
+)
+from fptt_jax._usable import accepted, record_call
 
 GRADIENT_ESTIMATES = ('running', 'recomputed', 'lagged')
-
-RANGES = {
-  'alpha': (FLOAT32_TINY, FLOAT32_MAX, 'a finite number > 0'),
-  'beta': (FLOAT32_TINY, 1.0, 'a number in (0, 1]'),
-  'kappa': (0.0, FLOAT32_MAX, 'a finite number >= 0'),
-  'linear_scale': (0.0, 1.0, 'a number in [0, 1]'),
-}
-"""Smallest and largest value of each hyperparameter, and the range in words."""
 
 
 class FPTTState(NamedTuple):
@@ -54,15 +51,6 @@ class FPTTState(NamedTuple):
   w_bar: optax.Params
   lam: optax.Params
   base_optimizer_state: optax.OptState
-
-
-class _Hyperparameters(NamedTuple):
-  """The hyperparameters of :func:`fptt`, or their values at one window."""
-
-  alpha: Any
-  beta: Any
-  kappa: Any
-  linear_scale: Any
 
 
 def fptt(
@@ -162,8 +150,8 @@ def fptt(
     Through Time", ICML 2021: Eqs. 4-6, Algorithm 2 and the λ recursion after Eq. 5.
   """
   check_choice('gradient_estimate', gradient_estimate, GRADIENT_ESTIMATES)
-  hyperparameters = _check_hyperparameters(
-    _Hyperparameters(alpha, beta, kappa, linear_scale)
+  hyperparameters = check_hyperparameters(
+    Hyperparameters(alpha, beta, kappa, linear_scale)
   )
   if state_dtype is not None:
     state_dtype = check_dtype('state_dtype', state_dtype)
@@ -189,7 +177,7 @@ def fptt(
     if not isinstance(inner_steps, jax.core.Tracer):
       inner_steps = check_size('inner_steps', inner_steps)
     window = state.step_count // jnp.asarray(inner_steps, jnp.int32)
-    now = _values_at(hyperparameters, window)
+    now = values_at(hyperparameters, window)
     updates, base_state = _base_step(base, now, grads, state, params, extra_args)
     # The rounded W_{t+1}, exactly as the caller will see it: bfloat16 parameters lose
     # part of the update.
@@ -197,7 +185,7 @@ def fptt(
     lam, w_bar = _move_state(
       gradient_estimate, now, inner_steps, grads, state, params_next, extra_args
     )
-    updates = _record(updates, inner_steps)
+    updates = record_call(updates, inner_steps)
     return updates, FPTTState(
       optax.safe_increment(state.step_count), w_bar, lam, base_state
     )
@@ -233,198 +221,6 @@ def fptt_algorithm2(
   return fptt(base, alpha=alpha, linear_scale=0.5, gradient_estimate='recomputed')
 
 
-def fptt_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
-  """Return W̄, the parameters at which the authors' release evaluates.
-
-  The alternative is to evaluate at W itself.
-
-  Args:
-    opt_state: An optimizer state that holds one :class:`FPTTState` or more at any depth
-      (chains, masks, `MultiSteps`, `inject_hyperparams`, `apply_if_finite`,
-      `partition`). Several are merged.
-    params: The current parameters. Leaves that no state covers are returned unchanged.
-
-  Returns:
-    A copy of W̄ in the parameters' dtypes.
-
-  Raises:
-    ValueError: If `opt_state` holds no FPTTState, or its W̄ does not match `params`.
-
-  Example:
-    With `flax.training.train_state.TrainState`, pass `state.opt_state` and
-    `state.params`. With `nnx.Optimizer`:
-
-    >>> import optax, fptt_jax
-    >>> from flax import nnx
-    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    >>> optimizer = nnx.Optimizer(model, fptt_jax.fptt(optax.adam(1e-3)), wrt=nnx.Param)
-    >>> params = nnx.state(model, nnx.Param)
-    >>> w_bar = fptt_jax.fptt_eval_params(optimizer.opt_state, params)
-    >>> evaluated = nnx.clone(model)
-    >>> nnx.update(evaluated, w_bar)
-  """
-  states = find_states(opt_state)
-  if not states:
-    raise ValueError(
-      'opt_state must hold an FPTTState, that is, be the state of an optimizer with '
-      f'fptt(...) in it; got a {type(opt_state).__name__} without one. Without FPTT, '
-      'evaluate at the parameters themselves.'
-    )
-  summary = params
-  for state in states:
-    summary = _overlay(state.w_bar, summary)
-
-  def as_param(w: jax.Array, p: jax.Array) -> jax.Array:
-    return jnp.array(w, dtype=jnp.result_type(p), copy=True)
-
-  return jax.tree.map(as_param, summary, params)
-
-
-def fptt_restart(
-  opt_state: optax.OptState, params: optax.Params
-) -> tuple[optax.Params, optax.OptState]:
-  """Restart the recursion at its summary: W := W̄ and λ := 0.
-
-  The base optimizer's state is kept. The release does this after each epoch, except on
-  PTB-300 and PTB-c. Call it between windows: with `inner_steps` > 1, the calls within
-  an unfinished window still count.
-
-  Args:
-    opt_state: As for :func:`fptt_eval_params`.
-    params: The current parameters. Leaves that no state covers are returned unchanged.
-
-  Returns:
-    (params, opt_state). The next update equals the base optimizer's, because W̄ is set
-    to the returned W, rounding included.
-
-  Raises:
-    ValueError: As for :func:`fptt_eval_params`.
-
-  Example:
-    With flax's `TrainState`, call
-    `state.replace(params=params, opt_state=opt_state)` with the result. With
-    `nnx.Optimizer`:
-
-    >>> import optax, fptt_jax
-    >>> from flax import nnx
-    >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    >>> optimizer = nnx.Optimizer(model, fptt_jax.fptt(optax.adam(1e-3)), wrt=nnx.Param)
-    >>> params = nnx.state(model, nnx.Param)
-    >>> params, opt_state = fptt_jax.fptt_restart(optimizer.opt_state, params)
-    >>> optimizer.opt_state = opt_state
-    >>> nnx.update(model, params)
-  """
-  params_next = fptt_eval_params(opt_state, params)
-
-  def as_summary(w: Any, p: Any) -> Any:
-    if _is_masked(w):
-      return w
-    return jnp.array(p, dtype=w.dtype, copy=True)
-
-  def restart(node: Any) -> Any:
-    if not isinstance(node, FPTTState):
-      return node
-    source = _in_structure_of(node.w_bar, params_next)
-    w_bar = jax.tree.map(as_summary, node.w_bar, source, is_leaf=_is_masked)
-    return node._replace(w_bar=w_bar, lam=optax.tree.zeros_like(node.lam))
-
-  return params_next, jax.tree.map(restart, opt_state, is_leaf=_is_state)
-
-
-def find_states(opt_state: optax.OptState) -> list[FPTTState]:
-  """Return every FPTTState in an optimizer's state, at any depth."""
-  nodes = jax.tree.leaves(opt_state, is_leaf=_is_state)
-  return [node for node in nodes if _is_state(node)]
-
-
-def lambda_norm(opt_state: optax.OptState) -> jax.Array:
-  """Return the global norm of λ in an optimizer's state, float32 []; 0 without FPTT."""
-  estimates = [jax.tree.map(widen, state.lam) for state in find_states(opt_state)]
-  return optax.tree.norm(estimates).astype(jnp.float32)
-
-
-def accepted(
-  update: Callable[..., Any], extra_args: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Return those of the extra arguments that an optimizer's `update` takes."""
-  parameters = inspect.signature(update).parameters.values()
-  if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-    return dict(extra_args)
-  names = {parameter.name for parameter in parameters}
-  return {name: value for name, value in extra_args.items() if name in names}
-
-
-_RECORDS: list[list[Any]] = []
-"""List to which `fptt` adds the number of inner steps that it is given, while
-:func:`check_usable` traces an update. They are empty otherwise.
-"""
-
-
-def check_usable(
-  optimizer: optax.GradientTransformationExtraArgs,
-  params: optax.Params,
-  extra_args: Mapping[str, Any],
-) -> None:
-  """Raise an error if a trainer would use an optimizer with `fptt` wrongly.
-
-  If updates are changed after `fptt`, W̄ and λ follow weights that were never applied.
-  If a wrapper drops `inner_steps`, they move on every call. The check traces one update
-  without computing it, and follows the arrays that `fptt` returned through the trace.
-
-  Args:
-    optimizer: Any optimizer. One without `fptt` passes if it can be called.
-    params: The parameters, or their shapes.
-    extra_args: The extra arguments for its `update`, with 'inner_steps' among them.
-
-  Raises:
-    ValueError: If updates are changed after `fptt`, or `inner_steps` does not reach it.
-    TypeError: If `update` requires other extra arguments.
-  """
-  # Imported here, since jax.extend takes a fifth of this library's time to import.
-  from fptt_jax._update_flow import lost_marks
-
-  record: list[Any] = []
-
-  def update(params: optax.Params) -> optax.Updates:
-    state = optimizer.init(params)
-    given = accepted(optimizer.update, {**extra_args, 'grad': params})
-    return optimizer.update(params, state, params, **given)[0]
-
-  _RECORDS.append(record)
-  try:
-    traced = jax.make_jaxpr(update)(params)
-  except TypeError as error:
-    raise TypeError(
-      'optimizer must need no extra arguments other than '
-      f'{sorted(extra_args)}, which a trainer passes; calling it failed: {error}'
-    ) from error
-  finally:
-    _RECORDS.pop()
-  inner_steps = extra_args.get('inner_steps', 1)
-  if any(given != inner_steps for given in record):
-    raise ValueError(
-      f'optimizer must pass the extra argument inner_steps={inner_steps} on to '
-      f'fptt(...), got {record[0]} there. Give the wrapper around it an '
-      '`update` that takes **extra_args and passes them on.'
-    )
-  if lost_marks(traced.jaxpr):
-    raise ValueError(
-      'optimizer must not change the updates after fptt(...), since W̄ and λ would '
-      'follow weights that are never applied. Put the other transformation inside, '
-      'fptt(optax.chain(base, other)), or in front, optax.chain(other, fptt(base)).'
-    )
-
-
-def _record(updates: optax.Updates, inner_steps: Any) -> optax.Updates:
-  """Return the updates, marked if :func:`check_usable` traces this call."""
-  if not _RECORDS:
-    return updates
-  from fptt_jax._update_flow import mark
-
-  _RECORDS[-1].append(inner_steps)
-  return jax.tree.map(mark, updates)
-
-
 def _init(
   base: optax.GradientTransformationExtraArgs,
   state_dtype: jax.typing.DTypeLike | None,
@@ -452,7 +248,7 @@ def _init(
 
 def _base_step(
   base: optax.GradientTransformationExtraArgs,
-  now: _Hyperparameters,
+  now: Hyperparameters,
   grads: optax.Updates,
   state: FPTTState,
   params: optax.Params,
@@ -490,7 +286,7 @@ def _base_step(
 
 def _move_state(
   gradient_estimate: str,
-  now: _Hyperparameters,
+  now: Hyperparameters,
   inner_steps: jax.typing.ArrayLike,
   grads: optax.Updates,
   state: FPTTState,
@@ -528,7 +324,7 @@ def _regularized_gradient(
   params: optax.Params,
   w_bar: optax.Params,
   lam: optax.Params,
-  now: _Hyperparameters,
+  now: Hyperparameters,
 ) -> optax.Updates:
   """Return g'_t = g_t - c λ_t + κ α (W_t - W̄_t), in the gradients' dtypes."""
 
@@ -585,7 +381,7 @@ def _recomputed_gradient(
       'state, params, grad_fn=f), where f(params) returns the gradient of the same '
       'window from the same hidden state; got None.'
     )
-  if any(map(_is_masked, jax.tree.leaves(params_next, is_leaf=_is_masked))):
+  if any(map(is_masked, jax.tree.leaves(params_next, is_leaf=is_masked))):
     # grad_fn would get MaskedNodes in place of weights.
     raise ValueError(
       "gradient_estimate must be 'running' or 'lagged' inside optax.masked or "
@@ -593,7 +389,7 @@ def _recomputed_gradient(
       'fptt(optax.masked(base, ...)).'
     )
   grads = grad_fn(params_next)
-  if not _same_structure(grads, params_next):
+  if not have_same_structure(grads, params_next):
     raise ValueError(
       f'grad_fn must return gradients of the structure of the parameters, '
       f'{jax.tree.structure(params_next)}, got {jax.tree.structure(grads)}.'
@@ -611,7 +407,7 @@ def _state_dtype(
   param: jax.typing.ArrayLike, state_dtype: jax.typing.DTypeLike | None
 ) -> jnp.dtype:
   """Return the dtype of W̄ and λ for a parameter."""
-  if not _is_floating(param):
+  if not is_floating(param):
     raise TypeError(
       f'params must be floating point, got a leaf of {_describe(param)}. Keep it '
       'out of '
@@ -629,7 +425,7 @@ def _state_dtype(
 
 def _check_trees(grads: optax.Updates, state: FPTTState, params: optax.Params) -> None:
   """Raise unless the trees that `update` gets have the same structure and shapes."""
-  if not _fit(grads, params) or not _fit(state.w_bar, params):
+  if not have_same_shapes(grads, params) or not have_same_shapes(state.w_bar, params):
     raise ValueError(
       'grads, params and state.w_bar must have the same structure and shapes, got '
       f'grads {shapes(grads)}, params {shapes(params)}, state.w_bar '
@@ -637,7 +433,7 @@ def _check_trees(grads: optax.Updates, state: FPTTState, params: optax.Params) -
     )
   trees = (grads, params, state.w_bar)
   for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
-    if not _same_field(*leaves):
+    if not have_same_field(*leaves):
       raise TypeError(
         'grads, params and state.w_bar must be floating point, and all complex if one '
         f'is, got leaves of {", ".join(map(_describe, leaves))}.'
@@ -662,116 +458,10 @@ def _check_base_state(state: optax.OptState) -> None:
       )
 
 
-def _values_at(
-  hyperparameters: _Hyperparameters, window: jax.Array
-) -> _Hyperparameters:
-  """Return the hyperparameters' values at a window."""
-  return _Hyperparameters(
-    *(
-      _value_at(name, value, window)
-      for name, value in hyperparameters._asdict().items()
-    )
-  )
-
-
-def _value_at(
-  name: str, value: Hyperparameter, window: jax.Array
-) -> jax.typing.ArrayLike:
-  """Return a hyperparameter's value at a window, or NaN if it is out of range."""
-  if isinstance(value, float):
-    return value  # It was checked when `fptt` was called.
-  low, high, _ = RANGES[name]
-  now = jnp.asarray(value(window) if callable(value) else value)
-  # A traced value cannot raise an error. NaN shows in the next loss.
-  return jnp.where((now >= low) & (now <= high), now, jnp.nan)
-
-
-def _check_hyperparameters(hyperparameters: _Hyperparameters) -> _Hyperparameters:
-  """Validate the hyperparameters; concrete numbers become floats."""
-  checked = {}
-  for name, value in hyperparameters._asdict().items():
-    checked[name] = _check_hyperparameter(name, value)
-  return _Hyperparameters(**checked)
-
-
-def _check_hyperparameter(name: str, value: Hyperparameter) -> Hyperparameter:
-  """Return a hyperparameter, as a float if it is concrete; raise if out of range."""
-  low, high, expected = RANGES[name]
-  first = value(jnp.zeros([], jnp.int32)) if callable(value) else value
-  if isinstance(first, jax.core.Tracer):
-    return value  # It has no value yet. `_value_at` checks it in each window.
-  which = f'{name} at window 0' if callable(value) else name
-  number = check_number(which, first, low, high, f'{expected} or a schedule')
-  if callable(value):
-    _check_schedule(name, value)
-  if name == 'beta' and number > 0.5:
-    warnings.warn(
-      f'fptt with beta={number:g} > 0.5 extrapolates: W̄ weighs its old value by '
-      f'1 - 2 beta = {1 - 2 * number:g}, and momentum makes it unstable early (see '
-      'fptt_jax.spectral_radius).',
-      stacklevel=4,  # The caller of `fptt`.
-    )
-  return value if callable(value) else number
-
-
-def _check_schedule(
-  name: str, schedule: Callable[[jax.Array], jax.typing.ArrayLike]
-) -> None:
-  """Raise unless a schedule stays in its range at the windows that are tried."""
-  # All of the first 65,536 windows, and 512 more up to the millionth.
-  late = np.geomspace(2**16, 10**6, 512)
-  windows = np.unique(np.concatenate([np.arange(2**16), late]).astype(np.int32))
-  low, high, expected = RANGES[name]
-  try:
-    values = np.asarray(jax.vmap(schedule)(jnp.asarray(windows)), np.float64)
-  except jax.errors.ConcretizationTypeError:
-    # The schedule takes concrete numbers only, such as a table of unknown length.
-    return
-  bad = ~((values >= low) & (values <= high))
-  if bad.any():
-    first = int(bad.argmax())
-    raise ValueError(
-      f'{name} at window {windows[first]} must be {expected}, got {values[first]:g} '
-      'from the schedule.'
-    )
-
-
-def _is_floating(leaf: Any) -> bool:
-  if isinstance(leaf, ARRAYS):
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
-  return isinstance(leaf, float | complex)
-
-
 def _describe(leaf: Any) -> str:
   if isinstance(leaf, ARRAYS):
     return f'dtype {leaf.dtype} and shape {leaf.shape}'
   return f'type {type(leaf).__name__}'
-
-
-def _same_structure(a: Any, b: Any) -> bool:
-  structure: Any = jax.tree.structure(a)
-  return bool(structure == jax.tree.structure(b))
-
-
-def _fit(a: Any, b: Any) -> bool:
-  """Return whether two trees have the same structure and shapes."""
-  if not _same_structure(a, b):
-    return False
-  return jax.tree.all(jax.tree.map(lambda x, y: shapes(x) == shapes(y), a, b))
-
-
-def _same_field(*leaves: Any) -> bool:
-  """Return whether all leaves are floating point, and all real or all complex."""
-  fields = {jnp.iscomplexobj(leaf) for leaf in leaves}
-  return all(map(_is_floating, leaves)) and len(fields) == 1
-
-
-def _is_masked(node: Any) -> bool:
-  return isinstance(node, optax.MaskedNode)
-
-
-def _is_state(node: Any) -> bool:
-  return isinstance(node, FPTTState)
 
 
 def _nodes(state: Any, kinds: tuple[type, ...]) -> list[Any]:
@@ -779,33 +469,5 @@ def _nodes(state: Any, kinds: tuple[type, ...]) -> list[Any]:
   return jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
 
 
-def _in_structure_of(like: Any, tree: Any) -> Any:
-  """Return `tree` in the structure of `like` if their leaves have the same paths.
-
-  `nnx.Optimizer` keeps W̄ and λ in variables of another type than the parameters', at
-  the same paths. A tree with other paths is returned as it is.
-  """
-  paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
-  if paths != [path for path, _ in jax.tree.leaves_with_path(like)]:
-    return tree
-  return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
-
-
-def _overlay(w_bar: optax.Params, params: optax.Params) -> optax.Params:
-  """Return `w_bar` where it has leaves, and `params` where it is masked."""
-  w_bar = _in_structure_of(params, w_bar)
-
-  def leaf(w: Any, p: Any) -> Any:
-    if _is_masked(w):
-      return p  # A leaf or a whole subtree.
-    if not _fit(p, w) or not _same_field(p, w):
-      raise ValueError('not the same leaf')
-    return w
-
-  try:
-    return jax.tree.map(leaf, w_bar, params, is_leaf=_is_masked)
-  except (ValueError, TypeError) as error:
-    raise ValueError(
-      f'params must have the structure and shapes of W̄ in the FPTTState, '
-      f'{shapes(w_bar)}, got {shapes(params)}.'
-    ) from error
+def is_masked(node: Any) -> bool:
+  return isinstance(node, optax.MaskedNode)

@@ -118,3 +118,27 @@ def _describe(leaf: Any, exactly: bool = True) -> str:
     kinds = (jnp.inexact, jnp.integer, jax.dtypes.prng_key)
     dtype = next((kind for kind in kinds if jnp.issubdtype(leaf.dtype, kind)), dtype)
   return f'{dtype}{list(leaf.shape)}'
+
+
+def is_floating(leaf: Any) -> bool:
+  if isinstance(leaf, ARRAYS):
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+  return isinstance(leaf, float | complex)
+
+
+def have_same_structure(a: Any, b: Any) -> bool:
+  structure: Any = jax.tree.structure(a)
+  return bool(structure == jax.tree.structure(b))
+
+
+def have_same_shapes(a: Any, b: Any) -> bool:
+  """Return whether two trees have the same structure and shapes."""
+  if not have_same_structure(a, b):
+    return False
+  return jax.tree.all(jax.tree.map(lambda x, y: shapes(x) == shapes(y), a, b))
+
+
+def have_same_field(*leaves: Any) -> bool:
+  """Return whether all leaves are floating point, and all real or all complex."""
+  fields = {jnp.iscomplexobj(leaf) for leaf in leaves}
+  return all(map(is_floating, leaves)) and len(fields) == 1

@@ -12,7 +12,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import losses
-from fptt_jax._transform import check_usable
+from fptt_jax._usable import check_usable
 
 C = optax.contrib
 SGD = optax.sgd(0.1)

@@ -18,7 +18,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import Batch, WindowView, losses
-from fptt_jax._transform import find_states
+from fptt_jax._summary import find_states
 
 F64 = dict(rtol=1e-10, atol=1e-12)
 TIGHT = dict(rtol=1e-12, atol=1e-13)

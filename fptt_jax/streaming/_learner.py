@@ -20,7 +20,7 @@ from fptt_jax._checks import (
   check_size,
 )
 from fptt_jax._compiled import Compiled
-from fptt_jax._transform import find_states
+from fptt_jax._summary import find_states
 from fptt_jax._trees import check_like, shapes
 from fptt_jax._types import Model, TrainState
 from fptt_jax.influence import Influence

@@ -17,7 +17,7 @@ import optax
 
 from fptt_jax._batch import Batch, check_shapes, targets_by_row
 from fptt_jax._dtypes import widen
-from fptt_jax._transform import accepted, lambda_norm
+from fptt_jax._summary import lambda_norm
 from fptt_jax._types import (
   Hidden,
   Params,
@@ -26,6 +26,7 @@ from fptt_jax._types import (
   UpdateInputs,
   UpdateResult,
 )
+from fptt_jax._usable import accepted
 from fptt_jax._windows import ValidSteps, WindowPlan, lengths_in_range, valid_steps
 from fptt_jax.losses import Loss, LossState
 from fptt_jax.parallel._collectives import (

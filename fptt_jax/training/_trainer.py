@@ -21,9 +21,10 @@ from fptt_jax._batch import (
 from fptt_jax._checks import as_key, check_arrays, check_flag
 from fptt_jax._compiled import Compiled, explain_deleted
 from fptt_jax._probe import check_model, check_state_rows
-from fptt_jax._transform import check_usable, find_states
+from fptt_jax._summary import find_states
 from fptt_jax._trees import arrange_like, check_like, leaf_paths
 from fptt_jax._types import Hidden, Model, Params, StepMetrics, Trainer, TrainState
+from fptt_jax._usable import check_usable
 from fptt_jax.influence import Influence
 from fptt_jax.influence._check import check_map
 from fptt_jax.losses import Loss, MetricSums
