@@ -279,6 +279,15 @@ def test_runs_of_other_settings_go_on_if_told_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('scale', items.SCALES)
+def test_products_are_compared_in_equal_runs(scale: str) -> None:
+  """Each pair of lines differs in --products alone."""
+  lines = items.products(scale)
+  for full, rounded in zip(lines[::2], lines[1::2], strict=True):
+    assert (full.config.products, rounded.config.products) == ('float32', 'bfloat16')
+    assert dataclasses.replace(full.config, products='bfloat16') == rounded.config
+
+
+@pytest.mark.parametrize('scale', items.SCALES)
 def test_no_line_ends_for_its_rate(scale: str) -> None:
   """At each rate of its grid a line's rate stays, after all milestones, where training
   goes on.

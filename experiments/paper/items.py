@@ -533,6 +533,35 @@ def alpha(scale: str) -> list[Entry]:
   ]
 
 
+PRODUCTS = ('float32', 'bfloat16')
+"""Values of --products that the item 'products' compares."""
+
+
+def products(scale: str) -> list[Entry]:
+  """Declare training with the products of layers in float32 and in bfloat16.
+
+  The paper has no such comparison. Pixel MNIST has the paper's model and one epoch,
+  PTB-300 is that of scale 'cpu'; 'full' and 'short' are the same as 'cpu'.
+
+  Args:
+    scale: a name in :data:`SCALES`.
+  """
+  size = 'smoke' if scale == 'smoke' else 'cpu'
+  mnist = image('mnist', size, 'tbptt', 'mnist', momentum=0.0, decay=True)
+  pixels = dict(row=False, hidden=128, epochs=1, milestones=(), num_windows=28, lr=3e-3)
+  if scale != 'smoke':
+    mnist = mnist._replace(config=dataclasses.replace(mnist.config, **pixels))
+  words = language('ptb300', size, 'fptt', 'ptb300')
+  return [
+    entry._replace(
+      label=f'{entry.label}-{entry.config.method[0]}-{name}',
+      config=dataclasses.replace(entry.config, products=name),
+    )
+    for entry in (mnist, words)
+    for name in PRODUCTS
+  ]
+
+
 LONG_RECALL = dict(seq_len=10_000, num_windows=1000, batches=200, test_steps=200)
 """Settings of the recall of a number that was shown 10,000 steps before."""
 
@@ -599,6 +628,7 @@ ITEMS: dict[str, Callable[[str], list[Entry]]] = {
   'cells': cells,
   'alpha': alpha,
   'online': credit,
+  'products': products,
 }
 """Items that are compared by training: (scale) -> lines."""
 
