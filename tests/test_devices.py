@@ -601,8 +601,10 @@ def test_gradient_of_evaluation_on_devices():
 
 
 def explicit_mesh(number, axis='batch'):
-  """A mesh as `jax.make_mesh` makes it, whose axis is explicit."""
-  return jax.make_mesh((number,), (axis,), devices=jax.devices('cpu')[:number])
+  """A mesh with an explicit axis, the default of `jax.make_mesh` in newer releases."""
+  devices = jax.devices('cpu')[:number]
+  types = (jax.sharding.AxisType.Explicit,)
+  return jax.make_mesh((number,), (axis,), types, devices=devices)
 
 
 def train_placed(mesh, spec=None, over=None):

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 import resource
 import shutil
+import sys
 from typing import Any
 
 import filelock
@@ -266,9 +267,7 @@ def test_metrics_that_are_gone_or_damaged_are_not_made_up_for(tmp_path: Path) ->
 def test_reads_under_way_end_before_their_loop_is_closed(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """After the first error, too, or each of them would print a traceback; orbax reads in
-  such a loop.
-  """
+  """After the first error, too, or each of them would print a traceback."""
   ended: list[str] = []
 
   class Observed(checkpoints._PatientLoop):
@@ -295,10 +294,15 @@ def test_reads_under_way_end_before_their_loop_is_closed(
   assert ended == ['read', 'closed']
   folder = saved_run(tmp_path, 1, 2)
   ended.clear()
+  checkpoints.Run(saved_run(tmp_path / 'intact', 1)).restore(1, CARRY)
+  # Orbax before 0.12 reads in a loop of nest_asyncio's, which stays open.
+  closes_loops = 'closed' in ended
+  assert closes_loops or 'nest_asyncio' in sys.modules
+  ended.clear()
   truncate(largest(folder / 'checkpoints' / '2'))
   with pytest.raises(checkpoints.BrokenCheckpoint):
     checkpoints.Run(folder).restore(2, CARRY)
-  assert 'closed' in ended
+  assert ('closed' in ended) == closes_loops
   assert asyncio.new_event_loop is make_loop
 
 
