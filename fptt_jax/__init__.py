@@ -44,7 +44,8 @@ from fptt_jax.parallel._batches import make_global_batch
 from fptt_jax.parallel._devices import use_cpu_devices
 from fptt_jax.streaming._learner import make_learner
 from fptt_jax.streaming._types import Learner, StreamMetrics, StreamState
-from fptt_jax.training._multi import scan_train_steps, take_member, vmap_trainer
+from fptt_jax.training._members import take_member, vmap_trainer
+from fptt_jax.training._scan import scan_train_steps
 from fptt_jax.training._schedules import METHODS, Method
 from fptt_jax.training._trainer import make_trainer
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import ARRAYS
+from fptt_jax._checks import ARRAYS, check_array
 
 
 def shapes(tree: Any) -> Any:
@@ -142,3 +142,14 @@ def have_same_field(*leaves: Any) -> bool:
   """Return whether all leaves are floating point, and all real or all complex."""
   fields = {jnp.iscomplexobj(leaf) for leaf in leaves}
   return all(map(is_floating, leaves)) and len(fields) == 1
+
+
+def leading_axis(name: str, tree: Any) -> int:
+  """Return the length of the leading axis of all arrays of a tree."""
+  lengths = {check_array(name, leaf).shape[:1] for leaf in jax.tree.leaves(tree)}
+  if len(lengths) != 1 or () in lengths:
+    raise ValueError(
+      f'{name} must be arrays with a leading axis of one length, got shapes '
+      f'{shapes(tree)}.'
+    )
+  return int(lengths.pop()[0])

@@ -40,7 +40,7 @@ from fptt_jax.streaming._window import (
   faded_means,
   finite_rows,
 )
-from fptt_jax.training._spec import check_types
+from fptt_jax.training._options import check_types
 from fptt_jax.training._trainer import make_trainer
 
 

@@ -10,8 +10,8 @@ from fptt_jax._types import Hidden, Params
 from fptt_jax._windows import make_windows, valid_steps, window_at, write_window
 from fptt_jax.losses import MetricSums
 from fptt_jax.parallel._collectives import sum_over_devices
+from fptt_jax.training._invalid import batch_in_range, clear_idle_targets
 from fptt_jax.training._spec import StepSpec
-from fptt_jax.training._step import batch_in_range, clear_idle_targets
 from fptt_jax.training._window import (
   Sequence,
   check_hidden,

@@ -2,38 +2,21 @@
 
 from collections.abc import Sequence
 import dataclasses
-import functools
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fptt_jax._batch import (
-  Batch,
-  check_shapes,
-  check_type,
-  is_addressable,
-  validate_batch,
-  with_mask,
-)
-from fptt_jax._checks import as_key, check_arrays, check_flag
-from fptt_jax._compiled import Compiled, explain_deleted
-from fptt_jax._probe import check_model, check_state_rows
-from fptt_jax._summary import find_states
-from fptt_jax._trees import arrange_like, check_like, leaf_paths
-from fptt_jax._types import Hidden, Model, Params, StepMetrics, Trainer, TrainState
-from fptt_jax._usable import check_usable
+from fptt_jax._checks import check_flag
+from fptt_jax._compiled import Compiled
+from fptt_jax._types import Model, Trainer
 from fptt_jax.influence import Influence
-from fptt_jax.influence._check import check_map
-from fptt_jax.losses import Loss, MetricSums
-from fptt_jax.parallel._placement import Placement, make_placement
-from fptt_jax.training._evaluate import run_evaluate, run_predict
+from fptt_jax.losses import Loss
+from fptt_jax.parallel._placement import make_placement
+from fptt_jax.training._functions import Functions
+from fptt_jax.training._options import resolve_spec
 from fptt_jax.training._schedules import Method
-from fptt_jax.training._spec import StepSpec, resolve_spec
-from fptt_jax.training._step import run_step
-from fptt_jax.training._window import check_hidden, first_influence
 
 
 def make_trainer(
@@ -188,7 +171,7 @@ def make_trainer(
   if shard_params and spec.influence is not None:
     _refuse_sharding(influence)
   spec = dataclasses.replace(spec, axis=placement.axis)
-  return _compile(_Functions(spec, placement), check_flag('donate', donate))
+  return _compile(Functions(spec, placement), check_flag('donate', donate))
 
 
 def _refuse_sharding(influence: str | Influence) -> NoReturn:
@@ -198,7 +181,7 @@ def _refuse_sharding(influence: str | Influence) -> NoReturn:
   )
 
 
-def _compile(functions: '_Functions', donate: bool) -> Trainer:
+def _compile(functions: Functions, donate: bool) -> Trainer:
   """Return the compiled functions of a trainer."""
   # `init` and `end_epoch` run once per run and per epoch, and may see concrete values.
   return Trainer(
@@ -211,240 +194,3 @@ def _compile(functions: '_Functions', donate: bool) -> Trainer:
     ),
     donate=donate,
   )
-
-
-class _Functions:
-  """The functions of one trainer, before they are compiled."""
-
-  def __init__(self, spec: StepSpec, placement: Placement) -> None:
-    """Keep the options.
-
-    Args:
-      spec: Options of the trainer.
-      placement: Where its arrays lie.
-    """
-    self.spec = spec
-    self.placement = placement
-    _check_optimizer(spec)
-
-  def init(self, key: jax.Array, batch: Batch) -> TrainState:
-    """Make the first state, see :class:`fptt_jax.Trainer`."""
-    spec = self.spec
-    self.placement.check(batch)
-    batch = with_mask(batch)
-    num_steps, batch_size = check_shapes(batch)
-    key = as_key('key', key)
-    if key.shape != ():
-      raise ValueError(f'key must be one key, got shape {key.shape}.')
-    init_key, run_key = jax.random.split(key)
-    if all(is_addressable(leaf) for leaf in jax.tree.leaves(batch)):
-      validate_batch(batch, spec.loss)
-    params = _strong_copy(spec.model.init(init_key))
-    _check_initial_state(spec.model, params, batch_size)
-    check_model(spec.model, params, batch.inputs)
-    # Some optimizers keep the parameters they start from, and donated arrays must not
-    # be in two places.
-    opt_state = jax.tree.map(jnp.copy, spec.optimizer.init(params))
-    num_windows = spec.plan_windows(num_steps).num_windows
-    hidden = _strong_copy(spec.model.start(params, batch_size))
-    if spec.influence is not None:
-      check_map(spec.model, params, batch.inputs, spec.plan_windows(num_steps).size)
-    state = TrainState(
-      params=params,
-      opt_state=opt_state,
-      hidden=hidden,
-      loss_state=_strong_copy(spec.loss.init(num_windows)),
-      key=run_key,
-      step_count=jnp.zeros([], jnp.int32),
-      influence=_strong_copy(first_influence(spec, params, hidden, batch)),
-    )
-    if self.placement.mesh is not None:
-      _check_influence(state.influence, batch_size)
-    self._check_rows(batch_size)
-    return self.placement.place(state)
-
-  def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    """Train on one batch, see :class:`fptt_jax.Trainer`."""
-    spec = self.spec
-    self.placement.check(batch)
-    batch = with_mask(batch)
-    _, batch_size = check_shapes(batch)
-    check_type('state', state, TrainState)
-    state = state._replace(key=as_key('state.key', state.key))
-    state = _arrange_state(state, jax.eval_shape(self.init, state.key, batch))
-    self._check_rows(batch_size)
-    if spec.carry_hidden:
-      self._check_hidden(state.hidden, batch_size, 'the carried hidden state')
-    else:
-      # Rows may start differently, so that the whole batch's state is made here, before
-      # it is split over devices.
-      hidden = _strong_copy(spec.model.start(state.params, batch_size))
-      influence = jax.tree.map(jnp.zeros_like, state.influence)
-      state = state._replace(hidden=hidden, influence=influence)
-    step = functools.partial(run_step, spec, self.placement)
-    return self.placement.wrap_step(step)(state, batch)
-
-  def evaluate(
-    self, params: Params, batch: Batch, hidden: Hidden | None = None
-  ) -> tuple[MetricSums, Hidden]:
-    """Evaluate a batch, see :class:`fptt_jax.Trainer`."""
-    self.placement.check(batch)
-    batch = with_mask(batch)
-    params, hidden = self._arguments(params, batch, hidden)
-    evaluate = functools.partial(run_evaluate, self.spec)
-    return self.placement.wrap_evaluate(evaluate)(params, batch, hidden)
-
-  def predict(
-    self,
-    params: Params,
-    inputs: Any,
-    lengths: jax.typing.ArrayLike | None = None,
-    mask: jax.typing.ArrayLike | None = None,
-    hidden: Hidden | None = None,
-    *,
-    batch_major: bool = False,
-    return_hidden: bool = False,
-  ) -> Any:
-    """Compute the model's outputs, see :class:`fptt_jax.Trainer`."""
-    check_flag('batch_major', batch_major)
-    check_flag('return_hidden', return_hidden)
-    make_batch = Batch.from_batch_major if batch_major else Batch
-    batch = make_batch(inputs, (), lengths, mask)
-    self.placement.check(batch)
-    batch = with_mask(batch)
-    params, hidden = self._arguments(params, batch, hidden)
-    predict = functools.partial(run_predict, self.spec)
-    outputs, hidden = self.placement.wrap_predict(predict)(params, batch, hidden)
-    if batch_major:
-      outputs = outputs.swapaxes(0, 1)
-    return (outputs, hidden) if return_hidden else outputs
-
-  def end_epoch(self, state: TrainState) -> TrainState:
-    """Do the loss's end-of-epoch work, see :class:`fptt_jax.Trainer`."""
-    self.placement.check(())
-    check_type('state', state, TrainState)
-    explain_deleted('end_epoch', (state,))
-    leaves = jax.tree.leaves(state.hidden)
-    hidden = state.hidden
-    if leaves:
-      batch_size = leaves[0].shape[0]
-      hidden = _strong_copy(self.spec.model.start(state.params, batch_size))
-    loss_state = self.spec.loss.end_epoch(state.loss_state)
-    influence = jax.tree.map(jnp.zeros_like, state.influence)
-    state = state._replace(loss_state=loss_state, hidden=hidden, influence=influence)
-    return self.placement.place(state)
-
-  def _arguments(
-    self, params: Params, batch: Batch, hidden: Hidden | None
-  ) -> tuple[Params, Hidden]:
-    """Return parameters and hidden state as a forward pass takes them."""
-    model = self.spec.model
-    _, batch_size = check_shapes(batch)
-    expected = jax.eval_shape(model.init, jax.random.key(0))
-    params = check_like('params', params, expected, 'as model.init makes it')
-    if hidden is None:
-      hidden = model.start(params, batch_size)
-    self._check_hidden(hidden, batch_size, 'the given hidden state')
-    return params, hidden
-
-  def _check_hidden(self, hidden: Hidden, batch_size: int, name: str) -> None:
-    initial_state = functools.partial(self.spec.model.initial_state, batch_size)
-    check_hidden(hidden, jax.eval_shape(initial_state), name)
-
-  def _check_rows(self, batch_size: int) -> None:
-    rows = self.placement.rows_per_device(batch_size)
-    parts = self.spec.micro_batches
-    if rows % parts:
-      raise ValueError(
-        f'micro_batches must divide the {rows} rows of a batch (on each device), got '
-        f'{parts}.'
-      )
-
-
-def _check_optimizer(spec: StepSpec) -> None:
-  """Raise unless the optimizer works with the model's parameters and the method.
-
-  Only shapes are looked at, so that a large model costs no memory.
-  """
-  params = jax.eval_shape(spec.model.init, jax.random.key(0))
-  check_usable(spec.optimizer, params, _placeholder_extra_args(spec.inner_steps))
-  regularized = bool(find_states(jax.eval_shape(spec.optimizer.init, params)))
-  if spec.method.regularized and not regularized:
-    raise ValueError(
-      f'method {spec.method_name!r} needs fptt(...) around the optimizer, got one '
-      "without; without it this is 'tbptt'."
-    )
-  if regularized and not spec.method.regularized:
-    raise ValueError(
-      f'method {spec.method_name!r} has no regularizer, got an optimizer with '
-      'fptt(...) in it.'
-    )
-
-
-def _check_influence(influence: Any, batch_size: int) -> None:
-  """Raise a ValueError if a mesh cannot split an influence with the rows."""
-  for leaf in jax.tree.leaves(influence):
-    if len(leaf) != batch_size:
-      raise ValueError(
-        f'influence must be arrays [B, ...] with B={batch_size} rows on a mesh, got '
-        f"shape {leaf.shape}: uoro(rows='each') has an array for each row."
-      )
-
-
-def _check_initial_state(model: Model, params: Params, batch_size: int) -> None:
-  """Raise unless the initial states of a model are [B, ...] and agree."""
-  check_state_rows('model.initial_state', model.initial_state, (batch_size,))
-  if model.learned_initial_state is None:
-    return
-  learned = jax.eval_shape(lambda p: model.start(p, batch_size), params)
-  constant = jax.eval_shape(lambda: model.initial_state(batch_size))
-  check_hidden(learned, constant, 'the state that model.learned_initial_state returns')
-
-
-def _arrange_state(state: TrainState, expected: TrainState) -> TrainState:
-  """Return a state in the structure in which `init` makes it.
-
-  Args:
-    state: The given state, perhaps of other containers.
-    expected: Shapes of the state that `init` makes for the batch.
-
-  Raises:
-    ValueError: Leaves are missing, or have another shape or kind of numbers.
-  """
-  whose = 'as init makes it for this batch'
-  for name in ('params', 'opt_state', 'loss_state', 'step_count', 'influence'):
-    leaves = check_like(
-      f'state.{name}', getattr(state, name), getattr(expected, name), whose
-    )
-    state = state._replace(**{name: leaves})
-  # Shapes of the hidden state are checked where it is read: with carry_hidden.
-  if sorted(leaf_paths(state.hidden)) == sorted(leaf_paths(expected.hidden)):
-    hidden = arrange_like('state.hidden', state.hidden, expected.hidden, whose)
-    state = state._replace(hidden=hidden)
-  return state
-
-
-def _strong_copy(tree: Any) -> Any:
-  """Return copies that are strongly typed.
-
-  A state may be donated, and its types must not change from step to step.
-  """
-  check_arrays('parameters and states of model and loss', tree)
-  return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x), copy=True), tree)
-
-
-def _placeholder_extra_args(inner_steps: int) -> dict[str, Any]:
-  """Return extra arguments of the form that an optimizer's update gets."""
-
-  def value_fn(
-    params: Params, *, grad_fn: Any = None, inner_steps: Any = None
-  ) -> jax.Array:
-    del grad_fn, inner_steps
-    return optax.tree.norm(params, squared=True).astype(jnp.float32)
-
-  return {
-    'value': jnp.ones([]),
-    'value_fn': value_fn,
-    'grad_fn': lambda params, step=None: params,
-    'inner_steps': inner_steps,
-  }

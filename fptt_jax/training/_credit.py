@@ -1,0 +1,127 @@
+"""Credit that an influence carries across the borders of windows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fptt_jax._batch import Batch, check_shapes
+from fptt_jax._types import (
+  Hidden,
+  Params,
+  UpdateInputs,
+  UpdateResult,
+)
+from fptt_jax._windows import (
+  WindowPlan,
+  window_at,
+)
+from fptt_jax.influence import WindowMap, attach
+from fptt_jax.training._spec import StepSpec
+from fptt_jax.training._start import start_rows
+from fptt_jax.training._window import Sequence
+
+
+def gradient_with_credit(
+  spec: StepSpec,
+  sequence: Sequence,
+  inputs: UpdateInputs,
+  objective: Callable[[Params, Hidden], tuple[jax.Array, UpdateResult]],
+  params: Params,
+) -> tuple[jax.Array, Params, UpdateResult]:
+  """Differentiate the objective of a window, with the credit from beyond it.
+
+  Args:
+    spec: Options of the trainer, with an influence.
+    sequence: The batch, cut into windows.
+    inputs: What else the objective depends on.
+    objective: (params, hidden) -> (value, result).
+    params: Parameters of the model.
+
+  Returns:
+    The objective [], its gradient, and the other results of its windows.
+  """
+  influence = spec.influence
+  assert influence is not None
+  window = _window_map(spec, sequence, inputs)
+
+  def attached(params: Params, before: Params) -> tuple[jax.Array, UpdateResult]:
+    # The same parameters twice tell the two parts of the gradient apart.
+    hidden = attach(influence, window, before, inputs.hidden, inputs.influence)
+    return objective(params, hidden)
+
+  differentiate = jax.value_and_grad(attached, argnums=(0, 1), has_aux=True)
+  (value, result), parts = differentiate(params, params)
+  within, credit = jax.tree.map(jnp.conj, parts)
+  grads = jax.tree.map(jnp.add, within, credit)
+  return value, grads, result._replace(credit=credit)
+
+
+def advance_influence(
+  spec: StepSpec, windows: WindowPlan, params: Params, inputs: UpdateInputs
+) -> Any:
+  """Return the influence after the window of an update.
+
+  Args:
+    spec: Options of the trainer, with an influence.
+    windows: Where the windows lie.
+    params: Parameters with which the window was last run.
+    inputs: What else its objective depends on.
+  """
+  influence = spec.influence
+  assert influence is not None
+  sequence = Sequence.cut(inputs.batch, windows, inputs.key, spec.axis)
+  window = _window_map(spec, sequence, inputs)
+  key = None
+  if influence.draws:
+    # The keys 0..K are those of the windows and of the steps before the first.
+    numbers, _, _ = inputs.schedule
+    key = jax.random.fold_in(inputs.key, windows.num_windows + 1 + numbers[0])
+  return influence.advance(window, params, inputs.hidden, inputs.influence, key)
+
+
+def first_influence(
+  spec: StepSpec, params: Params, hidden: Hidden, batch: Batch
+) -> Any:
+  """Return the state of the influence before the first step; () without one."""
+  if spec.influence is None:
+    return ()
+  num_steps, batch_size = check_shapes(batch)
+  windows = spec.plan_windows(num_steps)
+  fresh = None
+  if spec.model.learned_initial_state is not None:
+    fresh = jnp.ones(batch_size, bool)
+  x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[: windows.size], batch.inputs)
+  # No axis of a mesh is bound here.
+  window = _bare_map(spec, x, None, fresh, None)
+  return spec.influence.init(window, params, hidden)
+
+
+def _window_map(spec: StepSpec, sequence: Sequence, inputs: UpdateInputs) -> WindowMap:
+  """Return the map of the one window that an update runs through."""
+  numbers, _, _ = inputs.schedule
+  view = window_at(sequence.windows, numbers[0], sequence.valid, sequence.axis)
+  x = jax.tree.map(lambda leaf: view.slice(jnp.asarray(leaf)), sequence.batch.inputs)
+  mask = view.mask if view.masked else None
+  return _bare_map(spec, x, mask, inputs.fresh, spec.axis)
+
+
+def _bare_map(
+  spec: StepSpec,
+  x: Any,
+  mask: jax.Array | None,
+  fresh: jax.Array | None,
+  axis: str | None,
+) -> WindowMap:
+  """Return the map of a window of inputs x [S, B, ...]."""
+  assert spec.hidden_map is not None
+  own = spec.model.own_steps
+  window = WindowMap(spec.hidden_map, x, mask, own_steps=own)
+  if fresh is None:
+    return window
+  rows = len(fresh)
+  return window._replace(
+    fresh=fresh,
+    start=lambda params: start_rows(spec.model, params, rows, axis),
+  )

@@ -1,0 +1,113 @@
+"""How a trainer calls an optimizer, and which optimizers it accepts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fptt_jax._summary import find_states
+from fptt_jax._types import (
+  Params,
+  UpdateResult,
+)
+from fptt_jax._usable import check_usable
+from fptt_jax.training._spec import StepSpec
+
+GradientAt = Callable[[Params], tuple[jax.Array, Params, UpdateResult]]
+
+
+def make_extra_args(
+  gradient: GradientAt, value: jax.Array, grads: Params, inner_steps: int
+) -> dict[str, Any]:
+  """Return the extra arguments for the `update` of an optimizer.
+
+  Args:
+    gradient: (params) -> (value, gradient, result) of an update's objective.
+    value: [], the objective at the current parameters.
+    grads: Its gradient.
+    inner_steps: Gradient steps per window.
+  """
+
+  def grad_fn(params: Params, step: Any = None) -> Params:
+    return gradient(params)[1]
+
+  return {
+    'value': value,
+    'grad': grads,
+    'value_fn': _value_fn(gradient),
+    'grad_fn': grad_fn,
+    'inner_steps': inner_steps,
+  }
+
+
+def _value_fn(
+  gradient: GradientAt,
+) -> Callable[..., jax.Array]:
+  """Return an objective whose gradient is the mean over the devices.
+
+  Args:
+    gradient: (params) -> (value, gradient, result).
+  """
+
+  @jax.custom_vjp
+  def objective(params: Params) -> jax.Array:
+    value, _, _ = gradient(params)
+    return value
+
+  def forward(params: Params) -> tuple[jax.Array, Params]:
+    value, grads, _ = gradient(params)
+    return value, grads
+
+  def backward(grads: Params, cotangent: jax.Array) -> tuple[Params]:
+    # JAX's convention: the conjugate of optax's for complex parameters.
+    return (jax.tree.map(lambda g: jnp.conj(g) * cotangent.astype(g.dtype), grads),)
+
+  def value_fn(
+    params: Params, *, grad_fn: Any = None, inner_steps: Any = None
+  ) -> jax.Array:
+    # Optax's line searches pass on extra arguments that they do not know.
+    del grad_fn, inner_steps
+    value: jax.Array = objective(params)
+    return value
+
+  objective.defvjp(forward, backward)
+  return value_fn
+
+
+def _placeholder_extra_args(inner_steps: int) -> dict[str, Any]:
+  """Return extra arguments of the form that an optimizer's update gets."""
+
+  def value_fn(
+    params: Params, *, grad_fn: Any = None, inner_steps: Any = None
+  ) -> jax.Array:
+    del grad_fn, inner_steps
+    return optax.tree.norm(params, squared=True).astype(jnp.float32)
+
+  return {
+    'value': jnp.ones([]),
+    'value_fn': value_fn,
+    'grad_fn': lambda params, step=None: params,
+    'inner_steps': inner_steps,
+  }
+
+
+def check_optimizer(spec: StepSpec) -> None:
+  """Raise unless the optimizer works with the model's parameters and the method.
+
+  Only shapes are looked at, so that a large model costs no memory.
+  """
+  params = jax.eval_shape(spec.model.init, jax.random.key(0))
+  check_usable(spec.optimizer, params, _placeholder_extra_args(spec.inner_steps))
+  regularized = bool(find_states(jax.eval_shape(spec.optimizer.init, params)))
+  if spec.method.regularized and not regularized:
+    raise ValueError(
+      f'method {spec.method_name!r} needs fptt(...) around the optimizer, got one '
+      "without; without it this is 'tbptt'."
+    )
+  if regularized and not spec.method.regularized:
+    raise ValueError(
+      f'method {spec.method_name!r} has no regularizer, got an optimizer with '
+      'fptt(...) in it.'
+    )

@@ -1,0 +1,249 @@
+"""Validation of a trainer's options, once, before anything is traced."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from fptt_jax._checks import (
+  FLOAT32_MAX,
+  INT32_MAX,
+  as_number,
+  check_callable,
+  check_flag,
+  check_integer,
+  check_size,
+)
+from fptt_jax._types import FeaturesAndReadout, Hidden, Model, Params
+from fptt_jax.influence import INFLUENCES, Influence
+from fptt_jax.losses import Loss
+from fptt_jax.training._micro_batches import split_model
+from fptt_jax.training._schedules import METHODS, Method
+from fptt_jax.training._spec import StepSpec
+
+
+def resolve_spec(
+  model: Model,
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  method: str | Method,
+  options: dict[str, Any],
+) -> StepSpec:
+  """Validate the options of a trainer.
+
+  Args:
+    model: Model to train.
+    loss: Loss of a window.
+    optimizer: Optax transformation.
+    method: Name in `METHODS`, or a `Method`.
+    options: The fields of :class:`StepSpec` that are plain options, as given.
+
+  Returns:
+    The options, resolved.
+
+  Raises:
+    ValueError: An option is out of range, or options contradict each other.
+    TypeError: `model`, `loss` or `optimizer` is of another type.
+  """
+  # Types come first: the other checks read attributes of these objects.
+  check_types(model, loss, optimizer)
+  name, method = _find_method(method)
+  for flag in (
+    'carry_hidden',
+    'skip_nonfinite',
+    'return_outputs',
+    'checkpoint_windows',
+  ):
+    check_flag(flag, options[flag])
+  for size in ('inner_steps', 'micro_batches'):
+    options[size] = check_size(size, options[size])
+  for size in ('num_windows', 'window_size', 'truncation_steps', 'readout_chunk'):
+    if options[size] is not None:
+      options[size] = check_size(size, options[size])
+  _check_method_options(name, method, options)
+  _check_readout(model, loss, options)
+  options['influence'] = _find_influence(options['influence'], name, method)
+  options['loss_weights'] = _finite_weights(options['loss_weights'])
+  if loss.memory is not None and loss.memory.apply != loss.apply:
+    # The parts would silently compute the loss that was replaced.
+    loss = loss._replace(memory=None)
+  if isinstance(optimizer, optax.MultiSteps):
+    # It is not a transformation, and its own conversion drops extra arguments.
+    optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+  return StepSpec(
+    model=model,
+    training_model=split_model(model, options['micro_batches']),
+    loss=loss,
+    optimizer=optax.with_extra_args_support(optimizer),
+    method=method,
+    method_name=name,
+    hidden_map=None if options['influence'] is None else _hidden_map(model),
+    **options,
+  )
+
+
+def _find_method(method: str | Method) -> tuple[str, Method]:
+  """Return the name and the settings of a method."""
+  if isinstance(method, Method):
+    return 'custom', _check_custom_method(method)
+  if isinstance(method, str) and method in METHODS:
+    return method, METHODS[method]
+  raise ValueError(
+    f'method must be one of {list(METHODS)} or a Method, got {method!r}.'
+  )
+
+
+def _check_custom_method(method: Method) -> Method:
+  for flag in ('regularized', 'update_each_window', 'whole_gradient', 'truncated'):
+    check_flag(f'method.{flag}', getattr(method, flag))
+  windows = method.num_windows
+  if windows is None or (isinstance(windows, str) and windows == 'T'):
+    return method
+  accepted = "an integer >= 1, 'T' or None"
+  windows = check_integer('method.num_windows', windows, 1, INT32_MAX, accepted)
+  return method._replace(num_windows=windows)
+
+
+def _find_influence(
+  influence: str | Influence, name: str, method: Method
+) -> Influence | None:
+  """Return the influence, None for 'none'.
+
+  Raises:
+    ValueError: There is no such influence, or the method has no use for one.
+  """
+  if isinstance(influence, str) and influence == 'none':
+    return None
+  found = influence if isinstance(influence, Influence) else None
+  if isinstance(influence, str):
+    found = INFLUENCES.get(influence)
+  if found is None:
+    raise ValueError(
+      f'influence must be one of {["none", *INFLUENCES]} or an Influence, got '
+      f'{influence!r}.'
+    )
+  for part in ('init', 'credit', 'advance'):
+    check_callable(f'influence.{part}', getattr(found, part))
+  if not method.update_each_window or method.whole_gradient or method.truncated:
+    raise ValueError(
+      f"method {name!r} does not cut its gradient at the windows' borders, so that no "
+      f'credit is left to carry: got influence={influence!r}. Leave it out, or use '
+      "'fptt', 'tbptt' or 'ogd'."
+    )
+  return found
+
+
+def _hidden_map(model: Model) -> Callable[..., Hidden]:
+  """Make the map from hidden state to hidden state, without noise."""
+  # Hand-written backward passes have no forward mode, which some influences need.
+  apply = model.apply if model.plain is None else model.plain
+
+  def run(params: Params, hidden: Hidden, x: Any, mask: jax.Array | None) -> Hidden:
+    new_hidden, _ = apply(params, hidden, x, mask, None)
+    return new_hidden
+
+  return run
+
+
+def _check_method_options(name: str, method: Method, options: dict[str, Any]) -> None:
+  """Raise a ValueError unless the windows' options fit each other and the method."""
+  num_windows = options['num_windows']
+  window_size = options['window_size']
+  if num_windows is not None and window_size is not None:
+    raise ValueError(
+      f'give num_windows or window_size, not both: got num_windows={num_windows} and '
+      f'window_size={window_size}.'
+    )
+  if method.num_windows is not None:
+    for option in ('num_windows', 'window_size'):
+      if options[option] is not None:
+        raise ValueError(
+          f'method {name!r} fixes K={method.num_windows}: leave out {option}, got '
+          f'{option}={options[option]}.'
+        )
+  several_windows = method.whole_gradient and method.num_windows != 1
+  if options['checkpoint_windows'] and not several_windows:
+    raise ValueError(
+      'checkpoint_windows=True needs a method whose updates run through several '
+      f"windows, 'bptt_aux' or 'ftrl', got method {name!r}."
+    )
+  truncation_steps = options['truncation_steps']
+  if method.truncated != (truncation_steps is not None):
+    raise ValueError(
+      "truncation_steps goes with the method 'tbptt_final': got "
+      f'truncation_steps={truncation_steps} and method {name!r}.'
+    )
+
+
+def _check_readout(model: Model, loss: Loss, options: dict[str, Any]) -> None:
+  """Raise a ValueError unless `readout_chunk` fits model, loss and other options."""
+  chunk = options['readout_chunk']
+  if chunk is None:
+    return
+  if model.split is None:
+    raise ValueError(
+      f'readout_chunk={chunk} needs a model that has a split, got model.split=None.'
+    )
+  if loss.per_step is None:
+    raise ValueError(
+      f'readout_chunk={chunk} needs a loss that has a per_step, got loss.per_step=None.'
+    )
+  if options['return_outputs']:
+    raise ValueError(
+      f'return_outputs=True excludes readout_chunk, got readout_chunk={chunk}.'
+    )
+
+
+def _finite_weights(loss_weights: Any) -> np.ndarray | None:
+  """Return the weights of the windows' losses as float64 [K]."""
+  if loss_weights is None:
+    return None
+  is_array = isinstance(loss_weights, np.ndarray | jax.Array) and loss_weights.ndim == 1
+  is_text = isinstance(loss_weights, str | bytes | bytearray)
+  is_list = isinstance(loss_weights, Sequence) and not is_text
+  weights = []
+  if is_array or is_list:
+    weights = [as_number(weight) for weight in loss_weights]
+  finite = []
+  for weight in weights:
+    if weight is not None and abs(weight) <= FLOAT32_MAX:
+      finite.append(weight)
+  if not finite or len(finite) < len(weights):
+    raise ValueError(f'loss_weights must be K finite numbers, got {loss_weights!r}.')
+  return np.array(finite)
+
+
+def check_types(
+  model: Model, loss: Loss, optimizer: optax.GradientTransformation
+) -> None:
+  """Raise a TypeError for the usual mistakes: a module, a function, a class."""
+  if not isinstance(model, Model):
+    raise TypeError(
+      'model must be a fptt_jax.Model, as fptt_jax.nn.from_nnx makes one, got '
+      f'{type(model).__name__}.'
+    )
+  if not isinstance(loss, Loss):
+    raise TypeError(
+      'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for '
+      f'your own), got {loss!r}.'
+    )
+  if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
+    raise TypeError(
+      f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.'
+    )
+  if model.split is not None and not isinstance(model.split, FeaturesAndReadout):
+    raise TypeError(
+      f'model.split must be a fptt_jax.FeaturesAndReadout or None, got {model.split!r}.'
+    )
+  for name in ('init', 'initial_state', 'apply'):
+    check_callable(f'model.{name}', getattr(model, name))
+  for name in ('learned_initial_state', 'apply_last', 'plain', 'own_steps'):
+    if getattr(model, name) is not None:
+      check_callable(f'model.{name}', getattr(model, name))
+  for name in ('init', 'apply', 'measure', 'end_epoch', 'check'):
+    check_callable(f'loss.{name}', getattr(loss, name))
+  for name in ('per_step', 'valid'):
+    if getattr(loss, name) is not None:
+      check_callable(f'loss.{name}', getattr(loss, name))
