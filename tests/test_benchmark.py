@@ -15,7 +15,9 @@ from experiments.benchmark import (
   measurements,
   ours,
   plots,
+  report,
   rivals_flax,
+  rivals_haiku,
   rivals_torch,
   settings,
   timing,
@@ -33,10 +35,9 @@ CASES = [
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_loop_over_windows_equals_the_trainer(case):
   """The same cell: losses of two batches agree to float32's rounding."""
-  trained, data = ours.train_step(case, rivals_flax.flax_cell(case)), cases.draw(case)
-  params = ours.make_model(case, rivals_flax.flax_cell(case)).init(
-    jax.random.split(jax.random.key(0))[0]
-  )
+  model = ours.make_model(case, rivals_flax.flax_cell(case))
+  trained, data = ours.train_step(case, model), cases.draw(case)
+  params = model.init(jax.random.split(jax.random.key(0))[0])
   loop = rivals_flax.flax_loop(case, params)
   for _ in range(2):
     np.testing.assert_allclose(loop(*data), trained(*data), rtol=2e-5)
@@ -46,8 +47,7 @@ def test_one_buffer_trains_the_same():
   """Losses of two batches agree to float32's rounding."""
   case = CASES[0]
   steps = [
-    ours.train_step(case, ours.lstm_cell(case), one_buffer=flat)
-    for flat in (False, True)
+    ours.train_step(case, ours.lstm(case), one_buffer=flat) for flat in (False, True)
   ]
   for _ in range(2):
     np.testing.assert_allclose(*(step(*cases.draw(case)) for step in steps), rtol=1e-5)
@@ -72,7 +72,7 @@ def test_pytorch_equals_the_trainer(case, kind, tolerance):
   """From the same weights: losses of three batches agree to rounding."""
   data, trainer = (
     cases.draw(case),
-    ours.make_trainer(case, ours.lstm_cell(case)),
+    ours.make_trainer(case, ours.lstm(case)),
   )
   state = trainer.init(jax.random.key(0), fptt_jax.Batch(*data))
   step = rivals_torch.torch_loop(case, kind, jax.tree.map(np.array, state.params))
@@ -83,18 +83,32 @@ def test_pytorch_equals_the_trainer(case, kind, tolerance):
     )
 
 
+def run_benchmark(folder: Path, part: str, rounds: int = 1) -> dict[str, list[dict]]:
+  """Run the command on toys; returns the rows of the shared file by part."""
+  benchmark.main(
+    settings.Config(part, cases=('smoke',), rounds=rounds, workdir=str(folder))
+  )
+  found: dict[str, list[dict]] = {}
+  for run in json.loads((folder / 'benchmark.json').read_text())['runs']:
+    assert run['hardware']
+    assert run['versions']
+    found.setdefault(run['part'], []).extend(run['lines'])
+  return found
+
+
 def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
   """All parts at a toy's size: every system of the case has its row, and tables, JSON
   and plots are there.
   """
   monkeypatch.setattr(measurements, 'PAUSE', 0)
-  benchmark.main(settings.Config(cases=('smoke',), rounds=2, workdir=str(tmp_path)))
-  lines = json.loads((tmp_path / 'rivals.json').read_text())['lines']
+  parts = run_benchmark(tmp_path, 'all', rounds=2)
+  assert list(parts) == ['rivals', 'cells', 'latency', 'population', 'growth']
+  lines = parts['rivals']
   names = {line['system'] for line in lines}
   rounded = {line['system'] for line in lines if line['precision'] == 'bfloat16'}
   assert {name for name in rounded if 'ours' in name} <= {'ours, bfloat16'}
-  assert all(line['threads'] >= 1 for line in lines)
   assert {'ours', 'ours, 4 batches a program', 'flax, one jit', 'flax, a loop'} <= names
+  assert {'flax, nnx.RNN', 'Haiku'} <= names
   assert all(
     0 < line['min_ms'] <= line['median_ms'] <= line['max_ms'] for line in lines
   )
@@ -106,32 +120,89 @@ def test_benchmark_runs_whole(tmp_path: Path, monkeypatch):
     for line in lines
   )
   assert lines[0]['times_ours'] == 1
-  content = json.loads((tmp_path / 'growth.json').read_text())
-  assert set(content['exponents']) == set('TKHB')
-  assert 'C, the time of an update' in (tmp_path / 'growth.txt').read_text()
-  growth = content['growth']
-  assert {name: [row['value'] for row in rows] for name, rows in growth.items()} == {
-    'T': [32, 64],
-    'K': [1, 3, 12],
-    'H': [4, 8],
-    'B': [4, 8],
-  }
+  *growth, fit = parts['growth']
+  assert set(fit['exponents']) == set('TKHB')
+  assert [(row['varied'], row['value']) for row in growth] == [
+    *(('T', value) for value in (32, 64)),
+    *(('K', value) for value in (1, 3, 12)),
+    *(('H', value) for value in (4, 8)),
+    *(('B', value) for value in (4, 8)),
+  ]
   assert all(
     (tmp_path / name).stat().st_size > 5000
     for name in ('rivals.png', 'growth.png', 'population.png')
   )
-  members = json.loads((tmp_path / 'population.json').read_text())['lines']
+  members = parts['population']
   assert [(row['case'], row['R']) for row in members] == [('smoke', 1), ('smoke', 2)]
   assert members[0]['throughput'] == 1
   assert all(row['throughput'] > 0 for row in members)
+  by_scan, by_hand, last = parts['cells']
+  assert (by_scan['layer'], by_scan['implementation']) == ('LSTM', 'scan')
+  assert by_scan['times_scan'] == last['times_scan'] == 1
+  assert by_hand['times_scan'] == by_scan['step_us'] / by_hand['step_us']
+  assert by_hand['step_us'] == 1e3 * by_hand['median_ms'] / 12
+  assert all(
+    row['window_us'] == pytest.approx(1e3 * row['median_ms'] / 8)
+    for row in parts['latency']
+  )
+  for row in (*lines, *growth, *members, *parts['cells'], *parts['latency']):
+    assert row['precision'] in ('float32', 'bfloat16')
+    assert row['threads'] >= 1
+
+
+def test_commands_share_a_file(tmp_path: Path):
+  """New rows replace those of the same case; other cases and parts stay, and cases are
+  in their order.
+  """
+
+  def add(part: str, rounds: int, *rows: tuple[str, float]) -> list[tuple[str, float]]:
+    lines = [{'case': case, 'median_ms': ms} for case, ms in rows]
+    merged = report.add_rows(tmp_path, part, {'rounds': rounds}, lines)
+    return [(line['case'], line['median_ms']) for line in merged]
+
+  add('population', 1, ('M28', 9.0))
+  add('rivals', 2, ('add', 1.0), ('add', 2.0), ('tiny', 3.0))
+  merged = add('rivals', 3, ('M28', 4.0), ('tiny', 5.0))
+  assert merged == [('M28', 4.0), ('add', 1.0), ('add', 2.0), ('tiny', 5.0)]
+  runs = json.loads((tmp_path / 'benchmark.json').read_text())['runs']
+  assert [(run['part'], run['rounds'], len(run['lines'])) for run in runs] == [
+    ('population', 1, 1),
+    ('rivals', 2, 2),
+    ('rivals', 3, 2),
+  ]
+  assert len((tmp_path / 'rivals.txt').read_text().splitlines()) == 2 + 4
+
+
+def test_models_of_rivals_are_the_same_network():
+  """From the weights of Flax's cell, `nnx.RNN` and Haiku give the same outputs; Haiku
+  adds 1 to the forget gate, orders gates i, g, f, o and joins both matrices.
+  """
+  case = CASES[0]
+  x = cases.draw(case)[0]
+  flax = rivals_flax.rnn_model(case)
+  params = flax.init(jax.random.key(3))
+  _, expected = flax.apply(params, flax.initial_state(4), x, None, None)
+  _, last = flax.apply_last(params, flax.initial_state(4), x, None, None, 11)
+  np.testing.assert_array_equal(last[0], expected[11])
+  cell, readout = params[0]['cell'], params[1]
+  i, f, g, o = np.split(np.arange(4 * case.hidden), 4)
+  columns = np.concatenate([i, g, f, o])
+  kernels = [cell['dense_i']['kernel'], cell['dense_h']['kernel']]
+  bias = np.array(cell['dense_h']['bias'])
+  bias[f] -= 1
+  weights = {
+    'lstm/linear': {'w': np.concatenate(kernels)[:, columns], 'b': bias[columns]},
+    'linear': {'w': readout['kernel'], 'b': readout['bias']},
+  }
+  haiku = rivals_haiku.make_model(case)
+  state = haiku.initial_state(4)
+  _, outputs = haiku.apply(weights, state, x, None, None)
+  np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_times_with_credit_are_relative_to_those_without(tmp_path: Path):
   """Each layer's first row is the step without an influence."""
-  benchmark.main(
-    settings.Config('influence', cases=('smoke',), rounds=1, workdir=str(tmp_path))
-  )
-  lines = json.loads((tmp_path / 'influence.json').read_text())['lines']
+  lines = run_benchmark(tmp_path, 'influence')['influence']
   assert [line['influence'] for line in lines] == ['none', 'rtrl']
   for line in lines:
     assert line['times_none'] > 0
@@ -195,10 +266,14 @@ def test_what_is_not_there_is_left_out_and_said(monkeypatch):
   """Kernels and PyTorch."""
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   monkeypatch.setattr(measurements.devices, 'is_cpu', lambda: True)
-  reasons = {'ours, kernel': 'needs an NVIDIA GPU', 'PyTorch': 'not installed'}
+  reasons = {
+    'ours, kernel': 'needs an NVIDIA GPU',
+    'Haiku': 'not installed',
+    'PyTorch': 'not installed',
+  }
   assert measurements.left_out() == reasons
   assert not any(
-    'PyTorch' in name or 'kernel' in name
+    'PyTorch' in name or 'kernel' in name or 'Haiku' in name
     for name in measurements.systems(cases.CASES['M28'])
   )
 
@@ -214,7 +289,7 @@ def test_a_rival_that_fails_is_left_out_and_said(tmp_path: Path, monkeypatch, ca
   benchmark.main(
     settings.Config(part='rivals', cases=('smoke',), rounds=1, workdir=str(tmp_path))
   )
-  content = json.loads((tmp_path / 'rivals.json').read_text())
+  [content] = json.loads((tmp_path / 'benchmark.json').read_text())['runs']
   assert content['left_out']['smoke: flax, a loop'] == 'RuntimeError: out of memory'
   assert [
     line['system'] for line in content['lines'] if line['system'].startswith('flax')

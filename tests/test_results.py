@@ -328,9 +328,12 @@ def test_reports_of_studies_and_benchmarks_are_rows(tmp_path: Path) -> None:
     {'step': [1, 2], 'distance': [1.5, 0.5]},
   )
   assert (sgd.numbers, sgd.curves, sgd.source) == ({'distance': 0.25}, {}, source)
-  grown = {name: [growth_line(value) for value in (1, 2, 4)] for name in 'TK'}
-  fitted = {'exponents': {'T': {'median_ms': 1.0}}, 'C': 0.5}
-  (tmp_path / 'growth.json').write_text(json.dumps(source | {'growth': grown} | fitted))
+  grown = [
+    {'varied': name, **growth_line(value)} for name in 'TK' for value in (1, 2, 4)
+  ]
+  grown.append({'varied': 'fit', 'exponents': {'T': {'median_ms': 1.0}}, 'C': 0.5})
+  report = {'runs': [{'part': 'growth', **source, 'lines': grown}]}
+  (tmp_path / 'benchmark.json').write_text(json.dumps(report))
   rows = collected(tmp_path, out, 'benchmark', Origin(scale='own')).rows
   assert len(rows) == 7
   text = tables.table_of('benchmark', out)

@@ -105,6 +105,14 @@ CREDIT_SHAPE = Case('credit', 256, 16, 32, 1, 64)
 """Shape of the models of the part 'influence': windows of 16 steps."""
 
 
+CELL_SHAPE = Case('cell', 112, 4, 64, 1, 128)
+"""Shape of the models of the part 'cells': windows of 28 steps."""
+
+
+LATENCY_WINDOWS = 1000
+"""Number of windows, of one step each, that the part 'latency' times together."""
+
+
 LR = 1e-3
 """Learning rate of Adam, of all systems."""
 

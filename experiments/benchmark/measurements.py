@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.benchmark import cases, cost, rivals_flax, rivals_torch
+from experiments.benchmark import cases, cost, rivals_flax, rivals_haiku, rivals_torch
 from experiments.benchmark.cases import (
   CASES,
   CREDIT_CASES,
@@ -23,16 +23,19 @@ from experiments.benchmark.cases import (
   Case,
   CreditCase,
   flops,
+  varied_cases,
 )
 from experiments.benchmark.ours import (
   MANY,
   MANY_NAME,
   choose_mesh,
-  lstm_cell,
+  lstm,
+  make_model,
   make_trainer,
   train_step,
   train_steps,
 )
+from experiments.benchmark.plots import fitted, update_steps
 from experiments.benchmark.rivals_torch import with_threads
 from experiments.benchmark.settings import Config
 from experiments.benchmark.timing import (
@@ -59,6 +62,8 @@ def left_out() -> dict[str, str]:
   reasons = {}
   if devices.is_cpu():
     reasons['ours, kernel'] = 'needs an NVIDIA GPU'
+  if not importlib.util.find_spec('haiku'):
+    reasons['Haiku'] = 'not installed'
   if not importlib.util.find_spec('torch'):
     reasons['PyTorch'] = 'not installed'
   elif not devices.is_cpu():
@@ -83,10 +88,14 @@ def systems(case: Case) -> dict[str, Callable[[], Step]]:
   """
   without = left_out()
   found = _our_systems(case, without)
+  flax = rivals_flax
   found['flax, one jit'] = lambda: train_step(
-    case, rivals_flax.flax_cell(case), whole=True
+    case, make_model(case, flax.flax_cell(case)), whole=True
   )
+  found['flax, nnx.RNN'] = lambda: train_step(case, flax.rnn_model(case), whole=True)
   found['flax, a loop'] = lambda: rivals_flax.flax_loop(case)
+  if 'Haiku' not in without:
+    found['Haiku'] = lambda: train_step(case, rivals_haiku.make_model(case), whole=True)
   if 'PyTorch' not in without:
     found |= _torch_systems(case)
   return found
@@ -96,34 +105,34 @@ def _our_systems(case: Case, without: dict[str, str]) -> dict[str, Callable[[], 
   """Return the systems of `fptt_jax`; 'ours', the reference, comes first."""
   mesh = choose_mesh(case)
   found: dict[str, Callable[[], Step]] = {
-    'ours': lambda: train_step(case, lstm_cell(case), mesh)
+    'ours': lambda: train_step(case, lstm(case), mesh)
   }
   if mesh is not None:
-    found['ours, one device'] = lambda: train_step(case, lstm_cell(case))
+    found['ours, one device'] = lambda: train_step(case, lstm(case))
   # On a CPU the layer's default is a native kernel, where it can be compiled.
   if devices.is_cpu():
     found['ours, XLA alone'] = lambda: train_step(
-      case, lstm_cell(case, implementation='custom_vjp'), mesh
+      case, lstm(case, implementation='custom_vjp'), mesh
     )
   found['ours, bfloat16'] = lambda: train_step(
-    case, lstm_cell(case, products='bfloat16'), mesh
+    case, lstm(case, products='bfloat16'), mesh
   )
-  found[f'ours, {MANY_NAME}'] = lambda: train_steps(case, lstm_cell(case), mesh)
+  found[f'ours, {MANY_NAME}'] = lambda: train_steps(case, lstm(case), mesh)
   # On a CPU one vector of all parameters takes several times as long.
   if not devices.is_cpu():
     found['ours, one buffer'] = lambda: train_step(
-      case, lstm_cell(case), mesh, one_buffer=True
+      case, lstm(case), mesh, one_buffer=True
     )
   if 'ours, kernel' not in without:
     found['ours, kernel'] = lambda: train_step(
-      case, lstm_cell(case, implementation='cuda'), mesh
+      case, lstm(case, implementation='cuda'), mesh
     )
     found[f'ours, kernel, {MANY_NAME}'] = lambda: train_steps(
-      case, lstm_cell(case, implementation='cuda'), mesh
+      case, lstm(case, implementation='cuda'), mesh
     )
   if case.words:
     found['ours, whole readout'] = lambda: train_step(
-      case, lstm_cell(case), mesh, whole=True
+      case, lstm(case), mesh, whole=True
     )
   return found
 
@@ -349,7 +358,14 @@ def _time_in_turns(programs: list[_Program], rounds: int) -> list[dict[str, Any]
   for _ in range(rounds + 1):
     for program in programs:
       program.call()
-  return [program.row | milliseconds(program.times[1:]) for program in programs]
+  return [_row_of(program) for program in programs]
+
+
+def _row_of(program: _Program) -> dict[str, Any]:
+  """Return the facts about a program, with its times."""
+  # XLA and the kernels use all cores.
+  common = {'precision': 'float32', 'threads': os.cpu_count() or 1}
+  return program.row | common | milliseconds(program.times[1:])
 
 
 def measure_programs(
@@ -367,7 +383,7 @@ def measure_programs(
   """
   programs = []
   for value, case in variants:
-    trainer = make_trainer(case, lstm_cell(case))
+    trainer = make_trainer(case, lstm(case))
     batch = fptt_jax.Batch(*cases.draw(case))
     compiled, state, compile_s = cost.compile_step(trainer, batch)
     row = {
@@ -378,6 +394,28 @@ def measure_programs(
     placed = jax.device_put(batch, compiled.input_shardings[0][1])
     programs.append(_Program(compiled, state, placed, row))
   return _time_in_turns(programs, rounds)
+
+
+def measure_growth(config: Config) -> Iterator[list[dict[str, Any]]]:
+  """Time cases of growing T, K, H and B, see :func:`measure_programs`.
+
+  Args:
+    config: number of rounds; with the case 'smoke' toys.
+
+  Yields:
+    After each varied dimension all rows so far. In the end there is a row for the
+    exponents of growth, and for C, the time of an update in steps.
+  """
+  variants = varied_cases(small='smoke' in config.cases)
+  growth: dict[str, list[dict[str, Any]]] = {}
+  for name, chosen in variants.items():
+    growth[name] = [
+      {'varied': name, **row} for row in measure_programs(chosen, config.rounds)
+    ]
+    yield [row for rows in growth.values() for row in rows]
+  constant = update_steps(growth['K'], variants['K'][0][1].num_steps)
+  fit = {'varied': 'fit', 'exponents': fitted(growth), 'C': constant}
+  yield [*(row for rows in growth.values() for row in rows), fit]
 
 
 def measure_population(config: Config) -> Iterator[list[dict[str, Any]]]:
@@ -408,7 +446,7 @@ def _population_program(case: Case, size: int) -> _Program:
   meshes = devices.choose_meshes(
     recipe.Recipe(), case.batch_size, case.hidden, case.size, size
   )
-  trainer = make_trainer(case, lstm_cell(case), meshes.batch)
+  trainer = make_trainer(case, lstm(case), meshes.batch)
   batch = fptt_jax.Batch(*cases.draw(case))
   key = jax.random.key(0)
   # A population of one is an ordinary run: the others are compared with it.

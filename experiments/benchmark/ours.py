@@ -27,7 +27,7 @@ The tables have the time per batch of these systems, too.
 
 def make_trainer(
   case: Case,
-  cell: Any,
+  model: fptt_jax.Model,
   mesh: jax.sharding.Mesh | None = None,
   whole: bool = False,
   one_buffer: bool = False,
@@ -35,15 +35,15 @@ def make_trainer(
   """Return `fptt_jax`'s trainer of a case.
 
   Args:
-    case: model and shapes.
-    cell: (rngs) -> the recurrent layer.
+    case: the shapes and the loss.
+    model: the model, such as that of :func:`make_model`.
     mesh: devices to split a batch over.
     whole: whether the logits of all words of a window are computed at once.
     one_buffer: whether Adam sees all parameters as one vector.
   """
   readout_chunk = case.size if whole and case.words else None
   return fptt_jax.make_trainer(
-    make_model(case, cell),
+    model,
     cases.make_loss(case),
     make_optimizer(one_buffer),
     num_windows=case.num_windows,
@@ -52,13 +52,23 @@ def make_trainer(
   )
 
 
-def lstm_cell(case: Case, **settings: Any) -> Callable[[nnx.Rngs], nn.LSTM]:
-  """Return a function (rngs) -> the LSTM of `fptt_jax` with some settings."""
-  return lambda rngs: nn.LSTM(case.features, case.hidden, rngs=rngs, **settings)
+def lstm(case: Case, **settings: Any) -> fptt_jax.Model:
+  """Return the model of a case with the LSTM of `fptt_jax`.
+
+  Args:
+    case: the shapes.
+    **settings: further settings of `nn.LSTM`.
+  """
+  return make_model(
+    case, lambda rngs: nn.LSTM(case.features, case.hidden, rngs=rngs, **settings)
+  )
 
 
 def train_step(
-  case: Case, cell: Any, mesh: jax.sharding.Mesh | None = None, **settings: bool
+  case: Case,
+  model: fptt_jax.Model,
+  mesh: jax.sharding.Mesh | None = None,
+  **settings: bool,
 ) -> Callable[..., Any]:
   """Return a train step as a function of inputs and targets.
 
@@ -66,12 +76,12 @@ def train_step(
   computed.
 
   Args:
-    case: model and shapes.
-    cell: (rngs) -> the recurrent layer.
+    case: the shapes and the loss.
+    model: the model.
     mesh: devices to split a batch over.
     **settings: `whole` and `one_buffer` of :func:`make_trainer`.
   """
-  trainer = make_trainer(case, cell, mesh, **settings)
+  trainer = make_trainer(case, model, mesh, **settings)
   state = trainer.init(jax.random.key(0), fptt_jax.Batch(*cases.draw(case)))
 
   def step(inputs: np.ndarray, targets: np.ndarray) -> Any:
@@ -84,16 +94,16 @@ def train_step(
 
 
 def train_steps(
-  case: Case, cell: Any, mesh: jax.sharding.Mesh | None
+  case: Case, model: fptt_jax.Model, mesh: jax.sharding.Mesh | None
 ) -> Callable[..., Any]:
   """Return a function that trains :data:`MANY` times on a batch in one program.
 
   Args:
-    case: model and shapes.
-    cell: (rngs) -> the recurrent layer.
+    case: the shapes and the loss.
+    model: the model.
     mesh: devices to split a batch over.
   """
-  trainer = make_trainer(case, cell, mesh)
+  trainer = make_trainer(case, model, mesh)
   run = fptt_jax.scan_train_steps(trainer, lambda batch, _: batch)
   state = trainer.init(jax.random.key(0), fptt_jax.Batch(*cases.draw(case)))
 

@@ -1,4 +1,4 @@
-"""FPTT around Flax's own LSTM cell."""
+"""FPTT around Flax's own LSTM: its cell, and its `nnx.RNN`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,56 @@ import optax
 
 from experiments.benchmark.cases import Case
 from experiments.benchmark.ours import make_model, make_optimizer
+import fptt_jax
 
 
 def flax_cell(case: Case) -> Callable[[nnx.Rngs], Any]:
   """Return a function (rngs) -> Flax's own LSTM."""
   return lambda rngs: nnx.OptimizedLSTMCell(case.features, case.hidden, rngs=rngs)
+
+
+def rnn_model(case: Case) -> fptt_jax.Model:
+  """Return the model of a case by `nnx.RNN`, which scans Flax's own cell.
+
+  Args:
+    case: the shapes.
+  """
+
+  def build(key: jax.Array) -> nnx.List[Any]:
+    rngs = nnx.Rngs(key)
+    embedding = nnx.Embed(case.outputs, case.features, rngs=rngs)
+    rnn = nnx.RNN(flax_cell(case)(rngs), time_major=True, return_carry=True)
+    readout = nnx.Linear(case.hidden, case.outputs, rngs=rngs)
+    return nnx.List([embedding, rnn, readout] if case.words else [rnn, readout])
+
+  parts: Any = nnx.split(build(jax.random.key(0)), nnx.Param, ...)
+  structure, _, others = parts
+
+  def init(key: jax.Array) -> Any:
+    return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
+
+  def initial_state(batch_size: int) -> tuple[jax.Array, jax.Array]:
+    zeros = jnp.zeros((batch_size, case.hidden))
+    return zeros, zeros
+
+  def run(params: Any, state: Any, x: jax.Array, last: Any = None) -> tuple[Any, Any]:
+    *embedding, rnn, readout = nnx.merge(structure, params, others)
+    inputs = embedding[0](x) if embedding else x
+    state, y = rnn(inputs, initial_carry=state)
+    if last is not None:
+      y = jax.lax.dynamic_slice_in_dim(y, last, 1)
+    return state, readout(y)
+
+  def apply(params: Any, state: Any, x: Any, mask: Any, key: Any) -> tuple[Any, Any]:
+    # The benchmark's batches have no masks, and the model has no dropout.
+    return run(params, state, x)
+
+  def apply_last(
+    params: Any, state: Any, x: Any, mask: Any, key: Any, last: Any
+  ) -> tuple[Any, Any]:
+    return run(params, state, x, last)
+
+  return fptt_jax.Model(init, initial_state, apply, apply_last)
 
 
 def flax_loop(case: Case, params: Any = None) -> Callable[..., Any]:

@@ -14,7 +14,16 @@ class Config:
   part: str = option(
     'all',
     "what to measure; 'influence' and 'gpu-day' are not part of 'all'",
-    ('all', 'rivals', 'growth', 'population', 'influence', 'gpu-day'),
+    (
+      'all',
+      'rivals',
+      'cells',
+      'latency',
+      'growth',
+      'population',
+      'influence',
+      'gpu-day',
+    ),
   )
   cases: tuple[str, ...] = option(
     DEFAULT_CASES, 'cases of rivals', CASES, required=True
@@ -25,10 +34,13 @@ class Config:
   )
   precision: str = option(
     'float32',
-    'precision of matrix products on a GPU, of all systems',
+    'precision of matrix products on a GPU, of all systems that do not say another',
     ('float32', 'tensorfloat32'),
   )
-  workdir: str = option('', 'folder; default runs/benchmark-TIME')
+  workdir: str = option(
+    '',
+    'folder, in which rows join those of earlier commands; default runs/benchmark-TIME',
+  )
 
   def __post_init__(self) -> None:
     flags.check_fields(self)

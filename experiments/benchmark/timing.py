@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.benchmark import cases
 from experiments.benchmark.cases import CASES
-from experiments.benchmark.ours import lstm_cell, train_step
+from experiments.benchmark.ours import lstm, train_step
 from experiments.core import devices
 
 PAUSE = 0.3
@@ -81,7 +81,7 @@ def sync_probe(small: bool) -> Callable[[], Any]:
   """
   case = CASES['smoke' if small else 'M784']
   case = case._replace(num_steps=48, num_windows=48)
-  step = train_step(case, lstm_cell(case))
+  step = train_step(case, lstm(case))
   data = jax.device_put(cases.draw(case))
 
   def run() -> Any:

@@ -35,22 +35,19 @@ REPORTS = {
   'rivals': ('case', 'system'),
   'population': ('case', 'R'),
   'growth': ('varied', 'value'),
+  'cells': ('layer', 'implementation', 'precision'),
+  'latency': ('window', 'implementation'),
+  'influence': ('layer', 'implementation', 'influence'),
   'stream': ('stream', 'system'),
 }
 """Columns that identify a line, by the report of a study or benchmark."""
 
 
-BENCHMARK = ('rivals', 'population', 'growth')
-"""Names of the reports of a benchmark."""
-
-
 NO_SOURCE = (
   'item',
   'scale',
+  'part',
   'lines',
-  'growth',
-  'exponents',
-  'C',
   'config',
   'best',
   'runs',
@@ -356,13 +353,9 @@ def report_rows(folder: Path, name: str, series: str) -> Iterator[Row]:
     name: the item.
     series: name of the series that the lines belong to.
   """
-  for kind in BENCHMARK if name == 'benchmark' else (name,):
-    path = folder / f'{kind}.json'
-    if not path.exists():
-      continue
-    report = files.read_json(path)
+  for kind, report in _reports(folder, name):
     source = {key: value for key, value in report.items() if key not in NO_SOURCE}
-    for line, curves in report_lines(report, folder):
+    for line in report['lines']:
       # In a report of another kind the texts are taken for the names of a line.
       texts = tuple(key for key in line if isinstance(line[key], str))
       names = REPORTS.get(kind, texts)
@@ -378,31 +371,29 @@ def report_rows(folder: Path, name: str, series: str) -> Iterator[Row]:
         settings=settings,
         source=source,
         numbers={key: value for key, value in line.items() if key not in settings},
-        curves=curves,
+        curves=_curves_of(line, report, folder),
       )
 
 
-def report_lines(
-  report: dict[str, Any], folder: Path
-) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
-  """Yield the lines of a report with their curves.
+def _reports(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yield the reports of a study, or of each part of a benchmark, with their kind."""
+  path = folder / f'{name}.json'
+  if not path.exists():
+    return
+  report = files.read_json(path)
+  # Commands share the file of a benchmark: each has a run there for each of its parts.
+  if name == 'benchmark':
+    yield from ((run['part'], run) for run in report['runs'])
+  else:
+    yield name, report
 
-  Args:
-    report: the report.
-    folder: its folder, where each line's curves are in a file of their own.
-  """
-  for line in report.get('lines', ()):
-    path = folder / f'{line.get("run")}-{report.get("scale")}.json'
-    yield line, columns(files.read_rows(path)) if path.exists() else {}
-  for varied, lines in report.get('growth', {}).items():
-    for line in lines:
-      yield {'varied': varied, **line}, {}
-  fitted: dict[str, Any] = {
-    name: report[name] for name in ('exponents', 'C') if name in report
-  }
-  # Constants fitted over all lines of a report become a line of their own.
-  if fitted:
-    yield {'varied': 'fit', **fitted}, {}
+
+def _curves_of(
+  line: dict[str, Any], report: dict[str, Any], folder: Path
+) -> dict[str, list[Any]]:
+  """Return the curves of a line, which have a file of their own; {} without one."""
+  path = folder / f'{line.get("run")}-{report.get("scale")}.json'
+  return columns(files.read_rows(path)) if path.exists() else {}
 
 
 def known_items() -> tuple[str, ...]:

@@ -124,12 +124,7 @@ def draw_report(path: Path, kind: str, rows: Sequence[Row]) -> list[Path]:
   elif kind == 'population':
     plots.plot_population(path, lines)
   elif kind == 'growth':
-    varied: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-      # The line of the fitted constants has no point.
-      if 'value' in line:
-        varied.setdefault(line['varied'], []).append(line)
-    plots.plot_growth(path, varied)
+    plots.plot_growth(path, lines)
   else:
     return []
   return [path]
