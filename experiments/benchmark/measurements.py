@@ -1,6 +1,6 @@
 """Measurements of the benchmark: rivals, growth and populations."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import importlib.util
@@ -206,22 +206,28 @@ def measure_rivals(
   probes = _make_probes('smoke' in config.cases)
   rows: list[dict[str, Any]] = []
   for case in (CASES[name] for name in config.cases):
-    programs = _warm_programs(case, without)
+    programs = _warm_programs(case, config.without, without)
     calls, peak = _time_rounds(programs, probes, config.rounds)
     quiet = best_threads(drop_noisy_calls(calls))
     rows += _rival_rows(case, quiet, peak)
     yield rows
 
 
-def _warm_programs(case: Case, without: dict[str, str]) -> dict[str, Callable[[], Any]]:
+def _warm_programs(
+  case: Case, words: Sequence[str], without: dict[str, str]
+) -> dict[str, Callable[[], Any]]:
   """Return a call () -> losses of each system of a case, compiled and warm.
 
   Args:
     case: model and shapes.
+    words: words in the names of systems to leave out.
     without: receives the systems that fail.
   """
   programs: dict[str, Callable[[], Any]] = {}
   for name, make in systems(case).items():
+    # All others are compared with 'ours'.
+    if name != 'ours' and any(word in name for word in words):
+      continue
     try:
       step = make()
       data = place_batch(case, name)

@@ -28,6 +28,9 @@ class Config:
   cases: tuple[str, ...] = option(
     DEFAULT_CASES, 'cases of rivals', CASES, required=True
   )
+  without: tuple[str, ...] = option(
+    (), 'leave out the rivals whose names contain one of these words'
+  )
   rounds: int = option(9, 'timed calls of each program', within='[1, inf)')
   minutes: float = option(
     12.0, 'gpu-day starts no stage later than this', within='(0, inf)'
