@@ -38,6 +38,7 @@ from fptt_jax._types import (
   Trainer,
   TrainState,
 )
+from fptt_jax._window_momentum import adam_by_window, sgd_by_window
 from fptt_jax._windows import WindowPlan, WindowView, make_windows
 from fptt_jax.losses import Loss, compute_metrics
 from fptt_jax.parallel._batches import make_global_batch
@@ -75,6 +76,8 @@ __all__ = (
   'use_cpu_devices',
   'make_windows',
   'find_nonfinite',
+  'adam_by_window',
+  'sgd_by_window',
   'fptt',
   'fptt_algorithm2',
   'fptt_eval_params',

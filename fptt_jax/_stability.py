@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 
-from fptt_jax._checks import FLOAT32_MAX, FLOAT32_TINY, check_number
+from fptt_jax._checks import FLOAT32_MAX, FLOAT32_TINY, check_choice, check_number
 from fptt_jax._hyperparameters import RANGES
+from fptt_jax._transform import COUPLINGS
 
 
 def spectral_radius(
@@ -17,6 +18,7 @@ def spectral_radius(
   linear_scale: float = 1.0,
   momentum: float = 0.0,
   curvature: float = 0.0,
+  coupling: str = 'gradient',
 ) -> float:
   r"""Return the spectral radius of FPTT's linearized recursion with SGD.
 
@@ -31,6 +33,15 @@ def spectral_radius(
       - \tfrac\beta\alpha\lambda'.
     \end{align*}
 
+  With `coupling='update'` the first line is
+
+  .. math::
+
+    m' = \mu m + h W, \qquad W' = W - \eta m' + c\lambda - \kappa\alpha(W-\bar W).
+
+  At h = 0 it has no η, so that any base optimizer whose own recursion is stable there
+  has the radius of this one.
+
   At h = 0 a common shift of W and W̄ changes nothing, which is an eigenvalue of exactly
   1. The map of (W - W̄, λ, m) is analyzed there instead. The analysis covers neither
   adaptive optimizers (Adam divides by its own scale) nor any curvature but h.
@@ -44,6 +55,7 @@ def spectral_radius(
     momentum: μ in [0, 1), heavy-ball momentum as in `optax.sgd(lr, momentum)`.
     curvature: h, an eigenvalue of the Hessian of the window's loss. It is negative at a
       maximum.
+    coupling: As for :func:`fptt_jax.fptt`.
 
   Returns:
     The spectral radius, a float.
@@ -62,6 +74,7 @@ def spectral_radius(
   beta = check_number('beta', beta, *RANGES['beta'])
   kappa = check_number('kappa', kappa, *RANGES['kappa'])
   linear_scale = check_number('linear_scale', linear_scale, *RANGES['linear_scale'])
+  check_choice('coupling', coupling, COUPLINGS)
   lr = check_number('lr', lr, FLOAT32_TINY, FLOAT32_MAX, 'a finite number > 0')
   below_one = math.nextafter(1.0, 0.0)
   momentum = check_number('momentum', momentum, 0.0, below_one, 'a number in [0, 1)')
@@ -71,9 +84,13 @@ def spectral_radius(
 
   # Each variable is a row of coefficients of the old (W, W̄, λ, m).
   w, w_bar, lam, m = np.eye(4)
-  gradient = curvature * w - linear_scale * lam + kappa * alpha * (w - w_bar)
-  m_next = momentum * m + gradient
-  w_next = w - lr * m_next
+  tie = linear_scale * lam - kappa * alpha * (w - w_bar)
+  if coupling == 'gradient':
+    m_next = momentum * m + curvature * w - tie
+    w_next = w - lr * m_next
+  else:
+    m_next = momentum * m + curvature * w
+    w_next = w - lr * m_next + tie
   lam_next = lam - alpha * (w_next - w_bar)
   w_bar_next = (1 - beta) * w_bar + beta * w_next - beta / alpha * lam_next
   if curvature == 0:

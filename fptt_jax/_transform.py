@@ -35,6 +35,7 @@ from fptt_jax._trees import (
 from fptt_jax._usable import accepted, record_call
 
 GRADIENT_ESTIMATES = ('running', 'recomputed', 'lagged')
+COUPLINGS = ('gradient', 'update')
 
 
 class FPTTState(NamedTuple):
@@ -43,7 +44,8 @@ class FPTTState(NamedTuple):
   Attributes:
     step_count: int32 [], number of calls of `update` so far.
     w_bar: W̄_t, a tree like the parameters, in `state_dtype`.
-    lam: λ_t, the estimate of the previous window's loss gradient, like `w_bar`.
+    lam: λ_t, the estimate of the previous window's loss gradient, like `w_bar`. With
+      `coupling='update'` it is in units of the weights.
     base_optimizer_state: State of the wrapped optimizer.
   """
 
@@ -61,6 +63,7 @@ def fptt(
   kappa: Hyperparameter = 1.0,
   linear_scale: Hyperparameter = 1.0,
   gradient_estimate: str = 'running',
+  coupling: str = 'gradient',
   state_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Turn an optimizer into Forward Propagation Through Time.
@@ -84,6 +87,20 @@ def fptt(
 
   If the inner problem were solved exactly with c = κ = 1, λ_{t+1} would be the gradient
   of the window's loss at W_{t+1}, and the last line would be the paper's Eq. 5.
+
+  With `coupling='update'` the regularizer does not pass through the base optimizer, as
+  weight decay does not in AdamW. Let :math:`u_t` be the base optimizer's update on the
+  loss gradient alone. Then
+
+  .. math::
+
+    W_{t+1} = W_t + u_t + c\,\lambda_t - \kappa\alpha\,(W_t - \bar W_t)
+
+  and the last two lines stay. α is then a number without units, and λ is in units of
+  the weights. With SGD of rate η, both forms are the same if α here is η times α there.
+  An adaptive optimizer divides the regularizer by its own scale in the first form,
+  which makes it strongest where gradients are small; the second form pulls all weights
+  alike.
 
   Composition with other transformations:
 
@@ -116,6 +133,9 @@ def fptt(
       from the same hidden state. This costs one more forward and backward pass, and
       `update` needs the extra argument `grad_fn(params) -> grads`; inside `MultiSteps`
       it is the last mini-batch's. 'lagged': as g_t itself.
+    coupling: What the regularizer is added to: 'gradient', the base optimizer's input
+      as in the paper, or 'update', its output. 'update' needs the running estimate, and
+      clipping inside `fptt` then clips the loss gradient alone.
     state_dtype: Dtype of W̄ and λ. The default is each parameter's own dtype, but at
       least float32, since λ holds differences that bfloat16 would lose.
 
@@ -150,6 +170,12 @@ def fptt(
     Through Time", ICML 2021: Eqs. 4-6, Algorithm 2 and the λ recursion after Eq. 5.
   """
   check_choice('gradient_estimate', gradient_estimate, GRADIENT_ESTIMATES)
+  check_choice('coupling', coupling, COUPLINGS)
+  if coupling == 'update' and gradient_estimate != 'running':
+    raise ValueError(
+      "coupling='update' needs gradient_estimate='running', since λ is then in units "
+      f'of the weights and no gradient, got {gradient_estimate!r}.'
+    )
   hyperparameters = check_hyperparameters(
     Hyperparameters(alpha, beta, kappa, linear_scale)
   )
@@ -178,7 +204,8 @@ def fptt(
       inner_steps = check_size('inner_steps', inner_steps)
     window = state.step_count // jnp.asarray(inner_steps, jnp.int32)
     now = values_at(hyperparameters, window)
-    updates, base_state = _base_step(base, now, grads, state, params, extra_args)
+    step = _base_step if coupling == 'gradient' else _decoupled_step
+    updates, base_state = step(base, now, grads, state, params, extra_args)
     # The rounded W_{t+1}, exactly as the caller will see it: bfloat16 parameters lose
     # part of the update.
     params_next = optax.apply_updates(params, updates)
@@ -282,6 +309,33 @@ def _base_step(
   # A base optimizer may promote its updates, for example by a float32 learning rate.
   updates = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), updates, grads)
   return updates, base_state
+
+
+def _decoupled_step(
+  base: optax.GradientTransformationExtraArgs,
+  now: Hyperparameters,
+  grads: optax.Updates,
+  state: FPTTState,
+  params: optax.Params,
+  extra_args: Mapping[str, Any],
+) -> tuple[optax.Updates, optax.OptState]:
+  """Return u_t + c λ_t - κ α (W_t - W̄_t), in the gradients' dtypes, and the base
+  optimizer's new state.
+  """
+  updates, base_state = base.update(
+    grads, state.base_optimizer_state, params, **accepted(base.update, extra_args)
+  )
+
+  def leaf(
+    u: jax.Array, g: jax.Array, w: jax.Array, wb: jax.Array, lm: jax.Array
+  ) -> jax.Array:
+    cast = _caster(wb)
+    linear = cast(now.linear_scale) * cast(lm)
+    quadratic = cast(now.kappa) * cast(now.alpha) * (cast(w) - cast(wb))
+    return (cast(u) + linear - quadratic).astype(jnp.result_type(g))
+
+  tied = jax.tree.map(leaf, updates, grads, params, state.w_bar, state.lam)
+  return tied, base_state
 
 
 def _move_state(

@@ -19,12 +19,14 @@ from fptt_jax._compiled import explain_deleted
 from fptt_jax._probe import check_model
 from fptt_jax._trees import check_like
 from fptt_jax._types import Hidden, Params, StepMetrics, TrainState
+from fptt_jax._window_momentum import check_window_count
 from fptt_jax.influence._check import check_map
 from fptt_jax.losses import MetricSums
 from fptt_jax.parallel._placement import Placement
 from fptt_jax.training._credit import first_influence
 from fptt_jax.training._evaluate import run_evaluate, run_predict
 from fptt_jax.training._optimizer import check_optimizer
+from fptt_jax.training._schedules import plan_updates
 from fptt_jax.training._spec import StepSpec
 from fptt_jax.training._state import (
   arrange_state,
@@ -69,6 +71,7 @@ class Functions:
     # be in two places.
     opt_state = jax.tree.map(jnp.copy, spec.optimizer.init(params))
     num_windows = spec.plan_windows(num_steps).num_windows
+    check_window_count(opt_state, len(plan_updates(spec.method, num_windows).windows))
     hidden = strong_copy(spec.model.start(params, batch_size))
     if spec.influence is not None:
       check_map(spec.model, params, batch.inputs, spec.plan_windows(num_steps).size)

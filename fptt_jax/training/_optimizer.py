@@ -19,7 +19,11 @@ GradientAt = Callable[[Params], tuple[jax.Array, Params, UpdateResult]]
 
 
 def make_extra_args(
-  gradient: GradientAt, value: jax.Array, grads: Params, inner_steps: int
+  gradient: GradientAt,
+  value: jax.Array,
+  grads: Params,
+  inner_steps: int,
+  schedule: tuple[jax.Array, jax.Array, jax.Array],
 ) -> dict[str, Any]:
   """Return the extra arguments for the `update` of an optimizer.
 
@@ -28,6 +32,7 @@ def make_extra_args(
     value: [], the objective at the current parameters.
     grads: Its gradient.
     inner_steps: Gradient steps per window.
+    schedule: The windows of the update, see `UpdateInputs`.
   """
 
   def grad_fn(params: Params, step: Any = None) -> Params:
@@ -39,7 +44,18 @@ def make_extra_args(
     'value_fn': _value_fn(gradient),
     'grad_fn': grad_fn,
     'inner_steps': inner_steps,
+    'window': _update_number(schedule),
   }
+
+
+def _update_number(schedule: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+  """Return the number of an update in its sequence, int32 [], 0..U-1.
+
+  It is that of its window, if the update has one.
+  """
+  windows, _, records = schedule
+  # An update through several windows is the first to see its newest one, or sees all.
+  return windows[jnp.argmax(records)]
 
 
 def _value_fn(
@@ -65,10 +81,10 @@ def _value_fn(
     return (jax.tree.map(lambda g: jnp.conj(g) * cotangent.astype(g.dtype), grads),)
 
   def value_fn(
-    params: Params, *, grad_fn: Any = None, inner_steps: Any = None
+    params: Params, *, grad_fn: Any = None, inner_steps: Any = None, window: Any = None
   ) -> jax.Array:
     # Optax's line searches pass on extra arguments that they do not know.
-    del grad_fn, inner_steps
+    del grad_fn, inner_steps, window
     value: jax.Array = objective(params)
     return value
 
@@ -80,9 +96,9 @@ def _placeholder_extra_args(inner_steps: int) -> dict[str, Any]:
   """Return extra arguments of the form that an optimizer's update gets."""
 
   def value_fn(
-    params: Params, *, grad_fn: Any = None, inner_steps: Any = None
+    params: Params, *, grad_fn: Any = None, inner_steps: Any = None, window: Any = None
   ) -> jax.Array:
-    del grad_fn, inner_steps
+    del grad_fn, inner_steps, window
     return optax.tree.norm(params, squared=True).astype(jnp.float32)
 
   return {
@@ -90,6 +106,7 @@ def _placeholder_extra_args(inner_steps: int) -> dict[str, Any]:
     'value_fn': value_fn,
     'grad_fn': lambda params, step=None: params,
     'inner_steps': inner_steps,
+    'window': jnp.zeros([], jnp.int32),
   }
 
 

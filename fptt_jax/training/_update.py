@@ -232,7 +232,9 @@ def _optimizer_step(
     return constants.gradient(params, inputs)
 
   value, grads, result = gradient(params)
-  extra_args = make_extra_args(gradient, value, grads, spec.inner_steps)
+  extra_args = make_extra_args(
+    gradient, value, grads, spec.inner_steps, inputs.schedule
+  )
   given = accepted(spec.optimizer.update, extra_args)
   changes, opt_state = spec.optimizer.update(grads, opt_state, params, **given)
   params = optax.apply_updates(params, changes)
