@@ -58,6 +58,7 @@ from experiments.core.schedule import (
 )
 import fptt_jax
 from fptt_jax import nn
+from fptt_jax.influence import INFLUENCES
 
 CHANCE = 1 / 6
 """Mean squared error of the constant answer 1."""
@@ -133,6 +134,12 @@ class Config(recipe.Recipe):
   )
   forget_bias: float = option(
     1.0, "initial bias of the LSTM's forget gate", within='(-inf, inf)', group='model'
+  )
+  influence: str = option(
+    'none',
+    'how credit crosses the border of a window, see `fptt_jax.influence`',
+    ('none', *INFLUENCES),
+    group='training',
   )
   decay: bool = option(
     True,
@@ -295,6 +302,7 @@ def make_trainer(
     config.seq_len,
     decay=intervals.decay_schedule(config, method),
     mesh=meshes.batch,
+    influence=config.influence,
   )
   return trainer, meshes
 

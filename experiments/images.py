@@ -76,6 +76,12 @@ class Config(loop.EpochRecipe):
     'the paper',
     group='task',
   )
+  pool: int = option(
+    1,
+    'pixels, in height and in width, of which a mean makes one; they must divide both',
+    within='[1, inf)',
+    group='task',
+  )
   permutation_seed: int = option(
     0, "seed of the order of steps of 'permuted'", within='[0, inf)', group='task'
   )
@@ -166,6 +172,7 @@ class Sequences:
     rows: whether a step is a row of the image, not a pixel.
     order: int [T], the fixed order of the steps; None keeps them.
     num_classes: C.
+    pool: pixels, in height and in width, of which a mean makes one.
   """
 
   splits: Splits
@@ -173,6 +180,7 @@ class Sequences:
   rows: bool
   order: np.ndarray | None
   num_classes: int
+  pool: int = 1
 
   def read(self, images: Any, labels: Any, ids: Any) -> fptt_jax.Batch:
     """Return a batch of sequences; JAX traces this function.
@@ -182,14 +190,14 @@ class Sequences:
       labels: int32 [B].
       ids: int32 [B], numbers of the examples, if the loss needs them; else None.
     """
-    inputs = data.to_sequences(images, self.moments, self.rows, self.order)
+    inputs = data.to_sequences(images, self.moments, self.rows, self.order, self.pool)
     return fptt_jax.Batch(inputs, labels if ids is None else (labels, ids))
 
   @property
   def shape(self) -> tuple[int, int]:
     """Numbers of steps T and of features D."""
     first = self.splits.train.images[:1]
-    sequence = data.to_sequences(first, self.moments, self.rows, None)
+    sequence = data.to_sequences(first, self.moments, self.rows, None, self.pool)
     return sequence.shape[0], sequence.shape[2]
 
 
@@ -215,7 +223,15 @@ def load(config: Config) -> tuple[Sequences, str]:
     train = Examples(splits.train.images[used], splits.train.labels[used])
     splits = splits._replace(train=train)
   num_classes = max(2, 1 + int(images.train_labels.max()))
-  sequences = Sequences(splits, data.MOMENTS[name], config.row, None, num_classes)
+  _, height, width, _ = splits.train.images.shape
+  if height % config.pool or width % config.pool:
+    raise flags.UserError(
+      f'--pool must divide the {height} rows and {width} columns of an image, got '
+      f'{config.pool}.'
+    )
+  sequences = Sequences(
+    splits, data.MOMENTS[name], config.row, None, num_classes, config.pool
+  )
   if config.task == 'permuted':
     order = data.permutation(sequences.shape[0], config.permutation_seed)
     sequences = dataclasses.replace(sequences, order=order)

@@ -144,6 +144,89 @@ def averaged_params(opt_state: optax.OptState, params: optax.Params) -> optax.Pa
   )
 
 
+class RunningMeanState(NamedTuple):
+  """State of :func:`running_mean`.
+
+  Attributes:
+    mean_count: int32 [], number of updates so far.
+    running_mean: running mean of the parameters, in at least float32.
+    base_optimizer_state: state of the wrapped optimizer.
+  """
+
+  mean_count: jax.Array
+  running_mean: optax.Params
+  base_optimizer_state: optax.OptState
+
+
+def running_mean(
+  optimizer: optax.GradientTransformation, horizon: int
+) -> optax.GradientTransformationExtraArgs:
+  """Wrap an optimizer so that its state also holds a running mean of the parameters.
+
+  After update t the mean moves by (W - mean) / min(t, horizon): it is the mean of all
+  parameters at first, and an exponential one later. The updates stay as they are. Make
+  this the outermost transformation, as :func:`averaged`.
+
+  Args:
+    optimizer: any transformation; it receives all extra arguments.
+    horizon: number of updates that the mean is over.
+  """
+  base = optax.with_extra_args_support(optimizer)
+
+  def init_fn(params: optax.Params) -> RunningMeanState:
+    mean = jax.tree.map(
+      lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32), copy=True), params
+    )
+    return RunningMeanState(jnp.zeros([], jnp.int32), mean, base.init(params))
+
+  def update_fn(
+    grads: optax.Updates,
+    state: RunningMeanState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, RunningMeanState]:
+    updates, base_state = base.update(
+      grads, state.base_optimizer_state, params, **extra_args
+    )
+    count = optax.safe_increment(state.mean_count)
+    share = 1 / jnp.minimum(count, horizon)
+    mean = jax.tree.map(
+      lambda m, w: m + (w.astype(m.dtype) - m) * share.astype(m.dtype),
+      state.running_mean,
+      optax.apply_updates(params, updates),
+    )
+    return updates, RunningMeanState(count, mean, base_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def running_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+  """Return the running mean of the parameters, in the parameters' dtypes.
+
+  Args:
+    opt_state: state with one :class:`RunningMeanState`, or several stacked.
+    params: the current parameters.
+  """
+  mean = optax.tree.get(opt_state, 'running_mean')
+  return jax.tree.map(lambda m, p: m.astype(p.dtype), mean, params)
+
+
+def schedule_free_params(
+  opt_state: optax.OptState, params: optax.Params, b1: float
+) -> optax.Params:
+  """Return the averages x of `optax.contrib.schedule_free`, from y and z.
+
+  optax has a function for one run; this one also takes the stacked state of several.
+
+  Args:
+    opt_state: state with one ScheduleFreeState, or several stacked.
+    params: the current parameters y = (1 - b1) z + b1 x.
+    b1: weight of x in y.
+  """
+  z = optax.tree.get(opt_state, 'z')
+  return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, z)
+
+
 def triggered(valid_losses: list[float], non_monotone_interval: int = 5) -> bool:
   """Return whether the validation loss has stalled.
 

@@ -6,6 +6,7 @@ import warnings
 import jax
 import optax
 
+from experiments.core import averaging
 from experiments.core.recipe import HYPERPARAMETERS, REGULARIZER, Recipe
 import fptt_jax
 
@@ -54,11 +55,34 @@ def _base(
   chain = []
   if recipe.weight_decay:
     chain.append(optax.add_decayed_weights(recipe.weight_decay))
-  if recipe.optimizer == 'sgd':
-    chain.append(optax.sgd(rate, momentum))
-  else:
-    chain.append(optax.adam(rate, b1=momentum))
+  # A schedule-free optimizer has its momentum in the points where it takes gradients.
+  moment = 0.0 if recipe.averaging == 'schedule_free' else momentum
+  chain.append(_descent(recipe, rate, moment))
   return optax.chain(*chain)
+
+
+def _descent(
+  recipe: Recipe,
+  rate: jax.typing.ArrayLike | optax.Schedule,
+  momentum: jax.typing.ArrayLike,
+) -> optax.GradientTransformation:
+  """Return the base optimizer.
+
+  Args:
+    recipe: settings of the runs.
+    rate: learning rate or its schedule.
+    momentum: decay of the first moment.
+  """
+  windows = recipe.momentum_windows
+  if recipe.optimizer == 'sgd':
+    if not windows:
+      return optax.sgd(rate, momentum, recipe.nesterov)
+    return fptt_jax.sgd_by_window(
+      rate, windows, momentum=momentum, nesterov=recipe.nesterov
+    )
+  if not windows:
+    return optax.adam(rate, b1=momentum)
+  return fptt_jax.adam_by_window(rate, windows, b1=momentum)
 
 
 def _clipping(
@@ -78,7 +102,19 @@ def _plain(
 ) -> optax.GradientTransformation:
   """Return the optimizer of a method without the regularizer."""
   base = _base(recipe, decay, learning_rate, momentum)
-  return optax.chain(_clipping(recipe, clip), base)
+  optimizer = optax.chain(_clipping(recipe, clip), base)
+  if recipe.averaging == 'schedule_free':
+    return optax.contrib.schedule_free(optimizer, learning_rate, b1=recipe.first_moment)
+  return _with_mean(recipe, optimizer)
+
+
+def _with_mean(
+  recipe: Recipe, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Return an optimizer that also keeps the running mean of the weights, if asked."""
+  if recipe.averaging != 'running':
+    return optimizer
+  return averaging.running_mean(optimizer, recipe.average_horizon)
 
 
 def _fptt(
@@ -96,8 +132,10 @@ def _fptt(
   clipping = _clipping(recipe, clip)
   # Inside `fptt` the regularized gradient is clipped, outside the loss gradient alone.
   if recipe.clip_regularizer:
-    return regularize(recipe, optax.chain(clipping, base), alpha, beta, kappa)
-  return optax.chain(clipping, regularize(recipe, base, alpha, beta, kappa))
+    inner = optax.chain(clipping, base)
+    return _with_mean(recipe, regularize(recipe, inner, alpha, beta, kappa))
+  outer = optax.chain(clipping, regularize(recipe, base, alpha, beta, kappa))
+  return _with_mean(recipe, outer)
 
 
 def hyperparameters(recipe: Recipe, method: str) -> dict[str, float]:
@@ -145,6 +183,7 @@ def regularize(
     kappa=kappa,
     linear_scale=recipe.linear_scale,
     gradient_estimate=recipe.gradient_estimate,
+    coupling=recipe.coupling,
   )
 
 
@@ -160,7 +199,8 @@ def flat_loss_radius(recipe: Recipe, method: str) -> float | None:
     estimates that the analysis does not cover, and for methods without the regularizer.
   """
   regularized = fptt_jax.METHODS[method].regularized
-  is_analyzed = recipe.optimizer == 'sgd' and recipe.gradient_estimate == 'running'
+  is_linear = recipe.optimizer == 'sgd' or recipe.coupling == 'update'
+  is_analyzed = is_linear and recipe.gradient_estimate == 'running'
   if not regularized or not is_analyzed or recipe.first_moment < 0:
     return None
   # A recipe whose rate is not chosen yet has no radius either.
@@ -173,6 +213,7 @@ def flat_loss_radius(recipe: Recipe, method: str) -> float | None:
     beta=recipe.beta,
     linear_scale=recipe.linear_scale,
     momentum=recipe.first_moment,
+    coupling=recipe.coupling,
   )
 
 
@@ -255,13 +296,19 @@ def make_trainer(
 def evaluation_params(
   recipe: Recipe, method: str, state: fptt_jax.TrainState
 ) -> jax.typing.ArrayLike:
-  """Return the parameters to evaluate, W or its summary.
+  """Return the parameters to evaluate: W, its summary or an average.
 
   Args:
     recipe: settings of the runs.
     method: training method. Methods without the regularizer have no summary.
     state: the training state.
   """
+  if recipe.averaging == 'running':
+    return averaging.running_params(state.opt_state, state.params)
+  if recipe.averaging == 'schedule_free':
+    return averaging.schedule_free_params(
+      state.opt_state, state.params, recipe.first_moment
+    )
   if recipe.evaluate_at == 'w_bar' and fptt_jax.METHODS[method].regularized:
     return fptt_jax.fptt_eval_params(state.opt_state, state.params)
   return state.params

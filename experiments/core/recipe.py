@@ -93,6 +93,13 @@ class Recipe:
     ('running', 'recomputed', 'lagged'),
     group='optimizer',
   )
+  coupling: str = option(
+    'gradient',
+    'what the regularizer is added to: the gradient, as in the paper, or the base '
+    "optimizer's update",
+    ('gradient', 'update'),
+    group='optimizer',
+  )
   inner_steps: int = option(
     1, 'gradient steps per window', within='[1, inf)', group='optimizer'
   )
@@ -105,6 +112,25 @@ class Recipe:
     "'sgd', default 0. May be negative",
     within='(-1, 1)',
     group='optimizer',
+  )
+  nesterov: bool = option(False, "Nesterov's momentum, of 'sgd'", group='optimizer')
+  momentum_windows: int = option(
+    0,
+    'number of windows, K, if each has a momentum of its own from sequence to '
+    'sequence; 0 for one momentum from window to window',
+    within='[0, inf)',
+    group='optimizer',
+  )
+  averaging: str = option(
+    'none',
+    "weights to evaluate: 'none', those that are trained; 'running', their mean over "
+    "about --average_horizon updates; 'schedule_free', those of optax.contrib, with "
+    '--momentum as its b1',
+    ('none', 'running', 'schedule_free'),
+    group='optimizer',
+  )
+  average_horizon: int = option(
+    500, 'updates of the running mean', within='[1, inf)', group='optimizer'
   )
   weight_decay: float = option(
     0.0,
@@ -237,6 +263,7 @@ class Recipe:
   def __post_init__(self) -> None:
     check_fields(self)
     self._check_optimizer()
+    self._check_averaging()
     self._check_processes()
     self.variants()
 
@@ -257,6 +284,41 @@ class Recipe:
       self.clip_regularizer,
       'true with --gradient_estimate=recomputed, whose lambda is not clipped',
     )
+    check(
+      self.coupling == 'gradient' or self.gradient_estimate == 'running',
+      'coupling',
+      self.coupling,
+      "'gradient' without --gradient_estimate=running",
+    )
+
+  def _check_averaging(self) -> None:
+    """Validate settings of momentum and averages that depend on each other.
+
+    Raises:
+      ValueError: two settings exclude each other.
+    """
+    check(
+      not self.nesterov or self.optimizer == 'sgd',
+      'nesterov',
+      self.nesterov,
+      "false without --optimizer='sgd'",
+    )
+    if self.averaging == 'none':
+      return
+    check(
+      self.evaluate_at == 'w',
+      'averaging',
+      self.averaging,
+      "'none' with --evaluate_at=w_bar",
+    )
+    if self.averaging == 'schedule_free':
+      regularized = [m for m in self.method if fptt_jax.METHODS[m].regularized]
+      check(
+        not regularized and not self.momentum_windows,
+        'averaging',
+        self.averaging,
+        "'none' or 'running' with the regularizer or --momentum_windows",
+      )
 
   def _check_processes(self) -> None:
     """Validate settings of devices and processes that depend on each other.

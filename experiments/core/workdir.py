@@ -48,6 +48,23 @@ They decide which runs there are, and each run has a folder of its own.
 """
 
 
+NEWER_SETTINGS: dict[str, dict[str, Any]] = {
+  'all': {
+    'coupling': 'gradient',
+    'nesterov': False,
+    'momentum_windows': 0,
+    'averaging': 'none',
+    'average_horizon': 500,
+  },
+  'add_task': {'influence': 'none'},
+  'images': {'pool': 1},
+}
+"""Settings, of all scripts or of one, that folders of earlier versions do not have.
+
+At these values they change nothing and are not recorded, so that such folders go on.
+"""
+
+
 def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Path:
   """Make the folder of a command, or check that its configuration is the same.
 
@@ -73,6 +90,10 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   described = {'script': script, **settings, **identity}
   for name in RUNTIME_FLAGS:
     described.pop(name, None)
+  newer = {**NEWER_SETTINGS['all'], **NEWER_SETTINGS.get(script, {})}
+  for name, value in newer.items():
+    if described.get(name) == value:
+      del described[name]
   content = json.dumps(_settings(described), sort_keys=True)
   described['sha256'] = hashlib.sha256(content.encode()).hexdigest()
   claimed = processes.on_first_process(

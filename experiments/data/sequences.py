@@ -83,6 +83,7 @@ def to_sequences(
   moments: tuple[float, float],
   rows: bool = False,
   order: np.ndarray | None = None,
+  pool: int = 1,
 ) -> np.ndarray:
   """Return images as normalized, time-major sequences.
 
@@ -92,10 +93,15 @@ def to_sequences(
     rows: whether a step is a row, with T = height and D = width * channels. By default
       it is a pixel, row after row, with T = height * width and D = channels.
     order: int [T], order of the steps from :func:`permutation`; None keeps them.
+    pool: number of pixels, in height and in width, of which a mean makes one.
 
   Returns:
     float32 [T, B, D].
   """
+  if pool > 1:
+    batch_size, height, width, channels = images.shape
+    blocks = (batch_size, height // pool, pool, width // pool, pool, channels)
+    images = images.reshape(blocks).mean((2, 4), dtype=np.float32)
   batch_size, height, width, channels = images.shape
   shape = (
     (batch_size, height, width * channels)

@@ -1,6 +1,7 @@
 """Selection and execution of the lines of an item."""
 
 import dataclasses
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ def chosen_entries(config: Config, folder: Path) -> list[Entry]:
   """
   entries = items.ITEMS[config.item](config.scale)
   labels = [entry.label for entry in entries]
-  unknown = sorted(set(config.lines) - {'all', *labels})
+  unknown = [
+    pattern
+    for pattern in sorted(set(config.lines) - {'all'})
+    if not fnmatch.filter(labels, pattern)
+  ]
   if unknown:
     raise UserError(
       f'--lines must be out of {", ".join(labels)}, got {", ".join(unknown)}.'
@@ -38,7 +43,11 @@ def chosen_entries(config: Config, folder: Path) -> list[Entry]:
   if 'all' not in config.methods:
     entries = [entry for entry in entries if entry.config.method[0] in config.methods]
   if 'all' not in config.lines:
-    entries = [entry for entry in entries if entry.label in config.lines]
+    entries = [
+      entry
+      for entry in entries
+      if any(fnmatch.fnmatchcase(entry.label, pattern) for pattern in config.lines)
+    ]
   if not entries:
     raise UserError(
       f'--methods={",".join(config.methods)} and --lines={",".join(config.lines)} '

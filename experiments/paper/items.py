@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from experiments import add_task, images, language_model, online
 from experiments.core.cells import CELLS, WITH_KERNEL
 from experiments.data.memory import PROBLEMS
+from experiments.paper import tournament
 
 SCALES = ('smoke', 'cpu', 'short', 'full')
 """Values of --scale, from the fastest to the slowest."""
@@ -31,7 +32,7 @@ LEARNING_RATES = {'adam': (3e-3, 1e-3, 3e-4), 'sgd': (2.0, 1.0, 0.5, 0.25)}
 
 RATE_LADDER = {
   'adam': (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-  'sgd': tuple(2.0**power for power in range(-8, 7)),
+  'sgd': tuple(2.0**power for power in range(-8, 9)),
 }
 """Rates that --tune adds to a grid whose best rate is its lowest or highest."""
 
@@ -120,6 +121,9 @@ class Entry(NamedTuple):
     paper: the paper's number, measured or quoted there; None at reduced scales.
     replication: the number of an independent replication, with its K.
     windows: numbers of windows K that --tune tries; () keeps the configuration's own.
+    rates: learning rates that --tune tries first, with all epochs; () for the usual
+      ones, with at most three epochs.
+    task: name of the lines that are compared with this one; '' for all of the item.
   """
 
   label: str
@@ -129,6 +133,8 @@ class Entry(NamedTuple):
   paper: float | None = None
   replication: str = ''
   windows: tuple[int, ...] = ()
+  rates: tuple[float, ...] = ()
+  task: str = ''
 
 
 CPU_TEXT: dict[str, dict[str, Any]] = {
@@ -616,6 +622,36 @@ def _online(
   return Entry(label, online, config, CREDIT[task])
 
 
+TOURNAMENT_SCRIPTS: dict[str, ModuleType] = {
+  'add_task': add_task,
+  'images': images,
+  'language_model': language_model,
+  'online': online,
+}
+"""Scripts of the tournament by name."""
+
+
+def tournament_of(scale: str) -> list[Entry]:
+  """Declare the tournament of training methods, see `experiments.paper.tournament`.
+
+  The paper has no such comparison.
+  """
+  entries = []
+  for arena in tournament.ARENAS:
+    script = TOURNAMENT_SCRIPTS[arena.script]
+    for contestant in tournament.contestants(arena):
+      settings = tournament.settings_of(arena, contestant, scale)
+      config = script.Config(**settings)
+      scores = {'add_task': ERROR, 'images': ACCURACY, 'language_model': PERPLEXITY}
+      score = scores.get(arena.script, CREDIT['recall'])
+      if arena.name == 'ptb_c':
+        score = BITS
+      label = f'{arena.name}.{contestant.name}'
+      rates = tournament.RATES[arena.optimizer]
+      entries.append(Entry(label, script, config, score, rates=rates, task=arena.name))
+  return entries
+
+
 ITEMS: dict[str, Callable[[str], list[Entry]]] = {
   'fig1': fig1,
   'fig2': fig2,
@@ -628,6 +664,7 @@ ITEMS: dict[str, Callable[[str], list[Entry]]] = {
   'cells': cells,
   'alpha': alpha,
   'online': credit,
+  'tournament': tournament_of,
   'products': products,
 }
 """Items that are compared by training: (scale) -> lines."""
@@ -635,6 +672,8 @@ ITEMS: dict[str, Callable[[str], list[Entry]]] = {
 
 def first_rates(entry: Entry) -> tuple[float, ...]:
   """Return the learning rates that tuning tries first, the highest first."""
+  if entry.rates:
+    return entry.rates
   rates = LEARNING_RATES[entry.config.optimizer]
   # The declared rate must be among those tried, or tuning could make a line worse.
   if entry.config.lr not in rates:
@@ -677,7 +716,8 @@ def grid(entry: Entry, rates: Collection[float], num_windows: int | None = None)
   # On the adding problem, which has no epochs, the loss falls only late in a run, so
   # all its batches are run.
   if hasattr(entry.config, 'epochs'):
-    changes['epochs'] = min(3, entry.config.epochs)
+    if not entry.rates:
+      changes['epochs'] = min(3, entry.config.epochs)
     changes['evaluate_test'] = False
   if num_windows is not None:
     changes['num_windows'] = num_windows

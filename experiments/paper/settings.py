@@ -33,7 +33,9 @@ class Config:
     required=True,
   )
   lines: tuple[str, ...] = option(
-    ('all',), 'only the lines of these names, as the table shows them', required=True
+    ('all',),
+    "only the lines of these names, as the table shows them; or patterns, as 'mnist-*'",
+    required=True,
   )
   seeds: tuple[int, ...] = option(
     (0,), 'seeds, one run each: 0,1,2 or 0:3', within='[0, inf)', required=True

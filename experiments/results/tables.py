@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from experiments.core import files
+from experiments.core.comparison import Comparison
 from experiments.core.flags import UserError
 from experiments.paper import items
 from experiments.paper.items import Score
 from experiments.paper.tables import interval
-from experiments.results import store
+from experiments.results import contest, store
 from experiments.results.store import Item, Row
 
 SCORES = [value for value in vars(items).values() if isinstance(value, Score)] + [
@@ -151,6 +152,8 @@ def final_tables(name: str, scale: str, rows: Sequence[Row]) -> list[str]:
     scale: scale of the series.
     rows: rows of the final runs.
   """
+  if name == 'tournament':
+    return contest_tables(rows)
   entries = {}
   # Series of other scales, and items that the paper does not have, have no numbers to
   # compare with.
@@ -167,6 +170,69 @@ def final_tables(name: str, scale: str, rows: Sequence[Row]) -> list[str]:
     ]
     tables.append(markdown(described))
   return [*tables, *unscored_tables(rows)]
+
+
+def contest_tables(rows: Sequence[Row]) -> list[str]:
+  """Return a table per task of the tournament, with each method's comparisons.
+
+  Args:
+    rows: rows of the final runs.
+  """
+  tables = []
+  for task, methods in contest.by_task(rows).items():
+    score = score_of(next(iter(methods.values()))[0])
+    if score is None:
+      continue
+    found = [contest.comparisons(methods, score, rival) for rival in contest.RIVALS]
+    equal = contest.at_equal_seconds(methods, score)
+    table = []
+    for name, of_method in methods.items():
+      cells = contest_line(name, of_method, score)
+      for rival, compared in zip(contest.RIVALS, found, strict=True):
+        cells |= contest_cells(rival, *compared.get(name, (None, None)))
+      early = equal.get(name)
+      cells['at equal seconds'] = '' if early is None else f'{early:.{score.digits}f}'
+      cells[''] = contest.verdict(name, found)
+      table.append(cells | {'remarks': remarks(of_method)})
+    tables.append(f'Task `{task}`, {score.label}:\n\n{markdown(table)}')
+  return tables
+
+
+def contest_line(name: str, rows: Sequence[Row], score: Score) -> dict[str, str]:
+  """Return the cells of a method's own results.
+
+  Args:
+    name: the method.
+    rows: its runs, one per seed.
+    score: their score.
+  """
+  values = [row.numbers.get(score.test) for row in rows]
+  finite = [value for value in values if value is not None]
+  return {
+    'method': name,
+    'rate': shown(rows[0].settings.get('lr')),
+    'tuned': 'yes' if rows[0].tuned else 'no',
+    'seeds': str(len(rows)),
+    'test': mean_and_interval(finite, score.digits),
+  }
+
+
+def contest_cells(
+  rival: str, compared: Comparison | None, p_value: float | None
+) -> dict[str, str]:
+  """Return the cells of a comparison.
+
+  Args:
+    rival: the method that was compared with.
+    compared: the comparison, or None.
+    p_value: its p-value after Holm's correction, or None.
+  """
+  if compared is None:
+    return {f'better than {rival}': '', f'p, {rival}': ''}
+  return {
+    f'better than {rival}': f'{compared.wins} of {compared.seeds}',
+    f'p, {rival}': '' if p_value is None else f'{p_value:.2g}',
+  }
 
 
 def unscored_tables(rows: Sequence[Row]) -> list[str]:

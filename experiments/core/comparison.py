@@ -1,0 +1,72 @@
+"""Paired comparisons of methods over seeds."""
+
+from collections.abc import Sequence
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Comparison(NamedTuple):
+  """Comparison of a method with a rival over the seeds that both have.
+
+  Attributes:
+    wins: number of seeds on which the method is better.
+    seeds: number of seeds.
+    p_value: p of the paired t-test, two-sided; None if a run of either diverged or
+      fewer than two seeds differ.
+    is_better: whether the method's mean is better.
+  """
+
+  wins: int
+  seeds: int
+  p_value: float | None
+  is_better: bool
+
+
+def compare(
+  method: Sequence[float | None], rival: Sequence[float | None]
+) -> Comparison:
+  """Compare losses of two methods, seed by seed.
+
+  Args:
+    method: its losses, one per seed, the lower the better, on the scale of the test;
+      None for a run that diverged, which loses against any other.
+    rival: the rival's losses at the same seeds.
+  """
+  pairs = [(_worst(a), _worst(b)) for a, b in zip(method, rival, strict=True)]
+  differences = np.array(
+    [a - b if a < math.inf or b < math.inf else 0.0 for a, b in pairs]
+  )
+  wins = int((differences < 0).sum())
+  if not np.isfinite(differences).all():
+    better = sum(a for a, _ in pairs) < sum(b for _, b in pairs)
+    return Comparison(wins, len(pairs), None, better)
+  p_value = None
+  if len(pairs) > 1 and np.ptp(differences) > 0:
+    p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)
+  return Comparison(wins, len(pairs), p_value, bool(differences.mean() < 0))
+
+
+def _worst(loss: float | None) -> float:
+  return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+  """Return p-values adjusted for their number by Holm's step-down method.
+
+  With m p-values in ascending order, the i-th becomes the greatest of
+  (m - j + 1) p_j over j <= i, at most 1.
+
+  Args:
+    p_values: p-values; None where a comparison has none, which stays None and does not
+      count.
+  """
+  known = [(p, place) for place, p in enumerate(p_values) if p is not None]
+  adjusted: list[float | None] = [None] * len(p_values)
+  greatest = 0.0
+  for rank, (p, place) in enumerate(sorted(known)):
+    greatest = max(greatest, min(1.0, (len(known) - rank) * p))
+    adjusted[place] = greatest
+  return adjusted

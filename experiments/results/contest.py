@@ -1,0 +1,134 @@
+"""Tables of the tournament: each method against `tbptt` and `bptt`, task by task."""
+
+from collections.abc import Sequence
+import math
+
+import numpy as np
+
+from experiments.core.comparison import Comparison, compare, holm
+from experiments.paper import tournament
+from experiments.paper.items import Score
+from experiments.results.store import Row
+
+RIVALS = ('tbptt', 'bptt')
+"""Methods that all others are compared with."""
+
+
+def task_of(line: str) -> tuple[str, str]:
+  """Return the task and the method in the label of a line."""
+  task, _, method = line.partition('.')
+  return task, method
+
+
+def by_task(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+  """Group rows by task and method, in the order of the declaration.
+
+  Args:
+    rows: rows of the final runs, one per seed.
+  """
+  found: dict[str, dict[str, list[Row]]] = {}
+  for arena in tournament.ARENAS:
+    for contestant in tournament.contestants(arena):
+      label = f'{arena.name}.{contestant.name}'
+      chosen = sorted(
+        (row for row in rows if row.line == label), key=lambda row: row.seed or 0
+      )
+      if chosen:
+        found.setdefault(arena.name, {})[contestant.name] = chosen
+  return found
+
+
+def losses(rows: Sequence[Row], score: Score) -> dict[int, float | None]:
+  """Return the loss that is compared by seed, see `experiments.paper.tournament`.
+
+  Args:
+    rows: rows of one line.
+    score: their score.
+
+  Returns:
+    Logarithms of losses, perplexities or shares of errors; None for diverged runs.
+  """
+  found: dict[int, float | None] = {}
+  for row in rows:
+    value = row.numbers.get(score.test)
+    if value is not None and score.higher_is_better:
+      value = 100 - value
+    loss = None if value is None else math.log(max(value, 1e-12))
+    found[row.seed or 0] = loss
+  return found
+
+
+def comparisons(
+  methods: dict[str, list[Row]], score: Score, rival: str
+) -> dict[str, tuple[Comparison, float | None]]:
+  """Compare the methods of a task with one of them.
+
+  Args:
+    methods: rows by method.
+    score: the score of the task.
+    rival: the method that the others are compared with.
+
+  Returns:
+    By method, the comparison and its p-value after Holm's correction; {} if the rival
+    has no rows.
+  """
+  if rival not in methods:
+    return {}
+  theirs = losses(methods[rival], score)
+  found = {}
+  for name, rows in methods.items():
+    own = losses(rows, score)
+    seeds = sorted(own.keys() & theirs.keys())
+    if name != rival and seeds:
+      found[name] = compare([own[s] for s in seeds], [theirs[s] for s in seeds])
+  adjusted = holm([one.p_value for one in found.values()])
+  return {
+    name: (one, p) for (name, one), p in zip(found.items(), adjusted, strict=True)
+  }
+
+
+def at_equal_seconds(methods: dict[str, list[Row]], score: Score) -> dict[str, float]:
+  """Return each method's score when the fastest method of the task had ended.
+
+  It is the mean over the seeds of the last measurement before, in the runs as they
+  were, whose rates may not have fallen to 0 by then.
+
+  Args:
+    methods: rows by method.
+    score: the score of the task.
+  """
+  ends = [
+    np.mean([row.curves['seconds'][-1] for row in rows])
+    for rows in methods.values()
+    if all(row.curves.get('seconds') for row in rows)
+  ]
+  found = {}
+  for name, rows in methods.items():
+    values = []
+    for row in rows:
+      pairs = zip(
+        row.curves.get('seconds', ()), row.curves.get(score.curve, ()), strict=True
+      )
+      # A tenth more, since runs of equal speed end at times that differ a little.
+      known = [value for seconds, value in pairs if seconds <= 1.1 * min(ends)]
+      if known and known[-1] is not None:
+        values.append(known[-1])
+    if values:
+      found[name] = float(np.mean(values))
+  return found
+
+
+def verdict(
+  name: str, found: Sequence[dict[str, tuple[Comparison, float | None]]]
+) -> str:
+  """Return whether a method beats both rivals, in a word.
+
+  Args:
+    name: the method.
+    found: its comparisons with the rivals.
+  """
+  known = [one[name] for one in found if name in one]
+  if len(known) < len(RIVALS):
+    return ''
+  beats = all(one.is_better and p is not None and p < 0.05 for one, p in known)
+  return 'beats both' if beats else ''

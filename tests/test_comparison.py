@@ -1,0 +1,140 @@
+"""Paired comparisons of methods, and the tables of the tournament made of them."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.core.comparison import compare, holm
+from experiments.paper import items, tournament
+from experiments.results import contest, tables
+from experiments.results.store import Row
+
+
+def test_p_values_are_scipy_s():
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=5), rng.normal(0.4, 1.0, size=5)
+  found = compare(a.tolist(), b.tolist())
+  assert found.p_value == pytest.approx(stats.ttest_rel(a, b).pvalue)
+  assert found.wins == int((a < b).sum())
+  assert found.is_better == (a.mean() < b.mean())
+  # The interval of the mean difference excludes 0 exactly where p < 0.05.
+  low, high = stats.t.interval(0.95, 4, np.mean(a - b), stats.sem(a - b))
+  assert (found.p_value < 0.05) == (not low < 0 < high)
+
+
+def test_diverged_runs_lose_and_have_no_p_value():
+  found = compare([1.0, None, 1.0], [2.0, 2.0, math.nan])
+  assert (found.wins, found.seeds, found.p_value) == (2, 3, None)
+  assert not compare([None, 1.0], [2.0, 2.0]).is_better
+  assert compare([None], [None]).wins == 0
+  assert compare([1.0, 1.0], [1.0, 1.0]).p_value is None
+
+
+def test_holm_rejects_as_its_definition_does():
+  """Step down: the smallest p against level/m, the next against level/(m - 1), and so
+  on until one is not below; over all orders, with one comparison without a p-value.
+  """
+  p_values = [0.012, 0.001, 0.03, 0.2]
+  for order in itertools.permutations(p_values):
+    adjusted = holm([*order, None])
+    assert adjusted[-1] is None
+    for level in (0.003, 0.02, 0.035, 0.05, 0.07, 0.3):
+      rejected = set()
+      for rank, p in enumerate(sorted(order)):
+        if p > level / (len(order) - rank):
+          break
+        rejected.add(p)
+      pairs = zip(order, adjusted[:-1], strict=True)
+      found = {p for p, adjusted_p in pairs if adjusted_p <= level}
+      assert found == rejected
+  assert holm([0.6, 0.7]) == [1.0, 1.0]
+  assert holm([]) == []
+
+
+def row(line, seed, value, seconds=10.0, curve=(0.5, 0.2)):
+  return Row(
+    series='cpu',
+    stage='final',
+    line=line,
+    run=f'run-seed{seed}',
+    seed=seed,
+    tuned=True,
+    status='done',
+    settings={'method': 'tbptt', 'lr': 0.01},
+    source={},
+    numbers={'test_mse': value, 'K': 10, 'seconds': seconds},
+    curves={'step': [1, 2], 'seconds': [seconds / 2, seconds], 'test_mse': list(curve)},
+  )
+
+
+def test_a_table_names_the_method_that_beats_both():
+  """`momentum0` has half the loss of both rivals at every seed; `by_window` beats
+  one of them; the slower method's score at equal seconds is an earlier one.
+  """
+  rng = np.random.default_rng(1)
+  rows = []
+  means = {'bptt': 0.02, 'tbptt': 0.01, 'momentum0': 0.005, 'by_window': 0.0101}
+  for name, mean in means.items():
+    for seed in range(5):
+      value = mean * math.exp(0.05 * rng.normal())
+      seconds = 20.0 if name == 'momentum0' else 10.0
+      rows.append(row(f'adding-K10.{name}', seed, value, seconds))
+  [text] = tables.final_tables('tournament', 'cpu', rows)
+  lines = {
+    cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+    for cells in (line.split('|') for line in text.splitlines() if '|' in line)
+  }
+  header = lines.pop('method')
+  assert 'Task `adding-K10`, test MSE:' in text
+  best = dict(zip(header, lines['momentum0'], strict=True))
+  assert best[''] == 'beats both'
+  assert best['better than tbptt'] == best['better than bptt'] == '5 of 5'
+  assert float(best['p, tbptt']) < 0.05
+  assert best['at equal seconds'] == '0.5000'
+  other = dict(zip(header, lines['by_window'], strict=True))
+  assert other[''] == ''
+  assert other['at equal seconds'] == '0.2000'
+  methods = contest.by_task(rows)['adding-K10']
+  found = contest.comparisons(methods, items.ERROR, 'tbptt')
+  logs = {
+    name: [math.log(r.numbers['test_mse']) for r in of_method]
+    for name, of_method in methods.items()
+  }
+  raw = [stats.ttest_rel(logs[n], logs['tbptt']).pvalue for n in found]
+  assert [p for _, p in found.values()] == pytest.approx(holm(raw))
+
+
+def test_accuracies_are_compared_by_errors():
+  """99 against 98 % is half the errors; a run that diverged has no number."""
+  rows = [row('permuted-rows.tbptt', seed, None) for seed in (0, 1)]
+  rows = [
+    dataclasses.replace(one, numbers={'test_accuracy': value})
+    for one, value in zip(rows, (99.0, None), strict=True)
+  ]
+  assert contest.losses(rows, items.ACCURACY) == {0: 0.0, 1: None}
+
+
+@pytest.mark.parametrize('scale', items.SCALES)
+def test_lines_of_a_task_differ_in_the_method_alone(scale):
+  """All lines have the same rates, and the data, sizes and batches of their task."""
+  entries = items.tournament_of(scale)
+  shared = ('task', 'seq_len', 'hidden', 'batch_size', 'batches', 'epochs', 'clip')
+  for arena in tournament.ARENAS:
+    lines = [entry for entry in entries if entry.task == arena.name]
+    assert {entry.label for entry in lines} >= {
+      f'{arena.name}.{name}' for name in ('bptt', 'tbptt', 'momentum0', 'by_window')
+    }
+    assert {entry.rates for entry in lines} == {tournament.RATES[arena.optimizer]}
+    for name in shared:
+      assert len({getattr(entry.config, name, None) for entry in lines}) == 1
+    cut = [entry for entry in lines if entry.config.method != ('bptt',)]
+    windows = {entry.config.num_windows for entry in cut}
+    assert len(windows - {tournament.ADDING['seq_len']}) == 1
+    for entry in lines:
+      assert entry.config.momentum_windows in (0, entry.config.num_windows)
+      constant = entry.config.averaging != 'none'
+      assert entry.config.decay != constant
