@@ -194,6 +194,21 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
     workdir.open_workdir(str(tmp_path / 'file' / 'below'), 'add_task', config)
 
 
+def test_newer_settings_are_recorded_where_they_change_something(
+  tmp_path: Path,
+) -> None:
+  """Folders of earlier versions, whose configuration has none of them, go on."""
+  config = add_task.Config(workdir=str(tmp_path), **FLOAT32_TINY)
+  newer = workdir.NEWER_SETTINGS['all'] | workdir.NEWER_SETTINGS['add_task']
+  fields = {field.name: field.default for field in dataclasses.fields(config)}
+  assert newer == {name: fields[name] for name in newer}
+  workdir.open_workdir(config.workdir, 'add_task', config)
+  assert not newer.keys() & workdir.read_config(tmp_path).keys()
+  other = dataclasses.replace(config, averaging='running')
+  with pytest.raises(flags.UserError, match="averaging: was None, now 'running'"):
+    workdir.open_workdir(config.workdir, 'add_task', other)
+
+
 def test_metrics_cut_off_by_a_kill_are_left_out(tmp_path: Path) -> None:
   """A line without its end is not data."""
   path = tmp_path / 'metrics.jsonl'

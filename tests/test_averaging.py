@@ -14,6 +14,9 @@ from experiments.core.averaging import (
   AveragedState,
   averaged,
   averaged_params,
+  running_mean,
+  running_params,
+  schedule_free_params,
   start_averaging,
   triggered,
 )
@@ -139,6 +142,34 @@ def test_bfloat16_parameters_are_averaged_in_float32() -> None:
   assert isinstance(state, AveragedState)
   assert state.mean_params['w'].item() == pytest.approx(1 + 1 / 256, abs=1e-5)
   assert averaged_params(state, params)['w'].dtype == jnp.bfloat16
+
+
+def test_running_mean_forgets_after_its_horizon() -> None:
+  """The mean of all weights so far, then an exponential one, in NumPy; the weights are
+  the base optimizer's.
+  """
+  optimizer, base = running_mean(optax.sgd(0.5), horizon=3), optax.sgd(0.5)
+  params, expected_params = PARAMS, PARAMS
+  state, base_state = optimizer.init(params), base.init(params)
+  mean = np.zeros(2)
+  for step in range(6):
+    updates, state = optimizer.update(gradients(step), state, params)
+    params = optax.apply_updates(params, updates)
+    updates, base_state = base.update(gradients(step), base_state)
+    expected_params = optax.apply_updates(expected_params, updates)
+    mean = mean + (np.asarray(params['a']) - mean) / min(step + 1, 3)
+  chex.assert_trees_all_equal(params, expected_params)
+  np.testing.assert_allclose(running_params(state, params)['a'], mean, rtol=1e-5)
+
+
+def test_schedule_free_params_are_optax_s() -> None:
+  optimizer = optax.contrib.schedule_free(optax.sgd(0.5), 0.5, b1=0.8)
+  params, state = PARAMS, optimizer.init(PARAMS)
+  for step in range(3):
+    updates, state = optimizer.update(gradients(step), state, params)
+    params = optax.apply_updates(params, updates)
+  expected = optax.contrib.schedule_free_eval_params(state, params)
+  chex.assert_trees_all_close(schedule_free_params((state,), params, 0.8), expected)
 
 
 @pytest.mark.parametrize(

@@ -551,6 +551,14 @@ def test_pixels_come_row_after_row_and_rows_whole() -> None:
   assert not np.array_equal(order, data.permutation(20, seed=2))
 
 
+def test_pooled_pixels_are_means_of_blocks() -> None:
+  pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 1)).astype(np.uint8)
+  x = data.to_sequences(pictures, (0.25, 0.5), pool=2)
+  assert x.shape == (6, 3, 1)
+  block = pictures[1, 2:4, 4:6].mean()  # The last of the second row.
+  np.testing.assert_allclose(x[5, 1, 0], (block / 255 - 0.25) / 0.5, rtol=1e-5)
+
+
 def test_validation_images_are_held_out() -> None:
   """Every training image is in exactly one of the two parts, with its label; by seed
   alone; test is untouched.
