@@ -137,7 +137,8 @@ def test_an_item_runs_and_goes_on_where_it_was_stopped(
   capsys.readouterr()
   run(item, tmp_path, lines=lines, seeds=(0, 1))
   assert {path: path.stat().st_mtime_ns for path in before} == before
-  assert [line['seeds'] for line in json.loads(table.read_text())['lines']] == [2, 2]
+  again = json.loads(table.read_text())['lines']
+  assert [(line['seeds'], line['tuned']) for line in again] == [(2, 'no')] * 2
   printed = capsys.readouterr().out
   assert "not the paper's" in printed
   assert table.with_suffix('.txt').read_text().splitlines()[1] in printed
@@ -192,6 +193,7 @@ def test_tuning_chooses_by_validation_and_later_runs_use_it(
     if row[:2] == ['tbptt', 'tbptt']
   ]
   assert row[header.index('lr')] == f'{tuned["lr"]:g}'
+  assert row[header.index('tuned')] == 'yes'
 
 
 def test_a_grid_whose_best_rate_is_at_an_end_is_extended() -> None:
@@ -324,7 +326,7 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
     dict(test_mse=0.5, K=3, seconds=1.0, seed=0),
     dict(test_mse=None, K=3, seconds=1.0, seed=1),
   ]
-  line = tables.table_row(entry, summaries, ['test_mse'])
+  line = tables.table_row(entry, summaries, ['test_mse'], tuned=True)
   assert (line['test_mse'], line['seeds'], line['diverged'], line['± test_mse']) == (
     0.5,
     2,
@@ -462,6 +464,14 @@ def test_settings_of_no_meaning_are_refused(
   """Before anything runs."""
   with pytest.raises(ValueError, match=message):
     settings.Config(**given)
+
+
+def test_lines_may_be_patterns(tmp_path: Path) -> None:
+  config = settings.Config(
+    item='table6', scale='cpu', lines=('mnist-?bptt', 'cifar10-f*')
+  )
+  chosen = entries.chosen_entries(config, tmp_path)
+  assert [entry.label for entry in chosen] == ['mnist-tbptt', 'cifar10-fptt']
 
 
 def test_lines_that_are_not_there_are_refused(tmp_path: Path) -> None:

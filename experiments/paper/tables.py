@@ -1,5 +1,6 @@
 """Tables and learning curves of an item."""
 
+from collections.abc import Collection
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tabulate import tabulate
 from experiments.core import files, plotting
 from experiments.core.plotting import Curve
 from experiments.paper import items, quoted
+from experiments.paper.entries import read_tuned
 from experiments.paper.items import Entry
 from experiments.paper.settings import Config
 
@@ -30,7 +32,7 @@ def interval(values: list[float]) -> float | None:
 
 
 def table_row(
-  entry: Entry, summaries: list[dict[str, Any]], measures: list[str]
+  entry: Entry, summaries: list[dict[str, Any]], measures: list[str], tuned: bool
 ) -> dict[str, Any]:
   """Return a line of the table, over all its seeds.
 
@@ -39,6 +41,7 @@ def table_row(
     summaries: summaries of its runs.
     measures: names of the scores in the summaries. Diverged runs may lack them; they
       are counted and left out of the means.
+    tuned: whether --tune chose the learning rate.
   """
   measured: dict[str, Any] = {}
   for measure in measures:
@@ -51,6 +54,7 @@ def table_row(
     'method': entry.config.method[0],
     'K': summaries[0]['K'],
     'lr': entry.config.lr,
+    'tuned': 'yes' if tuned else 'no',
     # Runs of older versions lack the numbers of parameters.
     'parameters': summaries[0].get('parameters'),
     'recurrent': summaries[0].get('recurrent_parameters'),
@@ -89,7 +93,7 @@ def write_tables(
       if entry.score == score
     ]
     name = f'{config.item}-{score.test}'
-    table = _table(score, pairs)
+    table = _table(score, pairs, read_tuned(folder))
     text = _table_text(score, table)
     print(text)
     files.write_text(folder / f'{name}.txt', '\n'.join([title, text, *quotes]) + '\n')
@@ -116,13 +120,16 @@ def _quote_lines(rivals: dict[str, dict[str, float]]) -> list[str]:
 
 
 def _table(
-  score: items.Score, results: list[tuple[Entry, list[dict[str, Any]]]]
+  score: items.Score,
+  results: list[tuple[Entry, list[dict[str, Any]]]],
+  tuned: Collection[str],
 ) -> list[dict[str, Any]]:
   """Return the rows of the table for a score.
 
   Args:
     score: the score.
     results: lines with this score, and the summaries of their runs.
+    tuned: names of the lines whose learning rate --tune chose.
   """
   known = {
     name for _, summaries in results for summary in summaries for name in summary
@@ -130,7 +137,10 @@ def _table(
   # Every row has the same measures, even if the line's runs lack some: numbers must
   # stay in their columns.
   measures = [name for name in (score.test, f'dynamic_{score.test}') if name in known]
-  return [table_row(entry, summaries, measures) for entry, summaries in results]
+  return [
+    table_row(entry, summaries, measures, entry.label in tuned)
+    for entry, summaries in results
+  ]
 
 
 def _table_text(score: items.Score, table: list[dict[str, Any]]) -> str:
