@@ -389,6 +389,30 @@ def test_train_steps(devices: int) -> None:
 
 
 @pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize(
+  ('implementation', 'steps', 'batch', 'expected'),
+  [
+    ('auto', 1, 1, False),
+    ('native', 1, 1, True),
+    ('auto', 1, 2, True),
+    ('auto', 2, 1, True),
+  ],
+)
+def test_a_single_row_runs_without_the_kernel(
+  implementation: str, steps: int, batch: int, expected: bool
+) -> None:
+  """'auto' takes what is faster."""
+  model = make_model('LSTM', 2, 5, implementation=implementation)
+  x = jax.ShapeDtypeStruct((steps, batch, 2), jnp.float32)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  apply = functools.partial(model.apply, mask=None, key=None)
+  jaxpr = jax.make_jaxpr(lambda p, x: apply(p, model.initial_state(batch), x))(
+    params, x
+  )
+  assert ('fptt_jax_native_forward' in str(jaxpr)) == expected
+
+
+@pytest.mark.usefixtures('kernels')
 def test_memory_of_a_window() -> None:
   """A window keeps six numbers a unit and step: four gates, the memory, the output."""
   model = make_model('LSTM', 1, 128, implementation='native')

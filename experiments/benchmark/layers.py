@@ -126,7 +126,7 @@ def measure_latency(config: Config) -> list[dict[str, Any]]:
   """
   many = 8 if 'smoke' in config.cases else LATENCY_WINDOWS
   rows = []
-  for implementation in ('custom_vjp', 'auto'):
+  for implementation in ('auto', 'native'):
     for where, windows, calls in (('a call', 1, many), ('a program', many, 1)):
       shape = Case('', windows, windows, 1, 1, 32)
       run = _many_calls(shape, implementation, calls)

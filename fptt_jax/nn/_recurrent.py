@@ -112,7 +112,8 @@ class Recurrent(nnx.Module):
     param_dtype: dtype of parameters and state.
     implementation: how a window runs.
 
-      * 'auto': as 'native' where that is possible, else as 'custom_vjp'.
+      * 'auto': as 'native' where that is possible, else as 'custom_vjp'. One step of
+        one sequence runs as 'custom_vjp', which is faster there.
       * 'native': all steps of a window in one kernel for the CPU, compiled at first use
         (:mod:`fptt_jax.nn.kernels.cpu`), with the same derivatives as 'custom_vjp'.
         :class:`LSTM`, :class:`GRU`, :class:`ElmanRNN` and :class:`AntisymmetricRNN`
@@ -259,12 +260,19 @@ class Recurrent(nnx.Module):
     if self.implementation != 'custom_vjp':
       problem = _native.find_problem(cell, fused[1], state, x)
     if problem is None:
-      return cell, fused[1]
+      return (cell, fused[1]) if self._native_gains(cell, x) else None
     if self.implementation == 'native':
       _native.warn_once(f"implementation='native' runs as 'custom_vjp': {problem}.")
     if self.products == 'bfloat16' and jax.default_backend() == 'cpu':
       _native.warn_once(f"products='bfloat16' is slower than 'float32': {problem}.")
     return None
+
+  def _native_gains(self, cell: _native.NativeCell, x: jax.Array) -> bool:
+    """Return whether the native kernel is wanted, or faster than the scan."""
+    steps, batch, _ = x.shape
+    # For a single row, arranging the weights takes longer than multiplying by them.
+    single = steps * batch == 1 and cell.products == 'float32'
+    return not single or self.implementation == 'native'
 
   def _make_native_cell(self) -> _native.NativeCell | None:
     """Return the native kernel of this layer, if any."""
