@@ -20,8 +20,8 @@ GROUPS = {
 always of one command."""
 
 
-NOT_SHOWN = ('all_ms', 'check_ms')
-"""Columns that tables leave out: the times of all calls are in the JSON."""
+NOT_SHOWN = ('all_ms', 'check_ms', 'exponents')
+"""Columns that tables leave out: lists and dicts, which are in the JSON."""
 
 
 def add_rows(
