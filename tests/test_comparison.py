@@ -108,6 +108,11 @@ def test_a_table_names_the_method_that_beats_both():
   assert [p for _, p in found.values()] == pytest.approx(holm(raw))
 
 
+def test_solved_problems_are_equal():
+  rows = [row('recall.tbptt', seed, 10.0**-power) for seed, power in enumerate((9, 14))]
+  assert contest.losses(rows, items.ERROR) == {0: math.log(1e-6), 1: math.log(1e-6)}
+
+
 def test_accuracies_are_compared_by_errors():
   """99 against 98 % is half the errors; a run that diverged has no number."""
   rows = [row('permuted-rows.tbptt', seed, None) for seed in (0, 1)]

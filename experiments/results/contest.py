@@ -14,10 +14,8 @@ RIVALS = ('tbptt', 'bptt')
 """Methods that all others are compared with."""
 
 
-def task_of(line: str) -> tuple[str, str]:
-  """Return the task and the method in the label of a line."""
-  task, _, method = line.partition('.')
-  return task, method
+SOLVED = 1e-6
+"""Loss below which a problem counts as solved, and differences as rounding."""
 
 
 def by_task(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
@@ -53,7 +51,7 @@ def losses(rows: Sequence[Row], score: Score) -> dict[int, float | None]:
     value = row.numbers.get(score.test)
     if value is not None and score.higher_is_better:
       value = 100 - value
-    loss = None if value is None else math.log(max(value, 1e-12))
+    loss = None if value is None else math.log(max(value, SOLVED))
     found[row.seed or 0] = loss
   return found
 

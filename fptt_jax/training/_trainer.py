@@ -53,9 +53,10 @@ def make_trainer(
       Its `update` gets those of these extra arguments that it takes: `value` (the
       objective), `grad` (its gradient), `value_fn` (params -> the same objective from
       the same hidden state), `grad_fn` (params and, optionally, an unused number -> its
-      gradient) and `inner_steps`. `optax.contrib.reduce_on_plateau` sees one value per
-      update. To count sequences, give it `accumulation_size` = K (times `inner_steps`)
-      for methods with one update per window, and put it inside:
+      gradient), `inner_steps` and `window` (int32 [], the number of the update in its
+      sequence). `optax.contrib.reduce_on_plateau` sees one value per update. To
+      count sequences, give it `accumulation_size` = K (times `inner_steps`) for methods
+      with one update per window, and put it inside:
       `fptt(optax.chain(base, plateau))`. It then compares means of K objectives;
       windows without a valid step are not counted.
     method: A name in `METHODS`, or a `Method`. 'fptt' and 'tbptt' run the same step:
