@@ -183,7 +183,8 @@ class StepMetrics(NamedTuple):
       are NaN, and the totals are 0.
     credit_norm: [U], global norm of the part of the gradient that `influence` carried
       into the window, after the mean over devices. Divided by `grad_norm` it tells how
-      much the truncation of windows would leave out. None without an influence.
+      much the truncation of windows would leave out. None without an influence, so that
+      such a step has no output, and computes nothing, for it.
   """
 
   loss: jax.Array
@@ -276,6 +277,8 @@ class UpdateResult(NamedTuple):
     outputs: [T, B, ...], the model's outputs so far, or None.
     credit: The part of the gradient from beyond the window, a tree like the parameters;
       () without an influence.
+    d_hidden: [B, ...], gradient of the hidden state before the window, for influences
+      that learn from it; else ().
   """
 
   hidden: Hidden
@@ -283,3 +286,4 @@ class UpdateResult(NamedTuple):
   totals: MetricSums
   outputs: jax.Array | None
   credit: Params = ()
+  d_hidden: Hidden = ()

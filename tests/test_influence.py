@@ -398,6 +398,21 @@ def refused(error: type[Exception], match: str, model: Any = None, **options: An
     start()
 
 
+@pytest.mark.parametrize('name', influence.INFLUENCES)
+def test_shapes_of_a_batch_suffice_to_start(name: str) -> None:
+  """The state is that of the batch itself."""
+  trainer = fptt_jax.make_trainer(
+    stack(RNN), SERIES, optax.sgd(0.1), method='tbptt', num_windows=4, influence=name
+  )
+  batch = batch_of()
+  shapes = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch
+  )
+  key = jax.random.key(0)
+  expected = trainer.init(key, batch).influence
+  assert_close(trainer.init(key, shapes).influence, expected)
+
+
 def test_refused_influences() -> None:
   """Each error names what it got."""
   refused(

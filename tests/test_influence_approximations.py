@@ -1,5 +1,6 @@
 """Credit across windows by random numbers, by repetition, and by checkpoints."""
 
+import functools
 from typing import Any
 
 from credit import (
@@ -24,6 +25,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import influence, nn
+from fptt_jax.influence import _kronecker, _own, _units
 
 pytestmark = pytest.mark.usefixtures('x64')
 
@@ -36,7 +38,10 @@ def credits_of(
   """Credit after T steps in windows of some size, for many keys: [draws, P]."""
   params = model.init(jax.random.key(0))
   batch = batch_of()
-  delta = jnp.asarray(np.random.default_rng(1).normal(size=(B, 2)))
+  rng = np.random.default_rng(1)
+  delta = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), model.initial_state(B)
+  )
   window = first_window(model, batch, slice(0, size))
   mask = jnp.asarray(np.arange(T)[:, None] < LENGTHS)
 
@@ -56,32 +61,147 @@ def credits_of(
   return np.asarray(jax.vmap(run)(jax.random.split(jax.random.key(2), draws)))
 
 
-@pytest.fixture(scope='module')
+@functools.cache
 def small() -> fptt_jax.Model:
-  return helpers.elman(hidden=2, dtype='float64')
+  """Two units whose recurrent weights are large."""
+  options: Any = dict(init='flax', param_dtype=jnp.float64)
+  return nn.from_nnx(lambda rngs: nn.ElmanRNN(2, 2, rngs=rngs, **options))
 
 
-@pytest.mark.parametrize(('rows', 'size'), [('each', 2), ('each', T), ('together', 2)])
-def test_uoro_has_the_exact_mean(small: fptt_jax.Model, rows: str, size: int) -> None:
+@functools.cache
+def exact_credit() -> np.ndarray:
+  [expected] = credits_of(influence.rtrl(), small(), T, 1)
+  return expected
+
+
+@functools.cache
+def random_credits(method: influence.Influence, size: int) -> np.ndarray:
+  return credits_of(method, small(), size, DRAWS)
+
+
+def noise(method: influence.Influence, size: int = 2) -> float:
+  """The root of the variance of the credit, summed over the parameters."""
+  return float(np.sqrt(random_credits(method, size).var(0).sum()))
+
+
+UORO = functools.cache(influence.uoro)
+KRONECKER = functools.cache(influence.kronecker)
+UNBIASED = {
+  'uoro': (UORO(), 2),
+  'one border': (UORO(), T),
+  'rows together': (UORO(rows='together'), 2),
+  'nobacktrack': (UORO(balance='unit'), 1),
+  'scales of units': (UORO(balance='unit'), 2),
+  'kf-rtrl': (KRONECKER(1, 'signs'), 2),
+  'optimal sum': (KRONECKER(2), 2),
+  'optimal sum, one border': (KRONECKER(3), T),
+}
+
+
+@pytest.mark.parametrize('name', UNBIASED)
+def test_random_influences_have_the_exact_mean(name: str) -> None:
   """Within five standard errors in each coordinate, with rows that end early."""
-  got = credits_of(influence.uoro(rows=rows), small, size, DRAWS)
-  [expected] = credits_of(influence.rtrl(), small, size, 1)
+  method, size = UNBIASED[name]
+  got = random_credits(method, size)
+  expected = exact_credit()
   error = got.std(0) / DRAWS**0.5
   assert np.abs(expected).max() > 0.1
+  assert error.max() > 1e-4
   # The chance that one of ten coordinates is beyond is 6e-6.
   assert (np.abs(got.mean(0) - expected) <= 5 * error + 1e-12).all()
 
 
-def test_the_noise_of_uoro(small: fptt_jax.Model) -> None:
-  """It falls with the root of the pairs, and with longer windows."""
+def test_the_noise_of_random_influences() -> None:
+  """It falls with the root of the pairs, with longer windows, and with structure."""
+  one = noise(UORO())
+  assert one / noise(UORO(pairs=2)) == pytest.approx(2**0.5, rel=0.1)
+  steps = noise(UORO(), size=1)
+  assert steps > 1.1 * one
+  assert noise(UORO(balance='unit'), size=1) < steps
+  factors = noise(KRONECKER(1, 'signs'))
+  assert factors < one
+  assert noise(KRONECKER(2)) < 0.5 * factors
 
-  def noise(size: int = 2, **options: Any) -> float:
-    got = credits_of(influence.uoro(**options), small, size, DRAWS)
-    return float(np.sqrt(got.var(0).sum()))
 
-  one = noise()
-  assert one / noise(pairs=2) == pytest.approx(2**0.5, rel=0.1)
-  assert noise(size=1) > 1.1 * one
+def test_scales_of_units_are_the_norms_of_a_steps_derivative() -> None:
+  """Of each number of the state with respect to all parameters, in one step."""
+  model = stack(nn.LSTM)
+  params = model.init(jax.random.key(0))
+  window = first_window(model, batch_of(), slice(0, 1))
+  hidden = jax.tree.map(lambda leaf: leaf + 0.3, model.initial_state(B))
+  units = _units.find_units(window, params, hidden)
+  got = _own.own_norms(units, window, params, hidden)
+
+  def end(params):
+    state = window.run(params, hidden, window.x, None)
+    return jnp.concatenate(jax.tree.leaves(state), 1)
+
+  squares = [
+    (leaf**2).reshape(*leaf.shape[:2], -1).sum(2)
+    for leaf in jax.tree.leaves(jax.jacrev(end)(params))
+  ]
+  assert_close(got, jnp.sqrt(sum(squares)))
+
+
+def test_enough_kronecker_products_are_exact() -> None:
+  """As many as a matrix has inputs need no reduction: ragged, on a mesh, in a stack."""
+  model = stack(nn.LSTM, nn.GRU)
+  mesh = jax.sharding.Mesh(jax.devices('cpu')[:2], ('batch',))
+  long = batch_of(2 * T)._replace(lengths=np.array([2 * T, T + 2], np.int32))
+  halves = [
+    fptt_jax.Batch(long.inputs[part], long.targets[part], lengths=lengths)
+    for part, lengths in (
+      (slice(T), np.array([T, T], np.int32)),
+      (slice(T, None), np.array([T, 2], np.int32)),
+    )
+  ]
+  exact = influence.kronecker(terms=2 + 3 + 1)
+  got, _ = total_gradient(
+    model, halves, num_windows=3, influence=exact, carry_hidden=True, mesh=mesh
+  )
+  whole, _ = total_gradient(model, [long], 'bptt_aux', num_windows=6)
+  assert_close(got, whole)
+
+
+@pytest.mark.parametrize(
+  ('values', 'terms'), [([5.0, 2.0, 1.0, 0.5, 0.25], 3), ([1.0, 0.9, 0.8, 0.0], 2)]
+)
+def test_the_optimal_reduction_has_the_least_variance(
+  values: list[float], terms: int
+) -> None:
+  """That of Benzing et al., and the exact mean: only the tail is drawn."""
+  keys = jax.random.split(jax.random.key(0), DRAWS)
+  root = jax.vmap(lambda key: _kronecker._random_root(jnp.asarray(values), terms, key))(
+    keys
+  )
+  products = np.einsum('tik,tjk->tij', root, root)
+  error = products.std(0) / DRAWS**0.5
+  assert (np.abs(products.mean(0) - np.diag(values)) <= 5 * error + 1e-12).all()
+  kept = 1 if terms == 3 else 0
+  tail = np.asarray(values[kept:])
+  least = tail.sum() ** 2 / (terms - kept) - (tail**2).sum()
+  assert products.var(0).sum() == pytest.approx(least, rel=0.05)
+
+
+def test_kronecker_products_in_members_and_refused_models() -> None:
+  """Members of a population draw for themselves; parameters without sums are named."""
+  trainer = fptt_jax.make_trainer(
+    stack(nn.ElmanRNN),
+    SERIES,
+    optax.sgd(0.5),
+    method='tbptt',
+    num_windows=3,
+    influence='kronecker',
+  )
+  keys = jax.random.split(jax.random.key(0), 2)
+  many = fptt_jax.vmap_trainer(trainer)
+  states, metrics = many.step(many.init(keys, batch_of()), batch_of())
+  assert (metrics.credit_norm[:, 1:] > 0).all()
+  alone, _ = trainer.step(trainer.init(keys[1], batch_of()), batch_of())
+  assert_close(fptt_jax.take_member(states, 1).params, alone.params)
+  for kind, missing in ((nn.LRU, 'layers/0/b_im'), (nn.FastGRNN, 'layers/0/bias')):
+    with pytest.raises(ValueError, match=f'through sums with a bias.*{missing}'):
+      total_gradient(stack(kind), [batch_of()], influence='kronecker')
 
 
 def test_uoro_in_a_trainer_draws_from_its_key() -> None:
@@ -254,6 +374,22 @@ def test_refused_options() -> None:
     influence.uoro(pairs=0)
   with pytest.raises(ValueError, match=r"rows must be one of .*, got 'all'"):
     influence.uoro(rows='all')
+  with pytest.raises(ValueError, match=r"balance must be one of .*, got 'all'"):
+    influence.uoro(balance='all')
+  with pytest.raises(ValueError, match="balance='unit' needs rows='each'"):
+    influence.uoro(rows='together', balance='unit')
+  with pytest.raises(ValueError, match="balance='unit' needs parameters that reach"):
+    total_gradient(
+      stack(nn.IncrementalRNN),
+      [batch_of()],
+      influence=influence.uoro(balance='unit'),
+    )
+  with pytest.raises(ValueError, match=r'terms must be an integer >= 1, got 0'):
+    influence.kronecker(terms=0)
+  with pytest.raises(ValueError, match=r"reduction must be one of .*, got 'svd'"):
+    influence.kronecker(reduction='svd')
+  with pytest.raises(ValueError, match=r"'signs' carries one product: got terms=2"):
+    influence.kronecker(terms=2, reduction='signs')
   with pytest.raises(ValueError, match=r'windows must be an integer >= 2.*got 1'):
     influence.lookback(1)
   for method in ('tbptt', 'bptt'):
@@ -263,3 +399,117 @@ def test_refused_options() -> None:
       )
   with pytest.raises(TypeError, match='checkpoint_windows must be True or False'):
     total_gradient(elman(), [batch_of()], 'bptt_aux', checkpoint_windows=1)
+
+
+def decaying() -> fptt_jax.Model:
+  """h' = a h + b x by units, with the state as its output."""
+  weights = {'a': jnp.array([[0.8, -0.5]]), 'b': jnp.array([[1.0, 0.7]])}
+
+  def apply(params, h, x, mask, key):
+    def step(h, inputs):
+      x_t, mask_t = inputs
+      new = params['a'] * h + params['b'] * x_t
+      h = new if mask_t is None else jnp.where(mask_t[:, None], new, h)
+      return h, h
+
+    return jax.lax.scan(step, h, (x, mask))
+
+  return fptt_jax.Model(lambda key: weights, lambda size: jnp.zeros((size, 2)), apply)
+
+
+def test_synthetic_gradients_learn_the_credit_of_a_linear_network() -> None:
+  """Of a loss h²/2 in each step, the steps after h send back h a²/(1 - a²).
+
+  The inputs are independent, so that they add nothing in the mean.
+  """
+  rows = 64
+  trainer = fptt_jax.make_trainer(
+    decaying(),
+    SERIES,
+    optax.set_to_zero(),
+    method='tbptt',
+    window_size=2,
+    carry_hidden=True,
+    influence=influence.synthetic(optax.sgd(0.3)),
+  )
+  nothing = np.zeros((4, rows, 2))
+
+  def make_batch(source: Any, key: jax.Array) -> fptt_jax.Batch:
+    return fptt_jax.Batch(jax.random.normal(key, (4, rows, 2)), nothing)
+
+  keys = jax.random.split(jax.random.key(1), 400)
+  state = trainer.init(jax.random.key(0), make_batch((), keys[0]))
+  run = fptt_jax.scan_train_steps(trainer, make_batch)
+  state, metrics = run(state, (), keys)
+  a = np.array([0.8, -0.5])
+  # A window's objective is the mean over two steps and two outputs of h².
+  expected = np.diag(2 * a**2 / (1 - a**2)) / 4
+  weights = state.influence.weights
+  np.testing.assert_allclose(weights['out'][0], expected, atol=0.06)
+  np.testing.assert_allclose(weights['bias'][0], 0, atol=0.06)
+  assert metrics.credit_norm[0, 0] == 0
+  assert (metrics.credit_norm[1:] > 0).all()
+
+
+def test_a_synthetic_gradient_of_zero_is_none_and_ends_with_the_sequence() -> None:
+  """It is kept from batch to batch, and rows end where their last valid step is."""
+  model = decaying()
+  x = np.random.default_rng(0).normal(size=(T, B, 2))
+  batch = fptt_jax.Batch(x, np.zeros((T, B, 2)), lengths=LENGTHS)
+  start = influence.synthetic(optax.sgd(0.0), hidden_features=3)
+  got, _ = total_gradient(model, [batch], num_windows=3, influence=start)
+  plain, _ = total_gradient(model, [batch], num_windows=3)
+  jax.tree.map(np.testing.assert_array_equal, got, plain)
+
+  trainer = helpers.quick_trainer(
+    model, SERIES, optax.sgd(0.0), method='tbptt', num_windows=3, influence=start
+  )
+  state = trainer.init(jax.random.key(0), batch)
+  weights = state.influence.weights | {'bias': jnp.ones((1, 2))}
+  state = state._replace(influence=state.influence._replace(weights=weights))
+  state, metrics = trainer.step(state, batch)
+  np.testing.assert_array_equal(state.influence.weights['bias'], 1.0)
+  a, b = np.array([0.8, -0.5]), np.array([1.0, 0.7])
+  h = np.zeros((B, 2))
+  for k in range(3):
+    squares = np.zeros(2)
+    of_a = np.zeros((B, 2))
+    of_b = np.zeros((B, 2))
+    for t in range(2 * k, 2 * k + 2):
+      valid = (t < LENGTHS)[:, None]
+      of_a = np.where(valid, a * of_a + h, of_a)
+      of_b = np.where(valid, a * of_b + x[t], of_b)
+      h = np.where(valid, a * h + b * x[t], h)
+    goes_on = (2 * k + 2 < LENGTHS)[:, None]
+    parts = [np.where(goes_on, part, 0).sum(0) / B for part in (of_a, of_b)]
+    squares = sum((part**2).sum() for part in parts)
+    np.testing.assert_allclose(metrics.credit_norm[k], squares**0.5)
+
+
+def test_synthetic_gradients_learn_from_what_arrives() -> None:
+  """One update of the map by hand, and refused options."""
+  model = decaying()
+  method = influence.synthetic(optax.sgd(1.0))
+  params = model.init(jax.random.key(0))
+  window = first_window(model, batch_of(), slice(0, 1))._replace(
+    x=jnp.ones((1, B, 2)), ends=jnp.array([False, True])
+  )
+  h = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+  state = method.init(window, params, h)
+  state = state._replace(weights=state.weights | {'bias': jnp.array([[0.5, 1.0]])})
+  delta = jnp.array([[0.1, 0.2], [0.3, 0.4]])
+  moved = method.observe(window, params, h, state, delta)
+  # The guess of the first row goes back through the decay; the second row ends.
+  arrived = np.array([[0.8 * 0.5, -0.5 * 1.0], [0.0, 0.0]])
+  error = np.array([[0.5, 1.0]] * 2) - (B * np.asarray(delta) + arrived)
+  np.testing.assert_allclose(moved.weights['out'][0], -np.asarray(h).T @ error / B)
+  np.testing.assert_allclose(
+    moved.weights['bias'][0], np.array([0.5, 1.0]) - error.mean(0)
+  )
+  with pytest.raises(ValueError, match=r'hidden_features must be an integer >= 1'):
+    influence.synthetic(hidden_features=0)
+  with pytest.raises(TypeError, match=r'optimizer must be an optax.Gradient.*got 3'):
+    influence.synthetic(3)
+  mesh = jax.sharding.Mesh(jax.devices('cpu')[:2], ('batch',))
+  with pytest.raises(ValueError, match=r"B=2 rows on a mesh, .*'synthetic' has not"):
+    total_gradient(elman(), [batch_of()], influence='synthetic', mesh=mesh)

@@ -9,15 +9,19 @@ or what the functions of this module make.
 from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.influence._base import Influence, WindowMap, attach
 from fptt_jax.influence._exact import rtrl
+from fptt_jax.influence._kronecker import kronecker
 from fptt_jax.influence._lookback import lookback
 from fptt_jax.influence._snap import snap, snap1
+from fptt_jax.influence._synthetic import synthetic
 from fptt_jax.influence._uoro import uoro
 
 INFLUENCES: dict[str, Influence] = {
   'rtrl': rtrl(),
   'snap1': snap1(),
   'uoro': uoro(),
+  'kronecker': kronecker(),
   'lookback': lookback(),
+  'synthetic': synthetic(),
 }
 """The influences by name, with their default settings."""
 
@@ -28,10 +32,12 @@ __all__ = (
   'OwnStep',
   'WindowMap',
   'attach',
+  'kronecker',
   'lookback',
   'rtrl',
   'snap',
   'snap1',
+  'synthetic',
   'uoro',
 )
 

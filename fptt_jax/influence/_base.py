@@ -24,6 +24,8 @@ class WindowMap(NamedTuple):
     fresh: bool [B], rows that start from the learned initial state; None for none.
     start: (params) -> hidden state [B, ...] of those rows; None if it is constant.
     own_steps: `Model.own_steps`, or None.
+    ends: bool [B], rows whose sequence has no valid step after the window; None if
+      sequences go on in the next batch.
   """
 
   run: Callable[[Params, Hidden, Any, jax.Array | None], Hidden]
@@ -32,6 +34,7 @@ class WindowMap(NamedTuple):
   fresh: jax.Array | None = None
   start: Callable[[Params], Hidden] | None = None
   own_steps: Callable[..., dict[int, OwnStep]] | None = None
+  ends: jax.Array | None = None
 
   def begin(self, params: Params, hidden: Hidden) -> Hidden:
     """Return the hidden state that the window starts from.
@@ -72,6 +75,10 @@ class Influence(NamedTuple):
     advance: (window, params, hidden, state, key) -> state after the window, which
       started from `hidden` and ran with `params`. The key is None unless it draws.
     draws: Whether `advance` needs a key.
+    observe: (window, params, hidden, state, d_hidden) -> state, which `advance` is then
+      given. For influences that learn from δ; None for the others.
+    keeps: Whether the state is learned, and stays when hidden states start anew. Its
+      arrays are [1, ...] then.
 
   References:
     Williams and Zipser, "Gradient-based learning algorithms for recurrent networks and
@@ -82,6 +89,19 @@ class Influence(NamedTuple):
   credit: Callable[[WindowMap, Params, Hidden, State, Hidden], Params]
   advance: Callable[[WindowMap, Params, Hidden, State, jax.Array | None], State]
   draws: bool = False
+  observe: Callable[[WindowMap, Params, Hidden, State, Hidden], State] | None = None
+  keeps: bool = False
+
+  def reset(self, state: State) -> State:
+    """Return the state of rows whose hidden states start anew.
+
+    Args:
+      state: A state of this influence.
+
+    Returns:
+      Zeros, unless the influence keeps what it has learned.
+    """
+    return state if self.keeps else jax.tree.map(jnp.zeros_like, state)
 
 
 def attach(

@@ -56,8 +56,24 @@ def credit_own(
     of_layer = delta[:, layer.columns]
     for path, unit in layer.units.items():
       own = _at_units(of_layer, unit)
-      credits[path] = (own * influence[path]).sum((0, inner_axis(unit.ndim)))
+      total = _sum_of_products(own, influence[path])
+      credits[path] = total.sum(inner_axis(unit.ndim) - 1)
   return spread(params, credits)
+
+
+def _sum_of_products(values: jax.Array, factors: jax.Array) -> jax.Array:
+  """Return the sum over the rows of products of arrays [B, ...] that broadcast."""
+  if jax.default_backend() != 'cpu':
+    return (values * factors).sum(0)
+
+  # On a CPU the fused sum reads its operands with the stride of a row, one number after
+  # the other. Row by row, whole arrays are added.
+  def body(total: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+    value, factor = row
+    return total + (value * factor).astype(total.dtype), None
+
+  total, _ = jax.lax.scan(body, jnp.zeros_like(factors[0]), (values, factors))
+  return total
 
 
 def advance_own(
@@ -91,6 +107,36 @@ def advance_own(
       step = OwnStep(_where_valid(window.mask, transition), ())
     moved |= _advance_layer(layer, window, params, before, influence, step)
   return moved
+
+
+def own_norms(
+  units: Units, window: WindowMap, params: Params, hidden: Hidden
+) -> jax.Array:
+  """Return the norm of what a window adds to each number of the state.
+
+  Only what the parameters of a unit add to the unit itself counts.
+
+  Args:
+    units: Layers and units of the model.
+    window: The window.
+    params: Parameters of the model.
+    hidden: [B, ...], hidden state after the window before.
+
+  Returns:
+    [B, N], at least float32.
+  """
+  batch_size, width = join(hidden).shape
+  nothing = empty_own(units, params, batch_size)
+  direct = advance_own(units, window, params, hidden, nothing)
+  squares = jnp.zeros((batch_size, width), join(hidden).dtype)
+  for layer in units.layers:
+    for path, unit in layer.units.items():
+      squared = jnp.moveaxis(direct[path] ** 2, inner_axis(unit.ndim), 1)
+      # Entries without a unit have gained nothing, so that any unit will do.
+      owner = np.broadcast_to(np.maximum(unit, 0), squared.shape[2:]).ravel()
+      squared = squared.reshape(*squared.shape[:2], -1)
+      squares = squares.at[:, layer.columns[:, owner]].add(squared)
+  return jnp.sqrt(squares)
 
 
 def given_steps(

@@ -1,5 +1,6 @@
 """Unbiased random approximations of rank one."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from fptt_jax._dtypes import at_least_float32
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import Weights, join, select, split, spread
 from fptt_jax.influence._base import Influence, WindowMap
+from fptt_jax.influence._own import own_norms
 from fptt_jax.influence._pull import (
   numbered_first,
   pull_through_steps,
@@ -18,8 +20,10 @@ from fptt_jax.influence._pull import (
   run_steps,
 )
 from fptt_jax.influence._reach import reached_paths
+from fptt_jax.influence._units import find_units
 
 ROWS = ('each', 'together')
+BALANCES = ('row', 'unit')
 TINY = 1e-7
 """Added to norms, so that the first ratio is of two equal numbers."""
 
@@ -36,8 +40,8 @@ class RankOne(NamedTuple):
   of_weights: Weights
 
 
-def uoro(pairs: int = 1, rows: str = 'each') -> Influence:
-  """Make an unbiased influence of rank one: UORO, a window at a time.
+def uoro(pairs: int = 1, rows: str = 'each', balance: str = 'row') -> Influence:
+  """Make an unbiased influence of rank one: UORO, a window at a time, or NoBackTrack.
 
   The influence is M' = J M + I. Here M is a product s ⊗ w, and a random reduction to
   rank one is made once per window: with signs ν, s' = ρ₀ J s + ρ₁ ν and w' = w / ρ₀ +
@@ -51,12 +55,20 @@ def uoro(pairs: int = 1, rows: str = 'each') -> Influence:
     rows: 'each' keeps a pair for each row of a batch, B·r·(N + P) numbers. 'together'
       keeps one w for all rows, r·(B·N + P) numbers, with about √B times the noise: for
       large tables. It excludes a mesh.
+    balance: What has a scale ρ₁ of its own. 'row' has one for each row of the batch
+      (UORO). 'unit' has one for each number of the row's state (NoBackTrack): the root
+      of the norm of what the window's parameters add to that number through its own
+      unit. In windows of one step that is the whole of it, and in longer ones what
+      :func:`snap1` would carry; the mean is exact in any case. It takes B·m·P numbers
+      for a moment, and needs a model with units, and rows='each'.
 
   Returns:
     The influence, which draws from the key of the trainer's state.
 
   Raises:
-    ValueError: `pairs` is not an integer >= 1, or `rows` is another name.
+    ValueError: `pairs` is not an integer >= 1, `rows` or `balance` is another name, or
+      they exclude each other. In `init`: no parameter belongs to one unit, with
+      balance='unit'.
 
   Example:
     >>> import jax, optax, fptt_jax
@@ -78,13 +90,27 @@ def uoro(pairs: int = 1, rows: str = 'each') -> Influence:
     (8, 2, 32)
 
   References:
-    Tallec and Ollivier, "Unbiased Online Recurrent Optimization", ICLR 2018.
+    Tallec and Ollivier, "Unbiased Online Recurrent Optimization", ICLR 2018. Ollivier,
+    Tallec and Charpiat, "Training recurrent networks online without backtracking",
+    2015 (NoBackTrack).
   """
   pairs = check_size('pairs', pairs)
   check_choice('rows', rows, ROWS)
+  check_choice('balance', balance, BALANCES)
   together = rows == 'together'
+  if together and balance == 'unit':
+    raise ValueError(
+      "balance='unit' needs rows='each', since each row has scales of its own: got "
+      "rows='together'."
+    )
+  scales = _unit_scales if balance == 'unit' else None
 
   def init(window: WindowMap, params: Params, hidden: Hidden) -> RankOne:
+    if scales is not None and not find_units(window, params, hidden).layers:
+      raise ValueError(
+        "balance='unit' needs parameters that reach one unit of the state in a step, "
+        "got a model in which each of them reaches several. Use balance='row'."
+      )
     weights = select(params, reached_paths(window, params, hidden))
     batch_size, numbers = join(hidden).shape
     leading = (1 if together else batch_size, pairs)
@@ -103,7 +129,7 @@ def uoro(pairs: int = 1, rows: str = 'each') -> Influence:
     key: jax.Array | None,
   ) -> RankOne:
     assert key is not None
-    return _advance(window, params, hidden, state, key, together)
+    return _advance(window, params, hidden, state, key, together, scales)
 
   return Influence(init, _credit, advance, draws=True)
 
@@ -133,14 +159,31 @@ def _advance(
   state: RankOne,
   key: jax.Array,
   together: bool,
+  scales: Callable[[WindowMap, Params, Hidden], jax.Array] | None,
 ) -> RankOne:
-  """Add one window's own influence, and reduce the sum to rank one."""
+  """Add one window's own influence, and reduce the sum to rank one.
+
+  Args:
+    window: The window.
+    params: Parameters of the model.
+    hidden: [B, ...], hidden state after the window before.
+    state: Factors before the window.
+    key: Key of the signs.
+    together: Whether all rows share one w.
+    scales: (window, params, hidden) -> positive numbers [B, N], one for each number of
+      the state; None for one for each row.
+  """
   of_weights = state.of_weights
   if window.fresh is not None and not together:
     fresh = window.fresh
     of_weights = jax.tree.map(lambda w: jnp.where(_like(fresh, w), 0, w), of_weights)
   signs = jax.random.rademacher(key, state.of_state.shape, state.of_state.dtype)
   moved = _push(window, params, hidden, state.of_state)
+  pushed = signs
+  if scales is not None:
+    of_numbers = scales(window, params, hidden)[:, None]
+    pushed = signs * of_numbers
+    signs = signs / of_numbers
   direct = _pull_signs(window, params, tuple(of_weights), hidden, signs, together)
 
   axes = (0, 2) if together else (2,)
@@ -158,14 +201,26 @@ def _advance(
   # Any positive numbers that do not depend on the signs' sign are unbiased; these make
   # both factors of each product equally large, which makes the variance small.
   old = jnp.sqrt(of_tree(of_weights) / of_rows(moved))
-  new = jnp.sqrt(of_tree(direct) / of_rows(signs))
+  new = jnp.sqrt(of_tree(direct) / of_rows(pushed))
+  if scales is not None:
+    # The scales have balanced the factors already.
+    new = jnp.ones_like(new)
   return RankOne(
-    _like(old, moved) * moved + _like(new, signs) * signs,
+    _like(old, moved) * moved + _like(new, pushed) * pushed,
     {
       path: (w / _like(old, w) + direct[path] / _like(new, w)).astype(w.dtype)
       for path, w in of_weights.items()
     },
   )
+
+
+def _unit_scales(window: WindowMap, params: Params, hidden: Hidden) -> jax.Array:
+  """Return the root of the norm of what a window adds to each number, [B, N]."""
+  units = find_units(window, params, hidden)
+  norms = own_norms(units, window, params, hidden)
+  # Numbers of the state without parameters of their own get the row's mean.
+  mean = norms.mean(1, keepdims=True)
+  return jnp.sqrt(jnp.where(norms > 0, norms, mean) + TINY)
 
 
 def _like(factors: jax.Array, x: jax.Array) -> jax.Array:

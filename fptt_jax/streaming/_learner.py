@@ -23,7 +23,7 @@ from fptt_jax._compiled import Compiled
 from fptt_jax._summary import find_states
 from fptt_jax._trees import check_like, shapes
 from fptt_jax._types import Model, TrainState
-from fptt_jax.influence import Influence
+from fptt_jax.influence import INFLUENCES, Influence
 from fptt_jax.losses import Loss
 from fptt_jax.streaming._buffer import Label, NewStep, empty
 from fptt_jax.streaming._loss import partly_labelled
@@ -155,8 +155,15 @@ def make_learner(
     fading=_check_fading(fading),
     on_drift=on_drift,
     inner_steps=int(inner_steps),
+    keeps_influence=_keeps_influence(influence),
   )
   return _compile(_Functions(spec), check_flag('donate', donate))
+
+
+def _keeps_influence(influence: str | Influence) -> bool:
+  """Return whether an influence is learned, and stays when rows start anew."""
+  found = INFLUENCES.get(influence) if isinstance(influence, str) else influence
+  return found is not None and found.keeps
 
 
 def _compile(functions: '_Functions', donate: bool) -> Learner:

@@ -37,6 +37,7 @@ class StreamSpec:
     fading: The fading factors of the fast and the slow metrics.
     on_drift: The user's hook, or None.
     inner_steps: Gradient steps per window.
+    keeps_influence: Whether the influence is learned, and stays when rows start anew.
   """
 
   model: Model
@@ -49,6 +50,7 @@ class StreamSpec:
   fading: tuple[float, float]
   on_drift: DriftHook | None
   inner_steps: int
+  keeps_influence: bool = False
 
 
 def where_rows(rows: jax.Array, chosen: Any, other: Any) -> Any:
@@ -139,10 +141,12 @@ def _zero_unless(valid: jax.Array, tree: Any) -> Any:
 def start_rows_anew(spec: StreamSpec, train: TrainState, rows: jax.Array) -> TrainState:
   """Return the train state with the chosen rows, bool [B], at their start."""
   start = spec.model.start(train.params, len(rows))
-  return train._replace(
-    hidden=where_rows(rows, start, train.hidden),
+  influence = train.influence
+  if not spec.keeps_influence:
     # What does not depend on the parameters has no influence of theirs.
-    influence=where_rows(rows, optax.tree.zeros_like(train.influence), train.influence),
+    influence = where_rows(rows, optax.tree.zeros_like(influence), influence)
+  return train._replace(
+    hidden=where_rows(rows, start, train.hidden), influence=influence
   )
 
 

@@ -46,20 +46,30 @@ def gradient_with_credit(
   assert influence is not None
   window = _window_map(spec, sequence, inputs)
 
-  def attached(params: Params, before: Params) -> tuple[jax.Array, UpdateResult]:
+  def attached(
+    params: Params, before: Params, hidden: Hidden
+  ) -> tuple[jax.Array, UpdateResult]:
     # The same parameters twice tell the two parts of the gradient apart.
-    hidden = attach(influence, window, before, inputs.hidden, inputs.influence)
+    hidden = attach(influence, window, before, hidden, inputs.influence)
     return objective(params, hidden)
 
-  differentiate = jax.value_and_grad(attached, argnums=(0, 1), has_aux=True)
-  (value, result), parts = differentiate(params, params)
-  within, credit = jax.tree.map(jnp.conj, parts)
+  learns = influence.observe is not None
+  differentiate = jax.value_and_grad(
+    attached, argnums=(0, 1, 2) if learns else (0, 1), has_aux=True, allow_int=learns
+  )
+  (value, result), parts = differentiate(params, params, inputs.hidden)
+  within, credit = jax.tree.map(jnp.conj, parts[:2])
   grads = jax.tree.map(jnp.add, within, credit)
-  return value, grads, result._replace(credit=credit)
+  d_hidden = parts[2] if learns else ()
+  return value, grads, result._replace(credit=credit, d_hidden=d_hidden)
 
 
 def advance_influence(
-  spec: StepSpec, windows: WindowPlan, params: Params, inputs: UpdateInputs
+  spec: StepSpec,
+  windows: WindowPlan,
+  params: Params,
+  inputs: UpdateInputs,
+  d_hidden: Hidden,
 ) -> Any:
   """Return the influence after the window of an update.
 
@@ -68,6 +78,7 @@ def advance_influence(
     windows: Where the windows lie.
     params: Parameters with which the window was last run.
     inputs: What else its objective depends on.
+    d_hidden: Gradient of the hidden state before the window, or ().
   """
   influence = spec.influence
   assert influence is not None
@@ -78,7 +89,15 @@ def advance_influence(
     # The keys 0..K are those of the windows and of the steps before the first.
     numbers, _, _ = inputs.schedule
     key = jax.random.fold_in(inputs.key, windows.num_windows + 1 + numbers[0])
-  return influence.advance(window, params, inputs.hidden, inputs.influence, key)
+  state = inputs.influence
+  if influence.observe is not None:
+    state = influence.observe(window, params, inputs.hidden, state, d_hidden)
+  return influence.advance(window, params, inputs.hidden, state, key)
+
+
+def reset_influence(spec: StepSpec, influence: Any) -> Any:
+  """Return the influence of rows whose hidden states start anew."""
+  return () if spec.influence is None else spec.influence.reset(influence)
 
 
 def first_influence(
@@ -92,7 +111,14 @@ def first_influence(
   fresh = None
   if spec.model.learned_initial_state is not None:
     fresh = jnp.ones(batch_size, bool)
-  x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[: windows.size], batch.inputs)
+
+  def first_window(leaf: Any) -> jax.Array:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      # Of an abstract batch there are only shapes, which is all that is used.
+      return jnp.zeros((windows.size, *leaf.shape[1:]), leaf.dtype)
+    return jnp.asarray(leaf)[: windows.size]
+
+  x = jax.tree.map(first_window, batch.inputs)
   # No axis of a mesh is bound here.
   window = _bare_map(spec, x, None, fresh, None)
   return spec.influence.init(window, params, hidden)
@@ -104,7 +130,10 @@ def _window_map(spec: StepSpec, sequence: Sequence, inputs: UpdateInputs) -> Win
   view = window_at(sequence.windows, numbers[0], sequence.valid, sequence.axis)
   x = jax.tree.map(lambda leaf: view.slice(jnp.asarray(leaf)), sequence.batch.inputs)
   mask = view.mask if view.masked else None
-  return _bare_map(spec, x, mask, inputs.fresh, spec.axis)
+  window = _bare_map(spec, x, mask, inputs.fresh, spec.axis)
+  if spec.carry_hidden:
+    return window
+  return window._replace(ends=view.seen >= view.lengths)
 
 
 def _bare_map(

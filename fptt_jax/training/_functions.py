@@ -23,7 +23,7 @@ from fptt_jax._window_momentum import check_window_count
 from fptt_jax.influence._check import check_map
 from fptt_jax.losses import MetricSums
 from fptt_jax.parallel._placement import Placement
-from fptt_jax.training._credit import first_influence
+from fptt_jax.training._credit import first_influence, reset_influence
 from fptt_jax.training._evaluate import run_evaluate, run_predict
 from fptt_jax.training._optimizer import check_optimizer
 from fptt_jax.training._schedules import plan_updates
@@ -105,7 +105,7 @@ class Functions:
       # Rows may start differently, so that the whole batch's state is made here, before
       # it is split over devices.
       hidden = strong_copy(spec.model.start(state.params, batch_size))
-      influence = jax.tree.map(jnp.zeros_like, state.influence)
+      influence = reset_influence(spec, state.influence)
       state = state._replace(hidden=hidden, influence=influence)
     step = functools.partial(run_step, spec, self.placement)
     return self.placement.wrap_step(step)(state, batch)
@@ -156,7 +156,7 @@ class Functions:
       batch_size = leaves[0].shape[0]
       hidden = strong_copy(self.spec.model.start(state.params, batch_size))
     loss_state = self.spec.loss.end_epoch(state.loss_state)
-    influence = jax.tree.map(jnp.zeros_like, state.influence)
+    influence = reset_influence(self.spec, state.influence)
     state = state._replace(loss_state=loss_state, hidden=hidden, influence=influence)
     return self.placement.place(state)
 

@@ -18,7 +18,8 @@ def check_influence(influence: Any, batch_size: int) -> None:
     if len(leaf) != batch_size:
       raise ValueError(
         f'influence must be arrays [B, ...] with B={batch_size} rows on a mesh, got '
-        f"shape {leaf.shape}: uoro(rows='each') has an array for each row."
+        f"shape {leaf.shape}: uoro(rows='each') has an array for each row, 'synthetic' "
+        'has not.'
       )
 
 
