@@ -43,8 +43,22 @@ from experiments.core.plotting import Plot
 from experiments.core.schedule import Member
 from experiments.data.memory import PROBLEMS
 import fptt_jax
-from fptt_jax import nn
-from fptt_jax.influence import INFLUENCES
+from fptt_jax import influence, nn
+from fptt_jax.influence import INFLUENCES, Influence
+
+SERIES = dict(
+  cell='rnn',
+  hidden=64,
+  seq_len=50,
+  num_windows=50,
+  batches=300,
+  lr=1e-3,
+  decay=False,
+)
+"""Settings of the series: 15,000 steps with an update after each, as in the comparison
+whose figures `experiments.paper` quotes.
+"""
+
 
 TASKS: dict[str, dict[str, Any]] = {
   'lags': dict(
@@ -59,11 +73,18 @@ TASKS: dict[str, dict[str, Any]] = {
     batches=500,
     lr=1e-2,
   ),
-  'henon': dict(cell='rnn', hidden=64, seq_len=50, num_windows=50, batches=300),
-  'mackey_glass': dict(cell='rnn', hidden=64, seq_len=50, num_windows=50, batches=300),
-  'lorenz': dict(cell='rnn', hidden=64, seq_len=50, num_windows=50, batches=300),
+  **dict.fromkeys(('henon', 'mackey_glass', 'lorenz', 'sunspots'), SERIES),
 }
 """Defaults of the other flags by task."""
+
+
+CREDIT: dict[str, str | Influence] = {
+  **{name: name for name in ('none', *INFLUENCES)},
+  'rflo': influence.snap1(own_only=True),
+  'kf': influence.kronecker(1, 'signs'),
+  'lookback25': influence.lookback(25),
+}
+"""Influences by the value of --influence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +96,7 @@ class Config(recipe.Recipe):
   influence: str = option(
     'none',
     'how credit crosses the border of a window',
-    ('none', *INFLUENCES),
+    tuple(CREDIT),
     group='training',
   )
   lr: float = redeclare(recipe.Recipe, 'lr', 3e-3)
@@ -185,7 +206,7 @@ def make_trainer(
     decay=intervals.decay_schedule(config, method),
     mesh=meshes.batch,
     carry_hidden=problem.is_stream,
-    influence=config.influence,
+    influence=CREDIT[config.influence],
     loss_weights=weights,
   )
   return trainer, meshes
@@ -249,7 +270,8 @@ def test_batch(config: Config, seed: int) -> fptt_jax.Batch:
   problem = PROBLEMS[config.task]
   rng = np.random.default_rng([seed, 2**31])
   if problem.is_stream:
-    return fptt_jax.Batch(*problem.draw(rng, config.test_steps, config.batch_size))
+    draw = problem.draw_test or problem.draw
+    return fptt_jax.Batch(*draw(rng, config.test_steps, config.batch_size))
   inputs, targets = problem.draw(rng, config.seq_len, config.test_steps)
   return read_batch(config, {'inputs': inputs, 'targets': targets})
 

@@ -10,7 +10,9 @@ import pytest
 
 from experiments import online
 from experiments.core import files
+from experiments.core.flags import UserError
 from experiments.data import memory
+from experiments.paper import copying
 
 TINY: dict[str, Any] = dict(
   cell='rnn',
@@ -74,6 +76,66 @@ def test_episodes_end_with_zeros_and_are_never_those_of_the_test() -> None:
   test = online.test_batch(config, 0)
   assert test.inputs.shape == (12, 20, memory.RECALL_FEATURES)
   assert not np.isin(item['targets'], test.targets).any()
+
+
+def test_sunspots_are_trained_on_until_1920_and_tested_later(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Targets are the next years', also where the training years begin anew."""
+  package = tmp_path / 'spots'
+  package.mkdir()
+  (package / '__init__.py').touch()
+  years = np.arange(1915, 1926)
+  lines = [f'{year}.0,{year % 7}.5' for year in years]
+  (package / 'spots.csv').write_text('\n'.join(['"YEAR","SUNACTIVITY"', *lines]))
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setattr(memory, 'SUNSPOTS', ('spots', 'spots.csv'))
+  counts = years % 7 + 0.5
+  counts = (counts - counts.mean()) / counts.std()
+  config = online.Config(task='sunspots', **TINY | dict(batches=2))
+  items = online.draw_items(config, 0, 0, 2)
+  inputs, targets = (items[name].reshape(24, 4) for name in ('inputs', 'targets'))
+  np.testing.assert_allclose(inputs[:6], inputs[6:12])
+  for row in range(4):
+    start = np.flatnonzero(np.isclose(counts[:6], inputs[0, row]))[0]
+    places = (start + np.arange(24)) % 6
+    np.testing.assert_allclose(inputs[:, row], counts[places], rtol=1e-5)
+    np.testing.assert_allclose(targets[:, row], counts[places + 1], rtol=1e-5)
+  test = online.test_batch(config, 0)
+  np.testing.assert_allclose(test.inputs[:, 0, 0], counts[6:-1], rtol=1e-5)
+  np.testing.assert_allclose(test.targets[:, 0, 0], counts[7:], rtol=1e-5)
+  monkeypatch.setattr(memory, 'SUNSPOTS', ('no_such_package', 'spots.csv'))
+  with pytest.raises(UserError, match='pip install no_such_package'):
+    online.test_batch(config, 0)
+
+
+def test_sequences_to_copy_ask_for_the_bits_they_show() -> None:
+  """In their order, and for the blank label before."""
+  rng = np.random.default_rng(0)
+  batch = copying.draw(rng, 32, 50, 9)
+  assert set(batch.lengths) == set(range(8, 20, 2))
+  for row, length in enumerate(batch.lengths):
+    bits = length // 2
+    shown = batch.inputs[:bits, row, 0]
+    assert set(shown) <= {-1, 1}
+    np.testing.assert_array_equal(batch.targets[bits:length, row], shown == 1)
+    np.testing.assert_array_equal(batch.targets[:bits, row], copying.BLANK)
+    np.testing.assert_array_equal(batch.inputs[bits:length, row], [[0, 1]] * bits)
+    assert not batch.inputs[length:, row].any()
+
+
+def test_sequences_to_copy_get_longer_once_they_are_learned() -> None:
+  """Every run counts its own tokens; one bit of four steps is learned at once."""
+  settings = copying.Settings(
+    hidden=8, batch_size=8, batches=60, interval=20, longest=2, lr=0.03
+  )
+  rows = copying.study(settings, 'snap1', (0, 1))
+  for row in rows:
+    assert row['bits'] == 2
+    # Intervals of one bit, of 20 batches of 8 sequences of two steps.
+    assert row['tokens_to_2'] in (320, 640)
+    assert row['tokens'] > row['tokens_to_2']
+    assert row['tokens_to_4'] is None
 
 
 def test_an_influence_of_a_whole_gradient_is_refused() -> None:

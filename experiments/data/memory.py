@@ -5,11 +5,15 @@ either episodes, which are independent, or parts of one stream that never ends.
 """
 
 from collections.abc import Callable
+import csv
+import importlib.util
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from experiments.core.flags import UserError
 import fptt_jax
 
 LAGS = (6, 10)
@@ -17,6 +21,12 @@ LAGS = (6, 10)
 
 RECALL_FEATURES = 32
 """Numbers that are shown at the first step of a recall."""
+
+SUNSPOTS = ('statsmodels', 'datasets/sunspots/sunspots.csv')
+"""Package and path of the yearly numbers of sunspots. The package is not imported."""
+
+LAST_TRAINING_YEAR = 1920
+"""Years of sunspots up to this one are trained on, and later ones tested on."""
 
 BURN_IN = 200
 """Steps of a dynamical system that are dropped, in which it reaches its attractor."""
@@ -38,6 +48,8 @@ class Problem(NamedTuple):
       episode with one target at its end.
     score: the loss in words.
     levels: the losses of known predictors, by what they know.
+    draw_test: draws the test data, for problems whose test data differ from what they
+      train on.
   """
 
   about: str
@@ -48,6 +60,7 @@ class Problem(NamedTuple):
   is_stream: bool
   score: str
   levels: dict[str, float]
+  draw_test: Draw | None = None
 
 
 def draw_lags(
@@ -167,6 +180,48 @@ def draw_lorenz(
   return _one_step_ahead(series)
 
 
+def draw_sunspots(
+  rng: np.random.Generator, num_steps: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draw years of sunspots up to 1920, again and again, each row from another year."""
+  years, inputs, targets = _read_sunspots()
+  count = int((years <= LAST_TRAINING_YEAR).sum())
+  starts = rng.integers(0, count, batch_size)
+  places = (starts + np.arange(num_steps)[:, None]) % count
+  return inputs[places, None], targets[places, None]
+
+
+def draw_later_sunspots(
+  rng: np.random.Generator, num_steps: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Return the years of sunspots after 1920, one row of them."""
+  del rng, num_steps, batch_size
+  years, inputs, targets = _read_sunspots()
+  later = years > LAST_TRAINING_YEAR
+  return inputs[later, None, None], targets[later, None, None]
+
+
+def _read_sunspots() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Return years, the sunspots of each, and of the next year, all [n].
+
+  Over all years they have mean 0 and variance 1.
+
+  Raises:
+    UserError: the package with the file is not installed.
+  """
+  package, place = SUNSPOTS
+  spec = importlib.util.find_spec(package)
+  if spec is None or spec.origin is None:
+    raise UserError(
+      f'--task=sunspots reads a file of {package}: pip install {package}.'
+    )
+  with (Path(spec.origin).parent / place).open(newline='') as file:
+    _, *lines = csv.reader(file)
+  years, counts = np.array(lines, np.float32).T
+  counts = (counts - counts.mean()) / counts.std()
+  return years[:-1], counts[:-1], counts[1:]
+
+
 def _one_step_ahead(series: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """Return a series of T + 1 arrays [B, D] as inputs and as the next values.
 
@@ -185,8 +240,10 @@ def _one_step_ahead(series: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   return values[:-1], values[1:]
 
 
-def _chaos(about: str, draw: Draw, features: int) -> Problem:
-  """Return the problem of predicting a chaotic series one step ahead."""
+def _series(
+  about: str, draw: Draw, features: int, draw_test: Draw | None = None
+) -> Problem:
+  """Return the problem of predicting a series one step ahead."""
   return Problem(
     about,
     draw,
@@ -196,6 +253,7 @@ def _chaos(about: str, draw: Draw, features: int) -> Problem:
     is_stream=True,
     score='normalized mean squared error',
     levels={'mean of the series': 1.0},
+    draw_test=draw_test,
   )
 
 
@@ -220,8 +278,13 @@ PROBLEMS = {
     score='mean squared error',
     levels={'chance': 1 / 12},
   ),
-  'henon': _chaos('the next value of the Hénon map', draw_henon, 1),
-  'mackey_glass': _chaos('the next value of Mackey-Glass series', draw_mackey_glass, 1),
-  'lorenz': _chaos('the next state of the Lorenz system', draw_lorenz, 3),
+  'henon': _series('the next value of the Hénon map', draw_henon, 1),
+  'mackey_glass': _series(
+    'the next value of Mackey-Glass series', draw_mackey_glass, 1
+  ),
+  'lorenz': _series('the next state of the Lorenz system', draw_lorenz, 3),
+  'sunspots': _series(
+    "the next year's sunspots", draw_sunspots, 1, draw_test=draw_later_sunspots
+  ),
 }
 """Problems by the value of --task."""

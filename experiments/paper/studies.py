@@ -1,4 +1,4 @@
-"""Measurements of the paper: costs (Table 1, Sec. 6.2) and convergence."""
+"""Measurements of the paper: costs (Table 1, Sec. 6.2), convergence; and copying."""
 
 from collections.abc import Callable
 import dataclasses
@@ -12,7 +12,7 @@ from tabulate import tabulate
 from experiments import add_task, images
 from experiments.benchmark import cost
 from experiments.core import devices, environment, files, optimizers
-from experiments.paper import convergence
+from experiments.paper import convergence, copying
 import fptt_jax
 
 
@@ -170,6 +170,33 @@ def convergence_study(scale: str, folder: Path) -> None:
   write_rows('convergence', scale, rows, folder)
 
 
+def copying_study(scale: str, folder: Path) -> None:
+  """Measure how many tokens each influence needs to copy sequences of some length.
+
+  The paper has no such comparison. 'full' and 'short' are the same as 'cpu'.
+
+  Args:
+    scale: a name of `items.SCALES`.
+    folder: the folder to write to.
+  """
+  settings = copying.Settings(
+    hidden=16, batch_size=16, batches=4000, interval=20, longest=16, lr=3e-3
+  )
+  seeds = range(5)
+  names = list(copying.INFLUENCES)
+  if scale == 'smoke':
+    settings = settings._replace(hidden=4, batch_size=4, batches=4, interval=2)
+    seeds, names = range(2), ['none', 'rtrl']
+  rows = []
+  for name in names:
+    path = folder / f'{name}-{scale}.json'
+    # A command that was stopped resumes with the first influence that has no file.
+    if not path.exists():
+      files.write_json(path, copying.study(settings, name, seeds))
+    rows += files.read_rows(path)
+  write_rows('copying', scale, rows, folder)
+
+
 def print_row(row: dict[str, Any]) -> None:
   """Print a line for a row of :func:`cost.measure`."""
   interval = '' if row['± update_ms'] is None else f' ± {row["± update_ms"]:.2f}'
@@ -208,5 +235,6 @@ STUDIES: dict[str, Callable[[str, Path], None]] = {
   'table1': table1,
   'walltime': walltime,
   'convergence': convergence_study,
+  'copying': copying_study,
 }
 """Studies by the value of --item: (scale, folder) -> None."""

@@ -32,6 +32,7 @@ REPORTS = {
   'table1': ('T', 'method', 'K'),
   'walltime': ('task', 'T', 'method', 'K'),
   'convergence': ('run',),
+  'copying': ('influence', 'seed'),
   'rivals': ('case', 'system'),
   'population': ('case', 'R'),
   'growth': ('varied', 'value'),
