@@ -422,7 +422,7 @@ def test_synthetic_gradients_learn_the_credit_of_a_linear_network() -> None:
 
   The inputs are independent, so that they add nothing in the mean.
   """
-  rows = 64
+  rows = 256
   trainer = fptt_jax.make_trainer(
     decaying(),
     SERIES,
@@ -430,14 +430,14 @@ def test_synthetic_gradients_learn_the_credit_of_a_linear_network() -> None:
     method='tbptt',
     window_size=2,
     carry_hidden=True,
-    influence=influence.synthetic(optax.sgd(0.3)),
+    influence=influence.synthetic(optax.sgd(0.05)),
   )
   nothing = np.zeros((4, rows, 2))
 
   def make_batch(source: Any, key: jax.Array) -> fptt_jax.Batch:
     return fptt_jax.Batch(jax.random.normal(key, (4, rows, 2)), nothing)
 
-  keys = jax.random.split(jax.random.key(1), 400)
+  keys = jax.random.split(jax.random.key(1), 600)
   state = trainer.init(jax.random.key(0), make_batch((), keys[0]))
   run = fptt_jax.scan_train_steps(trainer, make_batch)
   state, metrics = run(state, (), keys)
@@ -445,8 +445,8 @@ def test_synthetic_gradients_learn_the_credit_of_a_linear_network() -> None:
   # A window's objective is the mean over two steps and two outputs of h².
   expected = np.diag(2 * a**2 / (1 - a**2)) / 4
   weights = state.influence.weights
-  np.testing.assert_allclose(weights['out'][0], expected, atol=0.06)
-  np.testing.assert_allclose(weights['bias'][0], 0, atol=0.06)
+  np.testing.assert_allclose(weights['out'][0], expected, atol=0.08)
+  np.testing.assert_allclose(weights['bias'][0], 0, atol=0.08)
   assert metrics.credit_norm[0, 0] == 0
   assert (metrics.credit_norm[1:] > 0).all()
 

@@ -90,7 +90,7 @@ class CreditCase(NamedTuple):
 
 
 CREDIT_CASES = (
-  CreditCase('LSTM', ('snap1', 'uoro', 'lookback')),
+  CreditCase('LSTM', ('snap1', 'uoro', 'lookback', 'synthetic')),
   CreditCase('GRU', ('snap1',)),
   # Without the native kernels, which make the steps without an influence faster.
   CreditCase('LSTM', ('snap1',), 'custom_vjp'),

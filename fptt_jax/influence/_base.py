@@ -150,10 +150,11 @@ def attach(
   def attached(params: Params, hidden: Hidden) -> Hidden:
     return hidden
 
-  def forward(params: Params, hidden: Hidden) -> tuple[Hidden, Params]:
-    return hidden, params
+  def forward(params: Params, hidden: Hidden) -> tuple[Hidden, tuple[Params, Hidden]]:
+    return hidden, (params, hidden)
 
-  def backward(params: Params, d_hidden: Hidden) -> tuple[Params, Hidden]:
+  def backward(kept: tuple[Params, Hidden], d_hidden: Hidden) -> tuple[Params, Hidden]:
+    params, hidden = kept
     return influence.credit(window, params, hidden, state, d_hidden), d_hidden
 
   attached.defvjp(forward, backward)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax._dtypes import at_least_float32, widen
-from fptt_jax._types import Hidden, OwnStep, Params
+from fptt_jax._types import Hidden, OwnProduct, OwnStep, Params
 from fptt_jax.influence._arrays import (
   Weights,
   is_real,
@@ -232,18 +232,37 @@ def _direct(
     rows = jnp.stack([jnp.concatenate(row, -1) for row in after], 1)
     paths = tuple(layer.units)
     return pull_to_weights(window, params, paths, before, rows, layer.arrays)
-  direct = {}
+  direct: Weights = {}
   for product in step.products:
-    # [S, B, m, k n]: the k sums of all units side by side.
     through = _multiply(after, product.gains)
-    sums = jnp.stack([jnp.concatenate(row, -1) for row in through], 2)
     if window.mask is not None:
-      sums = jnp.where(window.mask[:, :, None, None], sums, 0)
-    for path, operand in product.operands.items():
-      if operand is None:
-        direct[path] = sums.sum(0)
-      else:
-        direct[path] = jnp.einsum('sbq,sbag->bqag', operand, sums)
+      valid = window.mask[:, :, None]
+      through = tuple(
+        tuple(jnp.where(valid, block, 0) for block in row) for row in through
+      )
+    direct |= _direct_of(product, through)
+  return direct
+
+
+def _direct_of(product: OwnProduct, through: Blocks) -> Weights:
+  """Return the influence of the parameters of one product, {path: [B, ..., m, G]}.
+
+  Args:
+    product: The product.
+    through: m times k arrays [S, B, n], derivatives of the arrays after the window with
+      respect to the k sums of each step.
+  """
+  # The k sums of all units side by side.
+  if all(operand is None for operand in product.operands.values()):
+    rows = [jnp.concatenate([block.sum(0) for block in row], -1) for row in through]
+    return dict.fromkeys(product.operands, jnp.stack(rows, 1))
+  sums = jnp.stack([jnp.concatenate(row, -1) for row in through], 2)
+  direct = {}
+  for path, operand in product.operands.items():
+    if operand is None:
+      direct[path] = sums.sum(0)
+    else:
+      direct[path] = jnp.einsum('sbq,sbag->bqag', operand, sums)
   return direct
 
 
