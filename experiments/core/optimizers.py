@@ -9,6 +9,7 @@ import optax
 from experiments.core import averaging
 from experiments.core.recipe import HYPERPARAMETERS, REGULARIZER, Recipe
 import fptt_jax
+from fptt_jax.influence import Influence
 
 
 def make_optimizer(
@@ -248,7 +249,7 @@ def make_trainer(
   decay: optax.Schedule | None = None,
   mesh: jax.sharding.Mesh | None = None,
   carry_hidden: bool = False,
-  influence: str = 'none',
+  influence: str | Influence = 'none',
   loss_weights: Sequence[float] | None = None,
   wrap: Callable[
     [optax.GradientTransformation], optax.GradientTransformation

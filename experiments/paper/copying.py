@@ -147,7 +147,7 @@ def study(settings: Settings, name: str, seeds: Sequence[int]) -> list[dict[str,
       keys = jax.numpy.stack([jax.random.key(seed) for seed in seeds])
       state = trainer.init(keys, jax.tree.map(lambda leaf: leaf[0], items))
     state, metrics = run(state, (), items)
-    tokens += items.lengths.sum((0, 2))
+    tokens += np.asarray(items.lengths).sum((0, 2))
     for number, loss in enumerate(_bits_per_bit(metrics)):
       if loss < GROWS_BELOW and lengths[number] < settings.longest:
         lengths[number] += 1
