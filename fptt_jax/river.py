@@ -3,27 +3,27 @@
 This module needs river, which the extra 'river' of this package installs. `fptt_jax`
 itself does not import it.
 
-A prediction is a step of the stream: `predict_one` moves the hidden state. A label
-answers a step that was predicted before. If its features equal those of a step that
-waits, it is that one's. Otherwise it is the oldest waiting step's, because a scaler in
-front of the estimator may have changed the features in the meantime. Features that were
-never predicted are a step with its label.
+A prediction is a step of the stream: the next one starts from the hidden state after
+it. A label answers a step that was predicted before. If its features equal those of a
+step that waits, it is that one's. Otherwise it is the oldest waiting step's, because a
+scaler in front of the estimator may have changed the features in the meantime; such
+labels are counted, or refused if the estimator was made so. If no step waits, the
+features are a step of their own, which comes with its label.
 """
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from river import base
 
 from fptt_jax import losses
-from fptt_jax._checks import INT32_MAX, check_callable, check_integer
+from fptt_jax._checks import INT32_MAX, check_callable, check_flag, check_integer
 from fptt_jax._states import state_from_arrays, state_to_arrays
 from fptt_jax._types import Model
 from fptt_jax.streaming._learner import make_learner
@@ -33,6 +33,19 @@ __all__ = ('Classifier', 'Regressor')
 
 REMEMBERED = 1000
 """Number of steps without a label whose features are kept, to recognize late labels."""
+
+
+class _Functions(NamedTuple):
+  """The compiled functions of an estimator.
+
+  Attributes:
+    learner: Its learner.
+    forecast: (state, x [n, 1, D]) -> the predictions [n, 1, O] of the next steps, which
+      are not taken.
+  """
+
+  learner: Learner
+  forecast: Callable[[StreamState, np.ndarray], jax.Array]
 
 
 @dataclasses.dataclass
@@ -64,6 +77,7 @@ class _StreamEstimator:
   window_size: int
   influence: str
   delay: int
+  match_features: bool
   features: Sequence[Any] | None
   seed: int
 
@@ -73,7 +87,9 @@ class _StreamEstimator:
       if getattr(self, name) is not None:
         check_callable(name, getattr(self, name))
     check_integer('delay', self.delay, 0, INT32_MAX // 2, 'an integer >= 0')
+    check_flag('match_features', self.match_features)
     self.late = 0
+    self.by_order = 0
     self._names = None if self.features is None else tuple(self.features)
     self._state: StreamState | dict[str, np.ndarray] | None = None
     self._waiting: collections.deque[_Step] = collections.deque()
@@ -90,8 +106,8 @@ class _StreamEstimator:
       attributes['_state'] = state_to_arrays(self._state)
     return attributes
 
-  def _learner(self) -> Learner:
-    return _make_learner(
+  def _learner(self) -> _Functions:
+    return _make_functions(
       self.model,
       self.optimizer,
       len(self._names or ()),
@@ -101,16 +117,16 @@ class _StreamEstimator:
       self.delay,
     )
 
-  def _ready(self) -> tuple[Learner, StreamState]:
-    """Return the learner and its state, made at the first step or from a copy."""
-    learner = self._learner()
+  def _ready(self) -> tuple[_Functions, StreamState]:
+    """Return the functions and the state, made at the first step or from a copy."""
+    functions = self._learner()
     if not isinstance(self._state, StreamState):
       x = np.zeros((1, 1, len(self._names or ())), np.float32)
-      state = learner.init(jax.random.key(self.seed), x)
+      state = functions.learner.init(jax.random.key(self.seed), x)
       if self._state is not None:
         state = state_from_arrays(state, self._state)
       self._state = state
-    return learner, self._state
+    return functions, self._state
 
   def _vector(self, x: Mapping[Any, Any]) -> np.ndarray:
     """Return the features [D] of a step; those that are missing are 0."""
@@ -142,24 +158,31 @@ class _StreamEstimator:
       newest = self._waiting[-1]
       if np.array_equal(newest.x, vector):
         return newest.outputs
-    learner, state = self._ready()
-    self._state, outputs = learner.predict(state, vector[None, None])
-    step = _Step(vector, np.asarray(outputs[0, 0]))
-    self._waiting.append(step)
-    if len(self._waiting) > self.delay + 1:
-      # The learner does not wait for the oldest step any longer, and drops its label.
+    if len(self._waiting) > self.delay:
+      # The label of the oldest step is not waited for any longer.
       oldest = self._waiting[0]
       oldest.answered = True
       self._unlabelled.append(oldest.x.tobytes())
       self._hand_in()
+    functions, state = self._ready()
+    if self.delay == 0:
+      # The step is taken together with its label, in one call.
+      outputs = functions.forecast(state, vector[None, None])
+    else:
+      self._state, outputs = functions.learner.predict(state, vector[None, None])
+    step = _Step(vector, np.asarray(outputs)[0, 0])
+    self._waiting.append(step)
     return step.outputs
 
   def _predict_many(self, X: Any) -> np.ndarray:
     """Return the outputs [n, O] of the next n steps, which are not taken yet."""
     matrix = self._matrix(X)
-    learner, state = self._ready()
-    _, outputs = learner.predict(jax.tree.map(jnp.copy, state), matrix)
-    return np.asarray(outputs[:, 0])
+    if self.delay == 0:
+      not_taken = [step.x[None, None] for step in self._waiting]
+      matrix = np.concatenate([*not_taken, matrix])
+    functions, state = self._ready()
+    outputs = np.asarray(functions.forecast(state, matrix))
+    return outputs[len(matrix) - len(X) :, 0]
 
   def _learn(self, x: Mapping[Any, Any], y: float | None) -> None:
     """Give a label to a step, or take a step that was never predicted."""
@@ -178,14 +201,29 @@ class _StreamEstimator:
         'the estimator with a larger delay, or call learn_one(x, None) for steps '
         'without a label.'
       )
-    if waiting:
-      step = (same or waiting)[0]
-      step.answered, step.y = True, y
-      self._hand_in()
+    if not waiting:
+      self._take(vector[None, None], [y])
       return
-    learner, state = self._ready()
-    targets, labelled = self._labels([y])
-    self._state, _, _ = learner.step(state, vector[None, None], targets, labelled)
+    if not same:
+      self._check_order(x, len(waiting))
+      self.by_order += y is not None
+    step = (same or waiting)[0]
+    step.answered, step.y = True, y
+    self._hand_in()
+
+  def _check_order(self, x: Mapping[Any, Any], waiting: int) -> None:
+    """Raise a ValueError if a label may not be given to a step by its order."""
+    if self.match_features:
+      raise ValueError(
+        f'x must be of one of the {waiting} steps that wait for their labels, because '
+        f'match_features=True, got {x!r}. Call predict_one(x) first, or make the '
+        'estimator with match_features=False where labels come in order.'
+      )
+
+  def _take(self, x: np.ndarray, y: Sequence[float | None]) -> None:
+    """Take steps [n, 1, D] together with their labels."""
+    functions, state = self._ready()
+    self._state, _, _ = functions.learner.step(state, x, *self._labels(y))
 
   def _learn_many(self, X: Any, y: Sequence[float | None]) -> None:
     """Learn from the rows of a pandas DataFrame."""
@@ -193,16 +231,17 @@ class _StreamEstimator:
       for row, label in zip(X.to_dict(orient='records'), y, strict=True):
         self._learn(row, label)
       return
-    matrix = self._matrix(X)
-    learner, state = self._ready()
-    self._state, _, _ = learner.step(state, matrix, *self._labels(y))
+    self._take(self._matrix(X), y)
 
   def _hand_in(self) -> None:
     """Give the learner the labels that have come, in the order of their steps."""
     while self._waiting and self._waiting[0].answered:
       step = self._waiting.popleft()
-      learner, state = self._ready()
-      self._state, _ = learner.learn(state, *self._labels([step.y]))
+      if self.delay == 0:
+        self._take(step.x[None, None], [step.y])
+        continue
+      functions, state = self._ready()
+      self._state, _ = functions.learner.learn(state, *self._labels([step.y]))
 
   def _labels(self, y: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
     """Return labels as the loss takes them, and which of them exist, bool [n, 1]."""
@@ -228,6 +267,9 @@ class Regressor(_StreamEstimator, base.MiniBatchRegressor):
     influence: The name of an influence, as in :func:`fptt_jax.make_learner`.
     delay: How many steps late a label may come. Give `progressive_val_score` no larger
       delay. Labels that come later are dropped and counted in the attribute `late`.
+    match_features: Whether to refuse a label whose features are those of none of the
+      steps that wait. By default it is the oldest one's, which is right where labels
+      come in order. The attribute `by_order` counts these labels.
     features: Names of the features, in the order in which the model gets them. Others
       raise an error then. None takes those of the first step, sorted, and ignores
       others later. A feature that is missing in a step is 0.
@@ -256,6 +298,7 @@ class Regressor(_StreamEstimator, base.MiniBatchRegressor):
     window_size: int = 8,
     influence: str = 'snap1',
     delay: int = 0,
+    match_features: bool = False,
     features: Sequence[Any] | None = None,
     seed: int = 0,
   ) -> None:
@@ -265,6 +308,7 @@ class Regressor(_StreamEstimator, base.MiniBatchRegressor):
     self.window_size = window_size
     self.influence = influence
     self.delay = delay
+    self.match_features = match_features
     self.features = features
     self.seed = seed
     self._start()
@@ -302,6 +346,7 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
     window_size: As in :func:`fptt_jax.make_learner`.
     influence: The name of an influence, as in :func:`fptt_jax.make_learner`.
     delay: As in :class:`Regressor`.
+    match_features: As in :class:`Regressor`.
     features: As in :class:`Regressor`.
     seed: Seed of the parameters.
 
@@ -326,6 +371,7 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
     window_size: int = 8,
     influence: str = 'snap1',
     delay: int = 0,
+    match_features: bool = False,
     features: Sequence[Any] | None = None,
     seed: int = 0,
   ) -> None:
@@ -336,6 +382,7 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
     self.window_size = window_size
     self.influence = influence
     self.delay = delay
+    self.match_features = match_features
     self.features = features
     self.seed = seed
     self._labels_seen: list[Any] = []
@@ -405,7 +452,7 @@ def _number(y: Any) -> float | None:
 
 
 @functools.lru_cache(maxsize=32)
-def _make_learner(
+def _make_functions(
   model: Callable[[int], Model] | None,
   optimizer: Callable[[], optax.GradientTransformation] | None,
   num_features: int,
@@ -413,8 +460,8 @@ def _make_learner(
   window_size: int,
   influence: str,
   delay: int,
-) -> Learner:
-  """Make the learner of an estimator; the same one for the same options."""
+) -> _Functions:
+  """Make the functions of an estimator; the same ones for the same options."""
   if num_classes is None:
     loss = losses.sequence_regression()
   else:
@@ -423,7 +470,7 @@ def _make_learner(
     made = _default_model(num_features, num_classes or 1)
   else:
     made = model(num_features)
-  return make_learner(
+  learner = make_learner(
     made,
     loss,
     optax.adam(3e-3) if optimizer is None else optimizer(),
@@ -431,6 +478,7 @@ def _make_learner(
     influence=influence,
     delay=delay,
   )
+  return _Functions(learner, jax.jit(lambda state, x: learner.predict(state, x)[1]))
 
 
 def _default_model(num_features: int, num_outputs: int) -> Model:
