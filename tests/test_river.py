@@ -172,6 +172,46 @@ def test_labels_that_come_too_late_are_counted() -> None:
   )
 
 
+def test_labels_of_unknown_features_are_counted_or_refused() -> None:
+  """They are those of the oldest step that waits, where order may tell."""
+  steps = stream(3)
+  estimator, in_order = (ESTIMATORS[0].clone({'delay': 4}) for _ in range(2))
+  for model in (estimator, in_order):
+    model.predict_one(steps[0][0])
+    model.predict_one(steps[1][0])
+  estimator.learn_one({'a': 9.0, 'b': 9.0}, steps[0][1])
+  in_order.learn_one(*steps[0])
+  assert (estimator.by_order, in_order.by_order) == (1, 0)
+  for model in (estimator, in_order):
+    model.learn_one(*steps[1])
+  assert estimator.predict_one(steps[2][0]) == in_order.predict_one(steps[2][0])
+  strict = ESTIMATORS[0].clone({'match_features': True})
+  strict.learn_one(*steps[0])  # No step waits, so that it is a new one.
+  strict.predict_one(steps[1][0])
+  with pytest.raises(ValueError, match=r'x must be of one of the 1 steps that wait'):
+    strict.learn_one(*steps[2])
+  strict.learn_one(*steps[1])
+  assert strict.by_order == 0
+
+
+def test_many_predictions_follow_a_step_that_waits() -> None:
+  """They are those of the same steps one by one, and move nothing."""
+  import pandas as pd
+
+  steps = stream(4)
+  estimator, one_by_one = (ESTIMATORS[0].clone() for _ in range(2))
+  for model in (estimator, one_by_one):
+    model.learn_one(*steps[0])
+    model.predict_one(steps[1][0])
+  rows = pd.DataFrame([x for x, _ in steps[2:]], index=[7, 8])
+  many = estimator.predict_many(rows)
+  expected = [one_by_one.predict_one(x) for x, _ in steps[2:]]
+  np.testing.assert_allclose(many.to_numpy(), expected, rtol=1e-5)
+  assert many.index.tolist() == [7, 8]
+  estimator.learn_one(*steps[1])
+  assert estimator.by_order == 0
+
+
 def test_asking_twice_is_one_step() -> None:
   """The prediction is the same, and the stream has moved once."""
   [(x, y), (other, _)] = stream(2)

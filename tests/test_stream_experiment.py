@@ -12,6 +12,7 @@ from experiments.results.collect import Origin, collect_folder
 from experiments.stream import __main__ as script
 from experiments.stream import series, systems
 from experiments.stream.series import make_problem
+from experiments.stream.systems import Forecast
 from fptt_jax import nn
 
 
@@ -52,11 +53,61 @@ def test_settings_are_chosen_before_the_test() -> None:
   problem = make_problem(np.random.default_rng(0).normal(size=100), season=7)
   first = np.where(problem.tuning, problem.truth, 100.0)
   last = np.where(problem.test, problem.truth, 100.0)
-  line = script.score(problem, [(0.1, 0, first, 1.0), (0.2, 0, last, 1.0)])
+  line = script.score(problem, [Forecast(0.1, 0, first), Forecast(0.2, 0, last)])
   assert line['setting'] == 0.1
   assert line['error'] == pytest.approx(
     np.abs(100 - problem.truth)[problem.test].mean()
   )
+
+
+def test_a_stream_starts_anew_after_silence() -> None:
+  """Each episode does, and a sensor only where it was silent for long."""
+  known = np.ones(40, bool)
+  known[3:5] = known[10:23] = False
+  np.testing.assert_array_equal(np.flatnonzero(series.starts_anew(known)), [23])
+
+
+def test_episodes_by_hand() -> None:
+  """Labels, restarts and baselines of episodes of one to three steps."""
+  lengths, labels = (2, 1, 3) * 4, np.array([0, 1, 2] * 4)
+  episodes = [np.full((n, 1), 1.0 * k) for n, k in zip(lengths, labels, strict=True)]
+  episodes[0][0] = 1.0
+  problem = series.label_episodes(episodes, labels)
+  assert problem.resets is not None
+  assert np.flatnonzero(problem.resets)[:5].tolist() == [0, 2, 3, 6, 8]
+  ends = np.flatnonzero(np.isfinite(problem.targets))
+  assert ends[:4].tolist() == [1, 2, 5, 7]
+  assert problem.truth[ends].tolist() == labels.tolist()
+  assert problem.baselines['last value'][ends].tolist() == [0, *labels[:-1]]
+  # The mean of class 0 is 0.5 at first, and all labels have been seen after three.
+  assert problem.baselines['nearest mean'][ends].tolist() == [0, 0, 1, *labels[3:]]
+  assert problem.error(problem.truth, problem.test) == 0
+  assert problem.classes == 3
+
+
+def test_characters_by_hand() -> None:
+  """What usually followed is counted from the past alone."""
+  problem = series.follow_characters(np.array([0, 1, 0, 2, 0, 2, 0, 1]), size=3)
+  np.testing.assert_array_equal(problem.inputs.argmax(1), [0, 1, 0, 2, 0, 2, 0])
+  assert problem.baselines['usual after 1'].tolist() == [0, 0, 1, 0, 1, 0, 2]
+  # After 0 0, 0 1, 1 0, 0 2, 2 0, 0 2, 2 0.
+  assert problem.baselines['usual after 2'].tolist() == [0, 0, 0, 0, 0, 0, 2]
+
+
+@pytest.mark.parametrize(('best', 'tried'), [(3e-3, 3), (0.03, 5), (1e-5, 7)])
+def test_rates_are_tried_until_the_best_is_inside(best: float, tried: int) -> None:
+  """The chosen one runs with all seeds, and those beside it have been tried."""
+  problem = make_problem(np.random.default_rng(0).normal(size=50), season=2)
+  rates = set()
+
+  def run(rate: float, seed: int) -> Forecast:
+    rates.add(rate)
+    return Forecast(rate, seed, problem.truth + abs(np.log(rate / best)))
+
+  forecasts = systems.choose_rate(run, problem, seeds=4)
+  assert [forecast.seed for forecast in forecasts] == [0, 1, 2, 3]
+  assert {forecast.setting for forecast in forecasts} == {best}
+  assert len(rates) == tried
 
 
 def test_least_squares_finds_a_linear_rule() -> None:
@@ -67,7 +118,8 @@ def test_least_squares_finds_a_linear_rule() -> None:
     values[t] = values[t - 1] + 0.9 * (values[t - 1] - values[t - 2])
     values[t] -= 0.9 * (values[t - 2] - values[t - 3])
   problem = make_problem(values, season=2)
-  errors = [problem.error(run[2], problem.test) for run in systems.run_linear(problem)]
+  runs = systems.run_linear(problem)
+  errors = [problem.error(run.values, problem.test) for run in runs]
   assert min(errors) < 0.01 * problem.error(
     problem.baselines['last value'], problem.test
   )
@@ -77,8 +129,8 @@ def test_least_squares_finds_a_linear_rule() -> None:
 def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
   """The script with one short stream and one network."""
   values = np.sin(np.arange(120.0))
-  monkeypatch.setattr(script, 'read', lambda name: make_problem(values, season=6))
-  monkeypatch.setattr(script, 'is_available', lambda name: True)
+  source = series.Source('numpy', lambda folder: make_problem(values, season=6))
+  monkeypatch.setitem(series.SOURCES, 'brent', source)
   monkeypatch.setattr(systems, 'SYSTEMS', (systems.System(nn.ElmanRNN, 4),))
 
 
@@ -99,13 +151,17 @@ def test_the_table_is_collected(tmp_path: Path, capsys: Any) -> None:
   assert {row.settings['system'] for row in rows} >= {'last value'}
 
 
-def test_the_learner_beats_last_and_seasonal_value_on_temperatures() -> None:
+def test_the_learner_beats_last_and_seasonal_value_on_temperatures(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   """On the hourly temperatures of San Francisco, after half of their year."""
-  if not series.is_available('sf-temps'):
+  source = series.SOURCES['sf-temps']
+  folder = source.folder('')
+  if folder is None:
     pytest.skip('vega_datasets is not installed.')
-  problem = series.read('sf-temps')
-  runs = systems.run_learner(systems.System(nn.GRU, 1), problem, seeds=1)
-  _, _, forecast, _ = next(runs)
-  error = problem.error(forecast, problem.test)
+  problem = source.read(folder)
+  monkeypatch.setattr(systems, 'RATES', (systems.FIRST_RATE,))
+  [forecast] = systems.run_learner(systems.System(nn.GRU, 1), problem, seeds=1)
+  error = problem.error(forecast.values, problem.test)
   for name in ('last value', 'value a season ago'):
     assert error < 0.9 * problem.error(problem.baselines[name], problem.test)

@@ -1,17 +1,20 @@
 """Forecast real streams one step ahead: the learner, baselines and deep-river.
 
     python -m experiments.stream
-    python -m experiments.stream --streams=sf-temps --systems=deep-river
+    python -m experiments.stream --streams=sf-temps,co2 --systems=river
+    python -m experiments.stream --streams=ptb-characters --data_dir=FOLDER
 
 Each stream is seen once, in order, and each forecast is made before its value is known.
-The first seasons set the scales. Learning rates are chosen by the mean absolute error
-over the first 30 % of the steps that follow, separately for each network and stream;
-the table has the error over the other 70 %, with the mean over seeds and half the width
-of its 95 % confidence interval. All networks have the same inputs: the last change, the
-change that followed a season ago, and the difference to a season ago.
+The first steps set the scales. Learning rates are chosen by the error over the first
+30 % of the steps that follow, separately for each network and stream, and more rates
+are tried as long as the best one is at the edge; the table has the error over the other
+70 %, with the mean over seeds and half the width of its 95 % confidence interval. All
+networks have the same inputs: of values the last change, the change that followed a
+season ago, and the difference to a season ago.
 
-Streams come with packages, and those whose package is not installed are left out.
-deep-river is no dependency of this library; it is compared where it is installed.
+Streams come with packages, and those whose package is not installed are left out; the
+text is one of --data_dir. deep-river is no dependency of this library; the part 'river'
+compares it with this library's estimators where it is installed.
 """
 
 from collections.abc import Iterator
@@ -26,10 +29,10 @@ from experiments.core import environment, files, flags, workdir
 from experiments.core.flags import option
 from experiments.paper.tables import interval
 from experiments.stream import speed, systems
-from experiments.stream.series import SOURCES, Problem, is_available, read
+from experiments.stream.series import SOURCES, Problem
 from experiments.stream.systems import Forecast
 
-PARTS = ('baselines', 'learner', 'deep-river', 'speed')
+PARTS = ('baselines', 'learner', 'river', 'speed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Config:
     PARTS, 'what to compare; speed is measured on no stream', PARTS, required=True
   )
   seeds: int = option(5, 'seeds of each network', within='[1, inf)')
+  data_dir: str = option('', 'folder with ptb.train.txt and the others; see the README')
   workdir: str = option('', 'folder; default runs/stream-TIME')
 
   def __post_init__(self) -> None:
@@ -65,10 +69,13 @@ def main(config: Config) -> None:
   }
   lines: list[dict[str, Any]] = []
   for name in config.streams:
-    if not is_available(name):
-      print(f'left out: {name} (the package {SOURCES[name].package} is not installed)')
+    folder_of_files = SOURCES[name].folder(config.data_dir)
+    if folder_of_files is None:
+      package = SOURCES[name].package
+      reason = f'the package {package} is not installed' if package else 'no --data_dir'
+      print(f'left out: {name} ({reason})')
       continue
-    problem = read(name)
+    problem = SOURCES[name].read(folder_of_files)
     for system, forecasts in candidates(config, problem):
       lines.append({'stream': name, 'system': system, **score(problem, forecasts)})
       write(folder, about, lines)
@@ -90,15 +97,17 @@ def candidates(
   """
   if 'baselines' in config.systems:
     for name, forecast in problem.baselines.items():
-      yield name, [(np.nan, 0, forecast, np.nan)]
-    yield 'least squares, 3 steps', list(systems.run_linear(problem))
+      yield name, [Forecast(np.nan, 0, forecast)]
+    if not problem.classes:
+      yield 'least squares, 3 steps', list(systems.run_linear(problem))
   if 'learner' in config.systems:
     for system in systems.SYSTEMS:
-      yield system.label, list(systems.run_learner(system, problem, config.seeds))
-  if 'deep-river' in config.systems and systems.has_deep_river():
-    for name in ('LSTMRegressor', 'RNNRegressor'):
-      rivals = systems.run_deep_river(name, problem, config.seeds)
-      yield f'deep-river, {name}', list(rivals)
+      yield system.label, systems.run_learner(system, problem, config.seeds)
+  # The estimators predict values, and their streams never start anew.
+  if 'river' in config.systems and not problem.classes and problem.resets is None:
+    for estimator in systems.estimators():
+      found = systems.run_estimator(estimator, problem, config.seeds)
+      yield estimator.label, found
 
 
 def score(problem: Problem, forecasts: list[Forecast]) -> dict[str, Any]:
@@ -109,16 +118,16 @@ def score(problem: Problem, forecasts: list[Forecast]) -> dict[str, Any]:
     forecasts: forecasts for all settings and seeds.
   """
   tuning: dict[float, list[float]] = {}
-  for setting, _, forecast, _ in forecasts:
-    error = problem.error(forecast, problem.tuning)
-    tuning.setdefault(setting, []).append(error if np.isfinite(error) else np.inf)
+  for run in forecasts:
+    error = problem.error(run.values, problem.tuning)
+    tuning.setdefault(run.setting, []).append(error if np.isfinite(error) else np.inf)
   best = min(tuning, key=lambda setting: float(np.mean(tuning[setting])))
   # NaN, the setting of a baseline, equals nothing.
-  chosen = [run for run in forecasts if run[0] == best or len(tuning) == 1]
-  errors = [problem.error(forecast, problem.test) for _, _, forecast, _ in chosen]
+  chosen = [run for run in forecasts if run.setting == best or len(tuning) == 1]
+  errors = [problem.error(run.values, problem.test) for run in chosen]
   last = problem.error(problem.baselines['last value'], problem.test)
   error = float(np.mean(errors))
-  return {
+  line = {
     'error': error,
     'interval': interval(errors),
     'of_last_value': error / last,
@@ -126,6 +135,10 @@ def score(problem: Problem, forecasts: list[Forecast]) -> dict[str, Any]:
     'seeds': len(errors),
     'steps': int(problem.test.sum()),
   }
+  speeds = [run.speed for run in chosen if np.isfinite(run.speed)]
+  if speeds:
+    line['median_steps_per_s'] = round(float(np.median(speeds)))
+  return line
 
 
 def write(folder: Path, about: dict[str, Any], lines: list[dict[str, Any]]) -> None:

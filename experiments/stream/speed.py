@@ -1,7 +1,6 @@
 """Steps per second of the learner, of its estimator for river, and of deep-river."""
 
 from collections.abc import Callable, Iterator
-import importlib.util
 import time
 from typing import Any
 
@@ -91,24 +90,11 @@ def programs_of_estimators() -> Iterator[tuple[tuple[str, str], Callable[[], int
   """Yield programs that call predict_one and learn_one of the installed estimators."""
   values = np.random.default_rng(0).normal(size=CALLS + 10)
   problem = make_problem(values, season=2)
-  models: dict[str, Any] = {}
-  if importlib.util.find_spec('river') is not None:
-    from fptt_jax.river import Regressor
+  for estimator in systems.estimators():
+    made = estimator.make(3, systems.FIRST_RATE, 0)
 
-    models['fptt_jax.river, GRU, S=8, snap1'] = Regressor()
-  if systems.has_deep_river():
-    import torch
-
-    torch.set_num_threads(1)
-    from deep_river import regression
-
-    for name in ('LSTMRegressor', 'RNNRegressor'):
-      make = getattr(regression, name)
-      models[f'deep-river, {name}'] = make(n_features=3, hidden_size=systems.HIDDEN)
-  for name, model in models.items():
-
-    def run(model: Any = model) -> int:
+    def run(model: Any = made) -> int:
       systems.predict_and_learn(model.predict_one, model.learn_one, problem)
       return len(problem.targets)
 
-    yield ('speed, predict_one and learn_one', name), run
+    yield ('speed, predict_one and learn_one', estimator.label), run
