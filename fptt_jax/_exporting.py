@@ -14,7 +14,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import ARRAYS
+from fptt_jax._checks import ARRAYS, check_array
 from fptt_jax._trees import check_like, leaf_paths, shapes
 
 FORMAT = 1
@@ -74,7 +74,8 @@ class LoadedStep(NamedTuple):
   Attributes:
     step: `(state, *arguments) -> (state, results)`. A state is a list of arrays in the
       manifest's order, which is donated if the manifest says so; the arguments are the
-      leaves of the step's other arguments. The results are a dict by path.
+      leaves of the step's other arguments. The results are a dict by path. Arrays of
+      other numbers, shapes or dtypes raise a ValueError, and the state is as it was.
     state: The first state.
     manifest: As in :class:`ExportedStep`.
   """
@@ -208,7 +209,13 @@ def load_exported_step(folder: str | Path) -> LoadedStep:
   def step(
     state: Sequence[Any], *arguments: Any
   ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
-    outputs = program(*state, *arguments)
+    try:
+      outputs = program(*state, *arguments)
+    # Arguments are inspected only after JAX has refused them.
+    except (TypeError, ValueError):
+      _check_leaves('state', state, manifest['state'])
+      _check_leaves('arguments', arguments, manifest['arguments'])
+      raise
     results = dict(zip(paths, outputs[num_state:], strict=True))
     return list(outputs[:num_state]), results
 
@@ -239,6 +246,31 @@ def _check_arrays(name: str, tree: Any) -> None:
       raise TypeError(
         f'{name}{jax.tree_util.keystr(path)} must be an array, got '
         f'{type(leaf).__name__}.'
+      )
+
+
+def _check_leaves(
+  name: str, leaves: Sequence[Any], expected: Sequence[Mapping[str, Any]]
+) -> None:
+  """Raise unless arrays are of the number, shapes and dtypes that a manifest says.
+
+  Raises:
+    TypeError: A leaf is not an array.
+    ValueError: The number of arrays, a shape or a dtype is another one.
+  """
+  if len(leaves) != len(expected):
+    raise ValueError(
+      f'{name} must be as many arrays as the manifest lists, {len(expected)}, got '
+      f'{len(leaves)}.'
+    )
+  for place, (leaf, entry) in enumerate(zip(leaves, expected, strict=True)):
+    given = check_array(f'{name}[{place}]', leaf)
+    found = [list(given.shape), str(jnp.result_type(given))]
+    if found != [entry['shape'], entry['dtype']]:
+      path = f', {entry["path"]!r},' if entry['path'] else ''
+      raise ValueError(
+        f'{name}[{place}]{path} must be {entry["dtype"]}{entry["shape"]}, as it was '
+        f'exported, got {found[1]}{found[0]}.'
       )
 
 

@@ -23,9 +23,17 @@ import optax
 from river import base
 
 from fptt_jax import losses
-from fptt_jax._checks import INT32_MAX, check_callable, check_flag, check_integer
+from fptt_jax._checks import (
+  INT32_MAX,
+  check_callable,
+  check_choice,
+  check_flag,
+  check_integer,
+  check_size,
+)
 from fptt_jax._states import state_from_arrays, state_to_arrays
 from fptt_jax._types import Model
+from fptt_jax.influence import INFLUENCES
 from fptt_jax.streaming._learner import make_learner
 from fptt_jax.streaming._types import Learner, StreamState
 
@@ -86,6 +94,11 @@ class _StreamEstimator:
     for name in ('model', 'optimizer'):
       if getattr(self, name) is not None:
         check_callable(name, getattr(self, name))
+    check_size('window_size', self.window_size)
+    check_choice('influence', self.influence, ['none', *INFLUENCES])
+    check_integer('seed', self.seed, 0, INT32_MAX, 'an integer >= 0')
+    if isinstance(self.features, str):
+      raise TypeError(f'features must be names or None, got {self.features!r}.')
     check_integer('delay', self.delay, 0, INT32_MAX // 2, 'an integer >= 0')
     check_flag('match_features', self.match_features)
     self.late = 0
@@ -98,6 +111,10 @@ class _StreamEstimator:
   def _num_classes(self) -> int | None:
     """Return C of a classifier, or None."""
     return None
+
+  def _target(self, label: Any) -> float | None:
+    """Return a label as the loss takes it, or None for a label that is missing."""
+    raise NotImplementedError
 
   def __getstate__(self) -> dict[str, Any]:
     """Return the attributes, with the state as NumPy arrays by path."""
@@ -130,20 +147,23 @@ class _StreamEstimator:
 
   def _vector(self, x: Mapping[Any, Any]) -> np.ndarray:
     """Return the features [D] of a step; those that are missing are 0."""
-    if self._names is None:
-      self._names = tuple(sorted(x, key=str))
+    names = self._names
+    if names is None:
+      names = tuple(sorted(x, key=str))
     if self.features is not None:
-      unknown = [name for name in x if name not in self._names]
+      unknown = [name for name in x if name not in names]
       if unknown:
         raise ValueError(
-          f'x must have no other features than {list(self._names)}, got {unknown[:3]}.'
+          f'x must have no other features than {list(names)}, got {unknown[:3]}.'
         )
-    vector = np.zeros(len(self._names), np.float32)
-    for place, name in enumerate(self._names):
+    vector = np.zeros(len(names), np.float32)
+    for place, name in enumerate(names):
       value = x.get(name, 0)
       if not isinstance(value, int | float | np.number | np.bool_):
         raise TypeError(f'x[{name!r}] must be a number, got {value!r}.')
       vector[place] = value
+    # Features that are refused must not become those of the stream.
+    self._names = names
     return vector
 
   def _matrix(self, X: Any) -> np.ndarray:
@@ -156,7 +176,7 @@ class _StreamEstimator:
     vector = self._vector(x)
     if self._waiting and not self._waiting[-1].answered:
       newest = self._waiting[-1]
-      if np.array_equal(newest.x, vector):
+      if _same(newest.x, vector):
         return newest.outputs
     if len(self._waiting) > self.delay:
       # The label of the oldest step is not waited for any longer.
@@ -184,11 +204,12 @@ class _StreamEstimator:
     outputs = np.asarray(functions.forecast(state, matrix))
     return outputs[len(matrix) - len(X) :, 0]
 
-  def _learn(self, x: Mapping[Any, Any], y: float | None) -> None:
+  def _learn(self, x: Mapping[Any, Any], label: Any) -> None:
     """Give a label to a step, or take a step that was never predicted."""
     vector = self._vector(x)
+    y = self._target(label)
     waiting = [step for step in self._waiting if not step.answered]
-    same = [step for step in waiting if np.array_equal(step.x, vector)]
+    same = [step for step in waiting if _same(step.x, vector)]
     if not same and vector.tobytes() in self._unlabelled:
       self._unlabelled.remove(vector.tobytes())
       self.late += y is not None
@@ -225,13 +246,18 @@ class _StreamEstimator:
     functions, state = self._ready()
     self._state, _, _ = functions.learner.step(state, x, *self._labels(y))
 
-  def _learn_many(self, X: Any, y: Sequence[float | None]) -> None:
+  def _learn_many(self, X: Any, labels: Sequence[Any]) -> None:
     """Learn from the rows of a pandas DataFrame."""
+    if len(X) != len(labels):
+      raise ValueError(
+        f'y must have a label for each of the {len(X)} rows of X, got {len(labels)}.'
+      )
     if self._waiting or self._unlabelled:
-      for row, label in zip(X.to_dict(orient='records'), y, strict=True):
+      for row, label in zip(X.to_dict(orient='records'), labels, strict=True):
         self._learn(row, label)
       return
-    self._take(self._matrix(X), y)
+    matrix = self._matrix(X)
+    self._take(matrix, [self._target(label) for label in labels])
 
   def _hand_in(self) -> None:
     """Give the learner the labels that have come, in the order of their steps."""
@@ -276,9 +302,11 @@ class Regressor(_StreamEstimator, base.MiniBatchRegressor):
     seed: Seed of the parameters.
 
   Raises:
-    TypeError: `model` or `optimizer` is not a function. When called: a feature is not a
-      number.
-    ValueError: An option is out of range.
+    TypeError: `model` or `optimizer` is not a function, or `features` is a text. When
+      called: a feature or a label is not a number. Nothing is learned then.
+    ValueError: An option is out of range. When called: a label cannot be given to a
+      step for certain, see `delay` and `match_features`, or there are features beside
+      those that were named.
 
   Example:
     >>> from fptt_jax.river import Regressor
@@ -322,7 +350,7 @@ class Regressor(_StreamEstimator, base.MiniBatchRegressor):
 
   def learn_one(self, x: dict[Any, Any], y: Any) -> None:
     """Learn from the label of a step; None says that it has none."""
-    self._learn(x, _number(y))
+    self._learn(x, y)
 
   def predict_many(self, X: Any) -> Any:
     """Predict the next rows of a pandas DataFrame, without moving the hidden state."""
@@ -332,7 +360,13 @@ class Regressor(_StreamEstimator, base.MiniBatchRegressor):
 
   def learn_many(self, X: Any, y: Any) -> None:
     """Learn from rows of a pandas DataFrame, as steps one after the other."""
-    self._learn_many(X, [_number(label) for label in y])
+    self._learn_many(X, list(y))
+
+  def _target(self, label: Any) -> float | None:
+    """Return a label as a float, or None for a label that is missing."""
+    if label is not None and not isinstance(label, int | float | np.number | np.bool_):
+      raise TypeError(f'y must be a number or None, got {label!r}.')
+    return None if label is None else float(label)
 
 
 class Classifier(_StreamEstimator, base.MiniBatchClassifier):
@@ -385,6 +419,7 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
     self.match_features = match_features
     self.features = features
     self.seed = seed
+    check_size('num_classes', num_classes)
     self._labels_seen: list[Any] = []
     self._start()
 
@@ -406,7 +441,7 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
 
   def learn_one(self, x: dict[Any, Any], y: Any) -> None:
     """Learn from the label of a step; None says that it has none."""
-    self._learn(x, self._index(y))
+    self._learn(x, y)
 
   def predict_proba_many(self, X: Any) -> Any:
     """Predict the probabilities of the rows of a pandas DataFrame.
@@ -420,20 +455,20 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
 
   def learn_many(self, X: Any, y: Any) -> None:
     """Learn from rows of a pandas DataFrame, as steps one after the other."""
-    self._learn_many(X, [self._index(label) for label in y])
+    self._learn_many(X, list(y))
 
-  def _index(self, y: Any) -> int | None:
+  def _target(self, label: Any) -> int | None:
     """Return the place of a label, a new one if it was never seen."""
-    if y is None:
+    if label is None:
       return None
-    if y not in self._labels_seen:
+    if label not in self._labels_seen:
       if len(self._labels_seen) == self.num_classes:
         raise ValueError(
           f'y must be one of num_classes={self.num_classes} labels, '
-          f'{self._labels_seen[:10]}, got another one, {y!r}.'
+          f'{self._labels_seen[:10]}, got another one, {label!r}.'
         )
-      self._labels_seen.append(y)
-    return self._labels_seen.index(y)
+      self._labels_seen.append(label)
+    return self._labels_seen.index(label)
 
   def _probabilities(self, logits: np.ndarray) -> dict[Any, float]:
     """Return the probabilities of the labels seen so far from logits [C]."""
@@ -446,9 +481,9 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
     return dict(zip(self._labels_seen, shares, strict=True))
 
 
-def _number(y: Any) -> float | None:
-  """Return a label as a float, or None for a label that is missing."""
-  return None if y is None else float(y)
+def _same(x: np.ndarray, other: np.ndarray) -> bool:
+  """Return whether two vectors of features are equal, where NaN equals NaN."""
+  return np.array_equal(x, other, equal_nan=True)
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,13 +1,15 @@
 """Exported steps run where only JAX is installed, and refuse what they cannot run."""
 
+from collections.abc import Callable
 import json
 from pathlib import Path
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 from flax import nnx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,22 +28,72 @@ for name in ('fptt_jax', 'flax', 'optax'):
 import json, pathlib
 import jax, numpy as np
 from jax import export
-folder = pathlib.Path(sys.argv[1])
-manifest = json.loads((folder / 'manifest.json').read_text())
-program = (folder / 'step.bin').read_bytes()
-exported = export.deserialize(bytearray(program))
-step = jax.jit(exported.call, donate_argnums=range(manifest['donated']))
+root = pathlib.Path(sys.argv[1])
+steps = {}
+for folder in sorted(path.parent for path in root.glob('*/manifest.json')):
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  program = (folder / 'step.bin').read_bytes()
+  exported = export.deserialize(bytearray(program))
+  donated = range(manifest['donated'])
+  steps[folder.name] = jax.jit(exported.call, donate_argnums=donated)
 with np.load(folder / 'state.npz') as arrays:
   state = [arrays[leaf['path']].view(leaf['dtype']) for leaf in manifest['state']]
-rng = np.random.default_rng(0)
-for _ in range(10):
-  x = rng.normal(size=(9, 3, 2)).astype(np.float32)
-  y = rng.normal(size=(3,)).astype(np.float32)
-  outputs = step(*state, x, y)
-  state = outputs[:len(state)]
+with np.load(root / 'data.npz') as data:
+  for place, name in enumerate(json.loads((root / 'calls.json').read_text())):
+    outputs = steps[name](*state, data[f'x{place}'], data[f'y{place}'])
+    state = outputs[:len(state)]
 bits = [np.atleast_1d(array).view(np.uint8) for array in outputs]
-np.savez(folder / 'end.npz', *bits)
+np.savez(root / 'end.npz', *bits)
 """
+
+
+class Case(NamedTuple):
+  """Steps that are exported with a common state, and ten calls of them.
+
+  Attributes:
+    steps: name -> (the step, its example arguments).
+    state: The first state.
+    calls: (name, x, y) of each call.
+  """
+
+  steps: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+  state: Any
+  calls: list[tuple[str, np.ndarray, np.ndarray]]
+
+
+def trainer_case() -> Case:
+  """A trainer in bfloat16."""
+  trainer = make_trainer(jnp.bfloat16)
+  made = batches(10)
+  state = trainer.init(jax.random.key(3), made[0])
+  step = lambda state, x, y: trainer.step(state, fptt_jax.Batch(x, y))
+  arguments = (made[0].inputs, made[0].targets)
+  calls = [('batch', batch.inputs, batch.targets) for batch in made]
+  return Case({'batch': (step, arguments)}, state, calls)
+
+
+def learner_case() -> Case:
+  """A learner of a stream, by single steps and by chunks that cut its windows."""
+  learner = fptt_jax.make_learner(
+    helpers.elman(),
+    losses.sequence_regression(),
+    fptt_jax.fptt(optax.adam(1e-2), alpha=0.3),
+    window_size=2,
+    delay=1,
+  )
+  x, y = helpers.series_batch(22, 1)[:2]
+  state = learner.init(jax.random.key(0), x)
+  steps = {name: (learner.step, (x[:size], y[:size])) for name, size in CHUNKS.items()}
+  calls = []
+  for start, name in [(0, 'chunk'), (5, 'single'), (6, 'chunk'), (11, 'chunk')]:
+    stop = start + CHUNKS[name]
+    calls.append((name, x[start:stop], y[start:stop]))
+  calls += [('single', x[t : t + 1], y[t : t + 1]) for t in range(16, 22)]
+  return Case(steps, state, calls)
+
+
+CHUNKS = {'single': 1, 'chunk': 5}
+"""Steps of the learner's two programs."""
 
 
 def make_trainer(dtype: Any = jnp.float32) -> fptt_jax.Trainer:
@@ -65,6 +117,14 @@ def make_trainer(dtype: Any = jnp.float32) -> fptt_jax.Trainer:
   )
 
 
+def numbered_arguments(calls: list[tuple[str, Any, Any]]) -> dict[str, np.ndarray]:
+  """Return the arguments of all calls by name."""
+  named = {}
+  for place, (_, x, y) in enumerate(calls):
+    named |= {f'x{place}': x, f'y{place}': y}
+  return named
+
+
 def batches(number: int) -> list[fptt_jax.Batch]:
   rng = np.random.default_rng(0)
   return [
@@ -85,24 +145,37 @@ def folder(tmp_path: Path) -> Path:
   return tmp_path
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bf16'])
-def test_ten_steps_without_this_library_are_the_same(
-  dtype: Any, tmp_path: Path
+@pytest.mark.parametrize(
+  'make_case', [trainer_case, learner_case], ids=['trainer', 'learner']
+)
+def test_ten_calls_without_this_library_are_the_same(
+  make_case: Callable[[], Case], tmp_path: Path
 ) -> None:
   """Bit for bit, in a process that cannot import fptt_jax, flax or optax."""
-  trainer = make_trainer(dtype)
-  state = trainer.init(jax.random.key(3), batches(1)[0])
-  fptt_jax.export_step(trainer.step, state, batches(1)[0], platforms=['cpu']).save(
-    tmp_path
-  )
+  steps, state, calls = make_case()
+  for name, (step, arguments) in steps.items():
+    exported = fptt_jax.export_step(step, state, *arguments, platforms=['cpu'])
+    exported.save(tmp_path / name)
+    # What the manifest calls donated is so in the program.
+    assert exported.stablehlo.count('tf.aliasing_output') > 0
+    assert exported.manifest['donated'] == len(exported.manifest['state'])
+  np.savez(tmp_path / 'data.npz', **numbered_arguments(calls))
+  names = [name for name, _, _ in calls]
+  (tmp_path / 'calls.json').write_text(json.dumps(names))
   subprocess.run([sys.executable, '-c', ALONE, str(tmp_path)], check=True)
-  step = jax.jit(trainer.step)
-  for batch in batches(10):
-    state, metrics = step(state, batch)
-  state = state._replace(key=jax.random.key_data(state.key))
-  expected = jax.tree.leaves((state, metrics))
+  jitted = {name: jax.jit(step) for name, (step, _) in steps.items()}
+  for name, x, y in calls:
+    state, *results = jitted[name](state, x, y)
+  leaves = jax.tree.leaves((state, results))
+  expected = [
+    jax.random.key_data(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    else leaf
+    for leaf in leaves
+  ]
   with np.load(tmp_path / 'end.npz') as arrays:
     found = [arrays[name] for name in arrays.files]
+  assert len(names) == 10
   assert len(found) == len(expected)
   for bits, array in zip(found, expected, strict=True):
     np.testing.assert_array_equal(bits, np.atleast_1d(array).view(np.uint8))
@@ -172,6 +245,28 @@ def test_a_foreign_or_expired_step_is_refused(
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
   with pytest.raises(ValueError, match=rf'folder .*{message}.*[Ee]xport'):
     fptt_jax.load_exported_step(folder)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ([np.ones(4, np.float32)], r"arguments\[0\], '0', must be float32\[3\], .*\[4\]"),
+    ([np.ones(3, np.int32)], r"arguments\[0\], '0', must be float32\[3\].*int32\[3\]"),
+    ([], 'arguments must be as many arrays as the manifest lists, 1, got 0'),
+    ([[1.0, 2.0, 3.0]], r'arguments\[0\] must be an array, got list'),
+  ],
+  ids=str,
+)
+def test_other_arguments_are_refused_and_the_state_is_intact(
+  arguments: list[Any], message: str, folder: Path
+) -> None:
+  loaded = fptt_jax.load_exported_step(folder)
+  with pytest.raises((ValueError, TypeError), match=message):
+    loaded.step(loaded.state, *arguments)
+  state, _ = loaded.step(loaded.state, np.ones(3, np.float32))
+  np.testing.assert_array_equal(state[0], [3, 3])
+  with pytest.raises(ValueError, match='state must be as many arrays'):
+    loaded.step([*state, *state], np.ones(3, np.float32))
 
 
 @pytest.mark.parametrize(

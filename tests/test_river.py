@@ -249,6 +249,52 @@ def test_unknown_features() -> None:
   lenient.learn_one({**x, 'c': 1.0}, 1.0)
 
 
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'window_size': 0}, 'window_size must be an integer >= 1, got 0'),
+    ({'influence': 'bptt'}, r"influence must be one of \['none', .*got 'bptt'"),
+    ({'seed': -1}, 'seed must be an integer >= 0, got -1'),
+    ({'features': 'ab'}, "features must be names or None, got 'ab'"),
+    ({'match_features': 'yes'}, "match_features must be True or False, got 'yes'"),
+    ({'num_classes': 0}, 'num_classes must be an integer >= 1, got 0'),
+  ],
+  ids=str,
+)
+def test_bad_options_are_refused_when_made(
+  options: dict[str, Any], message: str
+) -> None:
+  with pytest.raises((ValueError, TypeError), match=message):
+    Classifier(**options)
+
+
+def test_refused_steps_leave_no_trace() -> None:
+  """Neither features nor labels of a step that was refused are kept."""
+  classifier = ESTIMATORS[1].clone()
+  with pytest.raises(TypeError, match=r"x\['b'\] must be a number, got 'cold'"):
+    classifier.learn_one({'b': 'cold'}, 'red')
+  regressor = ESTIMATORS[0].clone()
+  with pytest.raises(TypeError, match=r"y must be a number or None, got 'high'"):
+    regressor.learn_one({'a': 1.0}, 'high')
+  steps = stream(2)
+  untouched = ESTIMATORS[1].clone()
+  for model in (classifier, untouched):
+    model.learn_one(steps[0][0], 'blue')
+  expected = untouched.predict_proba_one(steps[1][0])
+  assert classifier.predict_proba_one(steps[1][0]) == expected == {'blue': 1.0}
+
+
+def test_a_step_that_is_not_finite_is_one_without_input() -> None:
+  """Its prediction is 0, its label is not learned, and the stream goes on."""
+  steps = stream(2)
+  estimator, fresh = (ESTIMATORS[0].clone() for _ in range(2))
+  missing = {'a': float('nan'), 'b': 1.0}
+  assert estimator.predict_one(missing) == 0
+  estimator.learn_one(missing, 5.0)
+  assert estimator.by_order == 0
+  assert estimator.predict_one(steps[0][0]) == fresh.predict_one(steps[0][0])
+
+
 def test_bad_input_is_refused() -> None:
   x = {'a': datetime.datetime(2026, 1, 1)}
   with pytest.raises(TypeError, match=r"x\['a'\] must be a number, got datetime"):
