@@ -48,12 +48,17 @@ class _Functions(NamedTuple):
 
   Attributes:
     learner: Its learner.
+    take: (state, x [n, 1, D], y, labelled) -> the state after steps with their labels.
     forecast: (state, x [n, 1, D]) -> the predictions [n, 1, O] of the next steps, which
       are not taken.
+    take_and_forecast: (state, x, y, labelled, next_x) -> (state, predictions): both in
+      one call, which takes little more time than either.
   """
 
   learner: Learner
-  forecast: Callable[[StreamState, np.ndarray], jax.Array]
+  take: Callable[..., StreamState]
+  forecast: Callable[..., jax.Array]
+  take_and_forecast: Callable[..., tuple[StreamState, jax.Array]]
 
 
 @dataclasses.dataclass
@@ -77,7 +82,8 @@ class _StreamEstimator:
   """Base class of the regressor and the classifier: features, waiting steps, copies.
 
   The learner itself is compiled code, which is not copied or pickled: copies find it by
-  their options.
+  their options. Without a delay, a label is learned in the same call as the prediction
+  that follows it, because a call costs more than what it computes.
   """
 
   model: Callable[[int], Model] | None
@@ -178,25 +184,35 @@ class _StreamEstimator:
       newest = self._waiting[-1]
       if _same(newest.x, vector):
         return newest.outputs
-    if len(self._waiting) > self.delay:
+    if len(self._waiting) > self.delay and not self._waiting[0].answered:
       # The label of the oldest step is not waited for any longer.
       oldest = self._waiting[0]
       oldest.answered = True
       self._unlabelled.append(oldest.x.tobytes())
-      self._hand_in()
-    functions, state = self._ready()
-    if self.delay == 0:
-      # The step is taken together with its label, in one call.
-      outputs = functions.forecast(state, vector[None, None])
-    else:
-      self._state, outputs = functions.learner.predict(state, vector[None, None])
-    step = _Step(vector, np.asarray(outputs)[0, 0])
+    step = _Step(vector, np.asarray(self._run(vector[None, None]))[0, 0])
     self._waiting.append(step)
     return step.outputs
+
+  def _run(self, x: np.ndarray) -> jax.Array:
+    """Return the outputs [1, 1, O] of a step x [1, 1, D], after all answered ones."""
+    if self.delay > 0:
+      self._hand_in()
+      functions, state = self._ready()
+      self._state, outputs = functions.learner.predict(state, x)
+      return outputs
+    functions, state = self._ready()
+    if not self._waiting:
+      return functions.forecast(state, x)
+    before = self._waiting.popleft()
+    labels = self._labels([before.y])
+    taken = (before.x[None, None], *labels)
+    self._state, outputs = functions.take_and_forecast(state, *taken, x)
+    return outputs
 
   def _predict_many(self, X: Any) -> np.ndarray:
     """Return the outputs [n, O] of the next n steps, which are not taken yet."""
     matrix = self._matrix(X)
+    self._hand_in()
     if self.delay == 0:
       not_taken = [step.x[None, None] for step in self._waiting]
       matrix = np.concatenate([*not_taken, matrix])
@@ -223,6 +239,7 @@ class _StreamEstimator:
         'without a label.'
       )
     if not waiting:
+      self._hand_in()
       self._take(vector[None, None], [y])
       return
     if not same:
@@ -230,7 +247,9 @@ class _StreamEstimator:
       self.by_order += y is not None
     step = (same or waiting)[0]
     step.answered, step.y = True, y
-    self._hand_in()
+    # Without a delay, the step is taken in the same call as the next prediction.
+    if self.delay > 0:
+      self._hand_in()
 
   def _check_order(self, x: Mapping[Any, Any], waiting: int) -> None:
     """Raise a ValueError if a label may not be given to a step by its order."""
@@ -244,7 +263,7 @@ class _StreamEstimator:
   def _take(self, x: np.ndarray, y: Sequence[float | None]) -> None:
     """Take steps [n, 1, D] together with their labels."""
     functions, state = self._ready()
-    self._state, _, _ = functions.learner.step(state, x, *self._labels(y))
+    self._state = functions.take(state, x, *self._labels(y))
 
   def _learn_many(self, X: Any, labels: Sequence[Any]) -> None:
     """Learn from the rows of a pandas DataFrame."""
@@ -252,6 +271,7 @@ class _StreamEstimator:
       raise ValueError(
         f'y must have a label for each of the {len(X)} rows of X, got {len(labels)}.'
       )
+    self._hand_in()
     if self._waiting or self._unlabelled:
       for row, label in zip(X.to_dict(orient='records'), labels, strict=True):
         self._learn(row, label)
@@ -513,7 +533,27 @@ def _make_functions(
     influence=influence,
     delay=delay,
   )
-  return _Functions(learner, jax.jit(lambda state, x: learner.predict(state, x)[1]))
+
+  def take(state: StreamState, x: Any, y: Any, labelled: Any) -> StreamState:
+    new_state, _, _ = learner.step(state, x, y, labelled)
+    return new_state
+
+  def forecast(state: StreamState, x: Any) -> jax.Array:
+    _, outputs = learner.predict(state, x)
+    return outputs
+
+  def take_and_forecast(
+    state: StreamState, x: Any, y: Any, labelled: Any, next_x: Any
+  ) -> tuple[StreamState, jax.Array]:
+    new_state = take(state, x, y, labelled)
+    return new_state, forecast(new_state, next_x)
+
+  return _Functions(
+    learner,
+    take=jax.jit(take, donate_argnums=0),
+    forecast=jax.jit(forecast),
+    take_and_forecast=jax.jit(take_and_forecast, donate_argnums=0),
+  )
 
 
 def _default_model(num_features: int, num_outputs: int) -> Model:
