@@ -132,6 +132,7 @@ def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
   source = series.Source('numpy', lambda folder: make_problem(values, season=6))
   monkeypatch.setitem(series.SOURCES, 'brent', source)
   monkeypatch.setattr(systems, 'SYSTEMS', (systems.System(nn.ElmanRNN, 4),))
+  monkeypatch.setattr(systems, 'RATES', (systems.FIRST_RATE,))
 
 
 @pytest.mark.usefixtures('one_stream')
@@ -160,7 +161,8 @@ def test_the_learner_beats_last_and_seasonal_value_on_temperatures(
   if folder is None:
     pytest.skip('vega_datasets is not installed.')
   problem = source.read(folder)
-  monkeypatch.setattr(systems, 'RATES', (systems.FIRST_RATE,))
+  monkeypatch.setattr(systems, 'RATES', (1e-3,))
+  monkeypatch.setattr(systems, 'FIRST_RATE', 1e-3)
   [forecast] = systems.run_learner(systems.System(nn.GRU, 1), problem, seeds=1)
   error = problem.error(forecast.values, problem.test)
   for name in ('last value', 'value a season ago'):
