@@ -118,15 +118,17 @@ def measure_latency(config: Config) -> list[dict[str, Any]]:
   """Time a window of one step, with its update, of one sequence and 32 units.
 
   Args:
-    config: number of rounds; with the case 'smoke' a few windows per call.
+    config: number of rounds; with the case 'smoke' a few windows per call, by the
+      default implementation alone.
 
   Returns:
-    A row for calls of one window each, and one for many windows in a program, for both
-    implementations: `window_us` per window.
+    A row for calls of one window each, and one for many windows in a program, for the
+    default and for the kernel: `window_us` per window.
   """
-  many = 8 if 'smoke' in config.cases else LATENCY_WINDOWS
+  small = 'smoke' in config.cases
+  many = 8 if small else LATENCY_WINDOWS
   rows = []
-  for implementation in ('auto', 'native'):
+  for implementation in ('auto',) if small else ('auto', 'native'):
     for where, windows, calls in (('a call', 1, many), ('a program', many, 1)):
       shape = Case('', windows, windows, 1, 1, 32)
       run = _many_calls(shape, implementation, calls)
