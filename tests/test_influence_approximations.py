@@ -513,3 +513,28 @@ def test_synthetic_gradients_learn_from_what_arrives() -> None:
   mesh = jax.sharding.Mesh(jax.devices('cpu')[:2], ('batch',))
   with pytest.raises(ValueError, match=r"B=2 rows on a mesh, .*'synthetic' has not"):
     total_gradient(elman(), [batch_of()], influence='synthetic', mesh=mesh)
+
+
+def test_a_learner_keeps_the_map_of_synthetic_gradients_where_a_row_starts_anew() -> (
+  None
+):
+  """What was learned is of no row."""
+  learner = fptt_jax.make_learner(
+    decaying(),
+    SERIES,
+    optax.set_to_zero(),
+    influence=influence.synthetic(optax.sgd(0.1)),
+    donate=False,
+  )
+  x = jnp.ones((1, B, 2))
+  state = learner.init(jax.random.key(0), x, jnp.zeros((1, B, 2)))
+  reset = np.array([[True, False]])
+  for now in (None, None, reset):
+    before = state
+    state, _, _ = learner.step(state, x, jnp.zeros((1, B, 2)), reset=now)
+  weights = state.train.influence.weights
+  assert weights['bias'].shape == (1, 2)
+  old = before.train.influence.weights['bias']
+  assert optax.tree.norm(old) > 0
+  # The last step has moved the map a little, not begun it anew.
+  assert optax.tree.norm(weights['bias'] - old) < optax.tree.norm(old)
