@@ -189,7 +189,7 @@ def test_layers_compute_what_torch_computes(torch, kind, layers, bias):
   """
   torch.manual_seed(0)
   module = getattr(torch.nn, kind)(D, H, layers, bias=bias)
-  ours = getattr(nn, kind)
+  ours = getattr(nn, 'ElmanRNN' if kind == 'RNN' else kind)
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(
       *(ours(D if i == 0 else H, H, rngs=rngs) for i in range(layers))
