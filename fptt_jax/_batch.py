@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_array, check_flag
+from fptt_jax._checks import check_array, check_shape, check_type
 from fptt_jax._trees import shapes
 from fptt_jax.losses import Loss
+from fptt_jax.losses._base import check_finite
 
 
 class Batch(NamedTuple):
@@ -72,23 +73,12 @@ class Batch(NamedTuple):
       (20, 8, 1)
     """
     lengths, mask = _lengths_and_mask(lengths, mask)
-    leaf: Any
-    for path, leaf in jax.tree.leaves_with_path(inputs):
-      name = f'inputs{jax.tree_util.keystr(path)}'
-      if check_array(name, leaf).ndim < 2:
-        raise ValueError(
-          f'{name} must be batch-major [B, T, ...], got shape {leaf.shape}.'
-        )
+    batch_size, num_steps = check_inputs(inputs, 'batch-major [B, T, ...]')
     inputs = _swap_axes(inputs)
-    num_steps, batch_size = check_inputs(inputs)
     if _have_time(targets, (batch_size, num_steps), targets_have_time):
       targets = _swap_axes(targets)
     if mask is not None:
-      shape = check_array('mask', mask).shape
-      if shape != (batch_size, num_steps):
-        raise ValueError(
-          f'mask must have shape [B, T] = {(batch_size, num_steps)}, got {shape}.'
-        )
+      mask = check_shape('mask', mask, '[B, T]', (batch_size, num_steps))
       mask = _swap_axes(mask)
     return cls(inputs, targets, lengths, mask)
 
@@ -119,11 +109,8 @@ def _have_time(targets: Any, rows_and_steps: tuple[int, int], given: Any) -> boo
         'or as many outputs: got None.'
       )
     return False
-  if check_flag('targets_have_time', given) and not all(timed):
-    raise ValueError(
-      'targets with targets_have_time=True must be [B, T, ...], got shape '
-      f'{shapes(targets)}.'
-    )
+  if given and not all(timed):
+    raise ValueError(f'targets must be [B, T, ...], got shape {shapes(targets)}.')
   return bool(given)
 
 
@@ -145,40 +132,22 @@ def validate_batch(batch: Batch, loss: Loss) -> None:
   batch = with_mask(batch)
   num_steps, batch_size = check_shapes(batch)
   check_type('loss', loss, Loss)
-  for leaf in jax.tree.leaves(batch):
-    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
-      raise TypeError(
-        f'validate_batch needs a batch of concrete arrays, got {batch!r}.'
-      )
+  if not all(map(is_addressable, jax.tree.leaves(batch))):
+    raise TypeError(f'batch must be of concrete arrays, got {batch!r}.')
   # Numbers at invalid steps are never read, so that padding may be anything.
   valid = np.ones((num_steps, batch_size), bool)
   if batch.lengths is not None:
     lengths = np.asarray(batch.lengths)
-    if lengths.min() < 1 or lengths.max() > num_steps:
-      raise ValueError(
-        f'lengths must lie in 1..T={num_steps}, got values from {lengths.min()} to '
-        f'{lengths.max()}.'
-      )
+    low, high = lengths.min(), lengths.max()
+    if low < 1 or high > num_steps:
+      raise ValueError(f'lengths must lie in 1..T={num_steps}, got {low} to {high}.')
     valid = np.arange(num_steps)[:, None] < lengths
   if batch.mask is not None:
     valid = valid & np.asarray(batch.mask)
   for path, leaf in jax.tree.leaves_with_path(batch.inputs):
-    _check_finite(f'inputs{jax.tree_util.keystr(path)}', np.asarray(leaf), valid)
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      check_finite(f'inputs{jax.tree_util.keystr(path)}', leaf, valid)
   loss.check(batch.targets, valid)
-
-
-def _check_finite(name: str, inputs: np.ndarray, valid: np.ndarray) -> None:
-  """Raise a ValueError unless inputs [T, B, ...] are finite at valid steps."""
-  is_float = jnp.issubdtype(inputs.dtype, jnp.floating)
-  if not is_float or np.isfinite(inputs[valid]).all():
-    return
-  finite = np.isfinite(inputs.reshape(*valid.shape, -1)).all(-1)
-  bad = np.argwhere(~finite & valid)
-  first = tuple(bad[0].tolist())
-  raise ValueError(
-    f'{name} must be finite, got NaN or infinity in {len(bad)} places, the first at '
-    f'(step, row) {first}.'
-  )
 
 
 def check_shapes(batch: Batch) -> tuple[int, int]:
@@ -194,14 +163,11 @@ def check_shapes(batch: Batch) -> tuple[int, int]:
   check_type('batch', batch, Batch)
   num_steps, batch_size = check_inputs(batch.inputs)
   if batch.lengths is not None:
-    _check_lengths(batch.lengths, batch_size)
+    lengths = check_shape('lengths (or a mask)', batch.lengths, '[B]', (batch_size,))
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+      raise TypeError(f'lengths must be integers, got {lengths.dtype}.')
   if batch.mask is not None:
-    mask = check_array('mask', batch.mask)
-    if mask.shape != (num_steps, batch_size) or mask.dtype != bool:
-      raise ValueError(
-        f'mask must be bool [T, B] = bool{[num_steps, batch_size]}, got '
-        f'{mask.dtype}{list(mask.shape)}.'
-      )
+    check_shape('mask', batch.mask, '[T, B]', (num_steps, batch_size), bool)
   for leaf in jax.tree.leaves(batch.targets):
     dtype = check_array('targets', leaf).dtype
     # The dtype of PRNG keys has no kind.
@@ -216,22 +182,15 @@ def check_shapes(batch: Batch) -> tuple[int, int]:
   return num_steps, batch_size
 
 
-def _check_lengths(lengths: Any, batch_size: int) -> None:
-  lengths = check_array('lengths', lengths)
-  if lengths.shape != (batch_size,):
-    raise ValueError(
-      f'lengths must have shape [B] = ({batch_size},), or be a mask bool [T, B]; got '
-      f'{lengths.dtype}{list(lengths.shape)}.'
-    )
-  if not jnp.issubdtype(lengths.dtype, jnp.integer):
-    raise TypeError(f'lengths must be integers, got {lengths.dtype}.')
+def check_inputs(inputs: Any, order: str = 'time-major [T, B, ...]') -> tuple[int, int]:
+  """Check that the arrays of a tree of inputs agree in their first two axes.
 
-
-def check_inputs(inputs: Any) -> tuple[int, int]:
-  """Check that the arrays of a tree of inputs are [T, B, ...] with the same T and B.
+  Args:
+    inputs: Tree of arrays.
+    order: What these axes are, in words.
 
   Returns:
-    (T, B).
+    The lengths of the two axes, (T, B).
 
   Raises:
     ValueError: Shapes do not fit each other, or there is no array.
@@ -241,25 +200,14 @@ def check_inputs(inputs: Any) -> tuple[int, int]:
   for path, leaf in jax.tree.leaves_with_path(inputs):
     name = f'inputs{jax.tree_util.keystr(path)}'
     shape = check_array(name, leaf).shape
-    if len(shape) < 2:
-      raise ValueError(f'{name} must be time-major [T, B, ...], got shape {shape}.')
-    if shape[0] < 1 or shape[1] < 1:
-      raise ValueError(
-        f'{name} need at least one step and one sequence, got an empty batch [T, B, '
-        f'...] = {shape}.'
-      )
+    if len(shape) < 2 or 0 in shape[:2]:
+      raise ValueError(f'{name} must be {order} and not empty, got shape {shape}.')
     is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
     if not is_float and not jnp.issubdtype(leaf.dtype, jnp.integer):
-      raise TypeError(
-        f'{name} must be floating point (features) or integers (tokens), got '
-        f'{leaf.dtype}.'
-      )
+      raise TypeError(f'{name} must be floats or integer tokens, got {leaf.dtype}.')
     first = first or shape[:2]
     if shape[:2] != first:
-      raise ValueError(
-        f'{name} must have the same [T, B] = {first} as the other inputs, got shape '
-        f'{shape}.'
-      )
+      raise ValueError(f'{name} must be {order} = {first}, got shape {shape}.')
   if first is None:
     raise ValueError(
       f'inputs must be an array [T, B, ...] or a tree of them, got {inputs!r}.'
@@ -294,11 +242,3 @@ def is_addressable(x: Any) -> bool:
     return True
   is_concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
   return is_concrete and x.is_fully_addressable
-
-
-def check_type(name: str, value: Any, expected: type) -> None:
-  """Raise a TypeError unless `value` is of the expected type of this package."""
-  if not isinstance(value, expected):
-    raise TypeError(
-      f'{name} must be a fptt_jax.{expected.__name__}, got {type(value).__name__}.'
-    )

@@ -101,6 +101,12 @@ def check_size(name: str, value: Any) -> int:
   return check_integer(name, value, 1, INT32_MAX, 'an integer >= 1')
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+  """Raise ValueError unless `value` is one of the choices."""
+  if not isinstance(value, str) or value not in choices:
+    raise ValueError(f'{name} must be one of {list(choices)}, got {value!r}.')
+
+
 def check_flag(name: str, value: Any) -> bool:
   """Return a bool; raise TypeError for any other type, such as a text."""
   # A non-empty text such as 'False' would otherwise count as True.
@@ -109,16 +115,20 @@ def check_flag(name: str, value: Any) -> bool:
   return bool(value)
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-  """Raise ValueError unless `value` is one of the choices."""
-  if not isinstance(value, str) or value not in choices:
-    raise ValueError(f'{name} must be one of {list(choices)}, got {value!r}.')
-
-
 def check_callable(name: str, value: Any) -> None:
   """Raise TypeError unless `value` is callable."""
   if not callable(value):
     raise TypeError(f'{name} must be a function, got {value!r}.')
+
+
+def check_type(name: str, value: Any, expected: type, hint: str = '') -> None:
+  """Raise TypeError unless `value` is of a type; `hint` says what makes one."""
+  if not isinstance(value, expected):
+    wanted = f'{expected.__module__.partition(".")[0]}.{expected.__name__}'
+    # The repr of a state or a module may be pages long.
+    is_short = isinstance(value, str | int | float | None)
+    got = repr(value) if is_short else type(value).__name__
+    raise TypeError(f'{name} must be a {wanted}{hint}, got {got}.')
 
 
 def check_dtype(name: str, value: Any, *, tokens: bool = False) -> jnp.dtype:
@@ -173,11 +183,38 @@ def check_array(name: str, value: Any) -> Any:
   return value
 
 
+def check_shape(
+  name: str, value: Any, axes: str, shape: tuple[int, ...], dtype: Any = None
+) -> Any:
+  """Return an array; raise unless it has a shape and, where given, a dtype.
+
+  Args:
+    name: The argument's name.
+    value: The value to validate.
+    axes: The names of the axes, such as '[T, B]'.
+    shape: Their lengths.
+    dtype: The dtype, or None for any.
+
+  Raises:
+    TypeError: If `value` is not an array.
+    ValueError: If its shape or dtype is another.
+  """
+  array = check_array(name, value)
+  if array.shape != shape or (dtype is not None and array.dtype != dtype):
+    wanted = '' if dtype is None else f'{jnp.dtype(dtype)} '
+    raise ValueError(
+      f'{name} must be {wanted}{axes} = {list(shape)}, got '
+      f'{array.dtype}{list(array.shape)}.'
+    )
+  return array
+
+
 def check_arrays(name: str, tree: Any) -> None:
   """Raise TypeError unless all leaves of a tree are arrays or numbers."""
-  for leaf in jax.tree.leaves(tree):
+  for path, leaf in jax.tree.leaves_with_path(tree):
     if not isinstance(leaf, (*ARRAYS, int, float, complex)):
-      raise TypeError(f'{name} must be a tree of arrays, got a leaf {leaf!r}.')
+      place = jax.tree_util.keystr(path)
+      raise TypeError(f'{name}{place} must be an array, got {leaf!r}.')
 
 
 def as_key(name: str, value: Any) -> Any:

@@ -14,7 +14,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import ARRAYS, check_array
+from fptt_jax._checks import check_array
 from fptt_jax._trees import check_like, leaf_paths, shapes
 
 FORMAT = 1
@@ -130,7 +130,8 @@ def export_step(
   """
   _check_flatbuffers()
   for name, tree in (('state', state), ('args', args)):
-    _check_arrays(name, tree)
+    for path, leaf in jax.tree.leaves_with_path(tree):
+      check_array(f'{name}{jax.tree_util.keystr(path)}', leaf)
   num_state = len(jax.tree.leaves(state))
   # The structure of the results is known only once the step has been traced.
   outputs: dict[str, Any] = {}
@@ -237,16 +238,6 @@ def _check_flatbuffers() -> None:
       'Exported steps need the package flatbuffers, with which JAX serializes '
       "programs: pip install 'fptt-jax[export]'."
     ) from error
-
-
-def _check_arrays(name: str, tree: Any) -> None:
-  """Raise a TypeError unless all leaves of a tree are arrays."""
-  for path, leaf in jax.tree.leaves_with_path(tree):
-    if not isinstance(leaf, ARRAYS):
-      raise TypeError(
-        f'{name}{jax.tree_util.keystr(path)} must be an array, got '
-        f'{type(leaf).__name__}.'
-      )
 
 
 def _check_leaves(

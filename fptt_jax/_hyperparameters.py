@@ -8,11 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import (
-  FLOAT32_MAX,
-  FLOAT32_TINY,
-  check_number,
-)
+from fptt_jax._checks import FLOAT32_MAX, FLOAT32_TINY, check_number
 
 Hyperparameter = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
 

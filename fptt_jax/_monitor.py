@@ -10,7 +10,10 @@ from fptt_jax._checks import (
   as_floats,
   check_integer,
   check_number,
+  check_shape,
+  check_type,
 )
+from fptt_jax._trees import shapes
 from fptt_jax._types import StepMetrics
 
 DIVERGENCE_FACTOR = 100.0
@@ -133,10 +136,7 @@ class _Run(NamedTuple):
 
 def _as_run(metrics: StepMetrics) -> _Run:
   """Check and flatten the metrics of one run."""
-  if not isinstance(metrics, StepMetrics):
-    raise TypeError(
-      f'metrics must be a fptt_jax.StepMetrics, got {type(metrics).__name__}.'
-    )
+  check_type('metrics', metrics, StepMetrics)
   losses = as_floats('loss', metrics.loss)
   norms = as_floats('grad_norm', metrics.grad_norm)
   lambdas = as_floats('lambda_norm', metrics.lambda_norm)
@@ -145,20 +145,13 @@ def _as_run(metrics: StepMetrics) -> _Run:
   fits = norms.shape == skipped.shape == shape and lambdas.shape == shape[:-1]
   if len(shape) not in (1, 2) or not fits or 0 in shape or skipped.dtype != bool:
     raise ValueError(
-      'metrics must be of one run: loss, grad_norm and skipped (booleans) [U] or [N, '
-      f'U], lambda_norm of each batch; got loss {losses.shape}, grad_norm '
-      f'{norms.shape}, lambda_norm {lambdas.shape}, skipped {skipped.dtype} '
-      f'{skipped.shape}.'
+      'metrics must be of one run: loss, grad_norm and skipped [U] or [N, U], and '
+      f'lambda_norm of each batch; got shapes {shapes(metrics)}.'
     )
   # Metrics made by hand may lack the field.
   invalid = np.zeros(shape, bool)
   if metrics.invalid is not None:
-    invalid = np.asarray(metrics.invalid)
-  if invalid.shape != shape or invalid.dtype != bool:
-    raise ValueError(
-      f'metrics.invalid must be booleans {shape} or None, got {invalid.dtype} '
-      f'{invalid.shape}.'
-    )
+    invalid = check_shape('metrics.invalid', metrics.invalid, '[U]', shape, bool)
   return _Run(
     losses=losses.ravel(),
     norms=norms.ravel(),

@@ -82,18 +82,11 @@ def check_state_rows(
     state = jax.eval_shape(functools.partial(initial_state, size))
     for path, leaf in jax.tree.leaves_with_path(state):
       if leaf.shape[:1] != (size,):
-        _refuse_leaf(name, path, leaf)
-
-
-def _refuse_leaf(name: str, path: Any, leaf: Any) -> None:
-  where = jax.tree_util.keystr(path) or 'the state itself'
-  raise TypeError(
-    f'{name}: every array of the hidden state must have shape [B, ...], one entry per '
-    f'row, got {leaf.dtype}'
-    f'{list(leaf.shape)} at {where}. Give a counter or a scalar one entry per row, '
-    'such as '
-    'jnp.zeros(batch_size, jnp.int32), and update all entries alike.'
-  )
+        raise TypeError(
+          f'{name}: arrays of the hidden state must have shape [B, ...], got '
+          f'{leaf.dtype}{list(leaf.shape)} at {jax.tree_util.keystr(path)!r}. Give a '
+          'counter one entry per row, such as jnp.zeros(batch_size, jnp.int32).'
+        )
 
 
 def check_model(model: Any, params: Tree, inputs: Tree, name: str = 'model') -> None:

@@ -44,9 +44,8 @@ def fptt_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
   states = find_states(opt_state)
   if not states:
     raise ValueError(
-      'opt_state must hold an FPTTState, that is, be the state of an optimizer with '
-      f'fptt(...) in it; got a {type(opt_state).__name__} without one. Without FPTT, '
-      'evaluate at the parameters themselves.'
+      'opt_state must be the state of an optimizer with fptt(...) in it, got a '
+      f'{type(opt_state).__name__} without an FPTTState.'
     )
   summary = params
   for state in states:

@@ -12,12 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fptt_jax._checks import (
-  ARRAYS,
-  check_choice,
-  check_dtype,
-  check_size,
-)
+from fptt_jax._checks import ARRAYS, check_choice, check_dtype, check_size
 from fptt_jax._dtypes import at_least_float32
 from fptt_jax._hyperparameters import (
   Hyperparameter,
@@ -195,10 +190,7 @@ def fptt(
     **extra_args: Any,
   ) -> tuple[optax.Updates, FPTTState]:
     if params is None:
-      raise ValueError(
-        'params must be the current parameters, as in update(grads, state, params); '
-        'got None.'
-      )
+      raise ValueError('params must be the current parameters, got None.')
     _check_trees(grads, state, params)
     if not isinstance(inner_steps, jax.core.Tracer):
       inner_steps = check_size('inner_steps', inner_steps)
@@ -431,22 +423,20 @@ def _recomputed_gradient(
   grad_fn: Callable[[optax.Params], optax.Updates] | None = extra_args.get('grad_fn')
   if grad_fn is None:
     raise ValueError(
-      "grad_fn must be given with gradient_estimate='recomputed', as in update(grads, "
-      'state, params, grad_fn=f), where f(params) returns the gradient of the same '
-      'window from the same hidden state; got None.'
+      "grad_fn must be given with gradient_estimate='recomputed': a function (params) "
+      '-> gradient of the same window from the same hidden state; got None.'
     )
   if any(map(is_masked, jax.tree.leaves(params_next, is_leaf=is_masked))):
     # grad_fn would get MaskedNodes in place of weights.
     raise ValueError(
-      "gradient_estimate must be 'running' or 'lagged' inside optax.masked or "
-      "optax.partition, got 'recomputed'. Or put the mask inside, "
-      'fptt(optax.masked(base, ...)).'
+      "gradient_estimate='recomputed' does not work inside optax.masked or "
+      'optax.partition. Put the mask inside, fptt(optax.masked(base, ...)).'
     )
   grads = grad_fn(params_next)
   if not have_same_structure(grads, params_next):
     raise ValueError(
-      f'grad_fn must return gradients of the structure of the parameters, '
-      f'{jax.tree.structure(params_next)}, got {jax.tree.structure(grads)}.'
+      f'grad_fn must return gradients like the parameters, {shapes(params_next)}, got '
+      f'{shapes(grads)}.'
     )
   return grads
 
@@ -463,9 +453,8 @@ def _state_dtype(
   """Return the dtype of W̄ and λ for a parameter."""
   if not is_floating(param):
     raise TypeError(
-      f'params must be floating point, got a leaf of {_describe(param)}. Keep it '
-      'out of '
-      'the trained tree, or give it another transformation with optax.partition.'
+      f'params must be floating point, got a leaf of {_describe(param)}. Keep it out '
+      'of the trained tree, or use optax.partition.'
     )
   if state_dtype is None:
     return at_least_float32(jnp.result_type(param))

@@ -144,12 +144,13 @@ def have_same_field(*leaves: Any) -> bool:
   return all(map(is_floating, leaves)) and len(fields) == 1
 
 
-def leading_axis(name: str, tree: Any) -> int:
-  """Return the length of the leading axis of all arrays of a tree."""
-  lengths = {check_array(name, leaf).shape[:1] for leaf in jax.tree.leaves(tree)}
-  if len(lengths) != 1 or () in lengths:
+def leading_axis(name: str, tree: Any, axis: int = 0) -> int:
+  """Return the length that all arrays of a tree have along an axis; at least 1."""
+  leaves = [check_array(name, leaf) for leaf in jax.tree.leaves(tree)]
+  lengths = {leaf.shape[axis : axis + 1] for leaf in leaves}
+  if len(lengths) != 1 or lengths & {(), (0,)}:
     raise ValueError(
-      f'{name} must be arrays with a leading axis of one length, got shapes '
+      f'{name} must be arrays with an axis {axis} of one length >= 1, got shapes '
       f'{shapes(tree)}.'
     )
   return int(lengths.pop()[0])

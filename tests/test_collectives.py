@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from fptt_jax.parallel import _collectives, _placement
+from fptt_jax.parallel import _collectives, _specs
 
 N = 4
 MESH = jax.sharding.Mesh(jax.devices('cpu')[:N], ('devices',))
@@ -51,8 +51,8 @@ def assert_equal(got, expected):
 
 
 def test_where_leaves_are_cut():
-  assert _placement.shard_specs(TREE, MESH) == SPECS
-  assert _placement.shard_specs(np.ones((0, 3)), MESH) == PartitionSpec()
+  assert _specs.shard_specs(TREE, MESH) == SPECS
+  assert _specs.shard_specs(np.ones((0, 3)), MESH) == PartitionSpec()
 
 
 @pytest.mark.parametrize('joined', [0, 50, 4096])
@@ -94,7 +94,7 @@ def test_shards_of_the_mean(monkeypatch, joined):
 def test_placing_keys():
   """A PRNG key is one afterwards."""
   key = jax.random.key(3)
-  placed = _placement.place(
+  placed = _specs.place(
     {'key': key, 'x': np.ones(4)},
     {'key': PartitionSpec(), 'x': PartitionSpec('devices')},
     MESH,

@@ -393,7 +393,7 @@ def test_what_does_not_fit_is_refused():
   ):
     build(mesh_of(3)).init(jax.random.key(0), batch)
   with pytest.raises(
-    ValueError, match=r'shard_params=True needs a mesh, .* got mesh=None\.'
+    ValueError, match=r'shard_params=True needs a mesh, got mesh=None\.'
   ):
     fptt_jax.make_trainer(
       helpers.lstm(), loss, optax.sgd(0.1), method='tbptt', shard_params=True
@@ -404,9 +404,7 @@ def test_what_does_not_fit_is_refused():
     match=r"mesh must have one axis, over which the work is split, got \('a', 'b'\)\.",
   ):
     build(square)
-  with pytest.raises(
-    TypeError, match=r"mesh must be a jax\.sharding\.Mesh or None, got 'cpu'\."
-  ):
+  with pytest.raises(TypeError, match=r"mesh must be a jax\.Mesh, got 'cpu'\."):
     build('cpu')
 
 

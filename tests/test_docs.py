@@ -46,7 +46,7 @@ def test_there_are_examples() -> None:
     'fptt_jax.parallel._batches.make_global_batch',
     'fptt_jax._stability.spectral_radius',
     'fptt_jax.losses._function.from_function',
-    'fptt_jax.nn._adapters.from_nnx',
+    'fptt_jax.nn._from_nnx.from_nnx',
     'fptt_jax.training._scan.scan_train_steps',
     'fptt_jax.training._members.vmap_trainer',
     'fptt_jax.streaming._learner.make_learner',

@@ -339,11 +339,6 @@ def test_initial_states_that_do_not_fit_are_refused() -> None:
     trainer.init(jax.random.key(0), helpers.series_batch(T, B))
   with pytest.raises(TypeError, match=r'layer.*LockedDropout'):
     nn.LearnedInitialState(nn.LockedDropout(0.1))
-  model = helpers.elman()._replace(learned_initial_state=7)
-  with pytest.raises(TypeError, match=r'learned_initial_state.*7'):
-    fptt_jax.make_trainer(
-      model, losses.sequence_regression(), optax.sgd(0.1), method='tbptt'
-    )
 
 
 @pytest.mark.usefixtures('x64')

@@ -158,8 +158,6 @@ def test_predict_keeps_outputs_alone():
     ({'lengths': np.zeros((3, 3), int)}, ValueError, r'lengths .*\[3, 3\]'),
     ({'hidden': np.zeros((2, 4))}, ValueError, r'hidden state .*\[2, 4\]'),
     ({'params': {}}, ValueError, r'params'),
-    ({'batch_major': 'yes'}, TypeError, r"batch_major .*'yes'"),
-    ({'return_hidden': None}, TypeError, r'return_hidden .*None'),
   ],
 )
 def test_predict_refuses_what_does_not_fit(arguments, error, message):

@@ -581,19 +581,19 @@ BAD_CALLS: dict[str, tuple[Callable[..., Any], str]] = {
   ),
   'number of labels': (
     lambda learner, state: learner.step(state, X, Y[:2]),
-    r'y must have as many steps as x, n=3, got n=2',
+    r'y must have the n=3 steps of x, got 2',
   ),
   'no steps': (
     lambda learner, state: learner.predict(state, X[:0]),
-    r'x must be arrays \[n, B, ...\] of n >= 1 steps, got shapes \(0, 1, 2\)',
+    r'x must be arrays .* >= 1, got shapes \(0, 1, 2\)',
   ),
   'mask': (
     lambda learner, state: learner.step(state, X, Y, np.ones(3, np.float32)),
-    r'labelled must be bool \[n, B\] = bool\[3, 1\], got float32\[3\]',
+    r'labelled must be bool \[n, B\] = \[3, 1\], got float32\[3\]',
   ),
   'list': (
     lambda learner, state: learner.step(state, X.tolist(), Y),
-    'x must be arrays',
+    'x must be an array',
   ),
   'state': (
     lambda learner, state: learner.step(state.train, X, Y),
@@ -640,8 +640,6 @@ def test_the_old_state_is_donated(donating: fptt_jax.Learner) -> None:
     ({'fading': (0.9,)}, r'fading must be two factors in \(0, 1\], got \(0.9,\)'),
     ({'fading': (0.9, 2)}, r'fading must be two factors in \(0, 1\], got 2'),
     ({'influence': 'bptt'}, "influence must be .* got 'bptt'"),
-    ({'on_drift': 3}, 'on_drift must be a function, got 3'),
-    ({'skip_nonfinite': 'no'}, "skip_nonfinite must be True or False, got 'no'"),
     ({'loss': losses.terminal_regression()}, 'loss must have one target per step'),
     (
       {'loss': losses.from_function(absolute_error, terminal=True)},

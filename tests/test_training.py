@@ -656,13 +656,12 @@ def test_a_method_goes_by_its_true_name():
     (
       plain,
       'fptt',
-      r"method 'fptt' needs fptt\(...\) around the optimizer, got one without; "
-      r"without it this is 'tbptt'\.",
+      r"method 'fptt' needs an fptt\(...\) in the optimizer, got .*False",
     ),
     (
       wrapped,
       'bptt',
-      r"method 'bptt' has no regularizer, got an optimizer with fptt\(...\) in it",
+      r"method 'bptt' needs no fptt\(...\) in the optimizer, got .*True",
     ),
   ):
     with pytest.raises(ValueError, match=message):
@@ -1395,7 +1394,7 @@ def make(method: str = 'tbptt', **options: Any) -> fptt_jax.Trainer:
     ({'window_size': 0}, r'window_size must be an integer >= 1, got 0\.'),
     (
       {'num_windows': 2, 'window_size': 3},
-      r'not both: got num_windows=2 and window_size=3\.',
+      r"'tbptt' takes 1 of .* got {'num_windows': 2, 'window_size': 3}",
     ),
     (
       {'method': 'bppt'},
@@ -1403,11 +1402,11 @@ def make(method: str = 'tbptt', **options: Any) -> fptt_jax.Trainer:
     ),
     (
       {'method': 'bptt', 'num_windows': 2},
-      r"method 'bptt' fixes K=1: leave out num_windows, got num_windows=2\.",
+      r"method 'bptt' takes 0 of .* got {'num_windows': 2}",
     ),
     (
       {'method': 'ogd', 'window_size': 2},
-      r"method 'ogd' fixes K=T: leave out window_size, got window_size=2\.",
+      r"method 'ogd' takes 0 of .* got {'window_size': 2}",
     ),
     (
       {'method': 'tbptt_final'},
@@ -1482,32 +1481,32 @@ def test_settings_that_do_not_fit_the_sequence_are_refused(options, message):
     (
       Batch(np.zeros((6, 0, 2)), np.zeros(0)),
       ValueError,
-      r'got an empty batch \[T, B, \.\.\.\] = \(6, 0, 2\)\.',
+      r'inputs must be .*not empty, got shape \(6, 0, 2\)\.',
     ),
     (
       Batch(np.zeros((0, 2, 2)), np.zeros(2)),
       ValueError,
-      r'got an empty batch \[T, B, \.\.\.\] = \(0, 2, 2\)\.',
+      r'inputs must be .*not empty, got shape \(0, 2, 2\)\.',
     ),
     (
       Batch(np.zeros(6), np.zeros(2)),
       ValueError,
-      r'inputs must be time-major \[T, B, \.\.\.\], got shape \(6,\)\.',
+      r'inputs must be time-major \[T, B, \.\.\.\].*, got shape \(6,\)\.',
     ),
     (
       Batch(np.zeros((6, 2), bool), np.zeros(2)),
       TypeError,
-      r'floating point \(features\) or integers \(tokens\), got bool\.',
+      r'inputs must be .* got bool',
     ),
     (
       Batch(np.zeros((6, 2), np.complex64), np.zeros(2)),
       TypeError,
-      r'or integers \(tokens\), got complex64\.',
+      r'inputs must be .* got complex64',
     ),
     (
       Batch(np.full((6, 2), 'a'), np.zeros(2)),
       TypeError,
-      r'or integers \(tokens\), got <U1\.',
+      r'inputs must be .* got <U1',
     ),
     (
       Batch(GOOD.inputs, np.zeros(5, np.float32)),
@@ -1517,12 +1516,12 @@ def test_settings_that_do_not_fit_the_sequence_are_refused(options, message):
     (
       GOOD._replace(lengths=np.full(3, 6)),
       ValueError,
-      r'lengths must have shape \[B\] = \(2,\).*got int64\[3\]',
+      r'lengths .*must be \[B\] = \[2\], got int64\[3\]',
     ),
     (
       GOOD._replace(lengths=np.full((2, 1), 6)),
       ValueError,
-      r'lengths must have shape \[B\] = \(2,\).*got int64\[2, 1\]',
+      r'lengths .*must be \[B\] = \[2\], got int64\[2, 1\]',
     ),
     (
       GOOD._replace(lengths=np.full(2, 6.0)),
@@ -1586,8 +1585,8 @@ SAME_HIDDEN = (
       losses.terminal_regression(),
       GOOD,
       ValueError,
-      r'the model must return outputs \[S, B, \.\.\.\] = \(3, 2\) \+ features, got '
-      r'shape \(2, 1\)\.',
+      r'outputs that model\.apply returns must be \[S, B, \.\.\.\] = \[3, 2\], got '
+      r'float32\[2, 1\]\.',
     ),
     (
       helpers.elman(out=2),
@@ -1608,7 +1607,7 @@ SAME_HIDDEN = (
       losses.terminal_classification(3),
       GOOD,
       TypeError,
-      r'labels must be integers \(class indices\), got dtype float32 of shape \(2,\)\.',
+      r'labels .*must be integer .* got float32\[2\]',
     ),
     (
       helpers.elman(),
@@ -1719,15 +1718,15 @@ def with_value(batch: Batch, place: tuple[int, ...], value: float) -> Batch:
     ),
     (
       GOOD._replace(lengths=np.array([6, 7])),
-      r'lengths must lie in 1\.\.T=6, got values from 6 to 7\.',
+      r'lengths must lie in 1\.\.T=6, got 6 to 7\.',
     ),
     (
       GOOD._replace(lengths=np.array([0, 6])),
-      r'lengths must lie in 1\.\.T=6, got values from 0 to 6\.',
+      r'lengths must lie in 1\.\.T=6, got 0 to 6\.',
     ),
     (
       GOOD._replace(targets=np.array([0, np.inf])),
-      r'targets must be finite, got 1 NaN or infinite values\.',
+      r'targets must be finite, got NaN or infinity in 1 places',
     ),
     (
       GOOD._replace(inputs=jnp.full((6, 2, 2), jnp.nan, jnp.bfloat16)),
@@ -1750,7 +1749,7 @@ def test_check_batch_refuses_labels_that_mean_nothing():
     ValueError, match=r'labels must lie in 0\.\.2, got values from 1 to 3\.'
   ):
     fptt_jax.validate_batch(Batch(GOOD.inputs, np.array([3, 1])), loss)
-  with pytest.raises(TypeError, match=r'labels must be integers'):
+  with pytest.raises(TypeError, match=r'labels .*must be integer'):
     fptt_jax.validate_batch(Batch(GOOD.inputs, np.array([0.0, 1.0])), loss)
 
 

@@ -625,7 +625,7 @@ def test_recomputed_gradient_refuses_masked_parameters(wrap):
   tx = wrap(fptt(optax.sgd(0.1), gradient_estimate='recomputed'))
   with pytest.raises(
     ValueError,
-    match=r"^gradient_estimate .* got 'recomputed'.*fptt\(optax.masked\(base",
+    match=r"^gradient_estimate='recomputed' .*fptt\(optax.masked\(base",
   ):
     tx.update(grads, tx.init(params), params, grad_fn=lambda p: p)
   inside = fptt(wrap(optax.sgd(0.1)), gradient_estimate='recomputed')
@@ -1403,7 +1403,7 @@ def test_state_without_fptt(read):
   params = random_tree(0)
   with pytest.raises(
     ValueError,
-    match=r'^opt_state must hold an FPTTState.* got a tuple',
+    match=r'^opt_state must be .*, got a tuple',
   ):
     read(optax.adam(0.1).init(params), params)
 

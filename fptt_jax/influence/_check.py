@@ -34,8 +34,8 @@ def check_map(model: Model, params: Params, inputs: Any, size: int) -> None:
   dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(hidden)})
   if row_size(hidden) == 0 or any('complex' in dtype for dtype in dtypes):
     raise ValueError(
-      'influence needs a hidden state of real numbers, such as real and imaginary '
-      f'parts in place of complex ones, got a state of {dtypes}.'
+      f'influence needs a hidden state of real numbers, got a state of {dtypes}. Keep '
+      'real and imaginary parts apart.'
     )
   x = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((size, ROWS, *leaf.shape[2:]), leaf.dtype), inputs
@@ -46,9 +46,8 @@ def check_map(model: Model, params: Params, inputs: Any, size: int) -> None:
   difference = _noise(model, *draw_like(shapes, 0))
   if difference > TOLERANCE:
     raise ValueError(
-      'influence needs a hidden state without noise, and the random key of a window '
-      'reaches the hidden state of this model: put dropout after the last recurrent '
-      "layer, or use influence='none'."
+      'influence needs a hidden state without noise: put dropout after the last '
+      "recurrent layer, or use influence='none'."
     )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_flag, check_size
+from fptt_jax._checks import check_size
 from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, OwnStep, Params
 from fptt_jax.influence._arrays import Weights, join
@@ -93,7 +93,6 @@ def snap1(own_only: bool = False) -> Influence:
     Learning with a Sparse Approximation", ICLR 2021. Murray, "Local online learning in
     recurrent networks with random feedback", eLife 2019 (RFLO).
   """
-  own_only = check_flag('own_only', own_only)
 
   def init(window: WindowMap, params: Params, hidden: Hidden) -> Weights:
     units = find_units(window, params, hidden)
@@ -129,9 +128,8 @@ def _check_units(
   """Raise a ValueError for a model without units, or without given transitions."""
   if not units.layers:
     raise ValueError(
-      "influence 'snap1' needs parameters that reach one unit of the state in a step, "
-      'got a model in which each of them reaches several. Use '
-      "'rtrl' or 'none'."
+      "influence 'snap1' needs parameters that reach one unit of the state in a step: "
+      "got none. Use 'rtrl' or 'none'."
     )
   if not own_only:
     return

@@ -15,12 +15,10 @@ from fptt_jax.losses._base import (
   compute_metrics,
 )
 from fptt_jax.losses._function import from_function
+from fptt_jax.losses._references import Examples, Predictions, Reference
 from fptt_jax.losses._sequence import sequence_classification, sequence_regression
 from fptt_jax.losses._terminal import (
   DIVERGENCES,
-  Examples,
-  Predictions,
-  Reference,
   terminal_classification,
   terminal_regression,
 )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import INT32_MAX, as_floats, check_integer
+from fptt_jax._checks import INT32_MAX, as_floats, check_integer, check_shape
 from fptt_jax._dtypes import widen
 from fptt_jax._windows import WindowView
 
@@ -98,10 +98,7 @@ def compute_metrics(totals: MetricSums) -> dict[str, Any]:
   sums = {name: as_floats(name, total) for name, total in totals.items()}
   shapes = {name: total.shape for name, total in sums.items()}
   if 'count' not in sums or len(set(shapes.values())) > 1:
-    raise ValueError(
-      "totals must have a 'count', and all of its arrays must have the same shape; got "
-      f'the shapes {shapes}.'
-    )
+    raise ValueError(f"totals must have a 'count' and one shape, got {shapes}.")
   count = sums.pop('count')
   divisor = np.where(count > 0, count, np.nan)
   means: dict[str, Any] = {name: total / divisor for name, total in sums.items()}
@@ -155,21 +152,12 @@ def check_classes(num_classes: Any) -> int:
   return check_integer('num_classes', num_classes, 2, INT32_MAX, 'an integer >= 2')
 
 
-def require_integers(name: str, values: jax.Array) -> None:
-  """Raise TypeError unless an array has an integer dtype."""
-  if not jnp.issubdtype(values.dtype, jnp.integer):
+def require_kind(name: str, values: jax.Array, kind: type) -> None:
+  """Raise TypeError unless an array's dtype is of a kind, such as `jnp.integer`."""
+  if not jnp.issubdtype(values.dtype, kind):
     raise TypeError(
-      f'{name} must be integers (class indices), got dtype {values.dtype} of shape '
-      f'{values.shape}.'
-    )
-
-
-def require_floats(name: str, values: jax.Array) -> None:
-  """Raise TypeError unless an array has a floating-point dtype."""
-  if not jnp.issubdtype(values.dtype, jnp.floating):
-    raise TypeError(
-      f'{name} must be floating point, got dtype {values.dtype} of shape '
-      f'{values.shape}.'
+      f'{name} must be {kind.__name__} (class indices are integers), got '
+      f'{values.dtype}{list(values.shape)}.'
     )
 
 
@@ -194,10 +182,8 @@ def check_indices(name: str, values: Any, valid: np.ndarray, limit: int) -> None
     TypeError: If the values are not integers.
     ValueError: If their shape differs, or one is not in 0..limit-1.
   """
-  require_integers(name, values)
-  values = np.asarray(values)
-  if values.shape != valid.shape:
-    raise ValueError(f'{name} must have shape {valid.shape}, got {values.shape}.')
+  require_kind(name, values, jnp.integer)
+  values = np.asarray(check_shape(name, values, 'like the valid rows', valid.shape))
   if not valid.any():
     return
   low = int(values[valid].min())
@@ -223,12 +209,16 @@ def check_finite(name: str, values: Any, valid: np.ndarray) -> None:
     TypeError: If the values are not floating point.
     ValueError: If their leading axes differ, or one is not finite.
   """
-  require_floats(name, values)
+  require_kind(name, values, jnp.floating)
   values = np.asarray(values)
   if values.shape[: valid.ndim] != valid.shape:
     raise ValueError(
       f'{name} must have leading dimensions {valid.shape}, got shape {values.shape}.'
     )
-  bad = np.count_nonzero(~np.isfinite(values[valid]))
-  if bad:
-    raise ValueError(f'{name} must be finite, got {bad} NaN or infinite values.')
+  finite = np.isfinite(values.reshape(*valid.shape, -1)).all(-1)
+  bad = np.argwhere(~finite & valid)
+  if bad.size:
+    raise ValueError(
+      f'{name} must be finite, got NaN or infinity in {len(bad)} places, the first at '
+      f'{tuple(bad[0].tolist())}.'
+    )

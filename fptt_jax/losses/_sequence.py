@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fptt_jax._checks import check_shape
 from fptt_jax._dtypes import widen
 from fptt_jax._windows import WindowView
 from fptt_jax.losses._base import (
@@ -21,8 +22,7 @@ from fptt_jax.losses._base import (
   in_range,
   no_state,
   require_features,
-  require_floats,
-  require_integers,
+  require_kind,
   squared_error,
   totals_where,
   widen_indices,
@@ -50,7 +50,7 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
   num_classes = check_classes(num_classes)
 
   def per_step(outputs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-    require_integers('targets', labels)
+    require_kind('targets', labels, jnp.integer)
     if labels.ndim != 2:
       raise ValueError(f'targets must be [T, B], got a window of shape {labels.shape}.')
     require_features(outputs, num_classes)
@@ -66,9 +66,8 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
     check_indices('targets', targets, valid, num_classes)
 
   def valid(targets: Any, mask: jax.Array) -> jax.Array:
-    require_integers('targets', targets)
-    if targets.shape != mask.shape:
-      raise ValueError(f'targets must be [T, B] = {mask.shape}, got {targets.shape}.')
+    require_kind('targets', targets, jnp.integer)
+    check_shape('targets', targets, '[T, B]', mask.shape)
     return jnp.all(in_range(targets, num_classes) | ~mask)
 
   return _mean_over_steps(per_step, check)._replace(valid=valid)
@@ -85,13 +84,9 @@ def sequence_regression() -> Loss:
   """
 
   def per_step(outputs: jax.Array, expected: jax.Array) -> dict[str, jax.Array]:
-    require_floats('targets', expected)
+    require_kind('targets', expected, jnp.floating)
     # Shapes that differ would broadcast.
-    if expected.shape != outputs.shape:
-      raise ValueError(
-        'targets must be [T, B, O] like the outputs, got a window of targets '
-        f'{expected.shape} and outputs {outputs.shape}.'
-      )
+    check_shape('targets of a window', expected, '[S, B, O]', outputs.shape)
     squared = squared_error(outputs, expected)
     return {'loss': squared.reshape(*outputs.shape[:2], -1).mean(-1)}
 

@@ -5,10 +5,12 @@ y [S, B, H]). :class:`Sequential` combines layers, :func:`from_nnx` makes the pu
 functions that a trainer takes.
 """
 
-from fptt_jax.nn._adapters import from_linen, from_nnx, to_nnx, with_float32_params
 from fptt_jax.nn._foreign import from_equinox, from_haiku
 from fptt_jax.nn._from_cell import FromCell
+from fptt_jax.nn._from_linen import from_linen
+from fptt_jax.nn._from_nnx import from_nnx, to_nnx
 from fptt_jax.nn._initial_state import LearnedInitialState
+from fptt_jax.nn._mixed_precision import with_float32_params
 from fptt_jax.nn._readouts import MixtureOfSoftmaxes, TiedReadout
 from fptt_jax.nn._reconstruction import Reconstruction
 from fptt_jax.nn._regularization import (

@@ -7,8 +7,14 @@ import jax
 from jax import export
 import jax.numpy as jnp
 
-from fptt_jax._checks import check_array, check_size
+from fptt_jax._checks import check_array, check_shape, check_size
 from fptt_jax._trees import check_like
+
+CARRY_STATE = (
+  'Carry it in the hidden state. Use LayerNorm in place of batch normalization: it '
+  'keeps no running statistics.'
+)
+"""What to do about state that a train step does not carry."""
 
 
 def check_rngs(rngs: Any) -> None:
@@ -18,12 +24,6 @@ def check_rngs(rngs: Any) -> None:
       "rngs must be nnx.Rngs with a stream for 'params', such as nnx.Rngs(0), got "
       f'{rngs!r}.'
     )
-
-
-def check_embed(embed: Any) -> None:
-  """Raise a TypeError unless `embed` is an embedding."""
-  if not isinstance(embed, nnx.Embed):
-    raise TypeError(f'embed must be an nnx.Embed, got {embed!r}.')
 
 
 def check_batch_size(batch_size: Any) -> Any:
@@ -80,12 +80,7 @@ def check_window(layer: Any, state: Any, x: jax.Array, mask: Any) -> None:
   """
   name = type(layer).__name__
   if mask is not None:
-    mask = check_array(f'mask of {name}', mask)
-    if mask.shape != x.shape[:2] or mask.dtype != bool:
-      raise ValueError(
-        f'{name} expected a mask bool[S, B] = bool{list(x.shape[:2])}, got '
-        f'{mask.dtype}{list(mask.shape)}.'
-      )
+    check_shape(f'mask of {name}', mask, '[S, B]', x.shape[:2], bool)
   # Shapes only: the initial state is not computed.
   expected = jax.eval_shape(lambda: layer.initial_state(x.shape[1]))
   source = 'as initial_state gives it'

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_callable, check_dtype
+from fptt_jax._checks import check_dtype
 from fptt_jax._probe import check_new_model, check_state_rows, mark_checked
 from fptt_jax._types import Model
 from fptt_jax.nn._checks import check_batch_size, check_features_shape
@@ -53,11 +53,9 @@ def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
     assert y.shape == (28, 4, 16)
   """
   eqx = _import('equinox', 'from_equinox', 'equinox')
-  check_callable('build', build)
   if isinstance(build, eqx.Module):
     raise TypeError(
-      'build must be a function (key) -> module, so that init can draw new '
-      f'parameters, got {type(build).__name__}.'
+      f'build must be a function (key) -> module, got {type(build).__name__}.'
     )
   # Shapes only: large models are not drawn to be inspected.
   abstract = eqx.filter_eval_shape(build, jax.random.key(0))
@@ -129,7 +127,6 @@ def from_haiku(
     assert y.shape == (28, 4, 10)
   """
   hk = _import('haiku', 'from_haiku', 'dm-haiku')
-  check_callable('build', build)
   features_shape = check_features_shape(features_shape)
   dtype = check_dtype('dtype', dtype, tokens=True)
 
@@ -180,10 +177,7 @@ def _check_haiku_core(
   key = jax.random.key(0)
   params, _ = jax.eval_shape(lambda key: start.init(key, 1), key)
   if jax.tree.leaves(params):
-    raise TypeError(
-      f"the core's initial state has parameters, {sorted(params)}, which would not be "
-      'trained.'
-    )
+    raise TypeError(f"the core's initial state has parameters, {sorted(params)}.")
   check_state_rows('from_haiku', initial_state)
 
   def init(key: jax.Array, x: jax.Array) -> Any:

@@ -42,8 +42,8 @@ class FromCell(nnx.Module):
     # A scan over steps would draw the same noise at each of them.
     if jax.tree.leaves(nnx.state(cell, nnx.RngState)):
       raise TypeError(
-        f'cell must not own random streams, got {type(cell).__name__}, which does: put '
-        'noise between layers instead.'
+        f'cell must not own random streams, got {type(cell).__name__}: put noise '
+        'between layers.'
       )
     self.cell = cell
     features = getattr(cell, 'in_features', None)
@@ -100,9 +100,8 @@ def as_recurrent(module: nnx.Module) -> Any:
   if isinstance(module, nnx.Module) and is_cell(module):
     return FromCell(module)
   raise TypeError(
-    'expected a recurrent module (initial_state(batch_size), called with (state, x, '
-    'mask, key)) or a per-step cell (initialize_carry), got '
-    f'{type(module).__name__}; put layers without state into a fptt_jax.nn.Sequential.'
+    'expected a recurrent module with initial_state or a per-step cell with '
+    f'initialize_carry, got {type(module).__name__}; put it into nn.Sequential.'
   )
 
 
@@ -114,18 +113,14 @@ def unwrap_rnn(layer: Any) -> Any:
   Raises:
     TypeError: the loop runs backward in time or has separate state for each step.
   """
-  if isinstance(layer, nnx.Bidirectional):
+  is_rnn = isinstance(layer, nnx.RNN)
+  if isinstance(layer, nnx.Bidirectional) or (is_rnn and layer.reverse):
     raise TypeError(
-      'nnx.Bidirectional reads later steps, which are not in the window: use its '
-      'forward cell alone, such as nn.LSTM(in_features, hidden_features, rngs=rngs).'
+      f'{type(layer).__name__} (Bidirectional or reverse=True) reads later steps, '
+      'which are not in the window: use a forward cell alone.'
     )
-  if not isinstance(layer, nnx.RNN):
+  if not is_rnn:
     return layer
-  if layer.reverse:
-    raise TypeError(
-      'nnx.RNN(reverse=True) reads later steps, which are not in the window: leave out '
-      'reverse.'
-    )
   # An integer axis means one set of variables per time step.
   if any(isinstance(axis, int) for axis in layer.state_axes.values()):
     raise TypeError(

@@ -8,9 +8,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import check_size
+from fptt_jax._checks import check_size, check_type
 from fptt_jax._dtypes import widen
-from fptt_jax.nn._checks import check_embed, check_inputs, check_rngs
+from fptt_jax.nn._checks import check_inputs, check_rngs
 from fptt_jax.nn._regularization import LockedDropout, Stateless
 
 
@@ -40,7 +40,7 @@ class TiedReadout(nnx.Module):
   """
 
   def __init__(self, embed: nnx.Embed):
-    check_embed(embed)
+    check_type('embed', embed, nnx.Embed)
     self.embed = embed
     self.bias = nnx.Param(jnp.zeros(embed.num_embeddings, embed.param_dtype))
 
@@ -106,7 +106,7 @@ class MixtureOfSoftmaxes(Stateless):
     dropout: float = 0.0,
     rngs: nnx.Rngs,
   ):
-    check_embed(embed)
+    check_type('embed', embed, nnx.Embed)
     check_rngs(rngs)
     self.in_features = check_size('in_features', in_features)
     self.experts = check_size('experts', experts)

@@ -303,18 +303,14 @@ class Recurrent(nnx.Module):
   def _check_implementation(self) -> None:
     """Raise if the layer has no kernel, or no CUDA kernel for its size and dtype."""
     name = type(self).__name__
-    if self.implementation == 'native' and self._native_cell is None:
+    kernels = {'native': self._native_cell, 'cuda': self._cuda_kernel}
+    if kernels.get(self.implementation, name) is None:
       raise ValueError(
-        "implementation='native' needs a layer with a kernel, LSTM, GRU, ElmanRNN or "
-        f'AntisymmetricRNN, got {name}.'
+        f'implementation={self.implementation!r} needs a layer with a kernel, such as '
+        f'LSTM or GRU, got {name}.'
       )
-    if self.implementation != 'cuda':
-      return
-    if self._cuda_kernel is None:
-      raise ValueError(
-        f"implementation='cuda' needs a layer with a kernel, LSTM or GRU, got {name}."
-      )
-    cuda.check_supported(name, self.hidden_features, self.param_dtype)
+    if self.implementation == 'cuda':
+      cuda.check_supported(name, self.hidden_features, self.param_dtype)
 
   def _check_number(self, name: str, value: Any, low: float, expected: str) -> float:
     """Return a number that is at least `low` and finite in the layer's dtype."""

@@ -17,10 +17,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import FLOAT32_MAX, check_array, check_number
+from fptt_jax._checks import FLOAT32_MAX, check_array, check_number, check_type
 from fptt_jax._dtypes import widen
 from fptt_jax._types import OutputsWithPenalty
-from fptt_jax.nn._checks import check_embed
 
 
 class Stateless(nnx.Module):
@@ -98,7 +97,7 @@ class EmbeddingDropout(Stateless):
   """
 
   def __init__(self, embed: nnx.Embed, rate: float):
-    check_embed(embed)
+    check_type('embed', embed, nnx.Embed)
     self.embed = embed
     self.rate = _check_rate(rate)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import FLOATS, check_array
+from fptt_jax._checks import FLOATS, check_array, check_type
 from fptt_jax._trees import shapes
 
 _NAME = re.compile(r'(weight|bias)_(ih|hh)_l\d{1,3}', re.ASCII)
@@ -43,11 +43,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> list[dict[str, jax.Array]]:
     >>> sorted(nn.from_torch(weights)[0])
     ['bias', 'w_h', 'w_x']
   """
-  if not isinstance(state_dict, Mapping):
-    raise TypeError(
-      'state_dict must be a mapping of names to arrays, got '
-      f'{type(state_dict).__name__}.'
-    )
+  check_type('state_dict', state_dict, Mapping)
   names = sorted(map(str, state_dict))
   are_known = all(map(_NAME.fullmatch, names))
   # Any other name belongs to a projection, a reverse direction or another module.
@@ -104,10 +100,7 @@ def _convert_layer(
     for part in ('ih', 'hh')
   ]
   if any(bias.shape != (width,) for bias in biases):
-    raise ValueError(
-      f'biases in state_dict must have the shape ({width},), got '
-      f'{[bias.shape for bias in biases]}.'
-    )
+    raise ValueError(f'biases must be [{width}], got {list(map(np.shape, biases))}.')
   # Torch's GRU applies its reset gate after the recurrent bias, so only the GRU keeps
   # both biases; elsewhere only their sum matters.
   params = {'w_x': w_x, 'w_h': w_h}

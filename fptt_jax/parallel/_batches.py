@@ -6,16 +6,15 @@ from jax.sharding import PartitionSpec
 from fptt_jax._batch import (
   Batch,
   check_shapes,
-  check_type,
   is_addressable,
   targets_by_row,
   with_mask,
 )
-from fptt_jax._checks import check_flag
-from fptt_jax._trees import shapes
+from fptt_jax._checks import check_type
+from fptt_jax._trees import leading_axis, shapes
 from fptt_jax.losses import Loss
-from fptt_jax.parallel._devices import one_axis
-from fptt_jax.parallel._placement import batch_specs, named
+from fptt_jax.parallel._devices import check_divisible, one_axis
+from fptt_jax.parallel._specs import batch_specs, named
 
 
 def make_global_batch(
@@ -64,24 +63,15 @@ def make_global_batch(
   if not all(is_addressable(leaf) for leaf in leaves):
     raise TypeError(f'batch must be of concrete arrays, got {shapes(batch)}.')
   one = batch
-  if check_flag('stacked', stacked):
-    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves}
-    if len(lengths) != 1 or 0 in lengths:
-      raise ValueError(
-        'with stacked=True all arrays must have a leading axis of one length N >= 1, '
-        f'got {shapes(batch)}.'
-      )
+  if stacked:
+    leading_axis('batch with stacked=True', batch)
     one = jax.tree.map(lambda x: x[0], batch)
   one = with_mask(one)
   if one.mask is not None and batch.mask is None:
     batch = batch._replace(lengths=None, mask=batch.lengths)
   _, rows = check_shapes(one)
   devices = len(mesh.local_devices)
-  if rows % devices:
-    raise ValueError(
-      f"a process's rows must be a multiple of its {devices} devices in the mesh, got "
-      f'{rows}.'
-    )
+  check_divisible("a process's rows", rows, devices)
   specs = batch_specs(one, axis, targets_by_row(loss))
   for leaf, spec in zip(
     jax.tree.leaves(one.targets), jax.tree.leaves(specs.targets), strict=True

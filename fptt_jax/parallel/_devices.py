@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from fptt_jax._checks import check_integer
+from fptt_jax._checks import check_integer, check_type
 
 
 def use_cpu_devices(num_devices: int | None = None) -> None:
@@ -48,8 +48,7 @@ def one_axis(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, str]:
     TypeError: `mesh` is not a mesh.
     ValueError: `mesh` has several axes.
   """
-  if not isinstance(mesh, jax.sharding.Mesh):
-    raise TypeError(f'mesh must be a jax.sharding.Mesh or None, got {mesh!r}.')
+  check_type('mesh', mesh, jax.sharding.Mesh)
   if len(mesh.axis_names) != 1:
     raise ValueError(
       f'mesh must have one axis, over which the work is split, got {mesh.axis_names}.'
@@ -108,10 +107,10 @@ def _same_axes(mesh: Any, other: jax.sharding.Mesh) -> bool:
   return bool(mesh.axis_names == other.axis_names and mesh.size == other.size)
 
 
-def check_divisible(which: str, number: int, mesh: jax.sharding.Mesh) -> None:
+def check_divisible(which: str, number: int, devices: int) -> None:
   """Raise a ValueError unless the devices can share a number evenly."""
-  if number % mesh.size:
+  if number % devices:
     raise ValueError(
-      f'{which} must be a multiple of the {mesh.size} devices it is split over, got '
+      f'{which} must be a multiple of the {devices} devices it is split over, got '
       f'{number}.'
     )

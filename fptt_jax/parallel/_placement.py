@@ -13,8 +13,7 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from fptt_jax._batch import Batch, targets_by_row
 from fptt_jax._types import (
@@ -33,6 +32,7 @@ from fptt_jax.parallel._collectives import (
   sum_over_devices,
 )
 from fptt_jax.parallel._devices import check_divisible, check_placement, one_axis
+from fptt_jax.parallel._specs import batch_specs, named, place, shard_specs
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 Gradient = Callable[[Params, UpdateInputs], tuple[jax.Array, Params, UpdateResult]]
@@ -145,7 +145,7 @@ class Replicated(Placement):
 
   def rows_per_device(self, batch_size: int) -> int:
     """Return the rows of a batch that each device gets."""
-    check_divisible('the batch size B', batch_size, self.devices)
+    check_divisible('the batch size B', batch_size, self.devices.size)
     return batch_size // self.devices.size
 
   def place(self, state: TrainState) -> TrainState:
@@ -365,82 +365,8 @@ def make_placement(
   """
   if mesh is None:
     if shard_params:
-      raise ValueError(
-        'shard_params=True needs a mesh, over whose devices the parameters are split: '
-        'got mesh=None.'
-      )
+      raise ValueError('shard_params=True needs a mesh, got mesh=None.')
     return Placement()
   mesh, _ = one_axis(mesh)
   kind = Sharded if shard_params else Replicated
   return kind(mesh, targets_by_row(loss))
-
-
-def named(specs: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Return a tree of partition specs as shardings on the mesh."""
-  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
-
-def place(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Put a tree on a mesh. Each of several processes passes the same tree."""
-
-  def is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(
-      leaf.dtype, jax.dtypes.prng_key
-    )
-
-  def data(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if is_key(leaf) else leaf
-
-  def restore(leaf: Any, placed: Any) -> Any:
-    if not is_key(leaf):
-      return placed
-    return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(leaf))
-
-  # JAX places the data of keys, but not keys, on a mesh of several processes.
-  placed = jax.device_put(jax.tree.map(data, tree), named(specs, mesh))
-  return jax.tree.map(restore, tree, placed)
-
-
-def batch_specs(batch: Batch, axis: str | None, terminal: bool) -> Any:
-  """Return the specs of a batch whose rows are split over an axis.
-
-  Args:
-    batch: Batch of arrays.
-    axis: Name of the mesh axis; None leaves the batch whole.
-    terminal: Whether targets are [B, ...] for certain. Otherwise those of shape
-      [T, B, ...] are split along their second axis.
-  """
-  rows: Any = PartitionSpec(axis)
-  columns: Any = PartitionSpec(None, axis)
-  num_steps_and_rows = jnp.shape(jax.tree.leaves(batch.inputs)[0])[:2]
-
-  def target_spec(target: Any) -> Any:
-    time_major = not terminal and jnp.shape(target)[:2] == num_steps_and_rows
-    return columns if time_major else rows
-
-  return Batch(
-    inputs=jax.tree.map(lambda _: columns, batch.inputs),
-    targets=jax.tree.map(target_spec, batch.targets),
-    lengths=None if batch.lengths is None else rows,
-    mask=None if batch.mask is None else columns,
-  )
-
-
-def shard_specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Return specs that cut each leaf along the first axis that n divides.
-
-  The first axis makes shards contiguous. Leaves of one shape are cut alike, so that an
-  optimizer's moments lie where their parameter does.
-
-  Args:
-    tree: Tree of arrays. A leaf without such an axis is replicated.
-    mesh: Mesh with one axis, of n devices.
-  """
-
-  def spec(leaf: Any) -> PartitionSpec:
-    for number, length in enumerate(jnp.shape(leaf)):
-      if length > 0 and length % mesh.size == 0:
-        return PartitionSpec(*[None] * number, mesh.axis_names[0])
-    return PartitionSpec()
-
-  return jax.tree.map(spec, tree)

@@ -9,19 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fptt_jax._batch import Batch, check_inputs, check_type
+from fptt_jax._batch import Batch, check_inputs
 from fptt_jax._checks import (
+  FLOAT32_TINY,
   INT32_MAX,
   check_array,
-  check_callable,
-  check_flag,
   check_integer,
   check_number,
+  check_shape,
   check_size,
+  check_type,
 )
 from fptt_jax._compiled import Compiled
 from fptt_jax._summary import find_states
-from fptt_jax._trees import check_like, shapes
+from fptt_jax._trees import check_like, leading_axis, shapes
 from fptt_jax._types import Model, TrainState
 from fptt_jax.influence import INFLUENCES, Influence
 from fptt_jax.losses import Loss
@@ -126,10 +127,7 @@ def make_learner(
   """
   check_types(model, loss, optimizer)
   _check_loss(loss)
-  if on_drift is not None:
-    check_callable('on_drift', on_drift)
   window_size = check_size('window_size', window_size)
-  skip_nonfinite = check_flag('skip_nonfinite', skip_nonfinite)
   wrapped = partly_labelled(loss)
   trainer = make_trainer(
     model,
@@ -157,7 +155,7 @@ def make_learner(
     inner_steps=int(inner_steps),
     keeps_influence=_keeps_influence(influence),
   )
-  return _compile(_Functions(spec), check_flag('donate', donate))
+  return _compile(_Functions(spec), donate)
 
 
 def _keeps_influence(influence: str | Influence) -> bool:
@@ -228,10 +226,7 @@ class _Functions:
     labels = _as_labels(spec, state, y, labelled)
     num_steps, num_labels = len(steps.valid), len(labels.labelled)
     if num_steps != num_labels:
-      raise ValueError(
-        f'y must have as many steps as x, n={num_steps}, got n={num_labels}. Labels of '
-        'other steps are for learn.'
-      )
+      raise ValueError(f'y must have the n={num_steps} steps of x, got {num_labels}.')
     every = functools.partial(run_steps, spec, may_reset=reset is not None)
     if num_steps % spec.window_size:
       state, outputs = every(state, steps, labels)
@@ -301,31 +296,19 @@ def _check_like(name: str, tree: Any, ring: Any, *, exactly: bool) -> int:
   The check runs when a call is traced, and a call of other shapes is traced anew. It
   comes before anything is donated.
   """
-  leaves = [check_array(name, leaf) for leaf in jax.tree.leaves(tree)]
-  lengths = {leaf.shape[:1] for leaf in leaves}
-  if len(lengths) != 1 or lengths & {(), (0,)}:
-    raise ValueError(
-      f'{name} must be arrays [n, B, ...] of n >= 1 steps, got shapes {shapes(tree)}.'
-    )
-  [(num_steps,)] = lengths
+  num_steps = leading_axis(name, tree)
   like = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((num_steps, *leaf.shape[1:]), leaf.dtype), ring
   )
   check_like(name, tree, like, 'as init was given it, [n, B, ...]', exactly)
-  return int(num_steps)
+  return num_steps
 
 
 def _as_mask(name: str, mask: Any, rows: tuple[int, int], missing: bool) -> jax.Array:
   """Return a mask bool [n, B], filled with `missing` if it is None."""
   if mask is None:
     return jnp.full(rows, missing)
-  mask = check_array(name, mask)
-  if mask.shape != rows or mask.dtype != bool:
-    raise ValueError(
-      f'{name} must be bool [n, B] = bool{list(rows)}, got {mask.dtype}'
-      f'{list(mask.shape)}.'
-    )
-  return jnp.asarray(mask)
+  return jnp.asarray(check_shape(name, mask, '[n, B]', rows, bool))
 
 
 def _zero_window(tree: Any, size: int) -> Any:
@@ -395,20 +378,17 @@ def _check_loss(loss: Loss) -> None:
   """Raise a ValueError if a loss has one target per sequence."""
   if loss.terminal or loss.last_only:
     raise ValueError(
-      'loss must have one target per step, because a stream has no end: use '
-      'losses.sequence_regression, losses.sequence_classification or '
-      f'losses.from_function(..., terminal=False); got a loss with terminal='
-      f'{loss.terminal} and last_only={loss.last_only}.'
+      'loss must have one target per step, such as losses.sequence_regression or '
+      f'from_function(..., terminal=False); got a loss with terminal={loss.terminal} '
+      f'and last_only={loss.last_only}.'
     )
 
 
 def _check_fading(fading: Any) -> tuple[float, float]:
   """Return the two fading factors; raise ValueError unless they lie in (0, 1]."""
-  if not isinstance(fading, Sequence) or len(fading) != 2:
-    raise ValueError(f'fading must be two factors in (0, 1], got {fading!r}.')
-  tiny = float(np.finfo(np.float32).tiny)
-  fast, slow = (
-    check_number('fading', factor, tiny, 1, 'two factors in (0, 1]')
-    for factor in fading
+  fast, slow = fading if np.shape(fading) == (2,) else (None, None)
+  expected = 'two factors in (0, 1]'
+  return (
+    check_number('fading', fast, FLOAT32_TINY, 1, expected),
+    check_number('fading', slow, FLOAT32_TINY, 1, expected),
   )
-  return fast, slow

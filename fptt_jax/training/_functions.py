@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from fptt_jax._batch import (
   Batch,
   check_shapes,
-  check_type,
   is_addressable,
   validate_batch,
   with_mask,
 )
-from fptt_jax._checks import as_key, check_flag
+from fptt_jax._checks import as_key, check_shape, check_type
 from fptt_jax._compiled import explain_deleted
 from fptt_jax._probe import check_model
 from fptt_jax._trees import check_like
@@ -59,8 +58,7 @@ class Functions:
     batch = with_mask(batch)
     num_steps, batch_size = check_shapes(batch)
     key = as_key('key', key)
-    if key.shape != ():
-      raise ValueError(f'key must be one key, got shape {key.shape}.')
+    check_shape('key', key, '[]', ())
     init_key, run_key = jax.random.split(key)
     if all(is_addressable(leaf) for leaf in jax.tree.leaves(batch)):
       validate_batch(batch, spec.loss)
@@ -132,8 +130,6 @@ class Functions:
     return_hidden: bool = False,
   ) -> Any:
     """Compute the model's outputs, see :class:`fptt_jax.Trainer`."""
-    check_flag('batch_major', batch_major)
-    check_flag('return_hidden', return_hidden)
     make_batch = Batch.from_batch_major if batch_major else Batch
     batch = make_batch(inputs, (), lengths, mask)
     self.placement.check(batch)
@@ -181,7 +177,4 @@ class Functions:
     rows = self.placement.rows_per_device(batch_size)
     parts = self.spec.micro_batches
     if rows % parts:
-      raise ValueError(
-        f'micro_batches must divide the {rows} rows of a batch (on each device), got '
-        f'{parts}.'
-      )
+      raise ValueError(f'micro_batches must divide {rows} rows, got {parts}.')

@@ -5,17 +5,17 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fptt_jax._batch import Batch, check_type
+from fptt_jax._batch import Batch
 from fptt_jax._checks import (
   as_key,
-  check_flag,
   check_integer,
+  check_shape,
+  check_type,
 )
 from fptt_jax._compiled import Compiled
-from fptt_jax._trees import leading_axis, shapes
+from fptt_jax._trees import leading_axis
 from fptt_jax._types import Hidden, Params, StepMetrics, Trainer, TrainState
 from fptt_jax.losses import MetricSums
 from fptt_jax.parallel._devices import check_divisible, one_axis
@@ -79,7 +79,7 @@ def vmap_trainer(
   check_type('trainer', trainer, Trainer)
   if mesh is not None:
     mesh, _ = one_axis(mesh)
-  members = _Members(trainer, check_flag('own_batches', own_batches), mesh)
+  members = _Members(trainer, own_batches, mesh)
   return Trainer(
     init=members.init,
     step=Compiled(members.step, donate=trainer.donate),
@@ -109,10 +109,7 @@ class _Members:
   def init(self, keys: jax.Array, batch: Batch) -> TrainState:
     """Make the members' first states."""
     keys = as_key('keys', keys)
-    if jnp.ndim(keys) != 1:
-      raise ValueError(
-        f'keys must be one key per member, [R], for init, got shape {keys.shape}.'
-      )
+    check_shape('keys', keys, '[R]', (keys.size,))
     self._check_batch(batch, self._count('keys', keys))
     init = jax.vmap(self.trainer.init, in_axes=(0, self.batch_axis))
     state: TrainState = init(keys, batch)
@@ -203,13 +200,10 @@ class _Members:
       ValueError: The length is another, or the devices cannot share R members evenly.
     """
     found = leading_axis(name, tree)
-    if found < 1 or (number is not None and found != number):
-      raise ValueError(
-        f'{name} must have a leading axis of R={number or "1 or more"} members, got '
-        f'{found}.'
-      )
+    if number is not None and found != number:
+      raise ValueError(f'{name} must have R={number} members, got {found}.')
     if self.mesh is not None:
-      check_divisible('the number of members R', found, self.mesh)
+      check_divisible('the number of members R', found, self.mesh.size)
     return found
 
 
@@ -237,13 +231,7 @@ def take_member(tree: Any, member: int, *, axis: int = 0) -> Any:
     {'w': Array([3., 4.], dtype=float32)}
   """
   axis = check_integer('axis', axis, 0, 1, '0 or 1')
-  lengths = {jnp.shape(leaf)[axis : axis + 1] for leaf in jax.tree.leaves(tree)}
-  if len(lengths) != 1 or () in lengths:
-    raise ValueError(
-      f'tree must have an axis {axis} of one length in all arrays, got shapes '
-      f'{shapes(tree)}.'
-    )
-  [(number,)] = lengths
+  number = leading_axis('tree', tree, axis)
   accepted = f'the number of one of the R={number} members, 0..{number - 1}'
   member = check_integer('member', member, 0, number - 1, accepted)
   return jax.tree.map(lambda leaf: leaf[member] if axis == 0 else leaf[:, member], tree)

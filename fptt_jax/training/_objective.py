@@ -191,9 +191,8 @@ def _add_penalty(spec: StepSpec, run: WindowRun, value: jax.Array) -> jax.Array:
     return value
   if spec.micro_batches > 1 and run.view.ragged:
     raise ValueError(
-      'micro_batches > 1 excludes ragged batches for a model that returns penalties, '
-      'which may be means over the rows of a part: got '
-      f'micro_batches={spec.micro_batches} and lengths or a mask.'
+      f'micro_batches={spec.micro_batches} excludes lengths and masks for a model that '
+      'returns penalties, which may be means over the rows of a part.'
     )
   return value + run.view.mean(run.penalty, run.view.mask).astype(value.dtype)
 

@@ -118,13 +118,9 @@ def check_optimizer(spec: StepSpec) -> None:
   params = jax.eval_shape(spec.model.init, jax.random.key(0))
   check_usable(spec.optimizer, params, _placeholder_extra_args(spec.inner_steps))
   regularized = bool(find_states(jax.eval_shape(spec.optimizer.init, params)))
-  if spec.method.regularized and not regularized:
+  if regularized != spec.method.regularized:
+    wanted = 'an' if spec.method.regularized else 'no'
     raise ValueError(
-      f'method {spec.method_name!r} needs fptt(...) around the optimizer, got one '
-      "without; without it this is 'tbptt'."
-    )
-  if regularized and not spec.method.regularized:
-    raise ValueError(
-      f'method {spec.method_name!r} has no regularizer, got an optimizer with '
-      'fptt(...) in it.'
+      f'method {spec.method_name!r} needs {wanted} fptt(...) in the optimizer, got '
+      f"regularized={regularized}. 'fptt' without it is 'tbptt'."
     )

@@ -7,16 +7,8 @@ import jax
 import numpy as np
 import optax
 
-from fptt_jax._checks import (
-  FLOAT32_MAX,
-  INT32_MAX,
-  as_number,
-  check_callable,
-  check_flag,
-  check_integer,
-  check_size,
-)
-from fptt_jax._types import FeaturesAndReadout, Hidden, Model, Params
+from fptt_jax._checks import FLOAT32_MAX, as_number, check_size, check_type
+from fptt_jax._types import Hidden, Model, Params
 from fptt_jax.influence import INFLUENCES, Influence
 from fptt_jax.losses import Loss
 from fptt_jax.training._micro_batches import split_model
@@ -50,13 +42,6 @@ def resolve_spec(
   # Types come first: the other checks read attributes of these objects.
   check_types(model, loss, optimizer)
   name, method = _find_method(method)
-  for flag in (
-    'carry_hidden',
-    'skip_nonfinite',
-    'return_outputs',
-    'checkpoint_windows',
-  ):
-    check_flag(flag, options[flag])
   for size in ('inner_steps', 'micro_batches'):
     options[size] = check_size(size, options[size])
   for size in ('num_windows', 'window_size', 'truncation_steps', 'readout_chunk'):
@@ -87,23 +72,12 @@ def resolve_spec(
 def _find_method(method: str | Method) -> tuple[str, Method]:
   """Return the name and the settings of a method."""
   if isinstance(method, Method):
-    return 'custom', _check_custom_method(method)
+    return 'custom', method
   if isinstance(method, str) and method in METHODS:
     return method, METHODS[method]
   raise ValueError(
     f'method must be one of {list(METHODS)} or a Method, got {method!r}.'
   )
-
-
-def _check_custom_method(method: Method) -> Method:
-  for flag in ('regularized', 'update_each_window', 'whole_gradient', 'truncated'):
-    check_flag(f'method.{flag}', getattr(method, flag))
-  windows = method.num_windows
-  if windows is None or (isinstance(windows, str) and windows == 'T'):
-    return method
-  accepted = "an integer >= 1, 'T' or None"
-  windows = check_integer('method.num_windows', windows, 1, INT32_MAX, accepted)
-  return method._replace(num_windows=windows)
 
 
 def _find_influence(
@@ -124,13 +98,10 @@ def _find_influence(
       f'influence must be one of {["none", *INFLUENCES]} or an Influence, got '
       f'{influence!r}.'
     )
-  for part in ('init', 'credit', 'advance'):
-    check_callable(f'influence.{part}', getattr(found, part))
   if not method.update_each_window or method.whole_gradient or method.truncated:
     raise ValueError(
-      f"method {name!r} does not cut its gradient at the windows' borders, so that no "
-      f'credit is left to carry: got influence={influence!r}. Leave it out, or use '
-      "'fptt', 'tbptt' or 'ogd'."
+      f"method {name!r} does not cut its gradient at the windows' borders: got "
+      f"influence={influence!r}. Leave it out, or use 'fptt', 'tbptt' or 'ogd'."
     )
   return found
 
@@ -149,20 +120,12 @@ def _hidden_map(model: Model) -> Callable[..., Hidden]:
 
 def _check_method_options(name: str, method: Method, options: dict[str, Any]) -> None:
   """Raise a ValueError unless the windows' options fit each other and the method."""
-  num_windows = options['num_windows']
-  window_size = options['window_size']
-  if num_windows is not None and window_size is not None:
-    raise ValueError(
-      f'give num_windows or window_size, not both: got num_windows={num_windows} and '
-      f'window_size={window_size}.'
-    )
-  if method.num_windows is not None:
-    for option in ('num_windows', 'window_size'):
-      if options[option] is not None:
-        raise ValueError(
-          f'method {name!r} fixes K={method.num_windows}: leave out {option}, got '
-          f'{option}={options[option]}.'
-        )
+  sizes = ('num_windows', 'window_size')
+  given = {size: options[size] for size in sizes if options[size] is not None}
+  # A method that fixes K takes neither.
+  most = 1 if method.num_windows is None else 0
+  if len(given) > most:
+    raise ValueError(f'method {name!r} takes {most} of {sizes}, got {given}.')
   several_windows = method.whole_gradient and method.num_windows != 1
   if options['checkpoint_windows'] and not several_windows:
     raise ValueError(
@@ -180,20 +143,14 @@ def _check_method_options(name: str, method: Method, options: dict[str, Any]) ->
 def _check_readout(model: Model, loss: Loss, options: dict[str, Any]) -> None:
   """Raise a ValueError unless `readout_chunk` fits model, loss and other options."""
   chunk = options['readout_chunk']
-  if chunk is None:
-    return
-  if model.split is None:
-    raise ValueError(
-      f'readout_chunk={chunk} needs a model that has a split, got model.split=None.'
-    )
-  if loss.per_step is None:
-    raise ValueError(
-      f'readout_chunk={chunk} needs a loss that has a per_step, got loss.per_step=None.'
-    )
-  if options['return_outputs']:
-    raise ValueError(
-      f'return_outputs=True excludes readout_chunk, got readout_chunk={chunk}.'
-    )
+  lacking = {
+    'a model that has a split': model.split is None,
+    'a loss that has a per_step': loss.per_step is None,
+    'return_outputs=False': options['return_outputs'],
+  }
+  for needed, is_lacking in lacking.items():
+    if chunk is not None and is_lacking:
+      raise ValueError(f'readout_chunk={chunk} needs {needed}, got another.')
 
 
 def _finite_weights(loss_weights: Any) -> np.ndarray | None:
@@ -219,31 +176,7 @@ def check_types(
   model: Model, loss: Loss, optimizer: optax.GradientTransformation
 ) -> None:
   """Raise a TypeError for the usual mistakes: a module, a function, a class."""
-  if not isinstance(model, Model):
-    raise TypeError(
-      'model must be a fptt_jax.Model, as fptt_jax.nn.from_nnx makes one, got '
-      f'{type(model).__name__}.'
-    )
-  if not isinstance(loss, Loss):
-    raise TypeError(
-      'loss must be a fptt_jax.Loss, as fptt_jax.losses makes them (from_function for '
-      f'your own), got {loss!r}.'
-    )
-  if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
-    raise TypeError(
-      f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.'
-    )
-  if model.split is not None and not isinstance(model.split, FeaturesAndReadout):
-    raise TypeError(
-      f'model.split must be a fptt_jax.FeaturesAndReadout or None, got {model.split!r}.'
-    )
-  for name in ('init', 'initial_state', 'apply'):
-    check_callable(f'model.{name}', getattr(model, name))
-  for name in ('learned_initial_state', 'apply_last', 'plain', 'own_steps'):
-    if getattr(model, name) is not None:
-      check_callable(f'model.{name}', getattr(model, name))
-  for name in ('init', 'apply', 'measure', 'end_epoch', 'check'):
-    check_callable(f'loss.{name}', getattr(loss, name))
-  for name in ('per_step', 'valid'):
-    if getattr(loss, name) is not None:
-      check_callable(f'loss.{name}', getattr(loss, name))
+  check_type('model', model, Model, ', as fptt_jax.nn.from_nnx makes one')
+  check_type('loss', loss, Loss, ', as fptt_jax.losses makes one (from_function)')
+  if not isinstance(optimizer, optax.MultiSteps):
+    check_type('optimizer', optimizer, optax.GradientTransformation)

@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 
-from fptt_jax._batch import Batch, check_type
+from fptt_jax._batch import Batch
 from fptt_jax._checks import (
   as_key,
-  check_callable,
-  check_flag,
+  check_type,
 )
 from fptt_jax._compiled import Compiled
 from fptt_jax._trees import arrange_like, leading_axis
@@ -73,7 +72,6 @@ def scan_train_steps(
     (5, 4)
   """
   check_type('trainer', trainer, Trainer)
-  check_callable('make_batch', make_batch)
   if donate is None:
     donate = trainer.donate
 
@@ -93,4 +91,4 @@ def scan_train_steps(
 
     return jax.lax.scan(body, state, items)
 
-  return Compiled(run, donate=check_flag('donate', donate))
+  return Compiled(run, donate=donate)

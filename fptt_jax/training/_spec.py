@@ -96,10 +96,10 @@ class StepSpec:
       return make_windows(steps, num_windows=1).shifted(num_steps - steps)
     fixed = self.method.num_windows
     # Methods with an update per step have as many windows as the sequence has steps.
-    if fixed == 'T':
+    if isinstance(fixed, str):
       return make_windows(num_steps, num_windows=num_steps)
     if fixed is not None:
-      return make_windows(num_steps, num_windows=int(fixed))
+      return make_windows(num_steps, num_windows=fixed)
     return make_windows(
       num_steps, num_windows=self.num_windows, window_size=self.window_size
     )

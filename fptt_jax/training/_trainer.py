@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import optax
 
-from fptt_jax._checks import check_flag
 from fptt_jax._compiled import Compiled
 from fptt_jax._types import Model, Trainer
 from fptt_jax.influence import Influence
@@ -168,11 +167,11 @@ def make_trainer(
     'checkpoint_windows': checkpoint_windows,
   }
   spec = resolve_spec(model, loss, optimizer, method, options)
-  placement = make_placement(mesh, check_flag('shard_params', shard_params), loss)
+  placement = make_placement(mesh, shard_params, loss)
   if shard_params and spec.influence is not None:
     _refuse_sharding(influence)
   spec = dataclasses.replace(spec, axis=placement.axis)
-  return _compile(Functions(spec, placement), check_flag('donate', donate))
+  return _compile(Functions(spec, placement), donate)
 
 
 def _refuse_sharding(influence: str | Influence) -> NoReturn:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax._batch import Batch, check_shapes
-from fptt_jax._checks import check_array
+from fptt_jax._checks import check_array, check_shape
 from fptt_jax._types import (
   Hidden,
   Model,
@@ -175,18 +175,12 @@ def _check_outputs(
   outputs: jax.Array, penalty: jax.Array | None, num_steps: int, view: WindowView
 ) -> None:
   """Raise unless outputs are [num_steps, B, ...] and penalties [S, B]."""
-  check_array('the outputs that model.apply returns', outputs)
-  expected = (num_steps, view.mask.shape[1])
-  if outputs.shape[:2] != expected:
-    raise ValueError(
-      f'the model must return outputs [S, B, ...] = {expected} + features, got shape '
-      f'{outputs.shape}.'
-    )
-  if penalty is not None and penalty.shape != view.mask.shape:
-    raise ValueError(
-      f'the penalty that model.apply returns must be [S, B] = {view.mask.shape}, got '
-      f'shape {penalty.shape}.'
-    )
+  name = 'outputs that model.apply returns'
+  expected = (num_steps, view.mask.shape[1], *check_array(name, outputs).shape[2:])
+  check_shape(name, outputs, '[S, B, ...]', expected)
+  if penalty is not None:
+    name = 'penalty that model.apply returns'
+    check_shape(name, penalty, '[S, B]', view.mask.shape)
 
 
 def _readout_chunk(

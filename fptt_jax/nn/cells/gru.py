@@ -6,7 +6,6 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import check_flag
 from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.nn._fused import (
   FusedCell,
@@ -185,7 +184,7 @@ class GRU(Recurrent):
     super().__init__(
       in_features, hidden_features, param_dtype, rngs, implementation, products
     )
-    has_recurrent_bias = check_flag('recurrent_bias', recurrent_bias)
+    has_recurrent_bias = recurrent_bias
     w_x, w_h, biases = draw_gates(self, init, 3, rngs)
     self.w_x = nnx.Param(w_x)
     self.w_h = nnx.Param(w_h)

@@ -7,7 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import FLOAT32_TINY, as_number
+from fptt_jax._checks import FLOAT32_TINY, check_number
 from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.nn._fused import elementwise_cell, run_fused
 from fptt_jax.nn._recurrent import Recurrent, Step
@@ -163,23 +163,14 @@ class IndRNN(Recurrent):
 
   def _check_range(self, initial_range: Any) -> tuple[float, float]:
     """Return (low, high); a ValueError names a range outside ±max_weight."""
-    if self.max_weight is None:
+    limit = self.max_weight
+    if limit is None:
       # Half of the largest number, so that high - low is finite.
       limit = float(jnp.finfo(self.param_dtype).max) / 2
-      within = ''
-    else:
-      limit = self.max_weight
-      within = f' within ±max_weight={limit}'
-    is_pair = isinstance(initial_range, tuple | list) and len(initial_range) == 2
-    ends = initial_range if is_pair else (None, None)
-    low = as_number(ends[0])
-    high = as_number(ends[1])
-    if low is None or high is None or not -limit <= low <= high <= limit:
-      raise ValueError(
-        f'initial_range must be (low, high) with low <= high{within}, got '
-        f'{initial_range!r}.'
-      )
-    return low, high
+    start, end = initial_range
+    expected = f'(low, high) with low <= high within ±{limit:g}'
+    low = check_number('initial_range', start, -limit, limit, expected)
+    return low, check_number('initial_range', end, low, limit, expected)
 
   def _clipped_u(self) -> jax.Array:
     """Return the u [H] that steps use."""

@@ -1,28 +1,26 @@
-"""Adapters from Flax modules, NNX and Linen, to the pure functions of `fptt_jax.Model`.
+"""From NNX modules to the pure functions of `fptt_jax.Model`.
 
-No other file of the library knows the lifecycle of Flax modules.
+No other file of the library knows the lifecycle of NNX modules.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 import warnings
 
-from flax import linen, nnx
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_dtype
 from fptt_jax._probe import (
   HiddenMemoryError,
   check_new_model,
   check_state_rows,
-  is_checked,
   mark_checked,
 )
 from fptt_jax._trees import check_like
 from fptt_jax._types import FeaturesAndReadout, Model, OwnStep
-from fptt_jax.nn._checks import check_batch_size, check_features_shape
+from fptt_jax.nn._checks import CARRY_STATE
 from fptt_jax.nn._from_cell import as_recurrent
 from fptt_jax.nn._inspection import (
   example_inputs,
@@ -30,7 +28,7 @@ from fptt_jax.nn._inspection import (
   referred_arrays,
   unknown_layers,
 )
-from fptt_jax.nn._recurrent import Recurrent, scan_cell
+from fptt_jax.nn._recurrent import Recurrent
 from fptt_jax.nn._sequential import Sequential, own_steps
 
 
@@ -68,8 +66,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   """
   if isinstance(build, nnx.Module) or not callable(build):
     raise TypeError(
-      'build must be a function (rngs) -> module, so that init can draw new '
-      f'parameters, got {type(build).__name__}.'
+      f'build must be a function (rngs) -> module, got {type(build).__name__}.'
     )
 
   def make(key: jax.Array) -> Any:
@@ -100,77 +97,6 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   if abstract.readout_start == len(abstract.layers):
     return model
   return model._replace(split=_split_readout(parts))
-
-
-def from_linen(
-  module: linen.Module,
-  features_shape: tuple[int, ...],
-  dtype: jax.typing.DTypeLike = jnp.float32,
-) -> Model:
-  """Turn a Linen per-step module into a :class:`fptt_jax.Model`.
-
-  Args:
-    module: follows the protocol of flax's cells: `module(carry, x_t) -> (carry, y_t)`
-      and `initialize_carry(key, input_shape)`. It may hold an embedding, several cells
-      and a readout.
-    features_shape: shape of one step of one sequence: (D,), or () for tokens.
-    dtype: dtype of the inputs.
-
-  Returns:
-    The model. Its params are the module's 'params' collection. In training, the stream
-    'dropout' gets a new key at each step. In evaluation there is none, so
-    `self.has_rng('dropout')` is False.
-
-  Raises:
-    TypeError: the module does not follow the protocol, or has other collections than
-      'params'.
-    ValueError: `features_shape` is not a shape, or `dtype` is neither floating point
-      nor integer.
-
-  Example:
-    >>> from flax import linen
-    >>> from fptt_jax import nn
-    >>> model = nn.from_linen(linen.OptimizedLSTMCell(16), (1,))
-  """
-  if not isinstance(module, linen.Module) or not hasattr(module, 'initialize_carry'):
-    is_class = isinstance(module, type)
-    got = f'the class {module.__name__}' if is_class else type(module).__name__
-    raise TypeError(
-      'module must be a per-step cell with initialize_carry(key, input_shape), got '
-      f'{got}.'
-    )
-  features_shape = check_features_shape(features_shape)
-  dtype = check_dtype('dtype', dtype, tokens=True)
-
-  def initial_state(batch_size: int) -> Any:
-    shape = (check_batch_size(batch_size), *features_shape)
-    return module.initialize_carry(jax.random.key(0), shape)
-
-  def init(key: jax.Array) -> Any:
-    x = jnp.zeros((1, *features_shape), dtype)
-    return module.init(key, initial_state(1), x).get('params', {})
-
-  def apply(
-    params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None
-  ) -> tuple[Any, jax.Array]:
-    def step(
-      state: Any, inputs: tuple[jax.Array, jax.Array | None]
-    ) -> tuple[Any, jax.Array]:
-      x_t, key_t = inputs
-      rngs = None if key_t is None else {'dropout': key_t}
-      result: Any = module.apply({'params': params}, state, x_t, rngs=rngs)
-      return result
-
-    keys = None if key is None else jax.random.split(key, x.shape[0])
-    return scan_cell(step, state, (x, keys), mask)
-
-  name = type(module).__name__
-  check_state_rows(name, initial_state)
-  x_t = jax.ShapeDtypeStruct((1, *features_shape), dtype)
-  _check_collections(module, initial_state, x_t)
-  model = Model(init, initial_state, apply)
-  check_new_model(model, jax.ShapeDtypeStruct((1, 1, *features_shape), dtype), name)
-  return model
 
 
 def to_nnx(build: Callable[[nnx.Rngs], nnx.Module], params: Any) -> nnx.Module:
@@ -204,82 +130,6 @@ def to_nnx(build: Callable[[nnx.Rngs], nnx.Module], params: Any) -> nnx.Module:
   nnx.replace_by_pure_dict(state, params)
   nnx.update(recurrent, state)
   return module
-
-
-def with_float32_params(model: Model) -> Model:
-  """Keep the parameters of a low-precision model in float32 (mixed precision).
-
-  Each window casts them to the dtypes in which the model draws them. Products are then
-  of bfloat16, for example, while gradients, W, W̄, λ and the optimizer's moments are
-  float32: updates that bfloat16 would round away are kept.
-
-  Args:
-    model: a model with parameters of fewer than 32 bits, such as layers with
-      `param_dtype=jnp.bfloat16` (for flax's layers, also `dtype`). Parameters of other
-      dtypes do not change.
-
-  Raises:
-    TypeError: `model` is not a :class:`fptt_jax.Model`.
-
-  Example:
-    >>> import jax, jax.numpy as jnp
-    >>> from flax import nnx
-    >>> from fptt_jax import nn
-    >>> half = dict(param_dtype=jnp.bfloat16)
-    >>> def build(rngs):
-    ...   readout = nnx.Linear(16, 10, dtype=jnp.bfloat16, **half, rngs=rngs)
-    ...   return nn.Sequential(nn.LSTM(1, 16, **half, rngs=rngs), readout)
-    >>> model = nn.with_float32_params(nn.from_nnx(build))
-    >>> params = model.init(jax.random.key(0))
-    >>> params['layers'][1]['kernel'].dtype
-    dtype('float32')
-    >>> x = jnp.ones((28, 4, 1))
-    >>> model.apply(params, model.initial_state(4), x, None, None)[1].dtype
-    dtype(bfloat16)
-  """
-  if not isinstance(model, Model):
-    raise TypeError(
-      'model must be a fptt_jax.Model, as from_nnx makes it, got '
-      f'{type(model).__name__}.'
-    )
-  # The dtypes in which the model computes.
-  drawn = jax.eval_shape(model.init, jax.random.key(0))
-
-  def init(key: jax.Array) -> Any:
-    return jax.tree.map(_widen_low_precision, model.init(key))
-
-  def cast(function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(params: Any, *args: Any) -> Any:
-      cast_params = jax.tree.map(lambda w, like: w.astype(like.dtype), params, drawn)
-      return function(cast_params, *args)
-
-    return run
-
-  apply = cast(model.apply)
-  if is_checked(model.apply):
-    mark_checked(apply)
-  split = model.split
-  if split is not None:
-    split = FeaturesAndReadout(cast(split.features), cast(split.readout))
-  learned = model.learned_initial_state
-  own = model.own_steps
-  return Model(
-    init=init,
-    initial_state=model.initial_state,
-    apply=apply,
-    apply_last=None if model.apply_last is None else cast(model.apply_last),
-    split=split,
-    learned_initial_state=None if learned is None else cast(learned),
-    plain=None if model.plain is None else cast(model.plain),
-    own_steps=None if own is None else cast(own),
-  )
-
-
-def _widen_low_precision(leaf: jax.Array) -> jax.Array:
-  is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-  if is_float and jnp.finfo(leaf.dtype).bits < 32:
-    return leaf.astype(jnp.float32)
-  return leaf
 
 
 class _Parts(NamedTuple):
@@ -434,9 +284,8 @@ def _split_module(make: Callable[[jax.Array], Any]) -> _Parts:
   for place, found in referred:
     if isinstance(found, nnx.Module | nnx.Variable):
       raise TypeError(
-        f'the function or object at {place} refers to a {type(found).__name__}, whose '
-        'parameters would not be trained there: make it an nnx.Module that has it as '
-        'an attribute.'
+        f'{place} refers to a {type(found).__name__}, whose parameters would not be '
+        'trained there: make it an nnx.Module that has it as an attribute.'
       )
   if not referred and not jax.tree.leaves(parts.constants):
     return parts
@@ -460,54 +309,23 @@ def _check_constants(module: nnx.Module, other: nnx.Module) -> None:
     # An array that the other module lacks shows a structure that depends on the key.
     if index not in values or not np.array_equal(values[index][1], found):
       raise TypeError(
-        f'the array at {place} is drawn from rngs but is not an nnx.Param, so init '
-        'cannot draw it anew. Make it an nnx.Param, or draw it from a fixed key, such '
-        'as jax.random.key(0).'
+        f'the array at {place} is drawn from rngs: make it an nnx.Param, or draw it '
+        'from a fixed key.'
       )
 
 
 def _check_variables(state: Any) -> None:
   """Raise a TypeError if a module keeps state that a train step does not carry."""
-  kept = {
-    '.'.join(map(str, path)): leaf
+  kept = [
+    f'{type(leaf).__name__} at {".".join(map(str, path))}'
     for path, leaf in nnx.to_flat_state(state)
     if isinstance(leaf, nnx.Variable)
-  }
-  if not kept:
-    return
-  places = ', '.join(f'{type(kept[place]).__name__} at {place}' for place in kept)
-  advice = 'Carry it in the hidden state, or make a constant a plain array.'
-  if any(isinstance(variable, nnx.BatchStat) for variable in kept.values()):
-    advice = (
-      'Use nnx.LayerNorm in place of batch normalization: it keeps no running '
-      'statistics.'
+  ]
+  if kept:
+    raise TypeError(
+      'the only state of a module must be nnx.Param and random streams, got '
+      f'{", ".join(kept)}. {CARRY_STATE} A constant can be a plain array.'
     )
-  raise TypeError(
-    'the only state of a module must be nnx.Param and random streams, got '
-    f'{places}. {advice}'
-  )
-
-
-def _check_collections(
-  module: linen.Module, initial_state: Callable[[int], Any], x: jax.ShapeDtypeStruct
-) -> None:
-  """Raise a TypeError if a Linen module has collections other than 'params'."""
-
-  def init(key: jax.Array, x: jax.Array) -> Any:
-    return module.init(key, initial_state(1), x)
-
-  collections = jax.eval_shape(init, jax.random.key(0), x)
-  others = sorted(set(collections) - {'params'})
-  if not others:
-    return
-  advice = 'Carry such state in the hidden state.'
-  if 'batch_stats' in others:
-    advice = (
-      'Use LayerNorm in place of batch normalization: it keeps no running statistics.'
-    )
-  raise TypeError(
-    f"the only collection of module must be 'params', got also {others}. {advice}"
-  )
 
 
 def _arrays(module: nnx.Module) -> dict[Any, list[Any]]:

@@ -1,0 +1,104 @@
+"""From Linen per-step modules to the pure functions of `fptt_jax.Model`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen
+import jax
+import jax.numpy as jnp
+
+from fptt_jax._checks import check_dtype
+from fptt_jax._probe import (
+  check_new_model,
+  check_state_rows,
+)
+from fptt_jax._types import Model
+from fptt_jax.nn._checks import CARRY_STATE, check_batch_size, check_features_shape
+from fptt_jax.nn._recurrent import scan_cell
+
+
+def from_linen(
+  module: linen.Module,
+  features_shape: tuple[int, ...],
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Model:
+  """Turn a Linen per-step module into a :class:`fptt_jax.Model`.
+
+  Args:
+    module: follows the protocol of flax's cells: `module(carry, x_t) -> (carry, y_t)`
+      and `initialize_carry(key, input_shape)`. It may hold an embedding, several cells
+      and a readout.
+    features_shape: shape of one step of one sequence: (D,), or () for tokens.
+    dtype: dtype of the inputs.
+
+  Returns:
+    The model. Its params are the module's 'params' collection. In training, the stream
+    'dropout' gets a new key at each step. In evaluation there is none, so
+    `self.has_rng('dropout')` is False.
+
+  Raises:
+    TypeError: the module does not follow the protocol, or has other collections than
+      'params'.
+    ValueError: `features_shape` is not a shape, or `dtype` is neither floating point
+      nor integer.
+
+  Example:
+    >>> from flax import linen
+    >>> from fptt_jax import nn
+    >>> model = nn.from_linen(linen.OptimizedLSTMCell(16), (1,))
+  """
+  if not isinstance(module, linen.Module) or not hasattr(module, 'initialize_carry'):
+    is_class = isinstance(module, type)
+    got = f'the class {module.__name__}' if is_class else type(module).__name__
+    raise TypeError(
+      'module must be a per-step cell with initialize_carry(key, input_shape), got '
+      f'{got}.'
+    )
+  features_shape = check_features_shape(features_shape)
+  dtype = check_dtype('dtype', dtype, tokens=True)
+
+  def initial_state(batch_size: int) -> Any:
+    shape = (check_batch_size(batch_size), *features_shape)
+    return module.initialize_carry(jax.random.key(0), shape)
+
+  def init(key: jax.Array) -> Any:
+    x = jnp.zeros((1, *features_shape), dtype)
+    return module.init(key, initial_state(1), x).get('params', {})
+
+  def apply(
+    params: Any, state: Any, x: jax.Array, mask: jax.Array | None, key: jax.Array | None
+  ) -> tuple[Any, jax.Array]:
+    def step(
+      state: Any, inputs: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[Any, jax.Array]:
+      x_t, key_t = inputs
+      rngs = None if key_t is None else {'dropout': key_t}
+      result: Any = module.apply({'params': params}, state, x_t, rngs=rngs)
+      return result
+
+    keys = None if key is None else jax.random.split(key, x.shape[0])
+    return scan_cell(step, state, (x, keys), mask)
+
+  name = type(module).__name__
+  check_state_rows(name, initial_state)
+  x_t = jax.ShapeDtypeStruct((1, *features_shape), dtype)
+  _check_collections(module, initial_state, x_t)
+  model = Model(init, initial_state, apply)
+  check_new_model(model, jax.ShapeDtypeStruct((1, 1, *features_shape), dtype), name)
+  return model
+
+
+def _check_collections(
+  module: linen.Module, initial_state: Callable[[int], Any], x: jax.ShapeDtypeStruct
+) -> None:
+  """Raise a TypeError if a Linen module has collections other than 'params'."""
+
+  def init(key: jax.Array, x: jax.Array) -> Any:
+    return module.init(key, initial_state(1), x)
+
+  collections = jax.eval_shape(init, jax.random.key(0), x)
+  others = sorted(set(collections) - {'params'})
+  if others:
+    raise TypeError(
+      f"the collections of module must be 'params' only, got {others}. {CARRY_STATE}"
+    )
