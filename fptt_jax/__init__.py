@@ -6,21 +6,15 @@ hidden, C classes, V vocabulary; arrays are time-major. `fptt_jax.nn` holds mode
 the adapters for Flax; nothing else here imports Flax.
 
 The public modules are `fptt_jax`, `fptt_jax.influence`, `fptt_jax.losses` and
-`fptt_jax.nn`. `fptt_jax.nn` is imported when it is first used.
+`fptt_jax.nn`. `fptt_jax.nn` is imported when it is first used, and so are the functions
+for streams and exported steps.
 """
 
 import importlib
-import types
 import typing
 
 from fptt_jax import influence, losses
 from fptt_jax._batch import Batch, validate_batch
-from fptt_jax._exporting import (
-  ExportedStep,
-  LoadedStep,
-  export_step,
-  load_exported_step,
-)
 from fptt_jax._monitor import find_nonfinite, lambda_diverges, raise_if_nonfinite
 from fptt_jax._stability import spectral_radius
 from fptt_jax._states import state_from_arrays, state_to_arrays
@@ -43,8 +37,6 @@ from fptt_jax._windows import WindowPlan, WindowView, make_windows
 from fptt_jax.losses import Loss, compute_metrics
 from fptt_jax.parallel._batches import make_global_batch
 from fptt_jax.parallel._devices import use_cpu_devices
-from fptt_jax.streaming._learner import make_learner
-from fptt_jax.streaming._types import Learner, StreamMetrics, StreamState
 from fptt_jax.training._members import take_member, vmap_trainer
 from fptt_jax.training._scan import scan_train_steps
 from fptt_jax.training._schedules import METHODS, Method
@@ -52,6 +44,14 @@ from fptt_jax.training._trainer import make_trainer
 
 if typing.TYPE_CHECKING:
   from fptt_jax import nn as nn
+  from fptt_jax._exporting import (
+    ExportedStep,
+    LoadedStep,
+    export_step,
+    load_exported_step,
+  )
+  from fptt_jax.streaming._learner import make_learner
+  from fptt_jax.streaming._types import Learner, StreamMetrics, StreamState
 
 __version__ = '0.2.0.dev0'
 
@@ -103,10 +103,28 @@ __all__ = (
 )
 
 
-def __getattr__(name: str) -> types.ModuleType:
-  """Import `fptt_jax.nn`, and Flax with it, when it is first asked for."""
+# Streams and exported steps take half of this library's time to import.
+_LATE = {
+  'ExportedStep': 'fptt_jax._exporting',
+  'LoadedStep': 'fptt_jax._exporting',
+  'export_step': 'fptt_jax._exporting',
+  'load_exported_step': 'fptt_jax._exporting',
+  'Learner': 'fptt_jax.streaming._types',
+  'StreamMetrics': 'fptt_jax.streaming._types',
+  'StreamState': 'fptt_jax.streaming._types',
+  'make_learner': 'fptt_jax.streaming._learner',
+}
+"""Modules of the names that are imported when they are first asked for."""
+
+
+def __getattr__(name: str) -> typing.Any:
+  """Import `fptt_jax.nn`, and Flax with it, or a late name when it is first used."""
   if name == 'nn':
     return importlib.import_module('fptt_jax.nn')
+  if name in _LATE:
+    value = getattr(importlib.import_module(_LATE[name]), name)
+    globals()[name] = value
+    return value
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
