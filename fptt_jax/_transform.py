@@ -6,6 +6,7 @@ gradient, and W̄ (`w_bar`) is the running summary of the parameters. λ and W̄
 """
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -164,22 +165,14 @@ def fptt(
     Kag and Saligrama, "Training Recurrent Neural Networks via Forward Propagation
     Through Time", ICML 2021: Eqs. 4-6, Algorithm 2 and the λ recursion after Eq. 5.
   """
-  check_choice('gradient_estimate', gradient_estimate, GRADIENT_ESTIMATES)
-  check_choice('coupling', coupling, COUPLINGS)
-  if coupling == 'update' and gradient_estimate != 'running':
-    raise ValueError(
-      "coupling='update' needs gradient_estimate='running', since λ is then in units "
-      f'of the weights and no gradient, got {gradient_estimate!r}.'
-    )
+  _check_options(gradient_estimate, coupling)
   hyperparameters = check_hyperparameters(
     Hyperparameters(alpha, beta, kappa, linear_scale)
   )
   if state_dtype is not None:
     state_dtype = check_dtype('state_dtype', state_dtype)
   base = optax.with_extra_args_support(base)
-
-  def init_fn(params: optax.Params) -> FPTTState:
-    return _init(base, state_dtype, params)
+  init_fn = functools.partial(_init, base, state_dtype)
 
   def update_fn(
     grads: optax.Updates,
@@ -238,6 +231,17 @@ def fptt_algorithm2(
     >>> tx = fptt_jax.fptt_algorithm2(optax.sgd(0.1), alpha=0.5)
   """
   return fptt(base, alpha=alpha, linear_scale=0.5, gradient_estimate='recomputed')
+
+
+def _check_options(gradient_estimate: str, coupling: str) -> None:
+  """Raise unless the options exist and fit each other."""
+  check_choice('gradient_estimate', gradient_estimate, GRADIENT_ESTIMATES)
+  check_choice('coupling', coupling, COUPLINGS)
+  if coupling == 'update' and gradient_estimate != 'running':
+    raise ValueError(
+      "coupling='update' needs gradient_estimate='running', since λ is then in units "
+      f'of the weights and no gradient, got {gradient_estimate!r}.'
+    )
 
 
 def _init(

@@ -7,7 +7,7 @@ import jax
 from jax import export
 import jax.numpy as jnp
 
-from fptt_jax._checks import check_array, check_shape, check_size
+from fptt_jax._checks import check_array, check_shape, check_size, check_type
 from fptt_jax._trees import check_like
 
 CARRY_STATE = (
@@ -18,12 +18,8 @@ CARRY_STATE = (
 
 
 def check_rngs(rngs: Any) -> None:
-  """Raise a TypeError unless `rngs` has a stream for parameters."""
-  if not isinstance(rngs, nnx.Rngs) or not ('params' in rngs or 'default' in rngs):
-    raise TypeError(
-      "rngs must be nnx.Rngs with a stream for 'params', such as nnx.Rngs(0), got "
-      f'{rngs!r}.'
-    )
+  """Raise a TypeError unless `rngs` are random streams; Flax names a missing one."""
+  check_type('rngs', rngs, nnx.Rngs, ', such as nnx.Rngs(0)')
 
 
 def check_batch_size(batch_size: Any) -> Any:

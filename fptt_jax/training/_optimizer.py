@@ -58,9 +58,7 @@ def _update_number(schedule: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Arra
   return windows[jnp.argmax(records)]
 
 
-def _value_fn(
-  gradient: GradientAt,
-) -> Callable[..., jax.Array]:
+def _value_fn(gradient: GradientAt) -> Callable[..., jax.Array]:
   """Return an objective whose gradient is the mean over the devices.
 
   Args:
