@@ -133,7 +133,7 @@ def validate_batch(batch: Batch, loss: Loss) -> None:
   num_steps, batch_size = check_shapes(batch)
   check_type('loss', loss, Loss)
   if not all(map(is_addressable, jax.tree.leaves(batch))):
-    raise TypeError(f'batch must be of concrete arrays, got {batch!r}.')
+    raise TypeError(f'batch must be of concrete arrays, got {shapes(batch)}.')
   # Numbers at invalid steps are never read, so that padding may be anything.
   valid = np.ones((num_steps, batch_size), bool)
   if batch.lengths is not None:

@@ -128,7 +128,8 @@ def check_type(name: str, value: Any, expected: type, hint: str = '') -> None:
     # The repr of a state or a module may be pages long.
     is_short = isinstance(value, str | int | float | None)
     got = repr(value) if is_short else type(value).__name__
-    raise TypeError(f'{name} must be a {wanted}{hint}, got {got}.')
+    article = 'an' if wanted[0] in 'aeio' else 'a'
+    raise TypeError(f'{name} must be {article} {wanted}{hint}, got {got}.')
 
 
 def check_dtype(name: str, value: Any, *, tokens: bool = False) -> jnp.dtype:

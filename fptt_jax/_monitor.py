@@ -146,7 +146,7 @@ def _as_run(metrics: StepMetrics) -> _Run:
   if len(shape) not in (1, 2) or not fits or 0 in shape or skipped.dtype != bool:
     raise ValueError(
       'metrics must be of one run: loss, grad_norm and skipped [U] or [N, U], and '
-      f'lambda_norm of each batch; got shapes {shapes(metrics)}.'
+      f'lambda_norm of each batch; got {shapes(metrics)}, skipped {skipped.dtype}.'
     )
   # Metrics made by hand may lack the field.
   invalid = np.zeros(shape, bool)

@@ -215,7 +215,8 @@ def check_finite(name: str, values: Any, valid: np.ndarray) -> None:
     raise ValueError(
       f'{name} must have leading dimensions {valid.shape}, got shape {values.shape}.'
     )
-  finite = np.isfinite(values.reshape(*valid.shape, -1)).all(-1)
+  features = tuple(range(valid.ndim, values.ndim))
+  finite = np.isfinite(values).all(axis=features)
   bad = np.argwhere(~finite & valid)
   if bad.size:
     raise ValueError(

@@ -184,12 +184,11 @@ class GRU(Recurrent):
     super().__init__(
       in_features, hidden_features, param_dtype, rngs, implementation, products
     )
-    has_recurrent_bias = recurrent_bias
     w_x, w_h, biases = draw_gates(self, init, 3, rngs)
     self.w_x = nnx.Param(w_x)
     self.w_h = nnx.Param(w_h)
     self.bias = nnx.Param(biases[0])
-    self.recurrent_bias = nnx.Param(biases[1]) if has_recurrent_bias else None
+    self.recurrent_bias = nnx.Param(biases[1]) if recurrent_bias else None
 
   def step(self) -> Step:
     """Return one time step as a function of (h, x_t)."""
