@@ -183,7 +183,7 @@ def check_indices(name: str, values: Any, valid: np.ndarray, limit: int) -> None
     ValueError: If their shape differs, or one is not in 0..limit-1.
   """
   require_kind(name, values, jnp.integer)
-  values = np.asarray(check_shape(name, values, 'like the valid rows', valid.shape))
+  values = np.asarray(check_shape(name, values, 'of shape', valid.shape))
   if not valid.any():
     return
   low = int(values[valid].min())

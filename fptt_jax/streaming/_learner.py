@@ -386,9 +386,10 @@ def _check_loss(loss: Loss) -> None:
 
 def _check_fading(fading: Any) -> tuple[float, float]:
   """Return the two fading factors; raise ValueError unless they lie in (0, 1]."""
-  fast, slow = fading if np.shape(fading) == (2,) else (None, None)
   expected = 'two factors in (0, 1]'
-  return (
-    check_number('fading', fast, FLOAT32_TINY, 1, expected),
-    check_number('fading', slow, FLOAT32_TINY, 1, expected),
+  if np.shape(fading) != (2,):
+    raise ValueError(f'fading must be {expected}, got {fading!r}.')
+  fast, slow = (
+    check_number('fading', factor, FLOAT32_TINY, 1, expected) for factor in fading
   )
+  return fast, slow
