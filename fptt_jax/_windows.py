@@ -70,7 +70,10 @@ def make_windows(
   """
   num_steps = check_size('the number of time steps', num_steps)
   if num_windows is not None and window_size is not None:
-    raise ValueError(f'give one of {num_windows=} and {window_size=}, not both.')
+    raise ValueError(
+      f'num_windows and window_size exclude each other: got {num_windows=} and '
+      f'{window_size=}.'
+    )
   expected = f'an integer between 1 and the sequence length T={num_steps}'
   if window_size is not None:
     window_size = check_integer('window_size', window_size, 1, num_steps, expected)
