@@ -300,6 +300,8 @@ def test_bad_input_is_refused() -> None:
   x = {'a': datetime.datetime(2026, 1, 1)}
   with pytest.raises(TypeError, match=r"x\['a'\] must be a number, got datetime"):
     ESTIMATORS[0].clone().predict_one(x)
+  with pytest.raises(TypeError, match=r'optimizer must be a function, got 0\.1'):
+    Regressor(optimizer=0.1)
   with pytest.raises(ValueError, match='delay must be an integer >= 0, got -1'):
     Classifier(delay=-1)
   classifier = Classifier(2, model=lambda features: helpers.elman(1, out=2))

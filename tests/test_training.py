@@ -2000,8 +2000,8 @@ def test_a_penalty_of_another_shape_is_refused() -> None:
   with pytest.raises(
     ValueError,
     match=(
-      r'penalty that model.apply returns must be \[S, B\] = \(8, 4\), got shape '
-      r'\(4,\)'
+      r'penalty that model.apply returns must be \[S, B\] = \[8, 4\], got '
+      r'float32\[4\]'
     ),
   ):
     trainer.step(trainer.init(jax.random.key(0), batch), batch)
