@@ -450,9 +450,7 @@ def test_refused_models() -> None:
       nnx.Dropout(0.5), nn.GRU(2, H, rngs=rngs), nnx.Linear(H, 1, rngs=rngs)
     )
 
-  refused(
-    ValueError, 'random key of a window reaches the hidden state', nn.from_nnx(noisy)
-  )
+  refused(ValueError, 'hidden state without noise', nn.from_nnx(noisy))
   model = helpers.elman(hidden=H)
   refused(
     ValueError,

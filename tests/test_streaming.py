@@ -593,7 +593,7 @@ BAD_CALLS: dict[str, tuple[Callable[..., Any], str]] = {
   ),
   'list': (
     lambda learner, state: learner.step(state, X.tolist(), Y),
-    'x must be an array',
+    'x must be arrays',
   ),
   'state': (
     lambda learner, state: learner.step(state.train, X, Y),
