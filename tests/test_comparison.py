@@ -10,8 +10,8 @@ from scipy import stats
 
 from experiments.core.comparison import compare, holm
 from experiments.paper import items, tournament
-from experiments.results import contest, tables
-from experiments.results.store import Row
+from experiments.records import contest, tables
+from experiments.records.store import Row
 
 
 def test_p_values_are_scipy_s():

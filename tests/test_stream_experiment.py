@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.core import files
-from experiments.results import store
-from experiments.results.collect import Origin, collect_folder
+from experiments.records import store
+from experiments.records.collect import Origin, collect_folder
 from experiments.stream import __main__ as script
 from experiments.stream import series, systems
 from experiments.stream.series import make_problem

@@ -1,3 +1,4 @@
-"""Measured results: one JSON file and one file of curves per item, and what is made of
-them.
+"""Measured results: one JSON file and one file of curves per item.
+
+The code that reads and writes them is in `experiments.records`.
 """

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from experiments.core import flags
 from experiments.core.flags import check, option
-from experiments.results import plots, store, tables
-from experiments.results.collect import Origin, collect_folder, known_items
+from experiments.records import plots, store, tables
+from experiments.records.collect import Origin, collect_folder, known_items
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 from experiments.core import files
 from experiments.core.flags import UserError
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / 'results'
 """Folder of the committed results."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from experiments.core.comparison import Comparison, compare, holm
 from experiments.paper import tournament
 from experiments.paper.items import Score
-from experiments.results.store import Row
+from experiments.records.store import Row
 
 RIVALS = ('tbptt', 'bptt')
 """Methods that all others are compared with."""

@@ -8,8 +8,8 @@ from experiments.benchmark import cost, plots
 from experiments.core import plotting, workdir
 from experiments.core.plotting import Curve
 from experiments.paper import convergence
-from experiments.results import store, tables
-from experiments.results.store import Row
+from experiments.records import store, tables
+from experiments.records.store import Row
 
 
 def draw(name: str, out: Path, folder: Path = store.FOLDER) -> list[Path]:

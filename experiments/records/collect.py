@@ -17,8 +17,8 @@ from experiments.core import files
 from experiments.core.flags import UserError
 from experiments.paper import items, studies
 from experiments.paper.entries import read_tuned
-from experiments.results import store
-from experiments.results.store import Row
+from experiments.records import store
+from experiments.records.store import Row
 
 NO_NUMBERS = ('run', 'method', 'seed', 'config_sha256')
 """Entries of a run's result that are not measurements."""

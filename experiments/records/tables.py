@@ -20,8 +20,8 @@ from experiments.core.flags import UserError
 from experiments.paper import items
 from experiments.paper.items import Score
 from experiments.paper.tables import interval
-from experiments.results import contest, store
-from experiments.results.store import Item, Row
+from experiments.records import contest, store
+from experiments.records.store import Item, Row
 
 SCORES = [value for value in vars(items).values() if isinstance(value, Score)] + [
   *items.CREDIT.values()
