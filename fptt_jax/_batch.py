@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_array, check_shape, check_type
+from fptt_jax._checks import (
+  Words,
+  check_array,
+  check_floats_or_tokens,
+  check_shape,
+  check_type,
+  require,
+  require_type,
+)
 from fptt_jax._trees import shapes
 from fptt_jax.losses import Loss
 from fptt_jax.losses._base import check_finite
@@ -101,16 +109,10 @@ def _have_time(targets: Any, rows_and_steps: tuple[int, int], given: Any) -> boo
   """
   leaves = [check_array('targets', leaf) for leaf in jax.tree.leaves(targets)]
   timed = [leaf.shape[:2] == rows_and_steps for leaf in leaves]
-  if given is None:
-    if any(timed):
-      raise ValueError(
-        f'targets_have_time must be True or False for targets of shape '
-        f'{shapes(targets)}, whose second axis may be the T={rows_and_steps[1]} steps '
-        'or as many outputs: got None.'
-      )
-    return False
-  if given and not all(timed):
-    raise ValueError(f'targets must be [B, T, ...], got shape {shapes(targets)}.')
+  # The second axis may be the T steps or as many outputs.
+  accepted = f'True or False for targets of shape {shapes(targets)}'
+  require(given is not None or not any(timed), 'targets_have_time', accepted, given)
+  require(not given or all(timed), 'targets', '[B, T, ...]', shapes(targets))
   return bool(given)
 
 
@@ -132,15 +134,15 @@ def validate_batch(batch: Batch, loss: Loss) -> None:
   batch = with_mask(batch)
   num_steps, batch_size = check_shapes(batch)
   check_type('loss', loss, Loss)
-  if not all(map(is_addressable, jax.tree.leaves(batch))):
-    raise TypeError(f'batch must be of concrete arrays, got {shapes(batch)}.')
+  concrete = all(map(is_addressable, jax.tree.leaves(batch)))
+  require(concrete, 'batch', 'of concrete arrays', shapes(batch), error=TypeError)
   # Numbers at invalid steps are never read, so that padding may be anything.
   valid = np.ones((num_steps, batch_size), bool)
   if batch.lengths is not None:
     lengths = np.asarray(batch.lengths)
-    low, high = lengths.min(), lengths.max()
-    if low < 1 or high > num_steps:
-      raise ValueError(f'lengths must lie in 1..T={num_steps}, got {low} to {high}.')
+    low, high = int(lengths.min()), int(lengths.max())
+    fits = low >= 1 and high <= num_steps
+    require(fits, 'lengths', f'in 1..T={num_steps}', Words(f'{low} to {high}'))
     valid = np.arange(num_steps)[:, None] < lengths
   if batch.mask is not None:
     valid = valid & np.asarray(batch.mask)
@@ -164,21 +166,18 @@ def check_shapes(batch: Batch) -> tuple[int, int]:
   num_steps, batch_size = check_inputs(batch.inputs)
   if batch.lengths is not None:
     lengths = check_shape('lengths (or a mask)', batch.lengths, '[B]', (batch_size,))
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-      raise TypeError(f'lengths must be integers, got {lengths.dtype}.')
+    is_integer = jnp.issubdtype(lengths.dtype, jnp.integer)
+    require_type(is_integer, 'lengths', 'integers', lengths)
   if batch.mask is not None:
     check_shape('mask', batch.mask, '[T, B]', (num_steps, batch_size), bool)
   for leaf in jax.tree.leaves(batch.targets):
     dtype = check_array('targets', leaf).dtype
     # The dtype of PRNG keys has no kind.
-    if getattr(dtype, 'kind', '') in tuple('OSUMm'):
-      raise TypeError(f'targets must be numbers, got dtype {dtype}.')
+    is_numeric = getattr(dtype, 'kind', '') not in tuple('OSUMm')
+    require_type(is_numeric, 'targets', 'numbers', leaf)
     # The loss checks the rest, since it knows which of the two it takes.
-    if batch_size not in leaf.shape[:2]:
-      raise ValueError(
-        f'targets must be [B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}; '
-        f'got shape {leaf.shape}.'
-      )
+    accepted = f'[B, ...] or [T, B, ...] with B={batch_size}, T={num_steps}'
+    require(batch_size in leaf.shape[:2], 'targets', accepted, leaf.shape)
   return num_steps, batch_size
 
 
@@ -200,18 +199,13 @@ def check_inputs(inputs: Any, order: str = 'time-major [T, B, ...]') -> tuple[in
   for path, leaf in jax.tree.leaves_with_path(inputs):
     name = f'inputs{jax.tree_util.keystr(path)}'
     shape = check_array(name, leaf).shape
-    if len(shape) < 2 or 0 in shape[:2]:
-      raise ValueError(f'{name} must be {order} and not empty, got shape {shape}.')
-    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
-    if not is_float and not jnp.issubdtype(leaf.dtype, jnp.integer):
-      raise TypeError(f'{name} must be floats or integer tokens, got {leaf.dtype}.')
+    fits = len(shape) >= 2 and 0 not in shape[:2]
+    require(fits, name, f'{order} and not empty', shape)
+    check_floats_or_tokens(name, leaf)
     first = first or shape[:2]
-    if shape[:2] != first:
-      raise ValueError(f'{name} must be {order} = {first}, got shape {shape}.')
+    require(shape[:2] == first, name, f'{order} = {first}', shape)
   if first is None:
-    raise ValueError(
-      f'inputs must be an array [T, B, ...] or a tree of them, got {inputs!r}.'
-    )
+    raise ValueError(f'inputs must be one or more arrays [T, B, ...], got {inputs!r}.')
   return first[0], first[1]
 
 

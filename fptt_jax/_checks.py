@@ -24,8 +24,50 @@ ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 """Types with a shape and a dtype: concrete, traced or abstract arrays."""
 
 
-def as_number(value: Any) -> float | None:
-  """Return a real scalar as a float, or None for anything else.
+def require(
+  condition: Any,
+  name: str,
+  expected: str,
+  got: Any,
+  hint: str = '',
+  error: type[Exception] = ValueError,
+) -> None:
+  """Raise an error unless a condition holds.
+
+  Args:
+    condition: What must be true.
+    name: The argument's name.
+    expected: What is accepted, such as 'an integer >= 1'.
+    got: The value received, or a short description of it.
+    hint: One more sentence where the user would not know what to do.
+    error: The error's type.
+  """
+  if not condition:
+    raise error(f'{name} must be {expected}, got {got!r}. {hint}'.rstrip())
+
+
+class Words(str):
+  """A text that messages show without quotes."""
+
+  __repr__ = str.__str__
+
+
+def describe(value: Any) -> Words:
+  """Return a text such as float32[2, 3] for an array, else the name of the type."""
+  if isinstance(value, ARRAYS):
+    return Words(f'{value.dtype}{list(value.shape)}')
+  return Words(type(value).__name__)
+
+
+def require_type(
+  condition: Any, name: str, expected: str, value: Any, hint: str = ''
+) -> None:
+  """Raise a TypeError that describes a value unless a condition holds."""
+  require(condition, name, expected, describe(value), hint, TypeError)
+
+
+def as_number(value: Any) -> float:
+  """Return a real scalar as a float, or NaN for anything else.
 
   A scalar is a Python number or a concrete array []. Bools are rejected.
   """
@@ -37,13 +79,11 @@ def as_number(value: Any) -> float | None:
     is_real = is_real and value.shape == ()
   else:
     is_real = isinstance(value, int | float) and not isinstance(value, bool)
-  if not is_real:
-    return None
   try:
-    return float(value)
+    return float(value) if is_real else math.nan
   except (TypeError, OverflowError):
     # The array is traced or abstract, or the integer exceeds every float.
-    return None
+    return math.nan
 
 
 def check_number(
@@ -69,16 +109,13 @@ def check_number(
       the range of `dtype`.
   """
   number = as_number(value)
-  greatest = float(jnp.finfo(dtype).max)
+  size, greatest = abs(number), float(jnp.finfo(dtype).max)
+  is_extreme = greatest < size < math.inf or 0 < size < FLOAT32_TINY
+  hint = f'It is outside the range of {jnp.dtype(dtype)}.' if is_extreme else ''
   # NaN fails every comparison, so the range is tested, not its complement.
-  if number is not None and low <= number <= high and abs(number) <= greatest:
-    return number
-  note = ''
-  if number is not None and (
-    greatest < abs(number) < math.inf or 0 < abs(number) < FLOAT32_TINY
-  ):
-    note = f', outside the range of {jnp.dtype(dtype)}'
-  raise ValueError(f'{name} must be {expected}, got {value!r}{note}.')
+  fits = low <= number <= high and size <= greatest
+  require(fits, name, expected, value, hint)
+  return number
 
 
 def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> int:
@@ -88,12 +125,11 @@ def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> 
     ValueError: If `value` is not a whole number or is out of range.
   """
   number = as_number(value)
-  if number is not None and low <= number <= high and number == int(number):
-    return int(number)
-  note = ''
-  if number is not None and INT32_MAX < abs(number) < math.inf:
-    note = ', outside the range of int32'
-  raise ValueError(f'{name} must be {expected}, got {value!r}{note}.')
+  is_extreme = INT32_MAX < abs(number) < math.inf
+  hint = 'It is outside the range of int32.' if is_extreme else ''
+  fits = low <= number <= high and number.is_integer()
+  require(fits, name, expected, value, hint)
+  return int(number)
 
 
 def check_size(name: str, value: Any) -> int:
@@ -103,33 +139,31 @@ def check_size(name: str, value: Any) -> int:
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
   """Raise ValueError unless `value` is one of the choices."""
-  if not isinstance(value, str) or value not in choices:
-    raise ValueError(f'{name} must be one of {list(choices)}, got {value!r}.')
+  known = isinstance(value, str) and value in choices
+  require(known, name, f'one of {list(choices)}', value)
 
 
 def check_flag(name: str, value: Any) -> bool:
   """Return a bool; raise TypeError for any other type, such as a text."""
   # A non-empty text such as 'False' would otherwise count as True.
-  if not isinstance(value, bool | np.bool_):
-    raise TypeError(f'{name} must be True or False, got {value!r}.')
+  is_flag = isinstance(value, bool | np.bool_)
+  require(is_flag, name, 'True or False', value, error=TypeError)
   return bool(value)
 
 
 def check_callable(name: str, value: Any) -> None:
   """Raise TypeError unless `value` is callable."""
-  if not callable(value):
-    raise TypeError(f'{name} must be a function, got {value!r}.')
+  require(callable(value), name, 'a function', value, error=TypeError)
 
 
 def check_type(name: str, value: Any, expected: type, hint: str = '') -> None:
   """Raise TypeError unless `value` is of a type; `hint` says what makes one."""
-  if not isinstance(value, expected):
-    wanted = f'{expected.__module__.partition(".")[0]}.{expected.__name__}'
-    # The repr of a state or a module may be pages long.
-    is_short = isinstance(value, str | int | float | None)
-    got = repr(value) if is_short else type(value).__name__
-    article = 'an' if wanted[0] in 'aeio' else 'a'
-    raise TypeError(f'{name} must be {article} {wanted}{hint}, got {got}.')
+  package = expected.__module__.partition('.')[0]
+  # The repr of a state or a module may be pages long.
+  is_short = isinstance(value, str | int | float | None)
+  got = value if is_short else describe(value)
+  wanted = f'of type {package}.{expected.__name__}{hint}'
+  require(isinstance(value, expected), name, wanted, got, error=TypeError)
 
 
 def check_dtype(name: str, value: Any, *, tokens: bool = False) -> jnp.dtype:
@@ -152,11 +186,9 @@ def check_dtype(name: str, value: Any, *, tokens: bool = False) -> jnp.dtype:
   # `float` and `int` mean 64 bits to NumPy and the default width to JAX.
   if kept is not None and (kept == dtype or value is float or value is int):
     return kept
-  other = ', or an integer dtype' if tokens else ''
-  raise ValueError(
-    f'{name} must be a floating-point dtype of 16 or 32 bits (64 with '
-    f'jax_enable_x64){other}, got {value!r}.'
-  )
+  kinds = 'a floating-point or integer' if tokens else 'a floating-point'
+  bits = '16 or 32 bits (64 with jax_enable_x64)'
+  raise ValueError(f'{name} must be {kinds} dtype of {bits}, got {value!r}.')
 
 
 def as_floats(name: str, value: Any) -> np.ndarray:
@@ -172,15 +204,15 @@ def as_floats(name: str, value: Any) -> np.ndarray:
     array = np.asarray(None)
   dtype = array.dtype
   # `issubdtype` knows bfloat16, which has NumPy's kind 'V'.
-  if not (jnp.issubdtype(dtype, jnp.floating) or dtype.kind in 'iu'):
-    raise TypeError(f'{name} must be concrete real numbers, got {value!r}.')
+  is_real = jnp.issubdtype(dtype, jnp.floating) or dtype.kind in 'iu'
+  require(is_real, name, 'concrete real numbers', value, error=TypeError)
   return array.astype(np.float64)
 
 
 def check_array(name: str, value: Any) -> Any:
   """Return an array of NumPy or JAX; raise TypeError for anything else."""
-  if not isinstance(value, ARRAYS):
-    raise TypeError(f'{name} must be an array, got {type(value).__name__}.')
+  is_array = isinstance(value, ARRAYS)
+  require_type(is_array, name, 'an array', value)
   return value
 
 
@@ -201,21 +233,27 @@ def check_shape(
     ValueError: If its shape or dtype is another.
   """
   array = check_array(name, value)
-  if array.shape != shape or (dtype is not None and array.dtype != dtype):
-    wanted = '' if dtype is None else f'{jnp.dtype(dtype)} '
-    raise ValueError(
-      f'{name} must be {wanted}{axes} = {list(shape)}, got '
-      f'{array.dtype}{list(array.shape)}.'
-    )
+  fits = array.shape == shape and (dtype is None or array.dtype == dtype)
+  wanted = axes if dtype is None else f'{jnp.dtype(dtype)} {axes}'
+  require(fits, name, f'{wanted} = {list(shape)}', describe(array))
   return array
+
+
+def check_floats_or_tokens(name: str, array: Any) -> None:
+  """Raise TypeError unless an array is of floats or integers.
+
+  A mask of bools that is passed as inputs would otherwise be cast silently.
+  """
+  is_float = jnp.issubdtype(array.dtype, jnp.floating)
+  accepted = is_float or jnp.issubdtype(array.dtype, jnp.integer)
+  require_type(accepted, name, 'floats or integers', array)
 
 
 def check_arrays(name: str, tree: Any) -> None:
   """Raise TypeError unless all leaves of a tree are arrays or numbers."""
   for path, leaf in jax.tree.leaves_with_path(tree):
-    if not isinstance(leaf, (*ARRAYS, int, float, complex)):
-      place = jax.tree_util.keystr(path)
-      raise TypeError(f'{name}{place} must be an array, got {leaf!r}.')
+    if not isinstance(leaf, int | float | complex):
+      check_array(f'{name}{jax.tree_util.keystr(path)}', leaf)
 
 
 def as_key(name: str, value: Any) -> Any:
@@ -232,10 +270,8 @@ def as_key(name: str, value: Any) -> Any:
   if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
     return value
   words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
-  if value.dtype != jnp.uint32 or value.shape[-1:] != words:
-    raise TypeError(
-      f'{name} must be a PRNG key, jax.random.key(seed), or the data uint32'
-      f'{list(words)} of a key of the default implementation, got {value.dtype}'
-      f'{list(value.shape)}. jax.random.wrap_key_data makes keys from other data.'
-    )
+  is_data = value.dtype == jnp.uint32 and value.shape[-1:] == words
+  accepted = f'a PRNG key, jax.random.key(seed), or its data uint32{list(words)}'
+  hint = 'jax.random.wrap_key_data makes keys from other data.'
+  require_type(is_data, name, accepted, value, hint)
   return jax.random.wrap_key_data(jnp.asarray(value))

@@ -83,8 +83,7 @@ def explain_deleted(called: str, trees: Any, error: Exception | None = None) -> 
     if leaf.is_deleted():
       raise RuntimeError(
         f'{called} was given an array that no longer exists, {_place(path)}: it was '
-        'donated to an earlier step, which has used its memory for the new state. '
-        f'{advice}'
+        f'donated to an earlier step. {advice}'
       ) from None
   if error is None or 'donate the same buffer' not in str(error):
     return
@@ -93,8 +92,7 @@ def explain_deleted(called: str, trees: Any, error: Exception | None = None) -> 
     if id(leaf) in seen:
       raise RuntimeError(
         f'{called} was given one array in two places, {_place(seen[id(leaf)])} and '
-        f'{_place(path)}, and an array cannot be donated twice. Give it a copy, '
-        'jnp.copy(array), in one of them, or make the trainer with donate=False.'
+        f'{_place(path)}, and cannot donate it twice. {advice}'
       ) from None
     seen[id(leaf)] = path
 

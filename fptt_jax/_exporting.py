@@ -14,7 +14,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_array
+from fptt_jax._checks import Words, check_array, require
 from fptt_jax._trees import check_like, leaf_paths, shapes
 
 FORMAT = 1
@@ -195,11 +195,8 @@ def load_exported_step(folder: str | Path) -> LoadedStep:
   data = {name: (folder / name).read_bytes() for name in manifest['sha256']}
   for name, expected in manifest['sha256'].items():
     found = hashlib.sha256(data[name]).hexdigest()
-    if found != expected:
-      raise ValueError(
-        f'folder must hold {name} as it was written, with sha256 {expected}; got '
-        f'{found} in {folder}. {AGAIN}.'
-      )
+    accepted = f'of the sha256 {expected} that {name} was written with'
+    require(found == expected, str(folder / name), accepted, found, f'{AGAIN}.')
   # Hashes are compared first, since a damaged program may crash the process.
   exported = export.deserialize(bytearray(data[PROGRAM]))
   num_state = len(manifest['state'])
@@ -234,10 +231,9 @@ def _check_flatbuffers() -> None:
   try:
     import flatbuffers  # noqa: F401
   except ImportError as error:
-    raise ImportError(
-      'Exported steps need the package flatbuffers, with which JAX serializes '
-      "programs: pip install 'fptt-jax[export]'."
-    ) from error
+    # JAX serializes programs with it.
+    message = "exported steps need flatbuffers: pip install 'fptt-jax[export]'."
+    raise ImportError(message) from error
 
 
 def _check_leaves(
@@ -249,56 +245,39 @@ def _check_leaves(
     TypeError: A leaf is not an array.
     ValueError: The number of arrays, a shape or a dtype is another one.
   """
-  if len(leaves) != len(expected):
-    raise ValueError(
-      f'{name} must be as many arrays as the manifest lists, {len(expected)}, got '
-      f'{len(leaves)}.'
-    )
+  number = len(expected)
+  require(len(leaves) == number, name, f'{number} arrays, as exported', len(leaves))
   for place, (leaf, entry) in enumerate(zip(leaves, expected, strict=True)):
     given = check_array(f'{name}[{place}]', leaf)
-    found = [list(given.shape), str(jnp.result_type(given))]
-    if found != [entry['shape'], entry['dtype']]:
-      path = f', {entry["path"]!r},' if entry['path'] else ''
-      raise ValueError(
-        f'{name}[{place}]{path} must be {entry["dtype"]}{entry["shape"]}, as it was '
-        f'exported, got {found[1]}{found[0]}.'
-      )
+    found = Words(f'{jnp.result_type(given)}{list(given.shape)}')
+    wanted = f'{entry["dtype"]}{entry["shape"]}'
+    path = f' ({entry["path"]!r})' if entry['path'] else ''
+    require(found == wanted, f'{name}[{place}]{path}', f'{wanted}, as exported', found)
 
 
 def _check_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
   """Raise a ValueError unless the installed JAX runs what a manifest describes."""
-  if manifest.get('format') != FORMAT:
-    raise ValueError(
-      f'folder must hold an exported step of format {FORMAT}, got format '
-      f'{manifest.get("format")!r} in {folder}. {AGAIN}.'
-    )
+  form = manifest.get('format')
+  name = f'the step in {folder}'
+  require(form == FORMAT, name, f'of format {FORMAT}', form, f'{AGAIN}.')
   version = manifest['calling_convention_version']
   low = export.minimum_supported_calling_convention_version
   high = export.maximum_supported_calling_convention_version
-  if not low <= version <= high:
-    raise ValueError(
-      f'folder must hold a program of calling convention {low} to {high}, which jax '
-      f'{jax.__version__} loads; got {version}, exported by jax '
-      f'{manifest["versions"]["jax"]}, in {folder}. {AGAIN}, or compile {TEXT}.'
-    )
+  accepted = f'of calling convention {low} to {high}, which jax {jax.__version__} loads'
+  hint = f'Jax {manifest["versions"]["jax"]} wrote it. {AGAIN}, or compile {TEXT}.'
+  require(low <= version <= high, name, accepted, version, hint)
   platform = jax.default_backend()
   # JAX names the backend of NVIDIA's GPUs 'gpu', and the platform 'cuda'.
-  accepted = {platform, {'gpu': 'cuda'}.get(platform, platform)}
-  if accepted.isdisjoint(manifest['platforms']):
-    raise ValueError(
-      f'folder must hold a step for the platform in use, {platform}; got one for '
-      f'{manifest["platforms"]} in {folder}. Export it with platforms including '
-      f'{platform!r}.'
-    )
+  platform = {'gpu': 'cuda'}.get(platform, platform)
+  given = manifest['platforms']
+  hint = f'Export it with platforms including {platform!r}.'
+  require(platform in given, name, f'for the platform {platform}', given, hint)
 
 
 def _split_outputs(outputs: Any) -> tuple[Any, Any]:
   """Return the new state and the results that a step returned."""
-  if type(outputs) is not tuple or len(outputs) < 2:
-    raise ValueError(
-      'step must return (new state, results), got '
-      f'{type(outputs).__name__} {shapes(outputs)}.'
-    )
+  is_pair = type(outputs) is tuple and len(outputs) >= 2
+  require(is_pair, 'the result of step', '(new state, results)', shapes(outputs))
   new, *results = outputs
   return new, results[0] if len(results) == 1 else tuple(results)
 

@@ -49,36 +49,47 @@ def _check_hyperparameter(name: str, value: Hyperparameter) -> Hyperparameter:
   number = check_number(which, first, low, high, f'{expected} or a schedule')
   if callable(value):
     _check_schedule(name, value)
-  if name == 'beta' and number > 0.5:
-    warnings.warn(
-      f'fptt with beta={number:g} > 0.5 extrapolates: W̄ weighs its old value by '
-      f'1 - 2 beta = {1 - 2 * number:g}, and momentum makes it unstable early (see '
-      'fptt_jax.spectral_radius).',
-      stacklevel=4,  # The caller of `fptt`.
-    )
+  if name == 'beta':
+    _warn_if_extrapolating(number)
   return value if callable(value) else number
+
+
+def _warn_if_extrapolating(beta: float) -> None:
+  """Warn if W̄ weighs its old value negatively."""
+  if beta > 0.5:
+    warnings.warn(
+      f'fptt with beta={beta:g} > 0.5 extrapolates: W̄ weighs its old value by '
+      f'1 - 2 beta = {1 - 2 * beta:g}, and momentum makes it unstable early (see '
+      'fptt_jax.spectral_radius).',
+      stacklevel=5,  # The caller of `fptt`.
+    )
 
 
 def _check_schedule(
   name: str, schedule: Callable[[jax.Array], jax.typing.ArrayLike]
 ) -> None:
   """Raise unless a schedule stays in its range at the windows that are tried."""
+  low, high, expected = RANGES[name]
+  windows, values = _values_tried(schedule)
+  bad = ~((values >= low) & (values <= high))
+  if bad.any():
+    where = f'{name} at window {windows[bad][0]}'
+    raise ValueError(f'{where} must be {expected}, got {values[bad][0]:g}.')
+
+
+def _values_tried(
+  schedule: Callable[[jax.Array], jax.typing.ArrayLike],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Return windows and a schedule's values there; none if it cannot be mapped."""
   # All of the first 65,536 windows, and 512 more up to the millionth.
   late = np.geomspace(2**16, 10**6, 512)
   windows = np.unique(np.concatenate([np.arange(2**16), late]).astype(np.int32))
-  low, high, expected = RANGES[name]
   try:
     values = np.asarray(jax.vmap(schedule)(jnp.asarray(windows)), np.float64)
   except jax.errors.ConcretizationTypeError:
     # The schedule takes concrete numbers only, such as a table of unknown length.
-    return
-  bad = ~((values >= low) & (values <= high))
-  if bad.any():
-    first = int(bad.argmax())
-    raise ValueError(
-      f'{name} at window {windows[first]} must be {expected}, got {values[first]:g} '
-      'from the schedule.'
-    )
+    return np.zeros(0, np.int32), np.zeros(0)
+  return windows, values
 
 
 def values_at(hyperparameters: Hyperparameters, window: jax.Array) -> Hyperparameters:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from fptt_jax._checks import (
@@ -12,8 +13,9 @@ from fptt_jax._checks import (
   check_number,
   check_shape,
   check_type,
+  describe,
+  require,
 )
-from fptt_jax._trees import shapes
 from fptt_jax._types import StepMetrics
 
 DIVERGENCE_FACTOR = 100.0
@@ -143,11 +145,10 @@ def _as_run(metrics: StepMetrics) -> _Run:
   skipped = np.asarray(metrics.skipped)
   shape: tuple[int, ...] = losses.shape
   fits = norms.shape == skipped.shape == shape and lambdas.shape == shape[:-1]
-  if len(shape) not in (1, 2) or not fits or 0 in shape or skipped.dtype != bool:
-    raise ValueError(
-      'metrics must be of one run: loss, grad_norm and skipped [U] or [N, U], and '
-      f'lambda_norm of each batch; got {shapes(metrics)}, skipped {skipped.dtype}.'
-    )
+  fits = fits and len(shape) in (1, 2) and 0 not in shape and skipped.dtype == bool
+  accepted = 'of one run: loss, grad_norm and bool skipped [U] or [N, U]'
+  hint = 'There is one lambda_norm for each of the N batches.'
+  require(fits, 'metrics', accepted, jax.tree.map(describe, metrics), hint)
   # Metrics made by hand may lack the field.
   invalid = np.zeros(shape, bool)
   if metrics.invalid is not None:
@@ -206,12 +207,9 @@ def lambda_diverges(
   """
   lambdas = as_floats('lambda_norms', lambda_norms)
   grads = as_floats('grad_norms', grad_norms)
-  has_axes = lambdas.ndim == 1 and grads.ndim == 2
-  if not has_axes or len(lambdas) != len(grads) or not lambdas.size:
-    raise ValueError(
-      'lambda_norms must be [N] and grad_norms [N, U], N >= 1; got shapes '
-      f'{lambdas.shape} and {grads.shape}.'
-    )
+  fits = lambdas.size and grads.ndim == 2 and lambdas.shape == grads.shape[:1]
+  found = (lambdas.shape, grads.shape)
+  require(fits, 'lambda_norms and grad_norms', '[N] and [N, U], N >= 1', found)
   half = (len(lambdas) + 1) // 2
   seen = np.concatenate([lambdas[:half], grads[:half].ravel()])
   largest = seen[np.isfinite(seen)].max(initial=0)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fptt_jax._checks import require_type
 from fptt_jax._concrete import concrete
 
 Tree = Any
@@ -81,12 +82,10 @@ def check_state_rows(
   for size in sizes:
     state = jax.eval_shape(functools.partial(initial_state, size))
     for path, leaf in jax.tree.leaves_with_path(state):
-      if leaf.shape[:1] != (size,):
-        raise TypeError(
-          f'{name}: arrays of the hidden state must have shape [B, ...], got '
-          f'{leaf.dtype}{list(leaf.shape)} at {jax.tree_util.keystr(path)!r}. Give a '
-          'counter one entry per row, such as jnp.zeros(batch_size, jnp.int32).'
-        )
+      place = f'the hidden state of {name} at {jax.tree_util.keystr(path)!r}'
+      hint = 'Give a counter one entry per row, as in jnp.zeros(batch_size, jnp.int32).'
+      fits = leaf.shape[:1] == (size,)
+      require_type(fits, place, 'of shape [B, ...]', leaf, hint)
 
 
 def check_model(model: Any, params: Tree, inputs: Tree, name: str = 'model') -> None:

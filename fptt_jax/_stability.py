@@ -78,9 +78,8 @@ def spectral_radius(
   lr = check_number('lr', lr, FLOAT32_TINY, FLOAT32_MAX, 'a finite number > 0')
   below_one = math.nextafter(1.0, 0.0)
   momentum = check_number('momentum', momentum, 0.0, below_one, 'a number in [0, 1)')
-  curvature = check_number(
-    'curvature', curvature, -FLOAT32_MAX, FLOAT32_MAX, 'a finite number'
-  )
+  finite = (-FLOAT32_MAX, FLOAT32_MAX, 'a finite number')
+  curvature = check_number('curvature', curvature, *finite)
 
   # Each variable is a row of coefficients of the old (W, W̄, λ, m).
   w, w_bar, lam, m = np.eye(4)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fptt_jax._checks import describe, require
 from fptt_jax._dtypes import widen
 from fptt_jax._transform import FPTTState, is_masked
 from fptt_jax._trees import have_same_field, have_same_shapes, shapes
@@ -42,11 +43,8 @@ def fptt_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.P
     >>> nnx.update(evaluated, w_bar)
   """
   states = find_states(opt_state)
-  if not states:
-    raise ValueError(
-      'opt_state must be the state of an optimizer with fptt(...) in it, got a '
-      f'{type(opt_state).__name__} without an FPTTState.'
-    )
+  accepted = 'the state of an optimizer with fptt(...) in it'
+  require(states, 'opt_state', accepted, describe(opt_state))
   summary = params
   for state in states:
     summary = _overlay(state.w_bar, summary)
@@ -150,7 +148,5 @@ def _overlay(w_bar: optax.Params, params: optax.Params) -> optax.Params:
   try:
     return jax.tree.map(leaf, w_bar, params, is_leaf=is_masked)
   except (ValueError, TypeError) as error:
-    raise ValueError(
-      f'params must have the structure and shapes of W̄ in the FPTTState, '
-      f'{shapes(w_bar)}, got {shapes(params)}.'
-    ) from error
+    message = f'params must be like W̄, {shapes(w_bar)}, got {shapes(params)}.'
+    raise ValueError(message) from error

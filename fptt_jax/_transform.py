@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fptt_jax._checks import ARRAYS, check_choice, check_dtype, check_size
+from fptt_jax._checks import (
+  check_choice,
+  check_dtype,
+  check_size,
+  describe,
+  require,
+  require_type,
+)
 from fptt_jax._dtypes import at_least_float32
 from fptt_jax._hyperparameters import (
   Hyperparameter,
@@ -182,8 +189,7 @@ def fptt(
     inner_steps: jax.typing.ArrayLike = 1,
     **extra_args: Any,
   ) -> tuple[optax.Updates, FPTTState]:
-    if params is None:
-      raise ValueError('params must be the current parameters, got None.')
+    require(params is not None, 'params', 'the current parameters', params)
     _check_trees(grads, state, params)
     if not isinstance(inner_steps, jax.core.Tracer):
       inner_steps = check_size('inner_steps', inner_steps)
@@ -237,11 +243,10 @@ def _check_options(gradient_estimate: str, coupling: str) -> None:
   """Raise unless the options exist and fit each other."""
   check_choice('gradient_estimate', gradient_estimate, GRADIENT_ESTIMATES)
   check_choice('coupling', coupling, COUPLINGS)
-  if coupling == 'update' and gradient_estimate != 'running':
-    raise ValueError(
-      "coupling='update' needs gradient_estimate='running', since λ is then in units "
-      f'of the weights and no gradient, got {gradient_estimate!r}.'
-    )
+  # With the other estimates λ would be a gradient, not in units of the weights.
+  fits = coupling == 'gradient' or gradient_estimate == 'running'
+  accepted = "'running' with coupling='update'"
+  require(fits, 'gradient_estimate', accepted, gradient_estimate)
 
 
 def _init(
@@ -424,24 +429,18 @@ def _recomputed_gradient(
   params_next: optax.Params, extra_args: Mapping[str, Any]
 ) -> optax.Updates:
   """Return ∇ℓ_t(W_{t+1}) by the caller's `grad_fn`."""
-  grad_fn: Callable[[optax.Params], optax.Updates] | None = extra_args.get('grad_fn')
-  if grad_fn is None:
-    raise ValueError(
-      "grad_fn must be given with gradient_estimate='recomputed': a function (params) "
-      '-> gradient of the same window from the same hidden state; got None.'
-    )
+  grad_fn: Any = extra_args.get('grad_fn')
+  accepted = "a function (params) -> gradient with gradient_estimate='recomputed'"
+  require(grad_fn is not None, 'grad_fn', accepted, grad_fn)
   if any(map(is_masked, jax.tree.leaves(params_next, is_leaf=is_masked))):
     # grad_fn would get MaskedNodes in place of weights.
     raise ValueError(
       "gradient_estimate='recomputed' does not work inside optax.masked or "
       'optax.partition. Put the mask inside, fptt(optax.masked(base, ...)).'
     )
-  grads = grad_fn(params_next)
-  if not have_same_structure(grads, params_next):
-    raise ValueError(
-      f'grad_fn must return gradients like the parameters, {shapes(params_next)}, got '
-      f'{shapes(grads)}.'
-    )
+  grads: optax.Updates = grad_fn(params_next)
+  same = have_same_structure(grads, params_next)
+  require(same, 'the result of grad_fn', f'like {shapes(params_next)}', shapes(grads))
   return grads
 
 
@@ -455,60 +454,42 @@ def _state_dtype(
   param: jax.typing.ArrayLike, state_dtype: jax.typing.DTypeLike | None
 ) -> jnp.dtype:
   """Return the dtype of W̄ and λ for a parameter."""
-  if not is_floating(param):
-    raise TypeError(
-      f'params must be floating point, got a leaf of {_describe(param)}. Keep it out '
-      'of the trained tree, or use optax.partition.'
-    )
+  hint = 'Keep others out of the trained tree, or use optax.partition.'
+  require_type(is_floating(param), 'params', 'floating point', param, hint)
   if state_dtype is None:
     return at_least_float32(jnp.result_type(param))
   if jnp.iscomplexobj(param):
-    raise TypeError(
-      f'state_dtype must be None with complex parameters, got {state_dtype!r} and a '
-      f'leaf of {_describe(param)}.'
-    )
+    like = describe(param)
+    raise TypeError(f'state_dtype must be None for {like}, got {state_dtype!r}.')
   return jnp.dtype(state_dtype)
 
 
 def _check_trees(grads: optax.Updates, state: FPTTState, params: optax.Params) -> None:
   """Raise unless the trees that `update` gets have the same structure and shapes."""
-  if not have_same_shapes(grads, params) or not have_same_shapes(state.w_bar, params):
-    raise ValueError(
-      'grads, params and state.w_bar must have the same structure and shapes, got '
-      f'grads {shapes(grads)}, params {shapes(params)}, state.w_bar '
-      f'{shapes(state.w_bar)}.'
-    )
   trees = (grads, params, state.w_bar)
+  names = 'grads, params and state.w_bar'
+  same = have_same_shapes(grads, params) and have_same_shapes(state.w_bar, params)
+  require(same, names, 'of the same structure and shapes', [*map(shapes, trees)])
   for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
-    if not have_same_field(*leaves):
-      raise TypeError(
-        'grads, params and state.w_bar must be floating point, and all complex if one '
-        f'is, got leaves of {", ".join(map(_describe, leaves))}.'
-      )
+    same = have_same_field(*leaves)
+    got = [*map(describe, leaves)]
+    require(same, names, 'floating point, all real or all complex', got, '', TypeError)
 
 
 def _check_base_state(state: optax.OptState) -> None:
   """Raise if the base optimizer skips steps or evaluates the loss itself."""
-  skips = 'must be around fptt: λ and W̄ would move on calls without a step'
-  searches = 'cannot be inside fptt: it would see the loss without the regularizer'
-  refused = {
-    optax.MultiStepsState: f'optax.MultiSteps {skips}',
-    optax.ApplyIfFiniteState: f'optax.apply_if_finite {skips}',
-    optax.ScaleByZoomLinesearchState: f'a line search {searches}',
-    optax.ScaleByBacktrackingLinesearchState: f'a line search {searches}',
-  }
-  for node in _nodes(state, tuple(refused)):
-    if type(node) in refused:
-      raise ValueError(
-        f'base must take a step per call, got a {type(node).__name__}: '
-        f'{refused[type(node)]}.'
-      )
-
-
-def _describe(leaf: Any) -> str:
-  if isinstance(leaf, ARRAYS):
-    return f'dtype {leaf.dtype} and shape {leaf.shape}'
-  return f'type {type(leaf).__name__}'
+  # λ and W̄ would move on calls without a step.
+  skips = (optax.MultiStepsState, optax.ApplyIfFiniteState)
+  # It would see the loss without the regularizer.
+  searches = (
+    optax.ScaleByZoomLinesearchState,
+    optax.ScaleByBacktrackingLinesearchState,
+  )
+  for node in _nodes(state, skips + searches):
+    got = describe(node)
+    around = 'Put MultiSteps and apply_if_finite around fptt.'
+    require(type(node) not in skips, 'base', 'one that steps on each call', got, around)
+    require(type(node) not in searches, 'base', 'without line search', got)
 
 
 def _nodes(state: Any, kinds: tuple[type, ...]) -> list[Any]:

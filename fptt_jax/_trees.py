@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import ARRAYS, check_array
+from fptt_jax._checks import ARRAYS, check_array, describe, require
 
 
 def shapes(tree: Any) -> Any:
@@ -68,10 +68,8 @@ def arrange_like(name: str, got: Any, expected: Any, whose: str) -> Any:
   if unexpected:
     differences.append(f'unexpected {_first_of(unexpected)}')
   # Paths repeat where keys differ in type only, such as 0 and '0'.
-  raise ValueError(
-    f'{name} must have the same leaves, {whose}; got '
-    f'{"; ".join(differences) or "repeated paths"}.'
-  )
+  got = '; '.join(differences) or 'repeated paths'
+  raise ValueError(f'{name} must have the same leaves, {whose}; got {got}.')
 
 
 def check_like(
@@ -92,11 +90,9 @@ def check_like(
   got = arrange_like(name, got, expected, whose)
   leaves = jax.tree.leaves_with_path(got)
   for (path, leaf), like in zip(leaves, jax.tree.leaves(expected), strict=True):
-    if _describe(leaf, exactly) != _describe(like, exactly):
-      raise ValueError(
-        f'{name}{jax.tree_util.keystr(path)} must be {_describe(like)}, {whose}, got '
-        f'{_describe(leaf)}.'
-      )
+    same = _kind(leaf, exactly) == _kind(like, exactly)
+    place = name + jax.tree_util.keystr(path)
+    require(same, place, f'{describe(like)}, {whose}', describe(leaf))
   return got
 
 
@@ -109,15 +105,13 @@ def _first_of(paths: Sequence[str]) -> str:
   return text
 
 
-def _describe(leaf: Any, exactly: bool = True) -> str:
-  """Return a text such as float32[2, 3], or floating[2, 3] unless `exactly`."""
-  if not isinstance(leaf, ARRAYS):
-    return type(leaf).__name__
-  dtype = leaf.dtype
-  if not exactly:
-    kinds = (jnp.inexact, jnp.integer, jax.dtypes.prng_key)
-    dtype = next((kind for kind in kinds if jnp.issubdtype(leaf.dtype, kind)), dtype)
-  return f'{dtype}{list(leaf.shape)}'
+def _kind(leaf: Any, exactly: bool) -> Any:
+  """Return shape and dtype of an array, or the kind of its dtype unless `exactly`."""
+  if exactly or not isinstance(leaf, ARRAYS):
+    return describe(leaf)
+  kinds = (jnp.inexact, jnp.integer, jax.dtypes.prng_key)
+  found = [kind for kind in kinds if jnp.issubdtype(leaf.dtype, kind)]
+  return leaf.shape, found or leaf.dtype
 
 
 def is_floating(leaf: Any) -> bool:
@@ -148,9 +142,6 @@ def leading_axis(name: str, tree: Any, axis: int = 0) -> int:
   """Return the length that all arrays of a tree have along an axis; at least 1."""
   leaves = [check_array(name, leaf) for leaf in jax.tree.leaves(tree)]
   lengths = {leaf.shape[axis : axis + 1] for leaf in leaves}
-  if len(lengths) != 1 or lengths & {(), (0,)}:
-    raise ValueError(
-      f'{name} must be arrays with an axis {axis} of one length >= 1, got shapes '
-      f'{shapes(tree)}.'
-    )
+  fits = len(lengths) == 1 and not lengths & {(), (0,)}
+  require(fits, name, f'arrays with an axis {axis} of one length >= 1', shapes(tree))
   return int(lengths.pop()[0])

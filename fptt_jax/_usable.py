@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import optax
 
+from fptt_jax._checks import require
+
 
 def accepted(
   update: Callable[..., Any], extra_args: Mapping[str, Any]
@@ -48,6 +50,33 @@ def check_usable(
   # Imported here, since jax.extend takes a fifth of this library's time to import.
   from fptt_jax._update_flow import lost_marks
 
+  traced, record = _trace_update(optimizer, params, extra_args)
+  steps = extra_args.get('inner_steps', 1)
+  others = [given for given in record if given != steps]
+  accepted = f'the {steps} that the trainer passes to the optimizer'
+  hint = 'The wrapper around fptt needs an `update` that passes **extra_args on.'
+  require(not others, 'inner_steps of fptt', accepted, others[:1], hint)
+  if lost_marks(traced.jaxpr):
+    raise ValueError(
+      'optimizer must not change the updates after fptt(...), since W̄ and λ would '
+      'follow weights that are never applied. Put the other transformation inside, '
+      'fptt(optax.chain(base, other)), or in front, optax.chain(other, fptt(base)).'
+    )
+
+
+def _trace_update(
+  optimizer: optax.GradientTransformationExtraArgs,
+  params: optax.Params,
+  extra_args: Mapping[str, Any],
+) -> tuple[Any, list[Any]]:
+  """Trace one update without computing it.
+
+  Returns:
+    The jaxpr of the updates, and the numbers of inner steps that reached `fptt`.
+
+  Raises:
+    TypeError: If `update` requires other extra arguments.
+  """
   record: list[Any] = []
 
   def update(params: optax.Params) -> optax.Updates:
@@ -57,7 +86,7 @@ def check_usable(
 
   _RECORDS.append(record)
   try:
-    traced = jax.make_jaxpr(update)(params)
+    return jax.make_jaxpr(update)(params), record
   except TypeError as error:
     raise TypeError(
       'optimizer must need no extra arguments other than '
@@ -65,19 +94,6 @@ def check_usable(
     ) from error
   finally:
     _RECORDS.pop()
-  inner_steps = extra_args.get('inner_steps', 1)
-  if any(given != inner_steps for given in record):
-    raise ValueError(
-      f'optimizer must pass the extra argument inner_steps={inner_steps} on to '
-      f'fptt(...), got {record[0]} there. Give the wrapper around it an '
-      '`update` that takes **extra_args and passes them on.'
-    )
-  if lost_marks(traced.jaxpr):
-    raise ValueError(
-      'optimizer must not change the updates after fptt(...), since W̄ and λ would '
-      'follow weights that are never applied. Put the other transformation inside, '
-      'fptt(optax.chain(base, other)), or in front, optax.chain(other, fptt(base)).'
-    )
 
 
 def record_call(updates: optax.Updates, inner_steps: Any) -> optax.Updates:

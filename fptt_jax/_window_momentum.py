@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fptt_jax._checks import check_integer, check_size
+from fptt_jax._checks import check_integer, check_size, require
 from fptt_jax._dtypes import at_least_float32
 
 
@@ -77,7 +77,6 @@ def adam_by_window(
     >>> import fptt_jax
     >>> optimizer = fptt_jax.adam_by_window(3e-3, num_windows=10)
   """
-  count = check_size('num_windows', num_windows)
 
   def update(
     grads: optax.Updates, state: WindowMomentsState, window: jax.Array
@@ -91,7 +90,7 @@ def adam_by_window(
     moments = _written(state, window, first)
     return updates, WindowMomentsState(counts, moments, second)
 
-  scaling = _by_window(count, update, has_second_moment=True)
+  scaling = _by_window(num_windows, update, has_second_moment=True)
   return optax.chain(scaling, optax.scale_by_learning_rate(learning_rate))
 
 
@@ -124,7 +123,6 @@ def sgd_by_window(
     >>> import fptt_jax
     >>> optimizer = fptt_jax.sgd_by_window(0.1, num_windows=10, momentum=0.9)
   """
-  count = check_size('num_windows', num_windows)
 
   def update(
     grads: optax.Updates, state: WindowMomentsState, window: jax.Array
@@ -138,7 +136,7 @@ def sgd_by_window(
     counts = state.update_counts.at[window].add(1)
     return updates, WindowMomentsState(counts, _written(state, window, first), ())
 
-  scaling = _by_window(count, update, has_second_moment=False)
+  scaling = _by_window(num_windows, update, has_second_moment=False)
   return optax.chain(scaling, optax.scale_by_learning_rate(learning_rate))
 
 
@@ -149,12 +147,10 @@ def check_window_count(opt_state: optax.OptState, num_updates: int) -> None:
     return isinstance(node, WindowMomentsState)
 
   for node in jax.tree.leaves(opt_state, is_leaf=is_state):
-    if is_state(node) and len(node.update_counts) < num_updates:
-      raise ValueError(
-        'num_windows of the optimizer with momentum by window must be at least '
-        f"{num_updates}, the trainer's number of updates per sequence, got "
-        f'{len(node.update_counts)}.'
-      )
+    if is_state(node):
+      found = len(node.update_counts)
+      accepted = f"at least the trainer's {num_updates} updates per sequence"
+      require(found >= num_updates, 'num_windows of the optimizer', accepted, found)
 
 
 def _by_window(
@@ -167,6 +163,7 @@ def _by_window(
     update: (grads, state, window) -> (updates, state).
     has_second_moment: Whether the state has a second moment.
   """
+  num_windows = check_size('num_windows', num_windows)
 
   def init_fn(params: optax.Params) -> WindowMomentsState:
 
@@ -188,12 +185,7 @@ def _by_window(
     **extra_args: Any,
   ) -> tuple[optax.Updates, WindowMomentsState]:
     del params, extra_args
-    accepted = f"the number of the gradient's window, 0..{num_windows - 1}"
-    if window is None:
-      raise ValueError(
-        f'window must be {accepted}, as in update(grads, state, params, window=k); a '
-        'trainer passes it. Got None.'
-      )
+    accepted = f"the gradient's window, 0..{num_windows - 1}, as a trainer passes it"
     if not isinstance(window, jax.core.Tracer):
       window = check_integer('window', window, 0, num_windows - 1, accepted)
     updates, state = update(grads, state, jnp.asarray(window, jnp.int32))

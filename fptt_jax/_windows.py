@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_integer, check_size
+from fptt_jax._checks import check_integer, check_size, require
 
 
 class WindowPlan(NamedTuple):
@@ -69,11 +69,8 @@ def make_windows(
     array([ 3,  6, 10], dtype=int32)
   """
   num_steps = check_size('the number of time steps', num_steps)
-  if num_windows is not None and window_size is not None:
-    raise ValueError(
-      f'num_windows and window_size exclude each other: got {num_windows=} and '
-      f'{window_size=}.'
-    )
+  fits = num_windows is None or window_size is None
+  require(fits, 'num_windows', f'None with window_size={window_size}', num_windows)
   expected = f'an integer between 1 and the sequence length T={num_steps}'
   if window_size is not None:
     window_size = check_integer('window_size', window_size, 1, num_steps, expected)
@@ -189,10 +186,8 @@ class WindowView(NamedTuple):
       ValueError: If the array is not [T, B, ...].
     """
     expected = (self.num_steps, self.mask.shape[1])
-    if x.shape[:2] != expected:
-      raise ValueError(
-        f'x must be a time-major array [T, B, ...] = {expected}, got shape {x.shape}.'
-      )
+    fits = x.shape[:2] == expected
+    require(fits, 'x', f'time-major, [T, B, ...] = {expected}', x.shape)
     x = jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=0)
     # Padding may hold anything. A NaN would come back as a NaN gradient, even if the
     # loss masks it out.

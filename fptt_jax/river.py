@@ -30,6 +30,7 @@ from fptt_jax._checks import (
   check_flag,
   check_integer,
   check_size,
+  require,
 )
 from fptt_jax._states import state_from_arrays, state_to_arrays
 from fptt_jax._types import Model
@@ -158,15 +159,14 @@ class _StreamEstimator:
       names = tuple(sorted(x, key=str))
     if self.features is not None:
       unknown = [name for name in x if name not in names]
-      if unknown:
-        raise ValueError(
-          f'x must have no other features than {list(names)}, got {unknown[:3]}.'
-        )
+      require(
+        not unknown, 'x', f'without features other than {list(names)}', unknown[:3]
+      )
     vector = np.zeros(len(names), np.float32)
     for place, name in enumerate(names):
       value = x.get(name, 0)
-      if not isinstance(value, int | float | np.number | np.bool_):
-        raise TypeError(f'x[{name!r}] must be a number, got {value!r}.')
+      is_number = isinstance(value, int | float | np.number | np.bool_)
+      require(is_number, f'x[{name!r}]', 'a number', value, error=TypeError)
       vector[place] = value
     # Features that are refused must not become those of the stream.
     self._names = names
@@ -267,10 +267,8 @@ class _StreamEstimator:
 
   def _learn_many(self, X: Any, labels: Sequence[Any]) -> None:
     """Learn from the rows of a pandas DataFrame."""
-    if len(X) != len(labels):
-      raise ValueError(
-        f'y must have a label for each of the {len(X)} rows of X, got {len(labels)}.'
-      )
+    same = len(X) == len(labels)
+    require(same, 'y', f'a label for each of the {len(X)} rows of X', len(labels))
     self._hand_in()
     if self._waiting or self._unlabelled:
       for row, label in zip(X.to_dict(orient='records'), labels, strict=True):

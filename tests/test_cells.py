@@ -628,7 +628,7 @@ def test_lru_survives_the_extreme_draws(monkeypatch, ring, greatest):
     ),
     (
       lambda rngs: LRU(D, H, r_min=0.9, r_max=0.9, rngs=rngs),
-      r'r_min=0\.9, r_max=0\.9',
+      r'r_min .*r_max=0\.9, got 0\.9',
     ),
     (
       lambda rngs: LRU(D, H, r_max=1.1, rngs=rngs),
@@ -653,7 +653,7 @@ def test_impossible_cells_raise(build, message):
 def test_inputs_of_other_features_raise():
   """The error names the cell and the shape received."""
   model = model_of('LRU')
-  with pytest.raises(ValueError, match=r'LRU .*inputs .*\(5, 3, 3\)'):
+  with pytest.raises(ValueError, match=r'inputs of LRU .*\(5, 3, 3\)'):
     jax.eval_shape(
       lambda x: model.apply(
         model.init(KEY), LRUState(*model.initial_state(B)), x, None, None

@@ -391,13 +391,13 @@ def test_models_without_a_recurrent_layer_are_read_out_whole() -> None:
       'words',
       losses.terminal_classification(V),
       2,
-      r'readout_chunk=2 .*per_step=None',
+      r'readout_chunk .*per_step=None, got 2',
     ),
     (
       'recurrent',
       losses.sequence_classification(V),
       2,
-      r'readout_chunk=2 .*split=None',
+      r'readout_chunk .*split=None, got 2',
     ),
   ],
 )

@@ -392,19 +392,17 @@ def test_what_does_not_fit_is_refused():
     ),
   ):
     build(mesh_of(3)).init(jax.random.key(0), batch)
-  with pytest.raises(
-    ValueError, match=r'shard_params=True needs a mesh, got mesh=None\.'
-  ):
+  with pytest.raises(ValueError, match=r'shard_params .*mesh=None, got True'):
     fptt_jax.make_trainer(
       helpers.lstm(), loss, optax.sgd(0.1), method='tbptt', shard_params=True
     )
   square = jax.sharding.Mesh(np.array(jax.devices('cpu')[:4]).reshape(2, 2), ('a', 'b'))
   with pytest.raises(
     ValueError,
-    match=r"mesh must have one axis, over which the work is split, got \('a', 'b'\)\.",
+    match=r"mesh must be of one axis, got \('a', 'b'\)\.",
   ):
     build(square)
-  with pytest.raises(TypeError, match=r"mesh must be a jax\.Mesh, got 'cpu'\."):
+  with pytest.raises(TypeError, match=r"mesh must be of type jax\.Mesh, got 'cpu'\."):
     build('cpu')
 
 
@@ -664,12 +662,12 @@ def test_the_trainers_mesh_may_be_set():
 def test_another_mesh_that_is_set_is_refused(other):
   with (
     jax.set_mesh(other),
-    pytest.raises(ValueError, match=r"mesh.*'batch': 2.*set_mesh"),
+    pytest.raises(ValueError, match=r"set_mesh .*'batch': 2"),
   ):
     train_placed(mesh_of(2))
 
 
 @pytest.mark.parametrize('mesh', [None, mesh_of(2)], ids=str)
 def test_inputs_sharded_explicitly_over_another_mesh_are_refused(mesh):
-  with pytest.raises(ValueError, match=r"inputs sharded .*'rows'"):
+  with pytest.raises(ValueError, match=r"batch.inputs .*shard.*, got .*'rows'"):
     train_placed(mesh, Spec(None, 'rows'), explicit_mesh(4, 'rows'))

@@ -217,7 +217,7 @@ def test_a_changed_file_is_refused(name: str, folder: Path) -> None:
   data = bytearray((folder / name).read_bytes())
   data[len(data) // 2] ^= 1
   (folder / name).write_bytes(data)
-  with pytest.raises(ValueError, match=rf'folder .*{name}.*Export the step again'):
+  with pytest.raises(ValueError, match=rf'{name} .*Export the step again'):
     fptt_jax.load_exported_step(folder)
 
 
@@ -231,10 +231,10 @@ def test_a_missing_file_is_named(name: str, folder: Path) -> None:
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'format': 2}, 'format 1, got format 2'),
-    ({'calling_convention_version': 3}, 'calling convention .* got 3, exported by jax'),
+    ({'format': 2}, 'format 1, got 2'),
+    ({'calling_convention_version': 3}, 'calling convention .* got 3'),
     ({'calling_convention_version': 99}, 'calling convention .* got 99'),
-    ({'platforms': ['tpu']}, r"platform in use, .*got one for \['tpu'\]"),
+    ({'platforms': ['tpu']}, r"platform cpu, got \['tpu'\]"),
   ],
 )
 def test_a_foreign_or_expired_step_is_refused(
@@ -243,16 +243,16 @@ def test_a_foreign_or_expired_step_is_refused(
   """With what it needs and what to do."""
   path = folder / 'manifest.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-  with pytest.raises(ValueError, match=rf'folder .*{message}.*[Ee]xport'):
+  with pytest.raises(ValueError, match=rf'the step in .*{message}.*Export'):
     fptt_jax.load_exported_step(folder)
 
 
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ([np.ones(4, np.float32)], r"arguments\[0\], '0', must be float32\[3\], .*\[4\]"),
-    ([np.ones(3, np.int32)], r"arguments\[0\], '0', must be float32\[3\].*int32\[3\]"),
-    ([], 'arguments must be as many arrays as the manifest lists, 1, got 0'),
+    ([np.ones(4, np.float32)], r"arguments\[0\] .'0'. must be float32\[3\], .*\[4\]"),
+    ([np.ones(3, np.int32)], r"arguments\[0\] .'0'. must be float32\[3\].*int32\[3\]"),
+    ([], 'arguments must be 1 arrays.*got 0'),
     ([[1.0, 2.0, 3.0]], r'arguments\[0\] must be an array, got list'),
   ],
   ids=str,
@@ -265,14 +265,14 @@ def test_other_arguments_are_refused_and_the_state_is_intact(
     loaded.step(loaded.state, *arguments)
   state, _ = loaded.step(loaded.state, np.ones(3, np.float32))
   np.testing.assert_array_equal(state[0], [3, 3])
-  with pytest.raises(ValueError, match='state must be as many arrays'):
+  with pytest.raises(ValueError, match=r'state must be 1 arrays.*got 2'):
     loaded.step([*state, *state], np.ones(3, np.float32))
 
 
 @pytest.mark.parametrize(
   ('step', 'message'),
   [
-    (lambda state, x: state, r'step must return \(new state, results\)'),
+    (lambda state, x: state, r'step must be \(new state, results\), got'),
     (lambda state, x: ({'v': x}, x), "step .*missing 'w'"),
     (lambda state, x: ({'w': x.astype(jnp.bfloat16)}, x), r'step.*w.*float32\[3\]'),
     (lambda state, x: ({'w': x[:2]}, x), r'step.*w.*float32\[3\].*got float32\[2\]'),

@@ -127,5 +127,5 @@ def test_rows_that_do_not_fit_are_refused():
     match=r"a process's rows must be a multiple of the 3 devices .*, got 16\.",
   ):
     fptt_jax.make_global_batch(peer.BATCHES[0], peer.LOSS, mesh)
-  with pytest.raises(TypeError, match=r'batch must be a fptt_jax\.Batch'):
+  with pytest.raises(TypeError, match=r'batch must be of type fptt_jax\.Batch'):
     fptt_jax.make_global_batch(peer.BATCHES[0].inputs, peer.LOSS, mesh)

@@ -29,7 +29,7 @@ import pytest
 import fptt_jax
 from fptt_jax import influence, losses, nn
 from fptt_jax.influence import _units
-from fptt_jax.training import _window
+from fptt_jax.training import _credit
 
 RNN = nn.ElmanRNN
 SNAP1 = influence.snap1()
@@ -231,7 +231,7 @@ def test_without_an_influence_nothing_is_attached(
 
   state, text = program(influence='none')
   for name in ('attach', 'advance_influence', '_window_map'):
-    monkeypatch.setattr(_window, name, refuse)
+    monkeypatch.setattr(_credit, name, refuse)
   assert text == program()[1]
   assert 'custom_vjp' not in text
   arrays = fptt_jax.state_to_arrays(state)
@@ -424,19 +424,19 @@ def test_refused_influences() -> None:
   for method in ('bptt', 'bptt_aux', 'ftrl'):
     refused(
       ValueError,
-      rf"method '{method}' does not cut.*got influence='rtrl'",
+      rf"influence .*'{method}', got 'rtrl'",
       method=method,
     )
   refused(
     ValueError,
-    "method 'tbptt_final' .*got influence='rtrl'",
+    "influence .*'tbptt_final', got 'rtrl'",
     method='tbptt_final',
     truncation_steps=2,
   )
   mesh = jax.sharding.Mesh(jax.devices('cpu')[:2], ('batch',))
   refused(
     ValueError,
-    "got influence='rtrl' and shard_params=True",
+    "influence .*shard_params=True, got 'rtrl'",
     mesh=mesh,
     shard_params=True,
   )
@@ -450,11 +450,11 @@ def test_refused_models() -> None:
       nnx.Dropout(0.5), nn.GRU(2, H, rngs=rngs), nnx.Linear(H, 1, rngs=rngs)
     )
 
-  refused(ValueError, 'hidden state without noise', nn.from_nnx(noisy))
+  refused(ValueError, 'hidden state .*without noise, got', nn.from_nnx(noisy))
   model = helpers.elman(hidden=H)
   refused(
     ValueError,
-    r"got a state of \['complex64'\]",
+    r'state .*real numbers, got .complex64',
     model._replace(
       initial_state=lambda size: jnp.zeros((size, H), jnp.complex64),
       apply=lambda params, h, x, mask, key: (h, x @ params['a'] @ params['v']),
@@ -463,7 +463,7 @@ def test_refused_models() -> None:
   # B N P numbers of 8 bytes: 2 · 3 · (6 + 3 + 9) · 8.
   refused(
     ValueError,
-    r'max_bytes=863 bytes, got 864: B=2 rows times N=3 numbers .* P=18 ',
+    r'max_bytes=863 bytes, got 864\. .* B=2 rows times N=3 numbers .* P=18 ',
     elman(),
     influence=influence.rtrl(max_bytes=863),
   )
@@ -761,13 +761,13 @@ def test_refused_units() -> None:
   """Models without own units, or without own transitions."""
   refused(
     ValueError,
-    "influence 'snap1' needs parameters that reach one unit",
+    "influence 'snap1' .*one unit .*none",
     stack(nn.IncrementalRNN),
     influence='snap1',
   )
   refused(
     ValueError,
-    r'own_only=True needs layers that define own_step .* the arrays \(0,\)',
+    r'own_only=True .*own_step .*got \[\(0,\)\]',
     stack(nn.FastGRNN),
     influence=influence.snap1(own_only=True),
   )

@@ -346,5 +346,5 @@ def test_bad_calls():
     many.init(KEYS, batches[0])
   with pytest.raises(ValueError, match=r'keys must be \[R\]'):
     many.init(KEYS[0], batches[0])
-  with pytest.raises(TypeError, match=r'mesh must be a jax\.Mesh, got 2'):
+  with pytest.raises(TypeError, match=r'mesh must be of type jax\.Mesh, got 2'):
     fptt_jax.vmap_trainer(make(dtype=jnp.float32), mesh=2)

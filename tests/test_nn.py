@@ -256,9 +256,9 @@ def test_from_torch_takes_numpy_arrays():
     (torch_names((8, 3)), r'state_dict .*weight_hh_l0.*weight_ih_l0'),
     (
       torch_names((10, 3), (10, 2)),
-      r'state_dict .*\(10, 3\) and \(10, 2\)',
+      r'weight_ih_l0.*\(10, 3\), \(10, 2\)',
     ),
-    (torch_names((6, 3), (8, 2)), r'state_dict .*\(6, 3\) and \(8, 2\)'),
+    (torch_names((6, 3), (8, 2)), r'weight_ih_l0.*\(6, 3\), \(8, 2\)'),
   ],
   ids=[
     'bidirectional',
@@ -704,7 +704,7 @@ def test_modules_that_are_not_recurrent_raise():
     ),
     (
       lambda rngs: nn.Sequential(),
-      r'layers .*got none',
+      r'layers .*got \(\)',
     ),
   ],
 )
@@ -721,7 +721,7 @@ def test_inputs_of_other_features_raise(layer):
   for shape in ((T, B, D + 1), (T, B)):
     with pytest.raises(
       ValueError,
-      match=rf'{layer.__name__} .*inputs .*\({T}, {B}',
+      match=rf'inputs of {layer.__name__} .*\({T}, {B}',
     ):
       jax.eval_shape(
         lambda x: model.apply(model.init(KEY), model.initial_state(B), x, None, None),
@@ -792,7 +792,7 @@ def test_wrong_builders_and_cells_raise():
   """
   with pytest.raises(TypeError, match=r'build .*LSTM'):
     nn.from_nnx(nn.LSTM(1, 2, rngs=nnx.Rngs(0)))
-  with pytest.raises(TypeError, match=r'module .*class GRUCell'):
+  with pytest.raises(TypeError, match=r'module .*class .*GRUCell'):
     nn.from_linen(linen.GRUCell, (2,))
 
   class NoisyCell(nnx.SimpleCell):

@@ -270,7 +270,7 @@ def test_outputs_in_compiled_epochs_and_populations():
 
 def test_outputs_do_not_go_with_readout_steps():
   model = helpers.lstm(D, 4, C)
-  with pytest.raises(ValueError, match=r'return_outputs.*readout_chunk=2'):
+  with pytest.raises(ValueError, match=r'readout_chunk .*return_outputs=True, got 2'):
     fptt_jax.make_trainer(
       model,
       TAGGING,
@@ -278,10 +278,6 @@ def test_outputs_do_not_go_with_readout_steps():
       method='tbptt',
       readout_chunk=2,
       return_outputs=True,
-    )
-  with pytest.raises(TypeError, match=r'return_outputs.*1'):
-    fptt_jax.make_trainer(
-      model, TAGGING, optax.sgd(0.1), method='tbptt', return_outputs=1
     )
 
 
@@ -400,7 +396,7 @@ def test_micro_batches_with_penalties():
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), *seen
   )
-  with pytest.raises(ValueError, match='micro_batches=2'):
+  with pytest.raises(ValueError, match=r'micro_batches .*got 2'):
     trainer.step(trainer.init(jax.random.key(0), batch), batch._replace(mask=MASK))
 
 

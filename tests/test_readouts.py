@@ -203,11 +203,11 @@ def test_invalid_sizes_raise() -> None:
   """The error names the layer or the argument, and the shape or value."""
   rngs = nnx.Rngs(0)
   layer = build_mixture(rngs)
-  with pytest.raises(ValueError, match=r'TiedReadout .*inputs .*\(3, 2, 5\)'):
+  with pytest.raises(ValueError, match=r'inputs of TiedReadout .*\(3, 2, 5\)'):
     nn.TiedReadout(layer.embed)(jnp.ones((S, B, E + 1)))
   with pytest.raises(
     ValueError,
-    match=r'MixtureOfSoftmaxes .*inputs .*\(3, 6\)',
+    match=r'inputs of MixtureOfSoftmaxes .*\(3, 6\)',
   ):
     layer((), jnp.ones((S, H)))
   with pytest.raises(ValueError, match=r'experts .*0'):

@@ -656,12 +656,12 @@ def test_a_method_goes_by_its_true_name():
     (
       plain,
       'fptt',
-      r"method 'fptt' needs an fptt\(...\) in the optimizer, got .*False",
+      r"optimizer must be one with fptt.*got one without it.*'fptt'",
     ),
     (
       wrapped,
       'bptt',
-      r"method 'bptt' needs no fptt\(...\) in the optimizer, got .*True",
+      r"optimizer must be one without fptt.*got one with it.*'bptt'",
     ),
   ):
     with pytest.raises(ValueError, match=message):
@@ -1410,12 +1410,11 @@ def make(method: str = 'tbptt', **options: Any) -> fptt_jax.Trainer:
     ),
     (
       {'method': 'tbptt_final'},
-      r"truncation_steps goes with the method 'tbptt_final': got "
-      r"truncation_steps=None and method 'tbptt_final'\.",
+      r"truncation_steps must be .* got None\. The method is 'tbptt_final'\.",
     ),
     (
       {'method': 'bptt', 'truncation_steps': 2},
-      r"goes with the method 'tbptt_final': got truncation_steps=2 and method 'bptt'\.",
+      r"truncation_steps must be .* got 2\. The method is 'bptt'\.",
     ),
     (
       {'method': 'tbptt_final', 'truncation_steps': 0},
@@ -1481,17 +1480,17 @@ def test_settings_that_do_not_fit_the_sequence_are_refused(options, message):
     (
       Batch(np.zeros((6, 0, 2)), np.zeros(0)),
       ValueError,
-      r'inputs must be .*not empty, got shape \(6, 0, 2\)\.',
+      r'inputs must be .*not empty, got \(6, 0, 2\)\.',
     ),
     (
       Batch(np.zeros((0, 2, 2)), np.zeros(2)),
       ValueError,
-      r'inputs must be .*not empty, got shape \(0, 2, 2\)\.',
+      r'inputs must be .*not empty, got \(0, 2, 2\)\.',
     ),
     (
       Batch(np.zeros(6), np.zeros(2)),
       ValueError,
-      r'inputs must be time-major \[T, B, \.\.\.\].*, got shape \(6,\)\.',
+      r'inputs must be time-major \[T, B, \.\.\.\].*, got \(6,\)\.',
     ),
     (
       Batch(np.zeros((6, 2), bool), np.zeros(2)),
@@ -1511,7 +1510,7 @@ def test_settings_that_do_not_fit_the_sequence_are_refused(options, message):
     (
       Batch(GOOD.inputs, np.zeros(5, np.float32)),
       ValueError,
-      r'with B=2, T=6; got shape \(5,\)\.',
+      r'with B=2, T=6, got \(5,\)\.',
     ),
     (
       GOOD._replace(lengths=np.full(3, 6)),
@@ -1551,7 +1550,7 @@ def changed(
 
 
 SAME_HIDDEN = (
-  r"the hidden state that model\.apply returns must have .* of the model's initial "
+  r"the hidden state that model\.apply returns must be like the model's initial "
   r'state for this batch, '
 )
 
@@ -1564,14 +1563,14 @@ SAME_HIDDEN = (
       losses.terminal_regression(),
       GOOD,
       ValueError,
-      SAME_HIDDEN + r'float32\[2, 4\]; got bfloat16\[2, 4\]\.',
+      SAME_HIDDEN + r'float32\[2, 4\], got bfloat16\[2, 4\]\.',
     ),
     (
       changed(helpers.elman(), lambda h, y: (h[:, :3], y)),
       losses.terminal_regression(),
       GOOD,
       ValueError,
-      SAME_HIDDEN + r'float32\[2, 4\]; got float32\[2, 3\]\.',
+      SAME_HIDDEN + r'float32\[2, 4\], got float32\[2, 3\]\.',
     ),
     (
       changed(helpers.elman(), lambda h, y: ((h,), y)),
@@ -1593,28 +1592,28 @@ SAME_HIDDEN = (
       losses.terminal_regression(),
       GOOD,
       ValueError,
-      r'outputs must have shape \[S, B, 1\], got \(3, 2, 2\)\.',
+      r'outputs must be of shape \[S, B, 1\], got \(3, 2, 2\)\.',
     ),
     (
       helpers.elman(),
       losses.terminal_regression(),
       Batch(GOOD.inputs, np.zeros(5, np.float32)),
       ValueError,
-      r'B=2, T=6; got shape',
+      r'B=2, T=6, got',
     ),
     (
       helpers.elman(out=3),
       losses.terminal_classification(3),
       GOOD,
       TypeError,
-      r'labels .*must be integer .* got float32\[2\]',
+      r'labels .*must be integer, got float32\[2\]',
     ),
     (
       helpers.elman(),
       losses.sequence_regression(),
       Batch(GOOD.inputs, np.zeros((5, 2, 1), np.float32)),
       ValueError,
-      r'a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(5, 2, '
+      r'time-major, \[T, B, \.\.\.\] = \(6, 2\), got \(5, 2, '
       r'1\)\.',
     ),
     (
@@ -1622,7 +1621,7 @@ SAME_HIDDEN = (
       losses.sequence_regression(),
       Batch(GOOD.inputs, np.zeros((2, 6, 1), np.float32)),
       ValueError,
-      r'a time-major array \[T, B, \.\.\.\] = \(6, 2\), got shape \(2, 6, '
+      r'time-major, \[T, B, \.\.\.\] = \(6, 2\), got \(2, 6, '
       r'1\)\.',
     ),
   ],
@@ -1659,13 +1658,13 @@ def test_carried_hidden_state_of_another_batch_size_is_refused():
   other = helpers.regression_batch(6, 3)
   trainer = make(carry_hidden=True)
   message = (
-    r'the carried hidden state must have .* for this batch, float32\[3, 4\]; got '
+    r'the carried hidden state .* float32\[3, 4\], got '
     r'float32\[2, 4\]\.'
   )
   with pytest.raises(ValueError, match=message):
     trainer.step(trainer.init(jax.random.key(0), GOOD), other)
   message = (
-    r'the given hidden state must have .* for this batch, float32\[3, 4\]; got '
+    r'the given hidden state .* for this batch, float32\[3, 4\], got '
     r'float32\[2, 4\]\.'
   )
   with pytest.raises(ValueError, match=message):
@@ -1681,7 +1680,7 @@ def test_carried_hidden_state_of_another_batch_size_is_refused():
 def test_truncated_final_loss_takes_no_ragged_batch():
   """tbptt_final counts its steps from T."""
   trainer = make(method='tbptt_final', truncation_steps=2)
-  with pytest.raises(ValueError, match=r"'tbptt_final' .* got lengths\."):
+  with pytest.raises(ValueError, match=r"lengths .*'tbptt_final', got int32"):
     trainer.step(
       trainer.init(jax.random.key(0), GOOD),
       GOOD._replace(lengths=np.array([6, 5], np.int32)),
@@ -1718,11 +1717,11 @@ def with_value(batch: Batch, place: tuple[int, ...], value: float) -> Batch:
     ),
     (
       GOOD._replace(lengths=np.array([6, 7])),
-      r'lengths must lie in 1\.\.T=6, got 6 to 7\.',
+      r'lengths must be in 1\.\.T=6, got 6 to 7\.',
     ),
     (
       GOOD._replace(lengths=np.array([0, 6])),
-      r'lengths must lie in 1\.\.T=6, got 0 to 6\.',
+      r'lengths must be in 1\.\.T=6, got 0 to 6\.',
     ),
     (
       GOOD._replace(targets=np.array([0, np.inf])),
@@ -1745,9 +1744,7 @@ def test_check_batch_refuses_labels_that_mean_nothing():
   would turn into NaN or nonsense.
   """
   loss = losses.terminal_classification(3)
-  with pytest.raises(
-    ValueError, match=r'labels must lie in 0\.\.2, got values from 1 to 3\.'
-  ):
+  with pytest.raises(ValueError, match=r'labels must be in 0\.\.2, got \[3\]\.'):
     fptt_jax.validate_batch(Batch(GOOD.inputs, np.array([3, 1])), loss)
   with pytest.raises(TypeError, match=r'labels .*must be integer'):
     fptt_jax.validate_batch(Batch(GOOD.inputs, np.array([0.0, 1.0])), loss)
@@ -1808,15 +1805,15 @@ def test_init_looks_at_a_concrete_batch():
   [
     (
       (lambda p, x: x, losses.terminal_regression(), optax.sgd(0.1)),
-      r'model must be a fptt_jax\.Model, .* got function\.',
+      r'model must be of type fptt_jax\.Model, .* got function\.',
     ),
     (
       (helpers.elman(), mean_absolute_error, optax.sgd(0.1)),
-      r'loss must be a fptt_jax\.Loss, .*from_function',
+      r'loss must be of type fptt_jax\.Loss, .*from_function',
     ),
     (
       (helpers.elman(), losses.terminal_regression(), 0.1),
-      r'optimizer must be an optax\.GradientTransformation, got 0\.1\.',
+      r'optimizer must be of type optax\.GradientTransformation, got 0\.1\.',
     ),
   ],
 )
@@ -1828,7 +1825,7 @@ def test_parts_of_the_wrong_kind_are_refused(arguments, message):
     fptt_jax.make_trainer(*arguments)
   with pytest.raises(
     TypeError,
-    match=(r'batch must be a fptt_jax\.Batch, got tuple\.'),
+    match=(r'batch must be of type fptt_jax\.Batch, got tuple\.'),
   ):
     make().init(jax.random.key(0), (GOOD.inputs, GOOD.targets))
 
@@ -1848,7 +1845,7 @@ def test_a_loss_that_is_no_number_is_refused(function, got):
   state = jax.eval_shape(trainer.init, jax.random.key(0), GOOD)
   with pytest.raises(
     ValueError,
-    match=rf'a loss must return one floating-point number per window, got {got}\.',
+    match=rf'the result of a loss must be one .* per window, got {got}\.',
   ):
     jax.eval_shape(trainer.step, state, GOOD)
 
@@ -1872,7 +1869,9 @@ def test_inner_steps_must_reach_fptt():
   wrapper = optax.GradientTransformation(
     inner.init, lambda grads, state, params=None: inner.update(grads, state, params)
   )
-  with pytest.raises(ValueError, match=r'^optimizer .*inner_steps=2.* got 1'):
+  with pytest.raises(
+    ValueError, match=r'^inner_steps of fptt must be the 2 .* got \[1\]'
+  ):
     fptt_jax.make_trainer(
       helpers.elman(), losses.terminal_regression(), wrapper, inner_steps=2
     )

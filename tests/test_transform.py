@@ -1233,7 +1233,7 @@ def test_recomputed_gradient_of_another_structure():
   tx = fptt(optax.sgd(0.1), gradient_estimate='recomputed')
   with pytest.raises(
     ValueError,
-    match=r"^grad_fn .*'w'.* got ",
+    match=r"grad_fn .*'w'.* got ",
   ):
     tx.update(params, tx.init(params), params, grad_fn=lambda p: (0.0, p))
 
@@ -1403,7 +1403,7 @@ def test_state_without_fptt(read):
   params = random_tree(0)
   with pytest.raises(
     ValueError,
-    match=r'^opt_state must be .*, got a tuple',
+    match=r'^opt_state must be .*, got tuple',
   ):
     read(optax.adam(0.1).init(params), params)
 
@@ -1539,6 +1539,6 @@ def test_integer_parameters(dtype):
   """Integers among the parameters raise an error with their dtype and shape."""
   with pytest.raises(
     TypeError,
-    match=rf'^params .* got a leaf of dtype {dtype} and shape \(3,\)',
+    match=rf'^params .* got {dtype}\[3\]',
   ):
     fptt(optax.sgd(0.1)).init({'w': jnp.ones(2), 'n': jnp.zeros(3, dtype)})

@@ -158,7 +158,7 @@ def test_mesh_equals_one_device(shard_params):
 
 def test_too_few_windows_are_refused():
   trainer = make_trainer(adam_by_window(0.1, 2))
-  with pytest.raises(ValueError, match=r'at least 3, the trainer.* got 2'):
+  with pytest.raises(ValueError, match=r'num_windows .* 3 updates.* got 2'):
     trainer.init(jax.random.key(0), regression_batch(6, 2))
   more = make_trainer(adam_by_window(0.1, 5))
   state = more.init(jax.random.key(0), regression_batch(6, 2))
@@ -168,8 +168,8 @@ def test_too_few_windows_are_refused():
 @pytest.mark.parametrize(
   ('window', 'message'),
   [
-    (None, 'a trainer passes it. Got None'),
-    (3, r'window must be .* 0\.\.2, got 3'),
+    (None, r'window .*0\.\.2.* got None'),
+    (3, r'window must be .*0\.\.2.* got 3'),
     (-1, 'got -1'),
   ],
 )

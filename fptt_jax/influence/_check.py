@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fptt_jax._checks import describe, require
 from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, Model, Params
 from fptt_jax.influence._arrays import join, row_size
@@ -31,28 +32,29 @@ def check_map(model: Model, params: Params, inputs: Any, size: int) -> None:
       dropout, reaches it.
   """
   hidden = jax.eval_shape(lambda: model.initial_state(ROWS))
-  dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(hidden)})
-  if row_size(hidden) == 0 or any('complex' in dtype for dtype in dtypes):
-    raise ValueError(
-      f'influence needs a hidden state of real numbers, got a state of {dtypes}. Keep '
-      'real and imaginary parts apart.'
-    )
+  dtypes = sorted({describe(leaf) for leaf in jax.tree.leaves(hidden)})
+  is_real = row_size(hidden) > 0 and not any('complex' in dtype for dtype in dtypes)
+  hint = 'Keep real and imaginary parts apart.'
+  require(is_real, 'hidden state with influence', 'of real numbers', dtypes, hint)
+  noise = _noise(model, params, hidden, inputs, size)
+  hint = "Put dropout after the last recurrent layer, or use influence='none'."
+  fits = noise <= TOLERANCE
+  require(fits, 'hidden state with influence', 'without noise', noise, hint)
+
+
+def _noise(
+  model: Model, params: Params, hidden: Hidden, inputs: Any, size: int
+) -> float:
+  """Return the relative difference between training and evaluation in the state.
+
+  The numbers are drawn in the given shapes.
+  """
   x = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((size, ROWS, *leaf.shape[2:]), leaf.dtype), inputs
   )
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, hidden, x)
   )
-  difference = _noise(model, *draw_like(shapes, 0))
-  if difference > TOLERANCE:
-    raise ValueError(
-      'influence needs a hidden state without noise: put dropout after the last '
-      "recurrent layer, or use influence='none'."
-    )
-
-
-def _noise(model: Model, params: Params, hidden: Hidden, x: Any) -> float:
-  """Return the relative difference between training and evaluation in the state."""
 
   @concrete
   def run(params: Params, hidden: Hidden, x: Any) -> tuple[jax.Array, jax.Array]:
@@ -62,5 +64,5 @@ def _noise(model: Model, params: Params, hidden: Hidden, x: Any) -> float:
     )
     return jnp.abs(trained - evaluated).max(), jnp.abs(evaluated).max()
 
-  difference, scale = (float(number) for number in run(params, hidden, x))
+  difference, scale = (float(number) for number in run(*draw_like(shapes, 0)))
   return difference / max(scale, float(np.finfo(np.float32).tiny))

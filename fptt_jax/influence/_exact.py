@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import INT32_MAX, check_integer
+from fptt_jax._checks import INT32_MAX, Words, check_integer, require
 from fptt_jax._dtypes import at_least_float32
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import Weights, join, select, spread
@@ -133,15 +133,13 @@ def _check_bytes(weights: Weights, sizes: tuple[int, ...], max_bytes: int) -> No
     leaf.size * at_least_float32(leaf.dtype).itemsize for leaf in weights.values()
   )
   total *= rows * numbers
-  if total <= max_bytes:
-    return
   count = sum(leaf.size for leaf in weights.values())
-  raise ValueError(
-    f"influence 'rtrl' must take at most max_bytes={max_bytes:,} bytes, got {total:,}: "
-    f'B={rows} rows times N={numbers} numbers of a state times P={count:,} parameters '
-    "that reach it. Use a smaller network or batch, 'snap1', or "
-    'fptt_jax.influence.rtrl(max_bytes=...).'
+  hint = (
+    f'These are B={rows} rows times N={numbers} numbers of a state times P={count:,} '
+    "parameters that reach it. Use 'snap1', or fptt_jax.influence.rtrl(max_bytes=...)."
   )
+  accepted = f'at most max_bytes={max_bytes:,} bytes'
+  require(total <= max_bytes, "influence 'rtrl'", accepted, Words(f'{total:,}'), hint)
 
 
 def credit_matrix(params: Params, matrix: Weights, d_hidden: Hidden) -> Params:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import check_choice, check_size
+from fptt_jax._checks import check_choice, check_size, require
 from fptt_jax._types import Hidden, OwnProduct, Params
 from fptt_jax.influence._arrays import join, spread
 from fptt_jax.influence._base import Influence, WindowMap
@@ -96,11 +96,8 @@ def kronecker(terms: int = 4, reduction: str = 'optimal') -> Influence:
   """
   terms = check_size('terms', terms)
   check_choice('reduction', reduction, REDUCTIONS)
-  if reduction == 'signs' and terms > 1:
-    raise ValueError(
-      f"reduction='signs' carries one product: got terms={terms}. Use terms=1, or "
-      "reduction='optimal'."
-    )
+  fits = reduction != 'signs' or terms == 1
+  require(fits, 'terms', "1 with reduction='signs'", terms)
   reduce = _reduce_optimally if reduction == 'optimal' else _reduce_by_signs
 
   def init(window: WindowMap, params: Params, hidden: Hidden) -> State:
@@ -197,12 +194,10 @@ def _check_products(window: WindowMap, params: Params, hidden: Hidden) -> None:
   missing = [
     path for path in reached_paths(window, params, hidden) if path not in known
   ]
-  if missing:
-    raise ValueError(
-      "influence 'kronecker' needs parameters that reach the state through sums with a "
-      'bias, of layers that define own_step (LSTM, GRU, ElmanRNN): got others, '
-      f"{', '.join(missing)}. Use 'rtrl', 'snap1' or 'uoro'."
-    )
+  accepted = 'of LSTM, GRU, ElmanRNN or layers with own_step, which sum with a bias'
+
+  hint = "Use 'rtrl', 'snap1' or 'uoro'."
+  require(not missing, "parameters with influence 'kronecker'", accepted, missing, hint)
 
 
 def _new_terms(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_size
+from fptt_jax._checks import Words, check_size, require
 from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, OwnStep, Params
 from fptt_jax.influence._arrays import Weights, join
@@ -126,11 +126,9 @@ def _check_units(
   units: Units, window: WindowMap, params: Params, hidden: Hidden, own_only: bool
 ) -> None:
   """Raise a ValueError for a model without units, or without given transitions."""
-  if not units.layers:
-    raise ValueError(
-      "influence 'snap1' needs parameters that reach one unit of the state in a step: "
-      "got none. Use 'rtrl' or 'none'."
-    )
+  name = "parameters with influence 'snap1'"
+  accepted = 'such that some reach one unit of the state in a step'
+  require(units.layers, name, accepted, Words('none'), "Use 'rtrl' or 'none'.")
   if not own_only:
     return
 
@@ -144,11 +142,8 @@ def _check_units(
     for layer in units.layers
     if not layer.apart and layer.arrays[0] not in known
   ]
-  if missing:
-    raise ValueError(
-      'own_only=True needs layers that define own_step (LSTM, GRU, ElmanRNN) or '
-      f'keep their units apart, got others, with the arrays {missing[0]} of the state.'
-    )
+  accepted = 'of LSTM, GRU, ElmanRNN or layers with own_step or units apart'
+  require(not missing, 'state arrays with own_only=True', accepted, missing[:1])
 
 
 def snap(n: int) -> Influence:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fptt_jax._checks import check_size
+from fptt_jax._checks import check_size, check_type
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import join, split
 from fptt_jax.influence._base import Influence, WindowMap
@@ -86,10 +86,7 @@ def synthetic(
     hidden_features = check_size('hidden_features', hidden_features)
   if optimizer is None:
     optimizer = optax.adam(LR)
-  if not isinstance(optimizer, optax.GradientTransformation):
-    raise TypeError(
-      f'optimizer must be an optax.GradientTransformation, got {optimizer!r}.'
-    )
+  check_type('optimizer', optimizer, optax.GradientTransformation)
 
   def init(window: WindowMap, params: Params, hidden: Hidden) -> LearnedCredit:
     weights = _first_weights(join(hidden), hidden_features)

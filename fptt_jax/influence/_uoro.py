@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import check_choice, check_size
+from fptt_jax._checks import check_choice, check_size, require
 from fptt_jax._dtypes import at_least_float32
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import Weights, join, select, split, spread
@@ -98,19 +98,16 @@ def uoro(pairs: int = 1, rows: str = 'each', balance: str = 'row') -> Influence:
   check_choice('rows', rows, ROWS)
   check_choice('balance', balance, BALANCES)
   together = rows == 'together'
-  if together and balance == 'unit':
-    raise ValueError(
-      "balance='unit' needs rows='each', since each row has scales of its own: got "
-      "rows='together'."
-    )
+  # Each row has scales of its own.
+  fits = not together or balance == 'row'
+  require(fits, 'balance', "'row' with rows='together'", balance)
   scales = _unit_scales if balance == 'unit' else None
 
   def init(window: WindowMap, params: Params, hidden: Hidden) -> RankOne:
-    if scales is not None and not find_units(window, params, hidden).layers:
-      raise ValueError(
-        "balance='unit' needs parameters that reach one unit of the state in a step, "
-        "got a model in which each of them reaches several. Use balance='row'."
-      )
+    if scales is not None:
+      found = find_units(window, params, hidden).layers
+      accepted = "'row' for a model whose parameters each reach several units"
+      require(found, 'balance', accepted, balance)
     weights = select(params, reached_paths(window, params, hidden))
     batch_size, numbers = join(hidden).shape
     leading = (1 if together else batch_size, pairs)

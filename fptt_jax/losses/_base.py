@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import INT32_MAX, as_floats, check_integer, check_shape
+from fptt_jax._checks import (
+  INT32_MAX,
+  as_floats,
+  check_integer,
+  check_shape,
+  require,
+  require_type,
+)
 from fptt_jax._dtypes import widen
 from fptt_jax._windows import WindowView
 
@@ -97,8 +104,8 @@ def compute_metrics(totals: MetricSums) -> dict[str, Any]:
   """
   sums = {name: as_floats(name, total) for name, total in totals.items()}
   shapes = {name: total.shape for name, total in sums.items()}
-  if 'count' not in sums or len(set(shapes.values())) > 1:
-    raise ValueError(f"totals must have a 'count' and one shape, got {shapes}.")
+  fits = 'count' in sums and len(set(shapes.values())) == 1
+  require(fits, 'totals', "of one shape, with a 'count'", shapes)
   count = sums.pop('count')
   divisor = np.where(count > 0, count, np.nan)
   means: dict[str, Any] = {name: total / divisor for name, total in sums.items()}
@@ -154,19 +161,15 @@ def check_classes(num_classes: Any) -> int:
 
 def require_kind(name: str, values: jax.Array, kind: type) -> None:
   """Raise TypeError unless an array's dtype is of a kind, such as `jnp.integer`."""
-  if not jnp.issubdtype(values.dtype, kind):
-    raise TypeError(
-      f'{name} must be {kind.__name__} (class indices are integers), got '
-      f'{values.dtype}{list(values.shape)}.'
-    )
+  fits = jnp.issubdtype(values.dtype, kind)
+  hint = 'Class indices are integers.'
+  require_type(fits, name, kind.__name__, values, hint)
 
 
 def require_features(outputs: jax.Array, features: int) -> None:
   """Raise ValueError unless outputs are [S, B, features]."""
-  if outputs.ndim != 3 or outputs.shape[-1] != features:
-    raise ValueError(
-      f'outputs must have shape [S, B, {features}], got {outputs.shape}.'
-    )
+  fits = outputs.ndim == 3 and outputs.shape[-1] == features
+  require(fits, 'outputs', f'of shape [S, B, {features}]', outputs.shape)
 
 
 def check_indices(name: str, values: Any, valid: np.ndarray, limit: int) -> None:
@@ -184,17 +187,11 @@ def check_indices(name: str, values: Any, valid: np.ndarray, limit: int) -> None
   """
   require_kind(name, values, jnp.integer)
   values = np.asarray(check_shape(name, values, 'of shape', valid.shape))
-  if not valid.any():
-    return
-  low = int(values[valid].min())
-  high = int(values[valid].max())
-  if low >= 0 and high < limit:
-    return
-  message = f'{name} must lie in 0..{limit - 1}, got values from {low} to {high}.'
-  if low < 0:
-    # Other libraries ignore labels such as -1 or -100.
-    message += ' Negative labels are not ignored; give lengths or a mask.'
-  raise ValueError(message)
+  bad = values[valid & ~((values >= 0) & (values < limit))]
+  # Other libraries ignore labels such as -1 or -100.
+  ignored = 'Negative labels are not ignored; give lengths or a mask.'
+  hint = ignored if bad.min(initial=0) < 0 else ''
+  require(not bad.size, name, f'in 0..{limit - 1}', bad[:3].tolist(), hint)
 
 
 def check_finite(name: str, values: Any, valid: np.ndarray) -> None:
@@ -211,15 +208,11 @@ def check_finite(name: str, values: Any, valid: np.ndarray) -> None:
   """
   require_kind(name, values, jnp.floating)
   values = np.asarray(values)
-  if values.shape[: valid.ndim] != valid.shape:
-    raise ValueError(
-      f'{name} must have leading dimensions {valid.shape}, got shape {values.shape}.'
-    )
+  fits = values.shape[: valid.ndim] == valid.shape
+  require(fits, name, f'of leading dimensions {valid.shape}', values.shape)
   features = tuple(range(valid.ndim, values.ndim))
   finite = np.isfinite(values).all(axis=features)
   bad = np.argwhere(~finite & valid)
   if bad.size:
-    raise ValueError(
-      f'{name} must be finite, got NaN or infinity in {len(bad)} places, the first at '
-      f'{tuple(bad[0].tolist())}.'
-    )
+    got = f'NaN or infinity in {len(bad)} places, the first at {tuple(bad[0].tolist())}'
+    raise ValueError(f'{name} must be finite, got {got}.')

@@ -94,9 +94,8 @@ def _is_terminal(
   if leaf_shapes and certain and all(time_major) == any(time_major):
     return not any(time_major)
   raise ValueError(
-    'terminal must be True (one target per sequence) or False (one per step), or a '
-    'measure must be given, if the shapes of the targets do not tell: got '
-    f'terminal=None and targets {shapes(targets)} with T={num_steps}, B={batch_size}.'
+    'terminal must be True (one target per sequence) or False (one per step) for '
+    f'targets {shapes(targets)} with T={num_steps}, B={batch_size}, got None.'
   )
 
 

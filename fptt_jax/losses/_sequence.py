@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fptt_jax._checks import check_shape
+from fptt_jax._checks import check_shape, require
 from fptt_jax._dtypes import widen
 from fptt_jax._windows import WindowView
 from fptt_jax.losses._base import (
@@ -51,8 +51,7 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
 
   def per_step(outputs: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
     require_kind('targets', labels, jnp.integer)
-    if labels.ndim != 2:
-      raise ValueError(f'targets must be [T, B], got a window of shape {labels.shape}.')
+    require(labels.ndim == 2, 'targets of a window', '[S, B]', labels.shape)
     require_features(outputs, num_classes)
     labels = widen_indices(labels)
     logits = widen(outputs)

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fptt_jax._checks import check_choice, check_number, check_shape, check_size
+from fptt_jax._checks import (
+  check_choice,
+  check_number,
+  check_shape,
+  check_size,
+  require,
+)
 from fptt_jax._dtypes import widen
 from fptt_jax._trees import shapes
 from fptt_jax._windows import WindowView, take_steps
@@ -85,11 +91,10 @@ def terminal_classification(
   reference = divergence if isinstance(divergence, Reference) else None
   if reference is None:
     check_choice('divergence', divergence, DIVERGENCES)
-    if (divergence == 'example') != (num_examples is not None):
-      raise ValueError(
-        "num_examples must be given with divergence='example' only, got num_examples="
-        f'{num_examples!r} and divergence={divergence!r}.'
-      )
+    fits = (divergence == 'example') == (num_examples is not None)
+    accepted = "an integer with divergence='example' and None with others"
+    hint = f'The divergence is {divergence!r}.'
+    require(fits, 'num_examples', accepted, num_examples, hint)
     reference = make_reference(str(divergence), ema_decay, num_examples)
   task = _Classification(num_classes, num_examples, reference)
   return Loss(
@@ -189,11 +194,9 @@ class _Classification(NamedTuple):
     """Return the labels and the example ids, if any, after checking their shapes."""
     if self.num_examples is None:
       return _as_indices('labels', targets, batch_size), None
-    if shapes(targets) != ((batch_size,), (batch_size,)):
-      raise ValueError(
-        'targets must be a pair (labels [B], example ids [B]), '
-        f'B={batch_size}, got shapes {shapes(targets)}.'
-      )
+    found = shapes(targets)
+    accepted = f'a pair (labels [B], example ids [B]), B={batch_size}'
+    require(found == ((batch_size,), (batch_size,)), 'targets', accepted, found)
     labels, ids = targets
     labels = _as_indices('labels', labels, batch_size)
     return labels, _as_indices('example ids', ids, batch_size)
@@ -242,10 +245,8 @@ def _squared_errors(
   """Return the mean squared error of each sequence's last output, float [B]."""
   require_kind('targets', targets, jnp.floating)
   batch_size = window.mask.shape[1]
-  if targets.ndim not in (1, 2) or targets.shape[0] != batch_size:
-    raise ValueError(
-      f'targets must be [B] or [B, O] with B={batch_size}, got {targets.shape}.'
-    )
+  fits = targets.ndim in (1, 2) and targets.shape[0] == batch_size
+  require(fits, 'targets', f'[B] or [B, O] with B={batch_size}', targets.shape)
   expected = targets.reshape(targets.shape[0], -1)
   predicted = _last_outputs(outputs, window, expected.shape[-1])
   return jnp.mean(squared_error(predicted, expected), axis=-1)

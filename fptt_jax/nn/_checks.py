@@ -7,7 +7,14 @@ import jax
 from jax import export
 import jax.numpy as jnp
 
-from fptt_jax._checks import check_array, check_shape, check_size, check_type
+from fptt_jax._checks import (
+  check_array,
+  check_floats_or_tokens,
+  check_shape,
+  check_size,
+  check_type,
+  require,
+)
 from fptt_jax._trees import check_like
 
 CARRY_STATE = (
@@ -35,11 +42,8 @@ def check_batch_size(batch_size: Any) -> Any:
 
 def check_features_shape(features_shape: Any) -> tuple[int, ...]:
   """Return the shape of one step; a ValueError names what is not a shape."""
-  if not isinstance(features_shape, tuple | list):
-    raise ValueError(
-      'features_shape must be the shape of one step, such as (D,), got '
-      f'{features_shape!r}.'
-    )
+  is_shape = isinstance(features_shape, tuple | list)
+  require(is_shape, 'features_shape', 'the shape (D,) of one step', features_shape)
   return tuple(check_size('features_shape', size) for size in features_shape)
 
 
@@ -55,14 +59,11 @@ def check_inputs(layer: nnx.Module, x: Any, features: int) -> jax.Array:
     ValueError: the shape is another one.
     TypeError: the inputs are not an array of floats or integers.
   """
-  name = type(layer).__name__
-  x = check_array(f'inputs of {name}', x)
-  if x.ndim != 3 or x.shape[-1] != features:
-    raise ValueError(f'{name} expected inputs [S, B, {features}], got shape {x.shape}.')
-  # Bools are rejected: a mask passed as inputs would otherwise be cast silently.
-  is_float = jnp.issubdtype(x.dtype, jnp.floating)
-  if not is_float and not jnp.issubdtype(x.dtype, jnp.integer):
-    raise TypeError(f'{name} expected inputs that are numbers, got dtype {x.dtype}.')
+  name = f'inputs of {type(layer).__name__}'
+  x = check_array(name, x)
+  fits = x.ndim == 3 and x.shape[-1] == features
+  require(fits, name, f'[S, B, {features}]', x.shape)
+  check_floats_or_tokens(name, x)
   return jnp.asarray(x)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import check_dtype
+from fptt_jax._checks import check_dtype, require, require_type
 from fptt_jax._probe import check_new_model, check_state_rows, mark_checked
 from fptt_jax._types import Model
 from fptt_jax.nn._checks import check_batch_size, check_features_shape
@@ -53,10 +53,8 @@ def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
     assert y.shape == (28, 4, 16)
   """
   eqx = _import('equinox', 'from_equinox', 'equinox')
-  if isinstance(build, eqx.Module):
-    raise TypeError(
-      f'build must be a function (key) -> module, got {type(build).__name__}.'
-    )
+  is_function = not isinstance(build, eqx.Module)
+  require_type(is_function, 'build', 'a function (key) -> module', build)
   # Shapes only: large models are not drawn to be inspected.
   abstract = eqx.filter_eval_shape(build, jax.random.key(0))
   _check_stateless(eqx, abstract)
@@ -132,8 +130,8 @@ def from_haiku(
 
   def make_core() -> Any:
     core = build()
-    if not isinstance(core, hk.RNNCore):
-      raise TypeError(f'build must make a hk.RNNCore, got {type(core).__name__}.')
+    is_core = isinstance(core, hk.RNNCore)
+    require_type(is_core, 'the result of build', 'a hk.RNNCore', core)
     return core
 
   start = hk.transform_with_state(lambda size: make_core().initial_state(size))
@@ -176,20 +174,25 @@ def _check_haiku_core(
   """Raise a TypeError if a core has a trained initial state or Haiku state."""
   key = jax.random.key(0)
   params, _ = jax.eval_shape(lambda key: start.init(key, 1), key)
-  if jax.tree.leaves(params):
-    raise TypeError(f"the core's initial state has parameters, {sorted(params)}.")
+  name = 'parameters of the initial state'
+  require(not jax.tree.leaves(params), name, 'none', sorted(params), '', TypeError)
   check_state_rows('from_haiku', initial_state)
+  # A train step carries parameters and the hidden state only.
+  kept = _haiku_state(run, initial_state, x_t)
+  hint = 'Use hk.LayerNorm in place of running statistics.'
+  require(not kept, "the core's Haiku state", 'empty', kept, hint, TypeError)
+
+
+def _haiku_state(
+  run: Any, initial_state: Callable[[int], Any], x_t: jax.ShapeDtypeStruct
+) -> list[str]:
+  """Return the names of the modules of a core that keep Haiku state."""
 
   def init(key: jax.Array, x: jax.Array) -> Any:
     return run.init(key, x, initial_state(1))
 
-  # A train step carries parameters and the hidden state only.
-  _, kept = jax.eval_shape(init, key, x_t)
-  if jax.tree.leaves(kept):
-    raise TypeError(
-      f'the core keeps state in {sorted(kept)}, such as running statistics: use '
-      'hk.LayerNorm instead.'
-    )
+  _, kept = jax.eval_shape(init, jax.random.key(0), x_t)
+  return sorted(kept) if jax.tree.leaves(kept) else []
 
 
 def _check_stateless(eqx: Any, module: Any) -> None:
@@ -199,11 +202,9 @@ def _check_stateless(eqx: Any, module: Any) -> None:
     return isinstance(leaf, eqx.nn.StateIndex)
 
   leaves = jax.tree.leaves(module, is_leaf=is_index)
-  if any(is_index(leaf) for leaf in leaves):
-    raise TypeError(
-      f'{type(module).__name__} keeps state, such as running statistics: use '
-      'eqx.nn.LayerNorm instead.'
-    )
+  stateless = not any(map(is_index, leaves))
+  hint = 'Use eqx.nn.LayerNorm in place of running statistics.'
+  require_type(stateless, 'the module', 'without Equinox state', module, hint)
 
 
 def _equinox_constants(
@@ -229,12 +230,10 @@ def _equinox_constants(
   leaves = jax.tree.leaves_with_path(eqx.filter(first, eqx.is_array))
   others = jax.tree.leaves(eqx.filter(second, eqx.is_array))
   for (path, leaf), other in zip(leaves, others, strict=True):
-    if not np.array_equal(leaf, other):
-      place = jax.tree_util.keystr(path)
-      raise TypeError(
-        f'the array {leaf.dtype}{list(leaf.shape)} at {place} depends on the key, but '
-        'is not trained, because it is not floating point: draw it from a fixed key.'
-      )
+    # It would not be trained, because it is not floating point.
+    place = f'the array at {jax.tree_util.keystr(path)}'
+    accepted = 'floating point, or drawn from a fixed key'
+    require_type(np.array_equal(leaf, other), place, accepted, leaf)
   return first
 
 
@@ -253,12 +252,9 @@ def _equinox_step(eqx: Any, module: Any) -> RowStep:
     return _run_equinox_cell
   # A module without initial_state would need a state of unknown structure.
   is_module = isinstance(module, eqx.Module) and callable(module)
-  if not is_module or not callable(getattr(module, 'initial_state', None)):
-    raise TypeError(
-      'build must make an eqx.nn.GRUCell, an eqx.nn.LSTMCell or a module with '
-      'initial_state() and (state, x_t) -> (state, y_t), got '
-      f'{type(module).__name__}.'
-    )
+  fits = is_module and callable(getattr(module, 'initial_state', None))
+  accepted = 'a GRUCell, an LSTMCell or a module with initial_state() and __call__'
+  require_type(fits, 'the result of build', accepted, module)
   return _run_equinox_module
 
 
@@ -327,6 +323,5 @@ def _import(module: str, function: str, package: str) -> Any:
   try:
     return importlib.import_module(module)
   except ImportError as error:
-    raise ImportError(
-      f'{function} needs {package}, which is not installed: pip install {package}.'
-    ) from error
+    message = f'{function} needs {package}: pip install {package}.'
+    raise ImportError(message) from error

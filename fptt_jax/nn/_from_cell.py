@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 import jax
 
+from fptt_jax._checks import describe, require
 from fptt_jax.nn._checks import check_batch_size, check_inputs, check_window
 from fptt_jax.nn._recurrent import scan_cell
 
@@ -35,21 +36,20 @@ class FromCell(nnx.Module):
   """
 
   def __init__(self, cell: Any):
-    if not isinstance(cell, nnx.Module) or not hasattr(cell, 'initialize_carry'):
-      raise TypeError(
-        f'cell must be an nnx.Module with initialize_carry, got {type(cell).__name__}.'
-      )
+    is_cell = isinstance(cell, nnx.Module) and hasattr(cell, 'initialize_carry')
+    accepted = 'an nnx.Module with initialize_carry'
+    name = describe(cell)
+    require(is_cell, 'cell', accepted, name, error=TypeError)
     # A scan over steps would draw the same noise at each of them.
-    if jax.tree.leaves(nnx.state(cell, nnx.RngState)):
-      raise TypeError(
-        f'cell must not own random streams, got {type(cell).__name__}: put noise '
-        'between layers.'
-      )
+    has_streams = bool(jax.tree.leaves(nnx.state(cell, nnx.RngState)))
+    hint = 'Put noise between layers.'
+    require(not has_streams, 'cell', 'without random streams', name, hint, TypeError)
     self.cell = cell
     features = getattr(cell, 'in_features', None)
     self.in_features = features if isinstance(features, int) else None
-    if self.in_features is None:
-      _check_carry_without_features(cell)
+    needed = self.in_features is None and _carry_needs_features(cell)
+    accepted = 'the D of the inputs [B, D], since the carry depends on it'
+    require(not needed, f'in_features of {name}', accepted, features, error=TypeError)
 
   def initial_state(self, batch_size: int) -> Any:
     """Return the cell's initial carry."""
@@ -100,8 +100,8 @@ def as_recurrent(module: nnx.Module) -> Any:
   if isinstance(module, nnx.Module) and is_cell(module):
     return FromCell(module)
   raise TypeError(
-    'expected a recurrent module with initial_state or a per-step cell with '
-    f'initialize_carry, got {type(module).__name__}; put it into nn.Sequential.'
+    'module must be a recurrent layer with initial_state or a per-step cell with '
+    f'initialize_carry, got {type(module).__name__}. Put it into nn.Sequential.'
   )
 
 
@@ -114,25 +114,22 @@ def unwrap_rnn(layer: Any) -> Any:
     TypeError: the loop runs backward in time or has separate state for each step.
   """
   is_rnn = isinstance(layer, nnx.RNN)
-  if isinstance(layer, nnx.Bidirectional) or (is_rnn and layer.reverse):
-    raise TypeError(
-      f'{type(layer).__name__} (Bidirectional or reverse=True) reads later steps, '
-      'which are not in the window: use a forward cell alone.'
-    )
+  backward = isinstance(layer, nnx.Bidirectional) or (is_rnn and layer.reverse)
+  name = describe(layer)
+  # Later steps are not in the window.
+  accepted = 'a forward cell, not Bidirectional or with reverse=True'
+  require(not backward, 'layer', accepted, name, error=TypeError)
   if not is_rnn:
     return layer
-  # An integer axis means one set of variables per time step.
-  if any(isinstance(axis, int) for axis in layer.state_axes.values()):
-    raise TypeError(
-      f'nnx.RNN(state_axes={layer.state_axes}) has separate state for each step, which '
-      'windows do not have.'
-    )
+  # An integer axis means one set of variables per time step, which windows lack.
+  axes = layer.state_axes
+  shared = not any(isinstance(axis, int) for axis in axes.values())
+  require(shared, 'state_axes of nnx.RNN', 'the same at all steps', axes, '', TypeError)
   return layer.cell
 
 
-def _check_carry_without_features(cell: Any) -> None:
-  """Raise a TypeError if a cell's carry depends on the unknown number of features."""
-  name = type(cell).__name__
+def _carry_needs_features(cell: Any) -> bool:
+  """Return whether the shape of a cell's carry depends on its number of features."""
   shapes = []
   # Two sizes suffice: a carry that depends on D differs between them.
   for features in (1, 2):
@@ -141,12 +138,8 @@ def _check_carry_without_features(cell: Any) -> None:
       carry = jax.eval_shape(lambda initialize=initialize: initialize(nnx.Rngs(0)))
     except Exception as error:
       raise TypeError(
-        f'initialize_carry of {name} failed for the input shape (2, {features}): '
-        f'{error} Give the cell an attribute in_features, the D of its inputs [B, D].'
+        f'initialize_carry of {type(cell).__name__} failed for the input shape '
+        f'(2, {features}): {error} Give the cell an attribute in_features.'
       ) from error
     shapes.append(carry)
-  if shapes[0] != shapes[1]:
-    raise TypeError(
-      'a per-step cell whose carry depends on D, the features of its inputs [B, D], '
-      f'must have an attribute in_features, got {name} without it.'
-    )
+  return bool(shapes[0] != shapes[1])

@@ -7,7 +7,7 @@ from flax import linen
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import check_dtype
+from fptt_jax._checks import check_dtype, describe, require
 from fptt_jax._probe import (
   check_new_model,
   check_state_rows,
@@ -47,13 +47,10 @@ def from_linen(
     >>> from fptt_jax import nn
     >>> model = nn.from_linen(linen.OptimizedLSTMCell(16), (1,))
   """
-  if not isinstance(module, linen.Module) or not hasattr(module, 'initialize_carry'):
-    is_class = isinstance(module, type)
-    got = f'the class {module.__name__}' if is_class else type(module).__name__
-    raise TypeError(
-      'module must be a per-step cell with initialize_carry(key, input_shape), got '
-      f'{got}.'
-    )
+  is_cell = isinstance(module, linen.Module) and hasattr(module, 'initialize_carry')
+  accepted = 'a per-step cell with initialize_carry(key, input_shape)'
+  got = module if isinstance(module, type) else describe(module)
+  require(is_cell, 'module', accepted, got, error=TypeError)
   features_shape = check_features_shape(features_shape)
   dtype = check_dtype('dtype', dtype, tokens=True)
 
@@ -82,23 +79,21 @@ def from_linen(
   name = type(module).__name__
   check_state_rows(name, initial_state)
   x_t = jax.ShapeDtypeStruct((1, *features_shape), dtype)
-  _check_collections(module, initial_state, x_t)
+  others = _other_collections(module, initial_state, x_t)
+  accepted = "'params' only"
+  require(not others, 'collections of module', accepted, others, CARRY_STATE, TypeError)
   model = Model(init, initial_state, apply)
   check_new_model(model, jax.ShapeDtypeStruct((1, 1, *features_shape), dtype), name)
   return model
 
 
-def _check_collections(
+def _other_collections(
   module: linen.Module, initial_state: Callable[[int], Any], x: jax.ShapeDtypeStruct
-) -> None:
-  """Raise a TypeError if a Linen module has collections other than 'params'."""
+) -> list[str]:
+  """Return the names of a Linen module's collections other than 'params'."""
 
   def init(key: jax.Array, x: jax.Array) -> Any:
     return module.init(key, initial_state(1), x)
 
   collections = jax.eval_shape(init, jax.random.key(0), x)
-  others = sorted(set(collections) - {'params'})
-  if others:
-    raise TypeError(
-      f"the collections of module must be 'params' only, got {others}. {CARRY_STATE}"
-    )
+  return sorted(set(collections) - {'params'})

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fptt_jax._checks import require, require_type
 from fptt_jax._probe import (
   HiddenMemoryError,
   check_new_model,
@@ -64,10 +65,8 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     >>> logits.shape
     (28, 4, 10)
   """
-  if isinstance(build, nnx.Module) or not callable(build):
-    raise TypeError(
-      f'build must be a function (rngs) -> module, got {type(build).__name__}.'
-    )
+  is_function = callable(build) and not isinstance(build, nnx.Module)
+  require_type(is_function, 'build', 'a function (rngs) -> module', build)
 
   def make(key: jax.Array) -> Any:
     return as_recurrent(build(nnx.Rngs(key)))
@@ -279,53 +278,51 @@ def _split_module(make: Callable[[jax.Array], Any]) -> _Parts:
   key = jax.random.key(0)
   abstract = nnx.eval_shape(make, key)
   parts = _Parts.split(abstract)
-  _check_variables(parts.constants)
+  kept = ', '.join(_kept_variables(parts.constants))
+  accepted = 'nnx.Param and random streams only'
+  require(not kept, 'state of the module', accepted, kept, CARRY_STATE, TypeError)
   referred = list(referred_arrays(abstract))
   for place, found in referred:
-    if isinstance(found, nnx.Module | nnx.Variable):
-      raise TypeError(
-        f'{place} refers to a {type(found).__name__}, whose parameters would not be '
-        'trained there: make it an nnx.Module that has it as an attribute.'
-      )
+    # Parameters would not be trained there.
+    is_array = not isinstance(found, nnx.Module | nnx.Variable)
+    hint = 'Make the function an nnx.Module that has it as an attribute.'
+    require_type(is_array, f'what {place} refers to', 'an array', found, hint)
   if not referred and not jax.tree.leaves(parts.constants):
     return parts
   # Constants are part of the model, so they are computed now, even under a trace.
   with jax.ensure_compile_time_eval():
     module = make(key)
-    _check_constants(module, make(jax.random.key(1)))
+    drawn = _drawn_constants(module, make(jax.random.key(1)))
     concrete = _Parts.split(module)
+  hint = 'Make it an nnx.Param, or draw it from a fixed key.'
+  accepted = 'without arrays drawn from rngs outside its parameters'
+  require(not drawn, 'the module', accepted, drawn, hint, TypeError)
   return parts._replace(graph=concrete.graph, constants=concrete.constants)
 
 
-def _check_constants(module: nnx.Module, other: nnx.Module) -> None:
-  """Raise a TypeError if arrays outside the parameters depend on the key.
+def _drawn_constants(module: nnx.Module, other: nnx.Module) -> list[str]:
+  """Return where arrays outside the parameters depend on the key.
 
   Args:
     module: made with one key.
     other: made with another key.
   """
   values = dict(enumerate(referred_arrays(module)))
-  for index, (place, found) in enumerate(referred_arrays(other)):
-    # An array that the other module lacks shows a structure that depends on the key.
-    if index not in values or not np.array_equal(values[index][1], found):
-      raise TypeError(
-        f'the array at {place} is drawn from rngs: make it an nnx.Param, or draw it '
-        'from a fixed key.'
-      )
+  # An array that the other module lacks shows a structure that depends on the key.
+  return [
+    place
+    for index, (place, found) in enumerate(referred_arrays(other))
+    if index not in values or not np.array_equal(values[index][1], found)
+  ]
 
 
-def _check_variables(state: Any) -> None:
-  """Raise a TypeError if a module keeps state that a train step does not carry."""
-  kept = [
+def _kept_variables(state: Any) -> list[str]:
+  """Return the kinds and places of state that a train step does not carry."""
+  return [
     f'{type(leaf).__name__} at {".".join(map(str, path))}'
     for path, leaf in nnx.to_flat_state(state)
     if isinstance(leaf, nnx.Variable)
   ]
-  if kept:
-    raise TypeError(
-      'the only state of a module must be nnx.Param and random streams, got '
-      f'{", ".join(kept)}. {CARRY_STATE} A constant can be a plain array.'
-    )
 
 
 def _arrays(module: nnx.Module) -> dict[Any, list[Any]]:
@@ -351,7 +348,7 @@ def _check_unchanged(before: dict[Any, list[Any]], after: dict[Any, list[Any]]) 
 
 
 def _check_model(model: Model, module: Any, known: bool) -> None:
-  """Check a new model: rows in its state, any state at all, unknown layers.
+  """Check a new model: rows in its state and, by a probe, unknown layers.
 
   Args:
     model: the model.
@@ -360,13 +357,7 @@ def _check_model(model: Model, module: Any, known: bool) -> None:
   """
   name = type(module).__name__
   check_state_rows(name, model.initial_state)
-  if not jax.tree.leaves(jax.eval_shape(lambda: model.initial_state(1))):
-    warnings.warn(
-      f'{name} carries no hidden state and remembers nothing from step to step. Add a '
-      'recurrent layer or a per-step cell, such as nn.LSTM or nnx.GRUCell.',
-      UserWarning,
-      stacklevel=3,
-    )
+  _warn_if_stateless(model, name)
   if known:
     mark_checked(model.apply)
     return
@@ -375,6 +366,17 @@ def _check_model(model: Model, module: Any, known: bool) -> None:
   if inputs is not None:
     layers = ', '.join(unknown_layers(module))
     check_new_model(model, inputs, f'{name} with {layers}')
+
+
+def _warn_if_stateless(model: Model, name: str) -> None:
+  """Warn if a model has no hidden state."""
+  if not jax.tree.leaves(jax.eval_shape(lambda: model.initial_state(1))):
+    warnings.warn(
+      f'{name} carries no hidden state and remembers nothing from step to step. Add a '
+      'recurrent layer or a per-step cell, such as nn.LSTM or nnx.GRUCell.',
+      UserWarning,
+      stacklevel=4,
+    )
 
 
 def _seed_streams(streams: Any, key: jax.Array | None) -> Any:

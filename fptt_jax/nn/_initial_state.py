@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from fptt_jax._checks import require_type
 from fptt_jax._types import OutputsWithPenalty
 from fptt_jax.nn._from_cell import as_recurrent
 from fptt_jax.nn._recurrent import Recurrent
@@ -44,11 +45,8 @@ class LearnedInitialState(nnx.Module):
     self.initial = nnx.List(
       [nnx.Param(jnp.asarray(leaf)[0]) for leaf in leaves if _is_float(leaf)]
     )
-    if not self.initial:
-      raise TypeError(
-        'layer must have a floating-point state, whose start can be learned, got '
-        f'{type(self.layer).__name__}.'
-      )
+    accepted = 'one with a floating-point state'
+    require_type(self.initial, 'layer', accepted, self.layer)
 
   def initial_state(self, batch_size: int) -> Any:
     """Return the learned state before the first step, the same for each row."""

@@ -12,6 +12,8 @@ from fptt_jax._checks import (
   check_integer,
   check_number,
   check_size,
+  require,
+  require_type,
 )
 from fptt_jax._types import OutputsWithPenalty
 from fptt_jax.nn._checks import check_inputs, check_rngs
@@ -128,7 +130,12 @@ class Reconstruction(nnx.Module):
     if key is None:
       result: tuple[Any, jax.Array] = self.layer(state, x, mask, None)
       return result
-    self._check_training_inputs(x)
+    require(
+      len(x) >= self.segment, 'steps S', f'at least segment={self.segment}', len(x)
+    )
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    name = 'inputs of Reconstruction'
+    require_type(is_float, name, 'floating point', x)
     num_steps, batch_size = x.shape[:2]
     layer_key, anchor_key = jax.random.split(key)
     new_state, y = self.layer(state, x, mask, layer_key)
@@ -147,18 +154,6 @@ class Reconstruction(nnx.Module):
     # The trainer averages penalties over valid steps, so each step carries the mean.
     penalty = jnp.full((num_steps, batch_size), self.weight * mean)
     return new_state, OutputsWithPenalty(y, penalty)
-
-  def _check_training_inputs(self, x: jax.Array) -> None:
-    """Raise if a window is shorter than a segment or not floating point."""
-    if x.shape[0] < self.segment:
-      raise ValueError(
-        f'Reconstruction expected windows of at least segment={self.segment} steps, '
-        f'got S={x.shape[0]}.'
-      )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      raise TypeError(
-        f'Reconstruction expected floating-point inputs, got dtype {x.dtype}.'
-      )
 
   def _error(
     self,

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 
 from fptt_jax._checks import (
   FLOAT32_MAX,
+  Words,
   check_choice,
   check_dtype,
   check_number,
   check_size,
+  require,
 )
 from fptt_jax._types import OwnStep
 from fptt_jax.nn import _native
@@ -286,29 +288,23 @@ class Recurrent(nnx.Module):
 
   def _check_products(self) -> None:
     """Raise if the layer cannot round the operands of its products."""
-    if self.products != 'bfloat16':
-      return
-    if self._native_cell is None or self.implementation in ('scan', 'cuda'):
-      raise ValueError(
-        "products='bfloat16' needs an LSTM, GRU, ElmanRNN or AntisymmetricRNN with "
-        f"implementation='auto', 'native' or 'custom_vjp', got {type(self).__name__} "
-        f'with {self.implementation!r}.'
-      )
-    if self.param_dtype != jnp.float32:
-      raise ValueError(
-        "products='bfloat16' rounds float32, got param_dtype="
-        f'{jnp.dtype(self.param_dtype).name}.'
-      )
+    name = type(self).__name__
+    rounds = self.products == 'bfloat16'
+    fits = self._native_cell is not None and self.implementation not in ('scan', 'cuda')
+    accepted = f"None or 'float32' for {name} with {self.implementation!r}"
+    require(fits or not rounds, 'products', accepted, self.products)
+    fits = self.param_dtype == jnp.float32
+
+    accepted = "float32 with products='bfloat16'"
+    require(fits or not rounds, 'param_dtype', accepted, Words(self.param_dtype))
 
   def _check_implementation(self) -> None:
     """Raise if the layer has no kernel, or no CUDA kernel for its size and dtype."""
     name = type(self).__name__
     kernels = {'native': self._native_cell, 'cuda': self._cuda_kernel}
-    if kernels.get(self.implementation, name) is None:
-      raise ValueError(
-        f'implementation={self.implementation!r} needs a layer with a kernel, such as '
-        f'LSTM or GRU, got {name}.'
-      )
+    has_kernel = kernels.get(self.implementation, name) is not None
+    accepted = f"'auto', 'custom_vjp' or 'scan' for {name}, which has no such kernel"
+    require(has_kernel, 'implementation', accepted, self.implementation)
     if self.implementation == 'cuda':
       cuda.check_supported(name, self.hidden_features, self.param_dtype)
 

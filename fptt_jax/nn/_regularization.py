@@ -17,7 +17,13 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import FLOAT32_MAX, check_array, check_number, check_type
+from fptt_jax._checks import (
+  FLOAT32_MAX,
+  check_array,
+  check_number,
+  check_type,
+  require_type,
+)
 from fptt_jax._dtypes import widen
 from fptt_jax._types import OutputsWithPenalty
 
@@ -110,8 +116,8 @@ class EmbeddingDropout(Stateless):
   ) -> tuple[tuple[()], jax.Array]:
     """Map tokens int [S, B] to features [S, B, E]."""
     dtype = check_array('tokens', x).dtype
-    if not jnp.issubdtype(dtype, jnp.integer):
-      raise TypeError(f'tokens must be integers, got dtype {x.dtype}.')
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    require_type(is_integer, 'tokens', 'integers', x)
     y = self.embed(x)
     if key is None:
       return state, y
@@ -145,11 +151,9 @@ class WeightDrop(nnx.Module):
 
   def __init__(self, layer: Any, rate: float):
     has_matrix = isinstance(getattr(layer, 'w_h', None), nnx.Param)
-    if not has_matrix or not hasattr(layer, 'initial_state'):
-      raise TypeError(
-        'layer must be recurrent with one recurrent matrix w_h, got '
-        f'{type(layer).__name__}.'
-      )
+    is_recurrent = has_matrix and hasattr(layer, 'initial_state')
+    accepted = 'recurrent with one recurrent matrix w_h'
+    require_type(is_recurrent, 'layer', accepted, layer)
     self.layer = layer
     self.rate = _check_rate(rate)
 

@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from fptt_jax._checks import require
 from fptt_jax._types import OutputsWithPenalty, OwnStep
 from fptt_jax._windows import take_steps
 from fptt_jax.nn._from_cell import FromCell, is_cell, is_recurrent, unwrap_rnn
@@ -45,11 +46,10 @@ class Sequential(nnx.Module):
   """
 
   def __init__(self, *layers: Any):
-    if not layers:
-      raise ValueError('layers must hold at least one layer, got none.')
+    require(layers, 'layers', 'one layer or more', layers)
     for layer in layers:
-      if isinstance(layer, type) or not callable(layer):
-        raise TypeError(f'layers must be modules or functions, got {layer!r}.')
+      is_layer = callable(layer) and not isinstance(layer, type)
+      require(is_layer, 'layers', 'modules or functions', layer, error=TypeError)
     layers = tuple(unwrap_rnn(layer) for layer in layers)
     self.layers = nnx.List(
       [FromCell(layer) if is_cell(layer) else layer for layer in layers]

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import FLOATS, check_array, check_type
+from fptt_jax._checks import (
+  FLOATS,
+  check_array,
+  check_type,
+  require,
+  require_type,
+)
 from fptt_jax._trees import shapes
 
 _NAME = re.compile(r'(weight|bias)_(ih|hh)_l\d{1,3}', re.ASCII)
@@ -48,19 +54,14 @@ def from_torch(state_dict: Mapping[str, Any]) -> list[dict[str, jax.Array]]:
   are_known = all(map(_NAME.fullmatch, names))
   # Any other name belongs to a projection, a reverse direction or another module.
   numbers = sorted({int(name.rpartition('_l')[2]) for name in names if are_known})
-  if not numbers or numbers != list(range(len(numbers))):
-    raise ValueError(
-      'state_dict must come from a unidirectional torch.nn.LSTM, GRU or RNN without '
-      f'projections (weight_ih_l0, weight_hh_l0, bias_ih_l0, ...), got {names}.'
-    )
+  is_known = numbers and numbers == list(range(len(numbers)))
+  accepted = 'of a unidirectional torch.nn.LSTM, GRU or RNN without projections'
+  require(is_known, 'state_dict', accepted, names)
   weights = {name: _as_array(name, value) for name, value in state_dict.items()}
   layers = [_convert_layer(weights, number) for number in numbers]
   for layer in layers[1:]:
-    if not layer['w_x'].shape == layer['w_h'].shape == layers[0]['w_h'].shape:
-      raise ValueError(
-        'state_dict must hold layers of one kind and size, each on top of the one '
-        f'before, got {shapes(layers)}.'
-      )
+    same = layer['w_x'].shape == layer['w_h'].shape == layers[0]['w_h'].shape
+    require(same, 'state_dict', 'of layers of one kind and size', shapes(layers))
   return layers
 
 
@@ -71,11 +72,9 @@ def _as_array(name: str, value: Any) -> np.ndarray:
     value = np.asarray(value.detach())
   array = check_array(name, value)
   is_abstract = isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
-  if is_abstract or array.dtype not in FLOATS:
-    raise TypeError(
-      f'{name} must be an array of floating-point numbers of 16 to 64 bits, got '
-      f'{array!r}.'
-    )
+  is_float = not is_abstract and array.dtype in FLOATS
+  accepted = 'a concrete array of floating-point numbers'
+  require_type(is_float, name, accepted, array)
   return np.asarray(array)
 
 
@@ -84,23 +83,21 @@ def _convert_layer(
 ) -> dict[str, jax.Array]:
   """Convert one of torch's layers."""
   names = [f'weight_ih_l{number}', f'weight_hh_l{number}']
-  if not all(name in weights for name in names):
-    raise ValueError(f'state_dict must hold {names}, got {sorted(weights)}.')
+  complete = all(name in weights for name in names)
+  require(complete, 'state_dict', f'a mapping with {names}', sorted(weights))
   # Torch multiplies columns, the layers here multiply rows.
   w_x, w_h = (weights[name].T for name in names)
   layer = _layer_kind(w_x, w_h)
   if layer is None:
-    raise ValueError(
-      'state_dict must hold the weights of an LSTM, GRU or RNN, got shapes '
-      f'{w_x.T.shape} and {w_h.T.shape} for {names}.'
-    )
+    found = (w_x.T.shape, w_h.T.shape)
+    raise ValueError(f'{names} must be of an LSTM, GRU or RNN, got shapes {found}.')
   width = w_h.shape[1]
   biases = [
     weights.get(f'bias_{part}_l{number}', np.zeros(width, w_x.dtype))
     for part in ('ih', 'hh')
   ]
-  if any(bias.shape != (width,) for bias in biases):
-    raise ValueError(f'biases must be [{width}], got {list(map(np.shape, biases))}.')
+  fits = all(bias.shape == (width,) for bias in biases)
+  require(fits, 'biases', f'[{width}]', [bias.shape for bias in biases])
   # Torch's GRU applies its reset gate after the recurrent bias, so only the GRU keeps
   # both biases; elsewhere only their sum matters.
   params = {'w_x': w_x, 'w_h': w_h}

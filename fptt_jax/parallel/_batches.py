@@ -10,7 +10,7 @@ from fptt_jax._batch import (
   targets_by_row,
   with_mask,
 )
-from fptt_jax._checks import check_type
+from fptt_jax._checks import check_type, require
 from fptt_jax._trees import leading_axis, shapes
 from fptt_jax.losses import Loss
 from fptt_jax.parallel._devices import check_divisible, one_axis
@@ -60,8 +60,8 @@ def make_global_batch(
   check_type('batch', batch, Batch)
   check_type('loss', loss, Loss)
   leaves = jax.tree.leaves(batch)
-  if not all(is_addressable(leaf) for leaf in leaves):
-    raise TypeError(f'batch must be of concrete arrays, got {shapes(batch)}.')
+  concrete = all(map(is_addressable, leaves))
+  require(concrete, 'batch', 'of concrete arrays', shapes(batch), error=TypeError)
   one = batch
   if stacked:
     leading_axis('batch with stacked=True', batch)
@@ -76,11 +76,8 @@ def make_global_batch(
   for leaf, spec in zip(
     jax.tree.leaves(one.targets), jax.tree.leaves(specs.targets), strict=True
   ):
-    if leaf.shape[len(spec) - 1] != rows:
-      raise ValueError(
-        f'targets must be [B, ...], or [T, B, ...] for sequence losses, with B={rows}; '
-        f'got shape {leaf.shape}.'
-      )
+    accepted = f'[B, ...], or [T, B, ...] for sequence losses, with B={rows}'
+    require(leaf.shape[len(spec) - 1] == rows, 'targets', accepted, leaf.shape)
   if stacked:
     specs = jax.tree.map(lambda spec: PartitionSpec(None, *spec), specs)
   return jax.make_array_from_process_local_data(named(specs, mesh), batch)

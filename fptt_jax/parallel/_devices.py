@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from fptt_jax._checks import check_integer, check_type
+from fptt_jax._checks import check_integer, check_type, require
 
 
 def use_cpu_devices(num_devices: int | None = None) -> None:
@@ -28,9 +28,8 @@ def use_cpu_devices(num_devices: int | None = None) -> None:
       if hasattr(os, 'sched_getaffinity')
       else os.cpu_count() or 1
     )
-  num_devices = check_integer(
-    'num_devices', num_devices, 1, 1024, 'an integer from 1 to 1024'
-  )
+  expected = 'an integer from 1 to 1024'
+  num_devices = check_integer('num_devices', num_devices, 1, 1024, expected)
   try:
     jax.config.update('jax_num_cpu_devices', num_devices)
   except RuntimeError:
@@ -49,10 +48,7 @@ def one_axis(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, str]:
     ValueError: `mesh` has several axes.
   """
   check_type('mesh', mesh, jax.sharding.Mesh)
-  if len(mesh.axis_names) != 1:
-    raise ValueError(
-      f'mesh must have one axis, over which the work is split, got {mesh.axis_names}.'
-    )
+  require(len(mesh.axis_names) == 1, 'mesh', 'of one axis', mesh.axis_names)
   return jax.sharding.Mesh(mesh.devices, mesh.axis_names), str(mesh.axis_names[0])
 
 
@@ -68,24 +64,16 @@ def check_placement(batch: Any, mesh: jax.sharding.Mesh | None) -> None:
       `mesh`, or an array is sharded explicitly over another mesh.
   """
   current = jax.sharding.get_abstract_mesh()
-  if mesh is not None and not current.empty and current != mesh.abstract_mesh:
-    raise ValueError(
-      f'mesh of the trainer is {mesh.abstract_mesh}: expected no other mesh set by '
-      f'jax.set_mesh, got {current}. Call the trainer outside of it, or set the same '
-      'mesh with axis_types=(jax.sharding.AxisType.Auto,).'
-    )
+  own = None if mesh is None else mesh.abstract_mesh
+  fits = own is None or current.empty or current == own
+  hint = 'Set the same mesh, with axis_types=(jax.sharding.AxisType.Auto,), or none.'
+  require(fits, 'the mesh of jax.set_mesh', f"the trainer's mesh {own}", current, hint)
+  accepted = 'without explicit sharding' if own is None else f'sharded over {own}'
   for path, leaf in jax.tree.leaves_with_path(batch):
     sharding = _explicit_sharding(leaf)
-    if sharding is None or (mesh is not None and _same_axes(sharding.mesh, mesh)):
-      continue
-    accepted = 'without explicit sharding'
-    if mesh is not None:
-      accepted = f'sharded over the mesh {mesh.abstract_mesh} of the trainer'
-    name = jax.tree_util.keystr(path).lstrip('.')
-    raise ValueError(
-      f'batch must be {accepted}, got {name} sharded as {sharding.spec} over '
-      f'{sharding.mesh}.'
-    )
+    same = mesh is not None and sharding and _same_axes(sharding.mesh, mesh)
+    name = f'batch{jax.tree_util.keystr(path)}'
+    require(sharding is None or same, name, accepted, sharding)
 
 
 def _explicit_sharding(leaf: Any) -> Any:
@@ -109,8 +97,5 @@ def _same_axes(mesh: Any, other: jax.sharding.Mesh) -> bool:
 
 def check_divisible(which: str, number: int, devices: int) -> None:
   """Raise a ValueError unless the devices can share a number evenly."""
-  if number % devices:
-    raise ValueError(
-      f'{which} must be a multiple of the {devices} devices it is split over, got '
-      f'{number}.'
-    )
+  accepted = f'a multiple of the {devices} devices it is split over'
+  require(number % devices == 0, which, accepted, number)

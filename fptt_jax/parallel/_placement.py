@@ -16,6 +16,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from fptt_jax._batch import Batch, targets_by_row
+from fptt_jax._checks import require
 from fptt_jax._types import (
   Hidden,
   Params,
@@ -364,8 +365,7 @@ def make_placement(
     ValueError: `mesh` has several axes, or is missing although `shard_params` is set.
   """
   if mesh is None:
-    if shard_params:
-      raise ValueError('shard_params=True needs a mesh, got mesh=None.')
+    require(not shard_params, 'shard_params', 'False with mesh=None', shard_params)
     return Placement()
   mesh, _ = one_axis(mesh)
   kind = Sharded if shard_params else Replicated

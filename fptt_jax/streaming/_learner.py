@@ -19,6 +19,7 @@ from fptt_jax._checks import (
   check_shape,
   check_size,
   check_type,
+  require,
 )
 from fptt_jax._compiled import Compiled
 from fptt_jax._summary import find_states
@@ -225,8 +226,8 @@ class _Functions:
     steps = _as_steps(state, x, valid, reset)
     labels = _as_labels(spec, state, y, labelled)
     num_steps, num_labels = len(steps.valid), len(labels.labelled)
-    if num_steps != num_labels:
-      raise ValueError(f'y must have the n={num_steps} steps of x, got {num_labels}.')
+    same = num_steps == num_labels
+    require(same, 'y', f'of the n={num_steps} steps of x', num_labels)
     every = functools.partial(run_steps, spec, may_reset=reset is not None)
     if num_steps % spec.window_size:
       state, outputs = every(state, steps, labels)
@@ -325,11 +326,9 @@ def _zero_window(tree: Any, size: int) -> Any:
 def _check_rows(name: str, tree: Any, batch_size: int) -> None:
   """Raise a ValueError unless a tree is of arrays [n, B, ...]."""
   for leaf in jax.tree.leaves(tree):
-    if check_array(name, leaf).shape[1:2] != (batch_size,):
-      raise ValueError(
-        f'{name} must be arrays [n, B, ...] with B={batch_size} like x, got shapes '
-        f'{shapes(tree)}.'
-      )
+    fits = check_array(name, leaf).shape[1:2] == (batch_size,)
+    accepted = f'arrays [n, B, ...] with B={batch_size} like x'
+    require(fits, name, accepted, shapes(tree))
 
 
 def _trace_window(spec: StreamSpec, train: TrainState, inputs: Any, y: Any) -> Any:
@@ -376,19 +375,15 @@ def _method_of(model: Model, optimizer: optax.GradientTransformation) -> str:
 
 def _check_loss(loss: Loss) -> None:
   """Raise a ValueError if a loss has one target per sequence."""
-  if loss.terminal or loss.last_only:
-    raise ValueError(
-      'loss must have one target per step, such as losses.sequence_regression or '
-      f'from_function(..., terminal=False); got a loss with terminal={loss.terminal} '
-      f'and last_only={loss.last_only}.'
-    )
+  found = {'terminal': loss.terminal, 'last_only': loss.last_only}
+  hint = 'Make one by losses.sequence_regression or from_function(terminal=False).'
+  require(not any(found.values()), 'loss', 'one with a target per step', found, hint)
 
 
 def _check_fading(fading: Any) -> tuple[float, float]:
   """Return the two fading factors; raise ValueError unless they lie in (0, 1]."""
   expected = 'two factors in (0, 1]'
-  if np.shape(fading) != (2,):
-    raise ValueError(f'fading must be {expected}, got {fading!r}.')
+  require(np.shape(fading) == (2,), 'fading', expected, fading)
   fast, slow = (
     check_number('fading', factor, FLOAT32_TINY, 1, expected) for factor in fading
   )

@@ -13,7 +13,7 @@ from fptt_jax._batch import (
   validate_batch,
   with_mask,
 )
-from fptt_jax._checks import as_key, check_shape, check_type
+from fptt_jax._checks import as_key, check_shape, check_type, require
 from fptt_jax._compiled import explain_deleted
 from fptt_jax._probe import check_model
 from fptt_jax._trees import check_like
@@ -176,5 +176,4 @@ class Functions:
   def _check_rows(self, batch_size: int) -> None:
     rows = self.placement.rows_per_device(batch_size)
     parts = self.spec.micro_batches
-    if rows % parts:
-      raise ValueError(f'micro_batches must divide {rows} rows, got {parts}.')
+    require(rows % parts == 0, 'micro_batches', f'a divisor of the {rows} rows', parts)

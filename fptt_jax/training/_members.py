@@ -8,12 +8,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fptt_jax._batch import Batch
-from fptt_jax._checks import (
-  as_key,
-  check_integer,
-  check_shape,
-  check_type,
-)
+from fptt_jax._checks import as_key, check_integer, check_shape, check_type, require
 from fptt_jax._compiled import Compiled
 from fptt_jax._trees import leading_axis
 from fptt_jax._types import Hidden, Params, StepMetrics, Trainer, TrainState
@@ -200,8 +195,7 @@ class _Members:
       ValueError: The length is another, or the devices cannot share R members evenly.
     """
     found = leading_axis(name, tree)
-    if number is not None and found != number:
-      raise ValueError(f'{name} must have R={number} members, got {found}.')
+    require(number in (None, found), name, f'of R={number} members', found)
     if self.mesh is not None:
       check_divisible('the number of members R', found, self.mesh.size)
     return found

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fptt_jax._checks import describe, require
 from fptt_jax._dtypes import at_least_float32
 from fptt_jax._types import (
   Hidden,
@@ -189,11 +190,10 @@ def _add_penalty(spec: StepSpec, run: WindowRun, value: jax.Array) -> jax.Array:
   """Add the mean of the model's penalty over the valid steps."""
   if run.penalty is None:
     return value
-  if spec.micro_batches > 1 and run.view.ragged:
-    raise ValueError(
-      f'micro_batches={spec.micro_batches} excludes lengths and masks for a model that '
-      'returns penalties, which may be means over the rows of a part.'
-    )
+  # Penalties may be means over the rows of a part.
+  parts = spec.micro_batches
+  accepted = '1 for ragged batches and a model that returns penalties'
+  require(parts == 1 or not run.view.ragged, 'micro_batches', accepted, parts)
   return value + run.view.mean(run.penalty, run.view.mask).astype(value.dtype)
 
 
@@ -204,11 +204,9 @@ def _as_objective(value: Any) -> jax.Array:
   """
   if isinstance(value, jax.Array | np.ndarray | np.generic | float):
     value = jnp.asarray(value)
-  got = type(value).__name__
-  if isinstance(value, jax.Array):
-    if value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating):
-      return value.astype(at_least_float32(value.dtype))
-    got = f'{value.dtype}{list(value.shape)}'
-  raise ValueError(
-    f'a loss must return one floating-point number per window, got {got}.'
-  )
+  is_scalar = isinstance(value, jax.Array) and value.ndim == 0
+  fits = is_scalar and jnp.issubdtype(value.dtype, jnp.floating)
+  accepted = 'one floating-point number per window'
+  require(fits, 'the result of a loss', accepted, describe(value))
+  objective: jax.Array = value.astype(at_least_float32(value.dtype))
+  return objective

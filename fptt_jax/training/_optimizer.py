@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fptt_jax._checks import Words, require
 from fptt_jax._summary import find_states
 from fptt_jax._types import (
   Params,
@@ -116,9 +117,8 @@ def check_optimizer(spec: StepSpec) -> None:
   params = jax.eval_shape(spec.model.init, jax.random.key(0))
   check_usable(spec.optimizer, params, _placeholder_extra_args(spec.inner_steps))
   regularized = bool(find_states(jax.eval_shape(spec.optimizer.init, params)))
-  if regularized != spec.method.regularized:
-    wanted = 'an' if spec.method.regularized else 'no'
-    raise ValueError(
-      f'method {spec.method_name!r} needs {wanted} fptt(...) in the optimizer, got '
-      f"regularized={regularized}. 'fptt' without it is 'tbptt'."
-    )
+  wanted = spec.method.regularized
+  accepted = f'one {"with" if wanted else "without"} fptt(...)'
+  found = Words('one with it' if regularized else 'one without it')
+  hint = f"The method is {spec.method_name!r}. 'fptt' without fptt(...) is 'tbptt'."
+  require(regularized == wanted, 'optimizer', accepted, found, hint)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from fptt_jax._checks import FLOAT32_MAX, as_number, check_size, check_type
+from fptt_jax._checks import FLOAT32_MAX, as_number, check_size, check_type, require
 from fptt_jax._types import Hidden, Model, Params
 from fptt_jax.influence import INFLUENCES, Influence
 from fptt_jax.losses import Loss
@@ -75,9 +75,7 @@ def _find_method(method: str | Method) -> tuple[str, Method]:
     return 'custom', method
   if isinstance(method, str) and method in METHODS:
     return method, METHODS[method]
-  raise ValueError(
-    f'method must be one of {list(METHODS)} or a Method, got {method!r}.'
-  )
+  raise ValueError(f'method must be one of {[*METHODS]} or a Method, got {method!r}.')
 
 
 def _find_influence(
@@ -94,15 +92,16 @@ def _find_influence(
   if isinstance(influence, str):
     found = INFLUENCES.get(influence)
   if found is None:
+    names = ['none', *INFLUENCES]
     raise ValueError(
-      f'influence must be one of {["none", *INFLUENCES]} or an Influence, got '
-      f'{influence!r}.'
+      f'influence must be one of {names} or an Influence, got {influence!r}.'
     )
-  if not method.update_each_window or method.whole_gradient or method.truncated:
-    raise ValueError(
-      f"method {name!r} does not cut its gradient at the windows' borders: got "
-      f"influence={influence!r}. Leave it out, or use 'fptt', 'tbptt' or 'ogd'."
-    )
+  # Other methods do not cut their gradient at the windows' borders.
+  cuts = not method.whole_gradient and not method.truncated
+  accepted = f"'none' with method {name!r}"
+  hint = "Methods with an influence are 'fptt', 'tbptt' and 'ogd'."
+  fits = cuts and method.update_each_window
+  require(fits, 'influence', accepted, influence, hint)
   return found
 
 
@@ -127,30 +126,26 @@ def _check_method_options(name: str, method: Method, options: dict[str, Any]) ->
   if len(given) > most:
     raise ValueError(f'method {name!r} takes {most} of {sizes}, got {given}.')
   several_windows = method.whole_gradient and method.num_windows != 1
-  if options['checkpoint_windows'] and not several_windows:
-    raise ValueError(
-      'checkpoint_windows=True needs a method whose updates run through several '
-      f"windows, 'bptt_aux' or 'ftrl', got method {name!r}."
-    )
-  truncation_steps = options['truncation_steps']
-  if method.truncated != (truncation_steps is not None):
-    raise ValueError(
-      "truncation_steps goes with the method 'tbptt_final': got "
-      f'truncation_steps={truncation_steps} and method {name!r}.'
-    )
+  fits = several_windows or not options['checkpoint_windows']
+  accepted = "'bptt_aux' or 'ftrl' with checkpoint_windows=True"
+  require(fits, 'method', accepted, name)
+  steps = options['truncation_steps']
+  fits = method.truncated == (steps is not None)
+  accepted = "an integer with method 'tbptt_final' and None with others"
+  require(fits, 'truncation_steps', accepted, steps, f'The method is {name!r}.')
 
 
 def _check_readout(model: Model, loss: Loss, options: dict[str, Any]) -> None:
   """Raise a ValueError unless `readout_chunk` fits model, loss and other options."""
   chunk = options['readout_chunk']
-  lacking = {
-    'a model that has a split': model.split is None,
-    'a loss that has a per_step': loss.per_step is None,
-    'return_outputs=False': options['return_outputs'],
+  excluded = {
+    'a model with split=None': model.split is None,
+    'a loss with per_step=None': loss.per_step is None,
+    'return_outputs=True': options['return_outputs'],
   }
-  for needed, is_lacking in lacking.items():
-    if chunk is not None and is_lacking:
-      raise ValueError(f'readout_chunk={chunk} needs {needed}, got another.')
+  for case, is_given in excluded.items():
+    fits = chunk is None or not is_given
+    require(fits, 'readout_chunk', f'None with {case}', chunk)
 
 
 def _finite_weights(loss_weights: Any) -> np.ndarray | None:
@@ -160,16 +155,11 @@ def _finite_weights(loss_weights: Any) -> np.ndarray | None:
   is_array = isinstance(loss_weights, np.ndarray | jax.Array) and loss_weights.ndim == 1
   is_text = isinstance(loss_weights, str | bytes | bytearray)
   is_list = isinstance(loss_weights, Sequence) and not is_text
-  weights = []
-  if is_array or is_list:
-    weights = [as_number(weight) for weight in loss_weights]
-  finite = []
-  for weight in weights:
-    if weight is not None and abs(weight) <= FLOAT32_MAX:
-      finite.append(weight)
-  if not finite or len(finite) < len(weights):
-    raise ValueError(f'loss_weights must be K finite numbers, got {loss_weights!r}.')
-  return np.array(finite)
+  given = loss_weights if is_array or is_list else ()
+  weights = np.array([as_number(weight) for weight in given])
+  finite = weights.size > 0 and bool((np.abs(weights) <= FLOAT32_MAX).all())
+  require(finite, 'loss_weights', 'K finite numbers', loss_weights)
+  return weights
 
 
 def check_types(

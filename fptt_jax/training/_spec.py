@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fptt_jax._checks import require
 from fptt_jax._types import Hidden, Model
 from fptt_jax._windows import WindowPlan, make_windows
 from fptt_jax.influence import Influence
@@ -78,21 +79,17 @@ class StepSpec:
     """
     windows = self._windows_of_method(num_steps)
     weights = self.loss_weights
-    if weights is not None and len(weights) != windows.num_windows:
-      raise ValueError(
-        f'loss_weights must have one factor for each of the K={windows.num_windows} '
-        f'windows, got {len(weights)}.'
-      )
+    if weights is not None:
+      count = windows.num_windows
+      accepted = f'one factor for each of the K={count} windows'
+      require(len(weights) == count, 'loss_weights', accepted, len(weights))
     return windows
 
   def _windows_of_method(self, num_steps: int) -> WindowPlan:
     steps = self.truncation_steps
     if steps is not None:
-      if steps > num_steps:
-        raise ValueError(
-          f'truncation_steps must be at most the sequence length T={num_steps}, got '
-          f'{steps}.'
-        )
+      accepted = f'at most the sequence length T={num_steps}'
+      require(steps <= num_steps, 'truncation_steps', accepted, steps)
       return make_windows(steps, num_windows=1).shifted(num_steps - steps)
     fixed = self.method.num_windows
     # Methods with an update per step have as many windows as the sequence has steps.

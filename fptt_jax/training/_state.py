@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import check_arrays
+from fptt_jax._checks import check_arrays, require
 from fptt_jax._probe import check_state_rows
 from fptt_jax._trees import arrange_like, check_like, leaf_paths
 from fptt_jax._types import Model, Params, TrainState
@@ -15,12 +15,9 @@ from fptt_jax.training._window import check_hidden
 def check_influence(influence: Any, batch_size: int) -> None:
   """Raise a ValueError if a mesh cannot split an influence with the rows."""
   for leaf in jax.tree.leaves(influence):
-    if len(leaf) != batch_size:
-      raise ValueError(
-        f'influence must be arrays [B, ...] with B={batch_size} rows on a mesh, got '
-        f"shape {leaf.shape}: uoro(rows='each') has an array for each row, 'synthetic' "
-        'has not.'
-      )
+    accepted = f'arrays [B, ...] with B={batch_size} rows on a mesh'
+    hint = "Use uoro(rows='each'); 'synthetic' has no such arrays."
+    require(len(leaf) == batch_size, 'influence', accepted, leaf.shape, hint)
 
 
 def check_initial_state(model: Model, params: Params, batch_size: int) -> None:
@@ -45,9 +42,8 @@ def arrange_state(state: TrainState, expected: TrainState) -> TrainState:
   """
   whose = 'as init makes it for this batch'
   for name in ('params', 'opt_state', 'loss_state', 'step_count', 'influence'):
-    leaves = check_like(
-      f'state.{name}', getattr(state, name), getattr(expected, name), whose
-    )
+    given, like = getattr(state, name), getattr(expected, name)
+    leaves = check_like(f'state.{name}', given, like, whose)
     state = state._replace(**{name: leaves})
   # Shapes of the hidden state are checked where it is read: with carry_hidden.
   if sorted(leaf_paths(state.hidden)) == sorted(leaf_paths(expected.hidden)):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fptt_jax._batch import Batch, check_shapes
+from fptt_jax._checks import describe, require
 from fptt_jax._summary import lambda_norm
 from fptt_jax._types import (
   StepMetrics,
@@ -163,8 +164,7 @@ def _longest(placement: Placement, batch: Batch, valid: ValidSteps) -> jax.Array
 def _check_ragged(spec: StepSpec, batch: Batch) -> None:
   """Raise a ValueError for ragged batches where the method excludes them."""
   for field in ('lengths', 'mask'):
-    if spec.method.truncated and getattr(batch, field) is not None:
-      raise ValueError(
-        "method 'tbptt_final' differentiates the last steps before T and excludes "
-        f'ragged batches: got {field}.'
-      )
+    given = getattr(batch, field)
+    # The method differentiates the last steps before T.
+    fits = given is None or not spec.method.truncated
+    require(fits, field, "None with method 'tbptt_final'", describe(given))

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 import dataclasses
-from typing import NoReturn
 
 import jax
 import numpy as np
 import optax
 
+from fptt_jax._checks import require
 from fptt_jax._compiled import Compiled
 from fptt_jax._types import Model, Trainer
 from fptt_jax.influence import Influence
@@ -168,17 +168,11 @@ def make_trainer(
   }
   spec = resolve_spec(model, loss, optimizer, method, options)
   placement = make_placement(mesh, shard_params, loss)
-  if shard_params and spec.influence is not None:
-    _refuse_sharding(influence)
+  # Each row needs the gradient of all parameters.
+  fits = not shard_params or spec.influence is None
+  require(fits, 'influence', "'none' with shard_params=True", influence)
   spec = dataclasses.replace(spec, axis=placement.axis)
   return _compile(Functions(spec, placement), donate)
-
-
-def _refuse_sharding(influence: str | Influence) -> NoReturn:
-  raise ValueError(
-    'influence goes without shard_params, since each row needs the gradient of all '
-    f'parameters: got influence={influence!r} and shard_params=True.'
-  )
 
 
 def _compile(functions: Functions, donate: bool) -> Trainer:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax._batch import Batch, check_shapes
-from fptt_jax._checks import check_array, check_shape
+from fptt_jax._checks import check_array, check_shape, describe, require
 from fptt_jax._types import (
   Hidden,
   Model,
@@ -160,15 +160,9 @@ def empty_outputs(
 
 def check_hidden(got: Hidden, expected: Hidden, name: str) -> None:
   """Raise a ValueError unless two hidden states agree in shapes and dtypes."""
-
-  def describe(tree: Hidden) -> Hidden:
-    return jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', tree)
-
-  if describe(got) != describe(expected):
-    raise ValueError(
-      f"{name} must have the structure, shapes and dtypes of the model's initial state "
-      f'for this batch, {describe(expected)}; got {describe(got)}.'
-    )
+  found, wanted = (jax.tree.map(describe, tree) for tree in (got, expected))
+  accepted = f"like the model's initial state for this batch, {wanted}"
+  require(found == wanted, name, accepted, found)
 
 
 def _check_outputs(

@@ -72,10 +72,9 @@ class IncrementalRNN(Recurrent):
     rngs: nnx.Rngs,
   ):
     super().__init__(in_features, hidden_features, param_dtype, rngs, 'scan')
-    accepted = f'an integer from 1 to {MAX_INNER_STEPS}'
-    inner_steps = check_integer(
-      'inner_steps', inner_steps, 1, MAX_INNER_STEPS, accepted
-    )
+    most = MAX_INNER_STEPS
+    accepted = f'an integer from 1 to {most}'
+    inner_steps = check_integer('inner_steps', inner_steps, 1, most, accepted)
     eta = self._check_number('eta', eta, FLOAT32_TINY, 'a number > 0')
     inputs = self.in_features
     size = self.hidden_features

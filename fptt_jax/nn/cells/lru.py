@@ -7,7 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._checks import FLOAT32_TINY, check_number, check_size
+from fptt_jax._checks import FLOAT32_TINY, check_number, check_size, require
 from fptt_jax._types import OwnProduct, OwnStep
 from fptt_jax.nn._fused import elementwise_cell, run_fused
 from fptt_jax.nn._recurrent import Recurrent, Step
@@ -148,11 +148,9 @@ class LRU(Recurrent):
     self.state_features = size
     r_min = check_number('r_min', r_min, 0, 1, 'in [0, 1]')
     r_max = check_number('r_max', r_max, 0, 1, 'in [0, 1]')
-    if r_min >= r_max:
-      raise ValueError(f'expected 0 <= r_min < r_max <= 1, got {r_min=}, {r_max=}.')
-    max_phase = check_number(
-      'max_phase', max_phase, FLOAT32_TINY, 2 * math.pi, 'in (0, 2π]'
-    )
+    require(r_min < r_max, 'r_min', f'less than {r_max=}', r_min)
+    circle = 2 * math.pi
+    max_phase = check_number('max_phase', max_phase, FLOAT32_TINY, circle, 'in (0, 2π]')
     nu_log, theta_log, gamma_log = _draw_ring(rngs, size, r_min, r_max, max_phase)
     self.nu_log = nnx.Param(nu_log.astype(param_dtype))
     self.theta_log = nnx.Param(theta_log.astype(param_dtype))

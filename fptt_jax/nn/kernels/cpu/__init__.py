@@ -24,6 +24,8 @@ import tempfile
 
 import jax
 
+from fptt_jax._checks import require
+
 CACHE_VARIABLE = 'FPTT_JAX_CACHE_DIR'
 THREADS_VARIABLE = 'FPTT_JAX_NUM_THREADS'
 FOLDER = Path(__file__).parent
@@ -75,10 +77,8 @@ def count_threads() -> int:
     if hasattr(os, 'sched_getaffinity'):
       return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-  if not wanted.isdecimal() or int(wanted) < 1:
-    raise ValueError(
-      f'{THREADS_VARIABLE} must be a whole number of at least 1, got {wanted!r}.'
-    )
+  fits = wanted.isdecimal() and int(wanted) >= 1
+  require(fits, THREADS_VARIABLE, 'an integer >= 1', wanted)
   return int(wanted)
 
 

@@ -17,6 +17,8 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
+from fptt_jax._checks import Words, require
+
 NUM_GATES = {'LSTM': 4, 'GRU': 3}
 NUM_FACTORS = {'LSTM': 6, 'GRU': 5}
 SIZES = (32, 64, 128)
@@ -99,16 +101,12 @@ def check_supported(
     ValueError: H is not one of :data:`SIZES`.
     TypeError: the dtype is not float32.
   """
-  if hidden_features not in SIZES:
-    raise ValueError(
-      f'hidden_features must be one of {list(SIZES)} for the CUDA kernel of {cell}, '
-      f'got {hidden_features}.'
-    )
-  if jnp.dtype(dtype) != jnp.float32:
-    raise TypeError(
-      f'param_dtype must be float32 for the CUDA kernel of {cell}, got '
-      f'{jnp.dtype(dtype).name}.'
-    )
+  kernel = f'for the CUDA kernel of {cell}'
+  fits, accepted = hidden_features in SIZES, f'one of {list(SIZES)} {kernel}'
+  require(fits, 'hidden_features', accepted, hidden_features)
+  name = Words(jnp.dtype(dtype))
+  accepted = f'float32 {kernel}'
+  require(name == 'float32', 'param_dtype', accepted, name, error=TypeError)
 
 
 def run_forward(
@@ -146,11 +144,9 @@ def run_forward(
   # A kernel reads raw memory by these shapes, so a wrong operand must not reach it.
   for name, operand in operands.items():
     shape = shapes.get(name, (batch_size, size))
-    if operand.shape != shape or 0 in operand.shape:
-      raise ValueError(
-        f'{name} must have the shape {shape}, without zeros, for the CUDA kernel of '
-        f'{cell}, got {operand.shape}.'
-      )
+    fits = operand.shape == shape and 0 not in shape
+    accepted = f'of shape {shape}, without zeros, for the CUDA kernel of {cell}'
+    require(fits, name, accepted, operand.shape)
     if name != 'mask':
       check_supported(cell, size, operand.dtype)
   step_results = (num_steps, batch_size, size)
@@ -239,10 +235,8 @@ def _compile(cell: str, command: list[str], library: Path) -> None:
       [*command, '-o', str(output)], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-      raise RuntimeError(
-        f'{command[0]} failed to compile {_source(cell).name}:\n'
-        f'{done.stdout}{done.stderr}'
-      )
+      problem = f'{command[0]} failed to compile {_source(cell).name}'
+      raise RuntimeError(f'{problem}:\n{done.stdout}{done.stderr}')
     output.replace(library)
 
 
