@@ -92,7 +92,8 @@ def explain_deleted(called: str, trees: Any, error: Exception | None = None) -> 
     if id(leaf) in seen:
       raise RuntimeError(
         f'{called} was given one array in two places, {_place(seen[id(leaf)])} and '
-        f'{_place(path)}, and cannot donate it twice. {advice}'
+        f'{_place(path)}, and cannot donate it twice. Give it a copy in one of them, '
+        'or make the trainer with donate=False.'
       ) from None
     seen[id(leaf)] = path
 
