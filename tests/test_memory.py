@@ -8,6 +8,8 @@ from experiments.data import memory
 
 @pytest.mark.parametrize('name', memory.PROBLEMS)
 def test_shapes_and_repeatable_draws(name: str) -> None:
+  if name == 'sunspots':
+    pytest.importorskip('statsmodels', reason='sunspots are a file of statsmodels')
   problem = memory.PROBLEMS[name]
   inputs, targets = problem.draw(np.random.default_rng(0), 30, 4)
   again, _ = problem.draw(np.random.default_rng(0), 30, 4)
