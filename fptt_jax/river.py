@@ -159,14 +159,14 @@ class _StreamEstimator:
       names = tuple(sorted(x, key=str))
     if self.features is not None:
       unknown = [name for name in x if name not in names]
-      require(
-        not unknown, 'x', f'without features other than {list(names)}', unknown[:3]
-      )
+      # Messages are composed on failure only: this runs for each step and value.
+      if unknown:
+        raise ValueError(f'x must have the features {names} only, got {unknown[:3]}.')
     vector = np.zeros(len(names), np.float32)
     for place, name in enumerate(names):
       value = x.get(name, 0)
-      is_number = isinstance(value, int | float | np.number | np.bool_)
-      require(is_number, f'x[{name!r}]', 'a number', value, error=TypeError)
+      if not isinstance(value, int | float | np.number | np.bool_):
+        raise TypeError(f'x[{name!r}] must be a number, got {value!r}.')
       vector[place] = value
     # Features that are refused must not become those of the stream.
     self._names = names
