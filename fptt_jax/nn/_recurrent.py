@@ -294,7 +294,6 @@ class Recurrent(nnx.Module):
     accepted = f"None or 'float32' for {name} with {self.implementation!r}"
     require(fits or not rounds, 'products', accepted, self.products)
     fits = self.param_dtype == jnp.float32
-
     accepted = "float32 with products='bfloat16'"
     require(fits or not rounds, 'param_dtype', accepted, Words(self.param_dtype))
 
