@@ -140,8 +140,8 @@ def batches(number: int) -> list[fptt_jax.Batch]:
 def folder(tmp_path: Path) -> Path:
   """A folder with an exported step that is quick to make."""
   step = lambda state, x: ({'w': state['w'] + x.sum()}, state['w'])
-  exported = fptt_jax.export_step(step, {'w': jnp.zeros(2)}, jnp.ones(3))
-  exported.save(tmp_path)
+  state, x = {'w': jnp.zeros(2, jnp.float32)}, jnp.ones(3, jnp.float32)
+  fptt_jax.export_step(step, state, x).save(tmp_path)
   return tmp_path
 
 
@@ -280,7 +280,9 @@ def test_other_arguments_are_refused_and_the_state_is_intact(
 )
 def test_steps_of_another_form_are_refused(step: Any, message: str) -> None:
   with pytest.raises(ValueError, match=message):
-    fptt_jax.export_step(step, {'w': jnp.zeros(3)}, jnp.ones(3))
+    fptt_jax.export_step(
+      step, {'w': jnp.zeros(3, jnp.float32)}, jnp.ones(3, jnp.float32)
+    )
 
 
 def test_arguments_that_are_not_arrays_are_refused() -> None:
