@@ -84,8 +84,7 @@ def check_state_rows(
     for path, leaf in jax.tree.leaves_with_path(state):
       place = f'the hidden state of {name} at {jax.tree_util.keystr(path)!r}'
       hint = 'Give a counter one entry per row, as in jnp.zeros(batch_size, jnp.int32).'
-      fits = leaf.shape[:1] == (size,)
-      require_type(fits, place, 'of shape [B, ...]', leaf, hint)
+      require_type(leaf.shape[:1] == (size,), place, 'of shape [B, ...]', leaf, hint)
 
 
 def check_model(model: Any, params: Tree, inputs: Tree, name: str = 'model') -> None:
