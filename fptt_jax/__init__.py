@@ -1,7 +1,7 @@
 """Training recurrent networks forward through time (FPTT, Kag & Saligrama, ICML 2021)
 in JAX.
 
-One legend everywhere: T steps, K windows, S steps a window, B batch, D features, H
+One legend everywhere: T steps, K windows, S steps per window, B batch, D features, H
 hidden, C classes, V vocabulary; arrays are time-major. `fptt_jax.nn` holds models and
 the adapters for Flax; nothing else here imports Flax.
 

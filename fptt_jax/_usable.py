@@ -23,7 +23,7 @@ def accepted(
 
 _RECORDS: list[list[Any]] = []
 """List to which `fptt` adds the number of inner steps that it is given, while
-:func:`check_usable` traces an update. They are empty otherwise.
+:func:`check_usable` traces an update. It is empty otherwise.
 """
 
 
@@ -53,9 +53,9 @@ def check_usable(
   traced, record = _trace_update(optimizer, params, extra_args)
   steps = extra_args.get('inner_steps', 1)
   others = [given for given in record if given != steps]
-  accepted = f'the {steps} that the trainer passes to the optimizer'
+  wanted = f'the {steps} that the trainer passes to the optimizer'
   hint = 'The wrapper around fptt needs an `update` that passes **extra_args on.'
-  require(not others, 'inner_steps of fptt', accepted, others[:1], hint)
+  require(not others, 'inner_steps of fptt', wanted, others[:1], hint)
   if lost_marks(traced.jaxpr):
     raise ValueError(
       'optimizer must not change the updates after fptt(...), since W̄ and λ would '

@@ -2,7 +2,7 @@
 
 The K updates of a sequence share its rows, so that their gradients have noise in
 common, which momentum from window to window does not average out. Here window k has a
-first moment of its own, which moves once a sequence.
+first moment of its own, which moves once per sequence.
 """
 
 from typing import Any, NamedTuple

@@ -11,6 +11,7 @@ labels are counted, or refused if the estimator was made so. If no step waits, t
 features are a step of their own, which comes with its label.
 """
 
+import abc
 import collections
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -119,9 +120,9 @@ class _StreamEstimator:
     """Return C of a classifier, or None."""
     return None
 
+  @abc.abstractmethod
   def _target(self, label: Any) -> float | None:
     """Return a label as the loss takes it, or None for a label that is missing."""
-    raise NotImplementedError
 
   def __getstate__(self) -> dict[str, Any]:
     """Return the attributes, with the state as NumPy arrays by path."""

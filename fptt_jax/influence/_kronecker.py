@@ -49,8 +49,8 @@ def kronecker(terms: int = 4, reduction: str = 'optimal') -> Influence:
 
   It carries B·r·(q + N·z) numbers for each matrix of z sums, such as the 4H of an LSTM,
   and needs N pull-backs through a window, B·r·N²·z multiply-adds, and an orthogonal
-  decomposition of S + r vectors of N·z numbers. So this is for small networks, as
-  `rtrl`, of which it takes a share of r/q of the memory.
+  decomposition of S + r vectors of N·z numbers. So this is for small networks, like
+  `rtrl`; its memory is about r/q of that of `rtrl`.
 
   All parameters that reach the state must act on sums with a bias, in layers that
   define `own_step`: LSTM, GRU and ElmanRNN, alone or in a stack.

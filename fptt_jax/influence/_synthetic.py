@@ -12,6 +12,7 @@ from fptt_jax.influence._arrays import join, split
 from fptt_jax.influence._base import Influence, WindowMap
 
 LR = 1e-3
+"""Learning rate of the default optimizer of G."""
 
 
 class LearnedCredit(NamedTuple):
@@ -38,11 +39,12 @@ def synthetic(
   The target of G at the window's start is what arrives there, the window's own gradient
   and G(h) passed back through the window, so that G learns from its own later guesses.
 
-  G is 0 at first, and the gradient that of the window alone. It is biased until G has
-  learned, and stays so where the credit is no function of h that the map can be, such
-  as the credit of a target that h does not tell, or where the weights move faster than
-  G learns. If it is linear and right, the bias is 0. Rows share G, so that its memory
-  does not depend on the batch: N² + N numbers, and those of its optimizer.
+  G is 0 at first, so that the gradient is that of the window alone. The gradient is
+  biased until G has learned. It stays biased where the map cannot represent the credit
+  as a function of h, as when h does not determine the target, or where the weights
+  change faster than G learns. If the true credit is linear in h and G has learned it,
+  the bias is 0. Rows share G, so that its memory does not depend on the batch: N² + N
+  numbers, and those of its optimizer.
 
   A window costs one to two times its own time more. G is kept where hidden states start
   anew, and nothing is guessed after the end of a sequence.

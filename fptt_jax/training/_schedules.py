@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {
     True,
     True,
     False,
-    summary='FPTT-K: an update a window, dynamic regularizer (Algorithm 2)',
+    summary='FPTT-K: an update per window, dynamic regularizer (Algorithm 2)',
   ),
   'tbptt': Method(
     False, True, False, summary='the same windows and losses without the regularizer'
@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
     False,
     True,
     num_windows=1,
-    summary='back-propagation through time: one update a sequence (Algorithm 1)',
+    summary='back-propagation through time: one update per sequence (Algorithm 1)',
   ),
   'tbptt_final': Method(
     False,
