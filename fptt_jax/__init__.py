@@ -6,14 +6,14 @@ hidden, C classes, V vocabulary; arrays are time-major. `fptt_jax.nn` holds mode
 the adapters for Flax; nothing else here imports Flax.
 
 The public modules are `fptt_jax`, `fptt_jax.influence`, `fptt_jax.losses` and
-`fptt_jax.nn`. `fptt_jax.nn` is imported when it is first used, and so are the functions
-for streams and exported steps.
+`fptt_jax.nn`. `fptt_jax.nn` is imported when it is first used, and so are trainers,
+influences, the functions for streams and exported steps.
 """
 
 import importlib
 import typing
 
-from fptt_jax import influence, losses
+from fptt_jax import losses
 from fptt_jax._batch import Batch, validate_batch
 from fptt_jax._monitor import find_nonfinite, lambda_diverges, raise_if_nonfinite
 from fptt_jax._stability import spectral_radius
@@ -37,12 +37,9 @@ from fptt_jax._windows import WindowPlan, WindowView, make_windows
 from fptt_jax.losses import Loss, compute_metrics
 from fptt_jax.parallel._batches import make_global_batch
 from fptt_jax.parallel._devices import use_cpu_devices
-from fptt_jax.training._members import take_member, vmap_trainer
-from fptt_jax.training._scan import scan_train_steps
-from fptt_jax.training._schedules import METHODS, Method
-from fptt_jax.training._trainer import make_trainer
 
 if typing.TYPE_CHECKING:
+  from fptt_jax import influence as influence
   from fptt_jax import nn as nn
   from fptt_jax._exporting import (
     ExportedStep,
@@ -52,6 +49,10 @@ if typing.TYPE_CHECKING:
   )
   from fptt_jax.streaming._learner import make_learner
   from fptt_jax.streaming._types import Learner, StreamMetrics, StreamState
+  from fptt_jax.training._members import take_member, vmap_trainer
+  from fptt_jax.training._scan import scan_train_steps
+  from fptt_jax.training._schedules import METHODS, Method
+  from fptt_jax.training._trainer import make_trainer
 
 __version__ = '0.2.0.dev0'
 
@@ -103,8 +104,15 @@ __all__ = (
 )
 
 
-# Streams and exported steps take half of this library's time to import.
+# They take most of this library's time to import, and a program that uses `fptt` in a
+# loop of its own needs none of them.
 _LATE = {
+  'METHODS': 'fptt_jax.training._schedules',
+  'Method': 'fptt_jax.training._schedules',
+  'make_trainer': 'fptt_jax.training._trainer',
+  'scan_train_steps': 'fptt_jax.training._scan',
+  'take_member': 'fptt_jax.training._members',
+  'vmap_trainer': 'fptt_jax.training._members',
   'ExportedStep': 'fptt_jax._exporting',
   'LoadedStep': 'fptt_jax._exporting',
   'export_step': 'fptt_jax._exporting',
@@ -118,9 +126,9 @@ _LATE = {
 
 
 def __getattr__(name: str) -> typing.Any:
-  """Import `fptt_jax.nn`, and Flax with it, or a late name when it is first used."""
-  if name == 'nn':
-    return importlib.import_module('fptt_jax.nn')
+  """Import a late module or name when it is first used; `nn` imports Flax."""
+  if name in ('influence', 'nn'):
+    return importlib.import_module(f'fptt_jax.{name}')
   if name in _LATE:
     value = getattr(importlib.import_module(_LATE[name]), name)
     globals()[name] = value
