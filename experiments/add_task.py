@@ -163,6 +163,7 @@ class Config(recipe.Recipe):
   def __post_init__(self) -> None:
     super().__post_init__()
     self.check_length(self.seq_len)
+    self.check_bootstrap(True)
     cells.check_settings(self, 'lstm')
     self._check_tuning()
 
@@ -303,6 +304,7 @@ def make_trainer(
     decay=intervals.decay_schedule(config, method),
     mesh=meshes.batch,
     influence=config.influence,
+    num_batches=config.batches,
   )
   return trainer, meshes
 

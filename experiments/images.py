@@ -147,6 +147,7 @@ class Config(loop.EpochRecipe):
   def __post_init__(self) -> None:
     super().__post_init__()
     cells.check_settings(self, self.cell)
+    self.check_bootstrap(self.divergence == 'none')
     # One step cannot be reconstructed from the steps before it.
     check(
       self.reconstruction_segment != 1,
@@ -374,7 +375,7 @@ class _Reader:
 
 
 def _make_trainer(
-  config: Config, sequences: Sequences, method: str, members: int, num_updates: int
+  config: Config, sequences: Sequences, method: str, members: int, count: int
 ) -> tuple[fptt_jax.Trainer, devices.Meshes]:
   """Return the trainer of one run and the devices for several.
 
@@ -383,7 +384,7 @@ def _make_trainer(
     sequences: the images.
     method: training method.
     members: number of runs.
-    num_updates: number of optimizer updates per epoch.
+    count: number of batches per epoch.
   """
   num_steps, features = sequences.shape
   size = len(sequences.splits.train.labels)
@@ -393,6 +394,7 @@ def _make_trainer(
     num_examples=size if config.divergence == 'example' else None,
   )
   steps = recipe.window_steps(config, method, num_steps)
+  _, updates = recipe.updates_per_sequence(config, method, num_steps)
   meshes = devices.choose_meshes(
     config, config.batch_size, config.hidden, steps, members
   )
@@ -402,8 +404,9 @@ def _make_trainer(
     make_model(config, num_steps, features, sequences.num_classes),
     loss,
     num_steps,
-    decay=loop.decay_schedule(config, num_updates),
+    decay=loop.decay_schedule(config, count * updates),
     mesh=meshes.batch,
+    num_batches=config.epochs * count,
     wrap=loop.averaging_wrapper(config),
   )
   return trainer, meshes
@@ -433,7 +436,7 @@ def make_task(
       f'{config.batch_size}.'
     )
   _, updates = recipe.updates_per_sequence(config, method, num_steps)
-  trainer, meshes = _make_trainer(config, sequences, method, members, count * updates)
+  trainer, meshes = _make_trainer(config, sequences, method, members, count)
   reader = _Reader(sequences, by_example=config.divergence == 'example')
   # Of several processes, each reads only its share of a batch.
   on_host = config.host_data or jax.process_count() > 1

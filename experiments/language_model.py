@@ -310,6 +310,7 @@ class Config(loop.EpochRecipe):
       '0 or 1 with --random_lengths, whose batches differ from run to run',
     )
     self.check_length(self.padded_len)
+    self.check_bootstrap(False)
 
   def _check_data(self) -> None:
     """Validate settings of the text and of --sample that depend on each other.

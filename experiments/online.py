@@ -99,6 +99,12 @@ class Config(recipe.Recipe):
     tuple(CREDIT),
     group='training',
   )
+  every_window: bool = option(
+    False,
+    'ask for the target of an episode at the end of every window, with weight k/K at '
+    'the k-th of K, rather than of the last alone',
+    group='task',
+  )
   lr: float = redeclare(recipe.Recipe, 'lr', 3e-3)
   clip: float = redeclare(recipe.Recipe, 'clip', 1.0)
   cell: str = option('gru', 'recurrent layer', tuple(cells.CELLS), group='model')
@@ -130,6 +136,14 @@ class Config(recipe.Recipe):
   def __post_init__(self) -> None:
     super().__post_init__()
     self.check_length(self.seq_len)
+    is_stream = PROBLEMS[self.task].is_stream
+    check(
+      not (is_stream and self.every_window),
+      'every_window',
+      self.every_window,
+      f'false with --task={self.task}, which has a target at each step',
+    )
+    self.check_bootstrap(self.every_window)
     cells.check_settings(self, self.cell)
     whole = [name for name in self.method if not carries_credit(name)]
     check(
@@ -195,8 +209,9 @@ def make_trainer(
   problem = PROBLEMS[config.task]
   num_windows, _ = recipe.updates_per_sequence(config, method, config.seq_len)
   meshes = intervals.choose_meshes(config, method, members)
-  # The target of an episode is asked for in its last window alone.
-  weights = None if problem.is_stream else [0.0] * (num_windows - 1) + [1.0]
+  weights = None
+  if not problem.is_stream and not config.every_window:
+    weights = [0.0] * (num_windows - 1) + [1.0]
   trainer = optimizers.make_trainer(
     config,
     method,
@@ -208,6 +223,7 @@ def make_trainer(
     carry_hidden=problem.is_stream,
     influence=CREDIT[config.influence],
     loss_weights=weights,
+    num_batches=config.batches,
   )
   return trainer, meshes
 

@@ -6,8 +6,13 @@ import warnings
 import jax
 import optax
 
-from experiments.core import averaging
-from experiments.core.recipe import HYPERPARAMETERS, REGULARIZER, Recipe
+from experiments.core import averaging, bootstrap
+from experiments.core.recipe import (
+  HYPERPARAMETERS,
+  REGULARIZER,
+  Recipe,
+  updates_per_sequence,
+)
 import fptt_jax
 from fptt_jax.influence import Influence
 
@@ -113,7 +118,7 @@ def _with_mean(
   recipe: Recipe, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
   """Return an optimizer that also keeps the running mean of the weights, if asked."""
-  if recipe.averaging != 'running':
+  if recipe.averaging != 'running' and not recipe.bootstrap:
     return optimizer
   return averaging.running_mean(optimizer, recipe.average_horizon)
 
@@ -251,6 +256,7 @@ def make_trainer(
   carry_hidden: bool = False,
   influence: str | Influence = 'none',
   loss_weights: Sequence[float] | None = None,
+  num_batches: int = 0,
   wrap: Callable[
     [optax.GradientTransformation], optax.GradientTransformation
   ] = lambda optimizer: optimizer,
@@ -268,6 +274,7 @@ def make_trainer(
     carry_hidden: whether the hidden state is carried from batch to batch.
     influence: how credit crosses the border of a window.
     loss_weights: factors of the windows' losses; None for 1.
+    num_batches: batches of the run, over which the targets of `bootstrap` change.
     wrap: function that is applied to the optimizer.
   """
   setting = fptt_jax.METHODS[method]
@@ -276,7 +283,9 @@ def make_trainer(
   truncation_steps = None
   if setting.truncated:
     truncation_steps = recipe.truncation_steps or min(300, seq_len)
-  return fptt_jax.make_trainer(
+  if recipe.bootstrap:
+    loss = bootstrap.with_window_targets(loss)
+  trainer = fptt_jax.make_trainer(
     model,
     loss,
     wrap(make_optimizer(recipe, method, decay)),
@@ -292,6 +301,12 @@ def make_trainer(
     shard_params=recipe.shard_params and mesh is not None,
     skip_nonfinite=recipe.on_nonfinite == 'skip',
   )
+  if not recipe.bootstrap:
+    return trainer
+  num_windows, _ = updates_per_sequence(recipe, method, seq_len)
+  plan = fptt_jax.make_windows(seq_len, num_windows=num_windows)
+  share = optax.linear_schedule(0.0, recipe.bootstrap, num_batches)
+  return bootstrap.bootstrapped(trainer, plan, share)
 
 
 def evaluation_params(

@@ -132,6 +132,14 @@ class Recipe:
   average_horizon: int = option(
     500, 'updates of the running mean', within='[1, inf)', group='optimizer'
   )
+  bootstrap: float = option(
+    0.0,
+    'share, at the end of the run, of the prediction of the next window in the targets '
+    'of early windows, which grows linearly from 0; the mean of the weights over about '
+    '--average_horizon updates predicts',
+    within='[0, 1]',
+    group='training',
+  )
   weight_decay: float = option(
     0.0,
     'factor of the weights that is added to the gradient after clipping',
@@ -426,6 +434,19 @@ class Recipe:
     expected = f'without {name}, which {", ".join(without)} does not have'
     check(name not in REGULARIZER or not without, 'grid', text, expected)
     return name, numbers
+
+  def check_bootstrap(self, fits: bool) -> None:
+    """Check that early windows have targets of which a share can be replaced.
+
+    Args:
+      fits: whether all windows have the target of the sequence.
+
+    Raises:
+      ValueError: they have not, or a method has no early windows.
+    """
+    fits &= all(fptt_jax.METHODS[method].update_each_window for method in self.method)
+    expected = '0 unless all windows have the target of the sequence'
+    check(not self.bootstrap or fits, 'bootstrap', self.bootstrap, expected)
 
   def check_length(self, seq_len: int) -> None:
     """Check that K and truncation_steps fit a sequence length.

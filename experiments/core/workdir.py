@@ -55,9 +55,11 @@ NEWER_SETTINGS: dict[str, dict[str, Any]] = {
     'momentum_windows': 0,
     'averaging': 'none',
     'average_horizon': 500,
+    'bootstrap': 0.0,
   },
   'add_task': {'influence': 'none'},
   'images': {'pool': 1},
+  'online': {'every_window': False},
 }
 """Settings, of all scripts or of one, that folders of earlier versions do not have.
 
