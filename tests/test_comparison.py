@@ -130,6 +130,8 @@ def test_lines_of_a_task_differ_in_the_method_alone(scale):
   shared = ('task', 'seq_len', 'hidden', 'batch_size', 'batches', 'epochs', 'clip')
   for arena in tournament.ARENAS:
     lines = [entry for entry in entries if entry.task == arena.name]
+    if arena.script == 'stream':
+      continue
     assert {entry.label for entry in lines} >= {
       f'{arena.name}.{name}' for name in ('bptt', 'tbptt', 'momentum0', 'by_window')
     }
@@ -143,3 +145,38 @@ def test_lines_of_a_task_differ_in_the_method_alone(scale):
       assert entry.config.momentum_windows in (0, entry.config.num_windows)
       constant = entry.config.averaging != 'none'
       assert entry.config.decay != constant
+
+
+def test_lines_of_a_stream_differ_in_the_method_alone():
+  """All methods without and with credit, at one rate for all steps and one S."""
+  entries = items.tournament_of('cpu')
+  for size in (1, 8):
+    name = f'sf-temps-S{size}'
+    lines = [entry for entry in entries if entry.task == name]
+    labels = {entry.label.removeprefix(f'{name}.') for entry in lines}
+    without = {label for label in labels if not label.endswith('-snap1')}
+    assert labels == without | {f'{label}-snap1' for label in without}
+    assert {'tbptt', 'momentum0', 'fptt-kappa2', 'average'} <= without
+    assert not labels & {'bptt', 'by_window'}
+    assert {entry.config.window_size for entry in lines} == {size}
+    # 50 days of hours.
+    horizons = {
+      entry.config.average_horizon
+      for entry in lines
+      if entry.config.averaging == 'running'
+    }
+    assert horizons == {50 * 24 // size}
+
+
+def test_bootstrapped_windows_differ_from_tbptt_in_their_targets_alone():
+  """On the recall from `early`, which gives the target to all windows."""
+  entries = {entry.label: entry.config for entry in items.tournament_of('cpu')}
+  found = [label for label in entries if label.endswith('.bootstrap')]
+  assert len(found) == 6
+  for label in found:
+    rival = 'early' if label.startswith('recall') else 'tbptt'
+    config = entries[label]
+    plain = dataclasses.replace(config, bootstrap=0.0, average_horizon=500)
+    assert plain == entries[label.replace('bootstrap', rival)]
+    assert config.bootstrap == 0.9
+    assert config.average_horizon == 50 * config.num_windows

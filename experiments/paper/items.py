@@ -17,6 +17,7 @@ from experiments import add_task, images, language_model, online
 from experiments.core.cells import CELLS, WITH_KERNEL
 from experiments.data.memory import PROBLEMS
 from experiments.paper import tournament
+from experiments.stream import contest
 
 SCALES = ('smoke', 'cpu', 'short', 'full')
 """Values of --scale, from the fastest to the slowest."""
@@ -57,7 +58,7 @@ class Score(NamedTuple):
     label: the score in words.
     higher_is_better: whether a higher score is better.
     digits: number of decimals to print.
-    axis: the horizontal axis of its curves, 'epoch' or 'batches'.
+    axis: the horizontal axis of its curves, 'epoch', 'batches' or 'steps'.
     marks: names and values of horizontal lines beside its curves.
   """
 
@@ -92,6 +93,11 @@ PERPLEXITY = Score('test_ppl', 'valid_ppl', 'valid_ppl', 'perplexity', False, 2)
 
 
 BITS = Score('test_bpc', 'valid_bpc', 'valid_bpc', 'bits per character', False, 3)
+
+
+STREAM = Score(
+  'test_mae', 'first_mae', 'test_mae', 'mean absolute error', False, 4, 'steps'
+)
 
 
 CREDIT = {
@@ -671,8 +677,19 @@ TOURNAMENT_SCRIPTS: dict[str, ModuleType] = {
   'images': images,
   'language_model': language_model,
   'online': online,
+  'stream': contest,
 }
 """Scripts of the tournament by name."""
+
+
+TOURNAMENT_SCORES = {
+  'add_task': ERROR,
+  'images': ACCURACY,
+  'language_model': PERPLEXITY,
+  'online': CREDIT['recall'],
+  'stream': STREAM,
+}
+"""Scores of these scripts, but for characters."""
 
 
 def tournament_of(scale: str) -> list[Entry]:
@@ -682,14 +699,13 @@ def tournament_of(scale: str) -> list[Entry]:
   """
   entries = []
   for arena in tournament.ARENAS:
+    if arena.script == 'stream' and scale == 'smoke':
+      continue  # Its numbers come with a package that tests need not install.
     script = TOURNAMENT_SCRIPTS[arena.script]
     for contestant in tournament.contestants(arena):
       settings = tournament.settings_of(arena, contestant, scale)
       config = script.Config(**settings)
-      scores = {'add_task': ERROR, 'images': ACCURACY, 'language_model': PERPLEXITY}
-      score = scores.get(arena.script, CREDIT['recall'])
-      if arena.name == 'ptb_c':
-        score = BITS
+      score = BITS if arena.name == 'ptb_c' else TOURNAMENT_SCORES[arena.script]
       label = f'{arena.name}.{contestant.name}'
       rates = tournament.RATES[arena.optimizer]
       entries.append(Entry(label, script, config, score, rates=rates, task=arena.name))

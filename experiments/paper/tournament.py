@@ -23,6 +23,21 @@ The protocol was fixed before the first run:
   falls to 0 along a half cosine, but for averages and the schedule-free optimizer,
   which are meant for a constant one.
 
+Two parts were added after the first tasks had been run, before their own first runs:
+
+* `bootstrap` gives early windows their own targets, see `experiments.core.bootstrap`.
+  The share of the prediction grows linearly from 0 to 0.9 over the run, and the weights
+  that are scored are the last ones, as of `tbptt`. It is for tasks with one target per
+  sequence. On the recall only the last window has the target; `bootstrap` gives it to
+  all windows there, with weight k/K at the k-th of K, and `early` does that alone.
+* Streams are seen once and scored on the fly: each forecast comes before its value. The
+  error over the first 30 % of the scored steps chooses the rate, and that over the rest
+  is reported. The rate is constant, since a stream has no end. With averages it is they
+  that forecast; the mean of the weights is over 50 days. The network is the GRU of
+  `python -m experiments.stream`. A stream has no whole that `bptt` could differentiate
+  and its windows have no numbers, so that neither it nor `by_window` takes part, and
+  `tbptt` is the only rival there.
+
 Scale 'cpu' is for two cores and 'short' is one size above. 'full' equals 'short'.
 """
 
@@ -63,13 +78,14 @@ class Arena(NamedTuple):
 
   Attributes:
     name: its name in the lines' labels.
-    script: 'add_task', 'images', 'language_model' or 'online'.
+    script: 'add_task', 'images', 'language_model', 'online' or 'stream'.
     optimizer: the base optimizer.
     alpha: α as published for this kind of task.
-    windows: K at all scales but 'smoke'.
+    windows: K at all scales but 'smoke'; of a stream, windows per day.
     settings: settings at scale 'cpu'.
     larger: what scale 'short' changes.
     extra: names of :data:`EXTRAS` that the task has besides the common methods.
+    influence: an influence that all common methods are also run with; '' for none.
   """
 
   name: str
@@ -80,6 +96,7 @@ class Arena(NamedTuple):
   settings: dict[str, Any]
   larger: dict[str, Any]
   extra: tuple[str, ...] = ()
+  influence: str = ''
 
 
 ADDING: dict[str, Any] = dict(
@@ -120,7 +137,8 @@ ARENAS = (
     10,
     dict(task='recall', cell='lru', hidden=4, seq_len=100, batch_size=16, batches=300),
     dict(seq_len=1000, batches=500),
-    ('rtrl', 'snap1', 'lookback'),
+    ('snap1', 'lookback', 'early', 'bootstrap'),
+    influence='rtrl',
   ),
   *(
     Arena(
@@ -131,7 +149,7 @@ ARENAS = (
       windows,
       ADDING,
       dict(hidden=64, batch_size=64, batches=2000),
-      ('immediate', 'lookback') if windows == 10 else (),
+      ('immediate', 'lookback', 'bootstrap') if windows == 10 else ('bootstrap',),
     )
     for windows in (3, 10, 50)
   ),
@@ -143,6 +161,7 @@ ARENAS = (
     7,
     PIXELS | dict(task='permuted', row=True),
     dict(hidden=64, train_size=0, epochs=5),
+    ('bootstrap',),
   ),
   Arena(
     'pooled-pixels',
@@ -152,6 +171,7 @@ ARENAS = (
     14,
     PIXELS | dict(task='mnist', pool=2),
     dict(hidden=64, train_size=0, epochs=5),
+    ('bootstrap',),
   ),
   Arena(
     'ptb300',
@@ -174,6 +194,19 @@ ARENAS = (
     | dict(dropout=0.1, input_dropout=0.1, kappa=1.0),
     dict(hidden=128, embedding=128, train_tokens=1_000_000),
   ),
+  *(
+    Arena(
+      f'sf-temps-S{size}',
+      'stream',
+      'adam',
+      0.1,
+      24 // size,
+      dict(stream='sf-temps', window_size=size),
+      {},
+      influence='snap1',
+    )
+    for size in (1, 8)
+  ),
 )
 """The tasks."""
 
@@ -187,8 +220,8 @@ def contestants(arena: Arena) -> Iterator[Contestant]:
   windows = arena.windows
   published: dict[str, Any] = dict(alpha=arena.alpha)
   constant: dict[str, Any] = dict(decay=False)
-  mean = constant | dict(averaging='running', average_horizon=HORIZON * windows)
-  yield Contestant('bptt', 'bptt', {})
+  horizon: dict[str, Any] = dict(average_horizon=HORIZON * windows)
+  mean = constant | horizon | dict(averaging='running')
   common = [
     Contestant('tbptt', 'tbptt', {}),
     Contestant('momentum0', 'tbptt', dict(momentum=0.0)),
@@ -200,18 +233,30 @@ def contestants(arena: Arena) -> Iterator[Contestant]:
     Contestant('average', 'tbptt', mean),
     Contestant('schedule_free', 'tbptt', constant | dict(averaging='schedule_free')),
   ]
+  if arena.script == 'stream':
+    common = [one for one in common if one.name != 'by_window']
+  else:
+    yield Contestant('bptt', 'bptt', {})
   yield from common
-  if 'rtrl' in arena.extra:
+  if arena.influence:
     for name, method, settings in common:
-      yield Contestant(f'{name}-rtrl', method, settings | dict(influence='rtrl'))
-  for extra in arena.extra:
-    if extra != 'rtrl':
-      yield Contestant(extra, 'tbptt', EXTRAS[extra])
+      chosen = settings | dict(influence=arena.influence)
+      yield Contestant(f'{name}-{arena.influence}', method, chosen)
+  for name in arena.extra:
+    settings = EXTRAS[name]
+    if name == 'bootstrap':
+      settings = settings | horizon
+      # Where early windows have no target, they get it first.
+      if 'early' in arena.extra:
+        settings = settings | EXTRAS['early']
+    yield Contestant(name, 'tbptt', settings)
 
 
 EXTRAS: dict[str, dict[str, Any]] = {
   'snap1': dict(influence='snap1'),
   'lookback': dict(influence='lookback'),
+  'early': dict(every_window=True),
+  'bootstrap': dict(bootstrap=0.9),
   # One window per step: the derivative of the step itself, by Adam without momentum.
   'immediate': dict(num_windows=ADDING['seq_len'], momentum=0.0),
   'momentum0.5': dict(momentum=0.5),
@@ -282,4 +327,6 @@ def settings_of(arena: Arena, contestant: Contestant, scale: str) -> dict[str, A
       settings['momentum_windows'] = SMOKE_WINDOWS
   if contestant.method == 'bptt':
     del settings['num_windows']
+  if arena.script == 'stream':
+    del settings['num_windows'], settings['decay']
   return settings | dict(method=(contestant.method,))

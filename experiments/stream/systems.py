@@ -136,6 +136,11 @@ def build_network(
   )
 
 
+def make_model(cell: Any, features: int, outputs: int) -> fptt_jax.Model:
+  """Make the model of a recurrent layer and a readout."""
+  return nn.from_nnx(functools.partial(build_network, cell, features, outputs))
+
+
 def make_learner(system: System, features: int, classes: int = 0) -> fptt_jax.Learner:
   """Make the learner of a network; its learning rate is a number in its state.
 
@@ -144,7 +149,6 @@ def make_learner(system: System, features: int, classes: int = 0) -> fptt_jax.Le
     features: number of inputs.
     classes: number of classes, or 0 to predict a value.
   """
-  build = functools.partial(build_network, system.cell, features, classes or 1)
 
   def adam(learning_rate: float) -> optax.GradientTransformation:
     base = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
@@ -154,7 +158,7 @@ def make_learner(system: System, features: int, classes: int = 0) -> fptt_jax.Le
   if classes:
     loss = losses.sequence_classification(classes)
   return fptt_jax.make_learner(
-    nn.from_nnx(build),
+    make_model(system.cell, features, classes or 1),
     loss,
     optax.inject_hyperparams(adam)(learning_rate=RATES[0]),
     window_size=system.window_size,
@@ -262,9 +266,7 @@ def _make_own(system: System, features: int, rate: float, seed: int) -> Any:
 @functools.cache
 def _model_of(cell: Any) -> Callable[[int], fptt_jax.Model]:
   """Return the model of a cell; the same function, so that it is compiled once."""
-  return lambda features: nn.from_nnx(
-    functools.partial(build_network, cell, features, 1)
-  )
+  return lambda features: make_model(cell, features, 1)
 
 
 @functools.cache
