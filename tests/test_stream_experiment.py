@@ -1,5 +1,6 @@
 """The forecasts of real streams are scored fairly, and the learner beats a season."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.core import files
+from experiments.core.flags import UserError
 from experiments.records import store
 from experiments.records.collect import Origin, collect_folder
 from experiments.stream import __main__ as script
@@ -143,13 +145,30 @@ def test_the_table_is_collected(tmp_path: Path, capsys: Any) -> None:
     streams=('brent',), systems=('baselines', 'learner'), seeds=2, workdir=str(runs)
   )
   script.main(config)
-  assert 'ElmanRNN, S=4, none' in capsys.readouterr().out
+  # Each line is told as it is made, and again in the table.
+  assert capsys.readouterr().out.count('ElmanRNN, S=4, none') == 2
   lines = files.read_json(runs / 'stream.json')['lines']
   assert [line['seeds'] for line in lines] == [1, 1, 1, 1, 2]
   assert lines[-1]['interval'] > 0
   assert collect_folder(runs, 'stream', Origin(), tmp_path) == len(lines)
   rows = store.load('stream', tmp_path).rows
   assert {row.settings['system'] for row in rows} >= {'last value'}
+
+
+@pytest.mark.usefixtures('one_stream')
+def test_networks_are_chosen_by_their_names(tmp_path: Path) -> None:
+  """In capitals as they are; the command ends at once if no name fits."""
+  config = script.Config(
+    streams=('brent',),
+    systems=('learner',),
+    networks=('Elman*',),
+    workdir=str(tmp_path),
+  )
+  script.main(dataclasses.replace(config, seeds=1))
+  [line] = files.read_json(tmp_path / 'stream.json')['lines']
+  assert line['system'] == 'ElmanRNN, S=4, none'
+  with pytest.raises(UserError, match='leave nothing to compare'):
+    script.main(dataclasses.replace(config, networks=('elman*',)))
 
 
 def test_the_learner_beats_last_and_seasonal_value_on_temperatures(

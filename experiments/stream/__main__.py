@@ -3,6 +3,7 @@
     python -m experiments.stream
     python -m experiments.stream --streams=sf-temps,co2 --systems=river
     python -m experiments.stream --streams=ptb-characters --data_dir=FOLDER
+    python -m experiments.stream --streams=sf-temps --networks='LSTM*'
 
 Each stream is seen once, in order, and each forecast is made before its value is known.
 The first steps set the scales. Learning rates are chosen by the error over the first
@@ -13,12 +14,14 @@ networks have the same inputs: of values the last change, the change that follow
 season ago, and the difference to a season ago.
 
 Streams come with packages, and those whose package is not installed are left out; the
-text is one of --data_dir. deep-river is no dependency of this library; the part 'river'
+text is one of --data_dir. --networks takes patterns of the names in the table, of those
+of deep-river, too. deep-river is no dependency of this library; the part 'river'
 compares it with this library's estimators where it is installed.
 """
 
 from collections.abc import Iterator
 import dataclasses
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ import numpy as np
 from tabulate import tabulate
 
 from experiments.core import environment, files, flags, workdir
-from experiments.core.flags import option
+from experiments.core.flags import UserError, option
 from experiments.paper.tables import interval
 from experiments.stream import speed, systems
 from experiments.stream.series import SOURCES, Problem
@@ -45,12 +48,19 @@ class Config:
   systems: tuple[str, ...] = option(
     PARTS, 'what to compare; speed is measured on no stream', PARTS, required=True
   )
+  networks: tuple[str, ...] = option(
+    ('*',), "patterns of the networks' names, such as 'LSTM*'", required=True
+  )
   seeds: int = option(5, 'seeds of each network', within='[1, inf)')
   data_dir: str = option('', 'folder with ptb.train.txt and the others; see the README')
   workdir: str = option('', 'folder; default runs/stream-TIME')
 
   def __post_init__(self) -> None:
     flags.check_fields(self)
+
+  def wants(self, label: str) -> bool:
+    """Return whether a network is one of those asked for, given its name."""
+    return any(fnmatch.fnmatchcase(label, pattern) for pattern in self.networks)
 
 
 def main(config: Config) -> None:
@@ -60,7 +70,7 @@ def main(config: Config) -> None:
     config: the streams, systems and seeds.
 
   Raises:
-    UserError: the folder cannot be written.
+    UserError: nothing is left to compare, or the folder cannot be written.
   """
   folder = workdir.make_folder(config.workdir)
   about = environment.describe_machine('river', 'deep-river', 'torch') | {
@@ -78,10 +88,17 @@ def main(config: Config) -> None:
     problem = SOURCES[name].read(folder_of_files)
     for system, forecasts in candidates(config, problem):
       lines.append({'stream': name, 'system': system, **score(problem, forecasts)})
+      print(f'{name}, {system}: error {lines[-1]["error"]:.4g}', flush=True)
       write(folder, about, lines)
   if 'speed' in config.systems:
+    print('measuring speed, which takes minutes', flush=True)
     lines += speed.measure()
     write(folder, about, lines)
+  if not lines:
+    raise UserError(
+      f'--streams, --systems={",".join(config.systems)} and '
+      f'--networks={",".join(config.networks)} leave nothing to compare.'
+    )
   print((folder / 'stream.txt').read_text())
   print(f'numbers and the table are in {folder}')
 
@@ -102,12 +119,14 @@ def candidates(
       yield 'least squares, 3 steps', list(systems.run_linear(problem))
   if 'learner' in config.systems:
     for system in systems.SYSTEMS:
-      yield system.label, systems.run_learner(system, problem, config.seeds)
+      if config.wants(system.label):
+        yield system.label, systems.run_learner(system, problem, config.seeds)
   # The estimators predict values, and their streams never start anew.
   if 'river' in config.systems and not problem.classes and problem.resets is None:
     for estimator in systems.estimators():
-      found = systems.run_estimator(estimator, problem, config.seeds)
-      yield estimator.label, found
+      if config.wants(estimator.label):
+        found = systems.run_estimator(estimator, problem, config.seeds)
+        yield estimator.label, found
 
 
 def score(problem: Problem, forecasts: list[Forecast]) -> dict[str, Any]:
