@@ -1,5 +1,8 @@
 """Configuration of the documentation, built with Sphinx."""
 
+import importlib.util
+from pathlib import Path
+
 import fptt_jax
 
 project = 'fptt_jax'
@@ -43,7 +46,11 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-html_static_path = ['_static']
+# The copy of MathJax in this package typesets formulas without a network. As an
+# extension it would end the parallel build.
+_mathjax = importlib.util.find_spec('sphinx-mathjax-offline')
+mathjax_path = 'mathjax/tex-chtml.js'
+html_static_path = ['_static', str(Path(_mathjax.origin).parent / 'static')]
 html_css_files = ['custom.css']
 html_theme = 'sphinx_book_theme'
 html_title = 'fptt_jax'
