@@ -63,7 +63,7 @@ def table_row(
     **measured,
     'paper': entry.paper,
     'replication': entry.replication or None,
-    'seconds a run': float(np.mean([summary['seconds'] for summary in summaries])),
+    'seconds per run': float(np.mean([summary['seconds'] for summary in summaries])),
   }
 
 

@@ -36,7 +36,11 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
       for windows in entry.windows or (None,)
       for trial in try_rates(entry, windows, folder)
     ]
-    rows.setdefault(entry.score, []).extend(list(trial.values()) for trial in trials)
+    # A missing score is that of a run that diverged; a line's own K is left blank.
+    rows.setdefault(entry.score, []).extend(
+      [trial['line'], trial['lr'], trial['num_windows'] or '', trial['score']]
+      for trial in trials
+    )
     finite = [trial for trial in trials if trial['score'] is not None]
     # A line all of whose runs diverged keeps its declared settings.
     if not finite:
