@@ -74,6 +74,21 @@ class OwnStep(NamedTuple):
   products: tuple[OwnProduct, ...]
 
 
+class OwnKernels(NamedTuple):
+  """Native kernels for the influence of parameters on their own units.
+
+  Attributes:
+    advance: (params, state [B, ...], x [S, B, ...], mask [S, B] or None, influence
+      {path: [B, ..., m, k n]}, credit {path: [..., k n]} that was computed from it or
+      {}, own_only) -> the influence after the window, of the layers that have a kernel.
+    credit: (gradient of the state [B, m, n], influence of a parameter [B, ..., m, k n])
+      -> its credit [..., k n]; None where no kernel can compute it.
+  """
+
+  advance: Callable[..., dict[str, jax.Array]]
+  credit: Callable[[jax.Array, jax.Array], jax.Array | None]
+
+
 class Model(NamedTuple):
   """A recurrent model as pure functions; `fptt_jax.nn` makes them from Flax modules.
 
@@ -103,6 +118,7 @@ class Model(NamedTuple):
       `own_step`. The key is the number of the layer's first array among the
       floating-point arrays of the state. Used by `fptt_jax.influence`, which
       differentiates layers that are not there.
+    own_kernels: Kernels for what `own_steps` is for; None if the model has none.
   """
 
   init: Callable[[jax.Array], Params]
@@ -116,6 +132,7 @@ class Model(NamedTuple):
   learned_initial_state: Callable[[Params, int], Hidden] | None = None
   plain: Callable[..., tuple[Hidden, jax.Array | OutputsWithPenalty]] | None = None
   own_steps: Callable[..., dict[int, OwnStep]] | None = None
+  own_kernels: OwnKernels | None = None
 
   def start(self, params: Params, batch_size: int) -> Hidden:
     """Make the hidden state before the first step.

@@ -19,7 +19,7 @@ import optax
 import pytest
 
 import fptt_jax
-from fptt_jax import nn
+from fptt_jax import influence, nn
 from fptt_jax.nn import _native
 from fptt_jax.nn.kernels import cpu
 
@@ -386,6 +386,202 @@ def test_train_steps(devices: int) -> None:
   if devices > 1:
     mesh = jax.sharding.Mesh(jax.devices('cpu')[:devices], ('batch',))
   assert_close(train('native', mesh), train('scan'), 2e-5)
+
+
+def own_window(
+  layer: str, shape: tuple[int, int, int, int], masked: bool, **options: Any
+) -> tuple[Any, ...]:
+  """Return arguments of `Influence.advance` and `credit`, with a random influence.
+
+  Args:
+    layer: name in `LAYERS` but 'Antisymmetric'.
+    shape: (S, B, H, D).
+    masked: whether 40 % of the steps are masked.
+    options: further arguments of the layer.
+
+  Returns:
+    (window, params, hidden, influence {path: [B, ..., m, k H]}).
+  """
+  steps, batch, hidden, features = shape
+  model = make_model(layer, features, hidden, **options)
+  params = model.init(jax.random.key(0))
+  state = jax.tree.map(
+    lambda leaf: draw(1, *leaf.shape) / 2, model.initial_state(batch)
+  )
+  mask = jax.random.bernoulli(jax.random.key(2), 0.6, (steps, batch))
+
+  def run(params: Any, hidden: Any, x: Any, mask: Any) -> Any:
+    return model.plain(params, hidden, x, mask, None)[0]
+
+  window = influence.WindowMap(
+    run,
+    draw(4, steps, batch, features),
+    mask if masked else None,
+    own_steps=model.own_steps,
+    own_kernels=model.own_kernels,
+  )
+  zeros = influence.snap1().init(window, params, state)
+  leaves, structure = jax.tree.flatten(zeros)
+  drawn = [draw(5 + number, *leaf.shape) for number, leaf in enumerate(leaves)]
+  return window, params, state, jax.tree.unflatten(structure, drawn)
+
+
+def advance_and_credit(method: Any, *window: Any) -> tuple[Any, Any]:
+  """Return the influence after a window, and the credit of a random gradient."""
+  delta = jax.tree.map(lambda leaf: draw(9, *leaf.shape), window[2])
+  return method.advance(*window, None), method.credit(*window, delta)
+
+
+def program_of(function: Any, *args: Any) -> str:
+  return str(jax.jit(function).lower(*args).as_text())
+
+
+OWN_SHAPES = [
+  (1, 1, 1, 1),
+  (16, 9, 64, 1),
+  (5, 40, 21, 6),
+  (28, 2, 300, 3),
+]
+"""(S, B, H, D): one step, whole vectors, parts of vectors, a window that is cut."""
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize(
+  ('layer', 'shape', 'masked'),
+  # What the cells share, the LSTM alone covers.
+  [('LSTM', shape, masked) for shape in OWN_SHAPES for masked in (False, True)]
+  + [(layer, shape, True) for layer in ('GRU', 'Elman') for shape in OWN_SHAPES[::2]],
+  ids=str,
+)
+def test_influence_equals_that_of_steps(layer: str, shape: Any, masked: bool) -> None:
+  """Influence and credit are those that plain JAX computes."""
+  window, *others = own_window(layer, shape, masked)
+  for own_only in (False, True):
+    method = influence.snap1(own_only)
+    run = functools.partial(advance_and_credit, method)
+    got = helpers.quick(functools.partial(run, window))(*others)
+    plain = window._replace(own_kernels=None)
+    assert_close(got, helpers.quick(functools.partial(run, plain))(*others))
+
+
+@pytest.mark.usefixtures('kernels')
+def test_what_has_no_kernel_keeps_its_influence_right() -> None:
+  """A GRU without its second bias has a kernel; a scan has none."""
+  shape = (5, 4, 7, 3)
+  window, *others = own_window('GRU', shape, True, recurrent_bias=False)
+  method = influence.snap1()
+  run = functools.partial(advance_and_credit, method)
+  got = helpers.quick(functools.partial(run, window))(*others)
+  plain = window._replace(own_kernels=None)
+  assert_close(got, helpers.quick(functools.partial(run, plain))(*others))
+  for implementation, expected in (('auto', True), ('scan', False)):
+    window, *others = own_window('LSTM', shape, True, implementation=implementation)
+    advance = functools.partial(method.advance, window)
+    text = program_of(advance, *others, None)
+    assert ('fptt_jax_cpu_own_float32_lstm' in text) == expected
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('batch', [2, 40])
+def test_threads_do_not_change_an_influence(batch: int) -> None:
+  """Threads share rows or units."""
+  library = cpu._load('own', 'float32')
+  window = own_window('LSTM', (20, batch, 100, 5), True)
+  found = []
+  try:
+    for limit in (1, 3):
+      library.set_thread_limit(limit)
+      found.append(advance_and_credit(influence.snap1(), *window))
+  finally:
+    library.set_thread_limit(cpu.count_threads())
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.usefixtures('kernels')
+def test_influences_of_members() -> None:
+  """Models under vmap run in one call."""
+  window, params, hidden, state = own_window('LSTM', (5, 20, 9, 2), True)
+  members = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), (params, state))
+
+  def run(member: tuple[Any, Any]) -> tuple[Any, Any]:
+    params, state = member
+    return advance_and_credit(influence.snap1(), window, params, hidden, state)
+
+  found = helpers.quick(jax.vmap(run))(members)
+  for number in range(2):
+    one = jax.tree.map(lambda leaf, number=number: leaf[number], (members, found))
+    assert_close(one[1], run(one[0]))
+
+
+@pytest.mark.usefixtures('kernels')
+def test_exported_influences_hold_no_kernel() -> None:
+  """Another process can run them, also under vmap."""
+  window, params, hidden, state = own_window('LSTM', (5, 20, 9, 2), True)
+  run = jax.jit(
+    lambda state: advance_and_credit(influence.snap1(), window, params, hidden, state)
+  )
+  several = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), state)
+  for function, given in ((run, state), (jax.jit(jax.vmap(run)), several)):
+    assert 'fptt_jax_cpu_own_float32_lstm' in program_of(function, given)
+    exported = export.export(function)(given)
+    assert 'fptt_jax_cpu' not in exported.mlir_module()
+    restored = export.deserialize(exported.serialize())
+    assert_close(restored.call(given), function(given))
+
+
+@functools.cache
+def train_with_influence(implementation: str) -> tuple[Any, Any]:
+  """Train a stack of two layers for two steps on ragged sequences with SnAp-1."""
+
+  def build(rngs: nnx.Rngs) -> nn.Sequential:
+    return nn.Sequential(
+      nn.LSTM(3, 20, implementation=implementation, rngs=rngs),
+      nnx.Linear(20, 5, rngs=rngs),
+      nn.GRU(5, 10, implementation=implementation, rngs=rngs),
+      nnx.Linear(10, 4, rngs=rngs),
+    )
+
+  loss = fptt_jax.losses.terminal_classification(4)
+  trainer = fptt_jax.make_trainer(
+    nn.from_nnx(build),
+    loss,
+    fptt_jax.fptt(optax.sgd(0.5)),
+    num_windows=3,
+    influence='snap1',
+    carry_hidden=True,
+  )
+  lengths = jnp.array([11, 3, 8, 11, 1, 7, 11, 5])
+  batch = fptt_jax.Batch(draw(1, 11, 8, 3), jnp.arange(8) % 4, lengths)
+  state = trainer.init(jax.random.key(0), batch)
+  for _ in range(2):
+    state, metrics = trainer.step(state, batch)
+  return (state.params, state.influence), metrics.credit_norm
+
+
+@pytest.mark.usefixtures('kernels')
+def test_train_steps_with_influence() -> None:
+  """Training with SnAp-1 equals that with the plain scan."""
+  assert_close(train_with_influence('native'), train_with_influence('scan'), 2e-5)
+
+
+@pytest.mark.usefixtures('kernels')
+def test_an_influence_is_overwritten() -> None:
+  """A step needs no second influence, and runs each window forward once."""
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(nn.LSTM(1, 64, rngs=rngs), nnx.Linear(64, 1, rngs=rngs))
+  )
+  loss = fptt_jax.losses.terminal_regression()
+  trainer = fptt_jax.make_trainer(
+    model, loss, optax.sgd(0.1), method='tbptt', num_windows=4, influence='snap1'
+  )
+  batch = fptt_jax.Batch(draw(1, 16, 32, 1), draw(2, 32))
+  state = trainer.init(jax.random.key(0), batch)
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.influence))
+  step = jax.jit(trainer.step, donate_argnums=0)
+  compiled = helpers.optimized(step.lower(state, batch))
+  assert compiled.as_text().count('lstm_float32_forward"') == 1
+  # The state of the scan is one.
+  assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * size
 
 
 @pytest.mark.usefixtures('kernels')

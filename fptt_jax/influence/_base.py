@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fptt_jax._types import Hidden, OwnStep, Params
+from fptt_jax._types import Hidden, OwnKernels, OwnStep, Params
 
 State = Any
 """State of an influence: a tree of arrays [B, ...]."""
@@ -24,6 +24,9 @@ class WindowMap(NamedTuple):
     fresh: bool [B], rows that start from the learned initial state; None for none.
     start: (params) -> hidden state [B, ...] of those rows; None if it is constant.
     own_steps: `Model.own_steps`, or None.
+    own_kernels: `Model.own_kernels`, or None.
+    credit: The credit at the window's start, a tree like the parameters, if it has been
+      computed. An influence that waits for it can be overwritten.
     ends: bool [B], rows whose sequence has no valid step after the window; None if
       sequences go on in the next batch.
   """
@@ -35,6 +38,8 @@ class WindowMap(NamedTuple):
   start: Callable[[Params], Hidden] | None = None
   own_steps: Callable[..., dict[int, OwnStep]] | None = None
   ends: jax.Array | None = None
+  own_kernels: OwnKernels | None = None
+  credit: Params | None = None
 
   def begin(self, params: Params, hidden: Hidden) -> Hidden:
     """Return the hidden state that the window starts from.

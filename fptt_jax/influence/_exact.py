@@ -87,7 +87,7 @@ def _credit(
 ) -> Params:
   units = find_units(window, params, hidden)
   if units.whole:
-    return credit_own(units, params, state, d_hidden)
+    return credit_own(units, window, params, state, d_hidden)
   return credit_matrix(params, state, d_hidden)
 
 

@@ -10,6 +10,7 @@ from fptt_jax._dtypes import at_least_float32, widen
 from fptt_jax._types import Hidden, OwnProduct, OwnStep, Params
 from fptt_jax.influence._arrays import (
   Weights,
+  by_path,
   is_real,
   join,
   select,
@@ -47,21 +48,29 @@ def empty_own(units: Units, params: Params, batch_size: int) -> Weights:
 
 
 def credit_own(
-  units: Units, params: Params, influence: Weights, d_hidden: Hidden
+  units: Units,
+  window: WindowMap,
+  params: Params,
+  influence: Weights,
+  d_hidden: Hidden,
 ) -> Params:
   """Return the credit of each unit's parameters, a tree like all parameters."""
   delta = join(d_hidden)
   credits = {}
   for layer in units.layers:
-    of_layer = delta[:, layer.columns]
+    of_layer = jnp.stack([delta[:, c[0] : c[-1] + 1] for c in layer.columns], 1)
     for path, unit in layer.units.items():
-      own = _at_units(of_layer, unit)
-      total = _sum_of_products(own, influence[path])
-      credits[path] = total.sum(inner_axis(unit.ndim) - 1)
+      credit = None
+      if window.own_kernels is not None and side_by_side(unit, layer.columns.shape[1]):
+        credit = window.own_kernels.credit(of_layer, influence[path])
+      if credit is None:
+        own = _at_units(of_layer, unit)
+        credit = sum_of_products(own, influence[path]).sum(inner_axis(unit.ndim) - 1)
+      credits[path] = credit
   return spread(params, credits)
 
 
-def _sum_of_products(values: jax.Array, factors: jax.Array) -> jax.Array:
+def sum_of_products(values: jax.Array, factors: jax.Array) -> jax.Array:
   """Return the sum over the rows of products of arrays [B, ...] that broadcast."""
   if jax.default_backend() != 'cpu':
     return (values * factors).sum(0)
@@ -97,15 +106,67 @@ def advance_own(
     own_only: Whether to leave out a unit's effect on itself through recurrent matrices,
       too.
   """
+  moved = _advance_natively(units, window, params, hidden, influence, own_only)
+  remaining = [
+    layer for layer in units.layers if not moved.keys() >= layer.units.keys()
+  ]
+  if not remaining:
+    return moved
   before = run_steps(window, params, hidden)
   given = given_steps(window, params, before, own_only)
-  moved: Weights = {}
-  for layer in units.layers:
+  for layer in remaining:
     step = given.get(layer.arrays[0])
     if step is None:
       transition = _own_transitions(layer, window, params, before)
       step = OwnStep(_where_valid(window.mask, transition), ())
     moved |= _advance_layer(layer, window, params, before, influence, step)
+  return moved
+
+
+def _advance_natively(
+  units: Units,
+  window: WindowMap,
+  params: Params,
+  hidden: Hidden,
+  influence: Weights,
+  own_only: bool,
+) -> Weights:
+  """Return the influence after a window of what native kernels advance."""
+  if window.own_kernels is None or window.start is not None:
+    return {}
+  given = {
+    path: influence[path]
+    for layer in units.layers
+    for path, unit in layer.units.items()
+    if side_by_side(unit, layer.columns.shape[1])
+  }
+  inputs = (window.x, window.mask)
+  credit = {} if window.credit is None else by_path(window.credit)
+  credit = {path: credit[path] for path in given if path in credit}
+  return window.own_kernels.advance(params, hidden, *inputs, given, credit, own_only)
+
+
+def advance_by_steps(
+  step: OwnStep, mask: jax.Array | None, influence: Weights
+) -> Weights:
+  """Return the influence after a window of parameters of one layer.
+
+  Args:
+    step: Derivatives of all steps, arrays [S, B, ...].
+    mask: bool [S, B], or None.
+    influence: {name: [B, ..., m, k n]}, units fastest, of parameters that the products
+      name.
+  """
+  carried, after = _chain(_where_valid(mask, step.transition))
+  direct: Weights = {}
+  for product in step.products:
+    direct |= _direct_of(product, _through(product, after, mask))
+  size = carried[0][0].shape[-1]
+  moved = {}
+  for path, old in influence.items():
+    unit = np.tile(np.arange(size), old.shape[-1] // size)
+    unit = unit.reshape([1] * (old.ndim - 3) + [-1])
+    moved[path] = _carry(carried, unit, old, direct[path])
   return moved
 
 
@@ -196,13 +257,20 @@ def _advance_layer(
     added = direct[path].astype(old.dtype)
     if (unit < 0).any():
       added = jnp.where(jnp.expand_dims(unit >= 0, inner_axis(unit.ndim) - 1), added, 0)
-    for array in range(arrays):
-      own = _at_units(jnp.stack([row[array] for row in carried], 1), unit)
-      part = jax.lax.index_in_dim(old, array, inner_axis(unit.ndim))
-      added += own.astype(old.dtype) * part
-    return added
+    return _carry(carried, unit, old, added)
 
   return {path: moved(path, unit) for path, unit in layer.units.items()}
+
+
+def _carry(
+  carried: Blocks, unit: np.ndarray, old: jax.Array, added: jax.Array
+) -> jax.Array:
+  """Return what of the influence [B, ..., m, G] is carried on, plus what is added."""
+  for array in range(len(carried)):
+    own = _at_units(jnp.stack([row[array] for row in carried], 1), unit)
+    part = jax.lax.index_in_dim(old, array, inner_axis(unit.ndim))
+    added += own.astype(old.dtype) * part
+  return added
 
 
 def _direct(
@@ -234,14 +302,20 @@ def _direct(
     return pull_to_weights(window, params, paths, before, rows, layer.arrays)
   direct: Weights = {}
   for product in step.products:
-    through = _multiply(after, product.gains)
-    if window.mask is not None:
-      valid = window.mask[:, :, None]
-      through = tuple(
-        tuple(jnp.where(valid, block, 0) for block in row) for row in through
-      )
-    direct |= _direct_of(product, through)
+    direct |= _direct_of(product, _through(product, after, window.mask))
   return direct
+
+
+def _through(product: OwnProduct, after: Blocks, mask: jax.Array | None) -> Blocks:
+  """Return derivatives of the arrays after the window with respect to each step's sums.
+
+  They are m times k arrays [S, B, n], 0 at masked steps.
+  """
+  through = _multiply(after, product.gains)
+  if mask is None:
+    return through
+  valid = mask[:, :, None]
+  return tuple(tuple(jnp.where(valid, block, 0) for block in row) for row in through)
 
 
 def _direct_of(product: OwnProduct, through: Blocks) -> Weights:
@@ -366,6 +440,12 @@ def _where_valid(mask: jax.Array | None, transition: Blocks) -> Blocks:
     tuple(jnp.where(valid, block, float(i == j)) for j, block in enumerate(row))
     for i, row in enumerate(transition)
   )
+
+
+def side_by_side(units: np.ndarray, size: int) -> bool:
+  """Return whether a parameter's last axis is one or several times all units."""
+  tiled = np.tile(np.arange(size), units.size // size)
+  return units.shape[-1:] == tiled.shape and np.array_equal(units.ravel(), tiled)
 
 
 def _at_units(values: jax.Array, units: np.ndarray) -> jax.Array:

@@ -107,7 +107,8 @@ def snap1(own_only: bool = False) -> Influence:
     state: Weights,
     d_hidden: Hidden,
   ) -> Params:
-    return credit_own(find_units(window, params, hidden), params, state, d_hidden)
+    units = find_units(window, params, hidden)
+    return credit_own(units, window, params, state, d_hidden)
 
   def advance(
     window: WindowMap,

@@ -20,7 +20,7 @@ from fptt_jax._probe import (
   mark_checked,
 )
 from fptt_jax._trees import check_like
-from fptt_jax._types import FeaturesAndReadout, Model, OwnStep
+from fptt_jax._types import FeaturesAndReadout, Model, OwnKernels, OwnStep
 from fptt_jax.nn._checks import CARRY_STATE
 from fptt_jax.nn._from_cell import as_recurrent
 from fptt_jax.nn._inspection import (
@@ -29,8 +29,9 @@ from fptt_jax.nn._inspection import (
   referred_arrays,
   unknown_layers,
 )
+from fptt_jax.nn._native_own import find_credit
 from fptt_jax.nn._recurrent import Recurrent
-from fptt_jax.nn._sequential import Sequential, own_steps
+from fptt_jax.nn._sequential import Sequential, advance_own, own_steps
 
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
@@ -86,6 +87,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     learned_initial_state=learned_initial_state,
     plain=_make_apply(_with_plain_scans(parts), known),
     own_steps=_make_own_steps(parts),
+    own_kernels=_make_own_kernels(parts),
   )
   _check_model(model, abstract, known)
   if not isinstance(abstract, Sequential):
@@ -214,6 +216,15 @@ def _make_own_steps(parts: _Parts) -> Callable[..., dict[int, OwnStep]]:
     return own_steps(parts.make(params, None), state, x, own_only)
 
   return run
+
+
+def _make_own_kernels(parts: _Parts) -> OwnKernels:
+  """Make `Model.own_kernels`."""
+
+  def advance(params: Any, *args: Any) -> dict[str, jax.Array]:
+    return advance_own(parts.make(params, None), *args)
+
+  return OwnKernels(advance, find_credit)
 
 
 def _initial_state_functions(

@@ -1,9 +1,7 @@
 """Windows that run in a native kernel of the CPU: see :mod:`fptt_jax.nn.kernels.cpu`.
 
-A window is one operation forward and one backward, which gives all gradients. Each is
-a primitive of JAX, because only its lowering knows what a program is for: one for this
-CPU calls the kernel, and one for another platform, or for :mod:`jax.export`, runs the
-fused scan.
+A window is one operation forward and one backward, which gives all gradients. Where
+there is no kernel, the fused scan runs in its place: see :mod:`fptt_jax.nn._operation`.
 """
 
 from collections.abc import Callable
@@ -16,12 +14,11 @@ import warnings
 import jax
 from jax import export
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 import jax.numpy as jnp
-import numpy as np
 
+from fptt_jax._types import OwnStep
 from fptt_jax.nn._fused import FusedCell, Mask, State, Weights, run_fused
+from fptt_jax.nn._operation import Operation, make_primitive
 from fptt_jax.nn.kernels import cpu
 
 UNIT_MULTIPLE = 16
@@ -41,6 +38,9 @@ class NativeCell(NamedTuple):
     num_factors: numbers per unit and step that the backward pass reads, without y.
     weight_shapes: (D, H) -> the shapes of the weights.
     fused: the same cell, for programs that cannot call the kernel.
+    names: names of the weights as parameters of the layer.
+    own_step: (weights, state, x_t, own_only) -> derivatives as `Recurrent.own_step`
+      returns them, if a kernel advances the influence of the weights.
     products: 'bfloat16' rounds the operands of products.
     attributes: further arguments of the kernel, names and numbers of float32.
   """
@@ -49,6 +49,8 @@ class NativeCell(NamedTuple):
   num_factors: int
   weight_shapes: Callable[[int, int], tuple[tuple[int, ...], ...]]
   fused: FusedCell
+  names: tuple[str, ...] = ()
+  own_step: Callable[[Weights, State, jax.Array, bool], OwnStep] | None = None
   products: str = 'float32'
   attributes: tuple[tuple[str, float], ...] = ()
 
@@ -67,7 +69,7 @@ class _Wanted:
   state: bool
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
   """The static parts of an operation.
 
   Attributes:
@@ -116,10 +118,10 @@ def run_native(
   cell: NativeCell, weights: Weights, state: State, x: jax.Array, mask: Mask
 ) -> tuple[State, Any]:
   """Run a window as `run_fused` does, for which `find_problem` found no problem."""
-  return _run_forward(cell, False, weights, state, x, mask)[0]
+  return run_forward(cell, False, weights, state, x, mask)[0]
 
 
-def _run_forward(
+def run_forward(
   cell: NativeCell,
   keep: bool,
   weights: Weights,
@@ -129,8 +131,8 @@ def _run_forward(
 ) -> tuple[tuple[State, jax.Array], jax.Array]:
   """Return ((state after the window, y), factors)."""
   parts, state_structure = jax.tree.flatten(state)
-  call = _Call(cell, jax.tree.structure((weights, state)), keep)
-  operands = (*weights, x, _fill(mask, jnp.bool_), *parts)
+  call = Call(cell, jax.tree.structure((weights, state)), keep)
+  operands = (*weights, x, fill(mask, jnp.bool_), *parts)
   *end, y, factors = _forward_p.bind(*operands, call=call)
   return (jax.tree.unflatten(state_structure, end), y), factors
 
@@ -143,7 +145,7 @@ def _run_native_forward(
   weights, state, x, mask = jax.tree.map(
     lambda argument: argument.value, (weights, state, x, mask)
   )
-  outputs, factors = _run_forward(cell, True, weights, state, x, mask)
+  outputs, factors = run_forward(cell, True, weights, state, x, mask)
   return outputs, (weights, state, x, mask, outputs[1], factors, wanted)
 
 
@@ -154,10 +156,10 @@ def _run_native_backward(
   weights, state, x, mask, y, factors, wanted = residuals
   d_end, dy = gradient
   parts, state_structure = jax.tree.flatten(state)
-  call = _Call(cell, jax.tree.structure((weights, state)), wanted=wanted)
+  call = Call(cell, jax.tree.structure((weights, state)), wanted=wanted)
   d_outputs = (dy, *jax.tree.leaves(d_end, is_leaf=_is_zero))
-  given = [_fill(None if _is_zero(d) else d, jnp.float32) for d in d_outputs]
-  operands = (*weights, x, _fill(mask, jnp.bool_), *parts, y, factors, *given)
+  given = [fill(None if _is_zero(d) else d, jnp.float32) for d in d_outputs]
+  operands = (*weights, x, fill(mask, jnp.bool_), *parts, y, factors, *given)
   gradients = _backward_p.bind(*operands, call=call)
   d_weights = tuple(gradients[: len(weights)])
   dx, *d_parts = gradients[len(weights) :]
@@ -172,12 +174,12 @@ def _is_zero(gradient: Any) -> bool:
   return isinstance(gradient, SymbolicZero)
 
 
-def _fill(array: jax.Array | None, dtype: Any) -> jax.Array:
+def fill(array: jax.Array | None, dtype: Any) -> jax.Array:
   """Return an array, or one without elements for None."""
   return jnp.zeros(0, dtype) if array is None else array
 
 
-def _split(call: _Call, operands: Any) -> tuple[Any, Any, Any, Any, Any]:
+def split_operands(call: Call, operands: Any) -> tuple[Any, Any, Any, Any, Any]:
   """Split operands into (weights, parts of the state, x, mask, others)."""
   num_weights, num_parts = (tree.num_leaves for tree in call.structure.children())
   weights = operands[:num_weights]
@@ -185,9 +187,9 @@ def _split(call: _Call, operands: Any) -> tuple[Any, Any, Any, Any, Any]:
   return weights, others[:num_parts], x, mask, others[num_parts:]
 
 
-def _forward_shapes(call: _Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
+def _forward_shapes(call: Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
   """Return the shapes of the forward pass's results."""
-  _, parts, x, _, _ = _split(call, operands)
+  _, parts, x, _, _ = split_operands(call, operands)
   *steps, _ = x.shape
   hidden = parts[0].shape[-1]
   padded = -(-hidden // UNIT_MULTIPLE) * UNIT_MULTIPLE
@@ -196,9 +198,9 @@ def _forward_shapes(call: _Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
 
-def _backward_shapes(call: _Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
+def _backward_shapes(call: Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
   """Return the shapes of the backward pass's results."""
-  weights, parts, x, _, _ = _split(call, operands)
+  weights, parts, x, _, _ = split_operands(call, operands)
   nothing = (*x.shape[:-3], 0)
   shapes = [
     *(weight.shape for weight in weights),
@@ -208,17 +210,17 @@ def _backward_shapes(call: _Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
 
-def _fused_forward(call: _Call, *operands: jax.Array) -> list[jax.Array]:
+def _fused_forward(call: Call, *operands: jax.Array) -> list[jax.Array]:
   """Compute what the kernel does, without factors, by the fused scan."""
-  weights, parts, x, mask, _ = _split(call, operands)
+  weights, parts, x, mask, _ = split_operands(call, operands)
   run = _fused_window(call, mask)
   *_, factors = _forward_shapes(call, *operands)
   return [*run(weights, parts, x), jnp.zeros(factors.shape, factors.dtype)]
 
 
-def _fused_backward(call: _Call, *operands: jax.Array) -> list[jax.Array]:
+def _fused_backward(call: Call, *operands: jax.Array) -> list[jax.Array]:
   """Compute what the kernel does by the fused scan, which runs forward anew."""
-  weights, parts, x, mask, others = _split(call, operands)
+  weights, parts, x, mask, others = split_operands(call, operands)
   _, _, dy, *d_end = others
   outputs, pull_back = jax.vjp(_fused_window(call, mask), weights, parts, x)
   given = (*d_end, dy)
@@ -235,7 +237,7 @@ def _fused_backward(call: _Call, *operands: jax.Array) -> list[jax.Array]:
   ]
 
 
-def _fused_window(call: _Call, mask: jax.Array) -> Any:
+def _fused_window(call: Call, mask: jax.Array) -> Any:
   """Return the fused scan: (weights, parts, x) -> [parts of the end state, y]."""
 
   def run(weights: Any, parts: Any, x: jax.Array) -> list[jax.Array]:
@@ -247,98 +249,37 @@ def _fused_window(call: _Call, mask: jax.Array) -> Any:
   return run
 
 
-class _Pass(NamedTuple):
-  """A direction of the window.
-
-  Attributes:
-    name: 'forward' or 'backward'.
-    shapes: (call, *operands) -> the shapes of the results.
-    fused: (call, *operands) -> the results by the fused scan, of one member.
-  """
-
-  name: str
-  shapes: Callable[..., list[jax.ShapeDtypeStruct]]
-  fused: Callable[..., list[jax.Array]]
+def _target(function: str, call: Call) -> str:
+  return cpu.target(call.cell.name, call.cell.products, function)
 
 
-def _find_avals(part: _Pass, *operands: Any, call: _Call) -> list[Any]:
-  """Return the types of the results."""
-  results = part.shapes(call, *operands)
-  return [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
+def _attributes(call: Call) -> dict[str, float]:
+  return dict(call.cell.attributes)
 
 
-def _run_kernel(part: _Pass, call: _Call, *operands: jax.Array) -> Any:
-  """Run the kernel, which takes members as leading axes."""
-  name = cpu.target(call.cell.name, call.cell.products, part.name)
-  attributes = {key: np.float32(value) for key, value in call.cell.attributes}
-  function = jax.ffi.ffi_call(name, part.shapes(call, *operands))
-  return function(*operands, **attributes)
+def count_members(call: Call, *operands: Any) -> int:
+  """Return how many leading axes of a window's operands are members."""
+  _, _, x, _, _ = split_operands(call, operands)
+  return int(x.ndim) - 3
 
 
-def _run_fused(part: _Pass, call: _Call, *operands: jax.Array) -> Any:
-  """Run the fused scan, which takes members by `jax.vmap`."""
-  run = functools.partial(part.fused, call)
-  _, _, x, _, _ = _split(call, operands)
-  for _ in range(x.ndim - 3):
-    run = jax.vmap(run)
-  return run(*operands)
-
-
-def _lower_on_cpu(part: _Pass, ctx: Any, *operands: Any, call: _Call) -> Any:
-  """Lower to the kernel, unless the program is exported."""
-  # A call of the kernel means nothing to another process.
-  exported = ctx.module_context.lowering_parameters.for_export
-  run = functools.partial(_run_fused if exported else _run_kernel, part, call)
-  return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
-
-
-def _lower(part: _Pass, ctx: Any, *operands: Any, call: _Call) -> Any:
-  """Lower to the fused scan."""
-  run = functools.partial(_run_fused, part, call)
-  return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
-
-
-def _batch(
-  primitive: Primitive, operands: Any, axes: Any, *, call: _Call
-) -> tuple[Any, Any]:
-  """Give each member operands of its own, along a new leading axis."""
-  pairs = list(zip(operands, axes, strict=True))
-  size = next(operand.shape[axis] for operand, axis in pairs if axis is not None)
-  members = [
-    jnp.broadcast_to(operand, (size, *operand.shape))
-    if axis is None
-    else jnp.moveaxis(operand, axis, 0)
-    for operand, axis in pairs
-  ]
-  results = primitive.bind(*members, call=call)
-  return results, [0] * len(results)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(primitive: Primitive, call: _Call, *operands: jax.Array) -> Any:
-  """Run an operation as a program of its own."""
-  return primitive.bind(*operands, call=call)
-
-
-def _run_eagerly(primitive: Primitive, *operands: jax.Array, call: _Call) -> Any:
-  """Run an operation outside of any program."""
-  # Without compilation the operation would call itself.
-  with jax.disable_jit(False):
-    return _compiled(primitive, call, *operands)
-
-
-def _make_primitive(part: _Pass) -> Primitive:
-  """Make an operation of JAX from a direction of the window."""
-  primitive = Primitive(f'fptt_jax_native_{part.name}')
-  primitive.multiple_results = True
-  primitive.def_impl(functools.partial(_run_eagerly, primitive))
-  primitive.def_abstract_eval(functools.partial(_find_avals, part))
-  mlir.register_lowering(primitive, functools.partial(_lower, part))
-  on_cpu = functools.partial(_lower_on_cpu, part)
-  mlir.register_lowering(primitive, on_cpu, platform='cpu')
-  batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
-  return primitive
-
-
-_forward_p = _make_primitive(_Pass('forward', _forward_shapes, _fused_forward))
-_backward_p = _make_primitive(_Pass('backward', _backward_shapes, _fused_backward))
+_forward_p = make_primitive(
+  Operation(
+    'forward',
+    _forward_shapes,
+    _fused_forward,
+    functools.partial(_target, 'forward'),
+    count_members,
+    _attributes,
+  )
+)
+_backward_p = make_primitive(
+  Operation(
+    'backward',
+    _backward_shapes,
+    _fused_backward,
+    functools.partial(_target, 'backward'),
+    count_members,
+    _attributes,
+  )
+)

@@ -25,7 +25,7 @@ from fptt_jax._checks import (
   require,
 )
 from fptt_jax._types import OwnStep
-from fptt_jax.nn import _native
+from fptt_jax.nn import _native, _native_own
 from fptt_jax.nn._checks import check_batch_size, check_inputs, check_rngs, check_window
 from fptt_jax.nn._fused import FusedCell, WindowKernel, rounds_products, run_fused
 from fptt_jax.nn.kernels import cuda
@@ -229,6 +229,34 @@ class Recurrent(nnx.Module):
     """
     return None
 
+  def advance_own(
+    self,
+    state: Any,
+    x: jax.Array,
+    mask: jax.Array | None,
+    influence: dict[str, jax.Array],
+    credit: dict[str, jax.Array],
+    own_only: bool,
+  ) -> dict[str, jax.Array]:
+    """Advance the influence of parameters on their own units in a native kernel.
+
+    Args:
+      state: state before the window, m arrays [B, n].
+      x: inputs [S, B, D].
+      mask: bool [S, B], or None.
+      influence: {name of a parameter: [B, ..., m, k n]}.
+      credit: {name of a parameter: [..., k n]}, computed from the influence before.
+      own_only: as in `own_step`.
+
+    Returns:
+      The influence after the window; empty where no kernel can run.
+    """
+    native = self._choose_native(state, x.astype(self.param_dtype), single=True)
+    if native is None or not _native_own.can_advance(native[0], influence):
+      return {}
+    x = self._check_call(state, x, mask)
+    return _native_own.advance_own(*native, state, x, mask, influence, credit, own_only)
+
   def _last_output(self, state: Any) -> jax.Array | None:
     """Return the output [B, H] at each sequence's last valid step, or None.
 
@@ -248,9 +276,15 @@ class Recurrent(nnx.Module):
     return x.astype(self.param_dtype)
 
   def _choose_native(
-    self, state: Any, x: jax.Array
+    self, state: Any, x: jax.Array, single: bool = False
   ) -> tuple[_native.NativeCell, Any] | None:
-    """Return the cell and the weights if a window runs in the native kernel."""
+    """Return the cell and the weights if a window runs in the native kernel.
+
+    Args:
+      state: state before the window.
+      x: inputs [S, B, D].
+      single: whether one step of one sequence counts as a window.
+    """
     cell = self._make_native_cell()
     if cell is None or self.implementation in ('scan', 'cuda'):
       return None
@@ -262,7 +296,8 @@ class Recurrent(nnx.Module):
     if self.implementation != 'custom_vjp':
       problem = _native.find_problem(cell, fused[1], state, x)
     if problem is None:
-      return (cell, fused[1]) if self._native_gains(cell, x) else None
+      gains = single or self._native_gains(cell, x)
+      return (cell, fused[1]) if gains else None
     if self.implementation == 'native':
       _native.warn_once(f"implementation='native' runs as 'custom_vjp': {problem}.")
     if self.products == 'bfloat16' and jax.default_backend() == 'cpu':

@@ -215,6 +215,56 @@ def own_steps(module: Any, state: Any, x: Any, own_only: bool) -> dict[int, OwnS
   return found
 
 
+def advance_own(
+  module: Any,
+  state: Any,
+  x: Any,
+  mask: jax.Array | None,
+  influence: dict[str, jax.Array],
+  credit: dict[str, jax.Array],
+  own_only: bool,
+) -> dict[str, jax.Array]:
+  """Advance the influence of the layers that have a native kernel for it.
+
+  Args:
+    module: a layer that runs windows, in evaluation mode.
+    state: its state before the window, arrays [B, ...].
+    x: inputs [S, B, ...].
+    mask: bool [S, B], or None.
+    influence: {path: [B, ..., m, k n]}, influence of parameters before the window.
+    credit: {path: [..., k n]}, arrays that were computed from it.
+    own_only: as in `Recurrent.own_step`.
+
+  Returns:
+    {path: influence after the window}.
+  """
+  is_stack = isinstance(module, Sequential)
+  states = iter(state if is_stack else (state,))
+  found: dict[str, jax.Array] = {}
+  for index, layer in enumerate(module.layers if is_stack else (module,)):
+    if not is_recurrent(layer):
+      x = layer(x)
+      continue
+    layer_state = next(states)
+    if hasattr(layer, 'advance_own'):
+      prefix = f'layers/{index}/' if is_stack else ''
+      given = (_of_layer(leaves, prefix) for leaves in (influence, credit))
+      moved = layer.advance_own(layer_state, x, mask, *given, own_only)
+      found |= {prefix + name: leaf for name, leaf in moved.items()}
+    _, x = layer(layer_state, x, mask, None)
+    x = x.outputs if isinstance(x, OutputsWithPenalty) else x
+  return found
+
+
+def _of_layer(leaves: dict[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
+  """Return the leaves whose paths have a prefix, without it."""
+  return {
+    path.removeprefix(prefix): leaf
+    for path, leaf in leaves.items()
+    if path.startswith(prefix)
+  }
+
+
 def _with_prefix(step: OwnStep, prefix: str) -> OwnStep:
   """Put a prefix before the names of a step's parameters."""
   products = []

@@ -69,7 +69,7 @@ def advance_influence(
   windows: WindowPlan,
   params: Params,
   inputs: UpdateInputs,
-  d_hidden: Hidden,
+  result: UpdateResult,
 ) -> Any:
   """Return the influence after the window of an update.
 
@@ -78,12 +78,12 @@ def advance_influence(
     windows: Where the windows lie.
     params: Parameters with which the window was last run.
     inputs: What else its objective depends on.
-    d_hidden: Gradient of the hidden state before the window, or ().
+    result: Results of the window.
   """
   influence = spec.influence
   assert influence is not None
   sequence = Sequence.cut(inputs.batch, windows, inputs.key, spec.axis)
-  window = _window_map(spec, sequence, inputs)
+  window = _window_map(spec, sequence, inputs)._replace(credit=result.credit)
   key = None
   if influence.draws:
     # The keys 0..K are those of the windows and of the steps before the first.
@@ -91,7 +91,7 @@ def advance_influence(
     key = jax.random.fold_in(inputs.key, windows.num_windows + 1 + numbers[0])
   state = inputs.influence
   if influence.observe is not None:
-    state = influence.observe(window, params, inputs.hidden, state, d_hidden)
+    state = influence.observe(window, params, inputs.hidden, state, result.d_hidden)
   return influence.advance(window, params, inputs.hidden, state, key)
 
 
@@ -145,12 +145,18 @@ def _bare_map(
 ) -> WindowMap:
   """Return the map of a window of inputs x [S, B, ...]."""
   assert spec.hidden_map is not None
-  own = spec.model.own_steps
-  window = WindowMap(spec.hidden_map, x, mask, own_steps=own)
+  model = spec.model
+  window = WindowMap(
+    spec.hidden_map,
+    x,
+    mask,
+    own_steps=model.own_steps,
+    own_kernels=model.own_kernels,
+  )
   if fresh is None:
     return window
   rows = len(fresh)
   return window._replace(
     fresh=fresh,
-    start=lambda params: start_rows(spec.model, params, rows, axis),
+    start=lambda params: start_rows(model, params, rows, axis),
   )

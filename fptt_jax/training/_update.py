@@ -140,9 +140,7 @@ def run_update(
   influence = carry.influence
   if spec.influence is not None:
     # With the parameters of the pass that gave the hidden state.
-    influence = advance_influence(
-      spec, constants.windows, params, inputs, move.result.d_hidden
-    )
+    influence = advance_influence(spec, constants.windows, params, inputs, move.result)
   params, opt_state = move.params, move.opt_state
   if active is not None:
     # A window without a valid step makes no update. A cond would copy the carry.

@@ -40,7 +40,20 @@ def _weight_shapes(features: int, hidden: int) -> tuple[tuple[int, ...], ...]:
   return (features, hidden), (hidden, hidden), (hidden,)
 
 
-NATIVE_CELL = NativeCell('elman', 0, _weight_shapes, FUSED_CELL)
+def _own_step(
+  weights: Any, state: jax.Array, x_t: jax.Array, own_only: bool
+) -> OwnStep:
+  w_x, w_h, bias = weights
+  h = jnp.tanh(x_t @ w_x + state @ w_h + bias[None])
+  gains = ((1 - h * h,),)
+  [transition] = own_recurrence(gains, w_h, own_only)
+  operands = {'w_x': x_t, 'w_h': state, 'bias': None}
+  return OwnStep(((transition,),), (OwnProduct(gains, operands),))
+
+
+NATIVE_CELL = NativeCell(
+  'elman', 0, _weight_shapes, FUSED_CELL, ('w_x', 'w_h', 'bias'), _own_step
+)
 """The outputs are all that the backward pass reads."""
 
 
@@ -112,12 +125,7 @@ class ElmanRNN(Recurrent):
 
   def own_step(self, state: jax.Array, x_t: jax.Array, own_only: bool) -> OwnStep:
     """Return the derivatives within each unit; see :class:`Recurrent`."""
-    w_h = self.w_h[...]
-    h = jnp.tanh(x_t @ self.w_x[...] + state @ w_h + self.bias[None])
-    gains = ((1 - h * h,),)
-    [transition] = own_recurrence(gains, w_h, own_only)
-    operands = {'w_x': x_t, 'w_h': state, 'bias': None}
-    return OwnStep(((transition,),), (OwnProduct(gains, operands),))
+    return _own_step(self._fused_cell()[1], state, x_t, own_only)
 
   def _fused_cell(self) -> tuple[FusedCell, Any]:
     return FUSED_CELL, (self.w_x[...], self.w_h[...], self.bias[...])

@@ -120,7 +120,36 @@ def _weight_shapes(features: int, hidden: int) -> tuple[tuple[int, ...], ...]:
   return (features, *wide), (hidden, *wide), wide, wide
 
 
-NATIVE_CELL = NativeCell('gru', 4, _weight_shapes, FUSED_CELL)
+def _own_step(
+  weights: Any, state: jax.Array, x_t: jax.Array, own_only: bool
+) -> OwnStep:
+  w_x, w_h, bias, recurrent_bias = weights
+  x_r, x_z, x_n = jnp.split(x_t @ w_x + bias[None], 3, axis=-1)
+  h_r, h_z, h_n = jnp.split(state @ w_h + recurrent_bias[None], 3, axis=-1)
+  r = jax.nn.sigmoid(x_r + h_r)
+  z = jax.nn.sigmoid(x_z + h_z)
+  n = jnp.tanh(x_n + r * h_n)
+  by_n = (1 - z) * (1 - n * n)
+  by_rz = (by_n * h_n * r * (1 - r), (state - n) * z * (1 - z))
+  # The reset gate acts on the recurrent part of the candidate alone.
+  of_inputs = ((*by_rz, by_n),)
+  of_state = ((*by_rz, by_n * r),)
+  [recurrent_part] = own_recurrence(of_state, w_h, own_only)
+  products = (
+    OwnProduct(of_inputs, {'w_x': x_t, 'bias': None}),
+    OwnProduct(of_state, {'w_h': state, 'recurrent_bias': None}),
+  )
+  return OwnStep(((z + recurrent_part,),), products)
+
+
+NATIVE_CELL = NativeCell(
+  'gru',
+  4,
+  _weight_shapes,
+  FUSED_CELL,
+  ('w_x', 'w_h', 'bias', 'recurrent_bias'),
+  _own_step,
+)
 """The factors are r, z, n and the recurrent part of n."""
 
 
@@ -210,27 +239,12 @@ class GRU(Recurrent):
 
   def own_step(self, state: jax.Array, x_t: jax.Array, own_only: bool) -> OwnStep:
     """Return the derivatives within each unit; see :class:`Recurrent`."""
-    w_h = self.w_h[...]
-    x_r, x_z, x_n = jnp.split(x_t @ self.w_x[...] + self.bias[None], 3, axis=-1)
-    recurrent = state @ w_h + self._recurrent_bias()[None]
-    h_r, h_z, h_n = jnp.split(recurrent, 3, axis=-1)
-    r = jax.nn.sigmoid(x_r + h_r)
-    z = jax.nn.sigmoid(x_z + h_z)
-    n = jnp.tanh(x_n + r * h_n)
-    by_n = (1 - z) * (1 - n * n)
-    by_rz = (by_n * h_n * r * (1 - r), (state - n) * z * (1 - z))
-    # The reset gate acts on the recurrent part of the candidate alone.
-    of_inputs = ((*by_rz, by_n),)
-    of_state = ((*by_rz, by_n * r),)
-    [recurrent_part] = own_recurrence(of_state, w_h, own_only)
-    recurrent_operands: dict[str, jax.Array | None] = {'w_h': state}
-    if self.recurrent_bias is not None:
-      recurrent_operands['recurrent_bias'] = None
-    products = (
-      OwnProduct(of_inputs, {'w_x': x_t, 'bias': None}),
-      OwnProduct(of_state, recurrent_operands),
-    )
-    return OwnStep(((z + recurrent_part,),), products)
+    step = _own_step(self._fused_cell()[1], state, x_t, own_only)
+    if self.recurrent_bias is None:
+      of_inputs, of_state = step.products
+      of_state = of_state._replace(operands={'w_h': state})
+      step = step._replace(products=(of_inputs, of_state))
+    return step
 
   def _recurrent_bias(self) -> jax.Array:
     """Return the second bias [3H], zeros if there is none."""

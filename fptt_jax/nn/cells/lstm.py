@@ -122,7 +122,28 @@ def _weight_shapes(features: int, hidden: int) -> tuple[tuple[int, ...], ...]:
   return (features, 4 * hidden), (hidden, 4 * hidden), (4 * hidden,)
 
 
-NATIVE_CELL = NativeCell('lstm', 5, _weight_shapes, FUSED_CELL)
+def _own_step(
+  weights: Any, state: LSTMState, x_t: jax.Array, own_only: bool
+) -> OwnStep:
+  w_x, w_h, bias = weights
+  z = x_t @ w_x + state.h @ w_h + bias[None]
+  z_i, z_f, z_g, z_o = jnp.split(z, 4, axis=-1)
+  i, f, o = (jax.nn.sigmoid(gate) for gate in (z_i, z_f, z_o))
+  g = jnp.tanh(z_g)
+  t = jnp.tanh(f * state.c + i * g)
+  of_c = (g * i * (1 - i), state.c * f * (1 - f), i * (1 - g * g))
+  h_by_c = o * (1 - t * t)
+  of_h = tuple(h_by_c * gain for gain in of_c)
+  gains = ((*of_h, t * o * (1 - o)), (*of_c, None))
+  h_by_h, c_by_h = own_recurrence(gains, w_h, own_only)
+  transition = ((h_by_h, h_by_c * f), (c_by_h, f))
+  operands = {'w_x': x_t, 'w_h': state.h, 'bias': None}
+  return OwnStep(transition, (OwnProduct(gains, operands),))
+
+
+NATIVE_CELL = NativeCell(
+  'lstm', 5, _weight_shapes, FUSED_CELL, ('w_x', 'w_h', 'bias'), _own_step
+)
 """The factors are i, f, g, o and the new c."""
 
 
@@ -226,20 +247,7 @@ class LSTM(Recurrent):
 
   def own_step(self, state: LSTMState, x_t: jax.Array, own_only: bool) -> OwnStep:
     """Return the derivatives within each unit; see :class:`Recurrent`."""
-    w_h = self.w_h[...]
-    z = x_t @ self.w_x[...] + state.h @ w_h + self.bias[None]
-    z_i, z_f, z_g, z_o = jnp.split(z, 4, axis=-1)
-    i, f, o = (jax.nn.sigmoid(gate) for gate in (z_i, z_f, z_o))
-    g = jnp.tanh(z_g)
-    t = jnp.tanh(f * state.c + i * g)
-    of_c = (g * i * (1 - i), state.c * f * (1 - f), i * (1 - g * g))
-    h_by_c = o * (1 - t * t)
-    of_h = tuple(h_by_c * gain for gain in of_c)
-    gains = ((*of_h, t * o * (1 - o)), (*of_c, None))
-    h_by_h, c_by_h = own_recurrence(gains, w_h, own_only)
-    transition = ((h_by_h, h_by_c * f), (c_by_h, f))
-    operands = {'w_x': x_t, 'w_h': state.h, 'bias': None}
-    return OwnStep(transition, (OwnProduct(gains, operands),))
+    return _own_step(self._fused_cell()[1], state, x_t, own_only)
 
   def _fused_cell(self) -> tuple[FusedCell, Any]:
     return FUSED_CELL, (self.w_x[...], self.w_h[...], self.bias[...])

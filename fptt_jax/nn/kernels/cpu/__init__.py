@@ -30,11 +30,13 @@ CACHE_VARIABLE = 'FPTT_JAX_CACHE_DIR'
 THREADS_VARIABLE = 'FPTT_JAX_NUM_THREADS'
 FOLDER = Path(__file__).parent
 COMPILERS = ('g++', 'clang++')
+FUNCTIONS = {'own': ('lstm', 'gru', 'elman', 'credit')}
+"""Functions of a source that is not a cell's, which has 'forward' and 'backward'."""
 
 
-def target(cell: str, products: str, direction: str) -> str:
+def target(cell: str, products: str, function: str) -> str:
   """Return the name by which JAX knows the kernel of a cell."""
-  return f'fptt_jax_cpu_{cell}_{products}_{direction}'
+  return f'fptt_jax_cpu_{cell}_{products}_{function}'
 
 
 @functools.cache
@@ -57,11 +59,10 @@ def find_problem(cell: str, products: str) -> str | None:
   except (OSError, RuntimeError) as error:
     return str(error)
   library.set_thread_limit(num_threads)
-  for direction in ('forward', 'backward'):
-    capsule = jax.ffi.pycapsule(getattr(library, f'{cell}_{direction}'))
-    jax.ffi.register_ffi_target(
-      target(cell, products, direction), capsule, platform='cpu'
-    )
+  for function in FUNCTIONS.get(cell, ('forward', 'backward')):
+    capsule = jax.ffi.pycapsule(getattr(library, f'{cell}_{function}'))
+    name = target(cell, products, function)
+    jax.ffi.register_ffi_target(name, capsule, platform='cpu')
   return None
 
 

@@ -41,11 +41,11 @@ FPTT_INLINE void call_tile(int rows, int begin, const Tile& tile) {
 }
 
 // Calls tile(R, first row) for tiles of nearly equal size that cover the rows.
-template <typename Tile>
+template <int Most = kRows, typename Tile>
 FPTT_INLINE void for_tiles(int begin, int end, const Tile& tile) {
-  for (int left = (end - begin + kRows - 1) / kRows; left > 0; left--) {
+  for (int left = (end - begin + Most - 1) / Most; left > 0; left--) {
     const int rows = (end - begin + left - 1) / left;
-    call_tile<kRows>(rows, begin, tile);
+    call_tile<Most>(rows, begin, tile);
     begin += rows;
   }
 }

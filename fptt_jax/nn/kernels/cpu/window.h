@@ -406,6 +406,13 @@ FPTT_INLINE void prefetch_factors(const Window& window, float* kept, int t, int 
   }
 }
 
+// Returns a block of h before a step.
+FPTT_INLINE Vector h_before(const Window& window, const float* h_start, const float* y, int t, int row, int block) {
+  const float* const from = t == 0 ? h_start + static_cast<size_t>(row) * window.units.count
+                                   : y + window.row(t - 1, row) * window.units.count;
+  return load(from + block * kLanes, window.units.in_block(block));
+}
+
 // Keeps N factors.
 template <int N>
 FPTT_INLINE void keep_factors(float* to, const Vector (&v)[N]) {
