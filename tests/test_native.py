@@ -481,6 +481,16 @@ def test_what_has_no_kernel_keeps_its_influence_right() -> None:
     assert ('fptt_jax_cpu_own_float32_lstm' in text) == expected
 
 
+@pytest.mark.usefixtures('rounding')
+def test_influence_with_products_of_bfloat16() -> None:
+  """Only the window itself rounds."""
+  window, *others = own_window('LSTM', (5, 4, 20, 3), True, products='bfloat16')
+  advance = influence.snap1().advance
+  got = advance(window, *others, None)
+  exact = advance(window._replace(own_kernels=None), *others, None)
+  assert 1e-5 < distance(got, exact) < 1e-2
+
+
 @pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('batch', [2, 40])
 def test_threads_do_not_change_an_influence(batch: int) -> None:

@@ -10,7 +10,6 @@ import jax
 from jax import export
 import jax.numpy as jnp
 
-from fptt_jax.influence._own import advance_by_steps, sum_of_products
 from fptt_jax.nn._fused import Mask, State, Weights, run_fused
 from fptt_jax.nn._native import (
   Call,
@@ -30,14 +29,21 @@ SMALL_INFLUENCE = 4096
 """Below this size of an influence, a call of a kernel takes longer than its credit."""
 
 
-def can_advance(cell: NativeCell, influence: Influence) -> bool:
+def can_advance(
+  cell: NativeCell, weights: Weights, state: State, influence: Influence
+) -> bool:
   """Return whether a kernel takes the influence [B, ..., m, k n] of a layer."""
-  return (
-    bool(influence)
-    and cell.own_step is not None
-    and set(influence) <= set(cell.names)
-    and all(leaf.dtype == jnp.float32 for leaf in influence.values())
-    and cpu.find_problem(SOURCE, 'float32') is None
+  if not influence or cell.own_step is None:
+    return False
+  # A kernel reads raw memory by these shapes, so a wrong operand must not reach it.
+  parts = jax.tree.leaves(state)
+  expected = {
+    name: (len(parts[0]), *weight.shape[:-1], len(parts), weight.shape[-1])
+    for name, weight in zip(cell.names, weights, strict=True)
+  }
+  return cpu.find_problem(SOURCE, 'float32') is None and all(
+    leaf.dtype == jnp.float32 and leaf.shape == expected.get(name)
+    for name, leaf in influence.items()
   )
 
 
@@ -85,6 +91,9 @@ def _influence_shapes(call: Call, *operands: Any) -> list[jax.ShapeDtypeStruct]:
 
 def _fused_advance(call: Call, *operands: jax.Array) -> list[jax.Array]:
   """Advance by derivatives of single steps."""
+  # Layers without an influence never import them.
+  from fptt_jax.influence._own import advance_by_steps
+
   weights, parts, x, mask, others = split_operands(call, operands)
   influence = others[-len(call.cell.names) :]
   weights, state = jax.tree.unflatten(call.structure, [*weights, *parts])
@@ -139,17 +148,18 @@ def find_credit(delta: jax.Array, influence: jax.Array) -> jax.Array | None:
   Returns:
     [..., k n].
   """
-  sizes = (*delta.shape, *influence.shape)
+  batch, *own, arrays, columns = influence.shape
   fits = (
     jax.default_backend() == 'cpu'
     and delta.dtype == influence.dtype == jnp.float32
-    and not any(export.is_symbolic_dim(size) for size in sizes)
+    and not any(export.is_symbolic_dim(size) for size in influence.shape)
     and influence.size >= SMALL_INFLUENCE
+    and delta.shape[:2] == (batch, arrays)
+    and columns % delta.shape[2] == 0
     and cpu.find_problem(SOURCE, 'float32') is None
   )
   if not fits:
     return None
-  batch, *own, arrays, columns = influence.shape
   flat = influence.reshape(batch, -1, arrays, columns)
   [credit] = _credit_p.bind(delta, flat, call=None)
   return credit.reshape(*own, columns)
@@ -163,6 +173,8 @@ def _credit_shapes(
 
 
 def _fused_credit(call: None, delta: jax.Array, influence: jax.Array) -> Any:
+  from fptt_jax.influence._own import sum_of_products
+
   repeats = influence.shape[-1] // delta.shape[-1]
   own = jnp.tile(delta, (1, 1, repeats))[:, None]
   return [sum_of_products(own, influence).sum(1)]

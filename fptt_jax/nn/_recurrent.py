@@ -252,7 +252,7 @@ class Recurrent(nnx.Module):
       The influence after the window; empty where no kernel can run.
     """
     native = self._choose_native(state, x.astype(self.param_dtype), single=True)
-    if native is None or not _native_own.can_advance(native[0], influence):
+    if native is None or not _native_own.can_advance(*native, state, influence):
       return {}
     x = self._check_call(state, x, mask)
     return _native_own.advance_own(*native, state, x, mask, influence, credit, own_only)
