@@ -481,6 +481,14 @@ def test_what_has_no_kernel_keeps_its_influence_right() -> None:
     assert ('fptt_jax_cpu_own_float32_lstm' in text) == expected
 
 
+def test_influence_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Plain JAX advances it."""
+  monkeypatch.setattr(cpu, 'find_problem', lambda *names: 'there is no compiler')
+  window, *others = own_window('LSTM', (5, 40, 21, 6), False)
+  run = functools.partial(advance_and_credit, influence.snap1(), window)
+  assert 'fptt_jax_cpu' not in program_of(run, *others)
+
+
 @pytest.mark.usefixtures('rounding')
 def test_influence_with_products_of_bfloat16() -> None:
   """Only the window itself rounds."""
