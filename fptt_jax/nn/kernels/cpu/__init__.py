@@ -1,5 +1,7 @@
 """CPU kernels that run a whole window, compiled at first use and called by `jax.ffi`.
 
+The source `own` has those that carry credit across windows.
+
 The sources are C++17 with the vector extensions of GCC and Clang. A library is compiled
 for the processor at hand, and kept for later processes in a folder that only its user
 may write: `$FPTT_JAX_CACHE_DIR`, else `fptt_jax` in `$XDG_CACHE_HOME` or `~/.cache`.
