@@ -6,6 +6,7 @@ import os
 
 import helpers
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 # XLA_FLAGS= in the environment leaves programs as users have them, and takes twice the
@@ -25,6 +26,24 @@ def freeze_objects() -> Iterator[None]:
   yield
   gc.collect()
   gc.freeze()
+
+
+@pytest.fixture(scope='module')
+def kept_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+  """What a module's runs compile is read back when another run compiles it again."""
+  settings = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('programs')),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  compilation_cache.reset_cache()
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -342,10 +342,9 @@ def test_initial_states_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('inner_steps', [1, 3])
 @pytest.mark.parametrize(
-  'model',
-  [helpers.elman(dtype=jnp.float64), learned_elman()],
+  ('model', 'inner_steps'),
+  [(helpers.elman(dtype=jnp.float64), 1), (learned_elman(), 3)],
   ids=['constant', 'learned'],
 )
 def test_hidden_state_that_ftrl_carries_on(inner_steps: int, model: Any) -> None:

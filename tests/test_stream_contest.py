@@ -13,6 +13,8 @@ from experiments.stream import contest, series, systems
 from experiments.stream.series import Problem, Source
 from fptt_jax import nn
 
+pytestmark = pytest.mark.usefixtures('kept_programs')
+
 
 @pytest.fixture(autouse=True)
 def short_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Problem:
@@ -35,21 +37,23 @@ def forecast(problem: Problem, **settings: Any) -> np.ndarray:
 def test_windows_forecast_as_in_the_comparison_of_systems(
   short_stream: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """Also in the steps after the last whole window, which the other script runs apart,
-  and so does a mean that is over one update.
-  """
+  """Also in the steps after the last whole window, which that script runs apart."""
   monkeypatch.setattr(systems, 'RATES', (0.01,))
   monkeypatch.setattr(systems, 'FIRST_RATE', 0.01)
   for size, influence in ((4, 'none'), (1, 'snap1')):
     system = systems.System(nn.GRU, size, influence)
     [expected] = systems.run_learner(system, short_stream, 1)
-    settings: dict[str, Any] = dict(window_size=size, influence=influence)
-    found = forecast(short_stream, **settings)
+    found = forecast(short_stream, window_size=size, influence=influence)
     np.testing.assert_allclose(found, expected.values, rtol=1e-4, atol=1e-5)
-    last = forecast(short_stream, averaging='running', average_horizon=1, **settings)
-    np.testing.assert_allclose(last, found, rtol=1e-4, atol=1e-5)
-    mean = forecast(short_stream, averaging='running', average_horizon=9, **settings)
-    assert np.abs(mean - found).max() > 1e-3
+
+
+def test_a_mean_over_one_update_forecasts_as_the_weights(short_stream: Problem) -> None:
+  settings: dict[str, Any] = dict(window_size=4, averaging='running')
+  found = forecast(short_stream, window_size=4)
+  last = forecast(short_stream, average_horizon=1, **settings)
+  np.testing.assert_allclose(last, found, rtol=1e-4, atol=1e-5)
+  mean = forecast(short_stream, average_horizon=9, **settings)
+  assert np.abs(mean - found).max() > 1e-3
 
 
 def test_forecasts_come_before_their_values(short_stream: Problem) -> None:
@@ -68,30 +72,28 @@ def test_forecasts_come_before_their_values(short_stream: Problem) -> None:
 def test_rates_are_chosen_by_the_first_part(
   short_stream: Problem, tmp_path: Path
 ) -> None:
-  """The lines are tuned and run; runs that have ended are read back."""
-  lines = [
+  """A line is tuned and run; runs that have ended are read back."""
+  [line] = [
     entry
     for entry in items.tournament_of('cpu')
-    if entry.label in ('sf-temps-S8.tbptt', 'sf-temps-S8.fptt-kappa2-snap1')
+    if entry.label == 'sf-temps-S8.fptt-kappa2-snap1'
   ]
-  assert len(lines) == 2
-  for line in lines:
-    trials = tuning.try_rates(line, None, tmp_path)
-    assert {trial['lr'] for trial in trials} >= set(line.rates)
-    config = contest.Config(seeds=(0, 1), window_size=8, lr=0.02)
-    for _ in range(2):
-      summaries = entries.run_entry(line, config, tmp_path / line.label)
-    for seed, summary in enumerate(summaries):
-      member = Member(config, 'tbptt', seed, {})
-      values = contest.make_forecaster(short_stream, member)(member)
-      for name, steps in (
-        ('first_mae', short_stream.tuning),
-        ('test_mae', short_stream.test),
-      ):
-        error = np.abs(values - short_stream.truth)[steps].mean()
-        assert summary[name] == pytest.approx(error)
-    names = [summary['run'] for summary in summaries]
-    assert names == ['tbptt-seed0', 'tbptt-seed1']
+  trials = tuning.try_rates(line, None, tmp_path)
+  assert {trial['lr'] for trial in trials} >= set(line.rates)
+  config = contest.Config(seeds=(0, 1), window_size=8, lr=0.02)
+  for _ in range(2):
+    summaries = entries.run_entry(line, config, tmp_path / line.label)
+  members = [Member(config, 'tbptt', seed, {}) for seed in config.seeds]
+  forecast_run = contest.make_forecaster(short_stream, members[0])
+  for member, summary in zip(members, summaries, strict=True):
+    for name, steps in (
+      ('first_mae', short_stream.tuning),
+      ('test_mae', short_stream.test),
+    ):
+      error = np.abs(forecast_run(member) - short_stream.truth)[steps].mean()
+      assert summary[name] == pytest.approx(error)
+  names = [summary['run'] for summary in summaries]
+  assert names == ['tbptt-seed0', 'tbptt-seed1']
 
 
 def test_what_a_stream_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
