@@ -96,7 +96,7 @@ def main(config: Config) -> None:
     write(folder, about, lines)
   if not lines:
     raise UserError(
-      f'--streams, --systems={",".join(config.systems)} and '
+      f'--streams={",".join(config.streams)}, --systems={",".join(config.systems)} and '
       f'--networks={",".join(config.networks)} leave nothing to compare.'
     )
   print((folder / 'stream.txt').read_text())
