@@ -28,21 +28,16 @@ def freeze_objects() -> Iterator[None]:
   gc.freeze()
 
 
-@pytest.fixture(scope='module')
-def kept_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-  """What a module's runs compile is read back when another run compiles it again."""
-  settings = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('programs')),
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-    'jax_persistent_cache_min_entry_size_bytes': -1,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  compilation_cache.reset_cache()
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
+@pytest.fixture(scope='session', autouse=True)
+def keep_programs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
+  """What one test compiles is read back where another one, of any worker, needs it."""
+  folder = tmp_path_factory.getbasetemp()
+  if worker_id != 'master':
+    folder = folder.parent  # The workers' common folder.
+  jax.config.update('jax_compilation_cache_dir', str(folder / 'programs'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  # Programs that were compiled while tests were collected settled where to look.
   compilation_cache.reset_cache()
 
 

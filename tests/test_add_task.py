@@ -20,8 +20,6 @@ import pytest
 from experiments import add_task
 from experiments.core import checkpoints, files, flags, optimizers, recipe, workdir
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 FLOAT32_TINY = dict(
   seq_len=12,
   num_windows=3,

@@ -17,8 +17,6 @@ from experiments.core import bootstrap, files
 from experiments.core.averaging import running_mean
 import fptt_jax
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 
 def summing_model(weights: tuple[float, ...]) -> fptt_jax.Model:
   """A model whose outputs are the sum of the inputs so far, times each weight."""

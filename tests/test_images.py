@@ -17,8 +17,6 @@ from experiments.core import cells, files, flags, loop, optimizers
 from experiments.data import synthetic
 import fptt_jax
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 FLOAT32_TINY = dict(
   task='arrays',
   row=True,

@@ -19,8 +19,6 @@ from experiments.core.flags import UserError
 from experiments.data import streams
 import fptt_jax
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 FLOAT32_TINY = dict(
   task='text',
   seq_len=10,

@@ -16,8 +16,6 @@ from experiments import add_task, images
 from experiments.core import files, loggers, population, schedule, workdir
 import fptt_jax
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 FLOAT32_TINY = dict(
   seq_len=12,
   num_windows=2,

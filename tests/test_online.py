@@ -14,8 +14,6 @@ from experiments.core.flags import UserError
 from experiments.data import memory
 from experiments.paper import copying
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 TINY: dict[str, Any] = dict(
   cell='rnn',
   hidden=4,

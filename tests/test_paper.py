@@ -15,8 +15,6 @@ from experiments.paper import __main__ as paper
 from experiments.paper import entries, items, quoted, settings, studies, tables, tuning
 import fptt_jax
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 
 def run(item: str, folder: Path, **given: Any) -> None:
   paper.main(settings.Config(item=item, scale='smoke', workdir=str(folder), **given))

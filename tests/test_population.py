@@ -26,8 +26,6 @@ from experiments.core import (
   schedule,
 )
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 FLOAT32_TINY = dict(
   seq_len=12,
   hidden=4,

@@ -26,10 +26,9 @@ from experiments.core import checkpoints, files, plotting, workdir
 from experiments.core.flags import UserError
 from experiments.core.schedule import Member, has_ended
 
-pytestmark = [
-  pytest.mark.usefixtures('kept_programs'),
-  pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
-]
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
 
 FLOAT32_TINY = dict(
   method=('fptt',),

@@ -15,8 +15,6 @@ from test_language_model import write_text
 from experiments import add_task, images, language_model
 from experiments.core import checkpoints, files, loop, population, signals
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 ADDING = dict(
   method=('fptt',),
   seq_len=12,

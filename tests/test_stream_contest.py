@@ -13,8 +13,6 @@ from experiments.stream import contest, series, systems
 from experiments.stream.series import Problem, Source
 from fptt_jax import nn
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 
 @pytest.fixture(autouse=True)
 def short_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Problem:

@@ -17,8 +17,6 @@ from experiments.stream.series import make_problem
 from experiments.stream.systems import Forecast
 from fptt_jax import nn
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 
 def test_inputs_are_of_the_past() -> None:
   """Another future changes neither inputs nor baselines of the steps before it."""

@@ -6,8 +6,6 @@ import pytest
 
 from experiments import add_task
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 
 @pytest.mark.slow
 def test_each_method_solves_the_adding_problem_by_default(tmp_path: Path) -> None:

@@ -19,8 +19,6 @@ from experiments.core import parameters, sampling, workdir
 from experiments.core.flags import UserError
 from experiments.data import synthetic
 
-pytestmark = pytest.mark.usefixtures('kept_programs')
-
 SOURCE = 'x_y = x y\n\tx\r\n' * 60
 CHARACTERS = dict(
   task='text_c',
