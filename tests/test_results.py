@@ -275,6 +275,23 @@ def test_tuned_lines_say_so(tmp_path: Path) -> None:
   assert '| a | fptt | 3 | 0.001 | yes | 0 |' in text
 
 
+def test_methods_at_untuned_rates_are_named_and_not_compared(tmp_path: Path) -> None:
+  """A series of several methods has a table once one of them was tuned."""
+  for method in ('bptt', 'tbptt'):
+    write_run(tmp_path / 'run' / method, f'{method}-seed0', [0.5])
+  collected(tmp_path / 'run', tmp_path)
+  text = tables.table_of('fig1', tmp_path)
+  assert 'the series `cpu`.' in text
+  assert '| bptt |' not in text
+
+  (tmp_path / 'run' / 'tuned.json').write_text(json.dumps({'bptt': {'lr': 0.001}}))
+  collected(tmp_path / 'run', tmp_path)
+  text = tables.table_of('fig1', tmp_path)
+  assert 'Not shown' not in text
+  assert '| bptt | bptt | 3 | 0.001 | yes |' in text
+  assert '| tbptt | tbptt | 3 | 0.001 | no |' in text
+
+
 def test_several_seeds_are_averaged_with_an_interval(tmp_path: Path) -> None:
   """Mean and interval as `experiments.paper` has them; a diverged seed is counted and
   left out.

@@ -99,7 +99,31 @@ def table_of(name: str, folder: Path = store.FOLDER) -> str:
   if not found:
     known = ', '.join(store.item_names(folder))
     raise UserError(f'a table must be of {known} or provenance, got {name}.')
-  return '\n\n'.join(series_table(item, series, rows) for series, rows in found)
+  tables = [
+    series_table(item, series, rows) for series, rows in found if not at_one_rate(rows)
+  ]
+  untuned = [f'`{series}`' for series, rows in found if at_one_rate(rows)]
+  if untuned:
+    tables.append(
+      'Not shown, since their methods had no learning rates of their own: the series '
+      f'{", ".join(untuned)}. The runs are in `experiments/results/{item_name}.json`, '
+      'marked `"tuned": false`.'
+    )
+  return '\n\n'.join(tables)
+
+
+def at_one_rate(rows: Sequence[Row]) -> bool:
+  """Return whether a series compares methods whose rates were not tuned for each.
+
+  Args:
+    rows: its rows.
+  """
+  if any(row.tuned or row.stage != 'final' for row in rows):
+    return False
+  return any(
+    len({row.settings['method'] for row in of_score}) > 1
+    for of_score in by_score(rows).values()
+  )
 
 
 def series_table(item: Item, series: str, rows: Sequence[Row]) -> str:
