@@ -10,7 +10,7 @@ from scipy import stats
 
 from experiments.core.comparison import compare, holm
 from experiments.paper import items, tournament
-from experiments.records import contest, tables
+from experiments.records import contest, store, tables
 from experiments.records.store import Row
 
 
@@ -24,11 +24,14 @@ def test_p_values_are_scipy_s():
   # The interval of the mean difference excludes 0 exactly where p < 0.05.
   low, high = stats.t.interval(0.95, 4, np.mean(a - b), stats.sem(a - b))
   assert (found.p_value < 0.05) == (not low < 0 < high)
+  assert found.difference == pytest.approx(np.mean(a - b))
+  assert found.half_width == pytest.approx((high - low) / 2)
 
 
 def test_diverged_runs_lose_and_have_no_p_value():
   found = compare([1.0, None, 1.0], [2.0, 2.0, math.nan])
   assert (found.wins, found.seeds, found.p_value) == (2, 3, None)
+  assert found.difference is found.half_width is None
   assert not compare([None, 1.0], [2.0, 2.0]).is_better
   assert compare([None], [None]).wins == 0
   assert compare([1.0, 1.0], [1.0, 1.0]).p_value is None
@@ -106,6 +109,40 @@ def test_a_table_names_the_method_that_beats_both():
   }
   raw = [stats.ttest_rel(logs[n], logs['tbptt']).pvalue for n in found]
   assert [p for _, p in found.values()] == pytest.approx(holm(raw))
+
+
+def test_the_overview_marks_what_is_sure(tmp_path):
+  """Ratios of geometric means: half the loss at every seed is bold, twice is italic,
+  and one seed that diverged leaves no ratio.
+  """
+  rng = np.random.default_rng(1)
+  factors = {'tbptt': 1.0, 'momentum0': 0.5, 'fptt-kappa1': 2.0, 'average': 1.0}
+  tasks = ('recall', 'adding-K3', 'adding-K10', 'adding-K50', 'permuted-rows')
+  rows = []
+  for task in tasks:
+    for seed in range(5):
+      own = math.exp(rng.normal())
+      for name, factor in factors.items():
+        lost = name == 'average' and seed == 0
+        noise = math.exp(0.02 * rng.normal())
+        value = None if lost else 0.001 * own * factor * noise
+        rows.append(row(f'{task}.{name}', seed, value))
+  found = tables.standings(rows)['adding-K3']
+  assert found['momentum0'].outcome == 'better'
+  assert found['momentum0'].ratio == pytest.approx(0.5, rel=0.05)
+  assert found['momentum0'].low < found['momentum0'].ratio < found['momentum0'].high
+  assert found['fptt-kappa1'].outcome == 'worse'
+  assert found['average'] == contest.Standing(None, None, None, '')
+  for one in rows:
+    one.source.update(versions={'jax': '1'})
+  series = {'cpu': {'scale': 'cpu', 'notes': ''}}
+  store.save(store.Item('tournament', series, rows), tmp_path)
+  text = tables.overview(tmp_path)
+  header, _, *lines = text.splitlines()
+  assert header.startswith('| method | `recall` | `adding-K3` |')
+  assert lines[0].startswith('| `momentum0` | **0.5')
+  assert '| *2.0' in lines[1] or '| *1.9' in lines[1]
+  assert 'diverged' in lines[2]
 
 
 def test_solved_problems_are_equal():

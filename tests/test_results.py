@@ -10,6 +10,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import matplotlib.image as mpimg
 import pytest
 
 from experiments.core import environment, flags
@@ -549,6 +550,15 @@ def test_plots_are_drawn_of_the_committed_results(tmp_path: Path, name: str) -> 
   )
   assert len(set(drawn)) == expected
   assert all(path.stat().st_size > 10_000 for path in drawn)
+
+
+def test_the_overview_of_the_tournament_is_drawn(tmp_path: Path) -> None:
+  """Of the committed results, as the documentation shows it."""
+  rows = dict(store.by_series(store.load('tournament')))['cpu']
+  drawn = plots.draw_standings(tmp_path / 'overview.png', rows)
+  shown = ROOT / 'docs' / '_static' / 'tournament.png'
+  assert mpimg.imread(drawn).shape == mpimg.imread(shown).shape
+  assert mpimg.imread(drawn)[..., :3].std() > 0.1
 
 
 def test_a_run_records_its_command_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:

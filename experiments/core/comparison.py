@@ -17,12 +17,18 @@ class Comparison(NamedTuple):
     p_value: p of the paired t-test, two-sided; None if a run of either diverged or
       fewer than two seeds differ.
     is_better: whether the method's mean is better.
+    difference: mean of the method's losses minus the rival's; None if a run of
+      either diverged.
+    half_width: half the width of its 95 % confidence interval; None where
+      `p_value` is None.
   """
 
   wins: int
   seeds: int
   p_value: float | None
   is_better: bool
+  difference: float | None = None
+  half_width: float | None = None
 
 
 def compare(
@@ -43,10 +49,13 @@ def compare(
   if not np.isfinite(differences).all():
     better = sum(a for a, _ in pairs) < sum(b for _, b in pairs)
     return Comparison(wins, len(pairs), None, better)
-  p_value = None
+  p_value, half_width = None, None
+  mean = float(differences.mean())
   if len(pairs) > 1 and np.ptp(differences) > 0:
-    p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)
-  return Comparison(wins, len(pairs), p_value, bool(differences.mean() < 0))
+    test = stats.ttest_1samp(differences, 0.0)
+    p_value = float(test.pvalue)
+    half_width = float(test.confidence_interval(0.95).high) - mean
+  return Comparison(wins, len(pairs), p_value, mean < 0, mean, half_width)
 
 
 def _worst(loss: float | None) -> float:

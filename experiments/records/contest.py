@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -83,6 +84,45 @@ def comparisons(
   return {
     name: (one, p) for (name, one), p in zip(found.items(), adjusted, strict=True)
   }
+
+
+class Standing(NamedTuple):
+  """A method of a task against `tbptt`.
+
+  Attributes:
+    ratio: geometric mean, over the seeds, of its loss over that of `tbptt`; None if a
+      run of either diverged.
+    low: lower end of the 95 % confidence interval of `ratio`.
+    high: upper end.
+    outcome: 'better', 'worse', or '' if p, after Holm's correction, is 0.05 or more.
+  """
+
+  ratio: float | None
+  low: float | None
+  high: float | None
+  outcome: str
+
+
+def standings(methods: dict[str, list[Row]], score: Score) -> dict[str, Standing]:
+  """Return how each method of a task stands to `tbptt`.
+
+  Args:
+    methods: rows by method.
+    score: the score of the task.
+  """
+  found = {}
+  for name, (one, p_value) in comparisons(methods, score, 'tbptt').items():
+    is_sure = p_value is not None and p_value < 0.05
+    outcome = ('better' if one.is_better else 'worse') if is_sure else ''
+    mean, half = one.difference, one.half_width
+    if mean is None:
+      found[name] = Standing(None, None, None, outcome)
+    elif half is None:
+      found[name] = Standing(math.exp(mean), None, None, outcome)
+    else:
+      ends = math.exp(mean - half), math.exp(mean + half)
+      found[name] = Standing(math.exp(mean), *ends, outcome)
+  return found
 
 
 def at_equal_seconds(methods: dict[str, list[Row]], score: Score) -> dict[str, float]:

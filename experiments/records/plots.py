@@ -1,8 +1,12 @@
 """Plots of the results: training curves, scores of tuning, studies and benchmarks."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from experiments.benchmark import cost, plots
 from experiments.core import plotting, workdir
@@ -10,6 +14,13 @@ from experiments.core.plotting import Curve
 from experiments.paper import convergence
 from experiments.records import store, tables
 from experiments.records.store import Row
+
+WIDE_TICKS = (0.05, 0.2, 1.0, 5.0, 20.0)
+"""Ratios of losses that an axis over more than a factor of 10 names."""
+
+
+NARROW_TICKS = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 3.0)
+"""Ratios of losses that a shorter axis names."""
 
 
 def draw(name: str, out: Path, folder: Path = store.FOLDER) -> list[Path]:
@@ -39,7 +50,53 @@ def draw(name: str, out: Path, folder: Path = store.FOLDER) -> list[Path]:
         drawn += draw_tuning(out, stem, chosen)
       else:
         drawn += draw_report(out / f'{stem}-{stage}.png', stage, chosen)
+    if name == 'tournament':
+      drawn.append(draw_standings(out / f'{stem}-overview.png', rows))
   return drawn
+
+
+def draw_standings(path: Path, rows: Sequence[Row]) -> Path:
+  """Draw the loss of the tournament's methods over that of `tbptt`, a panel per task.
+
+  Bars are 95 % confidence intervals over the seeds. Methods that are significantly
+  better or worse have a color.
+
+  Args:
+    path: the image to write.
+    rows: rows of the tournament at one scale.
+  """
+  found = tables.standings(rows)
+  counts = Counter(method for standings in found.values() for method in standings)
+  methods = [name for name, count in counts.items() if count >= tables.MANY_TASKS]
+  figure = Figure(figsize=(11, 6.4), layout='constrained')
+  panels = figure.subplots(2, -(-len(found) // 2), sharey=True, squeeze=False).ravel()
+  for axes, (task, standings) in zip(panels, found.items(), strict=False):
+    for place, name in enumerate(methods):
+      standing = standings.get(name)
+      if standing is None or standing.ratio is None:
+        continue
+      color = {'better': 'C2', 'worse': 'C3', '': 'gray'}[standing.outcome]
+      axes.plot(standing.ratio, place, 'o', color=color, markersize=4)
+      if standing.low is not None and standing.high is not None:
+        axes.plot((standing.low, standing.high), (place, place), color=color)
+    axes.axvline(1.0, color='black', linewidth=0.6)
+    axes.set_xscale('log')
+    # A solved problem, or one that is not learned at all, leaves the panel.
+    left, right = axes.get_xlim()
+    axes.set_xlim(max(left, 0.05), min(right, 20.0))
+    is_wide = axes.get_xlim()[1] > 10 * axes.get_xlim()[0]
+    axes.xaxis.set_major_locator(FixedLocator(WIDE_TICKS if is_wide else NARROW_TICKS))
+    axes.xaxis.set_major_formatter(FormatStrFormatter('%g'))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis='x', labelsize='small')
+    axes.set_title(task, fontsize='medium')
+    axes.set_yticks(range(len(methods)), methods)
+  for axes in panels[len(found) :]:
+    axes.set_visible(False)
+  panels[0].invert_yaxis()
+  figure.supxlabel("loss over tbptt's; below 1 is better")
+  plotting.save_figure(figure, path)
+  return path
 
 
 def draw_curves(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:

@@ -3,6 +3,7 @@
 <!-- table: ITEM -->        all series of an item
 <!-- table: ITEM/SERIES --> one of them
 <!-- table: provenance -->  sources of all numbers
+<!-- table: overview -->    methods and tasks of the tournament
 <!-- end table -->
 """
 
@@ -35,6 +36,10 @@ BLOCK = re.compile(r'<!-- table: ([^\n]+?) -->\n.*?<!-- end table -->', re.DOTAL
 
 LONG = ('all_ms', 'check_ms')
 """Lists of single times of a benchmark, which no table shows."""
+
+
+MANY_TASKS = 5
+"""Least number of tasks of a method in the overview of the tournament."""
 
 
 def update_pages(pages: Sequence[Path], folder: Path = store.FOLDER) -> list[Path]:
@@ -83,7 +88,7 @@ def table_of(name: str, folder: Path = store.FOLDER) -> str:
   """Return the tables that a marker names.
 
   Args:
-    name: 'ITEM', 'ITEM/SERIES' or 'provenance'.
+    name: 'ITEM', 'ITEM/SERIES', 'provenance' or 'overview'.
     folder: folder of the results.
 
   Raises:
@@ -91,6 +96,8 @@ def table_of(name: str, folder: Path = store.FOLDER) -> str:
   """
   if name == 'provenance':
     return provenance(folder)
+  if name == 'overview':
+    return overview(folder)
   item_name, _, wanted = name.partition('/')
   item = store.load(item_name, folder)
   found = [
@@ -98,7 +105,7 @@ def table_of(name: str, folder: Path = store.FOLDER) -> str:
   ]
   if not found:
     known = ', '.join(store.item_names(folder))
-    raise UserError(f'a table must be of {known} or provenance, got {name}.')
+    raise UserError(f'a table must be of {known}, provenance or overview, got {name}.')
   tables = [
     series_table(item, series, rows) for series, rows in found if not at_one_rate(rows)
   ]
@@ -194,6 +201,41 @@ def final_tables(name: str, scale: str, rows: Sequence[Row]) -> list[str]:
     ]
     tables.append(markdown(described))
   return [*tables, *unscored_tables(rows)]
+
+
+def overview(folder: Path = store.FOLDER) -> str:
+  """Return a table of the tournament's methods by task, compared with `tbptt`.
+
+  A cell is the ratio of the losses, bold if the method is significantly better and
+  italic if it is significantly worse. Methods of a few tasks only are left out.
+
+  Args:
+    folder: folder of the results.
+  """
+  series = dict(store.by_series(store.load('tournament', folder)))
+  lines: dict[str, dict[str, str]] = {}
+  for task, found in standings(series['cpu']).items():
+    for name, standing in found.items():
+      marks = {'better': '**', 'worse': '*', '': ''}[standing.outcome]
+      text = 'diverged' if standing.ratio is None else f'{standing.ratio:.2f}'
+      line = lines.setdefault(name, {'method': f'`{name}`'})
+      line[f'`{task}`'] = f'{marks}{text}{marks}'
+  return markdown([line for line in lines.values() if len(line) > MANY_TASKS])
+
+
+def standings(rows: Sequence[Row]) -> dict[str, dict[str, contest.Standing]]:
+  """Return by task how each method of the tournament stands to `tbptt`.
+
+  Args:
+    rows: rows of the tournament at one scale.
+  """
+  found = {}
+  finals = [row for row in rows if row.stage == 'final']
+  for task, methods in contest.by_task(finals).items():
+    score = score_of(next(iter(methods.values()))[0])
+    if score is not None:
+      found[task] = contest.standings(methods, score)
+  return found
 
 
 def contest_tables(rows: Sequence[Row]) -> list[str]:
