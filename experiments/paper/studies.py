@@ -1,6 +1,6 @@
 """Measurements of the paper: costs (Table 1, Sec. 6.2), convergence; and copying."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from tabulate import tabulate
 from experiments import add_task, images
 from experiments.benchmark import cost
 from experiments.core import devices, environment, files, optimizers
-from experiments.paper import convergence, copying
+from experiments.paper import convergence, copying, interleaving
 import fptt_jax
 
 
@@ -197,6 +197,45 @@ def copying_study(scale: str, folder: Path) -> None:
   write_rows('copying', scale, rows, folder)
 
 
+def interleaving_study(scale: str, folder: Path) -> None:
+  """Measure what momentum does to windows that follow each other or are interleaved.
+
+  The paper has no such comparison. 'full' and 'short' are the same as 'cpu'.
+
+  Args:
+    scale: a name of `items.SCALES`.
+    folder: the folder to write to.
+  """
+  settings = interleaving.Settings(
+    seq_len=100,
+    num_windows=25,
+    hidden=32,
+    batch_size=32,
+    lanes=10,
+    rounds=60,
+    test_size=512,
+    rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+  )
+  seeds = range(5)
+  momenta: Sequence[float] = interleaving.MOMENTA
+  if scale == 'smoke':
+    settings = settings._replace(
+      seq_len=8, num_windows=2, hidden=4, batch_size=4, lanes=2, rounds=1, test_size=8
+    )
+    seeds, momenta = range(2), momenta[:1]
+  rows = []
+  for order in interleaving.ORDERS:
+    for momentum in momenta:
+      path = folder / f'{order}-{momentum}-{scale}.json'
+      # A command that was stopped resumes with the first setting that has no file.
+      if not path.exists():
+        found = interleaving.study(settings, order, momentum, seeds)
+        files.write_json(path, found)
+        print(f'{order}, b1 = {momentum}: rate {found[0]["rate"]:g}', flush=True)
+      rows += files.read_rows(path)
+  write_rows('interleaving', scale, rows, folder)
+
+
 def print_row(row: dict[str, Any]) -> None:
   """Print a line for a row of :func:`cost.measure`."""
   interval = '' if row['± update_ms'] is None else f' ± {row["± update_ms"]:.2f}'
@@ -236,5 +275,6 @@ STUDIES: dict[str, Callable[[str, Path], None]] = {
   'walltime': walltime,
   'convergence': convergence_study,
   'copying': copying_study,
+  'interleaving': interleaving_study,
 }
 """Studies by the value of --item: (scale, folder) -> None."""

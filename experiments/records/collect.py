@@ -33,6 +33,7 @@ REPORTS = {
   'walltime': ('task', 'T', 'method', 'K'),
   'convergence': ('run',),
   'copying': ('influence', 'seed'),
+  'interleaving': ('order', 'momentum', 'seed'),
   'rivals': ('case', 'system'),
   'population': ('case', 'R'),
   'growth': ('varied', 'value'),

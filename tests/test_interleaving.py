@@ -1,0 +1,96 @@
+"""The study of windows that follow each other or are interleaved."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import add_task
+from experiments.paper import __main__ as paper
+from experiments.paper import interleaving
+from experiments.paper.settings import Config
+from experiments.records import store
+from experiments.records.collect import Origin, collect_folder
+import fptt_jax
+
+TINY = interleaving.Settings(
+  seq_len=12,
+  num_windows=3,
+  hidden=4,
+  batch_size=8,
+  lanes=1,
+  rounds=4,
+  test_size=16,
+  rates=(0.01, 0.1),
+)
+
+
+def train(settings: interleaving.Settings, order: str, rate: float, seed: int) -> float:
+  return float(
+    interleaving.train(settings, order, 0.3, jnp.float32(rate), jnp.int32(seed))
+  )
+
+
+def test_one_lane_trains_as_the_library_s_trainer() -> None:
+  """Step by step on the batches that the study draws, with the same schedule."""
+  weights_key, batch_key, test_key = jax.random.split(jax.random.key(5), 3)
+  model = add_task.make_model(add_task.Config(hidden=4))
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adam(optax.cosine_decay_schedule(0.1, 12), b1=0.3),
+  )
+  loss = fptt_jax.losses.terminal_regression()
+  trainer = fptt_jax.make_trainer(model, loss, optimizer, num_windows=3, method='tbptt')
+  state = None
+  for number in range(4):
+    key = jax.random.split(jax.random.fold_in(batch_key, number), 1)[0]
+    batch = add_task.draw_batch(key, 12, 8)
+    if state is None:
+      state = trainer.init(jax.random.key(0), batch)
+      params = model.init(weights_key)
+      state = state._replace(params=params, opt_state=optimizer.init(params))
+    state, _ = trainer.step(state, batch)
+  assert state is not None
+  sums, _ = trainer.evaluate(state.params, add_task.draw_batch(test_key, 12, 16))
+  expected = fptt_jax.compute_metrics(sums)['loss']
+  for order in interleaving.ORDERS:
+    assert train(TINY, order, 0.1, 5) == pytest.approx(expected, rel=1e-4)
+
+
+def test_orders_differ_with_several_lanes_and_agree_at_one_window() -> None:
+  """One window per batch leaves nothing to interleave."""
+  several = TINY._replace(lanes=3)
+  orders = interleaving.ORDERS
+  assert len({train(several, order, 0.1, 0) for order in orders}) == 2
+  whole = several._replace(num_windows=1)
+  first, second = (train(whole, order, 0.1, 0) for order in orders)
+  assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_the_best_rate_is_chosen_on_another_seed() -> None:
+  rows = interleaving.study(TINY, 'interleaved', 0.3, (0, 1))
+  tried = [train(TINY, 'interleaved', rate, TINY.tune_seed) for rate in TINY.rates]
+  best = TINY.rates[int(np.argmin(tried))]
+  assert [row['rate'] for row in rows] == [best, best]
+  assert not rows[0]['is_inside']
+  for row in rows:
+    expected = train(TINY, 'interleaved', best, row['seed'])
+    assert row['test_mse'] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_stopped_command_resumes_and_its_report_is_collected(tmp_path: Path) -> None:
+  config = Config(item='interleaving', scale='smoke', workdir=str(tmp_path / 'run'))
+  paper.main(config)
+  [kept, *others] = sorted((tmp_path / 'run').glob('*-smoke.json'))
+  before = kept.stat().st_mtime_ns
+  for path in others:
+    path.unlink()
+  paper.main(config)
+  assert kept.stat().st_mtime_ns == before
+  collect_folder(tmp_path / 'run', 'interleaving', Origin(), tmp_path)
+  rows = store.load('interleaving', tmp_path).rows
+  assert len(rows) == 4
+  assert {row.settings['order'] for row in rows} == set(interleaving.ORDERS)
