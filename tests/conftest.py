@@ -29,12 +29,10 @@ def freeze_objects() -> Iterator[None]:
 
 
 @pytest.fixture(scope='session', autouse=True)
-def keep_programs(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
-  """What one test compiles is read back where another one, of any worker, needs it."""
-  folder = tmp_path_factory.getbasetemp()
-  if worker_id != 'master':
-    folder = folder.parent  # The workers' common folder.
-  jax.config.update('jax_compilation_cache_dir', str(folder / 'programs'))
+def keep_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+  """What one test compiles is read back where another test needs it."""
+  folder = tmp_path_factory.mktemp('programs')
+  jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   # Programs that were compiled while tests were collected settled where to look.

@@ -17,8 +17,8 @@ class Comparison(NamedTuple):
     p_value: p of the paired t-test, two-sided; None if a run of either diverged or
       fewer than two seeds differ.
     is_better: whether the method's mean is better.
-    difference: mean of the method's losses minus the rival's; None if a run of
-      either diverged.
+    difference: mean of the method's losses minus the rival's; None if a run of either
+      diverged.
     half_width: half the width of its 95 % confidence interval; None where
       `p_value` is None.
   """
@@ -55,7 +55,9 @@ def compare(
     test = stats.ttest_1samp(differences, 0.0)
     p_value = float(test.pvalue)
     half_width = float(test.confidence_interval(0.95).high) - mean
-  return Comparison(wins, len(pairs), p_value, mean < 0, mean, half_width)
+  # Pairs that both diverged are ties, which have no size.
+  known = mean if np.isfinite(pairs).all() else None
+  return Comparison(wins, len(pairs), p_value, mean < 0, known, half_width)
 
 
 def _worst(loss: float | None) -> float:

@@ -1,4 +1,4 @@
-"""Measurements of the paper: costs (Table 1, Sec. 6.2), convergence; and copying."""
+"""Measurements of the paper (costs, convergence) and of our own studies."""
 
 from collections.abc import Callable, Sequence
 import dataclasses

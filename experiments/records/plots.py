@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
@@ -12,15 +13,19 @@ from experiments.benchmark import cost, plots
 from experiments.core import plotting, workdir
 from experiments.core.plotting import Curve
 from experiments.paper import convergence
-from experiments.records import store, tables
+from experiments.records import contest, store, tables
 from experiments.records.store import Row
 
-WIDE_TICKS = (0.05, 0.2, 1.0, 5.0, 20.0)
-"""Ratios of losses that an axis over more than a factor of 10 names."""
+LEAST_RATIO = 0.05
+"""Least ratio of losses that an axis shows; the greatest is its inverse."""
 
 
-NARROW_TICKS = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 3.0)
-"""Ratios of losses that a shorter axis names."""
+RATIO_TICKS = {
+  10.0: (0.05, 0.2, 1.0, 5.0, 20.0),
+  2.0: (0.6, 0.8, 1.0, 1.5, 2.0, 3.0),
+  1.0: (0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6),
+}
+"""Ratios of losses to name, by the least factor that the axis spans."""
 
 
 def draw(name: str, out: Path, folder: Path = store.FOLDER) -> list[Path]:
@@ -59,11 +64,14 @@ def draw_standings(path: Path, rows: Sequence[Row]) -> Path:
   """Draw the loss of the tournament's methods over that of `tbptt`, a panel per task.
 
   Bars are 95 % confidence intervals over the seeds. Methods that are significantly
-  better or worse have a color.
+  better or worse have a color. An arrow stands for a ratio beyond the axis.
 
   Args:
     path: the image to write.
     rows: rows of the tournament at one scale.
+
+  Returns:
+    The file of the plot.
   """
   found = tables.standings(rows)
   counts = Counter(method for standings in found.values() for method in standings)
@@ -71,24 +79,8 @@ def draw_standings(path: Path, rows: Sequence[Row]) -> Path:
   figure = Figure(figsize=(11, 6.4), layout='constrained')
   panels = figure.subplots(2, -(-len(found) // 2), sharey=True, squeeze=False).ravel()
   for axes, (task, standings) in zip(panels, found.items(), strict=False):
-    for place, name in enumerate(methods):
-      standing = standings.get(name)
-      if standing is None or standing.ratio is None:
-        continue
-      color = {'better': 'C2', 'worse': 'C3', '': 'gray'}[standing.outcome]
-      axes.plot(standing.ratio, place, 'o', color=color, markersize=4)
-      if standing.low is not None and standing.high is not None:
-        axes.plot((standing.low, standing.high), (place, place), color=color)
-    axes.axvline(1.0, color='black', linewidth=0.6)
-    axes.set_xscale('log')
-    # A solved problem, or one that is not learned at all, leaves the panel.
-    left, right = axes.get_xlim()
-    axes.set_xlim(max(left, 0.05), min(right, 20.0))
-    is_wide = axes.get_xlim()[1] > 10 * axes.get_xlim()[0]
-    axes.xaxis.set_major_locator(FixedLocator(WIDE_TICKS if is_wide else NARROW_TICKS))
-    axes.xaxis.set_major_formatter(FormatStrFormatter('%g'))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.tick_params(axis='x', labelsize='small')
+    places = {name: place for place, name in enumerate(methods) if name in standings}
+    draw_ratios(axes, {place: standings[name] for name, place in places.items()})
     axes.set_title(task, fontsize='medium')
     axes.set_yticks(range(len(methods)), methods)
   for axes in panels[len(found) :]:
@@ -97,6 +89,36 @@ def draw_standings(path: Path, rows: Sequence[Row]) -> Path:
   figure.supxlabel("loss over tbptt's; below 1 is better")
   plotting.save_figure(figure, path)
   return path
+
+
+def draw_ratios(axes: Axes, standings: dict[int, contest.Standing]) -> None:
+  """Draw ratios of losses with their intervals, a row per method.
+
+  Args:
+    axes: the panel.
+    standings: how each method stands, by its row.
+  """
+  known = [one for one in standings.values() if one.ratio is not None]
+  ends = [end for one in known for end in (one.low, one.high, one.ratio) if end]
+  left = max(0.93 * min(ends, default=1.0), LEAST_RATIO)
+  right = min(1.07 * max(ends, default=1.0), 1 / LEAST_RATIO)
+  axes.set_xscale('log')
+  axes.set_xlim(left, right)
+  axes.axvline(1.0, color='black', linewidth=0.6)
+  for place, one in standings.items():
+    if one.ratio is None:
+      continue
+    color = {'better': 'C2', 'worse': 'C3', '': 'gray'}[one.outcome]
+    shown = min(max(one.ratio, left), right)
+    marker = '<' if one.ratio < left else '>' if one.ratio > right else 'o'
+    axes.plot(shown, place, marker, color=color, markersize=4, clip_on=False)
+    if one.low is not None and one.high is not None:
+      axes.plot((one.low, one.high), (place, place), color=color)
+  ticks = next(ticks for span, ticks in RATIO_TICKS.items() if right > span * left)
+  axes.xaxis.set_major_locator(FixedLocator(ticks))
+  axes.xaxis.set_major_formatter(FormatStrFormatter('%g'))
+  axes.xaxis.set_minor_locator(NullLocator())
+  axes.tick_params(axis='x', labelsize='small')
 
 
 def draw_curves(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:

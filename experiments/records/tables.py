@@ -107,9 +107,9 @@ def table_of(name: str, folder: Path = store.FOLDER) -> str:
     known = ', '.join(store.item_names(folder))
     raise UserError(f'a table must be of {known}, provenance or overview, got {name}.')
   tables = [
-    series_table(item, series, rows) for series, rows in found if not at_one_rate(rows)
+    series_table(item, series, rows) for series, rows in found if not is_untuned(rows)
   ]
-  untuned = [f'`{series}`' for series, rows in found if at_one_rate(rows)]
+  untuned = [f'`{series}`' for series, rows in found if is_untuned(rows)]
   if untuned:
     tables.append(
       'Not shown, since their methods had no learning rates of their own: the series '
@@ -119,8 +119,8 @@ def table_of(name: str, folder: Path = store.FOLDER) -> str:
   return '\n\n'.join(tables)
 
 
-def at_one_rate(rows: Sequence[Row]) -> bool:
-  """Return whether a series compares methods whose rates were not tuned for each.
+def is_untuned(rows: Sequence[Row]) -> bool:
+  """Return whether a series compares methods of which none had a rate tuned for it.
 
   Args:
     rows: its rows.
@@ -207,20 +207,21 @@ def overview(folder: Path = store.FOLDER) -> str:
   """Return a table of the tournament's methods by task, compared with `tbptt`.
 
   A cell is the ratio of the losses, bold if the method is significantly better and
-  italic if it is significantly worse. Methods of a few tasks only are left out.
+  italic if it is significantly worse. It is a dash if a run of either method diverged.
+  Methods of a few tasks only are left out.
 
   Args:
     folder: folder of the results.
   """
-  series = dict(store.by_series(store.load('tournament', folder)))
   lines: dict[str, dict[str, str]] = {}
-  for task, found in standings(series['cpu']).items():
+  rows = [row for row in store.load('tournament', folder).rows if row.series == 'cpu']
+  for task, found in standings(rows).items():
     for name, standing in found.items():
       marks = {'better': '**', 'worse': '*', '': ''}[standing.outcome]
-      text = 'diverged' if standing.ratio is None else f'{standing.ratio:.2f}'
+      text = '–' if standing.ratio is None else f'{standing.ratio:.2f}'
       line = lines.setdefault(name, {'method': f'`{name}`'})
       line[f'`{task}`'] = f'{marks}{text}{marks}'
-  return markdown([line for line in lines.values() if len(line) > MANY_TASKS])
+  return markdown([line for line in lines.values() if len(line) - 1 >= MANY_TASKS])
 
 
 def standings(rows: Sequence[Row]) -> dict[str, dict[str, contest.Standing]]:
@@ -233,8 +234,9 @@ def standings(rows: Sequence[Row]) -> dict[str, dict[str, contest.Standing]]:
   finals = [row for row in rows if row.stage == 'final']
   for task, methods in contest.by_task(finals).items():
     score = score_of(next(iter(methods.values()))[0])
-    if score is not None:
-      found[task] = contest.standings(methods, score)
+    compared = {} if score is None else contest.standings(methods, score)
+    if compared:
+      found[task] = compared
   return found
 
 
