@@ -19,8 +19,8 @@ class Comparison(NamedTuple):
     is_better: whether the method's mean is better.
     difference: mean of the method's losses minus the rival's; None if a run of either
       diverged.
-    half_width: half the width of its 95 % confidence interval; None where
-      `p_value` is None.
+    half_width: half the width of the 95 % confidence interval of `difference`; None
+      where `p_value` is None.
   """
 
   wins: int
