@@ -122,6 +122,8 @@ def _load(cell: str, products: str) -> ctypes.CDLL:
     raise RuntimeError('the processor has neither AVX2 nor the vectors of 64-bit Arm')
   if products == 'bfloat16' and '__AVX512BF16__' not in macros:
     raise RuntimeError('the processor has no products of bfloat16 (AVX-512 BF16)')
+  if products == 'bfloat16' and '__AMX_BF16__' in macros and _request_tiles():
+    command.insert(1, '-DFPTT_TILES')
   folder = _private_folder()
   if folder is not None:
     library = folder / f'{cell}-{_digest(command, macros)}.so'
@@ -134,6 +136,18 @@ def _load(cell: str, products: str) -> ctypes.CDLL:
     _compile(command, library)
     # What is loaded stays when the file is gone.
     return ctypes.CDLL(str(library))
+
+
+def _request_tiles() -> bool:
+  """Ask Linux for the tile registers of AMX, and return whether it grants them.
+
+  They are large, so the system saves them only for processes that have asked. Asking
+  again does no harm.
+  """
+  if sys.platform != 'linux':
+    return False
+  # arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA), which the C library has no function for.
+  return int(ctypes.CDLL(None).syscall(158, 0x1023, 18)) == 0
 
 
 def _private_folder() -> Path | None:

@@ -7,15 +7,27 @@
 
 #include <type_traits>
 
+#include "tiles.h"
 #include "vectors.h"
 
 constexpr int kPanel = 4;  // Vectors of units side by side in a tile of a packed transpose.
 constexpr int kPart = 8 * kRows;  // Rows of a weight gradient that are one task.
+static_assert(kPart % kTileRows == 0);
 
-// Adds the products of R rows of a with a panel [count, N kLanes] to R x N sums.
+#ifdef FPTT_TILES
+template <int N>
+void multiply_tiles(
+    Vector (&sums)[kTileRows][N], const Operand* a, size_t row_stride, size_t count, const Operand* panel);
+#endif
+
+// Adds the products of R rows of a with a panel [count, N kLanes] to R x N sums. The pairs
+// of kTileRows rows must be side by side, with a step of 1.
 template <int R, int N>
 FPTT_INLINE void multiply(
     Vector (&sums)[R][N], const Operand* a, size_t row_stride, size_t step, size_t count, const Operand* panel) {
+#ifdef FPTT_TILES
+  if constexpr (R == kTileRows) return multiply_tiles(sums, a, row_stride, count, panel);
+#endif
   for (size_t k = 0; k < count; k++, a += step, panel += N * kLanes) {
     Operands w[N];
 #pragma GCC unroll 8
@@ -29,6 +41,28 @@ FPTT_INLINE void multiply(
   }
 }
 
+#ifdef FPTT_TILES
+// Adds the products of 16 rows: by tiles as far as whole tiles or halves go, the rest by vectors.
+template <int N>
+FPTT_INLINE void multiply_tiles(
+    Vector (&sums)[kTileRows][N], const Operand* a, size_t row_stride, size_t count, const Operand* panel) {
+  const size_t whole = count / kHalfPairs * kHalfPairs;
+  if (whole > 0) {
+    const TileSums<N> tiles(sums);
+    tiles.add(a, row_stride, whole, panel);
+    tiles.store(sums);
+  }
+  if (whole == count) return;
+  constexpr int kSome = 4;
+  for (int r = 0; r < kTileRows; r += kSome) {
+    Vector some[kSome][N];
+    std::memcpy(some, sums + r, sizeof(some));
+    multiply(some, a + r * row_stride + whole, row_stride, 1, count - whole, panel + whole * N * kLanes);
+    std::memcpy(sums + r, some, sizeof(some));
+  }
+}
+#endif
+
 template <int R, typename Tile>
 FPTT_INLINE void call_tile(int rows, int begin, const Tile& tile) {
   if constexpr (R > 0) {
@@ -40,9 +74,13 @@ FPTT_INLINE void call_tile(int rows, int begin, const Tile& tile) {
   }
 }
 
-// Calls tile(R, first row) for tiles of nearly equal size that cover the rows.
+// Calls tile(R, first row) for tiles that cover the rows: of kTileRows rows as long as there
+// are as many, then of nearly equal sizes.
 template <int Most = kRows, typename Tile>
 FPTT_INLINE void for_tiles(int begin, int end, const Tile& tile) {
+#ifdef FPTT_TILES
+  for (; end - begin >= kTileRows; begin += kTileRows) tile(std::integral_constant<int, kTileRows>{}, begin);
+#endif
   for (int left = (end - begin + Most - 1) / Most; left > 0; left--) {
     const int rows = (end - begin + left - 1) / left;
     call_tile<Most>(rows, begin, tile);
@@ -181,30 +219,90 @@ struct PackedGradient {
   // Adds the products of R rows with the weights of the gates of blocks [begin, end).
   template <int R, int N>
   FPTT_INLINE void add_blocks(Vector (*sums)[N], size_t first, const Operand* weights, int begin, int end) const {
+    constexpr size_t kCount = kWidth / kPair;
+#ifdef FPTT_TILES
+    if constexpr (R == kTileRows) {
+      const TileSums<N> tiles(sums);
+      for (int block = begin; block < end; block++) {
+        tiles.add(row(first, block), kCount, kCount, weights + block * kCount * N * kLanes);
+      }
+      return tiles.store(sums);
+    }
+#endif
     Vector tile[R][N];
     std::memcpy(tile, sums, sizeof(tile));
-    constexpr size_t kCount = kWidth / kPair;
     for (int block = begin; block < end; block++) {
       multiply(tile, row(first, block), kCount, 1, kCount, weights + block * kCount * N * kLanes);
     }
     std::memcpy(sums, tile, sizeof(tile));
   }
 
+  // Sets pairs [begin, end) of by_column to 0.
+  void clear_columns(size_t begin, size_t end) const {
+    for (int block = 0; block < units.blocks(); block++) {
+      std::memset(by_column + block * rows * kWidth / kPair + begin * kWidth, 0, (end - begin) * kWidth * sizeof(Operand));
+    }
+  }
+
   // Adds to (or with `set` sets) rows [begin, end) of a block of the gradient [rows, G, H] of
-  // weights: the sum over `count` operands of a, whose numbers for one row are `stride` apart.
+  // weights: the sum over `count` pairs of columns that store_columns has arranged.
   FPTT_INLINE void add_weight_gradient(
-      const Operand* a, size_t stride, size_t count, int begin, int end, int block, bool set, float* gradient) const {
-    const int there = units.in_block(block);
-    for_tiles(begin, end, [&](auto size, int row_index) {
+      const Operand* columns, size_t count, int begin, int end, int block, bool set, float* gradient) const {
+#ifdef FPTT_TILES
+    for (int row = begin; row < end; row += kTileRows, columns += kTileRows * count) {
+      Vector sums[kTileRows][G] = {};
+      const TileSums<G> tiles(sums);
+      for (size_t k = 0; k < count; k += kTilePairs) {
+        tiles.add(columns + k * kTileRows, kTilePairs, kTilePairs, column(block) + k * kWidth);
+      }
+      tiles.store(sums);
+      store_gradient(sums, row, end, block, set, gradient);
+    }
+#else
+    for_tiles(begin, end, [&](auto size, int row) {
       constexpr int R = decltype(size)::value;
       Vector sums[R][G] = {};
-      multiply(sums, a + row_index - begin, 1, stride, count, column(block));
-      for (int r = 0; r < R; r++) {
-        for (int gate = 0; gate < G; gate++) {
-          float* const to = gradient + (static_cast<size_t>(row_index + r) * G + gate) * units.count + block * kLanes;
-          store(to, set ? sums[r][gate] : sums[r][gate] + load(to, there), there);
-        }
-      }
+      multiply(sums, columns + row - begin, 1, kPart, count, column(block));
+      store_gradient(sums, row, end, block, set, gradient);
     });
+#endif
+  }
+
+  // Adds to (or sets) a block of the gradient [G, H] of a bias: the sum over `count` operands.
+  FPTT_INLINE void add_bias_gradient(size_t count, int block, bool set, float* gradient) const {
+    Vector ones[kPair];
+    for (Vector& one : ones) one = 1.0f - Vector{};
+    Operand one[kLanes];
+    store_operands(one, join(ones));
+    Vector sums[1][G] = {};
+    multiply(sums, one, 1, 0, count, column(block));
+    store_gradient(sums, 0, 1, block, set, gradient);
+  }
+
+  // Adds to (or sets) R rows of a block of a gradient, as far as the rows exist.
+  template <int R>
+  FPTT_INLINE void store_gradient(
+      const Vector (&sums)[R][G], int row, int end, int block, bool set, float* gradient) const {
+    const int there = units.in_block(block);
+    for (int r = 0; r < R && row + r < end; r++) {
+      for (int gate = 0; gate < G; gate++) {
+        float* const to = gradient + (static_cast<size_t>(row + r) * G + gate) * units.count + block * kLanes;
+        store(to, set ? sums[r][gate] : sums[r][gate] + load(to, there), there);
+      }
+    }
   }
 };
+
+// Stores operands of kLanes columns, one pair of rows of them, among up to kPart columns of
+// `count` pairs: [pair, kPart], or with tiles [tile of columns, tile of pairs, column, pair].
+FPTT_INLINE void store_columns(Operand* columns, size_t count, size_t pair, int column, Operands v) {
+#ifdef FPTT_TILES
+  static_assert(kLanes == kTileRows);
+  Operand* const tile = columns + column * count + pair / kTilePairs * kTileRows * kTilePairs;
+  const Integers lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Integers places = lanes * kTilePairs + static_cast<int>(pair % kTilePairs);
+  _mm512_i32scatter_epi32(tile, reinterpret_cast<__m512i>(places), reinterpret_cast<__m512i>(v), sizeof(Operand));
+#else
+  store_operands(columns + pair * kPart + column, v);
+#endif
+}

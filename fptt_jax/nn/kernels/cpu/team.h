@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "tiles.h"
 #include "xla/ffi/api/ffi.h"
 
 // Threads that all calls of the process may use together.
@@ -113,6 +114,7 @@ class Team {
     // Without a pool, XLA would run this in the caller, which would wait for itself.
     if (std::this_thread::get_id() == shared.caller) return;
     ++threads_running;
+    const TileRegisters registers;
     for (int spins = 0; !shared.closed.load(std::memory_order_acquire);) {
       if (leave_if_crowded()) return;
       spins = do_part(shared, slot) ? 0 : spins + 1;

@@ -48,14 +48,16 @@ struct Window {
     return (inputs.count + units.count) * units.packed(gates) > kCachedOperands || batch < 2 * kRows;
   }
 
-  // Calls work(begin, end) for parts of the rows, about 12 each if threads share them.
+  // Calls work(begin, end) for parts of the rows, about 12 each if threads share them. Only
+  // the last rows may be no whole tile, so that the parts do not change the results.
   template <typename Work>
   void run_rows(Team& team, const Work& work) const {
-    const int threads = team.size(), pairs = static_cast<int>(operands(batch));
-    const int parts = threads == 1 ? 1 : std::min(pairs, threads * std::max(1, (batch / threads + 6) / 12));
+    constexpr int kTogether = std::max(kPair, kTileRows);
+    const int threads = team.size(), groups = divide_up(batch, kTogether);
+    const int parts = threads == 1 ? 1 : std::min(groups, threads * std::max(1, (batch / threads + 6) / 12));
     team.run(parts, [&](int part) {
-      const int64_t begin = int64_t{part} * pairs / parts, end = int64_t{part + 1} * pairs / parts;
-      work(static_cast<int>(begin * kPair), std::min(static_cast<int>(end * kPair), batch));
+      const int64_t begin = int64_t{part} * groups / parts, end = int64_t{part + 1} * groups / parts;
+      work(static_cast<int>(begin * kTogether), std::min(static_cast<int>(end * kTogether), batch));
     });
   }
 
@@ -202,12 +204,17 @@ struct Backward {
   PackedGradient<GX> dz_x{};
   PackedGradient<GH> dz_h{};
 
-  size_t chunk_rows() const { return window.gradient_steps() * window.step_rows(); }
+  // Pairs of rows of some steps, padded to whole tiles.
+  size_t pairs(int steps) const {
+    return divide_up(steps * static_cast<int>(window.step_rows()), kPair * kTilePairs) * kTilePairs;
+  }
+  size_t chunk_pairs() const { return pairs(window.gradient_steps()); }
+  size_t chunk_rows() const { return kPair * chunk_pairs(); }
   size_t scratch_size() const {
     const Units inputs = window.inputs, units = window.units;
     const size_t transposed = units.packed(GH) * units.padded() + (dx ? units.packed(GX) * inputs.padded() : 0);
     const size_t gradients = kPair * (units.packed(GH) + (kShared ? 0 : units.packed(GX))) * chunk_rows();
-    const size_t columns = (units.parts() + inputs.parts()) * kPart * (chunk_rows() / kPair);
+    const size_t columns = (units.parts() + inputs.parts()) * kPart * chunk_pairs();
     return transposed + gradients + columns + Scratch::padded(window.padded_size()) + 256;
   }
 
@@ -260,8 +267,8 @@ struct Backward {
     const Units inputs = window.inputs, units = window.units;
     packed_h = scratch.next<Operand>(units.packed(GH) * units.padded());
     packed_x = scratch.next<Operand>(dx ? units.packed(GX) * inputs.padded() : 0);
-    columns_h = scratch.next<Operand>(units.parts() * kPart * (chunk_rows() / kPair));
-    columns_x = scratch.next<Operand>(inputs.parts() * kPart * (chunk_rows() / kPair));
+    columns_h = scratch.next<Operand>(units.parts() * kPart * chunk_pairs());
+    columns_x = scratch.next<Operand>(inputs.parts() * kPart * chunk_pairs());
     dh = scratch.next(window.padded_size());
     const size_t size_h = dz_h.size(units, chunk_rows()), size_x = dz_x.size(units, chunk_rows());
     Operand* const by_column = scratch.next<Operand>(size_h);
@@ -317,6 +324,7 @@ struct Backward {
   void gradients(Team& team, int begin, int end) const {
     const Units inputs = window.inputs, units = window.units;
     const int parts = units.parts();
+    const size_t count = pairs(end - begin);
     team.run(parts + inputs.parts(), [&](int part) {
       if (part < parts) {
         pack_columns(begin, end, part, units, columns_h, [&](int t) {
@@ -328,21 +336,24 @@ struct Backward {
         });
       }
     });
-    const size_t count = (end - begin) * window.step_rows() / kPair;
+    const size_t filled = (end - begin) * window.step_rows() / kPair;
+    dz_h.clear_columns(filled, count);
+    if constexpr (!kShared) dz_x.clear_columns(filled, count);
     const bool set = end == window.steps;
     team.run(units.blocks() * (parts + inputs.parts()), [&](int task) {
       const int block = task / (parts + inputs.parts()), part = task % (parts + inputs.parts());
       const int first = (part < parts ? part : part - parts) * kPart;
       if (part < parts) {
-        const Operand* const columns = columns_h + first * (chunk_rows() / kPair);
         const int last = std::min(first + kPart, units.count);
-        dz_h.add_weight_gradient(columns, kPart, count, first, last, block, set, dw_h);
+        dz_h.add_weight_gradient(columns_h + first * chunk_pairs(), count, first, last, block, set, dw_h);
       } else {
-        const Operand* const columns = columns_x + first * (chunk_rows() / kPair);
         const int last = std::min(first + kPart, inputs.count);
-        dz_x.add_weight_gradient(columns, kPart, count, first, last, block, set, dw_x);
+        dz_x.add_weight_gradient(columns_x + first * chunk_pairs(), count, first, last, block, set, dw_x);
       }
-      if (part == 0) bias_gradients(count, block, set);
+      if (part == 0) {
+        dz_x.add_bias_gradient(count, block, set, dbias);
+        if (dbias_h) dz_h.add_bias_gradient(count, block, set, dbias_h);
+      }
     });
     if (dx) {
       window.run_rows(team, [&](int first, int last) { input_gradients(begin, end, first, last); });
@@ -354,28 +365,24 @@ struct Backward {
   template <typename From>
   void pack_columns(int begin, int end, int part, Units units, Operand* columns, const From& from) const {
     const int first = part * kPart, last = std::min(first + kPart, units.count);
-    Operand* to = columns + first * (chunk_rows() / kPair);
+    Operand* const to = columns + first * chunk_pairs();
+    const size_t count = pairs(end - begin);
+    size_t pair = 0;
     for (int t = begin; t < end; t++) {
       const float* const rows = from(t);
-      for (int row = 0; row < window.batch; row += kPair, to += kPart) {
+      for (int row = 0; row < window.batch; row += kPair, pair++) {
         for (int column = first; column < last; column += kLanes) {
           Vector v[kPair] = {};
           for (int i = 0; i < kPair && row + i < window.batch; i++) {
             v[i] = load(rows + static_cast<size_t>(row + i) * units.count + column, last - column);
           }
-          store_operands(to + column - first, join(v));
+          store_columns(to, count, pair, column - first, join(v));
         }
       }
     }
-  }
-
-  void bias_gradients(size_t count, int block, bool set) const {
-    Vector ones[kPair];
-    for (Vector& one : ones) one = 1.0f - Vector{};
-    Operand one[kLanes];
-    store_operands(one, join(ones));
-    dz_x.add_weight_gradient(one, 0, count, 0, 1, block, set, dbias);
-    if (dbias_h) dz_h.add_weight_gradient(one, 0, count, 0, 1, block, set, dbias_h);
+    for (; pair < count; pair++) {
+      for (int column = first; column < last; column += kLanes) store_columns(to, count, pair, column - first, Operands{});
+    }
   }
 
   void input_gradients(int begin, int end, int first, int last) const {
@@ -440,6 +447,7 @@ ffi::Error run_members(
   const Window window{size(3), size(2), {size(1)}, {static_cast<int>(matrix[matrix.size() - 2])}, gates};
   int members = 1;
   for (size_t i = 0; i + 3 < rank; i++) members *= static_cast<int>(dims[i]);
+  const TileRegisters registers;
   const double weights = static_cast<double>(window.inputs.count + window.units.count) * window.units.count * gates;
   Team team(pool, 2.0 * passes * members * window.rows() * weights);
   if (members == 1) {
