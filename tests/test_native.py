@@ -30,6 +30,8 @@ LAYERS = {
   'Antisymmetric': functools.partial(nn.AntisymmetricRNN, epsilon=0.3),
 }
 
+TILES = Path(__file__).with_name('emulated_tiles.h')
+
 TINY = 'extern "C" int answer() { return ANSWER; }'
 
 
@@ -185,7 +187,7 @@ def distance(tree: Any, other: Any) -> float:
   ('layer', 'shape'),
   [
     *(('LSTM', shape) for shape in [(28, 64, 128, 1), (2, 3, 5, 1), (3, 20, 600, 70)]),
-    *((layer, (7, 9, 33, 5)) for layer in LAYERS),
+    *((layer, (7, 41, 33, 18)) for layer in LAYERS),
   ],
   ids=str,
 )
@@ -199,6 +201,42 @@ def test_products_of_bfloat16(layer: str, shape: Any, masked: bool) -> None:
     warnings.simplefilter('ignore')  # The scan says that it is slow.
     scan = compute(layer, 'custom_vjp', shape, masked, products='bfloat16')
   native = compute(layer, 'native', shape, masked, products='bfloat16')
+  assert 1e-4 < distance(native[1], exact[1]) < 1e-2
+  assert distance(native[1], scan[1]) < 0.5 * distance(native[1], exact[1])
+
+
+@pytest.mark.usefixtures('rounding', 'fresh')
+@pytest.mark.parametrize(
+  ('layer', 'options'),
+  [
+    ('GRU', ['-DFPTT_TILES', '-include', str(TILES)]),
+    ('LSTM', []),
+  ],
+  ids=['tiles', 'vectors'],
+)
+def test_products_of_bfloat16_by(
+  layer: str, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Tiles, here in emulation, and vectors round as the fused scan does.
+
+  Rows, units and features all leave a rest beside whole tiles.
+  """
+  compile_command, name = cpu.compile_command, cpu.target
+
+  def command(cell: str, products: str) -> list[str]:
+    *before, source = compile_command(cell, products)
+    return [*before, '-O1', *options, source]
+
+  monkeypatch.setattr(cpu, 'compile_command', command)
+  monkeypatch.setattr(cpu, '_request_tiles', lambda: False)
+  # A process keeps the kernels that it has registered.
+  monkeypatch.setattr(cpu, 'target', lambda *args: f'{name(*args)}_test')
+  shape = (7, 41, 33, 18)
+  exact = compute(layer, 'scan', shape, True)
+  native = compute(layer, 'native', shape, True, products='bfloat16')
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # The scan says that it is slow.
+    scan = compute(layer, 'custom_vjp', shape, True, products='bfloat16')
   assert 1e-4 < distance(native[1], exact[1]) < 1e-2
   assert distance(native[1], scan[1]) < 0.5 * distance(native[1], exact[1])
 
@@ -267,14 +305,19 @@ def test_outputs_that_no_loss_reads(layer: str, read: str) -> None:
 @pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('threads', [2, 5])
 @pytest.mark.parametrize('shape', [(9, 70, 100, 70), (3, 5, 600, 40)], ids=str)
-def test_threads_do_not_change_a_bit(threads: int, shape: Any) -> None:
+@pytest.mark.parametrize('products', ['float32', 'bfloat16'])
+def test_threads_do_not_change_a_bit(
+  products: str, threads: int, shape: Any, request: pytest.FixtureRequest
+) -> None:
   """Threads that share rows, or units, give the bits of a single one."""
-  library = cpu._load('lstm', 'float32')
+  if products == 'bfloat16':
+    request.getfixturevalue('rounding')
+  library = cpu._load('lstm', products)
   found = []
   try:
     for limit in (1, threads):
       library.set_thread_limit(limit)
-      found.append(compute('LSTM', 'native', shape, True))
+      found.append(compute('LSTM', 'native', shape, True, products=products))
   finally:
     library.set_thread_limit(cpu.count_threads())
   jax.tree.map(np.testing.assert_array_equal, *found)
