@@ -129,6 +129,32 @@ def test_nothing_measured_is_lost(
   tables.table_of('fig1', out)
 
 
+def test_settings_are_kept_as_differences(tmp_path: Path) -> None:
+  """Settings come back with their types and in their order; those that are alike share
+  a base of their most common values.
+  """
+  common = {'lr': 0.1, 'seeds': [0, 1], 'decay': True}
+  several = [
+    common,
+    common | {'lr': 1},
+    common | {'lr': 1.0},
+    common | {'decay': 1, 'seeds': []},
+    common | {'decay': None},
+    {'seeds': [], 'decay': 1, 'lr': 2},
+    {},
+  ]
+  rows = [
+    store.Row('cpu', 'final', 'line', f'run{i}', i, True, 'done', one, MACHINE, {})
+    for i, one in enumerate(several)
+  ]
+  store.save(store.Item('fig1', {'cpu': {}}, rows), tmp_path)
+  got = [row.settings for row in store.load('fig1', tmp_path).rows]
+  assert [repr(one) for one in got] == [repr(one) for one in several]
+  content = json.loads((tmp_path / 'fig1.json').read_text())
+  assert list(content['bases'].values()).count(common) == 1
+  assert len(content['bases']) == 3
+
+
 def test_the_order_of_collecting_does_not_matter(tmp_path: Path) -> None:
   """Two folders, collected either way, make the same bytes; no time of day is in
   them.

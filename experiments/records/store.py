@@ -4,13 +4,16 @@ An item is a figure, a table or a study. ITEM.json has these parts:
 
 series    by name: scale and notes of runs that are compared with each other
 sources   by hash: command, commit, hardware and versions of measurements
-settings  by hash: all settings of a run except its seed
+bases     by hash: the most common value of each setting, for each list of names
+settings  by hash: all settings of a run except its seed, as the hash of a base and what
+          differs from it
 rows      one per run or measured case, sorted; `settings` and `source` are hashes
 
 ITEM.curves.jsonl.gz has one line per row that has curves, with its key and its columns.
 The bytes depend on the content alone, so saving the same rows changes nothing.
 """
 
+import collections
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import gzip
@@ -134,10 +137,14 @@ def load(name: str, folder: Path = FOLDER) -> Item:
     return Item(name)
   content = files.read_json(path)
   curves = _read_curves(curves_path(name, folder))
+  settings = {
+    name: content['bases'][base] | differences
+    for name, (base, differences) in content['settings'].items()
+  }
   rows = []
   for described in content['rows']:
     fields = dict(described)
-    fields['settings'] = content['settings'][fields['settings']]
+    fields['settings'] = settings[fields['settings']]
     fields['source'] = content['sources'][fields['source']]
     key = tuple(fields[part] for part in ('series', 'stage', 'line', 'run'))
     rows.append(Row(**fields, curves=curves.get(key, {})))
@@ -220,14 +227,58 @@ def _as_json(item: Item, rows: Iterable[Row]) -> str:
     settings[fields['settings']] = row.settings
     sources[fields['source']] = row.source
     described.append(json.dumps(fields, ensure_ascii=False))
+  bases, differences = _as_differences(settings)
   parts = [
     f'"item": {json.dumps(item.name)}',
     f'"series": {_entries(item.series)}',
     f'"sources": {_entries(sources)}',
-    f'"settings": {_entries(settings)}',
+    f'"bases": {_entries(bases)}',
+    f'"settings": {_entries(differences)}',
     '"rows": [\n' + ',\n'.join(described) + '\n]',
   ]
   return '{\n' + ',\n'.join(parts) + '\n}\n'
+
+
+def _as_differences(
+  settings: Mapping[str, dict[str, Any]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Describe settings by what differs from the most common values.
+
+  An item has hundreds of settings that differ in a few values. There is a base for each
+  list of names, which is that of a script; tables show settings in its order.
+
+  Args:
+    settings: settings by hash.
+
+  Returns:
+    The bases by hash; and (hash of its base, differences) of each settings, by hash.
+  """
+  groups: dict[tuple[str, ...], list[str]] = {}
+  for name, values in settings.items():
+    groups.setdefault(tuple(values), []).append(name)
+  bases: dict[str, Any] = {}
+  described: dict[str, Any] = {}
+  for names, members in groups.items():
+    base = {
+      name: _most_common(settings[member][name] for member in members) for name in names
+    }
+    # The order counts here, which the digest does not see.
+    key = digest(list(base.items()))
+    bases[key] = base
+    for member in members:
+      differences = {
+        name: value
+        for name, value in settings[member].items()
+        if json.dumps(value, sort_keys=True) != json.dumps(base[name], sort_keys=True)
+      }
+      described[member] = [key, differences]
+  return bases, described
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+  """Return the most frequent of some JSON values; of several, the first as a text."""
+  counts = collections.Counter(json.dumps(value, sort_keys=True) for value in values)
+  return json.loads(min(counts, key=lambda text: (-counts[text], text)))
 
 
 def _entries(part: Mapping[str, Any]) -> str:
