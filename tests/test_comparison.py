@@ -88,7 +88,7 @@ def test_a_table_names_the_method_that_beats_both():
       value = mean * math.exp(0.05 * rng.normal())
       seconds = 20.0 if name == 'momentum0' else 10.0
       rows.append(row(f'adding-K10.{name}', seed, value, seconds))
-  [text] = tables.final_tables('tournament', 'cpu', rows)
+  [text] = tables.final_tables('tournament', 'cpu', rows, {})
   lines = {
     cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
     for cells in (line.split('|') for line in text.splitlines() if '|' in line)

@@ -328,13 +328,35 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
     dict(test_mse=0.5, K=3, seconds=1.0, seed=0),
     dict(test_mse=None, K=3, seconds=1.0, seed=1),
   ]
-  line = tables.table_row(entry, summaries, ['test_mse'], tuned=True)
+  line = tables.table_row(entry, summaries, ['test_mse'], {'lr': 1.0})
   assert (line['test_mse'], line['seeds'], line['diverged'], line['± test_mse']) == (
     0.5,
     2,
     1,
     None,
   )
+
+
+@pytest.mark.parametrize(
+  ('windows', 'lr', 'expected'),
+  [
+    (10, 0.1, 'yes, the highest tried'),
+    (10, 0.001, 'yes, the lowest tried'),
+    (10, 0.01, 'yes'),
+    (28, 0.01, 'yes, the highest tried'),
+  ],
+)
+def test_tables_say_whether_a_tuned_rate_is_at_an_end_of_its_grid(
+  windows: int, lr: float, expected: str
+) -> None:
+  """Each number of windows has a grid of its own."""
+  tried = [
+    {'lr': rate, 'num_windows': 10, 'score': 0.5} for rate in (0.1, 0.01, 0.001)
+  ] + [{'lr': rate, 'num_windows': 28, 'score': None} for rate in (0.01, 0.001)]
+  tuned = {'lr': lr, 'num_windows': windows, 'tried': tried}
+  summaries = [dict(test_mse=0.5, K=windows, seconds=1.0, seed=0)]
+  line = tables.table_row(items.fig1('smoke')[0], summaries, ['test_mse'], tuned)
+  assert line['tuned'] == expected
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,8 @@ def test_tuned_lines_say_so(tmp_path: Path) -> None:
   ]
   text = tables.table_of('table4', tmp_path)
   assert '| a | 30.00 | **20.50** | diverged |' in text
-  assert '| a | fptt | 3 | 0.001 | yes | 0 |' in text
+  assert '| a | fptt | 3 | 0.001 | yes, the lowest tried | 0 |' in text
+  assert '| b | fptt | 3 | 0.001 | no | 0 |' in text
 
 
 def test_methods_at_untuned_rates_are_named_and_not_compared(tmp_path: Path) -> None:

@@ -762,6 +762,24 @@ def next_rate(entry: Entry, rates: Collection[float], best: float) -> float | No
   return None
 
 
+def describe_choice(rates: Collection[float], chosen: float) -> str:
+  """Say for tables where a tuned rate lies among those that were tried.
+
+  Args:
+    rates: the rates tried; none if they are not known.
+    chosen: the rate with the best score.
+
+  Returns:
+    'yes' if it lies inside or nothing is known; else 'yes, the highest tried' or
+    'yes, the lowest tried', where another rate may be better still.
+  """
+  if len(rates) > 1 and chosen >= max(rates):
+    return 'yes, the highest tried'
+  if len(rates) > 1 and chosen <= min(rates):
+    return 'yes, the lowest tried'
+  return 'yes'
+
+
 def grid(entry: Entry, rates: Collection[float], num_windows: int | None = None) -> Any:
   """Return the configuration that tuning runs for a line.
 

@@ -1,6 +1,5 @@
 """Tables and learning curves of an item."""
 
-from collections.abc import Collection
 import math
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,10 @@ def interval(values: list[float]) -> float | None:
 
 
 def table_row(
-  entry: Entry, summaries: list[dict[str, Any]], measures: list[str], tuned: bool
+  entry: Entry,
+  summaries: list[dict[str, Any]],
+  measures: list[str],
+  tuned: dict[str, Any] | None,
 ) -> dict[str, Any]:
   """Return a line of the table, over all its seeds.
 
@@ -41,7 +43,7 @@ def table_row(
     summaries: summaries of its runs.
     measures: names of the scores in the summaries. Diverged runs may lack them; they
       are counted and left out of the means.
-    tuned: whether --tune chose the learning rate.
+    tuned: what --tune chose for the line, and the trials; None without tuning.
   """
   measured: dict[str, Any] = {}
   for measure in measures:
@@ -54,7 +56,7 @@ def table_row(
     'method': entry.config.method[0],
     'K': summaries[0]['K'],
     'lr': entry.config.lr,
-    'tuned': 'yes' if tuned else 'no',
+    'tuned': _describe_tuning(tuned),
     # Runs of older versions lack the numbers of parameters.
     'parameters': summaries[0].get('parameters'),
     'recurrent': summaries[0].get('recurrent_parameters'),
@@ -65,6 +67,21 @@ def table_row(
     'replication': entry.replication or None,
     'seconds per run': float(np.mean([summary['seconds'] for summary in summaries])),
   }
+
+
+def _describe_tuning(tuned: dict[str, Any] | None) -> str:
+  """Return whether a line's rate was tuned, and whether it is at an end of its grid.
+
+  Args:
+    tuned: what --tune chose for the line, and the trials; None without tuning.
+  """
+  if tuned is None:
+    return 'no'
+  windows = tuned.get('num_windows')
+  rates = [
+    trial['lr'] for trial in tuned.get('tried', ()) if trial['num_windows'] == windows
+  ]
+  return items.describe_choice(rates, tuned['lr'])
 
 
 def write_tables(
@@ -122,14 +139,14 @@ def _quote_lines(rivals: dict[str, dict[str, float]]) -> list[str]:
 def _table(
   score: items.Score,
   results: list[tuple[Entry, list[dict[str, Any]]]],
-  tuned: Collection[str],
+  tuned: dict[str, Any],
 ) -> list[dict[str, Any]]:
   """Return the rows of the table for a score.
 
   Args:
     score: the score.
     results: lines with this score, and the summaries of their runs.
-    tuned: names of the lines whose learning rate --tune chose.
+    tuned: what --tune chose, by the label of the line.
   """
   known = {
     name for _, summaries in results for summary in summaries for name in summary
@@ -138,7 +155,7 @@ def _table(
   # stay in their columns.
   measures = [name for name in (score.test, f'dynamic_{score.test}') if name in known]
   return [
-    table_row(entry, summaries, measures, entry.label in tuned)
+    table_row(entry, summaries, measures, tuned.get(entry.label))
     for entry, summaries in results
   ]
 

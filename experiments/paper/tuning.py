@@ -47,6 +47,7 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
       continue
     best = best_trial(entry, finite)
     chosen = {'lr': best['lr'], entry.score.choose: best['score'], 'tried': trials}
+    _warn_of_edge(trials, best)
     # Written after each line: tuning takes hours and may be stopped.
     tuned = read_tuned(folder) | {entry.label: chosen | windows_of(best)}
     files.write_json(folder / 'tuned.json', tuned)
@@ -63,6 +64,21 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
     f'chosen settings are in {folder / "tuned.json"}; the same command without --tune '
     'uses them'
   )
+
+
+def _warn_of_edge(trials: list[dict[str, Any]], best: dict[str, Any]) -> None:
+  """Print a remark if the best rate of a line is the highest or lowest tried.
+
+  Args:
+    trials: all trials of the line.
+    best: the best of them.
+  """
+  rates = [
+    trial['lr'] for trial in trials if trial['num_windows'] == best['num_windows']
+  ]
+  _, _, edge = items.describe_choice(rates, best['lr']).partition(', ')
+  if edge:
+    print(f'{best["line"]}: the best learning rate, {best["lr"]:g}, is {edge}.')
 
 
 def _trial_curves(entry: Entry, trials: list[dict[str, Any]]) -> list[Curve]:

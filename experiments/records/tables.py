@@ -7,7 +7,7 @@
 <!-- end table -->
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 from pathlib import Path
 import re
@@ -146,7 +146,7 @@ def series_table(item: Item, series: str, rows: Sequence[Row]) -> str:
   for stage in dict.fromkeys(row.stage for row in rows):
     chosen = [row for row in rows if row.stage == stage]
     if stage == 'final':
-      parts += final_tables(item.name, about['scale'], chosen)
+      parts += final_tables(item.name, about['scale'], chosen, rates_tried(rows))
     elif stage == 'tuning':
       parts += tuning_tables(chosen)
     else:
@@ -175,16 +175,47 @@ def by_score(rows: Sequence[Row]) -> dict[Score, list[Row]]:
   return found
 
 
-def final_tables(name: str, scale: str, rows: Sequence[Row]) -> list[str]:
+def rates_tried(rows: Sequence[Row]) -> dict[str, list[float]]:
+  """Return the learning rates of the tuning runs that have ended, by line.
+
+  Args:
+    rows: rows of a series.
+  """
+  found: dict[str, list[float]] = {}
+  for row in rows:
+    if row.stage == 'tuning' and row.status != 'unfinished':
+      found.setdefault(row.line, []).append(row.settings['lr'])
+  return found
+
+
+def describe_tuning(row: Row, tried: Mapping[str, list[float]]) -> str:
+  """Return whether a run's rate was tuned, and whether it is at an end of its grid.
+
+  Args:
+    row: a final run.
+    tried: the learning rates tried, by line.
+  """
+  if not row.tuned:
+    return 'no'
+  # A line that was tuned with several numbers of windows has a grid for each.
+  own_windows = f'{row.line}-K{row.settings.get("num_windows")}'
+  rates = tried.get(own_windows) or tried.get(row.line, [])
+  return items.describe_choice(rates, row.settings['lr'])
+
+
+def final_tables(
+  name: str, scale: str, rows: Sequence[Row], tried: Mapping[str, list[float]]
+) -> list[str]:
   """Return a table per score, with a line per configuration over its seeds.
 
   Args:
     name: name of the item.
     scale: scale of the series.
     rows: rows of the final runs.
+    tried: the learning rates tried, by line.
   """
   if name == 'tournament':
-    return contest_tables(rows)
+    return contest_tables(rows, tried)
   entries = {}
   # Series of other scales, and items that the paper does not have, have no numbers to
   # compare with.
@@ -197,7 +228,8 @@ def final_tables(name: str, scale: str, rows: Sequence[Row]) -> list[str]:
     for row in of_score:
       lines.setdefault((row.line, store.digest(row.settings)), []).append(row)
     described = [
-      final_line(score, found, entries.get(line)) for (line, _), found in lines.items()
+      final_line(score, found, entries.get(line), tried)
+      for (line, _), found in lines.items()
     ]
     tables.append(markdown(described))
   return [*tables, *unscored_tables(rows)]
@@ -240,11 +272,12 @@ def standings(rows: Sequence[Row]) -> dict[str, dict[str, contest.Standing]]:
   return found
 
 
-def contest_tables(rows: Sequence[Row]) -> list[str]:
+def contest_tables(rows: Sequence[Row], tried: Mapping[str, list[float]]) -> list[str]:
   """Return a table per task of the tournament, with each method's comparisons.
 
   Args:
     rows: rows of the final runs.
+    tried: the learning rates tried, by line.
   """
   tables = []
   for task, methods in contest.by_task(rows).items():
@@ -255,7 +288,7 @@ def contest_tables(rows: Sequence[Row]) -> list[str]:
     equal = contest.at_equal_seconds(methods, score)
     table = []
     for name, of_method in methods.items():
-      cells = contest_line(name, of_method, score)
+      cells = contest_line(name, of_method, score, tried)
       for rival, compared in zip(contest.RIVALS, found, strict=True):
         cells |= contest_cells(rival, *compared.get(name, (None, None)))
       early = equal.get(name)
@@ -266,20 +299,23 @@ def contest_tables(rows: Sequence[Row]) -> list[str]:
   return tables
 
 
-def contest_line(name: str, rows: Sequence[Row], score: Score) -> dict[str, str]:
+def contest_line(
+  name: str, rows: Sequence[Row], score: Score, tried: Mapping[str, list[float]]
+) -> dict[str, str]:
   """Return the cells of a method's own results.
 
   Args:
     name: the method.
     rows: its runs, one per seed.
     score: their score.
+    tried: the learning rates tried, by line.
   """
   values = [row.numbers.get(score.test) for row in rows]
   finite = [value for value in values if value is not None]
   return {
     'method': name,
     'rate': shown(rows[0].settings.get('lr')),
-    'tuned': 'yes' if rows[0].tuned else 'no',
+    'tuned': describe_tuning(rows[0], tried),
     'seeds': str(len(rows)),
     'test': mean_and_interval(finite, score.digits),
   }
@@ -315,7 +351,10 @@ def unscored_tables(rows: Sequence[Row]) -> list[str]:
 
 
 def final_line(
-  score: Score, rows: Sequence[Row], entry: items.Entry | None
+  score: Score,
+  rows: Sequence[Row],
+  entry: items.Entry | None,
+  tried: Mapping[str, list[float]],
 ) -> dict[str, str]:
   """Return a line of a table of results.
 
@@ -324,6 +363,7 @@ def final_line(
     rows: runs of one configuration, one per seed.
     entry: the line as `experiments.paper` declares it, with the paper's number; None if
       it is not declared.
+    tried: the learning rates tried, by line.
 
   Returns:
     The cells by column; an unknown number has an empty cell.
@@ -339,7 +379,7 @@ def final_line(
     'method': first.settings['method'],
     'K': shown(first.numbers.get('K')),
     'rate': shown(first.settings.get('lr')),
-    'tuned': 'yes' if first.tuned else 'no',
+    'tuned': describe_tuning(first, tried),
     'seeds': ', '.join(str(row.seed) for row in rows),
   }
   for measure, label in measures.items():
