@@ -1,11 +1,15 @@
 // Intel's tile instructions in plain C++, so that any processor with AVX-512 BF16 can test
-// the kernels that use them.
+// the kernels that use them. Wrong use ends the process. Unlike the processor, it does not
+// count denormal numbers as 0.
 
 #pragma once
 
 #include <immintrin.h>
 
+#include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #undef _tile_loadconfig
@@ -18,11 +22,18 @@ struct EmulatedTiles {
   uint8_t config[64] = {};
   uint32_t data[8][16][16] = {};
 
-  int bytes(int tile) const { return config[16 + 2 * tile]; }
+  int bytes(int tile) const {
+    if (config[0] != 1) std::abort();  // There is no configuration.
+    return config[16 + 2 * tile];
+  }
   int rows(int tile) const { return config[48 + tile]; }
 };
 
 inline thread_local EmulatedTiles emulated_tiles;
+
+inline std::atomic<long> emulated_product_count{0};
+
+extern "C" long emulated_products() { return emulated_product_count; }
 
 inline void load_emulated_config(const void* from) {
   // The instruction also sets all tiles to 0.
@@ -31,16 +42,17 @@ inline void load_emulated_config(const void* from) {
 }
 
 inline void load_emulated_tile(int tile, const void* from, size_t stride) {
+  std::memset(emulated_tiles.data[tile], 0, sizeof(emulated_tiles.data[tile]));
+  const size_t bytes = emulated_tiles.bytes(tile);
   for (int row = 0; row < emulated_tiles.rows(tile); row++) {
-    const char* const there = static_cast<const char*>(from) + row * stride;
-    std::memcpy(emulated_tiles.data[tile][row], there, emulated_tiles.bytes(tile));
+    std::memcpy(emulated_tiles.data[tile][row], static_cast<const char*>(from) + row * stride, bytes);
   }
 }
 
 inline void store_emulated_tile(int tile, void* to, size_t stride) {
+  const size_t bytes = emulated_tiles.bytes(tile);
   for (int row = 0; row < emulated_tiles.rows(tile); row++) {
-    char* const there = static_cast<char*>(to) + row * stride;
-    std::memcpy(there, emulated_tiles.data[tile][row], emulated_tiles.bytes(tile));
+    std::memcpy(static_cast<char*>(to) + row * stride, emulated_tiles.data[tile][row], bytes);
   }
 }
 
@@ -52,19 +64,22 @@ inline float half_of_pair(uint32_t pair, int half) {
 }
 
 inline void multiply_emulated_tiles(int sums, int a, int w) {
-  for (int row = 0; row < emulated_tiles.rows(sums); row++) {
-    for (int lane = 0; lane < emulated_tiles.bytes(sums) / 4; lane++) {
+  EmulatedTiles& tiles = emulated_tiles;
+  const int rows = tiles.rows(sums), lanes = tiles.bytes(sums) / 4, pairs = tiles.bytes(a) / 4;
+  if (tiles.rows(a) != rows || tiles.bytes(w) != 4 * lanes || tiles.rows(w) != pairs) std::abort();
+  emulated_product_count++;
+  for (int row = 0; row < rows; row++) {
+    for (int lane = 0; lane < lanes; lane++) {
       float halves[2] = {};
-      for (int k = 0; k < emulated_tiles.rows(w); k++) {
+      for (int k = 0; k < pairs; k++) {
         for (int half = 0; half < 2; half++) {
-          halves[half] += half_of_pair(emulated_tiles.data[a][row][k], half) *
-                          half_of_pair(emulated_tiles.data[w][k][lane], half);
+          halves[half] += half_of_pair(tiles.data[a][row][k], half) * half_of_pair(tiles.data[w][k][lane], half);
         }
       }
       float sum;
-      std::memcpy(&sum, &emulated_tiles.data[sums][row][lane], 4);
+      std::memcpy(&sum, &tiles.data[sums][row][lane], 4);
       sum += halves[0] + halves[1];
-      std::memcpy(&emulated_tiles.data[sums][row][lane], &sum, 4);
+      std::memcpy(&tiles.data[sums][row][lane], &sum, 4);
     }
   }
 }

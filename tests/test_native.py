@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 import functools
 import os
 from pathlib import Path
+import platform
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -31,6 +33,9 @@ LAYERS = {
 }
 
 TILES = Path(__file__).with_name('emulated_tiles.h')
+
+MACROS_OF_TILES = ('__AVX2__', '__AVX512BF16__', '__AMX_BF16__')
+"""Macros of a processor with tile registers."""
 
 TINY = 'extern "C" int answer() { return ANSWER; }'
 
@@ -205,40 +210,132 @@ def test_products_of_bfloat16(layer: str, shape: Any, masked: bool) -> None:
   assert distance(native[1], scan[1]) < 0.5 * distance(native[1], exact[1])
 
 
-@pytest.mark.usefixtures('rounding', 'fresh')
-@pytest.mark.parametrize(
-  ('layer', 'options'),
-  [
-    ('GRU', ['-DFPTT_TILES', '-include', str(TILES)]),
-    ('LSTM', []),
-  ],
-  ids=['tiles', 'vectors'],
-)
-def test_products_of_bfloat16_by(
-  layer: str, options: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def emulated(
+  rounding: None, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-  """Tiles, here in emulation, and vectors round as the fused scan does.
-
-  Rows, units and features all leave a rest beside whole tiles.
-  """
-  compile_command, name = cpu.compile_command, cpu.target
+  """Compile the kernels with the emulation of tile registers."""
+  compile_command, target = cpu.compile_command, cpu.target
 
   def command(cell: str, products: str) -> list[str]:
     *before, source = compile_command(cell, products)
-    return [*before, '-O1', *options, source]
+    return [*before, '-O1', '-DFPTT_TILES', '-include', str(TILES), source]
 
+  macros = ' '.join(MACROS_OF_TILES)
   monkeypatch.setattr(cpu, 'compile_command', command)
-  monkeypatch.setattr(cpu, '_request_tiles', lambda: False)
+  monkeypatch.setattr(cpu, '_read_macros', lambda command: macros)
   # A process keeps the kernels that it has registered.
-  monkeypatch.setattr(cpu, 'target', lambda *args: f'{name(*args)}_test')
-  shape = (7, 41, 33, 18)
-  exact = compute(layer, 'scan', shape, True)
-  native = compute(layer, 'native', shape, True, products='bfloat16')
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # The scan says that it is slow.
-    scan = compute(layer, 'custom_vjp', shape, True, products='bfloat16')
-  assert 1e-4 < distance(native[1], exact[1]) < 1e-2
-  assert distance(native[1], scan[1]) < 0.5 * distance(native[1], exact[1])
+  name = tmp_path.name
+  monkeypatch.setattr(cpu, 'target', lambda *args: f'{target(*args)}_{name}')
+  monkeypatch.setenv('FPTT_JAX_CACHE_DIR', str(tmp_path))
+
+
+@pytest.mark.usefixtures('emulated')
+@pytest.mark.parametrize(
+  ('layer', 'shapes'),
+  [
+    # Two chunks of a gradient, of which the second is smaller; one row of each kind.
+    ('LSTM', [(11, 41, 70, 18), (2, 5, 16, 1)]),
+    ('GRU', [(7, 41, 33, 18)]),
+    ('Elman', [(3, 17, 16, 1)]),
+  ],
+)
+def test_tiles(layer: str, shapes: list[Any]) -> None:
+  """Tiles round as the fused scan does, and what pads them reaches no result.
+
+  Rows, units and features leave a remainder beside whole tiles.
+  """
+  library = cpu._load(layer.lower(), 'bfloat16')
+  for shape in shapes:
+    # The kernels reuse the memory of this call, which is full of NaN then.
+    model = make_model(layer, 80, 96, implementation='native', products='bfloat16')
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, model.init(jax.random.key(0)))
+    jax.block_until_ready(gradients(model, 50)(params, draw(1, 12, 50, 80)))
+
+    before = library.emulated_products()
+    exact = compute(layer, 'scan', shape, True)
+    native = compute(layer, 'native', shape, True, products='bfloat16')
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # The scan says that it is slow.
+      scan = compute(layer, 'custom_vjp', shape, True, products='bfloat16')
+    assert 1e-4 < distance(native[1], exact[1]) < 1e-2
+    assert distance(native[1], scan[1]) < 0.5 * distance(native[1], exact[1])
+    assert library.emulated_products() > before
+
+
+@pytest.mark.usefixtures('emulated')
+def test_threads_do_not_change_a_bit_of_tiles() -> None:
+  """Neither where threads share units, with one tile of rows, nor where they share rows."""
+  for batch in (16, 70):
+    assert_threads_do_not_matter('bfloat16', 3, (9, batch, 100, 70))
+
+
+@pytest.mark.usefixtures('rounding')
+@pytest.mark.parametrize(
+  ('granted', 'products', 'tiles'),
+  [(True, 'bfloat16', True), (False, 'bfloat16', False), (True, 'float32', False)],
+)
+def test_tiles_are_used_where_the_system_grants_them(
+  granted: bool,
+  products: str,
+  tiles: bool,
+  monkeypatch: pytest.MonkeyPatch,
+  source: Path,
+) -> None:
+  """A warning says that products are slow without them."""
+  commands = []
+  compile_library = cpu._compile
+
+  def compile_and_note(command: list[str], library: Path) -> None:
+    commands.append(command)
+    compile_library(command, library)
+
+  macros = ' '.join(MACROS_OF_TILES)
+  monkeypatch.setattr(cpu, '_read_macros', lambda command: macros)
+  monkeypatch.setattr(cpu, '_request_tiles', lambda: granted)
+  monkeypatch.setattr(cpu, '_compile', compile_and_note)
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    cpu._load('tiny', products)
+  assert ['-DFPTT_TILES' in command for command in commands] == [tiles]
+  denied = products == 'bfloat16' and not granted
+  assert ['tile registers of AMX' in str(one.message) for one in caught] == (
+    [True] if denied else []
+  )
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='the system has no such call')
+def test_a_refused_request_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+  """The answer of the system counts, and a system without the call refuses."""
+  calls = []
+
+  class Library:
+    answer = 0
+
+    def syscall(self, *arguments: Any) -> int:
+      calls.append([argument.value for argument in arguments])
+      return self.answer
+
+  monkeypatch.setattr(cpu.ctypes, 'CDLL', lambda name: Library())
+  assert cpu._request_tiles()
+  assert calls == [[158, 0x1023, 18]]
+  Library.answer = -1
+  assert not cpu._request_tiles()
+  monkeypatch.setattr(cpu.ctypes, 'CDLL', lambda name: object())
+  assert not cpu._request_tiles()
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='tiles are of x86-64')
+@pytest.mark.parametrize('compiler', cpu.COMPILERS)
+def test_compilers_accept_tiles(compiler: str) -> None:
+  """On any x86-64 processor."""
+  if shutil.which(compiler) is None:
+    pytest.skip(f'there is no {compiler}')
+  command = cpu.compile_command('gru', 'bfloat16')
+  options = [option for option in command[1:] if option != '-march=native']
+  tiles = ['-march=sapphirerapids', '-DFPTT_TILES', '-fsyntax-only', '-Werror']
+  subprocess.run([compiler, *options, *tiles], check=True)
 
 
 @pytest.mark.usefixtures('rounding')
@@ -312,6 +409,10 @@ def test_threads_do_not_change_a_bit(
   """Threads that share rows, or units, give the bits of a single one."""
   if products == 'bfloat16':
     request.getfixturevalue('rounding')
+  assert_threads_do_not_matter(products, threads, shape)
+
+
+def assert_threads_do_not_matter(products: str, threads: int, shape: Any) -> None:
   library = cpu._load('lstm', products)
   found = []
   try:

@@ -135,11 +135,11 @@ def load(name: str, folder: Path = FOLDER) -> Item:
   path = folder / f'{name}.json'
   if not path.exists():
     return Item(name)
-  content = files.read_json(path)
+  content = files.read_json(path, ('series', 'sources', 'bases', 'settings', 'rows'))
   curves = _read_curves(curves_path(name, folder))
   settings = {
-    name: content['bases'][base] | differences
-    for name, (base, differences) in content['settings'].items()
+    key: content['bases'][base] | differences
+    for key, (base, differences) in content['settings'].items()
   }
   rows = []
   for described in content['rows']:
@@ -207,7 +207,8 @@ def _unpacked(path: Path) -> bytes:
 def _as_json(item: Item, rows: Iterable[Row]) -> str:
   """Return the text of an item's JSON file.
 
-  Each entry has one line, so a difference between versions shows the added entries.
+  Each entry has one line, so a difference between versions shows the added entries,
+  and besides the settings of a script whose most common value has changed.
 
   Args:
     item: the item.
@@ -248,36 +249,37 @@ def _as_differences(
   list of names, which is that of a script; tables show settings in its order.
 
   Args:
-    settings: settings by hash.
+    settings: settings of runs by hash.
 
   Returns:
-    The bases by hash; and (hash of its base, differences) of each settings, by hash.
+    The bases by hash; and (hash of the base, differences) by the hash of a run's
+    settings.
   """
   groups: dict[tuple[str, ...], list[str]] = {}
-  for name, values in settings.items():
-    groups.setdefault(tuple(values), []).append(name)
+  for member, values in settings.items():
+    groups.setdefault(tuple(values), []).append(member)
   bases: dict[str, Any] = {}
   described: dict[str, Any] = {}
   for names, members in groups.items():
     base = {
       name: _most_common(settings[member][name] for member in members) for name in names
     }
-    # The order counts here, which the digest does not see.
+    # The digest ignores the order of a dict's names, which counts here.
     key = digest(list(base.items()))
     bases[key] = base
     for member in members:
       differences = {
         name: value
         for name, value in settings[member].items()
-        if json.dumps(value, sort_keys=True) != json.dumps(base[name], sort_keys=True)
+        if json.dumps(value) != json.dumps(base[name])
       }
       described[member] = [key, differences]
   return bases, described
 
 
 def _most_common(values: Iterable[Any]) -> Any:
-  """Return the most frequent of some JSON values; of several, the first as a text."""
-  counts = collections.Counter(json.dumps(value, sort_keys=True) for value in values)
+  """Return the most frequent value; of equally frequent ones, the first as JSON."""
+  counts = collections.Counter(json.dumps(value) for value in values)
   return json.loads(min(counts, key=lambda text: (-counts[text], text)))
 
 

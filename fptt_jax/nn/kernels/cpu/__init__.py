@@ -23,6 +23,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 
 import jax
 
@@ -122,8 +123,15 @@ def _load(cell: str, products: str) -> ctypes.CDLL:
     raise RuntimeError('the processor has neither AVX2 nor the vectors of 64-bit Arm')
   if products == 'bfloat16' and '__AVX512BF16__' not in macros:
     raise RuntimeError('the processor has no products of bfloat16 (AVX-512 BF16)')
-  if products == 'bfloat16' and '__AMX_BF16__' in macros and _request_tiles():
-    command.insert(1, '-DFPTT_TILES')
+  if products == 'bfloat16' and '__AMX_BF16__' in macros:
+    if _request_tiles():
+      command.insert(1, '-DFPTT_TILES')
+    else:
+      warnings.warn(
+        "products='bfloat16' is slower than 'float32' here: the system does not grant "
+        'the tile registers of AMX to this process.',
+        stacklevel=2,
+      )
   folder = _private_folder()
   if folder is not None:
     library = folder / f'{cell}-{_digest(command, macros)}.so'
@@ -141,13 +149,17 @@ def _load(cell: str, products: str) -> ctypes.CDLL:
 def _request_tiles() -> bool:
   """Ask Linux for the tile registers of AMX, and return whether it grants them.
 
-  They are large, so the system saves them only for processes that have asked. Asking
-  again does no harm.
+  They are large, so the system saves them only for processes that have asked. The
+  request holds for the whole process, which may repeat it.
   """
   if sys.platform != 'linux':
     return False
-  # arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA), which the C library has no function for.
-  return int(ctypes.CDLL(None).syscall(158, 0x1023, 18)) == 0
+  arguments = (158, 0x1023, 18)  # arch_prctl, ARCH_REQ_XCOMP_PERM and XTILEDATA.
+  try:
+    # The C library has no function for this call.
+    return int(ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments))) == 0
+  except (OSError, AttributeError):
+    return False
 
 
 def _private_folder() -> Path | None:

@@ -14,6 +14,10 @@
 
 #include "window.h"
 
+#ifdef FPTT_TILES
+#error "The influence has no products by tile registers."
+#endif
+
 // Numbers of through_t that a thread keeps at once, 256 KiB. Longer windows are cut.
 constexpr int kThroughSize = 64 * 1024;
 

@@ -16,17 +16,20 @@ static_assert(kPart % kTileRows == 0);
 
 #ifdef FPTT_TILES
 template <int N>
-void multiply_tiles(
+FPTT_INLINE void multiply_tiles(
     Vector (&sums)[kTileRows][N], const Operand* a, size_t row_stride, size_t count, const Operand* panel);
 #endif
 
-// Adds the products of R rows of a with a panel [count, N kLanes] to R x N sums. The pairs
-// of kTileRows rows must be side by side, with a step of 1.
+// Adds the products of R rows of a with a panel [count, N kLanes] to R x N sums. With
+// FPTT_TILES and kTileRows rows, the operands of a row must be side by side: the step is 1.
 template <int R, int N>
 FPTT_INLINE void multiply(
     Vector (&sums)[R][N], const Operand* a, size_t row_stride, size_t step, size_t count, const Operand* panel) {
 #ifdef FPTT_TILES
-  if constexpr (R == kTileRows) return multiply_tiles(sums, a, row_stride, count, panel);
+  if constexpr (R == kTileRows) {
+    multiply_tiles(sums, a, row_stride, count, panel);
+    return;
+  }
 #endif
   for (size_t k = 0; k < count; k++, a += step, panel += N * kLanes) {
     Operands w[N];
@@ -74,8 +77,8 @@ FPTT_INLINE void call_tile(int rows, int begin, const Tile& tile) {
   }
 }
 
-// Calls tile(R, first row) for tiles that cover the rows: of kTileRows rows as long as there
-// are as many, then of nearly equal sizes.
+// Calls tile(R, first row) for tiles of nearly equal size that cover the rows. With FPTT_TILES
+// as many tiles as possible have kTileRows rows.
 template <int Most = kRows, typename Tile>
 FPTT_INLINE void for_tiles(int begin, int end, const Tile& tile) {
 #ifdef FPTT_TILES
@@ -160,7 +163,8 @@ void pack_transposed_panel(Units units, const float* weights, Units columns, int
 }
 
 // The gradient dz of the products of a chunk of rows, packed for the two kinds of products
-// that read it. Rows are padded to pairs, as the caller counts them.
+// that read it. Rows are padded to pairs, as the caller counts them. Those of a chunk are
+// padded to whole tile registers; `clear_columns` must set what the padding holds to 0.
 template <int G>
 struct PackedGradient {
   static constexpr int kWidth = G * kLanes;
@@ -194,6 +198,8 @@ struct PackedGradient {
   FPTT_INLINE void multiply_transposed(
       size_t first, const Operand* transposed, Units columns, int panel, int begin, int end, const Add& add) const {
     constexpr int kGroup = 8 * kRows, kBlocks = 8;
+    // Else it would depend on `begin`, and so on the threads, which rows fill a tile register.
+    static_assert(kGroup % kTileRows == 0);
     const int column = panel * kPanel * kLanes;
     const int left = columns.blocks() - panel * kPanel;
     call_panel<kPanel>(left < kPanel ? left : kPanel, [&](auto vectors) {
@@ -245,7 +251,7 @@ struct PackedGradient {
   }
 
   // Adds to (or with `set` sets) rows [begin, end) of a block of the gradient [rows, G, H] of
-  // weights: the sum over `count` pairs of columns that store_columns has arranged.
+  // weights: the sum over `count` operands of columns that store_columns has arranged.
   FPTT_INLINE void add_weight_gradient(
       const Operand* columns, size_t count, int begin, int end, int block, bool set, float* gradient) const {
 #ifdef FPTT_TILES
@@ -297,7 +303,6 @@ struct PackedGradient {
 // `count` pairs: [pair, kPart], or with tiles [tile of columns, tile of pairs, column, pair].
 FPTT_INLINE void store_columns(Operand* columns, size_t count, size_t pair, int column, Operands v) {
 #ifdef FPTT_TILES
-  static_assert(kLanes == kTileRows);
   Operand* const tile = columns + column * count + pair / kTilePairs * kTileRows * kTilePairs;
   const Integers lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Integers places = lanes * kTilePairs + static_cast<int>(pair % kTilePairs);

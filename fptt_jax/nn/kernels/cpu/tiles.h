@@ -1,8 +1,8 @@
 // Products of 16 rows by the tile registers of Intel's AMX, with FPTT_TILES.
 //
 // A tile register holds 16 rows of 64 bytes. Its product sums over 16 pairs of bfloat16 at
-// once, many times as fast as the vectors of such a processor, whose products of bfloat16
-// are slower than those of float32.
+// once. Vectors of such a processor multiply pairs of bfloat16 more slowly than float32: a
+// batch of pixel MNIST took 603 ms by them, 414 ms in float32 and 187 ms by tiles.
 
 #pragma once
 
@@ -10,25 +10,36 @@
 
 #ifdef FPTT_TILES
 
+#ifndef FPTT_BFLOAT16
+#error "FPTT_TILES needs FPTT_BFLOAT16."
+#endif
+static_assert(kLanes == 16 && kPair == 2);
+
 constexpr int kTileRows = 16;
 constexpr int kTilePairs = 16;              // Pairs that a product sums over.
-constexpr int kHalfPairs = kTilePairs / 2;  // Those of a product of half the length.
+constexpr int kHalfPairs = kTilePairs / 2;  // Those of a shorter product, for what is left.
 
 // The tile registers of a thread, in use as long as this object lives.
 class TileRegisters {
  public:
-  TileRegisters() {
-    // Numbers 0 to 3 are sums, 4 the rows, 5 the panel; 6 and 7 are rows and panel by halves.
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 4 * kHalfPairs, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, kHalfPairs};
-    } config;
-    _tile_loadconfig(&config);
-  }
+  TileRegisters() { _tile_loadconfig(&kConfig); }
   ~TileRegisters() { _tile_release(); }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];  // Of a row.
+    uint8_t rows[16];
+  };
+  static_assert(sizeof(Config) == 64);
+
+  // Registers 0 to 3 hold sums, 4 the rows and 5 the panel; 6 and 7 are rows and panel of a
+  // shorter product. It is constant data, since compilers may drop stores of a local variable
+  // that only the instruction reads.
+  static constexpr Config kConfig = {
+      1, 0, {}, {64, 64, 64, 64, 64, 64, 4 * kHalfPairs, 64}, {16, 16, 16, 16, 16, 16, 16, kHalfPairs}};
 };
 
 // 16 x N sums in tile registers. There is one such object at a time.
@@ -39,7 +50,7 @@ class TileSums {
 
  public:
   FPTT_INLINE explicit TileSums(const Vector (*from)[N]) {
-    write_memory();
+    order_memory();
     _tile_loadd(0, from[0], kBytes);
     if constexpr (N > 1) _tile_loadd(1, from[0] + 1, kBytes);
     if constexpr (N > 2) _tile_loadd(2, from[0] + 2, kBytes);
@@ -49,7 +60,7 @@ class TileSums {
   // Adds the products of 16 rows of a, whose `count` pairs are side by side, with a panel
   // [count, N kLanes]. The count is a multiple of kHalfPairs.
   FPTT_INLINE void add(const Operand* a, size_t row_stride, size_t count, const Operand* panel) const {
-    write_memory();
+    order_memory();
     size_t k = 0;
     for (; k + kTilePairs <= count; k += kTilePairs) {
       const Operand* const w = panel + k * N * kLanes;
@@ -93,20 +104,21 @@ class TileSums {
     if constexpr (N > 1) _tile_stored(1, to[0] + 1, kBytes);
     if constexpr (N > 2) _tile_stored(2, to[0] + 2, kBytes);
     if constexpr (N > 3) _tile_stored(3, to[0] + 3, kBytes);
-    write_memory();
+    order_memory();
   }
 
  private:
-  // Keeps the compiler from moving its own loads and stores past those of tiles, which it
-  // may not know to touch memory.
-  FPTT_INLINE static void write_memory() { asm volatile("" ::: "memory"); }
+  // Keeps the compiler from moving its loads and stores across the instructions of tiles:
+  // those of GCC do not say that they read memory.
+  FPTT_INLINE static void order_memory() { asm volatile("" ::: "memory"); }
 };
 
 #else
 
+// Rounding up to these changes nothing.
 constexpr int kTileRows = 1, kTilePairs = 1;
 
-// There are no tile registers.
+// Stands for tile registers where there are none.
 class TileRegisters {
  public:
   TileRegisters() {}

@@ -42,14 +42,15 @@ struct Window {
   size_t padded_size() const { return batch * units.padded(); }
   int gradient_steps() const { return std::min(steps, divide_up(kGradientRows, batch)); }
 
-  // Threads share rows where a core can keep all weights, and units otherwise: then a core
-  // reads a part of the weights, at the cost of a barrier per step.
-  bool shares_units() const {
-    return (inputs.count + units.count) * units.packed(gates) > kCachedOperands || batch < 2 * kRows;
+  // Threads share rows where a core can keep all weights and there are enough rows, and units
+  // otherwise: then a core reads a part of the weights, at the cost of a barrier per step.
+  bool shares_units(const Team& team) const {
+    if ((inputs.count + units.count) * units.packed(gates) > kCachedOperands || batch < 2 * kRows) return true;
+    return kTileRows > 1 && divide_up(batch, kTileRows) < std::min(team.size(), units.blocks());
   }
 
-  // Calls work(begin, end) for parts of the rows, about 12 each if threads share them. Only
-  // the last rows may be no whole tile, so that the parts do not change the results.
+  // Calls work(begin, end) for parts of the rows if threads share them, of about 12 rows or one
+  // tile register. Only the last rows may fill no register, so that parts do not change results.
   template <typename Work>
   void run_rows(Team& team, const Work& work) const {
     constexpr int kTogether = std::max(kPair, kTileRows);
@@ -111,7 +112,7 @@ struct Forward {
     const auto step = [&](int t, int begin, int end, int block) {
       for_tiles(begin, end, [&](auto rows, int row) { tile(rows, t, row, block); });
     };
-    if (window.shares_units()) {
+    if (window.shares_units(team)) {
       for (int t = 0; t < window.steps; t++) {
         team.run(blocks, [&](int block) { step(t, 0, window.batch, block); });
       }
@@ -230,7 +231,7 @@ struct Backward {
     const int blocks = window.units.blocks(), panels = window.units.panels();
     for (int end = window.steps; end > 0;) {
       const int begin = std::max(0, end - window.gradient_steps());
-      if (window.shares_units()) {
+      if (window.shares_units(team)) {
         for (int t = end - 1; t >= begin; t--) {
           team.run(blocks, [&](int block) { gates(cell, t, t - begin, 0, window.batch, block); });
           team.run(panels, [&](int panel) { state(t, t - begin, 0, window.batch, panel); });
