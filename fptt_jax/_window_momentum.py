@@ -1,8 +1,9 @@
-"""Optimizers with momentum from sequence to sequence, for each window by itself.
+"""Optimizers with momentum from batch to batch, for each window by itself.
 
-The K updates of a sequence share its rows, so that their gradients have noise in
-common, which momentum from window to window does not average out. Here window k has a
-first moment of its own, which moves once per sequence.
+The K updates of a batch share its examples, so that their gradients have noise in
+common, which momentum from window to window may not average out. Here window k has a
+first moment of its own, which moves once per batch. In our comparisons these optimizers
+were never significantly better than Adam and SGD, and worse on two tasks.
 """
 
 from typing import Any, NamedTuple

@@ -265,7 +265,7 @@ def test_tiles(layer: str, shapes: list[Any]) -> None:
 
 @pytest.mark.usefixtures('emulated')
 def test_threads_do_not_change_a_bit_of_tiles() -> None:
-  """Neither where threads share units, with one tile of rows, nor where they share rows."""
+  """Threads share units where the rows fill one tile, and rows where they fill more."""
   for batch in (16, 70):
     assert_threads_do_not_matter('bfloat16', 3, (9, batch, 100, 70))
 
