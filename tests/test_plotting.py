@@ -226,3 +226,29 @@ def test_a_report_prints_small_rates(
   printed = capsys.readouterr().out
   assert '3e-05' in printed
   assert '0.2500' in printed
+
+
+@pytest.mark.parametrize(
+  ('methods', 'rates', 'said'),
+  [
+    (('bptt', 'fptt'), ({}, {}), True),
+    (('bptt', 'fptt'), ({'lr': 0.1}, {'lr': 0.01}), False),
+    (('fptt', 'fptt'), ({}, {}), False),
+  ],
+)
+def test_a_report_does_not_rank_methods_at_one_rate(
+  tmp_path: Path,
+  capsys: pytest.CaptureFixture[str],
+  methods: tuple[str, ...],
+  rates: tuple[dict[str, float], ...],
+  said: bool,
+) -> None:
+  config = add_task.Config(method=tuple(set(methods)), lr=0.001, momentum=0.9)
+  workdir.open_workdir(str(tmp_path), 'add_task', config)
+  summaries = [
+    dict(run=f'run{i}', method=method, seed=i, test_mse=0.25, **rate)
+    for i, (method, rate) in enumerate(zip(methods, rates, strict=True))
+  ]
+  report.write_report(tmp_path, config, summaries, add_task.PLOT, 'test_mse', digits=4)
+  expected = 'All methods had the learning rate 0.001, so the scores do not rank them'
+  assert (expected in capsys.readouterr().out) == said

@@ -54,4 +54,11 @@ def write_report(
       print(f'{summary["run"]} diverged: {summary["lost"]}')
   if chosen is not None:
     print(f'best {choose.replace("_", " ")}: {chosen}')
+  methods = {summary['method'] for summary in summaries}
+  rates = {summary.get('lr', config.lr) for summary in summaries}
+  if len(methods) > 1 and len(rates) == 1 and (rate := rates.pop()) is not None:
+    print(
+      f'All methods had the learning rate {rate:g}, so the scores do not rank them; '
+      '--grid tries several rates.'
+    )
   print(f'metrics, summary.json and {plot.file} are in {folder}')
