@@ -328,7 +328,7 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
     dict(test_mse=0.5, K=3, seconds=1.0, seed=0),
     dict(test_mse=None, K=3, seconds=1.0, seed=1),
   ]
-  line = tables.table_row(entry, summaries, ['test_mse'], {'lr': 1.0})
+  line = tables.table_row(entry, summaries, ['test_mse'], None)
   assert (line['test_mse'], line['seeds'], line['diverged'], line['± test_mse']) == (
     0.5,
     2,

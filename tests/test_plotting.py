@@ -250,5 +250,5 @@ def test_a_report_does_not_rank_methods_at_one_rate(
     for i, (method, rate) in enumerate(zip(methods, rates, strict=True))
   ]
   report.write_report(tmp_path, config, summaries, add_task.PLOT, 'test_mse', digits=4)
-  expected = 'All methods had the learning rate 0.001, so the scores do not rank them'
+  expected = 'All methods had the learning rate 0.001, so these scores do not say'
   assert (expected in capsys.readouterr().out) == said

@@ -268,39 +268,79 @@ def test_settings_of_a_grid_tell_its_runs_apart(tmp_path: Path) -> None:
   assert 'lr' not in rows[0].numbers
 
 
-def test_tuned_lines_say_so(tmp_path: Path) -> None:
-  """`tuned` is true of final runs whose line was tuned; the best of what was tried is
-  bold; divergence is shown.
+@pytest.mark.parametrize(
+  ('chosen', 'expected'),
+  [(0.003, 'yes'), (0.001, 'yes, the lowest tried'), (0.1, 'yes, the highest tried')],
+)
+@pytest.mark.parametrize('folder', ['a', 'a-K3'])
+def test_tuned_lines_say_so(
+  tmp_path: Path, folder: str, chosen: float, expected: str
+) -> None:
+  """`tuned` is true of final runs whose line was tuned. The table says whether the rate
+  is the highest or lowest tried, a diverged one included and an unfinished one not; the
+  best of what was tried is bold.
   """
-  for lr, score in (('0.003', 20.5), ('0.001', 30.0), ('0.1', None)):
-    name = f'fptt-seed1000-lr{lr}'
+  rates: dict[float, float | None] = {0.003: 20.5, 0.001: 30.0, 0.1: None, 0.5: 40.0}
+  for lr, score in rates.items():
     lost = {} if score else {'lost': 'loss is nan'}
     write_run(
-      tmp_path / 'run/tune/a',
-      name,
-      [],
+      tmp_path / 'run/tune' / folder,
+      f'fptt-seed1000-lr{lr}',
+      [1.0] if lr == 0.5 else [],
+      done=lr != 0.5,
       config={'grid': ['lr=']},
-      lr=float(lr),
+      lr=lr,
       valid_ppl=score,
       **lost,
     )
   for line in ('a', 'b'):
-    write_run(tmp_path / 'run' / line, 'fptt-seed0', [], valid_ppl=21.0, test_ppl=19.0)
-  (tmp_path / 'run' / 'tuned.json').write_text(json.dumps({'a': {'lr': 0.003}}))
+    write_run(
+      tmp_path / 'run' / line,
+      'fptt-seed0',
+      [],
+      config={'lr': chosen, 'num_windows': 3},
+      valid_ppl=21.0,
+      test_ppl=19.0,
+    )
+  (tmp_path / 'run' / 'tuned.json').write_text(json.dumps({'a': {'lr': chosen}}))
   rows = collected(tmp_path / 'run', tmp_path, item='table4').rows
   assert [(row.line, row.tuned) for row in rows if row.stage == 'final'] == [
     ('a', True),
     ('b', False),
   ]
-  assert [row.status for row in rows if row.stage == 'tuning'] == [
-    'done',
-    'done',
-    'diverged',
-  ]
+  trials = [row.status for row in rows if row.stage == 'tuning']
+  assert sorted(trials) == ['diverged', 'done', 'done', 'unfinished']
   text = tables.table_of('table4', tmp_path)
-  assert '| a | 30.00 | **20.50** | diverged |' in text
-  assert '| a | fptt | 3 | 0.001 | yes, the lowest tried | 0 |' in text
-  assert '| b | fptt | 3 | 0.001 | no | 0 |' in text
+  assert f'| {folder} | 30.00 | **20.50** | diverged |' in text
+  assert f'| a | fptt | 3 | {chosen} | {expected} | 0 |' in text
+  assert f'| b | fptt | 3 | {chosen} | no | 0 |' in text
+
+
+def test_rates_may_be_those_of_another_series(tmp_path: Path) -> None:
+  """A line that was tuned elsewhere at the same scale has those rates; else none are
+  recorded.
+  """
+  settings = {'method': 'fptt', 'lr': 0.1}
+  tried = [
+    store.Row(
+      'first', 'tuning', 'a', f'run{lr}', 1000, False, 'done', {'lr': lr}, MACHINE, {}
+    )
+    for lr in (0.1, 0.01)
+  ]
+  finals = [
+    store.Row(
+      series, 'final', 'a', 'run', 0, True, 'done', settings, MACHINE, {'test_mse': 1.0}
+    )
+    for series in ('second', 'third')
+  ]
+  scales = {'first': 'cpu', 'second': 'cpu', 'third': 'full'}
+  series = {name: {'scale': scale, 'notes': ''} for name, scale in scales.items()}
+  store.save(store.Item('fig1', series, tried + finals), tmp_path)
+  second, third = (
+    tables.table_of(f'fig1/{name}', tmp_path) for name in ('second', 'third')
+  )
+  assert '| yes, the highest tried |' in second
+  assert '| yes, rates not recorded |' in third
 
 
 def test_methods_at_untuned_rates_are_named_and_not_compared(tmp_path: Path) -> None:
@@ -316,7 +356,7 @@ def test_methods_at_untuned_rates_are_named_and_not_compared(tmp_path: Path) -> 
   collected(tmp_path / 'run', tmp_path)
   text = tables.table_of('fig1', tmp_path)
   assert 'Not shown' not in text
-  assert '| bptt | bptt | 3 | 0.001 | yes |' in text
+  assert '| bptt | bptt | 3 | 0.001 | yes, rates not recorded |' in text
   assert '| tbptt | tbptt | 3 | 0.001 | no |' in text
 
 

@@ -58,7 +58,7 @@ def write_report(
   rates = {summary.get('lr', config.lr) for summary in summaries}
   if len(methods) > 1 and len(rates) == 1 and (rate := rates.pop()) is not None:
     print(
-      f'All methods had the learning rate {rate:g}, so the scores do not rank them; '
-      '--grid tries several rates.'
+      f'All methods had the learning rate {rate:g}, so these scores do not say which '
+      'method is better; --grid=lr=... tries several rates for each.'
     )
   print(f'metrics, summary.json and {plot.file} are in {folder}')

@@ -762,22 +762,32 @@ def next_rate(entry: Entry, rates: Collection[float], best: float) -> float | No
   return None
 
 
+def edge_of(rates: Collection[float], chosen: float) -> str:
+  """Return at which end of the rates that were tried a chosen one is.
+
+  Args:
+    rates: the rates tried.
+    chosen: the rate with the best score.
+
+  Returns:
+    'highest' or 'lowest', where a rate beyond may be better still; '' if it is inside.
+  """
+  if chosen >= max(rates):
+    return 'highest'
+  return 'lowest' if chosen <= min(rates) else ''
+
+
 def describe_choice(rates: Collection[float], chosen: float) -> str:
-  """Say for tables where a tuned rate lies among those that were tried.
+  """Say in a table's cell that a rate was tuned, and where in its grid it lies.
 
   Args:
     rates: the rates tried; none if they are not known.
     chosen: the rate with the best score.
-
-  Returns:
-    'yes' if it lies inside or nothing is known; else 'yes, the highest tried' or
-    'yes, the lowest tried', where another rate may be better still.
   """
-  if len(rates) > 1 and chosen >= max(rates):
-    return 'yes, the highest tried'
-  if len(rates) > 1 and chosen <= min(rates):
-    return 'yes, the lowest tried'
-  return 'yes'
+  if not rates:
+    return 'yes, rates not recorded'
+  edge = edge_of(rates, chosen)
+  return f'yes, the {edge} tried' if edge else 'yes'
 
 
 def grid(entry: Entry, rates: Collection[float], num_windows: int | None = None) -> Any:

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from experiments.core import files, plotting
 from experiments.core.plotting import Curve
-from experiments.paper import items, quoted
+from experiments.paper import items, quoted, tuning
 from experiments.paper.entries import read_tuned
 from experiments.paper.items import Entry
 from experiments.paper.settings import Config
@@ -77,10 +77,7 @@ def _describe_tuning(tuned: dict[str, Any] | None) -> str:
   """
   if tuned is None:
     return 'no'
-  windows = tuned.get('num_windows')
-  rates = [
-    trial['lr'] for trial in tuned.get('tried', ()) if trial['num_windows'] == windows
-  ]
+  rates = tuning.rates_of(tuned.get('tried', ()), tuned.get('num_windows'))
   return items.describe_choice(rates, tuned['lr'])
 
 

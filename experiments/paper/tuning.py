@@ -1,5 +1,6 @@
 """Search for the learning rate and number of windows of each line."""
 
+from collections.abc import Iterable
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
       continue
     best = best_trial(entry, finite)
     chosen = {'lr': best['lr'], entry.score.choose: best['score'], 'tried': trials}
-    _warn_of_edge(trials, best)
+    _remark_on_edge(trials, best)
     # Written after each line: tuning takes hours and may be stopped.
     tuned = read_tuned(folder) | {entry.label: chosen | windows_of(best)}
     files.write_json(folder / 'tuned.json', tuned)
@@ -66,19 +67,30 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
   )
 
 
-def _warn_of_edge(trials: list[dict[str, Any]], best: dict[str, Any]) -> None:
+def rates_of(trials: Iterable[dict[str, Any]], num_windows: int | None) -> list[float]:
+  """Return the learning rates that were tried with a number of windows.
+
+  Args:
+    trials: trials of a line, see :func:`try_rates`.
+    num_windows: K, as the trials name it.
+  """
+  return [trial['lr'] for trial in trials if trial['num_windows'] == num_windows]
+
+
+def _remark_on_edge(trials: list[dict[str, Any]], best: dict[str, Any]) -> None:
   """Print a remark if the best rate of a line is the highest or lowest tried.
 
   Args:
     trials: all trials of the line.
     best: the best of them.
   """
-  rates = [
-    trial['lr'] for trial in trials if trial['num_windows'] == best['num_windows']
-  ]
-  _, _, edge = items.describe_choice(rates, best['lr']).partition(', ')
+  edge = items.edge_of(rates_of(trials, best['num_windows']), best['lr'])
   if edge:
-    print(f'{best["line"]}: the best learning rate, {best["lr"]:g}, is {edge}.')
+    windows = '' if best['num_windows'] is None else f', K={best["num_windows"]}'
+    print(
+      f'{best["line"]}{windows}: the best learning rate, {best["lr"]:g}, is the {edge} '
+      'tried; a better one may lie beyond it.'
+    )
 
 
 def _trial_curves(entry: Entry, trials: list[dict[str, Any]]) -> list[Curve]:

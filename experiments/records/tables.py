@@ -146,7 +146,9 @@ def series_table(item: Item, series: str, rows: Sequence[Row]) -> str:
   for stage in dict.fromkeys(row.stage for row in rows):
     chosen = [row for row in rows if row.stage == stage]
     if stage == 'final':
-      parts += final_tables(item.name, about['scale'], chosen, rates_tried(rows))
+      parts += final_tables(
+        item.name, about['scale'], chosen, rates_tried(item, series)
+      )
     elif stage == 'tuning':
       parts += tuning_tables(chosen)
     else:
@@ -175,17 +177,26 @@ def by_score(rows: Sequence[Row]) -> dict[Score, list[Row]]:
   return found
 
 
-def rates_tried(rows: Sequence[Row]) -> dict[str, list[float]]:
+def rates_tried(item: Item, series: str) -> dict[str, list[float]]:
   """Return the learning rates of the tuning runs that have ended, by line.
 
+  They are those of the series; of lines that it did not tune itself, those of the
+  item's other series of the same scale.
+
   Args:
-    rows: rows of a series.
+    item: the item.
+    series: name of the series.
   """
-  found: dict[str, list[float]] = {}
-  for row in rows:
-    if row.stage == 'tuning' and row.status != 'unfinished':
-      found.setdefault(row.line, []).append(row.settings['lr'])
-  return found
+  own: dict[str, list[float]] = {}
+  others: dict[str, list[float]] = {}
+  for row in item.rows:
+    if row.stage != 'tuning' or row.status == 'unfinished':
+      continue
+    if row.series == series:
+      own.setdefault(row.line, []).append(row.settings['lr'])
+    elif item.series[row.series]['scale'] == item.series[series]['scale']:
+      others.setdefault(row.line, []).append(row.settings['lr'])
+  return others | own
 
 
 def describe_tuning(row: Row, tried: Mapping[str, list[float]]) -> str:
