@@ -3,7 +3,7 @@
 The K updates of a batch share its examples, so that their gradients have noise in
 common, which momentum from window to window may not average out. Here window k has a
 first moment of its own, which moves once per batch. In our comparisons these optimizers
-were never significantly better than Adam and SGD, and worse on two tasks.
+were never significantly better than Adam and SGD, and significantly worse on two tasks.
 """
 
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ def adam_by_window(
     learning_rate: η, a number, an array [] or a schedule over updates.
     num_windows: K, the number of windows of a sequence or more. Methods with one update
       per sequence have one.
-    b1: Decay of the first moments, per sequence.
+    b1: Decay of the first moments, per batch.
     b2: Decay of the second moment, per update.
     eps: ε.
 
@@ -111,7 +111,7 @@ def sgd_by_window(
   Args:
     learning_rate: η, a number, an array [] or a schedule over updates.
     num_windows: K, the number of windows of a sequence or more.
-    momentum: μ, decay of the momentum per sequence.
+    momentum: μ, decay of the momentum per batch.
     nesterov: Whether to look ahead as Nesterov's momentum does.
 
   Returns:

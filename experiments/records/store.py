@@ -48,8 +48,8 @@ class Row:
     line: name of the configuration in the table.
     run: name of the run within its line; empty in a study.
     seed: the run's seed; None in a study.
-    tuned: whether the learning rate was chosen among several by validation scores; None
-      in a study.
+    tuned: whether the learning rate was chosen among several by validation scores, or
+      by scores on draws of another seed; None in a study.
     status: one of `STATUSES`.
     settings: all settings of the run except its seed.
     source: command, commit, hardware and versions.

@@ -174,9 +174,9 @@ class LSTM(Recurrent):
       'cuda' runs all steps of a window in one CUDA kernel, for float32 and H of 32, 64
       or 128; the kernels have only run in emulation so far.
     products: 'bfloat16' rounds the operands of all products of a window, forward and
-      backward, for float32 parameters; sums, gates and state stay float32. Training is
-      about twice as fast on Intel CPUs with AMX, and 1.6 times as fast on AMD CPUs with
-      AVX-512 BF16. On other CPUs it is slower, and warns once. None follows
+      backward, for float32 parameters; sums, gates and state stay float32. Training
+      of 128 units is about twice as fast on Intel CPUs with AMX, and 1.5 times as fast
+      on AMD CPUs with AVX-512 BF16. On other CPUs it is slower, and warns once. None follows
       `jax.default_matmul_precision`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
