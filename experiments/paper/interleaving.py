@@ -1,12 +1,12 @@
-"""Test whether shared rows make momentum harmful in windows.
+"""Test whether shared examples make momentum harmful in windows.
 
 The adding problem is trained in windows in two orders. In the order 'sequential' all
 windows of a batch come one after the other, as in every trainer of the library. In the
 order 'interleaved' several batches advance side by side: the first window of each, then
 the second window of each, and so on. Both orders have the same windows and as many
 updates, and each window starts from the hidden state that the one before it left.
-Consecutive updates come from the same rows in the first order and from independent rows
-in the second. If shared rows are what makes momentum harmful, it is harmless there.
+Consecutive updates come from the same examples in the first order and from independent
+ones in the second. If shared examples make momentum harmful, it is harmless there.
 
 The orders differ in two more ways. In the second one a hidden state is as many updates
 old as batches advance side by side, not one, and consecutive updates have the same

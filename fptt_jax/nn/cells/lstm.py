@@ -176,8 +176,8 @@ class LSTM(Recurrent):
     products: 'bfloat16' rounds the operands of all products of a window, forward and
       backward, for float32 parameters; sums, gates and state stay float32. Training
       of 128 units is about twice as fast on Intel CPUs with AMX, and 1.5 times as fast
-      on AMD CPUs with AVX-512 BF16. On other CPUs it is slower, and warns once. None follows
-      `jax.default_matmul_precision`.
+      on AMD CPUs with AVX-512 BF16. On other CPUs it is slower, and warns once. None
+      follows `jax.default_matmul_precision`.
     param_dtype: dtype of parameters and state.
     rngs: source of the initial parameters.
 
