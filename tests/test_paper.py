@@ -346,10 +346,10 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
     (28, 0.01, 'yes, the highest tried'),
   ],
 )
-def test_tables_say_whether_a_tuned_rate_is_at_an_end_of_its_grid(
-  windows: int, lr: float, expected: str
+def test_a_tuned_rate_at_an_end_of_its_grid(
+  windows: int, lr: float, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  """Each number of windows has a grid of its own."""
+  """Each number of windows has a grid of its own. Tuning prints it, too."""
   tried = [
     {'lr': rate, 'num_windows': 10, 'score': 0.5} for rate in (0.1, 0.01, 0.001)
   ] + [{'lr': rate, 'num_windows': 28, 'score': None} for rate in (0.01, 0.001)]
@@ -357,6 +357,12 @@ def test_tables_say_whether_a_tuned_rate_is_at_an_end_of_its_grid(
   summaries = [dict(test_mse=0.5, K=windows, seconds=1.0, seed=0)]
   line = tables.table_row(items.fig1('smoke')[0], summaries, ['test_mse'], tuned)
   assert line['tuned'] == expected
+  best = {'line': 'a', 'lr': lr, 'num_windows': windows}
+  tuning._remark_on_edge(tried, best)
+  edge = expected.removeprefix('yes').removeprefix(', ')
+  said = f'a, K={windows}: the best learning rate, {lr:g}, is {edge}'
+  printed = capsys.readouterr().out
+  assert printed.startswith(said) if edge else printed == ''
 
 
 @pytest.mark.parametrize(
