@@ -42,6 +42,14 @@ class TileRegisters {
       1, 0, {}, {64, 64, 64, 64, 64, 64, 4 * kHalfPairs, 64}, {16, 16, 16, 16, 16, 16, 16, kHalfPairs}};
 };
 
+// Adds the product of the rows in a register with vector `index` of a panel to register
+// `index`. It is a macro because the instructions take register numbers as literals.
+#define FPTT_ADD_PRODUCT(index, rows, vectors)         \
+  if constexpr (N > index) {                           \
+    _tile_loadd(vectors, w + index * kLanes, kBytes);  \
+    _tile_dpbf16ps(index, rows, vectors);              \
+  }
+
 // 16 x N sums in tile registers. There is one such object at a time.
 template <int N>
 class TileSums {
@@ -65,38 +73,18 @@ class TileSums {
     for (; k + kTilePairs <= count; k += kTilePairs) {
       const Operand* const w = panel + k * N * kLanes;
       _tile_loadd(4, a + k, 4 * row_stride);
-      _tile_loadd(5, w, kBytes);
-      _tile_dpbf16ps(0, 4, 5);
-      if constexpr (N > 1) {
-        _tile_loadd(5, w + kLanes, kBytes);
-        _tile_dpbf16ps(1, 4, 5);
-      }
-      if constexpr (N > 2) {
-        _tile_loadd(5, w + 2 * kLanes, kBytes);
-        _tile_dpbf16ps(2, 4, 5);
-      }
-      if constexpr (N > 3) {
-        _tile_loadd(5, w + 3 * kLanes, kBytes);
-        _tile_dpbf16ps(3, 4, 5);
-      }
+      FPTT_ADD_PRODUCT(0, 4, 5)
+      FPTT_ADD_PRODUCT(1, 4, 5)
+      FPTT_ADD_PRODUCT(2, 4, 5)
+      FPTT_ADD_PRODUCT(3, 4, 5)
     }
     if (k == count) return;
     const Operand* const w = panel + k * N * kLanes;
     _tile_loadd(6, a + k, 4 * row_stride);
-    _tile_loadd(7, w, kBytes);
-    _tile_dpbf16ps(0, 6, 7);
-    if constexpr (N > 1) {
-      _tile_loadd(7, w + kLanes, kBytes);
-      _tile_dpbf16ps(1, 6, 7);
-    }
-    if constexpr (N > 2) {
-      _tile_loadd(7, w + 2 * kLanes, kBytes);
-      _tile_dpbf16ps(2, 6, 7);
-    }
-    if constexpr (N > 3) {
-      _tile_loadd(7, w + 3 * kLanes, kBytes);
-      _tile_dpbf16ps(3, 6, 7);
-    }
+    FPTT_ADD_PRODUCT(0, 6, 7)
+    FPTT_ADD_PRODUCT(1, 6, 7)
+    FPTT_ADD_PRODUCT(2, 6, 7)
+    FPTT_ADD_PRODUCT(3, 6, 7)
   }
 
   FPTT_INLINE void store(Vector (*to)[N]) const {
@@ -112,6 +100,8 @@ class TileSums {
   // those of GCC do not say that they read memory.
   FPTT_INLINE static void order_memory() { asm volatile("" ::: "memory"); }
 };
+
+#undef FPTT_ADD_PRODUCT
 
 #else
 
