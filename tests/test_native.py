@@ -418,7 +418,9 @@ def assert_threads_do_not_matter(products: str, threads: int, shape: Any) -> Non
   try:
     for limit in (1, threads):
       library.set_thread_limit(limit)
-      found.append(compute('LSTM', 'native', shape, True, products=products))
+      results = compute('LSTM', 'native', shape, True, products=products)
+      # The limit must not change before the threads are done.
+      found.append(jax.block_until_ready(results))
   finally:
     library.set_thread_limit(cpu.count_threads())
   jax.tree.map(np.testing.assert_array_equal, *found)
@@ -653,7 +655,9 @@ def test_threads_do_not_change_an_influence(batch: int) -> None:
   try:
     for limit in (1, 3):
       library.set_thread_limit(limit)
-      found.append(advance_and_credit(influence.snap1(), *window))
+      results = advance_and_credit(influence.snap1(), *window)
+      # The limit must not change before the threads are done.
+      found.append(jax.block_until_ready(results))
   finally:
     library.set_thread_limit(cpu.count_threads())
   jax.tree.map(np.testing.assert_array_equal, *found)

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "tiles.h"
@@ -20,7 +21,8 @@ FPTT_INLINE void multiply_tiles(
     Vector (&sums)[kTileRows][N], const Operand* a, size_t row_stride, size_t count, const Operand* panel);
 #endif
 
-// Adds the products of R rows of a with a panel [count, N kLanes] to R x N sums. With
+// Adds the products of R rows of a with a panel [count, N kLanes] to R x N sums, which must
+// stay in registers, so that all loops over them are unrolled. With
 // FPTT_TILES and kTileRows rows, the operands of a row must be side by side: the step is 1.
 template <int R, int N>
 FPTT_INLINE void multiply(
@@ -33,12 +35,12 @@ FPTT_INLINE void multiply(
 #endif
   for (size_t k = 0; k < count; k++, a += step, panel += N * kLanes) {
     Operands w[N];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < N; n++) w[n] = load_operands(panel + n * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const Operand scalar = a[r * row_stride];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int n = 0; n < N; n++) add_product(sums[r][n], scalar, w[n]);
     }
   }
@@ -66,6 +68,9 @@ FPTT_INLINE void multiply_tiles(
 }
 #endif
 
+// Most rows of a tile of N vectors. With fewer than 12 sums, additions would wait for each other.
+constexpr int tile_rows(int vectors) { return std::max(kRows, 12 / vectors); }
+
 template <int R, typename Tile>
 FPTT_INLINE void call_tile(int rows, int begin, const Tile& tile) {
   if constexpr (R > 0) {
@@ -79,7 +84,7 @@ FPTT_INLINE void call_tile(int rows, int begin, const Tile& tile) {
 
 // Calls tile(R, first row) for tiles of nearly equal size that cover the rows. With FPTT_TILES
 // as many tiles as possible have kTileRows rows.
-template <int Most = kRows, typename Tile>
+template <int Most, typename Tile>
 FPTT_INLINE void for_tiles(int begin, int end, const Tile& tile) {
 #ifdef FPTT_TILES
   for (; end - begin >= kTileRows; begin += kTileRows) tile(std::integral_constant<int, kTileRows>{}, begin);
@@ -211,7 +216,7 @@ struct PackedGradient {
         std::memset(sums, 0, sizeof(sums[0]) * (group_end - group));
         for (int some = 0; some < units.blocks(); some += kBlocks) {
           const int some_end = some + kBlocks < units.blocks() ? some + kBlocks : units.blocks();
-          for_tiles(group, group_end, [&](auto size, int row_index) {
+          for_tiles<tile_rows(N)>(group, group_end, [&](auto size, int row_index) {
             add_blocks<decltype(size)::value, N>(sums + (row_index - group), first + row_index, weights, some, some_end);
           });
         }
@@ -265,7 +270,7 @@ struct PackedGradient {
       store_gradient(sums, row, end, block, set, gradient);
     }
 #else
-    for_tiles(begin, end, [&](auto size, int row) {
+    for_tiles<tile_rows(G)>(begin, end, [&](auto size, int row) {
       constexpr int R = decltype(size)::value;
       Vector sums[R][G] = {};
       multiply(sums, columns + row - begin, 1, kPart, count, column(block));

@@ -8,8 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef FPTT_BFLOAT16
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define FPTT_INLINE inline __attribute__((always_inline))
@@ -133,7 +135,21 @@ constexpr int kPair = 1;
 typedef float Operand;
 typedef Vector Operands;
 
-FPTT_INLINE void add_product(Vector& sum, Operand a, Operands w) { sum += a * w; }
+// Adds a product with one rounding. GCC splits `sum += a * w` in some tiles, since it expects
+// that to be faster on AMD processors: the result would depend on the tile, and so on how
+// threads share the rows.
+FPTT_INLINE void add_product(Vector& sum, Operand a, Operands w) {
+#if defined(__AVX512F__)
+  sum = _mm512_fmadd_ps(_mm512_set1_ps(a), w, sum);
+#elif defined(__FMA__)
+  sum = _mm256_fmadd_ps(_mm256_set1_ps(a), w, sum);
+#elif defined(__aarch64__)
+  sum = vfmaq_n_f32(sum, w, a);
+#else
+  sum += a * w;
+#endif
+}
+
 FPTT_INLINE Operands join(const Vector (&v)[kPair]) { return v[0]; }
 FPTT_INLINE void store_row(Operand* to, Vector v) { store(to, v); }
 FPTT_INLINE Operands load_operands(const Operand* from) { return load(from); }

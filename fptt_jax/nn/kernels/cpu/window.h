@@ -110,7 +110,8 @@ struct Forward {
     });
     if (kPair > 1) round_operands(scratch);
     const auto step = [&](int t, int begin, int end, int block) {
-      for_tiles(begin, end, [&](auto rows, int row) { tile(rows, t, row, block); });
+      constexpr int kMost = tile_rows(std::max(GX, GH));
+      for_tiles<kMost>(begin, end, [&](auto rows, int row) { tile(rows, t, row, block); });
     };
     if (window.shares_units(team)) {
       for (int t = 0; t < window.steps; t++) {
