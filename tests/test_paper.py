@@ -206,6 +206,24 @@ def test_a_grid_whose_best_rate_is_at_an_end_is_extended() -> None:
   assert items.next_rate(entry, (3e-3, 1e-3, 3e-4), 1e-3) is None
 
 
+def test_a_grid_that_learns_nothing_is_extended_upwards(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The best of scores at chance is best by accident, so it does not end the search."""
+  scores = {1e-3: 0.1590, 3e-2: 0.002, 1e-1: 0.1591}
+
+  def run_entry(entry: items.Entry, config: Any, folder: Path) -> list[dict[str, Any]]:
+    rates = [chosen['lr'] for chosen, _ in config.variants()]
+    return [{'lr': rate, 'test_mse': scores.get(rate, 0.1596)} for rate in rates]
+
+  monkeypatch.setattr(tuning, 'run_entry', run_entry)
+  trials = tuning.try_rates(items.fig1('cpu')[0], None, tmp_path)
+  assert {trial['lr'] for trial in trials} == {3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1}
+  scores[3e-2] = 0.1592
+  trials = tuning.try_rates(items.fig1('cpu')[0], None, tmp_path)
+  assert max(trial['lr'] for trial in trials) == 3e-1
+
+
 def test_tuning_at_scale_short_tries_numbers_of_windows(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,16 @@ class Score(NamedTuple):
   axis: str = 'epoch'
   marks: tuple[tuple[str, float], ...] = ()
 
+  def is_chance(self, value: float) -> bool:
+    """Return whether a value is about that of a network that has learned nothing.
+
+    Args:
+      value: a value of the score. It is never chance if the score has no such mark.
+    """
+    chance = dict(self.marks).get('chance')
+    # Draws scatter around it by a few percent.
+    return chance is not None and value > 0.9 * chance
+
 
 ERROR = Score(
   'test_mse',

@@ -118,6 +118,8 @@ def try_rates(
 ) -> list[dict[str, Any]]:
   """Run learning rates of a line until the best of them is not at an end.
 
+  If none of them is better than chance, higher ones are tried.
+
   Args:
     entry: the line.
     num_windows: K; None keeps the line's own.
@@ -146,7 +148,11 @@ def try_rates(
     finite = [trial for trial in trials if trial['score'] is not None]
     if not finite or len(rates) >= MAX_RATES:
       return trials
-    rate = items.next_rate(entry, rates, best_trial(entry, finite)['lr'])
+    best = best_trial(entry, finite)
+    # Where no rate has learned anything, one of them is the best by accident, and
+    # higher ones may learn.
+    at_chance = entry.score.is_chance(best['score'])
+    rate = items.next_rate(entry, rates, max(rates) if at_chance else best['lr'])
     if rate is None:
       return trials
     rates.add(rate)
