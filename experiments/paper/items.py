@@ -72,7 +72,7 @@ class Score(NamedTuple):
   marks: tuple[tuple[str, float], ...] = ()
 
   def is_chance(self, value: float) -> bool:
-    """Return whether a value is about that of a network that has learned nothing.
+    """Return whether an error is not clearly below that without any learning.
 
     Args:
       value: a value of the score. It is never chance if the score has no such mark.

@@ -22,7 +22,8 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
   """Try learning rates and numbers of windows for each line, and choose the best.
 
   A grid whose best rate is its lowest or highest is extended on that side until the
-  best rate lies inside. The results are tuned.json, plots and printed tables.
+  best rate lies inside. It is extended upwards while no rate is better than chance. The
+  results are tuned.json, plots and printed tables.
 
   Args:
     config: settings of the command.
@@ -48,7 +49,10 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
       continue
     best = best_trial(entry, finite)
     chosen = {'lr': best['lr'], entry.score.choose: best['score'], 'tried': trials}
-    _remark_on_edge(trials, best)
+    if entry.score.is_chance(best['score']):
+      print(f'{entry.label}: no learning rate is better than chance.')
+    else:
+      _remark_on_edge(trials, best)
     # Written after each line: tuning takes hours and may be stopped.
     tuned = read_tuned(folder) | {entry.label: chosen | windows_of(best)}
     files.write_json(folder / 'tuned.json', tuned)

@@ -21,9 +21,9 @@ FPTT_INLINE void multiply_tiles(
     Vector (&sums)[kTileRows][N], const Operand* a, size_t row_stride, size_t count, const Operand* panel);
 #endif
 
-// Adds the products of R rows of a with a panel [count, N kLanes] to R x N sums, which must
-// stay in registers, so that all loops over them are unrolled. With
-// FPTT_TILES and kTileRows rows, the operands of a row must be side by side: the step is 1.
+// Adds the products of R rows of a with a panel [count, N kLanes] to R x N sums. All loops over
+// the sums are unrolled, or the compiler would keep them in memory. With FPTT_TILES and
+// kTileRows rows, the operands of a row must be side by side: the step is 1.
 template <int R, int N>
 FPTT_INLINE void multiply(
     Vector (&sums)[R][N], const Operand* a, size_t row_stride, size_t step, size_t count, const Operand* panel) {

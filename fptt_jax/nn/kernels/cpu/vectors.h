@@ -18,10 +18,10 @@
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kRows = 6;  // Rows of a tile: 6 x 4 sums, 4 weights and 1 operand fill 32 registers.
+constexpr int kRows = 6;  // Rows of a tile of 4 vectors: 6 x 4 sums, 4 weights and 1 operand fit 32 registers.
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
-constexpr int kRows = 3;  // There are 16 registers.
+constexpr int kRows = 3;  // 3 x 4 sums leave 4 of 16 registers.
 #elif defined(__aarch64__)
 constexpr int kLanes = 4;
 constexpr int kRows = 6;
@@ -135,7 +135,7 @@ constexpr int kPair = 1;
 typedef float Operand;
 typedef Vector Operands;
 
-// Adds a product with one rounding. GCC splits `sum += a * w` in some tiles, since it expects
+// Adds a product with one rounding where the processor can. GCC splits `sum += a * w` in some tiles, since it expects
 // that to be faster on AMD processors: the result would depend on the tile, and so on how
 // threads share the rows.
 FPTT_INLINE void add_product(Vector& sum, Operand a, Operands w) {
