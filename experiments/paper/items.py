@@ -72,7 +72,7 @@ class Score(NamedTuple):
   marks: tuple[tuple[str, float], ...] = ()
 
   def is_chance(self, value: float) -> bool:
-    """Return whether an error is not clearly below that without any learning.
+    """Return whether an error is about that without any learning, or higher.
 
     Args:
       value: a value of the score. It is never chance if the score has no such mark.

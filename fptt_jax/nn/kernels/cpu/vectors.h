@@ -135,9 +135,9 @@ constexpr int kPair = 1;
 typedef float Operand;
 typedef Vector Operands;
 
-// Adds a product with one rounding where the processor can. GCC splits `sum += a * w` in some tiles, since it expects
-// that to be faster on AMD processors: the result would depend on the tile, and so on how
-// threads share the rows.
+// Adds a product with one rounding where the processor can. GCC splits `sum += a * w` in some
+// tiles, since it expects that to be faster on AMD processors. A result would then depend on
+// its tile, and so on how threads share the rows.
 FPTT_INLINE void add_product(Vector& sum, Operand a, Operands w) {
 #if defined(__AVX512F__)
   sum = _mm512_fmadd_ps(_mm512_set1_ps(a), w, sum);
