@@ -369,7 +369,7 @@ def test_a_tuned_rate_at_an_end_of_its_grid(
 ) -> None:
   """Each number of windows has a grid of its own. Tuning prints it, too."""
   tried = [
-    {'lr': rate, 'num_windows': 10, 'score': 0.5} for rate in (0.1, 0.01, 0.001)
+    {'lr': rate, 'num_windows': 10, 'score': 0.05} for rate in (0.1, 0.01, 0.001)
   ] + [{'lr': rate, 'num_windows': 28, 'score': None} for rate in (0.01, 0.001)]
   tuned = {'lr': lr, 'num_windows': windows, 'tried': tried}
   summaries = [dict(test_mse=0.5, K=windows, seconds=1.0, seed=0)]

@@ -316,6 +316,37 @@ def test_tuned_lines_say_so(
   assert f'| b | fptt | 3 | {chosen} | no | 0 |' in text
 
 
+@pytest.mark.parametrize(
+  ('lowest', 'expected'),
+  [(0.16, 'yes, all at chance'), (0.02, 'yes, the lowest tried')],
+)
+def test_a_line_that_no_rate_teaches_says_so(
+  tmp_path: Path, lowest: float, expected: str
+) -> None:
+  """Where all trials are at chance, the best rate is best by accident; a run that
+  diverged has no score to tell.
+  """
+  scores = {0.3: None, 0.1: 0.165, 0.03: lowest}
+  chosen = 0.03
+  for lr, score in scores.items():
+    lost = {} if score else {'lost': 'loss is nan'}
+    write_run(
+      tmp_path / 'run/tune/a',
+      f'fptt-seed1000-lr{lr}',
+      [],
+      config={'grid': ['lr=']},
+      lr=lr,
+      test_mse=score,
+      **lost,
+    )
+  config = {'lr': chosen, 'num_windows': 3}
+  write_run(tmp_path / 'run/a', 'fptt-seed0', [], config=config, test_mse=0.16)
+  (tmp_path / 'run' / 'tuned.json').write_text(json.dumps({'a': {'lr': chosen}}))
+  collected(tmp_path / 'run', tmp_path)
+  text = tables.table_of('fig1', tmp_path)
+  assert f'| a | fptt | 3 | {chosen} | {expected} | 0 |' in text
+
+
 def test_rates_may_be_those_of_another_series(tmp_path: Path) -> None:
   """A line that was tuned elsewhere at the same scale has those rates; else none are
   recorded.

@@ -8,7 +8,7 @@ must not be presented as the paper's. 'smoke' is a test that runs in seconds on
 synthetic data.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -787,16 +787,23 @@ def edge_of(rates: Collection[float], chosen: float) -> str:
   return 'lowest' if chosen <= min(rates) else ''
 
 
-def describe_choice(rates: Collection[float], chosen: float) -> str:
+def describe_choice(
+  score: Score, trials: Mapping[float, float | None], chosen: float
+) -> str:
   """Say in a table's cell that a rate was tuned, and where in its grid it lies.
 
   Args:
-    rates: the rates tried; none if they are not known.
+    score: what the trials are scored by.
+    trials: the score of each rate that was tried, None if the run diverged; empty if
+      the rates are not known.
     chosen: the rate with the best score.
   """
-  if not rates:
+  if not trials:
     return 'yes, rates not recorded'
-  edge = edge_of(rates, chosen)
+  finite = [value for value in trials.values() if value is not None]
+  if finite and all(score.is_chance(value) for value in finite):
+    return 'yes, all at chance'
+  edge = edge_of(trials, chosen)
   return f'yes, the {edge} tried' if edge else 'yes'
 
 

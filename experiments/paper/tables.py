@@ -56,7 +56,7 @@ def table_row(
     'method': entry.config.method[0],
     'K': summaries[0]['K'],
     'lr': entry.config.lr,
-    'tuned': _describe_tuning(tuned),
+    'tuned': _describe_tuning(entry.score, tuned),
     # Runs of older versions lack the numbers of parameters.
     'parameters': summaries[0].get('parameters'),
     'recurrent': summaries[0].get('recurrent_parameters'),
@@ -69,16 +69,17 @@ def table_row(
   }
 
 
-def _describe_tuning(tuned: dict[str, Any] | None) -> str:
+def _describe_tuning(score: items.Score, tuned: dict[str, Any] | None) -> str:
   """Return whether a line's rate was tuned, and whether it is at an end of its grid.
 
   Args:
+    score: what the line is scored by.
     tuned: what --tune chose for the line, and the trials; None without tuning.
   """
   if tuned is None:
     return 'no'
-  rates = tuning.rates_of(tuned.get('tried', ()), tuned.get('num_windows'))
-  return items.describe_choice(rates, tuned['lr'])
+  trials = tuning.scores_of(tuned.get('tried', ()), tuned.get('num_windows'))
+  return items.describe_choice(score, trials, tuned['lr'])
 
 
 def write_tables(

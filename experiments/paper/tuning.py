@@ -71,14 +71,20 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
   )
 
 
-def rates_of(trials: Iterable[dict[str, Any]], num_windows: int | None) -> list[float]:
-  """Return the learning rates that were tried with a number of windows.
+def scores_of(
+  trials: Iterable[dict[str, Any]], num_windows: int | None
+) -> dict[float, float | None]:
+  """Return the scores of the learning rates that were tried with a number of windows.
 
   Args:
     trials: trials of a line, see :func:`try_rates`.
     num_windows: K, as the trials name it.
   """
-  return [trial['lr'] for trial in trials if trial['num_windows'] == num_windows]
+  return {
+    trial['lr']: trial['score']
+    for trial in trials
+    if trial['num_windows'] == num_windows
+  }
 
 
 def _remark_on_edge(trials: list[dict[str, Any]], best: dict[str, Any]) -> None:
@@ -88,7 +94,7 @@ def _remark_on_edge(trials: list[dict[str, Any]], best: dict[str, Any]) -> None:
     trials: all trials of the line.
     best: the best of them.
   """
-  edge = items.edge_of(rates_of(trials, best['num_windows']), best['lr'])
+  edge = items.edge_of(scores_of(trials, best['num_windows']), best['lr'])
   if edge:
     windows = '' if best['num_windows'] is None else f', K={best["num_windows"]}'
     print(

@@ -30,6 +30,10 @@ SCORES = [value for value in vars(items).values() if isinstance(value, Score)] +
 """Scores of all scripts, in the order in which a row is searched for them."""
 
 
+Trials = Mapping[str, Mapping[float, float | None]]
+"""Scores of tuning runs by line and learning rate; None for runs that diverged."""
+
+
 BLOCK = re.compile(r'<!-- table: ([^\n]+?) -->\n.*?<!-- end table -->', re.DOTALL)
 """A marker with the name of a table, all that follows, and the end marker."""
 
@@ -146,9 +150,7 @@ def series_table(item: Item, series: str, rows: Sequence[Row]) -> str:
   for stage in dict.fromkeys(row.stage for row in rows):
     chosen = [row for row in rows if row.stage == stage]
     if stage == 'final':
-      parts += final_tables(
-        item.name, about['scale'], chosen, rates_tried(item, series)
-      )
+      parts += final_tables(item.name, about['scale'], chosen, trials_of(item, series))
     elif stage == 'tuning':
       parts += tuning_tables(chosen)
     else:
@@ -177,8 +179,8 @@ def by_score(rows: Sequence[Row]) -> dict[Score, list[Row]]:
   return found
 
 
-def rates_tried(item: Item, series: str) -> dict[str, list[float]]:
-  """Return the learning rates of the tuning runs that have ended, by line.
+def trials_of(item: Item, series: str) -> Trials:
+  """Return the learning rates of the tuning runs that have ended and their scores.
 
   They are those of the series; of lines that it did not tune itself, those of the
   item's other series of the same scale.
@@ -187,35 +189,38 @@ def rates_tried(item: Item, series: str) -> dict[str, list[float]]:
     item: the item.
     series: name of the series.
   """
-  own: dict[str, list[float]] = {}
-  others: dict[str, list[float]] = {}
+  own: dict[str, dict[float, float | None]] = {}
+  others: dict[str, dict[float, float | None]] = {}
   for row in item.rows:
     if row.stage != 'tuning' or row.status == 'unfinished':
       continue
+    score = score_of(row)
+    value = score and row.numbers.get(score.choose)
     if row.series == series:
-      own.setdefault(row.line, []).append(row.settings['lr'])
+      own.setdefault(row.line, {})[row.settings['lr']] = value
     elif item.series[row.series]['scale'] == item.series[series]['scale']:
-      others.setdefault(row.line, []).append(row.settings['lr'])
+      others.setdefault(row.line, {})[row.settings['lr']] = value
   return others | own
 
 
-def describe_tuning(row: Row, tried: Mapping[str, list[float]]) -> str:
+def describe_tuning(row: Row, score: Score, tried: Trials) -> str:
   """Return whether a run's rate was tuned, and whether it is at an end of its grid.
 
   Args:
     row: a final run.
-    tried: the learning rates tried, by line.
+    score: its score.
+    tried: the learning rates tried and their scores, by line.
   """
   if not row.tuned:
     return 'no'
   # A line that was tuned with several numbers of windows has a grid for each.
   own_windows = f'{row.line}-K{row.settings.get("num_windows")}'
-  rates = tried.get(own_windows) or tried.get(row.line, [])
-  return items.describe_choice(rates, row.settings['lr'])
+  trials = tried.get(own_windows) or tried.get(row.line, {})
+  return items.describe_choice(score, trials, row.settings['lr'])
 
 
 def final_tables(
-  name: str, scale: str, rows: Sequence[Row], tried: Mapping[str, list[float]]
+  name: str, scale: str, rows: Sequence[Row], tried: Trials
 ) -> list[str]:
   """Return a table per score, with a line per configuration over its seeds.
 
@@ -223,7 +228,7 @@ def final_tables(
     name: name of the item.
     scale: scale of the series.
     rows: rows of the final runs.
-    tried: the learning rates tried, by line.
+    tried: the learning rates tried and their scores, by line.
   """
   if name == 'tournament':
     return contest_tables(rows, tried)
@@ -283,12 +288,12 @@ def standings(rows: Sequence[Row]) -> dict[str, dict[str, contest.Standing]]:
   return found
 
 
-def contest_tables(rows: Sequence[Row], tried: Mapping[str, list[float]]) -> list[str]:
+def contest_tables(rows: Sequence[Row], tried: Trials) -> list[str]:
   """Return a table per task of the tournament, with each method's comparisons.
 
   Args:
     rows: rows of the final runs.
-    tried: the learning rates tried, by line.
+    tried: the learning rates tried and their scores, by line.
   """
   tables = []
   for task, methods in contest.by_task(rows).items():
@@ -311,7 +316,7 @@ def contest_tables(rows: Sequence[Row], tried: Mapping[str, list[float]]) -> lis
 
 
 def contest_line(
-  name: str, rows: Sequence[Row], score: Score, tried: Mapping[str, list[float]]
+  name: str, rows: Sequence[Row], score: Score, tried: Trials
 ) -> dict[str, str]:
   """Return the cells of a method's own results.
 
@@ -319,14 +324,14 @@ def contest_line(
     name: the method.
     rows: its runs, one per seed.
     score: their score.
-    tried: the learning rates tried, by line.
+    tried: the learning rates tried and their scores, by line.
   """
   values = [row.numbers.get(score.test) for row in rows]
   finite = [value for value in values if value is not None]
   return {
     'method': name,
     'rate': shown(rows[0].settings.get('lr')),
-    'tuned': describe_tuning(rows[0], tried),
+    'tuned': describe_tuning(rows[0], score, tried),
     'seeds': str(len(rows)),
     'test': mean_and_interval(finite, score.digits),
   }
@@ -365,7 +370,7 @@ def final_line(
   score: Score,
   rows: Sequence[Row],
   entry: items.Entry | None,
-  tried: Mapping[str, list[float]],
+  tried: Trials,
 ) -> dict[str, str]:
   """Return a line of a table of results.
 
@@ -374,7 +379,7 @@ def final_line(
     rows: runs of one configuration, one per seed.
     entry: the line as `experiments.paper` declares it, with the paper's number; None if
       it is not declared.
-    tried: the learning rates tried, by line.
+    tried: the learning rates tried and their scores, by line.
 
   Returns:
     The cells by column; an unknown number has an empty cell.
@@ -390,7 +395,7 @@ def final_line(
     'method': first.settings['method'],
     'K': shown(first.numbers.get('K')),
     'rate': shown(first.settings.get('lr')),
-    'tuned': describe_tuning(first, tried),
+    'tuned': describe_tuning(first, score, tried),
     'seeds': ', '.join(str(row.seed) for row in rows),
   }
   for measure, label in measures.items():
