@@ -38,7 +38,8 @@ Two parts were added after the first tasks had been run, before their own first 
   and its windows have no numbers, so that neither it nor `by_window` takes part, and
   `tbptt` is the only rival there.
 
-Scale 'cpu' is for two cores and 'short' is one size above. 'full' equals 'short'.
+Scale 'cpu' is for two cores and 'short' is one size above, without the streams, which
+have one size. 'full' equals 'short'.
 """
 
 from collections.abc import Iterator
