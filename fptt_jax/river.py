@@ -50,10 +50,10 @@ class _Functions(NamedTuple):
 
   Attributes:
     learner: Its learner.
-    take: (state, x [n, 1, D], y, labelled) -> the state after steps with their labels.
+    take: (state, x [n, 1, D], y, labeled) -> the state after steps with their labels.
     forecast: (state, x [n, 1, D]) -> the predictions [n, 1, O] of the next steps, which
       are not taken.
-    take_and_forecast: (state, x, y, labelled, next_x) -> (state, predictions): both in
+    take_and_forecast: (state, x, y, labeled, next_x) -> (state, predictions): both in
       one call, which takes little more time than either.
   """
 
@@ -114,7 +114,7 @@ class _StreamEstimator:
     self._names = None if self.features is None else tuple(self.features)
     self._state: StreamState | dict[str, np.ndarray] | None = None
     self._waiting: collections.deque[_Step] = collections.deque()
-    self._unlabelled: collections.deque[bytes] = collections.deque(maxlen=REMEMBERED)
+    self._unlabeled: collections.deque[bytes] = collections.deque(maxlen=REMEMBERED)
 
   def _num_classes(self) -> int | None:
     """Return C of a classifier, or None."""
@@ -189,7 +189,7 @@ class _StreamEstimator:
       # The label of the oldest step is not waited for any longer.
       oldest = self._waiting[0]
       oldest.answered = True
-      self._unlabelled.append(oldest.x.tobytes())
+      self._unlabeled.append(oldest.x.tobytes())
     step = _Step(vector, np.asarray(self._run(vector[None, None]))[0, 0])
     self._waiting.append(step)
     return step.outputs
@@ -227,14 +227,14 @@ class _StreamEstimator:
     y = self._target(label)
     waiting = [step for step in self._waiting if not step.answered]
     same = [step for step in waiting if _same(step.x, vector)]
-    if not same and vector.tobytes() in self._unlabelled:
-      self._unlabelled.remove(vector.tobytes())
+    if not same and vector.tobytes() in self._unlabeled:
+      self._unlabeled.remove(vector.tobytes())
       self.late += y is not None
       return
-    if not same and self._unlabelled:
+    if not same and self._unlabeled:
       raise ValueError(
         f'x must be of a step that waits for its label, got {x!r}, and '
-        f'{len(self._unlabelled)} steps were no longer waited for after '
+        f'{len(self._unlabeled)} steps were no longer waited for after '
         f'delay={self.delay} steps, so that it is uncertain whose label this is. Make '
         'the estimator with a larger delay, or call learn_one(x, None) for steps '
         'without a label.'
@@ -271,7 +271,7 @@ class _StreamEstimator:
     same = len(X) == len(labels)
     require(same, 'y', f'a label for each of the {len(X)} rows of X', len(labels))
     self._hand_in()
-    if self._waiting or self._unlabelled:
+    if self._waiting or self._unlabeled:
       for row, label in zip(X.to_dict(orient='records'), labels, strict=True):
         self._learn(row, label)
       return
@@ -291,10 +291,10 @@ class _StreamEstimator:
   def _labels(self, y: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
     """Return labels as the loss takes them, and which of them exist, bool [n, 1]."""
     numbers = [0 if label is None else label for label in y]
-    labelled = np.array([[label is not None] for label in y])
+    labeled = np.array([[label is not None] for label in y])
     if self._num_classes() is None:
-      return np.array(numbers, np.float32)[:, None, None], labelled
-    return np.array(numbers, np.int32)[:, None], labelled
+      return np.array(numbers, np.float32)[:, None, None], labeled
+    return np.array(numbers, np.int32)[:, None], labeled
 
 
 class Regressor(_StreamEstimator, base.MiniBatchRegressor):
@@ -533,8 +533,8 @@ def _make_functions(
     delay=delay,
   )
 
-  def take(state: StreamState, x: Any, y: Any, labelled: Any) -> StreamState:
-    new_state, _, _ = learner.step(state, x, y, labelled)
+  def take(state: StreamState, x: Any, y: Any, labeled: Any) -> StreamState:
+    new_state, _, _ = learner.step(state, x, y, labeled)
     return new_state
 
   def forecast(state: StreamState, x: Any) -> jax.Array:
@@ -542,9 +542,9 @@ def _make_functions(
     return outputs
 
   def take_and_forecast(
-    state: StreamState, x: Any, y: Any, labelled: Any, next_x: Any
+    state: StreamState, x: Any, y: Any, labeled: Any, next_x: Any
   ) -> tuple[StreamState, jax.Array]:
-    new_state = take(state, x, y, labelled)
+    new_state = take(state, x, y, labeled)
     return new_state, forecast(new_state, next_x)
 
   return _Functions(

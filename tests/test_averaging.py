@@ -29,7 +29,7 @@ def gradients(step: int) -> dict[str, jax.Array]:
   return jax.tree.map(lambda p: p * 0.1 + 0.01 * step, PARAMS)
 
 
-OPTIMISERS = {
+OPTIMIZERS = {
   'sgd': averaged(optax.sgd(0.5)),
   'around fptt': averaged(
     optax.chain(
@@ -53,13 +53,13 @@ BARE = {
 }
 
 
-@pytest.mark.parametrize('name', list(OPTIMISERS))
+@pytest.mark.parametrize('name', list(OPTIMIZERS))
 def test_mean_of_the_weights_after_each_update(name: str) -> None:
   """Three updates, then the switch, then four: the weights are those without averaging
   throughout; before the first averaged update the current weights are returned, after
   it the mean of the iterates since the switch; switching on again changes nothing.
   """
-  optimizer, bare = OPTIMISERS[name], optax.with_extra_args_support(BARE[name])
+  optimizer, bare = OPTIMIZERS[name], optax.with_extra_args_support(BARE[name])
   update = quick(lambda g, s, p: optimizer.update(g, s, p))
   params, state = PARAMS, optimizer.init(PARAMS)
   bare_params, bare_state = PARAMS, bare.init(PARAMS)

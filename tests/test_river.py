@@ -166,8 +166,8 @@ def test_labels_that_come_too_late_are_counted() -> None:
   estimator.learn_one(*steps[2])
   learner, state = reference()
   x, y = arrays(steps[:4])
-  labelled = np.array([False, False, True, True])[:, None]
-  state, _, _ = learner.step(state, x, y, labelled)
+  labeled = np.array([False, False, True, True])[:, None]
+  state, _, _ = learner.step(state, x, y, labeled)
   np.testing.assert_allclose(
     estimator._state.train.params['v'], state.train.params['v'], rtol=1e-5
   )

@@ -190,7 +190,7 @@ def test_late_labels_train_the_same_weights() -> None:
 
 
 def test_labels_that_come_too_late_are_dropped_and_counted() -> None:
-  """The step counts as unlabelled, and later labels still find their steps."""
+  """The step counts as unlabeled, and later labels still find their steps."""
   x, y = draw(5)
   learner = make(delay=1)
   # Steps 0 and 1 are older than one step when step 3 has come.
@@ -202,8 +202,8 @@ def test_labels_that_come_too_late_are_dropped_and_counted() -> None:
   assert (metrics.late, metrics.unmatched, metrics.windows) == (0, 1, 1)
 
   prompt = make()
-  labelled = np.array([False, False, True, True])[:, None]
-  expected, _, _ = prompt.step(begin(prompt, x), x[:4], y[:4], labelled)
+  labeled = np.array([False, False, True, True])[:, None]
+  expected, _, _ = prompt.step(begin(prompt, x), x[:4], y[:4], labeled)
   assert_same_training(state, expected, fields=('train', 'live'))
 
 
@@ -230,26 +230,26 @@ def test_a_window_without_labels_moves_the_hidden_state_alone() -> None:
 
 @pytest.mark.parametrize('missing', ['mask', 'nan'])
 def test_a_missing_label_leaves_the_mean(missing: str) -> None:
-  """The update is one of the mean over the labelled steps of the window."""
+  """The update is one of the mean over the labeled steps of the window."""
   x, y = draw(3, batch_size=2)
-  labelled = np.ones((3, 2), bool)
-  labelled[1, 0] = labelled[2] = False
+  labeled = np.ones((3, 2), bool)
+  labeled[1, 0] = labeled[2] = False
   learner = make(optax.sgd(0.5), window_size=3)
   start = begin(learner, x)
   if missing == 'mask':
-    state, _, metrics = learner.step(start, x, y, labelled)
+    state, _, metrics = learner.step(start, x, y, labeled)
   else:
-    holes = np.where(labelled[..., None], y, np.nan)
+    holes = np.where(labeled[..., None], y, np.nan)
     state, _, metrics = learner.step(start, x, holes)
 
   def objective(params: Any) -> jax.Array:
     _, outputs = ELMAN.apply(params, jnp.zeros((2, 4)), x, None, None)
-    return jnp.mean((outputs - y)[np.nonzero(labelled)] ** 2)
+    return jnp.mean((outputs - y)[np.nonzero(labeled)] ** 2)
 
   params = start.train.params
   expected = jax.tree.map(lambda w, g: w - 0.5 * g, params, jax.grad(objective)(params))
   chex.assert_trees_all_close(state.train.params, expected, rtol=1e-5, atol=1e-6)
-  assert metrics.totals['count'] == labelled.sum()
+  assert metrics.totals['count'] == labeled.sum()
 
 
 @pytest.mark.parametrize('missing', ['mask', 'nan'])
@@ -363,8 +363,8 @@ def test_faded_metrics_are_those_of_the_predictions() -> None:
   """Sums and counts fade by the factors, once in each window with a label."""
   x, y = draw(6)
   learner = make(window_size=2, fading=(0.5, 1.0))
-  labelled = np.array([True, True, False, False, True, False])[:, None]
-  state, outputs, metrics = learner.step(begin(learner, x), x, y, labelled)
+  labeled = np.array([True, True, False, False, True, False])[:, None]
+  state, outputs, metrics = learner.step(begin(learner, x), x, y, labeled)
   errors = np.square(outputs - y)[:, 0, 0]
   fast = (0.5 * (errors[0] + errors[1]) + errors[4]) / (0.5 * 2 + 1)
   np.testing.assert_allclose(metrics.fast['loss'], fast, rtol=1e-5)
@@ -495,8 +495,8 @@ def test_other_losses(loss: losses.Loss, labels: Any) -> None:
   """The metrics are those of the predictions, by the loss's own evaluation."""
   x, y = draw(4)[0], np.asarray(labels, None)
   learner = make(model=helpers.elman(out=3), loss=loss, window_size=2)
-  labelled = np.array([True, False, True, True])[:, None]
-  state, outputs, metrics = learner.step(begin(learner, x), x, y, labelled)
+  labeled = np.array([True, False, True, True])[:, None]
+  state, outputs, metrics = learner.step(begin(learner, x), x, y, labeled)
   if loss.per_step is not None:
     expected = loss.per_step(outputs, y.astype(np.int32))['loss'][:, 0]
     assert metrics.totals['accuracy'] == sum(
@@ -589,7 +589,7 @@ BAD_CALLS: dict[str, tuple[Callable[..., Any], str]] = {
   ),
   'mask': (
     lambda learner, state: learner.step(state, X, Y, np.ones(3, np.float32)),
-    r'labelled must be bool \[n, B\] = \[3, 1\], got float32\[3\]',
+    r'labeled must be bool \[n, B\] = \[3, 1\], got float32\[3\]',
   ),
   'list': (
     lambda learner, state: learner.step(state, X.tolist(), Y),

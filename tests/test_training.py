@@ -1171,7 +1171,7 @@ def test_memory_is_bounded_by_the_window():
   assert long < bptt_long / 16
 
 
-def test_initialisation_from_shapes_and_over_seeds():
+def test_initialization_from_shapes_and_over_seeds():
   """Abstract batches give the concrete ones' state; eval_shape gives its shapes; under
   vmap over keys each seed gets its own parameters, those of a call of its own, and a
   step vmapped over such states is the steps one by one.

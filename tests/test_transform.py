@@ -1069,7 +1069,7 @@ def test_bfloat16_parameters_keep_a_float32_state():
   """An update that bfloat16 rounds away moves neither W nor λ."""
   tx = fptt(optax.sgd(1.0), alpha=1.0)
   params = jnp.array([1.0, 1.0], jnp.bfloat16)
-  # Neighbours of 1 in bfloat16 are 1 - 1/256 and 1 + 1/128: 1 - 0.001 rounds to 1, and
+  # Neighbors of 1 in bfloat16 are 1 - 1/256 and 1 + 1/128: 1 - 0.001 rounds to 1, and
   # 1 - 0.005 to 1 - 1/256.
   params, state = one_update(
     tx, params, tx.init(params), jnp.array([0.001, 0.005], jnp.bfloat16)

@@ -709,7 +709,7 @@ def tournament_of(scale: str) -> list[Entry]:
   """
   entries = []
   for arena in tournament.ARENAS:
-    # A stream has one size. Its numbers come with a package that tests need not install.
+    # A stream has one size, and its numbers come with a package that tests lack.
     if arena.script == 'stream' and scale != 'cpu':
       continue
     script = TOURNAMENT_SCRIPTS[arena.script]

@@ -170,7 +170,7 @@ def run_learner(system: System, problem: Problem, seeds: int) -> list[Forecast]:
   """Return a network's forecasts with the best learning rate, for all seeds."""
   classes = problem.classes
   x = problem.inputs[:, None]
-  labelled = np.isfinite(problem.targets)[:, None]
+  labeled = np.isfinite(problem.targets)[:, None]
   y = problem.targets[:, None, None]
   if classes:
     y = np.nan_to_num(problem.targets).astype(np.int32)[:, None]
@@ -186,7 +186,7 @@ def run_learner(system: System, problem: Problem, seeds: int) -> list[Forecast]:
     opt_state = optax.tree.set(state.train.opt_state, learning_rate=rate)
     state = state._replace(train=state.train._replace(opt_state=opt_state))
     state, outputs, _ = learner.step(
-      state, x[:whole], y[:whole], labelled[:whole], reset=resets
+      state, x[:whole], y[:whole], labeled[:whole], reset=resets
     )
     parts = [np.asarray(outputs)[:, 0]]
     if whole < len(x):

@@ -28,11 +28,11 @@ class Label(NamedTuple):
 
   Attributes:
     targets: [B, ...].
-    labelled: bool [B], whether there is one.
+    labeled: bool [B], whether there is one.
   """
 
   targets: Any
-  labelled: jax.Array
+  labeled: jax.Array
 
 
 class PendingWindow(NamedTuple):
@@ -42,7 +42,7 @@ class PendingWindow(NamedTuple):
     inputs: [S, B, ...].
     outputs: [S, B, ...], or None where nothing was predicted before.
     targets: [S, B, ...].
-    labelled: bool [S, B], False past the window's end.
+    labeled: bool [S, B], False past the window's end.
     valid: bool [S, B], False past the window's end.
     reset: bool [B], rows that start anew before the window.
     length: int32 [], number of steps, 1..S. It is below S where a row starts anew
@@ -52,7 +52,7 @@ class PendingWindow(NamedTuple):
   inputs: Any
   outputs: jax.Array | None
   targets: Any
-  labelled: jax.Array
+  labeled: jax.Array
   valid: jax.Array
   reset: jax.Array
   length: jax.Array
@@ -76,7 +76,7 @@ def empty(inputs: Any, outputs: Any, targets: Any, size: int) -> PendingSteps:
     inputs=jax.tree.map(zeros, inputs),
     outputs=zeros(outputs),
     targets=jax.tree.map(zeros, targets),
-    labelled=jnp.zeros(rows, bool),
+    labeled=jnp.zeros(rows, bool),
     valid=jnp.zeros(rows, bool),
     reset=jnp.zeros(rows, bool),
     first=jnp.zeros([], jnp.int32),
@@ -96,7 +96,7 @@ def append(pending: PendingSteps, step: NewStep, outputs: jax.Array) -> PendingS
   return pending._replace(
     inputs=jax.tree.map(put, pending.inputs, step.inputs),
     outputs=put(pending.outputs, outputs),
-    labelled=pending.labelled.at[place].set(False),
+    labeled=pending.labeled.at[place].set(False),
     valid=put(pending.valid, step.valid),
     reset=put(pending.reset, step.reset),
     length=pending.length + 1,
@@ -128,10 +128,10 @@ def answer(
   def put(ring: jax.Array, row: jax.Array) -> jax.Array:
     return ring.at[place].set(jnp.where(taken, row, ring[place]))
 
-  number = label.labelled.sum(dtype=jnp.int32)
+  number = label.labeled.sum(dtype=jnp.int32)
   answered = pending._replace(
     targets=jax.tree.map(put, pending.targets, label.targets),
-    labelled=put(pending.labelled, label.labelled),
+    labeled=put(pending.labeled, label.labeled),
     answered=pending.answered + taken,
     owed=pending.owed - late,
   )
@@ -160,7 +160,7 @@ def next_window(
     inputs=jax.tree.map(take, pending.inputs),
     outputs=take(pending.outputs),
     targets=jax.tree.map(take, pending.targets),
-    labelled=take(pending.labelled) & within,
+    labeled=take(pending.labeled) & within,
     valid=take(pending.valid) & within,
     reset=pending.reset[pending.first],
     length=length,
@@ -179,4 +179,4 @@ def drop(pending: PendingSteps, number: jax.Array) -> PendingSteps:
 
 def _place(pending: PendingSteps, steps: jax.Array) -> jax.Array:
   """Return the places of steps, counted from the oldest one."""
-  return (pending.first + steps) % len(pending.labelled)
+  return (pending.first + steps) % len(pending.labeled)

@@ -28,7 +28,7 @@ from fptt_jax._types import Model, TrainState
 from fptt_jax.influence import INFLUENCES, Influence
 from fptt_jax.losses import Loss
 from fptt_jax.streaming._buffer import Label, NewStep, empty
-from fptt_jax.streaming._loss import partly_labelled
+from fptt_jax.streaming._loss import partly_labeled
 from fptt_jax.streaming._stream import (
   can_run_windows,
   run_labels,
@@ -79,7 +79,7 @@ def make_learner(
       :func:`fptt_jax.make_trainer`. 'none' is faster and takes any model, but teaches
       no memory beyond a window.
     delay: How many steps late a label may come: that of step t is accepted until step
-      t + delay + 1 is predicted. A step without a label by then counts as unlabelled.
+      t + delay + 1 is predicted. A step without a label by then counts as unlabeled.
       Labels that come later are dropped and counted. The memory grows by so many steps.
     inner_steps: Gradient steps per window, each from the hidden state before it.
     skip_nonfinite: Whether to guard against NaN and infinity. A row's step whose input
@@ -96,7 +96,7 @@ def make_learner(
     donate: Whether the functions reuse the old state's memory for the new state.
 
   Returns:
-    A :class:`Learner`. Steps with `labelled` False move the hidden state and leave the
+    A :class:`Learner`. Steps with `labeled` False move the hidden state and leave the
     loss's mean; a window without any label moves no weights. Steps with `valid` False
     leave the hidden state as it is. Where `reset` is True, the row starts anew before
     the step, from the model's initial state; the window before it is closed early.
@@ -129,7 +129,7 @@ def make_learner(
   check_types(model, loss, optimizer)
   _check_loss(loss)
   window_size = check_size('window_size', window_size)
-  wrapped = partly_labelled(loss)
+  wrapped = partly_labeled(loss)
   trainer = make_trainer(
     model,
     wrapped,
@@ -217,15 +217,15 @@ class _Functions:
     state: StreamState,
     x: Any,
     y: Any,
-    labelled: jax.typing.ArrayLike | None = None,
+    labeled: jax.typing.ArrayLike | None = None,
     valid: jax.typing.ArrayLike | None = None,
     reset: jax.typing.ArrayLike | None = None,
   ) -> tuple[StreamState, jax.Array, StreamMetrics]:
     """Predict and learn, see :class:`Learner`."""
     spec = self.spec
     steps = _as_steps(state, x, valid, reset)
-    labels = _as_labels(spec, state, y, labelled)
-    num_steps, num_labels = len(steps.valid), len(labels.labelled)
+    labels = _as_labels(spec, state, y, labeled)
+    num_steps, num_labels = len(steps.valid), len(labels.labeled)
     same = num_steps == num_labels
     require(same, 'y', f'of the n={num_steps} steps of x', num_labels)
     every = functools.partial(run_steps, spec, may_reset=reset is not None)
@@ -250,10 +250,10 @@ class _Functions:
     return run_steps(self.spec, state, steps, None, may_reset=reset is not None)
 
   def learn(
-    self, state: StreamState, y: Any, labelled: jax.typing.ArrayLike | None = None
+    self, state: StreamState, y: Any, labeled: jax.typing.ArrayLike | None = None
   ) -> tuple[StreamState, StreamMetrics]:
     """Learn from labels of steps predicted before, see :class:`Learner`."""
-    labels = _as_labels(self.spec, state, y, labelled)
+    labels = _as_labels(self.spec, state, y, labeled)
     return _report(run_labels(self.spec, state, labels))
 
 
@@ -278,17 +278,17 @@ def _as_steps(state: StreamState, x: Any, valid: Any, reset: Any) -> NewStep:
   )
 
 
-def _as_labels(spec: StreamSpec, state: StreamState, y: Any, labelled: Any) -> Label:
+def _as_labels(spec: StreamSpec, state: StreamState, y: Any, labeled: Any) -> Label:
   """Return n labels as the inner functions take them; raise unless they fit."""
   check_type('state', state, StreamState)
   like = state.pending.targets
   num_steps = _check_like('y', y, like, exactly=False)
   rows = (num_steps, state.pending.valid.shape[1])
   y = jax.tree.map(lambda leaf, ring: jnp.asarray(leaf, ring.dtype), y, like)
-  labelled = _as_mask('labelled', labelled, rows, True)
+  labeled = _as_mask('labeled', labeled, rows, True)
   if spec.skip_nonfinite:
-    labelled &= finite_rows(y, 2)
-  return Label(y, labelled)
+    labeled &= finite_rows(y, 2)
+  return Label(y, labeled)
 
 
 def _check_like(name: str, tree: Any, ring: Any, *, exactly: bool) -> int:

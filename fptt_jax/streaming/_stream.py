@@ -115,7 +115,7 @@ def run_windows(
       inputs=steps.inputs,
       outputs=outputs,
       targets=labels.targets,
-      labelled=labels.labelled,
+      labeled=labels.labeled,
       valid=steps.valid,
       reset=jnp.zeros(steps.valid.shape[1], bool),
       length=jnp.asarray(size),

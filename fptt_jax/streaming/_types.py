@@ -19,7 +19,7 @@ class PendingSteps(NamedTuple):
     inputs: [R, B, ...].
     outputs: [R, B, ...], the predictions, made before the labels were seen.
     targets: [R, B, ...], labels of the answered steps.
-    labelled: bool [R, B], whether an answered step has a label.
+    labeled: bool [R, B], whether an answered step has a label.
     valid: bool [R, B], whether a step has an input.
     reset: bool [R, B], whether a row starts anew before a step.
     first: int32 [], place of the oldest step.
@@ -32,7 +32,7 @@ class PendingSteps(NamedTuple):
   inputs: Any
   outputs: jax.Array
   targets: Any
-  labelled: jax.Array
+  labeled: jax.Array
   valid: jax.Array
   reset: jax.Array
   first: jax.Array
@@ -110,18 +110,18 @@ class Learner(NamedTuple):
 
   Inputs, labels and masks are time-major, [n, B, ...], for any n >= 1. n steps in one
   call are the same as n calls of one step. Each n is compiled once. In an array
-  `labelled`, `valid` or `reset`, bool [n, B], None stands for True, True and False.
+  `labeled`, `valid` or `reset`, bool [n, B], None stands for True, True and False.
 
   Attributes:
     init: (key, x, y=None) -> StreamState. Only shapes and dtypes of x and y are used.
       Without y, the labels are taken to be what the loss accepts: numbers of the
       outputs' shape, or else one class index per row.
-    step: (state, x, y, labelled=None, valid=None, reset=None) -> (state, outputs,
+    step: (state, x, y, labeled=None, valid=None, reset=None) -> (state, outputs,
       StreamMetrics): predict each step, then learn. y are labels of the oldest steps
       that wait for one: of x itself, if none waited before.
     predict: (state, x, valid=None, reset=None) -> (state, outputs [n, B, ...]). The
       labels may come later. Outputs at steps without an input are 0.
-    learn: (state, y, labelled=None) -> (state, StreamMetrics): labels of the oldest n
+    learn: (state, y, labeled=None) -> (state, StreamMetrics): labels of the oldest n
       steps that wait for one.
     donate: Whether the functions reuse the old state's memory for the new state. The
       old arrays are deleted then.

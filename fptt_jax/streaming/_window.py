@@ -164,9 +164,9 @@ def learn_window(
   Returns:
     The state after, and the window's predictions [S, B, ...].
   """
-  labelled, in_range = _usable_labels(spec, window, valid)
-  has_label = labelled.any()
-  targets = (window.targets, labelled)
+  labeled, in_range = _usable_labels(spec, window, valid)
+  has_label = labeled.any()
+  targets = (window.targets, labeled)
   batch = Batch(window.inputs, targets, mask=valid)
   train, metrics = spec.trainer.step(state.train, batch)
   # Without a label a window moves the hidden state and what depends on it, no weights.
@@ -202,11 +202,11 @@ def _usable_labels(
 
   Labels out of range make all labels of the window unusable.
   """
-  labelled = window.labelled if valid is None else window.labelled & valid
+  labeled = window.labeled if valid is None else window.labeled & valid
   if spec.user_loss.valid is None:
-    return labelled, jnp.ones([], bool)
-  in_range = spec.user_loss.valid(window.targets, labelled)
-  return labelled & in_range, in_range
+    return labeled, jnp.ones([], bool)
+  in_range = spec.user_loss.valid(window.targets, labeled)
+  return labeled & in_range, in_range
 
 
 def _react(
