@@ -163,13 +163,22 @@ def test_running_mean_forgets_after_its_horizon() -> None:
 
 
 def test_schedule_free_params_are_optax_s() -> None:
-  optimizer = optax.contrib.schedule_free(optax.sgd(0.5), 0.5, b1=0.8)
-  params, state = PARAMS, optimizer.init(PARAMS)
-  for step in range(3):
-    updates, state = optimizer.update(gradients(step), state, params)
-    params = optax.apply_updates(params, updates)
-  expected = optax.contrib.schedule_free_eval_params(state, params)
-  chex.assert_trees_all_close(schedule_free_params((state,), params, 0.8), expected)
+  """For one run, and for two of different b1 that are stacked."""
+  runs, expected = [], []
+  for b1 in (0.8, 0.5):
+    optimizer = optax.contrib.schedule_free(optax.sgd(0.5), 0.5, b1=b1)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for step in range(3):
+      updates, state = optimizer.update(gradients(step), state, params)
+      params = optax.apply_updates(params, updates)
+    runs.append((state, params))
+    expected.append(optax.contrib.schedule_free_eval_params(state, params))
+    found = schedule_free_params((state,), params, b1)
+    chex.assert_trees_all_close(found, expected[-1])
+  stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *runs)
+  found = schedule_free_params(*stacked, jnp.array([0.8, 0.5]))
+  all_expected = jax.tree.map(lambda *parts: jnp.stack(parts), *expected)
+  chex.assert_trees_all_close(found, all_expected)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def test_diverged_runs_lose_and_have_no_p_value():
 
 def test_holm_rejects_as_its_definition_does():
   """Step down: the smallest p against level/m, the next against level/(m - 1), and so
-  on until one is not below; over all orders, with one comparison without a p-value.
+  on until one is not below; over all orders. A comparison without a p-value is one of
+  the m, too, and is never rejected.
   """
   p_values = [0.012, 0.001, 0.03, 0.2]
   for order in itertools.permutations(p_values):
@@ -50,7 +51,7 @@ def test_holm_rejects_as_its_definition_does():
     for level in (0.003, 0.02, 0.035, 0.05, 0.07, 0.3):
       rejected = set()
       for rank, p in enumerate(sorted(order)):
-        if p > level / (len(order) - rank):
+        if p > level / (len(order) + 1 - rank):
           break
         rejected.add(p)
       pairs = zip(order, adjusted[:-1], strict=True)

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from experiments import data, images
-from experiments.core import cells, files, flags, loop, optimizers
+from experiments.core import averaging, cells, files, flags, loop, optimizers
 from experiments.data import synthetic
 import fptt_jax
 
@@ -102,6 +102,23 @@ def test_interrupted_run_resumes_to_the_same_numbers(
   ]
   curves = [[{**row, 'seconds': 0} for row in files.read_jsonl(file)] for file in paths]
   assert curves[0] == curves[1]
+
+
+def test_averages_wait_for_an_accuracy_that_falls(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """What decides on the start of averages is the lower, the better."""
+  seen = []
+
+  def triggered(losses: list[float], after: int) -> bool:
+    seen.append(losses)
+    return False
+
+  monkeypatch.setattr(averaging, 'triggered', triggered)
+  config = make_config(tmp_path, method=('fptt',), average_after=1)
+  images.run(config, str(tmp_path / 'run'))
+  rows = files.read_jsonl(tmp_path / 'run' / 'fptt-seed0' / 'metrics.jsonl')
+  assert seen[-1] == [-row['valid_accuracy'] for row in rows[: len(seen[-1])]]
 
 
 def test_learning_rate_falls_at_the_milestones_and_on_a_plateau(tmp_path: Path) -> None:
@@ -272,6 +289,14 @@ def test_parameter_counts_are_the_paper_s(
       '--milestone_factor must be .*, got 0.1',
     ),
     (dict(average_after=-1), '--average_after must be .*, got -1'),
+    (
+      dict(method=('tbptt',), averaging='schedule_free', momentum=0.0),
+      r'--momentum must be above 0 with --averaging=schedule_free, got 0\.0',
+    ),
+    (
+      dict(method=('tbptt',), averaging='schedule_free', bootstrap=0.5),
+      r'--bootstrap must be 0 with --averaging=schedule_free, got 0\.5',
+    ),
     (dict(alpha_warmup=-1), '--alpha_warmup must be .*, got -1'),
     (dict(weight_decay=-1.0), '--weight_decay must be .*, got -1.0'),
     (
@@ -302,6 +327,11 @@ def test_settings_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
     flags.UserError, match='between 1 and the sequence length T=6, got 7'
   ):
     images.run(make_config(tmp_path, num_windows=7), str(tmp_path / 'a'))
+  with pytest.raises(
+    flags.UserError,
+    match=r'--momentum_windows must be 0, or at least .* K=2, got 1',
+  ):
+    images.run(make_config(tmp_path, momentum_windows=1), str(tmp_path / 'c'))
   with pytest.raises(
     flags.UserError,
     match=r'--batch_size must be .*, got 49',

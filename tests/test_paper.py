@@ -224,6 +224,31 @@ def test_a_grid_that_learns_nothing_is_extended_upwards(
   assert max(trial['lr'] for trial in trials) == 3e-1
 
 
+def test_a_grid_that_diverges_is_extended_downwards(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """A rate at which a run diverged is never the best, whatever its weights had learned
+  before.
+  """
+
+  def run_entry(entry: items.Entry, config: Any, folder: Path) -> list[dict[str, Any]]:
+    rates = [chosen['lr'] for chosen, _ in config.variants()]
+    scores = {3e-5: 0.02, 1e-5: 0.03}
+    lost = dict(test_mse=0.001, lost='gradient norm is inf')
+    return [
+      {'lr': rate, **({'test_mse': scores[rate]} if rate in scores else lost)}
+      for rate in rates
+    ]
+
+  monkeypatch.setattr(tuning, 'run_entry', run_entry)
+  trials = tuning.try_rates(items.fig1('cpu')[0], None, tmp_path)
+  scores = {trial['lr']: trial['score'] for trial in trials}
+  assert scores == {
+    **dict.fromkeys((3e-3, 1e-3, 3e-4, 1e-4)),
+    **{3e-5: 0.02, 1e-5: 0.03},
+  }
+
+
 def test_tuning_at_scale_short_tries_numbers_of_windows(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,17 +365,18 @@ def test_several_seeds_are_averaged(tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
-  """One of two seeds without a result."""
+  """One of three seeds without a result, and one with a score of the weights before."""
   entry = items.fig1('smoke')[0]
   summaries = [
     dict(test_mse=0.5, K=3, seconds=1.0, seed=0),
     dict(test_mse=None, K=3, seconds=1.0, seed=1),
+    dict(test_mse=0.1, K=3, seconds=1.0, seed=2, lost='gradient norm is inf'),
   ]
   line = tables.table_row(entry, summaries, ['test_mse'], None)
   assert (line['test_mse'], line['seeds'], line['diverged'], line['± test_mse']) == (
     0.5,
+    3,
     2,
-    1,
     None,
   )
 

@@ -163,12 +163,17 @@ def test_a_summary_takes_the_mean_of_the_last_quarter() -> None:
   summary = intervals.summarize(3, rows, 'test_mse')
   assert summary['last_quarter_mse'] == pytest.approx(0.03)
   assert summary['test_mse'] == 0.04
-  assert (
-    intervals.summarize(3, [*rows[:-1], rows[-1] | {'test_mse': None}], 'test_mse')[
-      'last_quarter_mse'
-    ]
-    is None
-  )
+  unknown = [*rows[:-1], rows[-1] | {'test_mse': None}]
+  assert intervals.summarize(3, unknown, 'test_mse')['last_quarter_mse'] is None
+
+
+def test_a_run_that_diverged_has_no_score() -> None:
+  """Its last weights may be finite, if the gradient alone was not."""
+  rows = [dict(step=10, updates=10, seconds=1.0, test_mse=0.3)]
+  summary = intervals.summarize(3, rows, 'test_mse', 'gradient norm is inf')
+  assert summary['test_mse'] is None
+  assert summary['last_quarter_mse'] is None
+  assert summary['lost'] == 'gradient norm is inf'
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,26 @@ def test_epochs_side_by_side(tmp_path: Path) -> None:
   )
 
 
+def test_schedule_free_runs_have_momenta_of_their_own(tmp_path: Path) -> None:
+  """Each is as it is in a program of its own, in training and in evaluation."""
+  settings = dict(
+    method=('tbptt',),
+    averaging='schedule_free',
+    grid=('momentum=0.9:0.5',),
+    epochs=2,
+    devices=1,
+  )
+  one, many = (make_config(tmp_path, population=size, **settings) for size in (1, 2))
+  images.run(one, str(tmp_path / 'one'))
+  images.run(many, str(tmp_path / 'many'))
+  assert_same_runs(
+    tmp_path / 'many',
+    tmp_path / 'one',
+    [f'tbptt-seed0-momentum{value}' for value in (0.9, 0.5)],
+    1e-3,
+  )
+
+
 @pytest.mark.slow
 def test_averaging_starts_for_each_by_itself(tmp_path: Path) -> None:
   """Averaged weights, which some of the runs begin to take while others do not yet."""

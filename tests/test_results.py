@@ -268,6 +268,25 @@ def test_settings_of_a_grid_tell_its_runs_apart(tmp_path: Path) -> None:
   assert 'lr' not in rows[0].numbers
 
 
+def test_runs_of_earlier_commands_keep_their_own_rates(tmp_path: Path) -> None:
+  """The configuration holds the grid of the last command alone: none here, and then one
+  that a run before it did not have.
+  """
+  write_run(tmp_path / 'a', 'tbptt-seed0-lr0.01', [1.0], lr=0.01)
+  write_run(tmp_path / 'b', 'tbptt-seed0', [1.0], config={'grid': ['lr=0.01']})
+  [row] = collected(tmp_path / 'a', tmp_path).rows
+  assert (row.settings['lr'], 'lr' in row.numbers) == (0.01, False)
+  [row] = collected(tmp_path / 'b', tmp_path, item='fig2').rows
+  assert row.settings['lr'] == 0.001
+
+
+def test_a_result_of_other_settings_does_not_end_a_run(tmp_path: Path) -> None:
+  """A run that goes on with --allow_config_change has an older result until it ends."""
+  write_run(tmp_path / 'run', 'fptt-seed0', [1.0], config={'sha256': 'y'})
+  [row] = collected(tmp_path / 'run', tmp_path).rows
+  assert (row.status, row.numbers) == ('unfinished', {})
+
+
 @pytest.mark.parametrize(
   ('chosen', 'expected'),
   [(0.003, 'yes'), (0.001, 'yes, the lowest tried'), (0.1, 'yes, the highest tried')],

@@ -168,7 +168,33 @@ def test_networks_are_chosen_by_their_names(tmp_path: Path) -> None:
   [line] = files.read_json(tmp_path / 'stream.json')['lines']
   assert line['system'] == 'ElmanRNN, S=4, none'
   with pytest.raises(UserError, match='leave nothing to compare'):
-    script.main(dataclasses.replace(config, networks=('elman*',)))
+    script.main(dataclasses.replace(config, seeds=1, networks=('elman*',)))
+
+
+@pytest.mark.usefixtures('one_stream')
+def test_a_stopped_comparison_goes_on(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+  """Lines of an earlier command in the folder stay, and are not measured again; those
+  of another number of seeds are refused.
+  """
+  config = script.Config(
+    streams=('brent',), systems=('baselines',), seeds=1, workdir=str(tmp_path)
+  )
+  script.main(config)
+  before = files.read_json(tmp_path / 'stream.json')['lines']
+  capsys.readouterr()
+  monkeypatch.setattr(systems, 'run_linear', None)
+  script.main(dataclasses.replace(config, systems=('baselines', 'learner')))
+  printed = capsys.readouterr().out
+  assert [line for line in printed.splitlines() if ': error' in line] == [
+    line for line in printed.splitlines() if line.startswith('brent, ElmanRNN')
+  ]
+  after = files.read_json(tmp_path / 'stream.json')['lines']
+  assert after[:-1] == before
+  assert after[-1]['system'] == 'ElmanRNN, S=4, none'
+  with pytest.raises(UserError, match=r'--seeds must be 1, .* got 2\.'):
+    script.main(dataclasses.replace(config, seeds=2))
 
 
 def test_the_learner_beats_last_and_seasonal_value_on_temperatures(

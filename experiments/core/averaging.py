@@ -212,7 +212,7 @@ def running_params(opt_state: optax.OptState, params: optax.Params) -> optax.Par
 
 
 def schedule_free_params(
-  opt_state: optax.OptState, params: optax.Params, b1: float
+  opt_state: optax.OptState, params: optax.Params, b1: jax.typing.ArrayLike
 ) -> optax.Params:
   """Return the averages x of `optax.contrib.schedule_free`, from y and z.
 
@@ -221,10 +221,15 @@ def schedule_free_params(
   Args:
     opt_state: state with one ScheduleFreeState, or several stacked.
     params: the current parameters y = (1 - b1) z + b1 x.
-    b1: weight of x in y.
+    b1: weight of x in y; one per run if they are stacked.
   """
-  z = optax.tree.get(opt_state, 'z')
-  return jax.tree.map(lambda y, z: (y - (1 - b1) * z) / b1, params, z)
+  z, weights = optax.tree.get(opt_state, 'z'), jnp.asarray(b1)
+
+  def average(y: jax.Array, z: jax.Array) -> jax.Array:
+    weight = weights.reshape(weights.shape + (1,) * (y.ndim - weights.ndim))
+    return (y - (1 - weight) * z) / weight
+
+  return jax.tree.map(average, params, z)
 
 
 def triggered(valid_losses: list[float], non_monotone_interval: int = 5) -> bool:

@@ -67,17 +67,17 @@ def _worst(loss: float | None) -> float:
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
   """Return p-values adjusted for their number by Holm's step-down method.
 
-  With m p-values in ascending order, the i-th becomes the greatest of
-  (m - j + 1) p_j over j <= i, at most 1.
+  With m comparisons and their p-values in ascending order, the i-th becomes the
+  greatest of (m - j + 1) p_j over j <= i, at most 1.
 
   Args:
-    p_values: p-values; None where a comparison has none, which stays None and does not
-      count.
+    p_values: p-values; None where a comparison has none, such as a tie or one with a
+      run that diverged. It stays None, and counts among the m as one with p = 1.
   """
   known = [(p, place) for place, p in enumerate(p_values) if p is not None]
   adjusted: list[float | None] = [None] * len(p_values)
   greatest = 0.0
   for rank, (p, place) in enumerate(sorted(known)):
-    greatest = max(greatest, min(1.0, (len(known) - rank) * p))
+    greatest = max(greatest, min(1.0, (len(p_values) - rank) * p))
     adjusted[place] = greatest
   return adjusted

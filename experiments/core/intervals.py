@@ -104,15 +104,21 @@ class IntervalReporter:
     )
 
   def summarize(
-    self, member: Member, rows: list[dict[str, Any]], record: loop.Record, params: Any
+    self,
+    member: Member,
+    rows: list[dict[str, Any]],
+    record: loop.Record,
+    params: Any,
+    lost: str | None,
   ) -> dict[str, Any]:
     """Return the losses of a run that has ended, and the entries of `extra`."""
     settings = {'lr': member.config.lr, 'momentum': member.config.momentum}
-    return settings | summarize(self.num_windows, rows, self.score) | self.extra
+    losses = summarize(self.num_windows, rows, self.score, lost)
+    return settings | losses | self.extra
 
 
 def summarize(
-  num_windows: int, rows: list[dict[str, Any]], score: str
+  num_windows: int, rows: list[dict[str, Any]], score: str, lost: str | None = None
 ) -> dict[str, Any]:
   """Return the summary of a run.
 
@@ -120,20 +126,24 @@ def summarize(
     num_windows: K.
     rows: its lines of metrics; at least one.
     score: name of the test loss in them, which begins with 'test_'.
+    lost: why the run diverged; None if it did not.
 
   Returns:
     The counts of the last line, its test loss, and the mean of the test losses over the
-    last quarter of the batches, None if the run diverged.
+    last quarter of the batches. If the run diverged, both losses are None, even where
+    the weights before are finite, and the reason is an entry.
   """
   # One point of a noisy curve would make the order of the methods a matter of luck.
   late = [row[score] for row in rows if row['step'] > 0.75 * rows[-1]['step']]
+  is_known = lost is None and None not in late
   return {
     'K': num_windows,
     'batches': rows[-1]['step'],
     'updates': rows[-1]['updates'],
-    score: rows[-1][score],
-    score.replace('test_', 'last_quarter_'): (
-      None if None in late else statistics.fmean(late)
-    ),
+    score: rows[-1][score] if lost is None else None,
+    score.replace('test_', 'last_quarter_'): statistics.fmean(late)
+    if is_known
+    else None,
     'seconds': rows[-1]['seconds'],
+    **({} if lost is None else {'lost': lost}),
   }

@@ -278,7 +278,12 @@ class Reporter(Protocol):
     """
 
   def summarize(
-    self, member: Member, rows: list[dict[str, Any]], record: 'Record', params: Any
+    self,
+    member: Member,
+    rows: list[dict[str, Any]],
+    record: 'Record',
+    params: Any,
+    lost: str | None,
   ) -> dict[str, Any]:
     """Return the summary of a run that has ended.
 
@@ -287,6 +292,7 @@ class Reporter(Protocol):
       rows: all its rows of metrics.
       record: its progress.
       params: the parameters of its result.
+      lost: why the run diverged, which becomes an entry; None if it did not.
     """
 
 
@@ -353,9 +359,17 @@ class EpochReporter:
     )
 
   def summarize(
-    self, member: Member, rows: list[dict[str, Any]], record: 'Record', params: Any
+    self,
+    member: Member,
+    rows: list[dict[str, Any]],
+    record: 'Record',
+    params: Any,
+    lost: str | None,
   ) -> dict[str, Any]:
-    """Return the best validation score and the test score at its weights."""
+    """Return the best validation score and the test score at its weights.
+
+    A run that diverged has those before it did.
+    """
     scores: dict[str, Any] = {f'test_{self.score}': None}
     # A run that diverged in its first epoch has no best weights.
     if self.config.evaluate_test and record.best_epoch:
@@ -368,6 +382,7 @@ class EpochReporter:
       **scores,
       'parameters': cells.count(params),
       'seconds': rows[-1]['seconds'],
+      **({} if lost is None else {'lost': lost}),
     }
 
 
@@ -521,10 +536,8 @@ class _Loop:
       reason = self._group.diverged_at.get(number)
       rows = self._group.runs[number].rows
       summary = self._task.reporter.summarize(
-        self._members[number], rows, record, results[number]
+        self._members[number], rows, record, results[number], reason
       )
-      if reason is not None:
-        summary['lost'] = reason
       has_params = record.best_epoch > 0 if keeps_best else reason is None
       params = results[number] if has_params else None
       finish_run(self._folder, self._members[number], summary, params)
@@ -550,13 +563,14 @@ class _Loop:
     after = self._task.rules.average_after
     if not after:
       return
-    metric = self._task.reporter.metric
+    reporter = self._task.reporter
+    sign = -1 if reporter.higher_is_better else 1
     stopped = self._ended | diverged
-    starts = [
-      number not in stopped
-      and averaging.triggered(self._group.runs[number].column(metric or ''), after)
-      for number in range(len(self._members))
-    ]
+    starts = []
+    for number in range(len(self._members)):
+      going = number not in stopped
+      scores = self._group.runs[number].column(reporter.metric or '') if going else []
+      starts.append(averaging.triggered([sign * score for score in scores], after))
     packed = self._group.pack(starts, bool)
     opt_state = self._group.each(_averaging_if)(packed, self._state.opt_state)
     self._state = self._state._replace(opt_state=opt_state)

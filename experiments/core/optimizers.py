@@ -110,7 +110,7 @@ def _plain(
   base = _base(recipe, decay, learning_rate, momentum)
   optimizer = optax.chain(_clipping(recipe, clip), base)
   if recipe.averaging == 'schedule_free':
-    return optax.contrib.schedule_free(optimizer, learning_rate, b1=recipe.first_moment)
+    return optax.contrib.schedule_free(optimizer, learning_rate, b1=momentum)
   return _with_mean(recipe, optimizer)
 
 
@@ -322,9 +322,10 @@ def evaluation_params(
   if recipe.averaging == 'running':
     return averaging.running_params(state.opt_state, state.params)
   if recipe.averaging == 'schedule_free':
-    return averaging.schedule_free_params(
-      state.opt_state, state.params, recipe.first_moment
-    )
+    # The state of the optimizer itself has the b1 that it began with, which another
+    # may have replaced since.
+    b1 = optax.tree.get(state.opt_state, 'momentum')
+    return averaging.schedule_free_params(state.opt_state, state.params, b1)
   if recipe.evaluate_at == 'w_bar' and fptt_jax.METHODS[method].regularized:
     return fptt_jax.fptt_eval_params(state.opt_state, state.params)
   return state.params

@@ -327,6 +327,15 @@ class Recipe:
         self.averaging,
         "'none' or 'running' with the regularizer or --momentum_windows",
       )
+      # Its b1 divides.
+      check(
+        self.first_moment > 0,
+        'momentum',
+        self.first_moment,
+        'above 0 with --averaging=schedule_free',
+      )
+      expected = '0 with --averaging=schedule_free'
+      check(not self.bootstrap, 'bootstrap', self.bootstrap, expected)
 
   def _check_processes(self) -> None:
     """Validate settings of devices and processes that depend on each other.
@@ -449,13 +458,13 @@ class Recipe:
     check(not self.bootstrap or fits, 'bootstrap', self.bootstrap, expected)
 
   def check_length(self, seq_len: int) -> None:
-    """Check that K and truncation_steps fit a sequence length.
+    """Check that K, truncation_steps and momentum_windows fit a sequence length.
 
     Args:
       seq_len: T.
 
     Raises:
-      ValueError: one of them is above T.
+      ValueError: one of the first two is above T, or the last one is below K.
     """
     fits = f'an integer between 1 and the sequence length T={seq_len}'
     check((self.num_windows or 1) <= seq_len, 'num_windows', self.num_windows, fits)
@@ -464,6 +473,13 @@ class Recipe:
       'truncation_steps',
       self.truncation_steps,
       f'at most T={seq_len}',
+    )
+    counts = [updates_per_sequence(self, name, seq_len)[0] for name in self.method]
+    check(
+      not self.momentum_windows or self.momentum_windows >= max(counts),
+      'momentum_windows',
+      self.momentum_windows,
+      f'0, or at least the number of windows K={max(counts)}',
     )
 
 

@@ -47,7 +47,7 @@ def table_row(
   """
   measured: dict[str, Any] = {}
   for measure in measures:
-    scores = [summary.get(measure) for summary in summaries]
+    scores = [summary.get(measure) for summary in summaries if 'lost' not in summary]
     values = [score for score in scores if score is not None]
     measured[measure] = float(np.mean(values)) if values else None
     measured[f'± {measure}'] = interval(values)
@@ -61,7 +61,9 @@ def table_row(
     'parameters': summaries[0].get('parameters'),
     'recurrent': summaries[0].get('recurrent_parameters'),
     'seeds': len(summaries),
-    'diverged': sum(summary[entry.score.test] is None for summary in summaries),
+    'diverged': sum(
+      'lost' in summary or summary[entry.score.test] is None for summary in summaries
+    ),
     **measured,
     'paper': entry.paper,
     'replication': entry.replication or None,

@@ -128,7 +128,8 @@ def try_rates(
 ) -> list[dict[str, Any]]:
   """Run learning rates of a line until the best of them is not at an end.
 
-  If none of them is better than chance, higher ones are tried.
+  If none of them is better than chance, higher ones are tried; if all diverge, lower
+  ones.
 
   Args:
     entry: the line.
@@ -151,21 +152,35 @@ def try_rates(
         'line': entry.label,
         'lr': summary['lr'],
         'num_windows': num_windows,
-        'score': summary[entry.score.choose],
+        # A run that diverged may have a score, of the weights before.
+        'score': None if 'lost' in summary else summary[entry.score.choose],
       }
       for summary in summaries
     ]
-    finite = [trial for trial in trials if trial['score'] is not None]
-    if not finite or len(rates) >= MAX_RATES:
+    if len(rates) >= MAX_RATES:
       return trials
-    best = best_trial(entry, finite)
-    # Where no rate has learned anything, one of them is the best by accident, and
-    # higher ones may learn.
-    at_chance = entry.score.is_chance(best['score'])
-    rate = items.next_rate(entry, rates, max(rates) if at_chance else best['lr'])
+    rate = items.next_rate(entry, rates, _promising(entry, trials))
     if rate is None:
       return trials
     rates.add(rate)
+
+
+def _promising(entry: Entry, trials: list[dict[str, Any]]) -> float:
+  """Return the learning rate beyond which a search goes on if it is at an end.
+
+  Args:
+    entry: the line.
+    trials: its trials so far with one number of windows.
+  """
+  finite = [trial for trial in trials if trial['score'] is not None]
+  rates = [trial['lr'] for trial in trials]
+  # Where all rates diverge, lower ones may not.
+  if not finite:
+    return min(rates)
+  best = best_trial(entry, finite)
+  # Where no rate has learned anything, one of them is the best by accident, and higher
+  # ones may learn.
+  return max(rates) if entry.score.is_chance(best['score']) else best['lr']
 
 
 def best_trial(entry: Entry, trials: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from experiments.core import files
 from experiments.core.flags import UserError
+from experiments.core.recipe import HYPERPARAMETERS
 from experiments.paper import items, studies
 from experiments.paper.entries import read_tuned
 from experiments.records import store
@@ -232,7 +233,7 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
   settings = settings_of(run, result)
   config = files.read_json(run.parent / 'config.json')
   # A result repeats the settings that differ from run to run.
-  others = (*NO_NUMBERS, *own_names(config, result))
+  others = (*NO_NUMBERS, *own_settings(run.name, config, result))
   numbers = {name: value for name, value in result.items() if name not in others}
   status = 'unfinished'
   if result:
@@ -260,7 +261,10 @@ def read_result(run: Path, summaries: list[dict[str, Any]]) -> dict[str, Any]:
     summaries: results in the summary of all runs.
   """
   if (run / 'result.json').exists():
-    return files.read_json(run / 'result.json')
+    result: dict[str, Any] = files.read_json(run / 'result.json')
+    config = files.read_json(run.parent / 'config.json')
+    # A run that goes on with other settings has not ended under these.
+    return result if result.get('config_sha256') in (None, config.get('sha256')) else {}
   # Older versions wrote results to the summary only, and some without the run's name.
   for summary in summaries:
     default = f'{summary["method"]}-seed{summary["seed"]}'
@@ -283,8 +287,7 @@ def settings_of(run: Path, result: dict[str, Any]) -> dict[str, Any]:
   # Older versions wrote no list of overrides; an empty one means the same.
   if not settings.get('overrides', True):
     del settings['overrides']
-  for name in own_names(config, result):
-    settings[name] = result[name] if name in result else grid_value(run.name, name)
+  settings |= own_settings(run.name, config, result)
   # The order of the pixels is drawn, so no flag tells it.
   described = run.parent / 'data.json'
   order = files.read_json(described).get('order') if described.exists() else None
@@ -293,35 +296,37 @@ def settings_of(run: Path, result: dict[str, Any]) -> dict[str, Any]:
   return settings
 
 
-def own_names(config: dict[str, Any], result: dict[str, Any]) -> list[str]:
-  """List the settings of a run that its configuration does not fix.
+def own_settings(
+  run: str, config: dict[str, Any], result: dict[str, Any]
+) -> dict[str, Any]:
+  """Return the settings of a run that its configuration does not fix.
 
   They come from a grid, or from the table of tuned rates by method.
 
   Args:
+    run: the run's name, which has the values of a grid. The grid in the configuration
+      is that of the last command, and the run may be of an earlier one.
     config: the configuration of all runs.
-    result: the result of the run.
+    result: the result of the run, which repeats the values.
   """
+  varied = [axis.partition('=')[0] for axis in config.get('grid', ())]
+  found = {
+    name: result.get(name, value)
+    for name in dict.fromkeys((*varied, *HYPERPARAMETERS))
+    if (value := value_in_name(run, name)) is not None
+  }
   tuned = ('lr', 'momentum') if 'tuned_rates' in config else ()
   by_method = [name for name in tuned if config.get(name) is None and name in result]
-  return list(dict.fromkeys([*grid_names(config), *by_method]))
+  return found | {name: result[name] for name in by_method}
 
 
-def grid_names(config: dict[str, Any]) -> list[str]:
-  """List the settings that a configuration's grid varies."""
-  return [axis.partition('=')[0] for axis in config.get('grid', ())]
-
-
-def grid_value(run: str, name: str) -> float:
+def value_in_name(run: str, name: str) -> float | None:
   """Return a setting in a run's name, such as lr = 0.25 in 'fptt-seed0-lr0.25'.
 
-  Raises:
-    UserError: the name does not have the setting.
+  It is None if the name does not have the setting.
   """
   found = re.search(rf'-{re.escape(name)}(-?[\d.]+(?:e[-+]?\d+)?)', run)
-  if found is None:
-    raise UserError(f'the run {run} does not name its {name}, which is one of several.')
-  return float(found[1])
+  return None if found is None else float(found[1])
 
 
 def seed_of(run: str) -> int:

@@ -23,14 +23,15 @@ def by_task(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
   """Group rows by task and method, in the order of the declaration.
 
   Args:
-    rows: rows of the final runs, one per seed.
+    rows: rows of the final runs, one per seed. Unfinished ones are left out.
   """
   found: dict[str, dict[str, list[Row]]] = {}
   for arena in tournament.ARENAS:
     for contestant in tournament.contestants(arena):
       label = f'{arena.name}.{contestant.name}'
       chosen = sorted(
-        (row for row in rows if row.line == label), key=lambda row: row.seed or 0
+        (row for row in rows if row.line == label and row.status != 'unfinished'),
+        key=lambda row: row.seed or 0,
       )
       if chosen:
         found.setdefault(arena.name, {})[contestant.name] = chosen
@@ -49,7 +50,8 @@ def losses(rows: Sequence[Row], score: Score) -> dict[int, float | None]:
   """
   found: dict[int, float | None] = {}
   for row in rows:
-    value = row.numbers.get(score.test)
+    # A run that diverged may have a score, of the weights before.
+    value = None if row.status == 'diverged' else row.numbers.get(score.test)
     if value is not None and score.higher_is_better:
       value = 100 - value
     loss = None if value is None else math.log(max(value, SOLVED))
@@ -129,19 +131,23 @@ def at_equal_seconds(methods: dict[str, list[Row]], score: Score) -> dict[str, f
   """Return each method's score when the fastest method of the task had ended.
 
   It is the mean over the seeds of the last measurement before, in the runs as they
-  were, whose rates may not have fallen to 0 by then.
+  were, whose rates may not have fallen to 0 by then. Methods with a run that diverged,
+  or that was not measured in time, are left out.
 
   Args:
     methods: rows by method.
     score: the score of the task.
   """
+  whole = {
+    name: rows
+    for name, rows in methods.items()
+    if all(row.status == 'done' and row.curves.get('seconds') for row in rows)
+  }
   ends = [
-    np.mean([row.curves['seconds'][-1] for row in rows])
-    for rows in methods.values()
-    if all(row.curves.get('seconds') for row in rows)
+    np.mean([row.curves['seconds'][-1] for row in rows]) for rows in whole.values()
   ]
   found = {}
-  for name, rows in methods.items():
+  for name, rows in whole.items():
     values = []
     for row in rows:
       pairs = zip(
@@ -151,7 +157,7 @@ def at_equal_seconds(methods: dict[str, list[Row]], score: Score) -> dict[str, f
       known = [value for seconds, value in pairs if seconds <= 1.1 * min(ends)]
       if known and known[-1] is not None:
         values.append(known[-1])
-    if values:
+    if len(values) == len(rows):
       found[name] = float(np.mean(values))
   return found
 

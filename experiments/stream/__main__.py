@@ -17,11 +17,15 @@ Streams come with packages, and those whose package is not installed are left ou
 text is one of --data_dir. --networks takes patterns of the names in the table, of those
 of deep-river, too. deep-river is no dependency of this library; the part 'river'
 compares it with this library's estimators where it is installed.
+
+The same --workdir goes on where a command was stopped: lines that stream.json has are
+kept, and others are added to them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import fnmatch
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +74,17 @@ def main(config: Config) -> None:
     config: the streams, systems and seeds.
 
   Raises:
-    UserError: nothing is left to compare, or the folder cannot be written.
+    UserError: nothing is left to compare, the folder cannot be written, or its lines
+      have another number of seeds.
   """
   folder = workdir.make_folder(config.workdir)
+  lines = saved_lines(folder, config)
   about = environment.describe_machine('river', 'deep-river', 'torch') | {
     'scale': 'own',
     'item': 'stream',
+    'config': {'seeds': config.seeds},
   }
-  lines: list[dict[str, Any]] = []
+  is_empty = 'speed' not in config.systems
   for name in config.streams:
     folder_of_files = SOURCES[name].folder(config.data_dir)
     if folder_of_files is None:
@@ -86,15 +93,19 @@ def main(config: Config) -> None:
       print(f'left out: {name} ({reason})')
       continue
     problem = SOURCES[name].read(folder_of_files)
-    for system, forecasts in candidates(config, problem):
-      lines.append({'stream': name, 'system': system, **score(problem, forecasts)})
-      print(f'{name}, {system}: error {lines[-1]["error"]:.4g}', flush=True)
-      write(folder, about, lines)
+    for system, forecast in candidates(config, problem):
+      is_empty = False
+      if (name, system) in lines:
+        continue
+      line = {'stream': name, 'system': system, **score(problem, forecast())}
+      lines[name, system] = line
+      print(f'{name}, {system}: error {line["error"]:.4g}', flush=True)
+      write(folder, about, lines.values())
   if 'speed' in config.systems:
     print('measuring speed, which takes minutes', flush=True)
-    lines += speed.measure()
-    write(folder, about, lines)
-  if not lines:
+    lines |= {(line['stream'], line['system']): line for line in speed.measure()}
+    write(folder, about, lines.values())
+  if is_empty:
     raise UserError(
       f'--streams={",".join(config.streams)}, --systems={",".join(config.systems)} and '
       f'--networks={",".join(config.networks)} leave nothing to compare.'
@@ -103,10 +114,35 @@ def main(config: Config) -> None:
   print(f'numbers and the table are in {folder}')
 
 
+def saved_lines(folder: Path, config: Config) -> dict[tuple[str, str], dict[str, Any]]:
+  """Return the lines of an earlier command in a folder, by stream and system.
+
+  Args:
+    folder: the folder.
+    config: settings of this command.
+
+  Raises:
+    UserError: they have another number of seeds.
+  """
+  path = folder / 'stream.json'
+  if not path.exists():
+    return {}
+  saved = files.read_json(path)
+  seeds = saved['config']['seeds']
+  if seeds != config.seeds:
+    raise UserError(
+      f'--seeds must be {seeds}, as of the lines in {path}, or --workdir another '
+      f'folder; got {config.seeds}.'
+    )
+  return {(line['stream'], line['system']): line for line in saved['lines']}
+
+
 def candidates(
   config: Config, problem: Problem
-) -> Iterator[tuple[str, list[Forecast]]]:
-  """Yield each system's name, and its forecasts for all settings and seeds.
+) -> Iterator[tuple[str, Callable[[], list[Forecast]]]]:
+  """Yield each system's name, and a function of its forecasts.
+
+  The function takes a while. It returns forecasts for all settings and seeds.
 
   Args:
     config: the systems and seeds.
@@ -114,19 +150,22 @@ def candidates(
   """
   if 'baselines' in config.systems:
     for name, forecast in problem.baselines.items():
-      yield name, [Forecast(np.nan, 0, forecast)]
+      yield name, functools.partial(list, [Forecast(np.nan, 0, forecast)])
     if not problem.classes:
-      yield 'least squares, 3 steps', list(systems.run_linear(problem))
+      yield 'least squares, 3 steps', lambda: list(systems.run_linear(problem))
   if 'learner' in config.systems:
     for system in systems.SYSTEMS:
       if config.wants(system.label):
-        yield system.label, systems.run_learner(system, problem, config.seeds)
+        run = functools.partial(systems.run_learner, system, problem, config.seeds)
+        yield system.label, run
   # The estimators predict values, and their streams never start anew.
   if 'river' in config.systems and not problem.classes and problem.resets is None:
     for estimator in systems.estimators():
       if config.wants(estimator.label):
-        found = systems.run_estimator(estimator, problem, config.seeds)
-        yield estimator.label, found
+        yield (
+          estimator.label,
+          functools.partial(systems.run_estimator, estimator, problem, config.seeds),
+        )
 
 
 def score(problem: Problem, forecasts: list[Forecast]) -> dict[str, Any]:
@@ -160,8 +199,11 @@ def score(problem: Problem, forecasts: list[Forecast]) -> dict[str, Any]:
   return line
 
 
-def write(folder: Path, about: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+def write(
+  folder: Path, about: dict[str, Any], measured: Iterable[dict[str, Any]]
+) -> None:
   """Write the lines so far as JSON and as a table."""
+  lines = list(measured)
   files.write_json(folder / 'stream.json', about | {'lines': lines})
   table = tabulate(lines, 'keys', floatfmt='.4g', missingval='-')
   files.write_text(folder / 'stream.txt', table + '\n')
