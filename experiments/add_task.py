@@ -621,14 +621,15 @@ def tune(config: Config) -> None:
     Stopped: a signal asked for the end; the same command resumes the search.
   """
   folder = workdir.make_folder(config.workdir)
-  found: dict[str, Any] = {}
+  path = folder / 'rates.json'
+  # The folder may have the rates of other methods already.
+  found = rates.saved_entries(config, path)
   for method in config.method:
-    path = folder / 'tune' / method
-    score = functools.partial(trial, config, method, path)
+    score = functools.partial(trial, config, method, folder / 'tune' / method)
     found[method] = rates.entry(*rates.search(score))
     # Written after each method, since a search takes long.
     if processes.is_first():
-      files.write_json(folder / 'rates.json', rates.table(config, found))
+      files.write_json(path, rates.table(config, found))
   if not processes.is_first():
     return
   tried = [
@@ -640,10 +641,7 @@ def tune(config: Config) -> None:
   for method, row in found.items():
     print(f'{method}: lr {row["lr"]:g}, momentum {row["momentum"]:g}')
   name = rates.FILE.name
-  print(
-    f'{folder / "rates.json"} takes the place of experiments/core/{name} if you copy '
-    'it there'
-  )
+  print(f'{path} takes the place of experiments/core/{name} if you copy it there')
 
 
 def trial(config: Config, method: str, folder: Path, point: Rates) -> float | None:

@@ -332,6 +332,7 @@ def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -
       f'test_{config.task}',
       'test loss',
     ),
+    continues=PROBLEMS[config.task].is_stream,
   )
 
 

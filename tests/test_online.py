@@ -55,6 +55,17 @@ def test_an_interrupted_stream_goes_on_where_it_was(tmp_path: Path) -> None:
   assert timeless[0] == timeless[1]
 
 
+def test_measurements_do_not_interrupt_a_stream(tmp_path: Path) -> None:
+  """The hidden state and the influence go on, however often the loss is measured."""
+  settings = TINY | dict(task='lags', influence='rtrl', lr=0.03)
+  losses = []
+  for interval in (2, 6):
+    config = online.Config(**settings | dict(eval_every=interval))
+    _, [summary] = online.run(config, str(tmp_path / str(interval)))
+    losses.append(summary['test_lags'])
+  assert losses[0] == losses[1]
+
+
 def test_a_stream_goes_on_from_batch_to_batch() -> None:
   config = online.Config(task='henon', **TINY)
   together = online.draw_items(config, 0, 0, 4)

@@ -516,6 +516,7 @@ def test_every_item_runs_whole_at_smoke_scale(tmp_path: Path, item: str) -> None
       r'--seeds must be .*, got \(1000,\)',
     ),
     (dict(seeds=()), '--seeds must be .*, got'),
+    (dict(seeds=(0, 1), tune=True), '--seeds must be left out with --tune, .*, 1'),
     (dict(seeds=(1, 1)), r'--seeds must be .*, got \(1, 1\)'),
     (
       dict(item='walltime', methods=('fptt',)),

@@ -177,6 +177,9 @@ def test_tuning_trains_each_point_once(
     assert one['score'] == late['test_mse']
   assert (tmp_path / 'rates.png').exists()
   assert f'bptt: lr {row["lr"]:g}, momentum 0.9' in capsys.readouterr().out
+  add_task.main(dataclasses.replace(config, method=('tbptt',)))
+  assert set(rates.read_table(tmp_path / 'rates.json').methods) == {'bptt', 'tbptt'}
+  (tmp_path / 'rates.json').write_text(first)
   monkeypatch.setattr(add_task, 'train', None)
   add_task.main(dataclasses.replace(config))
   assert (tmp_path / 'rates.json').read_text() == first

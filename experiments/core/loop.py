@@ -406,6 +406,8 @@ class Task(NamedTuple):
     rules: changes of the learning rate and the weights between epochs.
     reporter: measurements at the end of each epoch.
     make_key: (seed) -> PRNG key of the initial weights.
+    continues: whether the data go on where an epoch ends, which is a pause for
+      measurements then. Otherwise the hidden state starts anew after it.
   """
 
   trainer: fptt_jax.Trainer
@@ -420,6 +422,7 @@ class Task(NamedTuple):
   rules: Rules
   reporter: Reporter
   make_key: Callable[[int], jax.Array] = jax.random.key
+  continues: bool = False
 
 
 def train(
@@ -677,7 +680,8 @@ class _Loop:
       if self._group.all_diverged(going):
         break
     self._flush_metrics(pending)
-    self._state = self._group.end_epoch(self._state)
+    if not self._task.continues:
+      self._state = self._group.end_epoch(self._state)
 
 
 def _apply_rules(task: Task, record: Record, score: float) -> tuple[Record, bool]:

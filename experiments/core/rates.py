@@ -150,6 +150,21 @@ def table(config: Any, methods: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def saved_entries(config: Any, path: Path) -> dict[str, Any]:
+  """Return the entries by method that an earlier search of these settings wrote.
+
+  Args:
+    config: settings of the search.
+    path: the table's file; without it, or with one of other settings, there are none.
+  """
+  if not path.exists():
+    return {}
+  content = json.loads(path.read_text())
+  is_same = content['settings'] == table(config, {})['settings']
+  found: dict[str, Any] = content['methods'] if is_same else {}
+  return found
+
+
 def read_table(path: Path = FILE) -> Table:
   """Read the table of chosen rates from a file."""
   content = json.loads(path.read_text())

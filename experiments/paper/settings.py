@@ -63,6 +63,12 @@ class Config:
       self.seeds,
       f'without {TUNE_SEED}, which tuning draws from',
     )
+    check(
+      not self.tune or self.seeds == type(self).seeds,
+      'seeds',
+      self.seeds,
+      f'left out with --tune, which draws from seed {TUNE_SEED}',
+    )
     if self.item in studies.STUDIES:
       check(
         self.scale != 'short',
