@@ -4,11 +4,11 @@ A sequence has two rows: numbers uniform in [0, 1], and two markers, one in each
 The target is the sum of the two marked numbers. The constant answer 1 has a mean
 squared error of 1/6 = 0.167. Every batch is drawn anew.
 
-By default each method trains at its own learning rate and momentum, chosen from a
-declared grid on draws of another seed (see `experiments.core.rates`). --lr and
---momentum set them for all methods, and --tune searches the grid again. The methods are
-compared by their mean test error over the last quarter of the evaluations, since the
-last point of a curve is noisy.
+By default each method trains at its own learning rate and momentum, found by a local
+search of a declared grid on draws of another seed (see `experiments.core.rates`). --lr
+and --momentum set them for all methods, and --tune searches the grid again. The methods
+are compared by their mean test error over the last quarter of the evaluations, since
+the last point of a curve is noisy.
 
 The defaults take a few minutes on two CPU cores: T=120, an LSTM of 128 units, batches
 of 128, K=11 and 1,000 batches. The paper's settings (Figs. 1-3) are
