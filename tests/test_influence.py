@@ -621,6 +621,38 @@ def test_own_transitions_are_the_diagonals_of_a_steps_derivative(name: str) -> N
   assert_close(stacked(layer.own_step(state, x, True)), expected)
 
 
+@pytest.mark.parametrize(('parent', 'kind'), [(nn.LRU, 'rtrl'), (nn.LSTM, 'snap1')])
+def test_a_subclass_with_a_call_of_its_own_has_its_own_influence(parent, kind):
+  """Not that of its parent's step. With two windows `'lookback'` is exact, and so is
+  `'snap1'` for a layer of one unit.
+  """
+
+  class Scaled(parent):
+    def __call__(self, state, x, mask=None, key=None):
+      return super().__call__(state, 3 * x, mask, key)
+
+  batch = fptt_jax.Batch(
+    jax.random.normal(jax.random.key(0), (6, 1, 1)), jnp.ones([1], jnp.float32)
+  )
+  norms = {}
+  for name in ('lookback', kind):
+    model = nn.from_nnx(
+      lambda rngs: nn.Sequential(Scaled(1, 1, rngs=rngs), nnx.Linear(1, 1, rngs=rngs))
+    )
+    trainer = fptt_jax.make_trainer(
+      model,
+      losses.terminal_regression(),
+      optax.sgd(0.0),
+      method='tbptt',
+      num_windows=2,
+      influence=name,
+    )
+    _, metrics = trainer.step(trainer.init(jax.random.key(0), batch), batch)
+    norms[name] = metrics.credit_norm[1]
+  np.testing.assert_allclose(norms[kind], norms['lookback'], rtol=1e-5)
+  assert norms[kind] > 0
+
+
 def snap_by_definition(
   model: fptt_jax.Model, params: Any, inputs: Any, units: bool
 ) -> Any:

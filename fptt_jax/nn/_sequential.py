@@ -204,7 +204,7 @@ def own_steps(module: Any, state: Any, x: Any, own_only: bool) -> dict[int, OwnS
       x = layer(x)
       continue
     layer_state = next(states)
-    if hasattr(layer, 'own_step'):
+    if _derives_its_steps(layer):
       step = layer.own_step(layer_state, x[0], own_only)
       if step is not None:
         found[first] = _with_prefix(step, f'layers/{index}/' if is_stack else '')
@@ -213,6 +213,22 @@ def own_steps(module: Any, state: Any, x: Any, own_only: bool) -> dict[int, OwnS
     _, x = layer(layer_state, x, None, None)
     x = x.outputs if isinstance(x, OutputsWithPenalty) else x
   return found
+
+
+def _derives_its_steps(layer: Any) -> bool:
+  """Return whether `own_step` has the derivatives of the layer's own step.
+
+  A subclass that overrides the step, and not the derivatives, has its parent's.
+  """
+  parents = type(layer).__mro__
+
+  def nearest(name: str) -> int:
+    found = (i for i, parent in enumerate(parents) if name in vars(parent))
+    return next(found, len(parents))
+
+  own = nearest('own_step')
+  steps = ('__call__', 'step', '_fused_cell')
+  return own < len(parents) and all(own <= nearest(name) for name in steps)
 
 
 def advance_own(
@@ -246,7 +262,7 @@ def advance_own(
       x = layer(x)
       continue
     layer_state = next(states)
-    if hasattr(layer, 'advance_own'):
+    if _derives_its_steps(layer) and hasattr(layer, 'advance_own'):
       prefix = f'layers/{index}/' if is_stack else ''
       given = (_of_layer(leaves, prefix) for leaves in (influence, credit))
       moved = layer.advance_own(layer_state, x, mask, *given, own_only)
