@@ -169,6 +169,21 @@ def test_carried_sequences_start_from_it_once(mesh: int | None) -> None:
 
 
 @pytest.mark.usefixtures('x64')
+def test_a_start_may_be_rounded_otherwise() -> None:
+  """A state that differs from the initial one by a unit in the last place is it, as if
+  another program had computed it; one that differs by more has been carried on.
+  """
+  trainer = make_trainer(learned_elman(), 'tbptt', carry_hidden=True)
+  start = trainer.init(jax.random.key(0), make_batch())
+  moved = []
+  for hidden in (jnp.nextafter(start.hidden, jnp.inf), start.hidden + 1e-6):
+    state, _ = trainer.step(start._replace(hidden=hidden), make_batch())
+    moved.append(float(jnp.abs(state.params['h0'] - start.params['h0']).max()))
+  assert moved[0] > 1e-3
+  assert moved[1] == 0
+
+
+@pytest.mark.usefixtures('x64')
 def test_final_steps_reach_it_only_if_they_are_all() -> None:
   """The steps before them run from it, without a gradient."""
   found = {}

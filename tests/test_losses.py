@@ -243,6 +243,24 @@ def test_example_keeps_the_entry_of_an_ended_sequence():
   np.testing.assert_allclose(after['q'], expected, **EXACT)
 
 
+@pytest.mark.parametrize('ids', [[0, 1], [1, 0]])
+def test_example_keeps_a_sequence_beside_one_without_a_step(ids):
+  """A row that is wholly masked has no example, whatever its number is cleared to."""
+  batch = helpers.label_batch(4, 2, classes=C)
+  mask = jnp.array([[True, False]] * 4)
+  batch = batch._replace(targets=(batch.targets, jnp.array(ids)), mask=mask)
+  loss = losses.terminal_classification(C, divergence='example', num_examples=2)
+  model = helpers.elman(out=C)
+  trainer = helpers.quick_trainer(
+    model, loss, optax.sgd(0.0), method='tbptt', num_windows=1
+  )
+  state = trainer.init(jax.random.key(0), batch)
+  seen, _ = trainer.step(state, batch)
+  q = np.asarray(seen.loss_state['q'])[:, 0]
+  assert np.abs(q[ids[0]] - 1 / C).max() > 1e-3
+  np.testing.assert_allclose(q[ids[1]], 1 / C, rtol=1e-6)
+
+
 @pytest.mark.parametrize('divergence', ['class_ema', 'last_epoch', 'example'])
 def test_no_gradient_flows_through_q(divergence):
   """With Q a constant the gradient at the last output is β (P - y) + (1 - β)(P - Q)

@@ -644,6 +644,34 @@ def test_methods_are_told_apart_by_their_settings_only():
   )
 
 
+@in_float64
+def test_one_update_may_take_gradients_of_windows_alone():
+  """A method of one's own: the sum of the windows' gradients, each cut at its border,
+  in one step. It is that of truncated BPTT at fixed weights.
+  """
+  batch = helpers.regression_batch(6, 2, dtype=np.float64)
+
+  def gradients(method, num_updates):
+    trainer = quick_trainer(
+      double(),
+      losses.terminal_regression(),
+      record(num_updates),
+      method=method,
+      num_windows=3,
+    )
+    state, _ = run(trainer, batch)
+    return jax.tree.map(lambda g: g.sum(0), state.opt_state.grads)
+
+  expected = gradients('tbptt', 3)
+  same(gradients(fptt_jax.Method(False, False, False), 1), expected, **TIGHT)
+  assert np.abs(gradients('bptt_aux', 1)['c'] - expected['c']).max() > 1e-5
+
+
+def test_a_method_names_its_windows():
+  with pytest.raises(ValueError, match=r"num_windows of a Method must be .*'bogus'"):
+    two_windows(fptt_jax.Method(False, True, False, num_windows='bogus'), False)
+
+
 def test_a_method_goes_by_its_true_name():
   """'fptt' around which no fptt(...) stands, and the other way round, would be reported
   as what it is not.

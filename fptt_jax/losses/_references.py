@@ -165,16 +165,19 @@ def _per_example(num_examples: int) -> Reference:
   def observe(state: LossState, examples: Examples, predictions: Predictions) -> Any:
     del state
     window = examples.window
+    # A sequence without a step in the window keeps its old estimate. Its number may be
+    # that of another sequence, too: beyond the table, its row is dropped.
+    ids = jnp.where(window.active, examples.ids, num_examples)
+    # The select of a value that is dropped puts the read of the table before the write.
     q = predictions.q
-    # A sequence without a step in the window keeps its old estimate.
-    p = predictions.p.astype(q.dtype)
-    seen = jnp.where(window.active[:, None], p, q)
-    return window.k, *window.gather((examples.ids, seen))
+    seen = jnp.where(window.active[:, None], predictions.p.astype(q.dtype), q)
+    return window.k, *window.gather((ids, seen))
 
   def update(state: LossState, note: Any, keep: jax.Array | bool) -> LossState:
     k, ids, rows = note
     table = state['q']
-    return {'q': table.at[ids, k].set(_where(keep, rows, table[ids, k]))}
+    rows = _where(keep, rows, table[ids, k])
+    return {'q': table.at[ids, k].set(rows, mode='drop')}
 
   return Reference(init, lookup, observe, update)
 

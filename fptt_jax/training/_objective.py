@@ -105,6 +105,9 @@ def _objective(
   if inputs.fresh is not None:
     hidden = with_start(spec, params, hidden, inputs.fresh)
 
+  # Between windows of one update; with an update per window there is nothing to cut.
+  is_cut = _num_seen(inputs) > 1 and not spec.method.whole_gradient
+
   def body(carry: tuple[Any, ...], row: tuple[jax.Array, ...]) -> tuple[Any, Any]:
     hidden, loss_state, outputs = carry
     k, coefficient, record = row
@@ -115,7 +118,8 @@ def _objective(
       outputs = _write_outputs(update, run, outputs, record)
     value = _add_penalty(spec, run, terms.value)
     weight = (coefficient * update.weights[k]).astype(value.dtype)
-    return (run.hidden, terms.loss_state, outputs), (weight * value, terms.totals)
+    end = jax.lax.stop_gradient(run.hidden) if is_cut else run.hidden
+    return (end, terms.loss_state, outputs), (weight * value, terms.totals)
 
   carry = (hidden, inputs.loss_state, inputs.outputs)
   if _num_seen(inputs) == 1:

@@ -72,6 +72,11 @@ def resolve_spec(
 def _find_method(method: str | Method) -> tuple[str, Method]:
   """Return the name and the settings of a method."""
   if isinstance(method, Method):
+    if isinstance(method.num_windows, str) and method.num_windows != 'T':
+      raise ValueError(
+        "num_windows of a Method must be a number, 'T' or None, got "
+        f'{method.num_windows!r}.'
+      )
     return 'custom', method
   if isinstance(method, str) and method in METHODS:
     return method, METHODS[method]
