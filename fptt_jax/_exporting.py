@@ -8,6 +8,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
+import zipfile
 
 import jax
 from jax import export
@@ -21,6 +22,7 @@ FORMAT = 1
 """Number of the file format. It grows when a manifest changes its meaning."""
 
 PROGRAM, TEXT, STATE, MANIFEST = 'step.bin', 'step.mlir', 'state.npz', 'manifest.json'
+PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 AGAIN = 'Export the step again with the installed versions'
 
 
@@ -55,7 +57,11 @@ class ExportedStep(NamedTuple):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = io.BytesIO()
-    np.savez(arrays, **self.state)
+    # np.savez takes names for its own arguments, such as 'file'.
+    with zipfile.ZipFile(arrays, 'w') as archive:
+      for path, array in self.state.items():
+        with archive.open(f'{path}.npy', 'w', force_zip64=True) as member:
+          np.lib.format.write_array(member, array, allow_pickle=False)
     files = {
       PROGRAM: self.program,
       TEXT: self.stablehlo.encode(),
@@ -105,8 +111,8 @@ def export_step(
     state: The first state, concrete.
     *args: The other arguments, such as a :class:`Batch`: trees of arrays, or of
       `jax.ShapeDtypeStruct`.
-    platforms: Platforms that the program is lowered for. More platforms make a larger
-      file.
+    platforms: Platforms that the program is lowered for, out of 'cpu', 'cuda', 'rocm'
+      and 'tpu'. More platforms make a larger file.
     donate: Whether a step may use the old state's memory for the new state.
 
   Returns:
@@ -116,7 +122,7 @@ def export_step(
     ImportError: The package flatbuffers, with which JAX serializes, is not installed.
     TypeError: An argument holds a leaf that is not an array.
     ValueError: The step does not return a new state of the same structure, shapes and
-      dtypes first, or a platform is unknown to JAX.
+      dtypes first, or a platform is unknown.
 
   Example:
     >>> import tempfile, jax.numpy as jnp, fptt_jax
@@ -132,6 +138,9 @@ def export_step(
   for name, tree in (('state', state), ('args', args)):
     for path, leaf in jax.tree.leaves_with_path(tree):
       check_array(f'{name}{jax.tree_util.keystr(path)}', leaf)
+  # A text would be taken for a sequence of its letters.
+  known = not isinstance(platforms, str) and set(platforms) <= set(PLATFORMS)
+  require(known, 'platforms', f'a sequence out of {PLATFORMS}', platforms)
   num_state = len(jax.tree.leaves(state))
   # The structure of the results is known only once the step has been traced.
   outputs: dict[str, Any] = {}
@@ -291,11 +300,16 @@ def _key_data(leaf: Any) -> Any:
   return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
+def _implementation(key: Any) -> Any:
+  """Return the implementation of a PRNG key, which may be abstract."""
+  return jax.random.key_impl(jnp.empty(0, key.dtype))
+
+
 def _with_keys(leaves: Sequence[jax.Array], like: Any) -> Any:
   """Return leaves in the structure of `like`, with its PRNG keys made of their data."""
   expected = jax.tree.leaves(like)
   restored = [
-    jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(as_key))
+    jax.random.wrap_key_data(leaf, impl=_implementation(as_key))
     if _is_key(as_key)
     else leaf
     for leaf, as_key in zip(leaves, expected, strict=True)
@@ -310,6 +324,6 @@ def _describe_leaves(tree: Any) -> list[dict[str, Any]]:
     data = jax.eval_shape(_key_data, leaf)
     entry = {'path': path, 'shape': list(data.shape), 'dtype': str(data.dtype)}
     if _is_key(leaf):
-      entry['prng_key'] = str(jax.random.key_impl(leaf))
+      entry['prng_key'] = str(_implementation(leaf))
     described.append(entry)
   return described

@@ -42,7 +42,9 @@ def check_hyperparameters(hyperparameters: Hyperparameters) -> Hyperparameters:
 def _check_hyperparameter(name: str, value: Hyperparameter) -> Hyperparameter:
   """Return a hyperparameter, as a float if it is concrete; raise if out of range."""
   low, high, expected = RANGES[name]
-  first = value(jnp.zeros([], jnp.int32)) if callable(value) else value
+  # `fptt` may be called while a step is traced.
+  with jax.ensure_compile_time_eval():
+    first = value(jnp.zeros([], jnp.int32)) if callable(value) else value
   if isinstance(first, jax.core.Tracer):
     return value  # It has no value yet. `_value_at` checks it in each window.
   which = f'{name} at window 0' if callable(value) else name
@@ -85,9 +87,11 @@ def _values_tried(
   late = np.geomspace(2**16, 10**6, 512)
   windows = np.unique(np.concatenate([np.arange(2**16), late]).astype(np.int32))
   try:
-    values = np.asarray(jax.vmap(schedule)(jnp.asarray(windows)), np.float64)
-  except jax.errors.ConcretizationTypeError:
-    # The schedule takes concrete numbers only, such as a table of unknown length.
+    with jax.ensure_compile_time_eval():
+      values = np.asarray(jax.vmap(schedule)(jnp.asarray(windows)), np.float64)
+  except jax.errors.JAXTypeError:
+    # The schedule takes concrete numbers only, such as a table of unknown length, or
+    # has a traced factor.
     return np.zeros(0, np.int32), np.zeros(0)
   return windows, values
 

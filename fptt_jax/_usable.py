@@ -1,6 +1,7 @@
 """Whether an optimizer with `fptt` in it works in a trainer."""
 
 from collections.abc import Callable, Mapping
+import contextvars
 import inspect
 from typing import Any
 
@@ -21,9 +22,9 @@ def accepted(
   return {name: value for name, value in extra_args.items() if name in names}
 
 
-_RECORDS: list[list[Any]] = []
+_RECORD = contextvars.ContextVar[list[Any] | None]('record', default=None)
 """List to which `fptt` adds the number of inner steps that it is given, while
-:func:`check_usable` traces an update. It is empty otherwise.
+:func:`check_usable` traces an update in this thread. It is None otherwise.
 """
 
 
@@ -84,7 +85,7 @@ def _trace_update(
     given = accepted(optimizer.update, {**extra_args, 'grad': params})
     return optimizer.update(params, state, params, **given)[0]
 
-  _RECORDS.append(record)
+  token = _RECORD.set(record)
   try:
     return jax.make_jaxpr(update)(params), record
   except TypeError as error:
@@ -93,14 +94,15 @@ def _trace_update(
       f'{sorted(extra_args)}, which a trainer passes; calling it failed: {error}'
     ) from error
   finally:
-    _RECORDS.pop()
+    _RECORD.reset(token)
 
 
 def record_call(updates: optax.Updates, inner_steps: Any) -> optax.Updates:
   """Return the updates, marked if :func:`check_usable` traces this call."""
-  if not _RECORDS:
+  record = _RECORD.get()
+  if record is None:
     return updates
   from fptt_jax._update_flow import mark
 
-  _RECORDS[-1].append(inner_steps)
+  record.append(inner_steps)
   return jax.tree.map(mark, updates)

@@ -228,6 +228,28 @@ def test_a_missing_file_is_named(name: str, folder: Path) -> None:
     fptt_jax.load_exported_step(folder)
 
 
+def test_a_key_may_be_abstract_and_a_leaf_may_be_called_file(tmp_path: Path) -> None:
+  """A PRNG key among the arguments as its shape, and a name that NumPy uses."""
+
+  def step(state: Any, key: jax.Array) -> Any:
+    return {'file': state['file'] + jax.random.normal(key)}, state['file']
+
+  key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+  state = {'file': jnp.float32(2.0)}
+  fptt_jax.export_step(step, state, key, platforms=['cpu']).save(tmp_path)
+  loaded = fptt_jax.load_exported_step(tmp_path)
+  [first] = loaded.state
+  assert first == 2.0
+  [new], _ = loaded.step(loaded.state, jax.random.key_data(jax.random.key(1)))
+  assert new == 2.0 + jax.random.normal(jax.random.key(1))
+
+
+@pytest.mark.parametrize('platforms', ['cpu', ('cpu', 'gpu')])
+def test_unknown_platforms_are_refused(platforms: Any) -> None:
+  with pytest.raises(ValueError, match=r'platforms must be a sequence out of .* got'):
+    fptt_jax.export_step(lambda s: (s, s), jnp.ones(1), platforms=platforms)
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 from credit import (
   LENGTHS,
   SERIES,
@@ -619,6 +620,31 @@ def test_own_transitions_are_the_diagonals_of_a_steps_derivative(name: str) -> N
   layer.w_h[...] = without
   expected = diagonals(layer)
   assert_close(stacked(layer.own_step(state, x, True)), expected)
+
+
+@pytest.mark.parametrize('kind', ['snap1', 'lookback'])
+def test_batches_may_differ_in_shape(kind):
+  """Without `carry_hidden` the influence starts anew with each batch, as the hidden
+  state does: a smaller last batch and another length give what they give alone.
+  """
+  trainer = fptt_jax.make_trainer(
+    helpers.elman(),
+    losses.terminal_regression(),
+    optax.sgd(0.1),
+    method='tbptt',
+    num_windows=2,
+    influence=kind,
+    donate=False,
+  )
+  first = helpers.regression_batch(4, 3)
+  state, _ = trainer.step(trainer.init(jax.random.key(0), first), first)
+  for num_steps, rows in ((4, 2), (6, 3)):
+    batch = helpers.regression_batch(num_steps, rows, seed=1)
+    alone = trainer.init(jax.random.key(0), batch)
+    alone = alone._replace(params=state.params, step_count=state.step_count)
+    got, _ = trainer.step(state, batch)
+    expected, _ = trainer.step(alone, batch)
+    chex.assert_trees_all_equal(got.params, expected.params)
 
 
 @pytest.mark.parametrize(('parent', 'kind'), [(nn.LRU, 'rtrl'), (nn.LSTM, 'snap1')])

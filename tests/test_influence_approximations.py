@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 from credit import (
   LENGTHS,
   SERIES,
@@ -504,6 +505,11 @@ def test_synthetic_gradients_learn_from_what_arrives() -> None:
   np.testing.assert_allclose(
     moved.weights['bias'][0], np.array([0.5, 1.0]) - error.mean(0)
   )
+  # Momentum goes on only where there is something to learn from.
+  adam = influence.synthetic(optax.adam(0.1))
+  learned = adam.observe(window, params, h, adam.init(window, params, h), delta)
+  idle = window._replace(mask=jnp.zeros((1, B), bool))
+  chex.assert_trees_all_equal(adam.observe(idle, params, h, learned, delta), learned)
   with pytest.raises(ValueError, match=r'hidden_features must be an integer >= 1'):
     influence.synthetic(hidden_features=0)
   with pytest.raises(

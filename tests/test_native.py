@@ -664,6 +664,18 @@ def test_threads_do_not_change_an_influence(batch: int) -> None:
 
 
 @pytest.mark.usefixtures('kernels')
+def test_a_million_rows_of_influence() -> None:
+  """More parts than the threads can number at once."""
+  rows = 2**20 + 5
+  window, params, state, moved = own_window('Elman', (1, rows, 1, 1), False)
+  got = influence.snap1().advance(window, params, state, moved, None)
+  few = lambda tree: jax.tree.map(lambda leaf: leaf[-9:], tree)
+  part = window._replace(x=window.x[:, -9:], own_kernels=None)
+  expected = influence.snap1().advance(part, params, few(state), few(moved), None)
+  assert_close(few(got), expected)
+
+
+@pytest.mark.usefixtures('kernels')
 def test_influences_of_members() -> None:
   """Models under vmap run in one call."""
   window, params, hidden, state = own_window('LSTM', (5, 20, 9, 2), True)

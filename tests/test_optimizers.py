@@ -2,6 +2,9 @@
 step.
 """
 
+import functools
+import threading
+
 import helpers
 from helpers import quick_trainer
 import jax
@@ -249,6 +252,40 @@ def test_a_trainer_that_changes_updates_after_fptt_is_not_made():
       optax.chain(FPTT, optax.scale(0.5)),
       num_windows=2,
     )
+
+
+def test_calls_that_are_skipped_do_not_shift_the_inner_steps():
+  make = functools.partial(
+    fptt_jax.make_trainer,
+    helpers.elman(),
+    losses.terminal_regression(),
+    optax.apply_if_finite(FPTT, 3),
+    num_windows=2,
+  )
+  make()
+  with pytest.raises(ValueError, match=r'inner_steps must be 1 .*apply_if_finite.* 2'):
+    make(inner_steps=2)
+
+
+def test_another_thread_may_trace_an_update_meanwhile():
+  """Nothing of the check of one optimizer is in the program of another."""
+  tx = fptt_jax.fptt(SGD)
+  state = tx.init(PARAMS)
+  compiled = []
+
+  def update(grads, state, params=None, **extra_args):
+    other = lambda: compiled.append(jax.jit(tx.update)(PARAMS, state, PARAMS))
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    return tx.update(grads, state, params, **extra_args)
+
+  check_usable(
+    optax.GradientTransformationExtraArgs(lambda _: state, update),
+    PARAMS,
+    {'inner_steps': 2},
+  )
+  assert len(compiled) == 1
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,16 @@ def test_key_data_is_a_key(trainer):
   assert states.key.shape == (2,)
 
 
-# Byte order.
+# Types and byte order.
+
+
+def test_a_file_of_bfloat16() -> None:
+  """NumPy's own files keep its bits and not its name."""
+  state = {'w': jnp.array([1.0, -2.5], jnp.bfloat16), 'n': jnp.int32(3)}
+  file = io.BytesIO()
+  np.savez(file, **fptt_jax.state_to_arrays(state))
+  file.seek(0)
+  chex.assert_trees_all_equal(fptt_jax.state_from_arrays(state, np.load(file)), state)
 
 
 def test_arrays_of_another_byte_order(trainer):

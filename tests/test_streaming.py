@@ -298,6 +298,36 @@ def test_a_row_that_starts_anew_is_a_new_stream() -> None:
   np.testing.assert_allclose(outputs, np.concatenate([first, last]), rtol=1e-4)
 
 
+def test_a_model_without_a_state_learns_from_a_stream() -> None:
+  """The memoryless baseline."""
+  learner = make(model=linear(), window_size=2)
+  x, y = draw(5, batch_size=2)
+  state, outputs, metrics = learner.step(begin(learner, x), x, y)
+  assert outputs.shape == y.shape
+  assert metrics.totals['count'] == 8  # The fifth step waits for its window.
+  assert float(jnp.abs(state.train.params['w']).max()) > 0
+
+
+@functools.cache
+def linear() -> fptt_jax.Model:
+  return fptt_jax.Model(
+    init=lambda key: {'w': jnp.zeros((2, 1))},
+    initial_state=lambda batch_size: (),
+    apply=lambda params, hidden, x, mask, key: (hidden, x @ params['w']),
+  )
+
+
+def test_rows_that_share_products_start_anew() -> None:
+  """What the rows of UORO share stays where one of two starts anew."""
+  shared = fptt_jax.influence.uoro(rows='together')
+  learner = make(influence=shared)
+  x, y = draw(4, batch_size=2)
+  reset = np.array([[False, False]] * 3 + [[True, False]])
+  before, *_ = learner.step(begin(learner, x), x[:3], y[:3], reset=reset[:3])
+  state, *_ = learner.step(before, x[3:], y[3:], reset=reset[3:])
+  assert np.isfinite(numbers(state)['train/params/c']).all()
+
+
 def test_rows_start_anew_by_themselves() -> None:
   """With constant weights, each row predicts like a stream of its own."""
   x, y = draw(9, batch_size=2)

@@ -1246,6 +1246,24 @@ def test_bad_state_dtype_and_schedule():
     fptt(BASE, alpha=optax.linear_schedule(0.0, 0.5, 10))
 
 
+def test_a_schedule_is_checked_where_a_step_is_traced():
+  """A constant one, and one that takes concrete numbers only, which is not checked."""
+  table = [0.1, 0.2, 0.3]
+  for alpha in (optax.constant_schedule(0.1), lambda k: table[k]):
+    optimizer = lambda rate, alpha=alpha: fptt(optax.sgd(rate), alpha=alpha)
+    jax.jit(optimizer(0.1).init)({'w': jnp.ones(1)})
+    jax.jit(lambda p, make=optimizer: make(0.1).init(p))({'w': jnp.ones(1)})
+  tx = optax.inject_hyperparams(
+    lambda rate: fptt(optax.sgd(rate), alpha=optax.constant_schedule(0.1))
+  )(0.5)
+  params = {'w': jnp.ones(1)}
+  state = tx.init(params)
+  updates, _ = jax.jit(tx.update)(params, state, params)
+  np.testing.assert_allclose(updates['w'], -0.5)
+  with pytest.raises(ValueError, match=r'^alpha at window 0 '):
+    jax.jit(lambda p: fptt(BASE, alpha=optax.constant_schedule(-1.0)).init(p))(params)
+
+
 def test_parameters_may_be_python_numbers():
   """Python numbers are accepted as by optax's optimizers."""
   tx = fptt(optax.sgd(0.5))

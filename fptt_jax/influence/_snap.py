@@ -67,7 +67,6 @@ def snap1(own_only: bool = False) -> Influence:
     The influence.
 
   Raises:
-    TypeError: `own_only` is not a bool.
     ValueError: In `init`: no parameter belongs to one unit, or `own_only` is set and a
       layer neither defines `own_step` nor keeps its units apart.
 

@@ -106,9 +106,13 @@ def synthetic(
     _, arrived = _pass_back(window, params, hidden, weights)
     rows = join(hidden)
     target = join(_like(d_hidden, hidden)) * len(rows) + arrived
-    gradient = jax.grad(_error)(weights, rows, target, _scored(window, rows))
+    scored = _scored(window, rows)
+    gradient = jax.grad(_error)(weights, rows, target, scored)
     changes, opt_state = optimizer.update(gradient, opt_state, weights)
-    return _stack(LearnedCredit(optax.apply_updates(weights, changes), opt_state))
+    moved = _stack(LearnedCredit(optax.apply_updates(weights, changes), opt_state))
+    # Without a row to learn from, momentum would move G all the same.
+    learned: LearnedCredit = optax.tree.where(scored.any(), moved, state)
+    return learned
 
   return Influence(init, _credit, _advance, observe=observe, keeps=True)
 

@@ -144,7 +144,7 @@ def _predict(
     step = step._replace(valid=step.valid & finite_rows(step.inputs, 1))
   x = jax.tree.map(lambda leaf: leaf[None], step.inputs)
   live, outputs = predict_steps(spec, params, before, x, step.valid[None])
-  if spec.skip_nonfinite:
+  if spec.skip_nonfinite and jax.tree.leaves(live):
     # The training pass keeps its hidden state, too, when the numbers run away.
     live = where_rows(finite_rows(live, 1), live, before)
   pending = expire(append(state.pending, step, outputs[0]), spec.delay)

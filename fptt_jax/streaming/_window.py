@@ -141,10 +141,16 @@ def _zero_unless(valid: jax.Array, tree: Any) -> Any:
 def start_rows_anew(spec: StreamSpec, train: TrainState, rows: jax.Array) -> TrainState:
   """Return the train state with the chosen rows, bool [B], at their start."""
   start = spec.model.start(train.params, len(rows))
+
+  def cleared(leaf: jax.Array) -> jax.Array:
+    # What rows share stays: it reaches a row through that row's own part alone.
+    is_own = len(leaf) == len(rows)
+    return where_rows(rows, jnp.zeros_like(leaf), leaf) if is_own else leaf
+
   influence = train.influence
   if not spec.keeps_influence:
     # What does not depend on the parameters has no influence of theirs.
-    influence = where_rows(rows, optax.tree.zeros_like(influence), influence)
+    influence = jax.tree.map(cleared, influence)
   return train._replace(
     hidden=where_rows(rows, start, train.hidden), influence=influence
   )

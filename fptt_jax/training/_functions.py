@@ -95,7 +95,13 @@ class Functions:
     _, batch_size = check_shapes(batch)
     check_type('state', state, TrainState)
     state = state._replace(key=as_key('state.key', state.key))
-    state = arrange_state(state, jax.eval_shape(self.init, state.key, batch))
+    expected = jax.eval_shape(self.init, state.key, batch)
+    influence = spec.influence
+    if influence is not None and not influence.keeps and not spec.carry_hidden:
+      # It starts anew with the hidden state, so that the batch may have another shape.
+      anew = jax.tree.map(lambda like: jnp.zeros_like(like), expected.influence)
+      state = state._replace(influence=anew)
+    state = arrange_state(state, expected)
     self._check_rows(batch_size)
     if spec.carry_hidden:
       self._check_hidden(state.hidden, batch_size, 'the carried hidden state')
@@ -103,8 +109,9 @@ class Functions:
       # Rows may start differently, so that the whole batch's state is made here, before
       # it is split over devices.
       hidden = strong_copy(spec.model.start(state.params, batch_size))
-      influence = reset_influence(spec, state.influence)
-      state = state._replace(hidden=hidden, influence=influence)
+      state = state._replace(
+        hidden=hidden, influence=reset_influence(spec, state.influence)
+      )
     step = functools.partial(run_step, spec, self.placement)
     return self.placement.wrap_step(step)(state, batch)
 

@@ -116,9 +116,27 @@ def check_optimizer(spec: StepSpec) -> None:
   """
   params = jax.eval_shape(spec.model.init, jax.random.key(0))
   check_usable(spec.optimizer, params, _placeholder_extra_args(spec.inner_steps))
-  regularized = bool(find_states(jax.eval_shape(spec.optimizer.init, params)))
+  opt_state = jax.eval_shape(spec.optimizer.init, params)
+  _check_inner_steps(spec.inner_steps, opt_state)
+  regularized = bool(find_states(opt_state))
   wanted = spec.method.regularized
   accepted = f'one {"with" if wanted else "without"} fptt(...)'
   found = Words('one with it' if regularized else 'one without it')
   hint = f"The method is {spec.method_name!r}. 'fptt' without fptt(...) is 'tbptt'."
   require(regularized == wanted, 'optimizer', accepted, found, hint)
+
+
+def _check_inner_steps(inner_steps: int, opt_state: optax.OptState) -> None:
+  """Raise unless `fptt` sees all inner steps of a window.
+
+  It counts its calls to know the last one, and a skipped call would shift them.
+  """
+
+  def is_skipping(node: Any) -> bool:
+    return isinstance(node, optax.ApplyIfFiniteState)
+
+  nodes = jax.tree.leaves(opt_state, is_leaf=is_skipping)
+  skips = any(is_skipping(node) and find_states(node.inner_state) for node in nodes)
+  accepted = '1 with apply_if_finite around fptt'
+  hint = 'skip_nonfinite=True of the trainer skips whole windows.'
+  require(inner_steps == 1 or not skips, 'inner_steps', accepted, inner_steps, hint)

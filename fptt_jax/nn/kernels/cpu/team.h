@@ -60,6 +60,18 @@ class Team {
       for (int i = 0; i < count; i++) work(i);
       return;
     }
+    for (int first = 0; first < count; first += kMostParts) {
+      share(std::min(kMostParts, count - first), [&](int i) { work(first + i); });
+    }
+  }
+
+ private:
+  // Parts that a ticket can number.
+  static constexpr int kMostParts = 0xfffff;
+
+  // Shares the parts among the threads.
+  template <typename Work>
+  void share(int count, const Work& work) {
     Shared& shared = *shared_;
     shared.work.store(&work, std::memory_order_relaxed);
     shared.call.store(
@@ -74,7 +86,6 @@ class Team {
     for (int spins = 0; shared.unfinished.load(std::memory_order_acquire) > 0; spins++) pause(spins);
   }
 
- private:
   // A thread's own range of the parts, so that it finds its rows in its cache again: the
   // number of the run, the end and the next part in 24, 20 and 20 bits. Taking a part is
   // one exchange of all three, which fails if the run has ended meanwhile.
