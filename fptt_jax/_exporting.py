@@ -1,4 +1,4 @@
-"""Train steps as files that run where only JAX is installed."""
+"""Train steps as files that run where only JAX and flatbuffers are installed."""
 
 from collections.abc import Callable, Mapping, Sequence
 import datetime
@@ -100,6 +100,8 @@ def export_step(
 ) -> ExportedStep:
   """Export a train step as a program that runs where only JAX is installed.
 
+  JAX needs the package flatbuffers to write and to read it.
+
   The program contains the whole step: windows, model, loss, gradient and optimizer. It
   is one StableHLO program for the shapes of the given arguments. What a layer decides
   when it is traced, such as the layout of its arrays, is decided for the machine that
@@ -182,7 +184,7 @@ def export_step(
 def load_exported_step(folder: str | Path) -> LoadedStep:
   """Load a train step that :meth:`ExportedStep.save` wrote.
 
-  A program that has JAX alone can do the same; the guide on exporting shows how.
+  A program that has JAX and flatbuffers alone can do the same; the guide on exporting shows how.
 
   Args:
     folder: The folder.

@@ -311,9 +311,10 @@ class Regressor(_StreamEstimator, base.MiniBatchRegressor):
     window_size: As in :func:`fptt_jax.make_learner`.
     influence: The name of an influence, as in :func:`fptt_jax.make_learner`.
     delay: How many steps late a label may come. Give `progressive_val_score` no larger
-      delay. Labels that come later are dropped and counted in the attribute `late`.
+      delay. Labels that come later are dropped and counted in the attribute `late` if
+      their features are those of their step, and raise a ValueError otherwise.
     match_features: Whether to refuse a label whose features are those of none of the
-      steps that wait. By default it is the oldest one's, which is right where labels
+      steps, where some wait. By default it is the oldest one's, which is right where labels
       come in order. The attribute `by_order` counts these labels.
     features: Names of the features, in the order in which the model gets them. Others
       raise an error then. None takes those of the first step, sorted, and ignores

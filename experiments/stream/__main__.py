@@ -56,7 +56,7 @@ class Config:
     ('*',), "patterns of the networks' names, such as 'LSTM*'", required=True
   )
   seeds: int = option(5, 'seeds of each network', within='[1, inf)')
-  data_dir: str = option('', 'folder with ptb.train.txt and the others; see the README')
+  data_dir: str = option('', 'folder with ptb.train.txt, ptb.valid.txt, ptb.test.txt')
   workdir: str = option('', 'folder; default runs/stream-TIME')
 
   def __post_init__(self) -> None:

@@ -34,7 +34,8 @@ def rtrl(max_bytes: int = MAX_BYTES) -> Influence:
   of the run as it was with respect to one shift of all weights used so far.
 
   Args:
-    max_bytes: Largest size of the state, for all rows of a batch.
+    max_bytes: Largest size of the whole matrix, for all rows of a batch. It does not
+      matter where units are apart.
 
   Returns:
     The influence.

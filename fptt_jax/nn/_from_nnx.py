@@ -40,8 +40,8 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   Args:
     build: makes the module from `nnx.Rngs`, such as `lambda rngs: nn.LSTM(1, 128,
       rngs=rngs)`. The module runs windows, as those of `fptt_jax.nn` do, or is a
-      per-step cell such as `nnx.GRUCell`. A cell needs an attribute `in_features` and
-      must not own random streams.
+      per-step cell such as `nnx.GRUCell`. A cell must not own random streams, and needs
+      an attribute `in_features` if its carry depends on the number of inputs.
 
   Returns:
     The model. Its params are a nested dict of the module's `nnx.Param` values. `init`

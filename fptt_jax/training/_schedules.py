@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
     False,
     True,
     True,
-    summary='at each window the mean of all losses so far, from the start: Ω(T²)',
+    summary='at each window the mean of all losses so far, from the start: K times the cost',
   ),
 }
 """The methods of the paper by name."""
