@@ -6,8 +6,9 @@ hidden, C classes, V vocabulary; arrays are time-major. `fptt_jax.nn` holds mode
 the adapters for Flax; nothing else here imports Flax.
 
 The public modules are `fptt_jax`, `fptt_jax.influence`, `fptt_jax.losses`,
-`fptt_jax.nn` and `fptt_jax.river`, which needs river. `fptt_jax.nn` is imported when it is first used, and so are trainers,
-influences, the functions for streams and exported steps.
+`fptt_jax.nn` and `fptt_jax.river`, which needs river. `fptt_jax.nn` is imported when it
+is first used, and so are trainers, influences, the functions for streams and exported
+steps.
 """
 
 import importlib

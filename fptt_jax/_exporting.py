@@ -184,7 +184,8 @@ def export_step(
 def load_exported_step(folder: str | Path) -> LoadedStep:
   """Load a train step that :meth:`ExportedStep.save` wrote.
 
-  A program that has JAX and flatbuffers alone can do the same; the guide on exporting shows how.
+  A program that has JAX and flatbuffers alone can do the same; the guide on exporting
+  shows how.
 
   Args:
     folder: The folder.

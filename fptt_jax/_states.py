@@ -60,9 +60,10 @@ def state_from_arrays(template: Any, arrays: Mapping[str, Any]) -> Any:
     if _is_key(array):
       return array
     # NumPy's files do not tell types that it lacks, such as bfloat16.
-    raw = getattr(array, 'dtype', None)
-    if isinstance(raw, np.dtype) and raw.kind == 'V' and raw.fields is None:
-      array = array.view(like.dtype) if raw.itemsize == like.dtype.itemsize else array
+    raw = getattr(array, 'dtype', np.dtype(bool))
+    is_nameless = raw.type is np.void and raw.fields is None
+    if is_nameless and raw.itemsize == like.dtype.itemsize:
+      array = array.view(like.dtype)
     if _is_key(like):
       implementation = jax.random.key_impl(jnp.empty(0, like.dtype))
       return jax.random.wrap_key_data(jnp.asarray(array), impl=implementation)

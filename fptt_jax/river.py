@@ -124,6 +124,9 @@ class _StreamEstimator:
   def _target(self, label: Any) -> float | None:
     """Return a label as the loss takes it, or None for a label that is missing."""
 
+  def _keep_label(self, label: Any) -> None:
+    """Note a label that is learned."""
+
   def __getstate__(self) -> dict[str, Any]:
     """Return the attributes, with the state as NumPy arrays by path."""
     attributes = self.__dict__.copy()
@@ -239,13 +242,15 @@ class _StreamEstimator:
         'the estimator with a larger delay, or call learn_one(x, None) for steps '
         'without a label.'
       )
+    if waiting and not same:
+      self._check_order(x, len(waiting))
+      self.by_order += y is not None
+    # Not before: a label that is refused takes no place among the classes.
+    self._keep_label(label)
     if not waiting:
       self._hand_in()
       self._take(vector[None, None], [y])
       return
-    if not same:
-      self._check_order(x, len(waiting))
-      self.by_order += y is not None
     step = (same or waiting)[0]
     step.answered, step.y = True, y
     # Without a delay, the step is taken in the same call as the next prediction.
@@ -276,7 +281,11 @@ class _StreamEstimator:
         self._learn(row, label)
       return
     matrix = self._matrix(X)
-    self._take(matrix, [self._target(label) for label in labels])
+    self._take(matrix, self._targets(labels))
+
+  def _targets(self, labels: Sequence[Any]) -> list[float | None]:
+    """Return labels that are learned, as the loss takes them."""
+    return [self._target(label) for label in labels]
 
   def _hand_in(self) -> None:
     """Give the learner the labels that have come, in the order of their steps."""
@@ -314,8 +323,8 @@ class Regressor(_StreamEstimator, base.MiniBatchRegressor):
       delay. Labels that come later are dropped and counted in the attribute `late` if
       their features are those of their step, and raise a ValueError otherwise.
     match_features: Whether to refuse a label whose features are those of none of the
-      steps, where some wait. By default it is the oldest one's, which is right where labels
-      come in order. The attribute `by_order` counts these labels.
+      steps, where some wait. By default it is the oldest one's, which is right where
+      labels come in order. The attribute `by_order` counts these labels.
     features: Names of the features, in the order in which the model gets them. Others
       raise an error then. None takes those of the first step, sorted, and ignores
       others later. A feature that is missing in a step is 0.
@@ -478,17 +487,35 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
     self._learn_many(X, list(y))
 
   def _target(self, label: Any) -> int | None:
-    """Return the place of a label, a new one if it was never seen."""
+    """Return the place of a label, the next one if it was never seen."""
     if label is None:
       return None
-    if label not in self._labels_seen:
-      if len(self._labels_seen) == self.num_classes:
-        raise ValueError(
-          f'y must be one of num_classes={self.num_classes} labels, '
-          f'{self._labels_seen[:10]}, got another one, {label!r}.'
-        )
+    if label in self._labels_seen:
+      return self._labels_seen.index(label)
+    if len(self._labels_seen) == self.num_classes:
+      raise ValueError(
+        f'y must be one of num_classes={self.num_classes} labels, '
+        f'{self._labels_seen[:10]}, got another one, {label!r}.'
+      )
+    return len(self._labels_seen)
+
+  def _targets(self, labels: Sequence[Any]) -> list[float | None]:
+    """Return the places of labels, all or none of which are noted."""
+    before = list(self._labels_seen)
+    found: list[float | None] = []
+    try:
+      for label in labels:
+        found.append(self._target(label))
+        self._keep_label(label)
+    except ValueError:
+      self._labels_seen = before
+      raise
+    return found
+
+  def _keep_label(self, label: Any) -> None:
+    """Give a new label the next place."""
+    if label is not None and label not in self._labels_seen:
       self._labels_seen.append(label)
-    return self._labels_seen.index(label)
 
   def _probabilities(self, logits: np.ndarray) -> dict[Any, float]:
     """Return the probabilities of the labels seen so far from logits [C]."""

@@ -679,6 +679,51 @@ def test_a_subclass_with_a_call_of_its_own_has_its_own_influence(parent, kind):
   assert norms[kind] > 0
 
 
+@pytest.mark.parametrize('parent', [nn.GRU, nn.LRU, nn.IndRNN])
+def test_a_subclass_with_a_step_of_its_own_runs_it(parent):
+  """Not its parent's faster forms; derivatives of its own go without the kernel."""
+
+  class Leaky(parent):
+    def step(self):
+      whole = super().step()
+
+      def leaky(state, x_t):
+        new, y = whole(state, x_t)
+        return jax.tree.map(lambda a, b: 0.5 * (a + b), new, state), y
+
+      return leaky
+
+  class Known(Leaky):
+    def own_step(self, state, x_t, own_only):
+      return None
+
+  found = []
+  for kind, implementation in ((Leaky, 'auto'), (Leaky, 'scan'), (Known, 'auto')):
+    model = nn.from_nnx(
+      lambda rngs, kind=kind, implementation=implementation: kind(
+        2, H, implementation=implementation, rngs=rngs
+      )
+    )
+    params = model.init(jax.random.key(0))
+    state = model.initial_state(B)
+    x = jax.random.normal(jax.random.key(1), (5, B, 2))
+    window = influence.WindowMap(
+      lambda params, hidden, x, mask, model=model: model.apply(
+        params, hidden, x, mask, None
+      )[0],
+      x,
+      None,
+      own_steps=model.own_steps,
+      own_kernels=model.own_kernels,
+    )
+    method = influence.snap1()
+    start = method.init(window, params, state)
+    moved = method.advance(window, params, state, start, None)
+    found.append((model.apply(params, state, x, None, None), moved))
+  for other in found[1:]:
+    chex.assert_trees_all_close(found[0], other, rtol=1e-5, atol=1e-6)
+
+
 def snap_by_definition(
   model: fptt_jax.Model, params: Any, inputs: Any, units: bool
 ) -> Any:

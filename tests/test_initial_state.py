@@ -183,6 +183,37 @@ def test_a_start_may_be_rounded_otherwise() -> None:
   assert moved[1] == 0
 
 
+def test_a_slow_state_in_half_precision_is_carried_on() -> None:
+  """It is not taken for the initial state however little it moves."""
+
+  def apply(params: Any, hidden: Any, x: Any, mask: Any, key: Any) -> Any:
+    valid = jnp.ones(x.shape[:2], bool) if mask is None else mask
+    moved = 0.03125 * jnp.cumsum(valid, 0)[..., None]
+    outputs = hidden[None] - moved.astype(jnp.bfloat16)
+    return outputs[-1], outputs
+
+  start = lambda params, rows: jnp.broadcast_to(params['h0'][None], (rows, 2))
+  model = fptt_jax.Model(
+    init=lambda key: {'h0': jnp.array([1.0, 0.5], jnp.bfloat16)},
+    initial_state=lambda rows: jnp.zeros((rows, 2), jnp.bfloat16),
+    apply=apply,
+    learned_initial_state=start,
+  )
+  trainer = fptt_jax.make_trainer(
+    model,
+    losses.sequence_regression(),
+    optax.sgd(0.0),
+    method='tbptt',
+    num_windows=1,
+    carry_hidden=True,
+  )
+  batch = fptt_jax.Batch(jnp.ones((1, 1, 1)), jnp.ones((1, 1, 2)))
+  state = trainer.init(jax.random.key(0), batch)
+  for _ in range(6):
+    state, _ = trainer.step(state, batch)
+  np.testing.assert_array_equal(np.float32(state.hidden), [[0.8125, 0.3125]])
+
+
 @pytest.mark.usefixtures('x64')
 def test_final_steps_reach_it_only_if_they_are_all() -> None:
   """The steps before them run from it, without a gradient."""

@@ -222,6 +222,10 @@ def test_a_file_of_bfloat16() -> None:
   np.savez(file, **fptt_jax.state_to_arrays(state))
   file.seek(0)
   chex.assert_trees_all_equal(fptt_jax.state_from_arrays(state, np.load(file)), state)
+  # Arrays that know their type are converted.
+  half = {'w': jnp.zeros(2, jnp.float16), 'n': jnp.int32(0)}
+  got = fptt_jax.state_from_arrays(half, fptt_jax.state_to_arrays(state))
+  np.testing.assert_array_equal(np.asarray(got['w'], np.float32), [1.0, -2.5])
 
 
 def test_arrays_of_another_byte_order(trainer):

@@ -80,7 +80,8 @@ def main(config: Config) -> None:
   """
   folder = workdir.make_folder(config.workdir)
   if config.part == 'gpu-day':
-    gpu_day.run_day(config, folder)
+    with jax.default_matmul_precision(config.precision):
+      gpu_day.run_day(config, folder)
     return
   without = left_out()
   for name, reason in without.items():

@@ -54,6 +54,8 @@ def torch_loop(
   """
   import torch
 
+  # Before a graph is captured, which keeps the precision of its products.
+  _match_precision()
   optimized = kind != 'plain'
   modules = _make_modules(case, weights, device)
   parameters = modules.trained()
@@ -287,23 +289,27 @@ def _captured(
   return run
 
 
+def _match_precision() -> None:
+  """Set the precision of PyTorch's products on a GPU to that of JAX."""
+  import torch
+
+  if devices.is_cpu():
+    return
+  config: Any = jax.config  # Its attributes are made at run time.
+  precision = config.jax_default_matmul_precision
+  # cuDNN, which runs the LSTM, has a switch of its own.
+  torch.backends.cuda.matmul.allow_tf32 = precision != 'float32'
+  torch.backends.cudnn.allow_tf32 = precision != 'float32'
+
+
 def with_threads(step: Callable[..., Any], threads: int) -> Callable[..., Any]:
   """Return a step that sets PyTorch's number of threads before each call.
-
-  On a GPU the precision of PyTorch's products is set to that of JAX.
 
   Args:
     step: the step.
     threads: the number of threads.
   """
   import torch
-
-  if not devices.is_cpu():
-    config: Any = jax.config  # Its attributes are made at run time.
-    precision = config.jax_default_matmul_precision
-    # cuDNN, which runs the LSTM, has a switch of its own.
-    torch.backends.cuda.matmul.allow_tf32 = precision != 'float32'
-    torch.backends.cudnn.allow_tf32 = precision != 'float32'
 
   def run(*data: Any) -> Any:
     # The number is global, and systems with other numbers take turns with this one.

@@ -7,6 +7,7 @@ within CIFAR-10's archive have hashes of their own, so any packing is accepted.
 
 import gzip
 import hashlib
+import http.client
 import lzma
 from pathlib import Path, PurePosixPath
 import shutil
@@ -178,8 +179,8 @@ def _fetch(source: Source, url: str, path: Path) -> None:
       ):
         shutil.copyfileobj(answer, file)
       return
-    # The errors and time-outs of urllib are OSErrors.
-    except (OSError, ValueError) as error:
+    # The errors and time-outs of urllib are OSErrors; those of HTTP itself are not.
+    except (OSError, ValueError, http.client.HTTPException) as error:
       if trial == TRIES - 1:
         needed = ', '.join(source.files)
         raise UserError(
@@ -244,7 +245,8 @@ def _unpack(source: Source, archive: Path) -> dict[str, bytes]:
     raise UserError(
       f'there is no {source.inside}/{missing[0]} in {archive}: {source.advice()}.'
     )
-  return contents
+  # The order of the files tells training from test.
+  return {name: contents[name] for name in source.files}
 
 
 def _checked(source: Source, name: str, content: bytes, path: Path) -> bytes:

@@ -50,8 +50,7 @@ def losses(rows: Sequence[Row], score: Score) -> dict[int, float | None]:
   """
   found: dict[int, float | None] = {}
   for row in rows:
-    # A run that diverged may have a score, of the weights before.
-    value = None if row.status == 'diverged' else row.numbers.get(score.test)
+    value = row.score(score.test)
     if value is not None and score.higher_is_better:
       value = 100 - value
     loss = None if value is None else math.log(max(value, SOLVED))

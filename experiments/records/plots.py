@@ -55,7 +55,7 @@ def draw(name: str, out: Path, folder: Path = store.FOLDER) -> list[Path]:
         drawn += draw_tuning(out, stem, chosen)
       else:
         drawn += draw_report(out / f'{stem}-{stage}.png', stage, chosen)
-    if name == 'tournament':
+    if name == 'tournament' and tables.standings(rows):
       drawn.append(draw_standings(out / f'{stem}-overview.png', rows))
   return drawn
 
@@ -100,8 +100,9 @@ def draw_ratios(axes: Axes, standings: dict[int, contest.Standing]) -> None:
   """
   known = [one for one in standings.values() if one.ratio is not None]
   ends = [end for one in known for end in (one.low, one.high, one.ratio) if end]
-  left = max(0.93 * min(ends, default=1.0), LEAST_RATIO)
-  right = min(1.07 * max(ends, default=1.0), 1 / LEAST_RATIO)
+  # The line at 1 is on the axis even if all ratios are far from it.
+  left = max(0.93 * min([1.0, *ends]), LEAST_RATIO)
+  right = min(1.07 * max([1.0, *ends]), 1 / LEAST_RATIO)
   axes.set_xscale('log')
   axes.set_xlim(left, right)
   axes.axvline(1.0, color='black', linewidth=0.6)
@@ -163,7 +164,7 @@ def draw_tuning(out: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
   for score, of_score in tables.by_score(rows).items():
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in of_score:
-      value = row.numbers.get(score.choose)
+      value = row.score(score.choose)
       # A diverged run has no score to draw.
       if value is not None:
         key = (row.line, row.settings['method'])

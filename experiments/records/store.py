@@ -71,6 +71,13 @@ class Row:
   curves: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
   notes: str = ''
 
+  def score(self, name: str) -> float | None:
+    """Return a number at the end, None if it is missing or the run diverged.
+
+    A run that diverged may have a score of the weights before.
+    """
+    return None if self.status == 'diverged' else self.numbers.get(name)
+
   @property
   def key(self) -> tuple[str, str, str, str]:
     """Identity of the row within its item."""

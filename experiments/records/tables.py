@@ -195,7 +195,7 @@ def trials_of(item: Item, series: str) -> Trials:
     if row.stage != 'tuning' or row.status == 'unfinished':
       continue
     score = score_of(row)
-    value = score and row.numbers.get(score.choose)
+    value = score and row.score(score.choose)
     if row.series == series:
       own.setdefault(row.line, {})[row.settings['lr']] = value
     elif item.series[row.series]['scale'] == item.series[series]['scale']:
@@ -326,7 +326,7 @@ def contest_line(
     score: their score.
     tried: the learning rates tried and their scores, by line.
   """
-  values = [row.numbers.get(score.test) for row in rows]
+  values = [row.score(score.test) for row in rows]
   finite = [value for value in values if value is not None]
   return {
     'method': name,
@@ -399,7 +399,7 @@ def final_line(
     'seeds': ', '.join(str(row.seed) for row in rows),
   }
   for measure, label in measures.items():
-    numbers = [row.numbers.get(measure) for row in rows]
+    numbers = [row.score(measure) for row in rows]
     values = [number for number in numbers if number is not None]
     # The adding problem chooses by its test score, which is one column then.
     label = 'test' if measure == score.test else label
@@ -453,7 +453,7 @@ def tuning_tables(rows: Sequence[Row]) -> list[str]:
     best = max if score.higher_is_better else min
     lines: dict[str, dict[str, Any]] = {}
     for row in of_score:
-      value = row.numbers.get(score.choose)
+      value = row.score(score.choose)
       lines.setdefault(row.line, {})[tried(row)] = value
     columns = sorted(
       {column for values in lines.values() for column in values}, key=store.natural

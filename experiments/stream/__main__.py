@@ -128,7 +128,8 @@ def saved_lines(folder: Path, config: Config) -> dict[tuple[str, str], dict[str,
   if not path.exists():
     return {}
   saved = files.read_json(path)
-  seeds = saved['config']['seeds']
+  # Earlier versions did not write it.
+  seeds = saved.get('config', {}).get('seeds')
   if seeds != config.seeds:
     raise UserError(
       f'--seeds must be {seeds}, as of the lines in {path}, or --workdir another '

@@ -167,6 +167,7 @@ def _per_example(num_examples: int) -> Reference:
     window = examples.window
     # A sequence without a step in the window keeps its old estimate. Its number may be
     # that of another sequence, too: beyond the table, its row is dropped.
+    assert examples.ids is not None
     ids = jnp.where(window.active, examples.ids, num_examples)
     # The select of a value that is dropped puts the read of the table before the write.
     q = predictions.q

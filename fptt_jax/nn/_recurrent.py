@@ -28,6 +28,7 @@ from fptt_jax._types import OwnStep
 from fptt_jax.nn import _native, _native_own
 from fptt_jax.nn._checks import check_batch_size, check_inputs, check_rngs, check_window
 from fptt_jax.nn._fused import FusedCell, WindowKernel, rounds_products, run_fused
+from fptt_jax.nn._overrides import nearest
 from fptt_jax.nn.kernels import cuda
 
 Step = Callable[[Any, Any], tuple[Any, jax.Array]]
@@ -202,13 +203,22 @@ class Recurrent(nnx.Module):
     # A single step leaves no product to defer. A symbolic size may be any number.
     several_steps = export.is_symbolic_dim(x.shape[0]) or x.shape[0] > 1
     gains = several_steps or products == 'bfloat16' or self.implementation == 'cuda'
-    fused = self._fused_cell() if gains and self.implementation != 'scan' else None
+    fused = self._fused_cell() if gains and not self._runs_step() else None
     if fused is None:
       return scan_cell(self.step(), state, x, mask)
     cell, weights = fused
     kernel = self._cuda_kernel if self.implementation == 'cuda' else None
     cell = cell._replace(kernel=kernel, products=products)
     return run_fused(cell, weights, state, x, mask)
+
+  def _runs_step(self) -> bool:
+    """Return whether a window runs `step`, step by step.
+
+    It does on request, and where a subclass has a step of its own: all faster forms are
+    of its parent's.
+    """
+    fast = min(nearest(self, '_fused_cell'), nearest(self, '__call__'))
+    return self.implementation == 'scan' or nearest(self, 'step') < fast
 
   def _fused_cell(self) -> tuple[FusedCell, Any] | None:
     """Return the parts of the fused window and the weights they take, if any."""
@@ -264,7 +274,7 @@ class Recurrent(nnx.Module):
     of the state.
     """
     # A subclass with its own call may return anything.
-    if self.implementation == 'scan' or type(self).__call__ is not Recurrent.__call__:
+    if self._runs_step() or type(self).__call__ is not Recurrent.__call__:
       return None
     fused = self._fused_cell()
     return None if fused is None else fused[0].output(state)
@@ -286,7 +296,7 @@ class Recurrent(nnx.Module):
       single: whether one step of one sequence counts as a window.
     """
     cell = self._make_native_cell()
-    if cell is None or self.implementation in ('scan', 'cuda'):
+    if cell is None or self._runs_step() or self.implementation == 'cuda':
       return None
     if self._choose_products() == 'bfloat16':
       cell = cell.round_products()
@@ -325,7 +335,8 @@ class Recurrent(nnx.Module):
     """Raise if the layer cannot round the operands of its products."""
     name = type(self).__name__
     rounds = self.products == 'bfloat16'
-    fits = self._native_cell is not None and self.implementation not in ('scan', 'cuda')
+    is_plain = self._runs_step() or self.implementation == 'cuda'
+    fits = self._native_cell is not None and not is_plain
     accepted = f"None or 'float32' for {name} with {self.implementation!r}"
     require(fits or not rounds, 'products', accepted, self.products)
     fits = self.param_dtype == jnp.float32

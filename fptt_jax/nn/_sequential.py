@@ -11,6 +11,7 @@ from fptt_jax._types import OutputsWithPenalty, OwnStep
 from fptt_jax._windows import take_steps
 from fptt_jax.nn._from_cell import FromCell, is_cell, is_recurrent, unwrap_rnn
 from fptt_jax.nn._initial_state import LearnedInitialState
+from fptt_jax.nn._overrides import nearest
 from fptt_jax.nn._recurrent import Recurrent
 
 
@@ -220,15 +221,18 @@ def _derives_its_steps(layer: Any) -> bool:
 
   A subclass that overrides the step, and not the derivatives, has its parent's.
   """
-  parents = type(layer).__mro__
-
-  def nearest(name: str) -> int:
-    found = (i for i, parent in enumerate(parents) if name in vars(parent))
-    return next(found, len(parents))
-
-  own = nearest('own_step')
+  own = nearest(layer, 'own_step')
   steps = ('__call__', 'step', '_fused_cell')
-  return own < len(parents) and all(own <= nearest(name) for name in steps)
+  return hasattr(layer, 'own_step') and all(
+    own <= nearest(layer, name) for name in steps
+  )
+
+
+def _has_own_kernel(layer: Any) -> bool:
+  """Return whether `advance_own` computes with the derivatives of `own_step`."""
+  kernel = min(nearest(layer, 'advance_own'), nearest(layer, '_native_cell'))
+  is_own = hasattr(layer, 'advance_own') and kernel <= nearest(layer, 'own_step')
+  return is_own and _derives_its_steps(layer)
 
 
 def advance_own(
@@ -262,7 +266,7 @@ def advance_own(
       x = layer(x)
       continue
     layer_state = next(states)
-    if _derives_its_steps(layer) and hasattr(layer, 'advance_own'):
+    if _has_own_kernel(layer):
       prefix = f'layers/{index}/' if is_stack else ''
       given = (_of_layer(leaves, prefix) for leaves in (influence, credit))
       moved = layer.advance_own(layer_state, x, mask, *given, own_only)

@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
     False,
     True,
     True,
-    summary='at each window the mean of all losses so far, from the start: K times the cost',
+    summary='at each window the mean of all losses so far, at K times the cost',
   ),
 }
 """The methods of the paper by name."""

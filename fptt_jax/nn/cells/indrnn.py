@@ -140,7 +140,7 @@ class IndRNN(Recurrent):
 
     Arguments and result are those of the other recurrent layers.
     """
-    if self.implementation == 'scan':
+    if self._runs_step():
       return super().__call__(state, x, mask, key)
     x = self._check_call(state, x, mask)
     # As rows [S B, D]: for x [S, B, D], XLA copies and transposes the gradient to

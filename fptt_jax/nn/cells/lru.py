@@ -201,7 +201,7 @@ class LRU(Recurrent):
 
     Arguments and result are those of the other recurrent layers.
     """
-    if self.implementation == 'scan':
+    if self._runs_step():
       return super().__call__(state, x, mask, key)
     x = self._check_call(state, x, mask)
     lambda_re, lambda_im, b, c = self._matrices()
