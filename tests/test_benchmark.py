@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+import subprocess
 
 import jax
 import numpy as np
@@ -333,6 +334,19 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
 def test_unknown_cases_are_refused():
   with pytest.raises(ValueError, match=r"--cases must be .*, got 'M29'"):
     settings.Config(cases=('M29',))
+
+
+@pytest.mark.parametrize(
+  ('code', 'last'), [(1, '1 failed in 3.0s'), (0, '9 skipped in 0.1s')]
+)
+def test_skipped_tests_of_a_gpu_are_no_result(
+  code: int, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """They would never be repeated, as one that failed is."""
+  done = subprocess.CompletedProcess([], code, f'why\n{last}\n', '')
+  monkeypatch.setattr(gpu_day.subprocess, 'run', lambda *args, **options: done)
+  with pytest.raises(RuntimeError, match=last):
+    gpu_day.run_gpu_tests()
 
 
 def test_a_day_on_a_gpu_goes_on_where_it_stopped(tmp_path: Path, capsys):

@@ -10,6 +10,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 import matplotlib.image as mpimg
 import pytest
 
@@ -18,7 +19,7 @@ from experiments.core.flags import UserError
 from experiments.paper import __main__ as paper
 from experiments.paper.settings import Config
 from experiments.paper.tables import interval
-from experiments.records import plots, store, tables
+from experiments.records import contest, plots, store, tables
 from experiments.records.collect import Origin, collect_folder
 from experiments.results import __main__ as command
 
@@ -297,11 +298,11 @@ def test_tuned_lines_say_so(
 ) -> None:
   """`tuned` is true of final runs whose line was tuned. The table says whether the rate
   is the highest or lowest tried, a diverged one included and an unfinished one not; the
-  best of what was tried is bold.
+  best of what was tried is bold, which a run that diverged never is.
   """
-  rates: dict[float, float | None] = {0.003: 20.5, 0.001: 30.0, 0.1: None, 0.5: 40.0}
+  rates = {0.003: 20.5, 0.001: 30.0, 0.1: 1.0, 0.5: 40.0}
   for lr, score in rates.items():
-    lost = {} if score else {'lost': 'loss is nan'}
+    lost = {'lost': 'loss is nan'} if lr == 0.1 else {}
     write_run(
       tmp_path / 'run/tune' / folder,
       f'fptt-seed1000-lr{lr}',
@@ -667,6 +668,32 @@ def test_plots_are_drawn_of_the_committed_results(tmp_path: Path, name: str) -> 
   )
   assert len(set(drawn)) == expected
   assert all(path.stat().st_size > 10_000 for path in drawn)
+
+
+def test_plots_of_a_tournament_that_has_just_begun(tmp_path: Path) -> None:
+  """No overview while there is nothing to compare, and an axis for any ratio."""
+  row = store.Row(
+    'cpu',
+    'final',
+    'recall.tbptt',
+    'run',
+    0,
+    True,
+    'done',
+    {'method': 'tbptt', 'lr': 0.1},
+    MACHINE,
+    {'test_recall': 0.1},
+    {'step': [1], 'test_recall': [0.1]},
+  )
+  series = {'cpu': {'scale': 'cpu', 'notes': ''}}
+  store.save(store.Item('tournament', series, [row]), tmp_path)
+  drawn = plots.draw('tournament', tmp_path / 'plots', tmp_path)
+  assert not [path for path in drawn if 'overview' in path.name]
+  for ratio in (100.0, 0.001):
+    axes = Figure().subplots()
+    plots.draw_ratios(axes, {0: contest.Standing(ratio, None, None, 'better')})
+    left, right = axes.get_xlim()
+    assert left < 1 < right
 
 
 def test_the_overview_of_the_tournament_is_drawn(tmp_path: Path) -> None:

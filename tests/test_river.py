@@ -310,6 +310,14 @@ def test_bad_input_is_refused() -> None:
   with pytest.raises(ValueError, match=r"num_classes=2 labels.*another one, 'blue'"):
     classifier.learn_one({'a': 1}, 'blue')
   assert set(classifier.predict_proba_one({'a': 1})) == {'red', 'green'}
+  # A label that is refused is not known later.
+  strict = Classifier(
+    2, model=lambda features: helpers.elman(1, out=2), delay=1, match_features=True
+  )
+  strict.predict_one({'a': 1})
+  with pytest.raises(ValueError, match='match_features=True'):
+    strict.learn_one({'a': 2}, 'red')
+  assert strict.predict_proba_one({'a': 3}) == {}
 
 
 def test_a_classifier_learns_labels() -> None:
