@@ -224,6 +224,8 @@ def emulated(
   macros = ' '.join(MACROS_OF_TILES)
   monkeypatch.setattr(cpu, 'compile_command', command)
   monkeypatch.setattr(cpu, '_read_macros', lambda command: macros)
+  # The processor need not have the registers that are emulated.
+  monkeypatch.setattr(cpu, '_request_tiles', lambda: True)
   # A process keeps the kernels that it has registered.
   name = tmp_path.name
   monkeypatch.setattr(cpu, 'target', lambda *args: f'{target(*args)}_{name}')

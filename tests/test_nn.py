@@ -414,6 +414,7 @@ def test_antisymmetric_rnn_by_its_equation():
   a = upper - upper.T - 0.2 * np.eye(H)
   x, h = random(T, B, D).astype(np.float64), random(B, H, seed=1).astype(np.float64)
   _, y = quick(lambda p, h, x: model.apply(p, h, x, None, None))(params, h, x)
+  h = h.copy()  # JAX may still read the array that it was given.
   for t in range(T):
     for b in range(B):
       recurrent, drive = a @ h[b], x[t, b] @ v + bias
