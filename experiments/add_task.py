@@ -622,7 +622,6 @@ def tune(config: Config) -> None:
   """
   folder = workdir.make_folder(config.workdir)
   path = folder / 'rates.json'
-  # The folder may have the rates of other methods already.
   found = rates.saved_entries(config, path)
   for method in config.method:
     score = functools.partial(trial, config, method, folder / 'tune' / method)

@@ -137,13 +137,12 @@ def run_gpu_tests() -> dict[str, Any]:
     The last lines of pytest's output.
 
   Raises:
-    RuntimeError: a test failed or was skipped.
+    RuntimeError: a test failed, or was skipped, so that nothing was tested.
   """
   options = ['-q', '-rs', '-m', 'gpu', 'tests/test_gpu.py']
   command = [sys.executable, '-m', 'pytest', *options]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
   last = done.stdout.splitlines()[-20:]
-  # Without a device or a compiler the tests skip, and nothing was tested.
   if done.returncode or ' skipped' in last[-1]:
     raise RuntimeError('\n'.join(last) + done.stderr[-1000:])
   return {'output': last}

@@ -136,14 +136,13 @@ def summarize(
   # One point of a noisy curve would make the order of the methods a matter of luck.
   late = [row[score] for row in rows if row['step'] > 0.75 * rows[-1]['step']]
   is_known = lost is None and None not in late
+  last_quarter = statistics.fmean(late) if is_known else None
   return {
     'K': num_windows,
     'batches': rows[-1]['step'],
     'updates': rows[-1]['updates'],
     score: rows[-1][score] if lost is None else None,
-    score.replace('test_', 'last_quarter_'): statistics.fmean(late)
-    if is_known
-    else None,
+    score.replace('test_', 'last_quarter_'): last_quarter,
     'seconds': rows[-1]['seconds'],
     **({} if lost is None else {'lost': lost}),
   }
