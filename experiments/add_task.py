@@ -312,18 +312,11 @@ def make_trainer(
 class Reporter(intervals.IntervalReporter):
   """Measurements of the adding problem, every `eval_every` batches."""
 
-  def summarize(
-    self,
-    member: Member,
-    rows: list[dict[str, Any]],
-    record: loop.Record,
-    params: Any,
-    lost: str | None,
-  ) -> dict[str, Any]:
+  def summarize(self, ended: loop.Ended) -> dict[str, Any]:
     """Return the errors of a run that has ended, and the sizes of its model."""
-    finite = [row for row in rows if row['test_mse'] is not None]
+    finite = [row for row in ended.rows if row['test_mse'] is not None]
     solved = [row['step'] for row in finite if row['test_mse'] < SOLVED]
-    summary = super().summarize(member, rows, record, params, lost)
+    summary = super().summarize(ended)
     return summary | {'below_0.01_at': solved[0] if solved else None}
 
 

@@ -103,17 +103,11 @@ class IntervalReporter:
       f'{self.label} {row[self.score]:.4f}  {skipped}{row["seconds"]:.0f} s'
     )
 
-  def summarize(
-    self,
-    member: Member,
-    rows: list[dict[str, Any]],
-    record: loop.Record,
-    params: Any,
-    lost: str | None,
-  ) -> dict[str, Any]:
+  def summarize(self, ended: loop.Ended) -> dict[str, Any]:
     """Return the losses of a run that has ended, and the entries of `extra`."""
-    settings = {'lr': member.config.lr, 'momentum': member.config.momentum}
-    losses = summarize(self.num_windows, rows, self.score, lost)
+    config = ended.member.config
+    settings = {'lr': config.lr, 'momentum': config.momentum}
+    losses = summarize(self.num_windows, ended.rows, self.score, ended.lost)
     return settings | losses | self.extra
 
 

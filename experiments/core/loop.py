@@ -234,6 +234,24 @@ class Record(NamedTuple):
     )
 
 
+class Ended(NamedTuple):
+  """A run that has ended.
+
+  Attributes:
+    member: the run.
+    rows: all its rows of metrics.
+    record: its progress.
+    params: the parameters of its result.
+    lost: why it diverged; None if it did not.
+  """
+
+  member: Member
+  rows: list[dict[str, Any]]
+  record: Record
+  params: Any
+  lost: str | None
+
+
 class Reporter(Protocol):
   """Interface for the measurements and the printed lines of a task.
 
@@ -277,23 +295,8 @@ class Reporter(Protocol):
       reason: description of the divergence; None if the run has not diverged.
     """
 
-  def summarize(
-    self,
-    member: Member,
-    rows: list[dict[str, Any]],
-    record: 'Record',
-    params: Any,
-    lost: str | None,
-  ) -> dict[str, Any]:
-    """Return the summary of a run that has ended.
-
-    Args:
-      member: the run.
-      rows: all its rows of metrics.
-      record: its progress.
-      params: the parameters of its result.
-      lost: why the run diverged, which becomes an entry; None if it did not.
-    """
+  def summarize(self, ended: 'Ended') -> dict[str, Any]:
+    """Return the summary of a run; why it diverged, if it did, is an entry."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,31 +361,24 @@ class EpochReporter:
       f'valid {score} {row[self.metric]:8.4g}  {skipped}{row["seconds"]:.0f} s'
     )
 
-  def summarize(
-    self,
-    member: Member,
-    rows: list[dict[str, Any]],
-    record: 'Record',
-    params: Any,
-    lost: str | None,
-  ) -> dict[str, Any]:
+  def summarize(self, ended: 'Ended') -> dict[str, Any]:
     """Return the best validation score and the test score at its weights.
 
     A run that diverged has those before it did.
     """
     scores: dict[str, Any] = {f'test_{self.score}': None}
     # A run that diverged in its first epoch has no best weights.
-    if self.config.evaluate_test and record.best_epoch:
-      scores = self.test(params)
+    if self.config.evaluate_test and ended.record.best_epoch:
+      scores = self.test(ended.params)
     return {
       **self.extra,
-      'epochs': rows[-1]['step'],
-      'best_epoch': record.best_epoch,
-      self.metric: record.best,
+      'epochs': ended.rows[-1]['step'],
+      'best_epoch': ended.record.best_epoch,
+      self.metric: ended.record.best,
       **scores,
-      'parameters': cells.count(params),
-      'seconds': rows[-1]['seconds'],
-      **({} if lost is None else {'lost': lost}),
+      'parameters': cells.count(ended.params),
+      'seconds': ended.rows[-1]['seconds'],
+      **({} if ended.lost is None else {'lost': ended.lost}),
     }
 
 
@@ -539,7 +535,7 @@ class _Loop:
       reason = self._group.diverged_at.get(number)
       rows = self._group.runs[number].rows
       summary = self._task.reporter.summarize(
-        self._members[number], rows, record, results[number], reason
+        Ended(self._members[number], rows, record, results[number], reason)
       )
       has_params = record.best_epoch > 0 if keeps_best else reason is None
       params = results[number] if has_params else None
