@@ -463,7 +463,9 @@ def make_task(
       config,
       score='accuracy',
       validate=lambda params: accuracy(params, sequences.splits.valid),
-      test=lambda params: {'test_accuracy': accuracy(params, sequences.splits.test)},
+      test=lambda ended: {
+        'test_accuracy': accuracy(ended.params, sequences.splits.test)
+      },
       train_score=percent,
       higher_is_better=True,
       extra=describe_size(config, method, num_steps, features),

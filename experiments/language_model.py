@@ -28,6 +28,7 @@ read as <unk>.
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 from pathlib import Path
@@ -42,6 +43,7 @@ from experiments.core import (
   cells,
   cli,
   devices,
+  files,
   flags,
   loop,
   optimizers,
@@ -530,11 +532,17 @@ def to_score(config: Config, mean_nats: float) -> float:
 
 
 def adapted(
-  config: Config, model: fptt_jax.Model, loss: fptt_jax.Loss, params: Any, text: Text
+  config: Config,
+  model: fptt_jax.Model,
+  loss: fptt_jax.Loss,
+  params: Any,
+  text: Text,
+  folder: Path,
 ) -> tuple[float, float]:
   """Return the validation and test cross-entropy by dynamic evaluation.
 
-  Its settings are chosen on the validation text.
+  Its settings are chosen on the validation text. The trials are kept in
+  dynamic_evaluation.json, so that a search that was stopped goes on.
 
   Args:
     config: settings of the run.
@@ -542,9 +550,11 @@ def adapted(
     loss: its loss.
     params: its trained parameters, on one device.
     text: the three texts.
+    folder: the run's folder.
 
   Raises:
     Stopped: a signal asked for the end.
+    UserError: the file of the trials cannot be read or written.
   """
   segment = 20 if config.by_characters else dynamic_evaluation.SEGMENT
   # Sequences must have whole segments.
@@ -567,9 +577,54 @@ def adapted(
     return evaluate(processes.until_stopped(batches), learning_rate, decay)
 
   valid = text.valid[: config.dynamic_tokens or None]
-  best = dynamic_evaluation.tune(evaluate_until_stopped, read(valid))[0]
+  path = folder / 'dynamic_evaluation.json'
+  trial = remembered(evaluate_until_stopped, path, _digest(params, text.train, valid))
+  best = dynamic_evaluation.tune(trial, read(valid))[0]
   test = evaluate_until_stopped(read(text.test), best.learning_rate, best.decay)
   return best.nats, test
+
+
+def _digest(*trees: Any) -> str:
+  """Return a hash of the numbers in trees of arrays."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(trees):
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()
+
+
+def remembered(
+  evaluate: Callable[[Iterable[fptt_jax.Batch], float, float], float],
+  path: Path,
+  identity: str,
+) -> Callable[[Iterable[fptt_jax.Batch], float, float], float]:
+  """Return an evaluation of one text that keeps its results in a file.
+
+  Args:
+    evaluate: (batches, learning rate, decay) -> mean cross-entropy per step in nats.
+    path: the file.
+    identity: hash of what the results depend on besides the settings. A file with
+      another one starts anew.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  empty: dict[str, Any] = {'identity': identity, 'nats': {}}
+  saved = processes.on_first_process(
+    lambda: files.read_json(path, tuple(empty)) if files.exists(path) else empty
+  )
+  trials = saved if saved['identity'] == identity else empty
+
+  def remember(
+    batches: Iterable[fptt_jax.Batch], learning_rate: float, decay: float
+  ) -> float:
+    settings = f'learning rate {learning_rate:g}, decay {decay:g}'
+    if settings not in trials['nats']:
+      trials['nats'][settings] = evaluate(batches, learning_rate, decay)
+      processes.on_first_process(files.write_json, path, trials)
+    nats: float = trials['nats'][settings]
+    return nats
+
+  return remember
 
 
 def make_task(config: Config, text: Text, method: str, members: int) -> loop.Task:
@@ -607,7 +662,7 @@ def make_task(config: Config, text: Text, method: str, members: int) -> loop.Tas
       config,
       score='bpc' if config.by_characters else 'ppl',
       validate=lambda params: to_score(config, nats(trainer, params, text.valid)),
-      test=lambda params: _test_scores(config, trainer, model, loss, params, text),
+      test=lambda ended: _test_scores(config, trainer, model, loss, ended, text),
       train_score=lambda sums: to_score(config, sums['loss'] / sums['count']),
       higher_is_better=False,
       extra=describe_size(config, method),
@@ -657,7 +712,7 @@ def _test_scores(
   trainer: fptt_jax.Trainer,
   model: fptt_jax.Model,
   loss: fptt_jax.Loss,
-  params: Any,
+  ended: loop.Ended,
   text: Text,
 ) -> dict[str, float]:
   """Return the test scores of a run, with dynamic evaluation if it is asked for.
@@ -667,16 +722,16 @@ def _test_scores(
     trainer: its trainer.
     model: its model.
     loss: its loss.
-    params: its best parameters.
+    ended: the run.
     text: the three texts.
   """
   score = 'bpc' if config.by_characters else 'ppl'
-  scores = {f'test_{score}': to_score(config, nats(trainer, params, text.test))}
+  scores = {f'test_{score}': to_score(config, nats(trainer, ended.params, text.test))}
   if config.dynamic_evaluation:
     # Dynamic evaluation runs on one device, while parameters may be split over many.
-    on_host = jax.tree.map(processes.gather_to_host, params)
+    on_host = jax.tree.map(processes.gather_to_host, ended.params)
     here = jax.device_put(on_host, jax.local_devices()[0])
-    valid, test = adapted(config, model, loss, here, text)
+    valid, test = adapted(config, model, loss, here, text, ended.folder)
     scores[f'dynamic_valid_{score}'] = to_score(config, valid)
     scores[f'dynamic_test_{score}'] = to_score(config, test)
   return scores

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import contextlib
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -259,3 +260,28 @@ def test_text_that_cannot_be_cut_is_refused() -> None:
     evaluate()(sequences(markov(100, 1, 0), 42, 1), 0.1, 0.1)
   with pytest.raises(ValueError, match='got no batches'):
     gradient_statistics(MODEL, LOSS, trained(), [])
+
+
+def test_a_search_that_was_stopped_goes_on(tmp_path: Path) -> None:
+  """What was tried is read from the file, NaN too, and all else is run; trials of
+  other weights are not used.
+  """
+  path, ran = tmp_path / 'dynamic_evaluation.json', []
+
+  def evaluate(batches: Any, lr: float, decay: float) -> float:
+    ran.append((lr, decay))
+    if len(ran) == 3:
+      raise KeyboardInterrupt
+    return math.nan if lr == 1 else lr + decay
+
+  search = lambda identity: tune(
+    language_model.remembered(evaluate, path, identity), [], (1.0, 2.0), (0.5, 0.0)
+  )
+  with pytest.raises(KeyboardInterrupt):
+    search('a')
+  trials = search('a')
+  assert ran == [(1, 0.5), (1, 0), (2, 0.5), (2, 0.5), (2, 0)]
+  assert trials[:2] == [(2, 0, 2), (2, 0.5, 2.5)]
+  assert [math.isnan(trial.nats) for trial in trials[2:]] == [True, True]
+  search('b')
+  assert len(ran) == 9

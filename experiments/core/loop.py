@@ -239,6 +239,7 @@ class Ended(NamedTuple):
 
   Attributes:
     member: the run.
+    folder: its folder.
     rows: all its rows of metrics.
     record: its progress.
     params: the parameters of its result.
@@ -246,6 +247,7 @@ class Ended(NamedTuple):
   """
 
   member: Member
+  folder: Path
   rows: list[dict[str, Any]]
   record: Record
   params: Any
@@ -307,7 +309,7 @@ class EpochReporter:
     config: settings of the runs.
     score: name of the score, such as 'ppl'.
     validate: (params) -> validation score.
-    test: (params) -> metrics of the test split.
+    test: (a run that has ended) -> metrics of the test split.
     train_score: (sums over the epoch) -> training score.
     higher_is_better: whether a higher score is better.
     extra: entries that every summary begins with.
@@ -316,7 +318,7 @@ class EpochReporter:
   config: EpochRecipe
   score: str
   validate: Callable[[Any], float]
-  test: Callable[[Any], dict[str, float]]
+  test: Callable[[Ended], dict[str, float]]
   train_score: Callable[[dict[str, float]], float]
   higher_is_better: bool
   extra: dict[str, Any]
@@ -369,7 +371,7 @@ class EpochReporter:
     scores: dict[str, Any] = {f'test_{self.score}': None}
     # A run that diverged in its first epoch has no best weights.
     if self.config.evaluate_test and ended.record.best_epoch:
-      scores = self.test(ended.params)
+      scores = self.test(ended)
     return {
       **self.extra,
       'epochs': ended.rows[-1]['step'],
@@ -534,12 +536,14 @@ class _Loop:
       record = self._records[number]
       reason = self._group.diverged_at.get(number)
       rows = self._group.runs[number].rows
+      member = self._members[number]
+      folder = self._folder / member.name
       summary = self._task.reporter.summarize(
-        Ended(self._members[number], rows, record, results[number], reason)
+        Ended(member, folder, rows, record, results[number], reason)
       )
       has_params = record.best_epoch > 0 if keeps_best else reason is None
       params = results[number] if has_params else None
-      finish_run(self._folder, self._members[number], summary, params)
+      finish_run(self._folder, member, summary, params)
     self._ended.update(left)
 
   def _final_params(self) -> Any:
