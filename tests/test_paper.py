@@ -289,6 +289,14 @@ def test_tuning_at_scale_short_tries_numbers_of_windows(
   )
 
 
+def test_trials_of_the_adding_problem_are_half_as_long_at_scale_short() -> None:
+  """At scale 'cpu' they are as long as the runs; what runs after --tune is whole."""
+  for scale, batches, trial_batches in (('short', 3000, 1500), ('cpu', 1500, 1500)):
+    for entry in items.fig1(scale):
+      assert entry.config.batches == batches
+      assert items.grid(entry, (1e-2,)).batches == trial_batches
+
+
 def test_tuning_again_tries_the_same_rates_off_the_common_grid(
   tmp_path: Path,
 ) -> None:

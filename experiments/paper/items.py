@@ -42,6 +42,10 @@ SHORT_EPOCHS = {'mnist': 30, 'permuted': 30, 'cifar10': 40}
 """Number of epochs of each image task at scale 'short'."""
 
 
+TRIAL_BATCHES = 1500
+"""Batches of each trial of --tune on the adding problem at scale 'short'."""
+
+
 SHORT_WINDOWS = (10, 28)
 """Numbers of windows K that --tune tries at scale 'short'."""
 
@@ -139,6 +143,8 @@ class Entry(NamedTuple):
     windows: numbers of windows K that --tune tries; () keeps the configuration's own.
     rates: learning rates that --tune tries first, with all epochs; () for the usual
       ones, with at most three epochs.
+    trial_batches: number of batches of a trial of --tune; 0 for all. It is for scripts
+      without epochs.
     task: name of the lines that are compared with this one; '' for all of the item.
   """
 
@@ -150,6 +156,7 @@ class Entry(NamedTuple):
   replication: str = ''
   windows: tuple[int, ...] = ()
   rates: tuple[float, ...] = ()
+  trial_batches: int = 0
   task: str = ''
 
 
@@ -204,7 +211,7 @@ def add(label: str, scale: str, method: str, **settings: Any) -> Entry:
   reduced: dict[str, dict[str, Any]] = {
     'smoke': dict(hidden=4, batch_size=8, batches=4, eval_every=2, test_size=16),
     'cpu': dict(hidden=64, batch_size=64, batches=1500),
-    'short': dict(decay=True),
+    'short': dict(decay=True, products='bfloat16'),
     'full': {},
   }
   # The script's own defaults are tuned ones, which differ from the paper's.
@@ -214,7 +221,8 @@ def add(label: str, scale: str, method: str, **settings: Any) -> Entry:
   config = add_task.Config(
     **{'method': (method,), **paper, **reduced[scale], **settings}
   )
-  return Entry(label, add_task, config, ERROR)
+  trial_batches = TRIAL_BATCHES if scale == 'short' else 0
+  return Entry(label, add_task, config, ERROR, trial_batches=trial_batches)
 
 
 def image(
@@ -563,7 +571,9 @@ def products(scale: str) -> list[Entry]:
   """Declare training with the products of layers in float32 and in bfloat16.
 
   The paper has no such comparison. Pixel MNIST has the paper's model and one epoch,
-  PTB-300 is that of scale 'cpu'; 'full' and 'short' are the same as 'cpu'.
+  PTB-300 is that of scale 'cpu'. The adding problem has the paper's model at T = 200
+  and 1,000 batches, by the windows and by BPTT; its rate is annealed to 0. 'full' and
+  'short' are the same as 'cpu'.
 
   Args:
     scale: a name in :data:`SCALES`.
@@ -574,12 +584,20 @@ def products(scale: str) -> list[Entry]:
   if scale != 'smoke':
     mnist = mnist._replace(config=dataclasses.replace(mnist.config, **pixels))
   words = language('ptb300', size, 'fptt', 'ptb300')
+  paper: dict[str, Any] = dict(seq_len=200, hidden=128, batch_size=128, batches=1000)
+  adding: dict[str, Any] = dict(lr=1e-2, decay=True)
+  adding |= dict(seq_len=20) if scale == 'smoke' else paper
   return [
     entry._replace(
       label=f'{entry.label}-{entry.config.method[0]}-{name}',
       config=dataclasses.replace(entry.config, products=name),
     )
-    for entry in (mnist, words)
+    for entry in (
+      mnist,
+      words,
+      add('adding', size, 'tbptt', num_windows=10, **adding),
+      add('adding', size, 'bptt', **adding),
+    )
     for name in PRODUCTS
   ]
 
@@ -811,7 +829,8 @@ def describe_choice(
 def grid(entry: Entry, rates: Collection[float], num_windows: int | None = None) -> Any:
   """Return the configuration that tuning runs for a line.
 
-  It trains three epochs at each rate and does not look at the test split.
+  It trains three epochs at each rate, or the line's `trial_batches`, and does not look
+  at the test split.
 
   Args:
     entry: the line.
@@ -819,12 +838,13 @@ def grid(entry: Entry, rates: Collection[float], num_windows: int | None = None)
     num_windows: K; None keeps the line's own.
   """
   changes: dict[str, Any] = {'grid': ('lr=' + ':'.join(f'{rate:g}' for rate in rates),)}
-  # On the adding problem, which has no epochs, the loss falls only late in a run, so
-  # all its batches are run.
   if hasattr(entry.config, 'epochs'):
     if not entry.rates:
       changes['epochs'] = min(3, entry.config.epochs)
     changes['evaluate_test'] = False
+  # The loss of the adding problem falls only late in a run.
+  if entry.trial_batches:
+    changes['batches'] = entry.trial_batches
   if num_windows is not None:
     changes['num_windows'] = num_windows
   return dataclasses.replace(entry.config, **changes)
