@@ -244,7 +244,7 @@ def _check_flatbuffers() -> None:
     import flatbuffers  # noqa: F401
   except ImportError as error:
     # JAX serializes programs with it.
-    message = "exported steps need flatbuffers: pip install 'fptt-jax[export]'."
+    message = 'exported steps need flatbuffers: pip install flatbuffers.'
     raise ImportError(message) from error
 
 
