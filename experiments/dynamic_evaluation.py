@@ -175,7 +175,6 @@ def evaluator(
   params: Any,
   rms: optax.Params | None = None,
   *,
-  epsilon: float = EPSILON,
   segment: int = SEGMENT,
 ) -> Callable[[Iterable[fptt_jax.Batch], float, float], float]:
   """Return the dynamic evaluation of a trained model.
@@ -188,7 +187,6 @@ def evaluator(
     params: the trained parameters; they are not changed.
     rms: the result of :func:`gradient_statistics`. None stands for plain gradient
       descent, θ - lr g + decay (θ_g - θ).
-    epsilon: ε, not used in plain gradient descent.
     segment: number of steps per segment.
 
   Returns:

@@ -15,7 +15,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import Words, check_array, require
+from fptt_jax._checks import Words, check_array, check_callable, require
 from fptt_jax._trees import check_like, leaf_paths, shapes
 
 FORMAT = 1
@@ -122,7 +122,8 @@ def export_step(
 
   Raises:
     ImportError: The package flatbuffers, with which JAX serializes, is not installed.
-    TypeError: An argument holds a leaf that is not an array.
+    TypeError: `step` is not a function, or an argument holds a leaf that is not an
+      array.
     ValueError: The step does not return a new state of the same structure, shapes and
       dtypes first, or a platform is unknown.
 
@@ -137,6 +138,7 @@ def export_step(
     >>> state, results = loaded.step(loaded.state, jnp.ones(3))  # doctest: +SKIP
   """
   _check_flatbuffers()
+  check_callable('step', step)
   for name, tree in (('state', state), ('args', args)):
     for path, leaf in jax.tree.leaves_with_path(tree):
       check_array(f'{name}{jax.tree_util.keystr(path)}', leaf)

@@ -1,4 +1,4 @@
-"""Check of a model that need a run: independent rows, no look-ahead, no hidden memory.
+"""Checks of a model that need a run: independent rows, no look-ahead, no hidden memory.
 
 A train step cuts sequences into windows and carries only the hidden state from one to
 the next. A layer that mixes the rows of a batch, reads later steps or restarts in each

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fptt_jax._checks import require_type
 from fptt_jax._trees import arrange_like, check_like, leaf_paths
 
 
@@ -52,7 +53,10 @@ def state_from_arrays(template: Any, arrays: Mapping[str, Any]) -> Any:
   Raises:
     ValueError: Paths are missing or unexpected, or an array has another shape or kind
       of numbers; named by path.
+    TypeError: `arrays` is not a mapping.
   """
+  accepted = 'a mapping of names to arrays'
+  require_type(isinstance(arrays, Mapping), 'arrays', accepted, arrays)
   name, whose = 'arrays', 'as the template has it'
   tree = arrange_like(name, {path: arrays[path] for path in arrays}, template, whose)
 

@@ -9,7 +9,7 @@ import optax
 from fptt_jax._checks import describe, require
 from fptt_jax._dtypes import widen
 from fptt_jax._transform import FPTTState, is_masked
-from fptt_jax._trees import have_same_field, have_same_shapes, shapes
+from fptt_jax._trees import have_same_field, have_same_shapes, nodes_of, shapes
 
 
 def fptt_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
@@ -108,8 +108,7 @@ def fptt_restart(
 
 def find_states(opt_state: optax.OptState) -> list[FPTTState]:
   """Return every FPTTState in an optimizer's state, at any depth."""
-  nodes = jax.tree.leaves(opt_state, is_leaf=_is_state)
-  return [node for node in nodes if _is_state(node)]
+  return nodes_of(opt_state, FPTTState)
 
 
 def lambda_norm(opt_state: optax.OptState) -> jax.Array:

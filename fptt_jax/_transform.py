@@ -33,9 +33,10 @@ from fptt_jax._trees import (
   have_same_shapes,
   have_same_structure,
   is_floating,
+  nodes_of,
   shapes,
 )
-from fptt_jax._usable import accepted, record_call
+from fptt_jax._usable import accepted_args, record_call
 
 GRADIENT_ESTIMATES = ('running', 'recomputed', 'lagged')
 COUPLINGS = ('gradient', 'update')
@@ -156,7 +157,8 @@ def fptt(
       or a later one is out of range, the update is NaN. Also if `update` is called
       without parameters or with trees that do not match, or if 'recomputed' is used
       without `grad_fn` or inside `optax.masked` or `optax.partition`.
-    TypeError: If parameters or gradients are not floating point.
+    TypeError: If `base` is not an optimizer, or parameters or gradients are not
+      floating point.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax
@@ -179,6 +181,8 @@ def fptt(
   )
   if state_dtype is not None:
     state_dtype = check_dtype('state_dtype', state_dtype)
+  is_optimizer = hasattr(base, 'init') and hasattr(base, 'update')
+  require_type(is_optimizer, 'base', 'an optimizer, such as optax.adam(1e-3)', base)
   base = optax.with_extra_args_support(base)
   init_fn = functools.partial(_init, base, state_dtype)
 
@@ -231,7 +235,7 @@ def fptt_algorithm2(
     An `optax.GradientTransformationExtraArgs`.
 
   Raises:
-    ValueError: As for :func:`fptt`.
+    ValueError, TypeError: As for :func:`fptt`.
 
   Example:
     >>> import optax, fptt_jax
@@ -306,7 +310,7 @@ def _base_step(
     regularized,
     state.base_optimizer_state,
     params,
-    **accepted(base.update, base_args),
+    **accepted_args(base.update, base_args),
   )
   # A base optimizer may promote its updates, for example by a float32 learning rate.
   updates = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), updates, grads)
@@ -325,7 +329,7 @@ def _decoupled_step(
   optimizer's new state.
   """
   updates, base_state = base.update(
-    grads, state.base_optimizer_state, params, **accepted(base.update, extra_args)
+    grads, state.base_optimizer_state, params, **accepted_args(base.update, extra_args)
   )
 
   def leaf(
@@ -486,16 +490,11 @@ def _check_base_state(state: optax.OptState) -> None:
     optax.ScaleByZoomLinesearchState,
     optax.ScaleByBacktrackingLinesearchState,
   )
-  for node in _nodes(state, skips + searches):
+  for node in nodes_of(state, *skips, *searches):
     got = describe(node)
     around = 'Put MultiSteps and apply_if_finite around fptt.'
     require(type(node) not in skips, 'base', 'one that steps on each call', got, around)
     require(type(node) not in searches, 'base', 'without line search', got)
-
-
-def _nodes(state: Any, kinds: tuple[type, ...]) -> list[Any]:
-  """Return the nodes of an optimizer's state that are of some kinds, and its leaves."""
-  return jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
 
 
 def is_masked(node: Any) -> bool:

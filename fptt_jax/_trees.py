@@ -114,6 +114,12 @@ def _kind(leaf: Any, exactly: bool) -> Any:
   return leaf.shape, found or leaf.dtype
 
 
+def nodes_of(tree: Any, *kinds: type) -> list[Any]:
+  """Return the nodes of a tree that are of some types, but none inside another."""
+  is_wanted = lambda node: isinstance(node, kinds)
+  return [node for node in jax.tree.leaves(tree, is_leaf=is_wanted) if is_wanted(node)]
+
+
 def is_floating(leaf: Any) -> bool:
   if isinstance(leaf, ARRAYS):
     return jnp.issubdtype(leaf.dtype, jnp.inexact)

@@ -92,12 +92,9 @@ def _follow(jaxpr: core.Jaxpr, inputs: Sequence[_Flow]) -> list[_Flow]:
   def read(atom: Any) -> _Flow:
     if isinstance(atom, core.Literal):
       return _Flow(is_zero=not np.any(atom.val))
+    flow = known.get(atom, _Flow())
     is_boolean = atom.aval.shape == () and atom.aval.dtype == jnp.bool_
-    return (
-      known.get(atom, _Flow())._replace(is_switch=True)
-      if is_boolean
-      else (known.get(atom, _Flow()))
-    )
+    return flow._replace(is_switch=True) if is_boolean else flow
 
   for equation in jaxpr.eqns:
     # Equations come in the order in which they are computed.

@@ -11,7 +11,7 @@ import optax
 from fptt_jax._checks import require
 
 
-def accepted(
+def accepted_args(
   update: Callable[..., Any], extra_args: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Return those of the extra arguments that an optimizer's `update` takes."""
@@ -82,7 +82,7 @@ def _trace_update(
 
   def update(params: optax.Params) -> optax.Updates:
     state = optimizer.init(params)
-    given = accepted(optimizer.update, {**extra_args, 'grad': params})
+    given = accepted_args(optimizer.update, {**extra_args, 'grad': params})
     return optimizer.update(params, state, params, **given)[0]
 
   token = _RECORD.set(record)

@@ -14,6 +14,7 @@ import optax
 
 from fptt_jax._checks import check_integer, check_size, require
 from fptt_jax._dtypes import at_least_float32
+from fptt_jax._trees import nodes_of
 
 
 class WindowMomentsState(NamedTuple):
@@ -143,15 +144,10 @@ def sgd_by_window(
 
 def check_window_count(opt_state: optax.OptState, num_updates: int) -> None:
   """Raise a ValueError if a state has fewer windows than a sequence has updates."""
-
-  def is_state(node: Any) -> bool:
-    return isinstance(node, WindowMomentsState)
-
-  for node in jax.tree.leaves(opt_state, is_leaf=is_state):
-    if is_state(node):
-      found = len(node.update_counts)
-      accepted = f"at least the trainer's {num_updates} updates per sequence"
-      require(found >= num_updates, 'num_windows of the optimizer', accepted, found)
+  for node in nodes_of(opt_state, WindowMomentsState):
+    found = len(node.update_counts)
+    accepted = f"at least the trainer's {num_updates} updates per sequence"
+    require(found >= num_updates, 'num_windows of the optimizer', accepted, found)
 
 
 def _by_window(

@@ -134,7 +134,7 @@ class _StreamEstimator:
       attributes['_state'] = state_to_arrays(self._state)
     return attributes
 
-  def _learner(self) -> _Functions:
+  def _functions(self) -> _Functions:
     return _make_functions(
       self.model,
       self.optimizer,
@@ -147,7 +147,7 @@ class _StreamEstimator:
 
   def _ready(self) -> tuple[_Functions, StreamState]:
     """Return the functions and the state, made at the first step or from a copy."""
-    functions = self._learner()
+    functions = self._functions()
     if not isinstance(self._state, StreamState):
       x = np.zeros((1, 1, len(self._names or ())), np.float32)
       state = functions.learner.init(jax.random.key(self.seed), x)

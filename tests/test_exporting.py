@@ -313,9 +313,11 @@ def test_arguments_that_are_not_arrays_are_refused() -> None:
     fptt_jax.export_step(step, jnp.zeros(3), 'x')
   with pytest.raises(TypeError, match=r"state\['w'\] must be an array, got int"):
     fptt_jax.export_step(step, {'w': 1}, jnp.zeros(3))
+  with pytest.raises(TypeError, match=r'^step must be a function'):
+    fptt_jax.export_step({'step': step}, jnp.zeros(3), jnp.zeros(3))
 
 
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setitem(sys.modules, 'flatbuffers', None)
-  with pytest.raises(ImportError, match=r'flatbuffers.*fptt-jax\[export\]'):
+  with pytest.raises(ImportError, match=r'flatbuffers.*pip install flatbuffers'):
     fptt_jax.export_step(lambda state, x: (state, x), jnp.zeros(3), jnp.zeros(3))

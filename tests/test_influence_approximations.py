@@ -1,6 +1,7 @@
 """Credit across windows by random numbers, by repetition, and by checkpoints."""
 
 import functools
+import math
 from typing import Any
 
 import chex
@@ -519,6 +520,25 @@ def test_synthetic_gradients_learn_from_what_arrives() -> None:
   mesh = jax.sharding.Mesh(jax.devices('cpu')[:2], ('batch',))
   with pytest.raises(ValueError, match=r"B=2 rows on a mesh, .*'synthetic'"):
     total_gradient(elman(), [batch_of()], influence='synthetic', mesh=mesh)
+
+
+def test_a_map_of_synthetic_gradients_that_is_not_finite_is_put_back() -> None:
+  """The map of before the update stays, with its first layer, and training goes on."""
+  trainer = helpers.quick_trainer(
+    elman(),
+    SERIES,
+    optax.sgd(0.1),
+    method='tbptt',
+    num_windows=3,
+    influence=influence.synthetic(optax.sgd(math.inf), hidden_features=3),
+    skip_nonfinite=True,
+  )
+  state = trainer.init(jax.random.key(0), batch_of())
+  before = jax.tree.map(np.array, state.influence)
+  assert np.abs(before.weights['into']).max() > 0
+  state, metrics = trainer.step(state, batch_of())
+  assert not metrics.skipped.any()
+  chex.assert_trees_all_equal(state.influence, before)
 
 
 def test_a_learner_keeps_the_map_of_synthetic_gradients_where_a_row_starts_anew() -> (

@@ -761,6 +761,15 @@ def test_sums_that_are_not_numbers(value):
     fptt_jax.compute_metrics({'count': 2, 'loss': value})
 
 
+def test_metrics_of_both_results_of_evaluate_are_refused() -> None:
+  """The sums are the first of the two."""
+  sums = {'count': jnp.int32(2), 'loss': jnp.float32(1)}
+  with pytest.raises(
+    TypeError, match=r'^totals .*first .*Trainer\.evaluate.*got tuple'
+  ):
+    fptt_jax.compute_metrics((sums, None))
+
+
 # References of the user's.
 
 

@@ -186,6 +186,8 @@ def test_differences_are_paths(trainer):
   arrays['params/layers/10'] = np.ones(7, np.float32)
   with pytest.raises(ValueError, match=r'layers.*10.*\[7\]'):
     fptt_jax.state_from_arrays(state, arrays)
+  with pytest.raises(TypeError, match=r'^arrays must be a mapping.* got TrainState'):
+    fptt_jax.state_from_arrays(arrays, state)
 
 
 # Keys.

@@ -1545,6 +1545,14 @@ def test_large_beta_warns_where_it_was_written():
   fptt(optax.sgd(0.1), beta=0.5)
 
 
+@pytest.mark.parametrize('base', [optax.adam, 'adam', None])
+def test_the_base_is_an_optimizer(base):
+  """A forgotten call and a name raise an error that shows what is meant."""
+  for make in (fptt, fptt_algorithm2):
+    with pytest.raises(TypeError, match=r'^base must be .*optax\.adam\(1e-3\), got'):
+      make(base)
+
+
 def test_update_needs_params():
   """`update` without params raises an error, since W - W̄ needs them."""
   tx = fptt(optax.sgd(0.1))

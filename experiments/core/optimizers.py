@@ -311,13 +311,16 @@ def make_trainer(
 
 def evaluation_params(
   recipe: Recipe, method: str, state: fptt_jax.TrainState
-) -> jax.typing.ArrayLike:
+) -> optax.Params:
   """Return the parameters to evaluate: W, its summary or an average.
 
   Args:
     recipe: settings of the runs.
     method: training method. Methods without the regularizer have no summary.
     state: the training state.
+
+  Returns:
+    A tree like the parameters.
   """
   if recipe.averaging == 'running':
     return averaging.running_params(state.opt_state, state.params)

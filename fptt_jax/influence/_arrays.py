@@ -11,6 +11,9 @@ from fptt_jax._dtypes import widen
 from fptt_jax._trees import leaf_paths
 from fptt_jax._types import Hidden, Params
 
+TINY = 1e-7
+"""Added to norms of random factors, so that the first ratio is of two equal numbers."""
+
 Weights = dict[str, jax.Array]
 """Parameters by path, such as 'layers/0/w_x'."""
 
@@ -44,6 +47,13 @@ def split(rows: jax.Array, like: Hidden) -> Hidden:
       leaves[number] = part.reshape(leaf.shape).astype(leaf.dtype)
       first += size
   return jax.tree.unflatten(structure, leaves)
+
+
+def unit_cotangents(hidden: Hidden) -> jax.Array:
+  """Return a gradient for each real number of the hidden state, [N, R, N]."""
+  rows = join(hidden)
+  eye = jnp.eye(rows.shape[1], dtype=rows.dtype)
+  return jnp.broadcast_to(eye[:, None], (len(eye), *rows.shape))
 
 
 def row_size(hidden: Hidden) -> int:

@@ -61,6 +61,10 @@ class WindowMap(NamedTuple):
 
     return jax.tree.map(put, self.start(params), hidden)
 
+  def end(self, params: Params, hidden: Hidden) -> Hidden:
+    """Return the hidden state [B, ...] after the window; arguments as of `begin`."""
+    return self.run(params, self.begin(params, hidden), self.x, self.mask)
+
 
 class Influence(NamedTuple):
   """A way to carry the effect of the parameters on the hidden state across windows.
@@ -71,9 +75,9 @@ class Influence(NamedTuple):
   influence is a representation of M.
 
   Attributes:
-    init: (window, params, hidden) -> state. A tree of arrays [B, ...], all zeros, which
-      stands for "no influence". Without a mesh, rows may share arrays [1, ...]. Only
-      shapes of the arguments are used.
+    init: (window, params, hidden) -> state. A tree of arrays [B, ...]. All zeros stand
+      for "no influence"; only what the influence `keeps` may start otherwise. Without a
+      mesh, rows may share arrays [1, ...]. Only shapes of the arguments are used.
     credit: (window, params, hidden, state, d_hidden) -> tree like `params`: Σ_b δ_b M_b
       for the gradient δ = `d_hidden` of the hidden state before the window. It is
       linear in `d_hidden`.

@@ -52,9 +52,6 @@ def _noise(
   x = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((size, ROWS, *leaf.shape[2:]), leaf.dtype), inputs
   )
-  shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, hidden, x)
-  )
 
   @concrete
   def run(params: Params, hidden: Hidden, x: Any) -> tuple[jax.Array, jax.Array]:
@@ -64,5 +61,7 @@ def _noise(
     )
     return jnp.abs(trained - evaluated).max(), jnp.abs(evaluated).max()
 
-  difference, scale = (float(number) for number in run(*draw_like(shapes, 0)))
+  difference, scale = (
+    float(number) for number in run(*draw_like((params, hidden, x), 0))
+  )
   return difference / max(scale, float(np.finfo(np.float32).tiny))

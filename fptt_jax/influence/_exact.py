@@ -6,7 +6,13 @@ import jax.numpy as jnp
 from fptt_jax._checks import INT32_MAX, Words, check_integer, require
 from fptt_jax._dtypes import at_least_float32
 from fptt_jax._types import Hidden, Params
-from fptt_jax.influence._arrays import Weights, join, select, spread
+from fptt_jax.influence._arrays import (
+  Weights,
+  join,
+  select,
+  spread,
+  unit_cotangents,
+)
 from fptt_jax.influence._base import Influence, WindowMap
 from fptt_jax.influence._own import advance_own, credit_own, empty_own
 from fptt_jax.influence._pull import pull_back
@@ -154,9 +160,7 @@ def advance_matrix(
   window: WindowMap, params: Params, hidden: Hidden, matrix: Weights
 ) -> Weights:
   """Return M' = J M + I, where I and J are the derivatives of the window map."""
-  rows, numbers = join(hidden).shape
-  unit_vectors = jnp.eye(numbers, dtype=join(hidden).dtype)
-  cotangents = jnp.broadcast_to(unit_vectors[:, None], (numbers, rows, numbers))
+  cotangents = unit_cotangents(hidden)
   direct, jacobian = pull_back(window, params, tuple(matrix), hidden, cotangents)
 
   def moved(old: jax.Array, added: jax.Array) -> jax.Array:

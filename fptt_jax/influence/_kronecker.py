@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fptt_jax._checks import check_choice, check_size, require
 from fptt_jax._types import Hidden, OwnProduct, Params
-from fptt_jax.influence._arrays import join, spread
+from fptt_jax.influence._arrays import TINY, join, spread, unit_cotangents
 from fptt_jax.influence._base import Influence, WindowMap
 from fptt_jax.influence._own import given_steps
 from fptt_jax.influence._pull import (
@@ -18,8 +18,6 @@ from fptt_jax.influence._pull import (
 from fptt_jax.influence._reach import reached_paths
 
 REDUCTIONS = ('optimal', 'signs')
-TINY = 1e-7
-"""Added to norms, so that the first ratio is of two equal numbers."""
 
 
 class KroneckerSum(NamedTuple):
@@ -195,7 +193,6 @@ def _check_products(window: WindowMap, params: Params, hidden: Hidden) -> None:
     path for path in reached_paths(window, params, hidden) if path not in known
   ]
   accepted = 'of LSTM, GRU, ElmanRNN or layers with own_step, which sum with a bias'
-
   hint = "Use 'rtrl', 'snap1' or 'uoro'."
   require(not missing, "parameters with influence 'kronecker'", accepted, missing, hint)
 
@@ -210,9 +207,7 @@ def _new_terms(
   products = _products(window, params, hidden)
   before = run_steps(window, params, hidden)
   rows, numbers = join(hidden).shape
-  unit_vectors = jnp.eye(numbers, dtype=join(hidden).dtype)
-  cotangents = jnp.broadcast_to(unit_vectors[:, None], (numbers, rows, numbers))
-  jacobian, after = pull_through_steps(window, params, before, cotangents)
+  jacobian, after = pull_through_steps(window, params, before, unit_cotangents(hidden))
   # The derivative with respect to the sums is that with respect to their bias. Each
   # step of each row counts as a row of its own.
   by_step = jax.tree.map(

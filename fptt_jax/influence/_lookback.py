@@ -124,8 +124,7 @@ def _credit(
       earlier = earlier._replace(fresh=past.fresh)
 
     def end(params: Params, rows: jax.Array) -> jax.Array:
-      start = earlier.begin(params, split(rows, past.hidden))
-      return join(earlier.run(params, start, x, earlier.mask))
+      return join(earlier.end(params, split(rows, past.hidden)))
 
     _, pull = jax.vjp(end, params, join(past.hidden))
     grads, delta = pull(delta)

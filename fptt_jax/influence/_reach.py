@@ -1,6 +1,8 @@
 """Which parameters reach the hidden state, found by running the model."""
 
-from typing import Any
+from collections.abc import Callable
+import functools
+from typing import Any, TypeVar
 import weakref
 
 import jax
@@ -12,33 +14,32 @@ from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import by_path, join
 from fptt_jax.influence._base import WindowMap
 
+Found = TypeVar('Found')
+
 DRAWS = 4
 """Points at which derivatives are looked at: a rectifier may be off at one."""
 STEPS = 3
 """Most steps of a window that are run: more show nothing new."""
 
-_found: weakref.WeakKeyDictionary[Any, dict[str, tuple[str, ...]]] = (
-  weakref.WeakKeyDictionary()
-)
-"""Answers by model and shapes, so that each is probed once."""
+Probe = Callable[[WindowMap, Params, Hidden], Found]
 
 
-def reached_paths(window: WindowMap, params: Params, hidden: Hidden) -> tuple[str, ...]:
-  """Return the paths of the parameters that the hidden state depends on.
+def once_per_model(probe: Probe[Found]) -> Probe[Found]:
+  """Return a probe of a model that keeps its answers, by model and shapes."""
+  found: weakref.WeakKeyDictionary[Any, dict[str, Found]] = weakref.WeakKeyDictionary()
 
-  Args:
-    window: A window. Its shapes are used, and its functions.
-    params: Parameters of the model; only shapes are used.
-    hidden: Hidden state [B, ...]; only shapes are used.
-  """
-  known = _found.setdefault(window.run, {})
-  key = shapes_key(window, params)
-  if key not in known:
-    known[key] = _probe_reach(window, params, hidden)
-  return known[key]
+  @functools.wraps(probe)
+  def recall(window: WindowMap, params: Params, hidden: Hidden) -> Found:
+    known = found.setdefault(window.run, {})
+    key = _shapes_key(window, params)
+    if key not in known:
+      known[key] = probe(window, params, hidden)
+    return known[key]
+
+  return recall
 
 
-def shapes_key(window: WindowMap, params: Params) -> str:
+def _shapes_key(window: WindowMap, params: Params) -> str:
   """Return a text that is the same for all windows of a model, of any size."""
 
   def per_step(leaf: Any) -> tuple[Any, ...]:
@@ -48,13 +49,18 @@ def shapes_key(window: WindowMap, params: Params) -> str:
   return str((window.start is None, weights, jax.tree.map(per_step, window.x)))
 
 
-def _probe_reach(window: WindowMap, params: Params, hidden: Hidden) -> tuple[str, ...]:
+@once_per_model
+def reached_paths(window: WindowMap, params: Params, hidden: Hidden) -> tuple[str, ...]:
+  """Return the paths of the parameters that the hidden state depends on.
+
+  Args:
+    window: A window. Its shapes are used, and its functions.
+    params: Parameters of the model; only shapes are used.
+    hidden: Hidden state [B, ...]; only shapes are used.
+  """
   steps = min(STEPS, jax.tree.leaves(window.x)[0].shape[0])
   x = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((steps, *leaf.shape[1:]), leaf.dtype), window.x
-  )
-  shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, hidden, x)
   )
 
   @concrete
@@ -72,7 +78,7 @@ def _probe_reach(window: WindowMap, params: Params, hidden: Hidden) -> tuple[str
 
   reached: set[str] = set()
   for seed in range(DRAWS):
-    point = draw_like(shapes, seed)
+    point = draw_like((params, hidden, x), seed)
     for path, leaf in by_path(gradient(*point, np.uint32(seed))).items():
       # A NaN counts as a dependence, too.
       if (np.asarray(leaf) != 0).any():

@@ -1,7 +1,6 @@
 """Sparse approximations of the influence."""
 
 from typing import Any
-import weakref
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 from fptt_jax._checks import Words, check_size, require
 from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, OwnStep, Params
-from fptt_jax.influence._arrays import Weights, join
+from fptt_jax.influence._arrays import Weights, join, unit_cotangents
 from fptt_jax.influence._base import Influence, WindowMap
 from fptt_jax.influence._exact import (
   MAX_BYTES,
@@ -25,7 +24,7 @@ from fptt_jax.influence._own import (
   given_steps,
 )
 from fptt_jax.influence._pull import pull_back, run_steps
-from fptt_jax.influence._reach import DRAWS, draw_like, reached_paths, shapes_key
+from fptt_jax.influence._reach import DRAWS, draw_like, once_per_model, reached_paths
 from fptt_jax.influence._units import Units, find_units
 
 Pattern = dict[str, np.ndarray]
@@ -174,16 +173,11 @@ def snap(n: int) -> Influence:
     Menick et al., ICLR 2021, see :func:`snap1`.
   """
   n = check_size('n', n)
-  # One entry per model: the pattern is found once, when the state is made.
-  patterns: weakref.WeakKeyDictionary[Any, dict[str, Pattern]]
-  patterns = weakref.WeakKeyDictionary()
 
+  # The pattern is found when the state is made.
+  @once_per_model
   def pattern_of(window: WindowMap, params: Params, hidden: Hidden) -> Pattern:
-    known = patterns.setdefault(window.run, {})
-    key = shapes_key(window, params)
-    if key not in known:
-      known[key] = _find_pattern(window, params, hidden, n)
-    return known[key]
+    return _find_pattern(window, params, hidden, n)
 
   def init(window: WindowMap, params: Params, hidden: Hidden) -> Weights:
     matrix = empty_matrix(window, params, hidden, MAX_BYTES)
@@ -248,21 +242,16 @@ def _find_pattern(window: WindowMap, params: Params, hidden: Hidden, n: int) -> 
   x = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), window.x
   )
-  shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, hidden, x)
-  )
 
   @concrete
   def derivatives(params: Params, hidden: Hidden, x: Any, fresh: jax.Array) -> Any:
-    eye = jnp.eye(size, dtype=join(hidden).dtype)
-    cotangents = jnp.broadcast_to(eye[:, None], (size, rows, size))
     one = window._replace(x=x, mask=None, fresh=fresh)
-    return pull_back(one, params, paths, hidden, cotangents)
+    return pull_back(one, params, paths, hidden, unit_cotangents(hidden))
 
   reached: Pattern = {}
   moved = np.zeros((size, size), bool)
   for seed in range(DRAWS):
-    point = draw_like(shapes, seed)
+    point = draw_like((params, hidden, x), seed)
     for fresh in (False, True):
       direct, jacobian = derivatives(*point, np.full(rows, fresh))
       moved |= np.any(np.asarray(jacobian) != 0, axis=1)

@@ -171,8 +171,7 @@ def _pass_back(
   """
 
   def end(params: Params, rows: jax.Array) -> jax.Array:
-    start = window.begin(params, split(rows, hidden))
-    return join(window.run(params, start, window.x, window.mask))
+    return join(window.end(params, split(rows, hidden)))
 
   after, pull = jax.vjp(end, params, join(hidden))
   guessed = _guess(weights, after)

@@ -6,7 +6,6 @@ are apart if the state of each depends on no other unit's state of the step befo
 """
 
 from typing import Any, NamedTuple
-import weakref
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import by_path, is_real, join, row_size, split
 from fptt_jax.influence._base import WindowMap
-from fptt_jax.influence._reach import DRAWS, draw_like, shapes_key
+from fptt_jax.influence._reach import DRAWS, draw_like, once_per_model
 
 ROWS = 1
 """Rows of the step that is run: contributions of several could cancel."""
@@ -58,10 +57,7 @@ class Units(NamedTuple):
   whole: bool
 
 
-_found: weakref.WeakKeyDictionary[Any, dict[str, Units]] = weakref.WeakKeyDictionary()
-"""Answers by model and shapes, so that each is probed once."""
-
-
+@once_per_model
 def find_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
   """Find layers and units of a model.
 
@@ -70,17 +66,6 @@ def find_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
     params: Parameters of the model; only shapes are used.
     hidden: Hidden state [B, ...]; only shapes are used.
   """
-  known = _found.setdefault(window.run, {})
-  key = shapes_key(window, params)
-  if key not in known:
-    known[key] = _probe_units(window, params, hidden)
-  return known[key]
-
-
-def _probe_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
-  shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params
-  )
   hidden_shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((ROWS, *leaf.shape[1:]), leaf.dtype), hidden
   )
@@ -92,7 +77,7 @@ def _probe_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
   units_of_params: dict[str, np.ndarray] = {}
   units_of_state = np.full((len(columns), row_size(hidden)), NOT_REACHED)
   for seed in range(DRAWS):
-    point = draw_like((shapes, hidden_shapes, x_shapes), seed)
+    point = draw_like((params, hidden_shapes, x_shapes), seed)
     of_params, of_state = probe.run(point)
     units_of_state = _agree(units_of_state, of_state)
     for path, found in of_params.items():

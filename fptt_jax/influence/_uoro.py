@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fptt_jax._checks import check_choice, check_size, require
 from fptt_jax._dtypes import at_least_float32
 from fptt_jax._types import Hidden, Params
-from fptt_jax.influence._arrays import Weights, join, select, split, spread
+from fptt_jax.influence._arrays import TINY, Weights, join, select, split, spread
 from fptt_jax.influence._base import Influence, WindowMap
 from fptt_jax.influence._own import own_norms
 from fptt_jax.influence._pull import (
@@ -24,8 +24,6 @@ from fptt_jax.influence._units import find_units
 
 ROWS = ('each', 'together')
 BALANCES = ('row', 'unit')
-TINY = 1e-7
-"""Added to norms, so that the first ratio is of two equal numbers."""
 
 
 class RankOne(NamedTuple):
@@ -230,11 +228,8 @@ def _push(
 ) -> jax.Array:
   """Push tangents [B, r, N] of the hidden state through a window."""
 
-  def end(rows: jax.Array) -> jax.Array:
-    start = window.begin(params, split(rows, hidden))
-    return join(window.run(params, start, window.x, window.mask))
-
   def one_pair(tangent: jax.Array) -> jax.Array:
+    end = lambda rows: join(window.end(params, split(rows, hidden)))
     _, moved = jax.jvp(end, (join(hidden),), (tangent,))
     return moved
 

@@ -1,6 +1,6 @@
 """The interface of a loss, and what all losses share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -95,13 +95,16 @@ def compute_metrics(totals: MetricSums) -> dict[str, Any]:
 
   Raises:
     ValueError: If there is no 'count', or the shapes differ.
-    TypeError: If a sum is not a concrete real number or array.
+    TypeError: If `totals` is not a dict, or a sum is not a concrete real number or
+      array.
 
   Example:
     >>> import fptt_jax
     >>> fptt_jax.compute_metrics({'count': 4, 'loss': 2.0})
     {'loss': 0.5}
   """
+  accepted = 'a dict of sums, the first of the two results of Trainer.evaluate'
+  require_type(isinstance(totals, Mapping), 'totals', accepted, totals)
   sums = {name: as_floats(name, total) for name, total in totals.items()}
   shapes = {name: total.shape for name, total in sums.items()}
   fits = 'count' in sums and len(set(shapes.values())) == 1

@@ -105,7 +105,7 @@ def make_learner(
     ValueError: An option is out of range, or the loss has one target per sequence. When
       called: shapes of a step differ from those that `init` was given; the state is
       then as it was.
-    TypeError: `model`, `loss`, `optimizer` or `on_drift` is of another type.
+    TypeError: `model`, `loss` or `optimizer` is of another type.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, fptt_jax

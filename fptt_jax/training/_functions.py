@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fptt_jax._batch import (
   Batch,
@@ -99,7 +100,7 @@ class Functions:
     influence = spec.influence
     if influence is not None and not influence.keeps and not spec.carry_hidden:
       # It starts anew with the hidden state, so that the batch may have another shape.
-      anew = jax.tree.map(lambda like: jnp.zeros_like(like), expected.influence)
+      anew = optax.tree.zeros_like(expected.influence)
       state = state._replace(influence=anew)
     state = arrange_state(state, expected)
     self._check_rows(batch_size)

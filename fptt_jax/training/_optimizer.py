@@ -9,6 +9,7 @@ import optax
 
 from fptt_jax._checks import Words, require
 from fptt_jax._summary import find_states
+from fptt_jax._trees import nodes_of
 from fptt_jax._types import (
   Params,
   UpdateResult,
@@ -131,12 +132,8 @@ def _check_inner_steps(inner_steps: int, opt_state: optax.OptState) -> None:
 
   It counts its calls to know the last one, and a skipped call would shift them.
   """
-
-  def is_skipping(node: Any) -> bool:
-    return isinstance(node, optax.ApplyIfFiniteState)
-
-  nodes = jax.tree.leaves(opt_state, is_leaf=is_skipping)
-  skips = any(is_skipping(node) and find_states(node.inner_state) for node in nodes)
+  skipping = nodes_of(opt_state, optax.ApplyIfFiniteState)
+  skips = any(find_states(node.inner_state) for node in skipping)
   accepted = '1 with apply_if_finite around fptt'
   hint = 'skip_nonfinite=True of the trainer skips whole windows.'
   require(inner_steps == 1 or not skips, 'inner_steps', accepted, inner_steps, hint)

@@ -42,8 +42,7 @@ def scan_train_steps(
     of batches: prepare the next items while the device computes.
 
   Raises:
-    TypeError: `trainer` is not a :class:`fptt_jax.Trainer`, or `make_batch` is not a
-      function.
+    TypeError: `trainer` is not a :class:`fptt_jax.Trainer`.
     ValueError: When traced: items are not arrays with a leading axis of one length.
 
   Example:

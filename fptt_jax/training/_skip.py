@@ -30,11 +30,20 @@ def next_loss_state(
   return new
 
 
-def finite_rows(influence: Any) -> Any:
-  """Return the influence with 0 in the rows that hold a non-finite number."""
-  leaves = jax.tree.leaves(influence)
+def finite_influence(new: Any, old: Any, keeps: bool) -> Any:
+  """Return the influence after an update without non-finite numbers.
+
+  Args:
+    new: The influence after the update.
+    old: The influence before it.
+    keeps: Whether the influence is learned. Then the whole of the old one replaces a
+      new one that is not finite; otherwise rows that are not finite become 0.
+  """
+  if keeps:
+    return optax.tree.where(all_finite(new), new, old)
+  leaves = jax.tree.leaves(new)
   if not leaves:
-    return influence
+    return new
   finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves]
   rows = functools.reduce(jnp.logical_and, finite)
 
@@ -44,7 +53,7 @@ def finite_rows(influence: Any) -> Any:
     keep = keep.reshape(-1, *[1] * (leaf.ndim - 1))
     return jnp.where(keep, leaf, jnp.zeros([], leaf.dtype))
 
-  return jax.tree.map(put, influence)
+  return jax.tree.map(put, new)
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -15,14 +15,14 @@ from fptt_jax._types import (
   UpdateInputs,
   UpdateResult,
 )
-from fptt_jax._usable import accepted
+from fptt_jax._usable import accepted_args
 from fptt_jax._windows import WindowPlan
 from fptt_jax.losses import LossState
 from fptt_jax.parallel._placement import Gradient
 from fptt_jax.training._credit import advance_influence
 from fptt_jax.training._optimizer import make_extra_args
 from fptt_jax.training._schedules import UpdatePlan
-from fptt_jax.training._skip import all_finite, finite_rows, next_loss_state
+from fptt_jax.training._skip import all_finite, finite_influence, next_loss_state
 from fptt_jax.training._spec import StepSpec
 
 
@@ -163,7 +163,8 @@ def run_update(
   params, opt_state, hidden, influence = moved
   if skip is not None:
     # An influence that has overflowed would have every later update skipped.
-    influence = finite_rows(influence)
+    keeps = spec.influence is not None and spec.influence.keeps
+    influence = finite_influence(influence, carry.influence, keeps)
   value, norm = move.measured
   seen = Seen(value, norm, totals, skip, move.credit_norm)
   carry = Carry(params, opt_state, hidden, loss_state, influence)
@@ -235,7 +236,7 @@ def _optimizer_step(
   extra_args = make_extra_args(
     gradient, value, grads, spec.inner_steps, inputs.schedule
   )
-  given = accepted(spec.optimizer.update, extra_args)
+  given = accepted_args(spec.optimizer.update, extra_args)
   changes, opt_state = spec.optimizer.update(grads, opt_state, params, **given)
   params = optax.apply_updates(params, changes)
   # float16 cannot hold the square of a number above 255.
