@@ -567,9 +567,8 @@ def conclusion(config: Config, summaries: list[dict[str, Any]]) -> str:
   """
   results: dict[str, Result] = {}
   for member, summary in zip(list_members(config), summaries, strict=True):
-    name = member.name.replace(f'-seed{member.seed}', '')
-    empty = Result(name, settings_in_words(member.config), [])
-    result = results.setdefault(name, empty)
+    empty = Result(member.line, settings_in_words(member.config), [])
+    result = results.setdefault(member.line, empty)
     result.scores.append(summary['last_quarter_mse'])
   listing = ', '.join(f'{one.name} ({one.settings})' for one in results.values())
   compared = (

@@ -215,6 +215,8 @@ class _StreamEstimator:
 
   def _predict_many(self, X: Any) -> np.ndarray:
     """Return the outputs [n, O] of the next n steps, which are not taken yet."""
+    if not len(X):
+      return np.zeros((0, 1), np.float32)
     matrix = self._matrix(X)
     self._hand_in()
     if self.delay == 0:
@@ -276,6 +278,8 @@ class _StreamEstimator:
     same = len(X) == len(labels)
     require(same, 'y', f'a label for each of the {len(X)} rows of X', len(labels))
     self._hand_in()
+    if not len(X):
+      return
     if self._waiting or self._unlabeled:
       for row, label in zip(X.to_dict(orient='records'), labels, strict=True):
         self._learn(row, label)

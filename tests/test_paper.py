@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
+from experiments.core.comparison import interval
 from experiments.core.flags import UserError
 from experiments.paper import __main__ as paper
 from experiments.paper import entries, items, quoted, settings, studies, tables, tuning
@@ -151,8 +152,8 @@ def test_the_interval_is_student_s() -> None:
   """Mean ± t(0.975, n - 1) s/√n, as scipy has it; none for one value."""
   values = [3.0, 4.0, 8.0]
   low, high = stats.t.interval(0.95, 2, loc=5.0, scale=stats.sem(values))
-  assert tables.interval(values) == pytest.approx((high - low) / 2)
-  assert tables.interval([1.0]) is None
+  assert interval(values) == pytest.approx((high - low) / 2)
+  assert interval([1.0]) is None
 
 
 def test_tuning_chooses_by_validation_and_later_runs_use_it(
@@ -369,7 +370,7 @@ def test_several_seeds_are_averaged(tmp_path: Path) -> None:
   [line] = json.loads((tmp_path / 'fig1-test_mse.json').read_text())['lines']
   assert (line['seeds'], line['diverged']) == (3, 0)
   assert line['test_mse'] == pytest.approx(sum(results) / 3)
-  assert line['± test_mse'] == pytest.approx(tables.interval(results))
+  assert line['± test_mse'] == pytest.approx(interval(results))
 
 
 def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean() -> None:
@@ -460,7 +461,7 @@ def test_numbers_stay_in_their_columns_where_a_line_has_no_result(
   assert [line['diverged'] for line in lines] == [1, 0]
   assert [line['test_ppl'] for line in lines] == [None, 71.0]
   assert [line['dynamic_test_ppl'] for line in lines] == [None, 57.0]
-  assert lines[1]['± dynamic_test_ppl'] == pytest.approx(tables.interval([55.0, 59.0]))
+  assert lines[1]['± dynamic_test_ppl'] == pytest.approx(interval([55.0, 59.0]))
   assert [line['paper'] for line in content['lines']] == [51.9, 50.96]
   assert (lines[1]['parameters'], lines[1]['recurrent']) == (2_000, 1_000)
   assert content['quoted'] == quoted.QUOTED['table5']

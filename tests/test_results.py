@@ -15,10 +15,10 @@ import matplotlib.image as mpimg
 import pytest
 
 from experiments.core import environment, flags
+from experiments.core.comparison import interval
 from experiments.core.flags import UserError
 from experiments.paper import __main__ as paper
 from experiments.paper.settings import Config
-from experiments.paper.tables import interval
 from experiments.records import contest, plots, store, tables
 from experiments.records.collect import Origin, collect_folder
 from experiments.results import __main__ as command

@@ -195,6 +195,18 @@ def test_labels_of_unknown_features_are_counted_or_refused() -> None:
   assert strict.by_order == 0
 
 
+def test_tables_without_rows_are_no_steps() -> None:
+  """Their predictions are empty, and learning them changes nothing."""
+  import pandas as pd
+
+  empty = pd.DataFrame({'a': []})
+  for estimator in (Regressor(), Classifier()):
+    estimator.learn_many(empty, [])
+    assert estimator._state is None
+  assert len(Regressor().predict_many(empty)) == 0
+  assert len(Classifier().predict_proba_many(empty)) == 0
+
+
 def test_many_predictions_follow_a_step_that_waits() -> None:
   """They are those of the same steps one by one, and move nothing."""
   import pandas as pd

@@ -24,11 +24,12 @@ from experiments.benchmark.cases import POPULATION_CASES
 from experiments.benchmark.settings import Config
 from experiments.core import environment, files
 from fptt_jax import nn
+from fptt_jax.nn.kernels import cuda
 
 KERNEL_LAYERS: dict[str, Callable[..., nnx.Module]] = {'LSTM': nn.LSTM, 'GRU': nn.GRU}
 """Layers with a CUDA kernel."""
 
-KERNEL_SIZES = (32, 64, 128)
+KERNEL_SIZES = cuda.SIZES
 """Hidden sizes that the kernels are compiled for."""
 
 ROOT = Path(__file__).parents[2]

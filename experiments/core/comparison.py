@@ -54,7 +54,7 @@ def compare(
   if len(pairs) > 1 and np.ptp(differences) > 0:
     test = stats.ttest_1samp(differences, 0.0)
     p_value = float(test.pvalue)
-    half_width = float(test.confidence_interval(0.95).high) - mean
+    half_width = interval(differences.tolist())
   # Pairs that both diverged are ties, which have no size.
   known = mean if np.isfinite(pairs).all() else None
   return Comparison(wins, len(pairs), p_value, mean < 0, known, half_width)
@@ -62,6 +62,19 @@ def compare(
 
 def _worst(loss: float | None) -> float:
   return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def interval(values: Sequence[float]) -> float | None:
+  """Return half the width of the 95 % confidence interval of a mean.
+
+  It is Student's, t(0.975, n - 1) s / √n.
+
+  Args:
+    values: n numbers; fewer than two have no interval, None.
+  """
+  if len(values) < 2:
+    return None
+  return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 import textwrap
 from typing import IO, Any, Literal
+import zipfile
+import zlib
+
+import numpy as np
 
 from experiments.core.flags import UserError
 
@@ -55,6 +59,31 @@ def read_json(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
     UserError: the file cannot be read, or holds something else.
   """
   return _parsed(_read_bytes(path), str(path), names)
+
+
+NPZ_ERRORS = (
+  OSError,
+  EOFError,
+  ValueError,
+  LookupError,
+  NotImplementedError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
+"""Errors that NumPy and zipfile raise for a missing or damaged .npz file.
+
+zipfile raises NotImplementedError where damage has changed the compression method.
+"""
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+  """Read all arrays of a .npz file.
+
+  Raises:
+    NPZ_ERRORS: the file is missing or damaged.
+  """
+  with path.open('rb') as raw, np.load(raw) as file:
+    return {name: file[name] for name in file.files}
 
 
 def exists(path: Path) -> bool:

@@ -13,19 +13,14 @@ import fptt_jax
 
 
 def decay_schedule(config: Any, method: str) -> optax.Schedule | None:
-  """Return the schedule of the learning rate's factor for --decay.
+  """Return the schedule of the learning rate's factor, see `recipe.decay_schedule`.
 
   Args:
     config: settings of the runs, with `decay`, `batches` and `seq_len`.
     method: training method.
-
-  Returns:
-    (updates so far) -> factor, a half cosine from 1 to 0; None without --decay.
   """
-  if not config.decay:
-    return None
   _, updates = recipe.updates_per_sequence(config, method, config.seq_len)
-  return optax.cosine_decay_schedule(1.0, config.batches * updates)
+  return recipe.decay_schedule(config.decay, config.batches * updates)
 
 
 def choose_meshes(config: Any, method: str, members: int) -> devices.Meshes:

@@ -122,18 +122,13 @@ def epoch_rules(config: EpochRecipe) -> Rules:
 def decay_schedule(
   config: EpochRecipe, updates_per_epoch: int
 ) -> optax.Schedule | None:
-  """Return the schedule of the learning rate's factor for --decay.
+  """Return the schedule of the learning rate's factor, see `recipe.decay_schedule`.
 
   Args:
     config: settings of the run.
     updates_per_epoch: number of optimizer updates per epoch.
-
-  Returns:
-    (updates so far) -> factor; None without --decay.
   """
-  if not config.decay:
-    return None
-  return optax.cosine_decay_schedule(1.0, config.epochs * updates_per_epoch)
+  return recipe.decay_schedule(config.decay, config.epochs * updates_per_epoch)
 
 
 class Portion(NamedTuple):

@@ -2,13 +2,11 @@
 
 from pathlib import Path
 from typing import Any
-import zipfile
-import zlib
 
 import jax
 import numpy as np
 
-from experiments.core import processes
+from experiments.core import files, processes
 from experiments.core.checkpoints import describe
 from experiments.core.files import atomic_write, first_line, user_errors
 from experiments.core.flags import UserError
@@ -62,23 +60,12 @@ def read_parameters(folder: Path, template: Any, config_sha256: str) -> Any:
   """
   path = folder / PARAMETERS_FILE
   try:
-    with path.open('rb') as raw, np.load(raw) as file:
-      arrays = {name: file[name] for name in file.files}
+    arrays = files.read_npz(path)
   except FileNotFoundError as error:
     raise UserError(
       f'there is no {path}: put it back, or train this run again.'
     ) from error
-  # NumPy and zipfile raise many kinds of errors for a damaged file. zipfile raises
-  # NotImplementedError where damage has changed a member's compression method.
-  except (
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-  ) as error:
+  except files.NPZ_ERRORS as error:
     raise UserError(
       f'{path} is damaged: {first_line(error)}. Put it back, or train this run again.'
     ) from error

@@ -118,11 +118,10 @@ def draw(folder: Path, config: recipe.Recipe, plot: Plot) -> None:
   curves: dict[str, list[Curve]] = {label: [] for _, label in plot.panels}
   for member in list_members(config):
     rows = files.read_jsonl(folder / member.name / 'metrics.jsonl')
-    name = member.name.replace(f'-seed{member.seed}', '')
     for metric, label in plot.panels if rows else ():
       x: list[Any] = [row.get(metric) for row in rows]
       y = [row.get(plot.metric) for row in rows]
-      curves[label].append(Curve(name, member.method, x, y))
+      curves[label].append(Curve(member.line, member.method, x, y))
   plot_curves(folder / plot.file, curves, plot.title, plot.ylabel, dict(plot.marks))
 
 

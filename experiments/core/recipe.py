@@ -5,6 +5,8 @@ import itertools
 import math
 from typing import Any, ClassVar
 
+import optax
+
 from experiments.core.flags import MAX_RUNS, check, check_fields, option
 from experiments.core.loggers import LOGGERS, is_available
 import fptt_jax
@@ -505,3 +507,16 @@ def updates_per_sequence(recipe: Recipe, method: str, seq_len: int) -> tuple[int
     num_windows = seq_len if setting.num_windows == 'T' else int(setting.num_windows)
   updated_windows = num_windows if setting.update_each_window else 1
   return num_windows, updated_windows * recipe.inner_steps
+
+
+def decay_schedule(decay: bool, num_updates: int) -> optax.Schedule | None:
+  """Return the schedule of the learning rate's factor for --decay.
+
+  Args:
+    decay: whether the rate is annealed.
+    num_updates: number of optimizer updates of a run.
+
+  Returns:
+    (updates so far) -> factor, a half cosine from 1 to 0; None without `decay`.
+  """
+  return optax.cosine_decay_schedule(1.0, num_updates) if decay else None

@@ -44,8 +44,15 @@ class Member(NamedTuple):
   @property
   def name(self) -> str:
     """Name of the run's folder."""
-    values = [f'{name}{format_number(value)}' for name, value in self.varied.items()]
-    return '-'.join([self.method, f'seed{self.seed}', *values])
+    return '-'.join([self.method, f'seed{self.seed}', *self._values()])
+
+  @property
+  def line(self) -> str:
+    """Name of the run without its seed, the same for all seeds."""
+    return '-'.join([self.method, *self._values()])
+
+  def _values(self) -> list[str]:
+    return [f'{name}{format_number(value)}' for name, value in self.varied.items()]
 
   @property
   def label(self) -> str:

@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-import zipfile
-import zlib
 
 import numpy as np
 
+from experiments.core import files
 from experiments.core.flags import UserError
 from experiments.data import images, sources, text
 from experiments.data.images import Images
@@ -264,18 +263,10 @@ def _read_npz(path: Path, fields: tuple[str, ...]) -> dict[str, np.ndarray]:
   Raises:
     UserError: the file cannot be read, or an array is missing.
   """
-  # NumPy opens the file lazily, so damage may show up at any array.
   try:
-    with path.open('rb') as raw, np.load(raw) as file:
-      return {name: file[name] for name in fields}
-  except (
-    OSError,
-    EOFError,
-    KeyError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-  ) as error:
+    arrays = files.read_npz(path)
+    return {name: arrays[name] for name in fields}
+  except files.NPZ_ERRORS as error:
     raise UserError(
       f'{path} is not an array file written by experiments.data: {error}'
     ) from error

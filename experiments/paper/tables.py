@@ -1,33 +1,18 @@
 """Tables and learning curves of an item."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from tabulate import tabulate
 
 from experiments.core import files, plotting
+from experiments.core.comparison import interval
 from experiments.core.plotting import Curve
 from experiments.paper import items, quoted, tuning
 from experiments.paper.entries import read_tuned
 from experiments.paper.items import Entry
 from experiments.paper.settings import Config
-
-
-def interval(values: list[float]) -> float | None:
-  """Return half the width of the 95 % confidence interval of a mean.
-
-  It is Student's, t(0.975, n - 1) s / √n.
-
-  Args:
-    values: n numbers; fewer than two have no interval, None.
-  """
-  if len(values) < 2:
-    return None
-  quantile = stats.t.ppf(0.975, len(values) - 1)
-  return float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def table_row(

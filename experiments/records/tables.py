@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from experiments.core import files
-from experiments.core.comparison import Comparison
+from experiments.core.comparison import Comparison, interval
 from experiments.core.flags import UserError
 from experiments.paper import items
 from experiments.paper.items import Score
-from experiments.paper.tables import interval
 from experiments.records import contest, store
 from experiments.records.store import Item, Row
 
@@ -441,7 +440,7 @@ def mean_and_interval(values: Sequence[float], digits: int) -> str:
   """
   if not values:
     return ''
-  half = interval(list(values))
+  half = interval(values)
   mean = f'{np.mean(values):.{digits}f}'
   return mean if half is None else f'{mean} ± {half:.{digits}f}'
 

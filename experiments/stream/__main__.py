@@ -33,8 +33,8 @@ import numpy as np
 from tabulate import tabulate
 
 from experiments.core import environment, files, flags, workdir
+from experiments.core.comparison import interval
 from experiments.core.flags import UserError, option
-from experiments.paper.tables import interval
 from experiments.stream import speed, systems
 from experiments.stream.series import SOURCES, Problem
 from experiments.stream.systems import Forecast
