@@ -15,7 +15,7 @@ of 128, K=11 and 1,000 batches. The paper's settings (Figs. 1-3) are
 --seq_len=200|500|750|1000 --nodecay --batches=3000 --lr=1e-3 --momentum=0.9.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import math
@@ -323,15 +323,13 @@ class Reporter(intervals.IntervalReporter):
 def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -> Task:
   """Return the task of the training loop, for several runs side by side.
 
-  An epoch of the loop has `eval_every` batches.
-
   Args:
     config: settings of the runs.
     seeds: seeds of the runs.
     method: training method.
     members: number of runs.
   """
-  num_windows, updates = recipe.updates_per_sequence(config, method, config.seq_len)
+  num_windows, _ = recipe.updates_per_sequence(config, method, config.seq_len)
   trainer, meshes = make_trainer(config, method, members)
   # Keys of the weights, the batches and the test set.
   keys = {seed: jax.random.split(jax.random.key(seed), 3) for seed in seeds}
@@ -341,32 +339,20 @@ def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -
     for seed, (_, _, test_key) in keys.items()
   }
 
-  def read(_: Any, data: jax.Array) -> fptt_jax.Batch:
+  def read(data: jax.Array) -> fptt_jax.Batch:
     key = jax.random.wrap_key_data(data)
     return draw_batch(key, config.seq_len, config.batch_size)
 
-  def portions(epoch: int, seed: int) -> Iterator[loop.Portion]:
-    start = (epoch - 1) * config.eval_every
-    end = min(start + config.eval_every, config.batches)
+  def draw_keys(seed: int, start: int, end: int) -> Any:
     # Each batch has a key of its own, so a resumed run draws the same batches.
-    items = batch_keys(keys[seed][1], np.arange(start, end) + 1)
-    yield loop.Portion(items, np.full(end - start, updates // config.inner_steps))
+    return batch_keys(keys[seed][1], np.arange(start, end) + 1)
 
-  return Task(
-    trainer,
-    source=(),
-    read=read,
-    split=False,
-    fetch=None,
-    meshes=meshes,
-    portions=portions,
-    num_epochs=math.ceil(config.batches / config.eval_every),
-    num_batches=config.batches,
-    rules=loop.Rules(),
-    reporter=Reporter(
-      trainer, tests, sizes(config), num_windows, 'test_mse', 'test MSE'
-    ),
-    make_key=lambda seed: keys[seed][0],
+  reporter = Reporter(
+    trainer, tests, sizes(config), num_windows, 'test_mse', 'test MSE'
+  )
+  make_key = lambda seed: keys[seed][0]
+  return intervals.make_task(
+    config, method, trainer, meshes, read, draw_keys, reporter, make_key=make_key
   )
 
 

@@ -14,7 +14,7 @@ The defaults of --task=recall take about a minute on two CPU cores. With
 memory of a step stays the same.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import math
@@ -289,43 +289,31 @@ def test_batch(config: Config, seed: int) -> fptt_jax.Batch:
 def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -> Task:
   """Return the task of the training loop, for several runs side by side.
 
-  An epoch of the loop has `eval_every` batches.
-
   Args:
     config: settings of the runs.
     seeds: seeds of the runs.
     method: training method.
     members: number of runs.
   """
-  num_windows, updates = recipe.updates_per_sequence(config, method, config.seq_len)
+  num_windows, _ = recipe.updates_per_sequence(config, method, config.seq_len)
   trainer, meshes = make_trainer(config, method, members)
   tests = {seed: processes.replicated(test_batch(config, seed)) for seed in seeds}
-
-  def portions(epoch: int, seed: int) -> Iterator[loop.Portion]:
-    start = (epoch - 1) * config.eval_every
-    end = min(start + config.eval_every, config.batches)
-    items = draw_items(config, seed, start, end)
-    yield loop.Portion(items, np.full(end - start, updates // config.inner_steps))
-
-  return Task(
+  reporter = intervals.IntervalReporter(
     trainer,
-    source=(),
-    read=lambda _, item: read_batch(config, item),
-    split=False,
-    fetch=None,
-    meshes=meshes,
-    portions=portions,
-    num_epochs=math.ceil(config.batches / config.eval_every),
-    num_batches=config.batches,
-    rules=loop.Rules(),
-    reporter=intervals.IntervalReporter(
-      trainer,
-      tests,
-      costs(config, trainer),
-      num_windows,
-      f'test_{config.task}',
-      'test loss',
-    ),
+    tests,
+    costs(config, trainer),
+    num_windows,
+    f'test_{config.task}',
+    'test loss',
+  )
+  return intervals.make_task(
+    config,
+    method,
+    trainer,
+    meshes,
+    read=functools.partial(read_batch, config),
+    draw=functools.partial(draw_items, config),
+    reporter=reporter,
     continues=PROBLEMS[config.task].is_stream,
   )
 

@@ -1,6 +1,8 @@
 """Measurements of runs whose batches are drawn anew, every so many batches."""
 
+from collections.abc import Callable, Iterator
 import dataclasses
+import math
 import statistics
 from typing import Any
 
@@ -36,6 +38,55 @@ def choose_meshes(config: Any, method: str, members: int) -> devices.Meshes:
   """
   steps = recipe.window_steps(config, method, config.seq_len)
   return devices.choose_meshes(config, config.batch_size, config.hidden, steps, members)
+
+
+def make_task(
+  config: Any,
+  method: str,
+  trainer: fptt_jax.Trainer,
+  meshes: devices.Meshes,
+  read: Callable[[Any], fptt_jax.Batch],
+  draw: Callable[[int, int, int], Any],
+  reporter: loop.Reporter,
+  **others: Any,
+) -> loop.Task:
+  """Return the task of runs whose batches are drawn anew.
+
+  An epoch of the training loop has `eval_every` batches.
+
+  Args:
+    config: settings of the runs, with `seq_len`, `batches` and `eval_every`.
+    method: training method.
+    trainer: the trainer of one run.
+    meshes: devices to split the work over.
+    read: (item) -> batch; traced by JAX.
+    draw: (seed, start, end) -> items of the batches from `start`, counted from 0, to
+      `end`, which is not included.
+    reporter: measurements at the end of each interval.
+    **others: further fields of the task.
+  """
+  _, updates = recipe.updates_per_sequence(config, method, config.seq_len)
+
+  def portions(epoch: int, seed: int) -> Iterator[loop.Portion]:
+    start = (epoch - 1) * config.eval_every
+    end = min(start + config.eval_every, config.batches)
+    steps = np.full(end - start, updates // config.inner_steps)
+    yield loop.Portion(draw(seed, start, end), steps)
+
+  return loop.Task(
+    trainer,
+    source=(),
+    read=lambda _, item: read(item),
+    split=False,
+    fetch=None,
+    meshes=meshes,
+    portions=portions,
+    num_epochs=math.ceil(config.batches / config.eval_every),
+    num_batches=config.batches,
+    rules=loop.Rules(),
+    reporter=reporter,
+    **others,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +138,8 @@ class IntervalReporter:
   def line(self, member: Member, row: dict[str, Any], reason: str | None) -> str:
     """Return a line with the losses of an evaluation."""
     start = f'{member.label}  batch {row["step"]:>6}  '
-    if reason is not None:
-      return f'{start}diverged: {reason}'
-    # Numbers that are not finite are None in a row.
-    if None in row.values():
-      return f'{start}diverged: the {self.label} is not finite'
+    if divergence := loop.divergence(row, reason, f'the {self.label}'):
+      return start + divergence
     skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
     return (
       f'{start}updates {row["updates"]:>8}  train loss {row["train_loss"]:.4f}  '

@@ -296,6 +296,20 @@ class Reporter(Protocol):
     """Return the summary of a run; why it diverged, if it did, is an entry."""
 
 
+def divergence(row: dict[str, Any], reason: str | None, scores: str) -> str:
+  """Say that a run has diverged; return an empty text if it has not.
+
+  Args:
+    row: its row of metrics.
+    reason: description of the divergence; None if none was found in training.
+    scores: names of the scores in the row, in words.
+  """
+  if reason is not None:
+    return f'diverged: {reason}'
+  # Numbers that are not finite are None in a row.
+  return f'diverged: {scores} is not finite' if None in row.values() else ''
+
+
 @dataclasses.dataclass(frozen=True)
 class EpochReporter:
   """Reporter for tasks with a validation and a test split.
@@ -347,11 +361,8 @@ class EpochReporter:
     """Return a line with the learning rate and the scores of an epoch."""
     start = f'{member.label}  epoch {row["step"]:>3}  '
     score = self.score
-    if reason is not None:
-      return f'{start}diverged: {reason}'
-    # Numbers that are not finite are None in a row.
-    if None in row.values():
-      return f'{start}diverged: train or validation {score} is not finite'
+    if found := divergence(row, reason, f'train or validation {score}'):
+      return start + found
     skipped = f'skipped {row["skipped"]}  ' if row.get('skipped') else ''
     return (
       f'{start}lr {row["lr"]:<8.4g} train {score} {row[f"train_{score}"]:8.4g}  '
