@@ -114,6 +114,29 @@ def _kind(leaf: Any, exactly: bool) -> Any:
   return leaf.shape, found or leaf.dtype
 
 
+def with_axes(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Return x with trailing axes of length 1, as many axes as `like` has."""
+  return x.reshape(*x.shape, *[1] * (like.ndim - x.ndim))
+
+
+def where_rows(rows: jax.Array, chosen: Any, other: Any) -> Any:
+  """Return a tree of arrays [B, ...] with the chosen rows, bool [B], of another."""
+
+  def put(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where(with_axes(rows, b), a.astype(b.dtype), b)
+
+  return jax.tree.map(put, chosen, other)
+
+
+def zero_unless(valid: jax.Array, tree: Any) -> Any:
+  """Return a tree of arrays with 0 where `valid`, of their leading axes, is False."""
+
+  def put(leaf: jax.Array) -> jax.Array:
+    return jnp.where(with_axes(valid, leaf), leaf, jnp.zeros([], leaf.dtype))
+
+  return jax.tree.map(put, tree)
+
+
 def nodes_of(tree: Any, *kinds: type) -> list[Any]:
   """Return the nodes of a tree that are of some types, but none inside another."""
   is_wanted = lambda node: isinstance(node, kinds)

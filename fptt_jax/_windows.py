@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax._checks import check_integer, check_size, require
+from fptt_jax._trees import zero_unless
 
 
 class WindowPlan(NamedTuple):
@@ -225,8 +226,8 @@ def _zero_where_masked(x: jax.Array, window: WindowView) -> jax.Array:
   """Return x [S, B, ...] with 0 at the window's masked steps."""
   if not window.masked:
     return x
-  mask = window.mask.reshape(*window.mask.shape, *[1] * (x.ndim - 2))
-  return jnp.where(mask, x, jnp.zeros([], x.dtype))
+  cleared: jax.Array = zero_unless(window.mask, x)
+  return cleared
 
 
 def lengths_in_range(lengths: jax.Array, num_steps: int) -> jax.Array:

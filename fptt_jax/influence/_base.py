@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fptt_jax._trees import where_rows
 from fptt_jax._types import Hidden, OwnKernels, OwnStep, Params
 
 State = Any
@@ -53,13 +54,7 @@ class WindowMap(NamedTuple):
     """
     if self.start is None or self.fresh is None:
       return hidden
-    fresh = self.fresh
-
-    def put(start: jax.Array, old: jax.Array) -> jax.Array:
-      rows = fresh.reshape(-1, *[1] * (old.ndim - 1))
-      return jnp.where(rows, start.astype(old.dtype), old)
-
-    return jax.tree.map(put, self.start(params), hidden)
+    return where_rows(self.fresh, self.start(params), hidden)
 
   def end(self, params: Params, hidden: Hidden) -> Hidden:
     """Return the hidden state [B, ...] after the window; arguments as of `begin`."""

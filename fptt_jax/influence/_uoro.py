@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fptt_jax._checks import check_choice, check_size, require
 from fptt_jax._dtypes import at_least_float32
+from fptt_jax._trees import with_axes
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import TINY, Weights, join, select, split, spread
 from fptt_jax.influence._base import Influence, WindowMap
@@ -171,7 +172,9 @@ def _advance(
   of_weights = state.of_weights
   if window.fresh is not None and not together:
     fresh = window.fresh
-    of_weights = jax.tree.map(lambda w: jnp.where(_like(fresh, w), 0, w), of_weights)
+    of_weights = jax.tree.map(
+      lambda w: jnp.where(with_axes(fresh, w), 0, w), of_weights
+    )
   signs = jax.random.rademacher(key, state.of_state.shape, state.of_state.dtype)
   moved = _push(window, params, hidden, state.of_state)
   pushed = signs
@@ -201,9 +204,9 @@ def _advance(
     # The scales have balanced the factors already.
     new = jnp.ones_like(new)
   return RankOne(
-    _like(old, moved) * moved + _like(new, pushed) * pushed,
+    with_axes(old, moved) * moved + with_axes(new, pushed) * pushed,
     {
-      path: (w / _like(old, w) + direct[path] / _like(new, w)).astype(w.dtype)
+      path: (w / with_axes(old, w) + direct[path] / with_axes(new, w)).astype(w.dtype)
       for path, w in of_weights.items()
     },
   )
@@ -216,11 +219,6 @@ def _unit_scales(window: WindowMap, params: Params, hidden: Hidden) -> jax.Array
   # Numbers of the state without parameters of their own get the row's mean.
   mean = norms.mean(1, keepdims=True)
   return jnp.sqrt(jnp.where(norms > 0, norms, mean) + TINY)
-
-
-def _like(factors: jax.Array, x: jax.Array) -> jax.Array:
-  """Return factors with trailing axes of length 1, as many axes as `x` has."""
-  return factors.reshape(*factors.shape, *[1] * (x.ndim - factors.ndim))
 
 
 def _push(

@@ -8,6 +8,7 @@ predictions.
 import jax
 import jax.numpy as jnp
 
+from fptt_jax._trees import where_rows
 from fptt_jax.streaming._buffer import (
   Label,
   NewStep,
@@ -26,7 +27,6 @@ from fptt_jax.streaming._window import (
   predict_steps,
   start_rows_anew,
   training_predicts,
-  where_rows,
 )
 
 

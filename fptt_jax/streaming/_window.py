@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fptt_jax._batch import Batch
-from fptt_jax._trees import check_like
+from fptt_jax._trees import check_like, where_rows, zero_unless
 from fptt_jax._types import Hidden, Model, Params, Trainer, TrainState
 from fptt_jax._windows import make_windows, valid_steps, window_at
 from fptt_jax.losses import Loss, MetricSums
@@ -53,16 +53,6 @@ class StreamSpec:
   keeps_influence: bool = False
 
 
-def where_rows(rows: jax.Array, chosen: Any, other: Any) -> Any:
-  """Return a tree of arrays [B, ...] with the chosen rows, bool [B], of another."""
-
-  def put(a: jax.Array, b: jax.Array) -> jax.Array:
-    where = rows.reshape(-1, *[1] * (b.ndim - 1))
-    return jnp.where(where, a.astype(b.dtype), b)
-
-  return jax.tree.map(put, chosen, other)
-
-
 def finite_rows(tree: Any, num_axes: int) -> jax.Array:
   """Return bool, for the leading axes of a tree's arrays: whether all is finite there.
 
@@ -94,11 +84,11 @@ def predict_steps(
     input.
   """
   if valid is not None:
-    x = _zero_unless(valid, x)
+    x = zero_unless(valid, x)
   hidden, outputs = spec.model.apply(params, hidden, x, valid, None)
   outputs, _ = split_penalty(outputs)
   if valid is not None:
-    outputs = _zero_unless(valid, outputs)
+    outputs = zero_unless(valid, outputs)
   return hidden, outputs
 
 
@@ -126,16 +116,6 @@ def training_predicts(spec: StreamSpec, state: StreamState) -> bool:
 def _variables(atoms: Any) -> list[Any]:
   """Return the atoms of a jaxpr that are not constants."""
   return [atom for atom in atoms if not isinstance(atom, core.Literal)]
-
-
-def _zero_unless(valid: jax.Array, tree: Any) -> Any:
-  """Return a tree of arrays [n, B, ...] with 0 where `valid`, bool [n, B], is False."""
-
-  def put(leaf: jax.Array) -> jax.Array:
-    where = valid.reshape(*valid.shape, *[1] * (leaf.ndim - 2))
-    return jnp.where(where, leaf, jnp.zeros([], leaf.dtype))
-
-  return jax.tree.map(put, tree)
 
 
 def start_rows_anew(spec: StreamSpec, train: TrainState, rows: jax.Array) -> TrainState:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fptt_jax._batch import Batch, targets_by_row
+from fptt_jax._trees import zero_unless
 from fptt_jax._windows import ValidSteps, lengths_in_range
 from fptt_jax.losses import Loss
 from fptt_jax.parallel._collectives import (
@@ -22,13 +23,8 @@ def clear_idle_targets(loss: Loss, batch: Batch, valid: ValidSteps) -> Batch:
   """
   if batch.mask is None or not targets_by_row(loss):
     return batch
-
-  def cleared(leaf: Any) -> jax.Array:
-    target = jnp.asarray(leaf)
-    counts = (valid.lengths > 0).reshape(-1, *[1] * (target.ndim - 1))
-    return jnp.where(counts, target, jnp.zeros([], target.dtype))
-
-  return batch._replace(targets=jax.tree.map(cleared, batch.targets))
+  targets = jax.tree.map(jnp.asarray, batch.targets)
+  return batch._replace(targets=zero_unless(valid.lengths > 0, targets))
 
 
 def batch_in_range(loss: Loss, batch: Batch, axis: str | None) -> jax.Array | None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fptt_jax._trees import zero_unless
 from fptt_jax.losses import LossState, Memory
 
 
@@ -50,8 +51,8 @@ def finite_influence(new: Any, old: Any, keeps: bool) -> Any:
   def put(leaf: jax.Array) -> jax.Array:
     # A leaf that all rows share is dropped with any of them.
     keep = rows if len(leaf) == len(rows) else rows.all(keepdims=True)
-    keep = keep.reshape(-1, *[1] * (leaf.ndim - 1))
-    return jnp.where(keep, leaf, jnp.zeros([], leaf.dtype))
+    cleared: jax.Array = zero_unless(keep, leaf)
+    return cleared
 
   return jax.tree.map(put, new)
 

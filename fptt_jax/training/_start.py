@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax._batch import Batch, check_shapes
+from fptt_jax._trees import where_rows
 from fptt_jax._types import (
   Hidden,
   Model,
@@ -79,10 +80,5 @@ def with_start(
   spec: StepSpec, params: Params, hidden: Hidden, fresh: jax.Array
 ) -> Hidden:
   """Put the initial state of these parameters into the rows that are fresh."""
-
-  def put(start: jax.Array, old: jax.Array) -> jax.Array:
-    rows = fresh.reshape(-1, *[1] * (old.ndim - 1))
-    return jnp.where(rows, start.astype(old.dtype), old)
-
   start = start_rows(spec.model, params, len(fresh), spec.axis)
-  return jax.tree.map(put, start, hidden)
+  return where_rows(fresh, start, hidden)
