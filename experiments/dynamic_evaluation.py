@@ -195,6 +195,7 @@ def evaluator(
     `segment`. Each call starts from the trained weights and the model's initial state.
     Learning rate 0 is static evaluation.
   """
+  epsilon = EPSILON
   if rms is None:
     rms = jax.tree.map(lambda p: jnp.ones([], p.dtype), params)
     epsilon = 0.0

@@ -114,6 +114,7 @@ def choose_rate(run: Run, problem: Problem, seeds: int) -> list[Forecast]:
   middle = RATES.index(FIRST_RATE)
   places = set(range(len(RATES)))
   wanted = {middle - 1, middle, middle + 1} & places
+  best = middle
   while wanted:
     for place in sorted(wanted):
       rate = RATES[place]

@@ -24,8 +24,7 @@ def main() -> None:
       for name, case in cases.CASES.items():
         key = f'{name}-{dtype}'
         records[key], found = cases.run(case, dtype)
-        if dtype == 'float32':
-          arrays[key] = np.concatenate([np.float32(array) for array in found])
+        arrays[key] = np.concatenate([np.asarray(array, dtype) for array in found])
         print(key, records[key]['digest'][:12])
   described = {'machine': cases.machine(), 'cases': records}
   text = json.dumps(described, indent=1, sort_keys=True)
