@@ -20,7 +20,7 @@ import pytest
 from experiments import add_task
 from experiments.core import checkpoints, files, flags, optimizers, recipe, workdir
 
-FLOAT32_TINY = dict(
+TINY = dict(
   seq_len=12,
   num_windows=3,
   hidden=4,
@@ -72,7 +72,7 @@ def test_every_method_runs_and_writes_its_folder(
     method=recipe.METHODS,
     truncation_steps=5,
     workdir=str(tmp_path / 'run'),
-    **FLOAT32_TINY,
+    **TINY,
   )
   monkeypatch.setattr(
     add_task, 'announce', lambda config, folder: None
@@ -121,7 +121,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(
     lr=0.1,
     decay=False,
     devices=devices,
-    **FLOAT32_TINY,
+    **TINY,
   )
   _, [whole] = add_task.run(config, str(tmp_path / 'whole'))
 
@@ -166,7 +166,7 @@ def test_interrupted_before_the_first_checkpoint_no_line_is_doubled(
   """Lines without a checkpoint behind them, a cut-off one too, go when the run starts
   again.
   """
-  config = add_task.Config(method=('bptt',), **FLOAT32_TINY)
+  config = add_task.Config(method=('bptt',), **TINY)
 
   with interrupted_at(1):
     add_task.run(config, str(tmp_path))
@@ -180,7 +180,7 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
   """Results of two configurations never mix: the message lists what differs, and
   nothing is written.
   """
-  config = add_task.Config(workdir=str(tmp_path), **FLOAT32_TINY)
+  config = add_task.Config(workdir=str(tmp_path), **TINY)
   workdir.open_workdir(config.workdir, 'add_task', config)
   assert workdir.open_workdir(config.workdir, 'add_task', config) == tmp_path
   other = dataclasses.replace(config, clip=0.5)
@@ -198,7 +198,7 @@ def test_newer_settings_are_recorded_where_they_change_something(
   tmp_path: Path,
 ) -> None:
   """Folders of earlier versions, whose configuration has none of them, go on."""
-  config = add_task.Config(workdir=str(tmp_path), **FLOAT32_TINY)
+  config = add_task.Config(workdir=str(tmp_path), **TINY)
   newer = workdir.NEWER_SETTINGS['all'] | workdir.NEWER_SETTINGS['add_task']
   fields = {field.name: field.default for field in dataclasses.fields(config)}
   assert newer == {name: fields[name] for name in newer}
@@ -296,7 +296,7 @@ def draw_some_nan(
 ) -> add_task.fptt_jax.Batch:
   """Batches as always, but for NaN in a training batch now and then."""
   batch = draw(key, seq_len, batch_size)
-  bad = (batch_size == FLOAT32_TINY['batch_size']) & (batch.targets.max() > 1.8)
+  bad = (batch_size == TINY['batch_size']) & (batch.targets.max() > 1.8)
   return batch._replace(inputs=jnp.where(bad, jnp.nan, batch.inputs))
 
 
@@ -310,7 +310,7 @@ def test_what_is_not_finite_ends_a_run(
   monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
   config = add_task.Config(
     method=('fptt',),
-    **{**FLOAT32_TINY, 'batches': 40, 'eval_every': 40},
+    **{**TINY, 'batches': 40, 'eval_every': 40},
     steps_per_call=2,
   )
   add_task.main(dataclasses.replace(config, workdir=str(tmp_path)))
@@ -335,7 +335,7 @@ def test_what_is_not_finite_is_not_saved(
   monkeypatch.setattr(add_task, 'draw_batch', draw_some_nan)
   config = add_task.Config(
     method=('fptt',),
-    **{**FLOAT32_TINY, 'batches': 40, 'eval_every': 40},
+    **{**TINY, 'batches': 40, 'eval_every': 40},
     steps_per_call=1,
     checkpoint_minutes=1e-9,
   )
@@ -357,7 +357,7 @@ def test_what_is_not_finite_is_skipped(
     optimizer='sgd',
     lr=0.1,
     decay=False,
-    **{**FLOAT32_TINY, 'batches': 40},
+    **{**TINY, 'batches': 40},
   )
   _, [whole] = add_task.run(config, str(tmp_path / 'whole'))
   with interrupted_at(15):
@@ -391,7 +391,7 @@ def test_command_line(tmp_path: Path) -> None:
     letters.stderr.strip()
     == "error: --seeds must be integers, or a range such as 0:3, got 'x'. See --help."
   )
-  flags = [f'--{name}={value}' for name, value in FLOAT32_TINY.items()] + [
+  flags = [f'--{name}={value}' for name, value in TINY.items()] + [
     '--method=tbptt',
     '--seeds=0:2',
     f'--workdir={tmp_path}',

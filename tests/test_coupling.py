@@ -1,5 +1,6 @@
 """FPTT's regularizer added to the update instead of the gradient."""
 
+from helpers import assert_close
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,6 @@ import optax
 import pytest
 
 from fptt_jax import fptt, spectral_radius
-from tests.helpers import assert_close
 
 
 def run(tx, grads, params):

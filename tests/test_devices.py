@@ -107,7 +107,7 @@ def train(
 
 def assert_same(got, expected, tolerance=1e-10):
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-    # MetricSums are sums in float32.
+    # Totals are sums in float32.
     np.testing.assert_allclose(
       a, b, rtol=1e-5 if a.dtype == np.float32 else tolerance, atol=tolerance
     )
@@ -324,7 +324,7 @@ def test_one_devices_nan_skips_the_update_on_all(task):
     targets if task == 'class_ema' else targets.astype(np.float32),
   )
   start, end = inputs.copy(), inputs.copy()
-  start[5:, 3] = end[:5, 3] = np.nan  # WindowPlan start at 0, 2, 5 and 7.
+  start[5:, 3] = end[:5, 3] = np.nan  # Windows start at 0, 2, 5 and 7.
   options = dict(num_windows=4, carry_hidden=True, mesh=mesh_of(8), skip_nonfinite=True)
   trainer = helpers.quick_trainer(
     helpers.lstm(out=out), loss, fptt_jax.fptt(optax.adam(0.01)), **options

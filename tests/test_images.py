@@ -17,7 +17,7 @@ from experiments.core import averaging, cells, files, flags, loop, optimizers
 from experiments.data import synthetic
 import fptt_jax
 
-FLOAT32_TINY = dict(
+TINY = dict(
   task='arrays',
   row=True,
   hidden=8,
@@ -33,7 +33,7 @@ FLOAT32_TINY = dict(
 def make_config(folder: Path, **settings: Any) -> images.Config:
   return images.Config(
     **{
-      **FLOAT32_TINY,
+      **TINY,
       'data_dir': synthetic.data_files(folder / 'data')['images'],
       **settings,
     }
@@ -183,7 +183,7 @@ def test_the_permutation_is_fixed_and_kept_with_the_run(
   monkeypatch.setattr(data, 'load_images', lambda name, data_dir: pictures)
   config = images.Config(
     **{
-      **FLOAT32_TINY,
+      **TINY,
       'task': 'permuted',
       'row': False,
       'permutation_seed': 3,
@@ -207,7 +207,7 @@ def test_the_permutation_is_fixed_and_kept_with_the_run(
 @pytest.mark.parametrize('cell', cells.WITH_KERNEL)
 def test_layers_run_as_the_flags_say(cell: str) -> None:
   """Each layer gets the implementation and the precision of products."""
-  settings = {**FLOAT32_TINY, 'task': 'mnist', 'cell': cell}
+  settings = {**TINY, 'task': 'mnist', 'cell': cell}
   config = images.Config(**settings, implementation='custom_vjp', products='bfloat16')
   layer = cells.build(config, cell, 2, 3, None, nnx.Rngs(0))
   assert (layer.implementation, layer.products) == ('custom_vjp', 'bfloat16')
@@ -220,7 +220,7 @@ def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
   """All parameters move, the stacked layers' too."""
   config = images.Config(
     **{
-      **FLOAT32_TINY,
+      **TINY,
       'task': 'mnist',
       'cell': cell,
       'hidden': 6,
@@ -381,3 +381,19 @@ def test_alpha_grows_to_its_value() -> None:
     params = {'w': params['w'] + updates['w']}
     seen.append(float(((lam - state.lam['w']) / (params['w'] - w_bar))[0]))
   np.testing.assert_allclose(seen, [0.05, 0.1625, 0.275, 0.3875, 0.5, 0.5], rtol=1e-4)
+
+
+def test_images_are_cut_and_pooled(tmp_path: Path) -> None:
+  """--train_size takes the first images of the training split alone, --pool fewer
+  pixels.
+  """
+  places = synthetic.data_files(tmp_path)['images']
+  config = images.Config(
+    task='arrays', data_dir=places, valid_size=16, batch_size=8, num_windows=2
+  )
+  whole, _ = images.load(config)
+  few, _ = images.load(dataclasses.replace(config, train_size=20, pool=2))
+  labels = whole.splits.train.labels
+  np.testing.assert_array_equal(few.splits.train.labels, labels[:20])
+  assert len(few.splits.valid.labels) == len(whole.splits.valid.labels)
+  assert few.shape[0] == whole.shape[0] // 4

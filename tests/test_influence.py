@@ -316,21 +316,28 @@ def test_an_influence_that_is_not_finite_is_dropped_by_rows() -> None:
 
 
 def test_an_influence_of_ones_own() -> None:
-  """A constant credit is added to each window's gradient, and draws get a key."""
+  """A constant credit is added to each window's gradient, and each window gets a key of
+  its own.
+  """
 
   def advance(window, params, hidden, state, key):
-    return state + jax.random.uniform(key)
+    drawn = jnp.full((B, 1), jax.random.uniform(key))
+    return jnp.concatenate([state[:, 1:], drawn], axis=1)
 
   own = influence.Influence(
-    init=lambda window, params, hidden: jnp.zeros(B),
+    init=lambda window, params, hidden: jnp.zeros((B, 3)),
     credit=lambda window, params, *rest: optax.tree.full_like(params, 2.0),
     advance=advance,
     draws=True,
   )
   model = elman()
-  got, _ = total_gradient(model, [batch_of()], num_windows=3, influence=own)
+  trainer = helpers.quick_trainer(
+    model, SERIES, collect(), method='tbptt', num_windows=3, influence=own
+  )
+  state, _ = trainer.step(trainer.init(jax.random.key(0), batch_of()), batch_of())
   plain, _ = total_gradient(model, [batch_of()], num_windows=3)
-  assert_close(got, jax.tree.map(lambda leaf: leaf + 6.0, plain))
+  assert_close(state.opt_state, jax.tree.map(lambda leaf: leaf + 6.0, plain))
+  assert len(np.unique(state.influence)) == 3
 
 
 def test_a_model_in_low_precision_has_its_influence_in_float32() -> None:

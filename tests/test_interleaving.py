@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -98,15 +97,22 @@ def test_lanes_are_interleaved_as_a_plain_loop_does_it() -> None:
   assert train(settings, 'sequential', 0.1, 5) != pytest.approx(expected, rel=1e-4)
 
 
-def test_the_best_rate_is_chosen_on_another_seed() -> None:
+def test_the_best_rate_is_chosen_on_another_seed(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """The lowest rate is the best one on the seed of tuning, and the worst on others."""
+
+  def error(
+    settings: Any, order: str, momentum: float, rate: jax.Array, seed: jax.Array
+  ) -> jax.Array:
+    return jnp.where(seed == settings.tune_seed, rate, 1 - rate)
+
+  monkeypatch.setattr(interleaving, 'train', error)
   rows = interleaving.study(TINY, 'interleaved', 0.3, (0, 1))
-  tried = [train(TINY, 'interleaved', rate, TINY.tune_seed) for rate in TINY.rates]
-  best = TINY.rates[int(np.argmin(tried))]
+  best = min(TINY.rates)
   assert [row['rate'] for row in rows] == [best, best]
   assert not rows[0]['is_inside']
-  for row in rows:
-    expected = train(TINY, 'interleaved', best, row['seed'])
-    assert row['test_mse'] == pytest.approx(expected, rel=1e-4)
+  assert [row['test_mse'] for row in rows] == pytest.approx([1 - best, 1 - best])
 
 
 def test_a_stopped_command_resumes_and_its_report_is_collected(tmp_path: Path) -> None:

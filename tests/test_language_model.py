@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import helpers
 from interruption import interrupted_at
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from experiments.core.flags import UserError
 from experiments.data import streams
 import fptt_jax
 
-FLOAT32_TINY = dict(
+TINY = dict(
   task='text',
   seq_len=10,
   num_windows=3,
@@ -98,7 +99,7 @@ def test_perplexity_is_that_of_the_whole_text_in_one_pass(
   """Cut into pieces with the hidden state carried on, or read at once: the same number;
   a constant model has perplexity V.
   """
-  config = language_model.Config(data_dir='.', **FLOAT32_TINY)
+  config = language_model.Config(data_dir='.', **TINY)
   model = language_model.make_model(config, 6)
   loss = fptt_jax.losses.sequence_classification(6)
   trainer = fptt_jax.make_trainer(model, loss, optax.sgd(0.1), method='tbptt')
@@ -125,7 +126,7 @@ def test_script_learns_a_text_and_writes_its_folder(tmp_path: Path) -> None:
     data_dir=str(write_text(tmp_path)),
     method=('fptt', 'tbptt'),
     workdir=str(tmp_path / 'run'),
-    **{**FLOAT32_TINY, 'epochs': 6},
+    **{**TINY, 'epochs': 6},
   )
   language_model.main(config)
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
@@ -150,7 +151,7 @@ def test_learning_rate_falls_on_a_plateau_and_training_stops_below_the_least(
   --min_lr.
   """
   settings = {
-    **FLOAT32_TINY,
+    **TINY,
     'epochs': 9,
     'lr': 1e-30,
     'dropout': 0.0,
@@ -178,7 +179,7 @@ def test_interrupted_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     seeds=(1,),
     restart_each_epoch=True,
     evaluate_at='w_bar',
-    **FLOAT32_TINY,
+    **TINY,
   )
   _, [whole] = language_model.run(config, str(tmp_path / 'whole'))
   with interrupted_at(2):
@@ -237,7 +238,7 @@ def test_divergence_is_said_and_nothing_of_it_is_kept(
     data_dir=str(write_text(tmp_path)),
     method=('tbptt',),
     workdir=str(tmp_path / 'run'),
-    **{**FLOAT32_TINY, 'lr': 1e30},
+    **{**TINY, 'lr': 1e30},
   )
   for said in (True, False):
     language_model.main(config)
@@ -255,7 +256,7 @@ def test_training_may_be_cut_to_the_first_tokens(tmp_path: Path) -> None:
   config = language_model.Config(
     data_dir=str(write_text(tmp_path)),
     method=('tbptt',),
-    **{**FLOAT32_TINY, 'epochs': 1, 'train_tokens': 84},
+    **{**TINY, 'epochs': 1, 'train_tokens': 84},
   )
   path, [summary] = language_model.run(config, str(tmp_path / 'run'))
   [row] = files.read_jsonl(path / 'tbptt-seed0' / 'metrics.jsonl')
@@ -272,7 +273,7 @@ def test_random_lengths_cover_the_text_and_scale_the_learning_rate(
   """
   config = language_model.Config(
     data_dir=str(tmp_path),
-    **{**FLOAT32_TINY, 'seq_len': 40, 'random_lengths': True, 'batch_size': 2},
+    **{**TINY, 'seq_len': 40, 'random_lengths': True, 'batch_size': 2},
   )
   side_by_side = (
     np.arange(10_000, dtype=np.int32)[:, None]
@@ -362,7 +363,7 @@ def test_dynamic_evaluation_follows_a_text_that_turns(tmp_path: Path) -> None:
     lr=0.03,
   )
   config = language_model.Config(
-    **FLOAT32_TINY | settings | dict(data_dir=str(write_text(tmp_path)))
+    **TINY | settings | dict(data_dir=str(write_text(tmp_path)))
   )
   _, [before] = language_model.run(config, str(tmp_path / 'run'))
   assert before['test_ppl'] < 1.5
@@ -383,7 +384,7 @@ def test_the_test_text_can_be_left_alone(
   --allow_config_change it is, later.
   """
   config = language_model.Config(
-    **FLOAT32_TINY
+    **TINY
     | dict(
       data_dir=str(write_text(tmp_path)), evaluate_test=False, dynamic_evaluation=True
     )
@@ -407,14 +408,14 @@ def test_a_rate_below_the_least_is_refused() -> None:
     ValueError,
     match=r'--min_lr must be .*, got 0\.001',
   ):
-    language_model.Config(**FLOAT32_TINY | dict(data_dir='.', lr=5e-4))
+    language_model.Config(**TINY | dict(data_dir='.', lr=5e-4))
 
 
 @pytest.mark.parametrize('cell', list(cells.CELLS))
 def test_every_cell_takes_a_step_by_fptt(cell: str) -> None:
   """All parameters move, those of two layers of different widths."""
   config = language_model.Config(
-    **FLOAT32_TINY | dict(data_dir='.', cell=cell, layers=2, last_hidden=6, hidden=5)
+    **TINY | dict(data_dir='.', cell=cell, layers=2, last_hidden=6, hidden=5)
   )
   trainer = optimizers.make_trainer(
     config,
@@ -438,9 +439,7 @@ def test_weights_of_cells_without_one_recurrent_matrix_are_not_dropped_out() -> 
     ValueError,
     match=r'--weight_dropout must be .*, got 0\.1\.',
   ):
-    language_model.Config(
-      **FLOAT32_TINY | dict(data_dir='.', cell='lru', weight_dropout=0.1)
-    )
+    language_model.Config(**TINY | dict(data_dir='.', cell='lru', weight_dropout=0.1))
 
 
 def test_defaults_are_the_release_s_setting() -> None:
@@ -463,3 +462,52 @@ def test_defaults_are_the_release_s_setting() -> None:
     optimizer='sgd', lr=2.0, momentum=0.9, plateau_factor=4.0, clip=0.0, epochs=100
   )
   assert {name: config[name] for name in expected} == expected
+
+
+def test_noise_and_penalties_of_a_language_model() -> None:
+  """Each dropout changes the outputs in training, and penalties grow with their
+  factors.
+  """
+  dropouts = (
+    'dropout',
+    'hidden_dropout',
+    'input_dropout',
+    'embedding_dropout',
+    'latent_dropout',
+    'weight_dropout',
+  )
+  settings: dict[str, Any] = dict.fromkeys(dropouts, 0.0) | dict(
+    data_dir='.',
+    task='text',
+    seq_len=6,
+    num_windows=2,
+    layers=2,
+    embedding=6,
+    hidden=6,
+    last_hidden=6,
+    experts=2,
+    tied=True,
+    batch_size=3,
+    locked=True,
+    activation_penalty=0.0,
+    temporal_penalty=0.0,
+  )
+  tokens = np.random.default_rng(0).integers(0, 7, (6, 3)).astype(np.int32)
+
+  def run(**changes: float) -> Any:
+    config = language_model.Config(**settings | changes)
+    model = language_model.make_model(config, 7)
+    apply = helpers.quick(
+      lambda params, key: model.apply(
+        params, model.initial_state(3), tokens, None, key
+      )[1]
+    )
+    return apply(model.init(jax.random.key(0)), jax.random.key(1))
+
+  plain = run()
+  for name in dropouts:
+    assert np.abs(run(**{name: 0.5}) - plain).max() > 1e-3, name
+  for name in ('activation_penalty', 'temporal_penalty'):
+    one, two = (run(**{name: factor}).penalty for factor in (1.0, 2.0))
+    np.testing.assert_allclose(two, 2 * one, rtol=1e-5)
+    assert np.abs(one).max() > 1e-4, name

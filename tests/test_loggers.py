@@ -16,7 +16,7 @@ from experiments import add_task, images
 from experiments.core import files, loggers, population, schedule, workdir
 import fptt_jax
 
-FLOAT32_TINY = dict(
+TINY = dict(
   seq_len=12,
   num_windows=2,
   hidden=4,
@@ -65,7 +65,7 @@ def test_curves_of_a_resumed_run_are_those_of_one_never_stopped(tmp_path: Path) 
     seeds=(0, 1),
     population=2,
     devices=1,
-    **FLOAT32_TINY,
+    **TINY,
   )
   add_task.run(config, str(tmp_path / 'whole'))
   with interrupted_at(
@@ -117,7 +117,7 @@ def test_updates_that_are_not_made_are_left_out(
 ) -> None:
   """Skipped ones, and windows after the end of all sequences."""
   config = add_task.Config(
-    method=('tbptt',), logger='tensorboard', on_nonfinite='skip', **FLOAT32_TINY
+    method=('tbptt',), logger='tensorboard', on_nonfinite='skip', **TINY
   )
   logged: list[tuple[int, dict[str, float]]] = []
   monkeypatch.setattr(
@@ -144,12 +144,12 @@ def test_updates_that_are_not_made_are_left_out(
 
 def test_the_logger_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:
   """A run goes on with another one."""
-  config = add_task.Config(method=('bptt',), **FLOAT32_TINY)
+  config = add_task.Config(method=('bptt',), **TINY)
   workdir.open_workdir(str(tmp_path), 'add_task', config)
   workdir.open_workdir(
     str(tmp_path),
     'add_task',
-    add_task.Config(method=('bptt',), logger='tensorboard', **FLOAT32_TINY),
+    add_task.Config(method=('bptt',), logger='tensorboard', **TINY),
   )
 
 

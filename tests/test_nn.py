@@ -214,6 +214,44 @@ def test_layers_compute_what_torch_computes(torch, kind, layers, bias):
       np.testing.assert_allclose(ours_now, torchs[i].numpy(), rtol=1e-5, atol=1e-5)
 
 
+def sigmoid(x: np.ndarray) -> np.ndarray:
+  return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize('kind', ['LSTM', 'GRU', 'ElmanRNN'])
+def test_layers_with_torchs_weights_follow_its_documented_equations(kind):
+  """With both biases, in NumPy, where torch itself is not installed."""
+  rng, gates = np.random.default_rng(0), {'LSTM': 4, 'GRU': 3, 'ElmanRNN': 1}[kind]
+  sizes = {
+    'weight_ih_l0': (gates * H, D),
+    'weight_hh_l0': (gates * H, H),
+    'bias_ih_l0': (gates * H,),
+    'bias_hh_l0': (gates * H,),
+  }
+  w = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+  x = rng.normal(size=(T, B, D)).astype(np.float32)
+  h, c = rng.normal(size=(2, B, H)).astype(np.float32)
+  model = nn.from_nnx(lambda rngs: getattr(nn, kind)(D, H, rngs=rngs))
+  [params] = nn.from_torch(w)
+  start = nn.LSTMState(h, c) if kind == 'LSTM' else h
+  run = quick(lambda params, start, x: model.apply(params, start, x, None, None)[1])
+  outputs = run(params, start, x)
+  for t in range(T):
+    inputs = x[t] @ w['weight_ih_l0'].T + w['bias_ih_l0']
+    state = h @ w['weight_hh_l0'].T + w['bias_hh_l0']
+    if kind == 'LSTM':
+      i, f, g, o = np.split(inputs + state, 4, -1)
+      c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+      h = sigmoid(o) * np.tanh(c)
+    elif kind == 'GRU':
+      (ri, zi, ni), (rh, zh, nh) = np.split(inputs, 3, -1), np.split(state, 3, -1)
+      z = sigmoid(zi + zh)
+      h = (1 - z) * np.tanh(ni + sigmoid(ri + rh) * nh) + z * h
+    else:
+      h = np.tanh(inputs + state)
+    np.testing.assert_allclose(outputs[t], h, rtol=1e-4, atol=1e-5)
+
+
 def torch_names(*shapes: tuple[int, ...], suffix: str = 'l0') -> dict[str, np.ndarray]:
   names = [
     f'{part}_{side}_{suffix}' for part in ('weight', 'bias') for side in ('ih', 'hh')

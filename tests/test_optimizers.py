@@ -2,6 +2,7 @@
 step.
 """
 
+import dataclasses
 import functools
 import threading
 
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.core import optimizers, recipe
 import fptt_jax
 from fptt_jax import losses
 from fptt_jax._usable import check_usable
@@ -338,3 +340,39 @@ def test_a_value_that_leaves_its_range_unseen_is_nan():
   state = optax.tree.set(optimizer.init(PARAMS), alpha=jnp.float32(-0.1))
   updates, _ = jax.jit(optimizer.update)(PARAMS, state, PARAMS)
   assert np.isnan(updates['a']).all()
+
+
+def test_evaluate_at_reads_the_summary() -> None:
+  """Of --evaluate_at=w_bar the weights are W̄, and of w the last ones."""
+  config = recipe.Recipe(optimizer='sgd', lr=0.1, alpha=0.5)
+  optimizer = optimizers.make_optimizer(config, 'fptt')
+  params = {'w': jnp.ones(2)}
+  opt_state = optimizer.init(params)
+  grads = {'w': jnp.array([3.0, 4.0])}
+  updates, opt_state = optimizer.update(grads, opt_state, params)
+  params = optax.apply_updates(params, updates)
+  state = fptt_jax.TrainState(params, opt_state, (), (), (), ())
+  chosen = {
+    place: optimizers.evaluation_params(
+      dataclasses.replace(config, evaluate_at=place), 'fptt', state
+    )['w']
+    for place in ('w', 'w_bar')
+  }
+  summary = fptt_jax.fptt_eval_params(opt_state, params)['w']
+  np.testing.assert_array_equal(chosen['w'], params['w'])
+  np.testing.assert_array_equal(chosen['w_bar'], summary)
+  assert np.any(chosen['w'] != chosen['w_bar'])
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adam'])
+def test_momentum_windows_is_momentum_by_window(optimizer: str) -> None:
+  """The optimizer of --momentum_windows counts the updates of each window."""
+  config = recipe.Recipe(
+    method=('tbptt',), optimizer=optimizer, lr=0.1, momentum_windows=2, clip=0.0
+  )
+  made = optax.with_extra_args_support(optimizers.make_optimizer(config, 'tbptt'))
+  params = {'w': jnp.zeros(1)}
+  state = made.init(params)
+  for window in (0, 1, 0):
+    _, state = made.update({'w': jnp.ones(1)}, state, params, window=window)
+  assert optax.tree.get(state, 'update_counts').tolist() == [2, 1]

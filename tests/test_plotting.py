@@ -16,9 +16,7 @@ from experiments.core import intervals, plotting, report, workdir
 from experiments.core.plotting import Curve
 import fptt_jax
 
-FLOAT32_TINY = dict(
-  seq_len=8, hidden=2, batch_size=4, batches=4, eval_every=1, test_size=8
-)
+TINY = dict(seq_len=8, hidden=2, batch_size=4, batches=4, eval_every=1, test_size=8)
 
 
 def test_a_method_has_one_color_in_every_panel() -> None:
@@ -64,7 +62,7 @@ def test_percentages_have_a_linear_axis() -> None:
 
 
 def adding(folder: Path, run: Path) -> Any:
-  config = add_task.Config(method=('bptt',), workdir=str(run), **FLOAT32_TINY)
+  config = add_task.Config(method=('bptt',), workdir=str(run), **TINY)
   return lambda: add_task.main(config)
 
 
@@ -127,7 +125,7 @@ def test_the_announcement_names_runs_and_time(
   """Each run that is left with its rates, the time of each method and of all; nothing
   once all have ended.
   """
-  config = add_task.Config(method=('tbptt', 'bptt'), **FLOAT32_TINY)
+  config = add_task.Config(method=('tbptt', 'bptt'), **TINY)
   add_task.announce(config, tmp_path)
   said = capsys.readouterr().out
   for method in config.method:

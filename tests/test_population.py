@@ -26,7 +26,7 @@ from experiments.core import (
   schedule,
 )
 
-FLOAT32_TINY = dict(
+TINY = dict(
   seq_len=12,
   hidden=4,
   batch_size=8,
@@ -78,8 +78,8 @@ def test_seeds_and_grid_side_by_side(tmp_path: Path, devices: int) -> None:
     optimizer='sgd',
     decay=True,
   )
-  one = add_task.Config(population=1, devices=1, **settings, **FLOAT32_TINY)
-  many = add_task.Config(population=4, devices=devices, **settings, **FLOAT32_TINY)
+  one = add_task.Config(population=1, devices=1, **settings, **TINY)
+  many = add_task.Config(population=4, devices=devices, **settings, **TINY)
   _, expected = add_task.run(one, str(tmp_path / 'one'))
   _, summaries = add_task.run(many, str(tmp_path / 'many'))
   names = [
@@ -239,7 +239,7 @@ def test_chunks_change_nothing(tmp_path: Path, steps_per_call: int) -> None:
   even go on the other way.
   """
   config = add_task.Config(
-    method=('bptt',), optimizer='sgd', steps_per_call=steps_per_call, **FLOAT32_TINY
+    method=('bptt',), optimizer='sgd', steps_per_call=steps_per_call, **TINY
   )
   add_task.run(dataclasses.replace(config, steps_per_call=2), str(tmp_path / 'whole'))
   with interrupted_at(2):
@@ -259,7 +259,7 @@ def test_interrupted_while_the_runs_are_saved(tmp_path: Path) -> None:
     population=3,
     devices=1,
     optimizer='sgd',
-    **FLOAT32_TINY,
+    **TINY,
   )
   add_task.run(config, str(tmp_path / 'whole'))
   with interrupted_at(5):
@@ -335,7 +335,7 @@ def restored(folder: Path, config: add_task.Config, seed: int) -> Any:
 def test_more_seeds_join(tmp_path: Path) -> None:
   """What has ended is not trained again; new seeds and values are."""
   config = add_task.Config(
-    method=('bptt',), seeds=(0, 1), population=2, devices=1, **FLOAT32_TINY
+    method=('bptt',), seeds=(0, 1), population=2, devices=1, **TINY
   )
   add_task.run(config, str(tmp_path))
   before = (tmp_path / 'bptt-seed0' / 'metrics.jsonl').read_text()
@@ -362,7 +362,7 @@ def test_each_member_is_warned_about(tmp_path: Path) -> None:
     grid=('lr=0.1:30',),
     population=2,
     devices=1,
-    **FLOAT32_TINY,
+    **TINY,
   )
   with pytest.warns(
     UserWarning, match=r'FPTT with SGD at lr=30, alpha=0\.1, .* is unstable'
@@ -381,7 +381,7 @@ def test_lambda_that_runs_away_is_warned_about(
     population=2,
     devices=1,
     kappa=2.0,
-    **FLOAT32_TINY,
+    **TINY,
   )
   config = dataclasses.replace(
     config,

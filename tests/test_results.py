@@ -571,8 +571,8 @@ def test_commands_of_no_meaning_are_refused(
 def test_the_command_collects_and_makes_tables(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  """What was asked for is done and said; tables that are as they should be are left
-  alone.
+  """What was asked for is done and said; pages whose tables are as they should be are
+  left alone.
   """
   write_run(tmp_path / 'run', 'fptt-seed0', [0.5])
   out = tmp_path / 'out'
@@ -587,6 +587,13 @@ def test_the_command_collects_and_makes_tables(
     'short': {'scale': 'short', 'notes': 'A note.'}
   }
   monkeypatch.undo()
+  stale, whole = tmp_path / 'stale.md', tmp_path / 'whole.md'
+  stale.write_text('<!-- table: products -->\nold\n<!-- end table -->\n')
+  whole.write_text(tables.updated_text(stale.read_text()))
+  assert tables.update_pages([stale, whole]) == [stale]
+  assert stale.read_text() == whole.read_text()
+  # The repository's pages are not to be rewritten by a test.
+  monkeypatch.setattr(command, 'pages', lambda root: [])
   command.main(command.Config(tables=True))
   printed = capsys.readouterr().out.splitlines()
   assert printed == [

@@ -355,3 +355,10 @@ def test_a_classifier_learns_labels() -> None:
       estimator.predict_one(x)
     estimator.learn_one(x, y)
   assert accuracy.get() > 0.95
+
+
+def test_many_labels_are_as_many_as_rows() -> None:
+  import pandas as pd
+
+  with pytest.raises(ValueError, match='y must be a label for each of the 2 rows'):
+    Regressor().learn_many(pd.DataFrame({'a': [1.0, 2.0]}), [1.0])

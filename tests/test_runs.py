@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
 
-FLOAT32_TINY = dict(
+TINY = dict(
   method=('fptt',),
   seq_len=12,
   hidden=4,
@@ -142,7 +142,7 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(
   """A whole script: it says so and ends with the numbers of a run that nothing befell;
   without one it does nothing.
   """
-  config = add_task.Config(**FLOAT32_TINY)
+  config = add_task.Config(**TINY)
   add_task.run(config, str(tmp_path / 'whole'))
   expected = json.loads(
     (tmp_path / 'whole' / 'fptt-seed0' / 'result.json').read_text()
@@ -460,7 +460,7 @@ def test_a_full_disk_while_metrics_are_written(tmp_path: Path) -> None:
 def test_a_full_disk_when_a_run_has_ended(tmp_path: Path) -> None:
   """Its result is made again by the same command."""
   config, result = (
-    add_task.Config(**FLOAT32_TINY),
+    add_task.Config(**TINY),
     tmp_path / 'fptt-seed0' / 'result.json.tmp',
   )
   result.parent.mkdir()
@@ -483,7 +483,7 @@ def test_other_settings_by_override(
   """Refused, with what differs; or taken, said and kept: the learning rate is the new
   one, a run that had ended goes on.
   """
-  config = add_task.Config(optimizer='sgd', lr=1e-3, decay=False, **FLOAT32_TINY)
+  config = add_task.Config(optimizer='sgd', lr=1e-3, decay=False, **TINY)
   add_task.run(config, str(tmp_path))
   before = files.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
   other = dataclasses.replace(config, batches=8, lr=1e-30)
@@ -518,7 +518,7 @@ def test_other_settings_by_override(
 
 def test_a_model_of_other_size_is_refused_even_so(tmp_path: Path) -> None:
   """Before anything is trained."""
-  config = add_task.Config(**FLOAT32_TINY)
+  config = add_task.Config(**TINY)
   with interrupted_at(2):
     add_task.run(config, str(tmp_path))
   said = (
@@ -539,7 +539,7 @@ def test_a_model_of_other_size_is_refused_even_so(tmp_path: Path) -> None:
 
 def test_two_commands_in_one_folder_do_not_train_the_same_run(tmp_path: Path) -> None:
   """The second is told so, and may go on with it when the first has ended."""
-  config = add_task.Config(**{**FLOAT32_TINY, 'seeds': (0, 1), 'population': 1})
+  config = add_task.Config(**{**TINY, 'seeds': (0, 1), 'population': 1})
   (tmp_path / 'run' / 'fptt-seed1').mkdir(parents=True)
   with (
     filelock.FileLock(tmp_path / 'run' / 'fptt-seed1' / 'lock'),
@@ -569,9 +569,7 @@ def test_a_full_disk_while_a_plot_is_drawn(tmp_path: Path) -> None:
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
   """As many as asked for."""
   add_task.run(
-    add_task.Config(
-      max_to_keep=3, checkpoint_minutes=1e-9, steps_per_call=1, **FLOAT32_TINY
-    ),
+    add_task.Config(max_to_keep=3, checkpoint_minutes=1e-9, steps_per_call=1, **TINY),
     str(tmp_path),
   )
   assert checkpoints.saved_steps(tmp_path / 'fptt-seed0') == [4, 5, 6]

@@ -101,7 +101,7 @@ def test_ftrl_coefficients_are_means(num_windows):
 @given(num_windows=st.integers(1, 30))
 def test_each_window_is_recorded_exactly_once_and_when_it_counts(name, num_windows):
   """Metrics and loss state would count twice, or miss, a window that is not recorded
-  once. WindowPlan run in order in every update, so that each starts from the hidden
+  once. Windows run in order in every update, so that each starts from the hidden
   state of the one before; a recorded window has a weight in its update's objective.
   """
   plan = _schedules.plan_updates(fptt_jax.METHODS[name], num_windows)

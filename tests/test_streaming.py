@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 import subprocess
 import sys
+import types
 from typing import Any
 
 import chex
@@ -18,6 +19,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import losses
+from fptt_jax.streaming import _window
 
 LOSS = losses.sequence_regression()
 ELMAN = helpers.elman()
@@ -324,6 +326,13 @@ def test_rows_that_share_products_start_anew() -> None:
   x, y = draw(4, batch_size=2)
   reset = np.array([[False, False]] * 3 + [[True, False]])
   before, *_ = learner.step(begin(learner, x), x[:3], y[:3], reset=reset[:3])
+  spec = types.SimpleNamespace(model=ELMAN, keeps_influence=False)
+  anew = _window.start_rows_anew(spec, before.train, jnp.array([True, False])).influence
+  old = before.train.influence
+  np.testing.assert_array_equal(anew.of_state[0], 0)
+  np.testing.assert_array_equal(anew.of_state[1], old.of_state[1])
+  jax.tree.map(np.testing.assert_array_equal, anew.of_weights, old.of_weights)
+  assert optax.tree.norm(old.of_weights) > 0
   state, *_ = learner.step(before, x[3:], y[3:], reset=reset[3:])
   assert np.isfinite(numbers(state)['train/params/c']).all()
 

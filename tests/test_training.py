@@ -77,7 +77,7 @@ def by_hand(
   inner_steps: int = 1,
   last_only: bool = False,
 ) -> tuple[fptt_jax.TrainState, fptt_jax.StepMetrics]:
-  """Algorithm 2 as a Python loop. WindowPlan have their true lengths: none is padded,
+  """Algorithm 2 as a Python loop. Windows have their true lengths: none is padded,
   only what lies past a sequence's end is masked. `last_only` asks the model as the
   trainer does, since what dropout draws depends on the outputs' shape.
   """
@@ -223,9 +223,7 @@ def test_step_equals_a_python_loop(loss, batch, out):
   state, metrics = run(trainer, first, second)
   same(state, expected)
   same(metrics._replace(totals=None), expected_metrics._replace(totals=None))
-  same(
-    metrics.totals, expected_metrics.totals, rtol=1e-6
-  )  # MetricSums are float32 sums.
+  same(metrics.totals, expected_metrics.totals, rtol=1e-6)  # Totals are float32 sums.
 
 
 @in_float64
@@ -1389,7 +1387,7 @@ def test_totals_are_the_measures_of_the_step(method):
   times.
   """
   batch = helpers.regression_batch(6, 3)._replace(lengths=np.array([6, 2, 3], np.int32))
-  optimizer = fptt_jax.fptt(optax.sgd(0.0)) if method == 'fptt' else optax.sgd(0.0)
+  optimizer = optax.sgd(0.0)
   trainer = quick_trainer(
     helpers.elman(),
     losses.terminal_regression(),

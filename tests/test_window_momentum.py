@@ -1,5 +1,6 @@
 """Momentum that joins gradients of the same window of different sequences."""
 
+from helpers import assert_close, elman, quick, quick_trainer, regression_batch
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 
 import fptt_jax
 from fptt_jax import adam_by_window, losses, sgd_by_window
-from tests.helpers import assert_close, elman, quick, quick_trainer, regression_batch
 
 
 def feed(tx, grads, windows):
@@ -142,8 +142,6 @@ def test_members_side_by_side_equal_single_runs():
 @pytest.mark.parametrize('shard_params', [False, True])
 def test_mesh_equals_one_device(shard_params):
   """The moments by window lie with the parameters, or are cut as they are."""
-  if jax.device_count() < 2:
-    pytest.skip('needs two devices')
   mesh = jax.make_mesh((2,), ('rows',), devices=jax.devices()[:2])
   batch = regression_batch(8, 4)
   results = []
