@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 from typing import Any
 
 from flax import nnx
@@ -162,6 +163,8 @@ def series_batch(
   )
 
 
+# A new model is probed when it is first trained, which takes longer than the training.
+@functools.cache
 def elman(
   features: int = 2,
   hidden: int = 4,

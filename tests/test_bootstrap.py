@@ -1,11 +1,12 @@
 """Targets of early windows that mix in what a mean of the weights predicts later."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import chex
 from helpers import lstm, quick, regression_batch
-from interruption import interrupted_at
+from interruption import assert_same_runs, interrupted_at
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import optax
 import pytest
 
 from experiments import add_task, images, language_model, online
-from experiments.core import bootstrap, files
+from experiments.core import bootstrap
 from experiments.core.averaging import running_mean
 import fptt_jax
 
@@ -150,24 +151,15 @@ TINY: dict[str, Any] = dict(
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
   """The share and the mean go on as well; without a share the losses are others."""
   config = add_task.Config(test_size=16, lr=0.1, momentum=0.9, seeds=(0, 1), **TINY)
-  add_task.run(config, str(tmp_path / 'whole'))
+  _, whole = add_task.run(config, str(tmp_path / 'whole'))
   with interrupted_at(3):
     add_task.run(config, str(tmp_path / 'cut'))
-  add_task.run(config, str(tmp_path / 'cut'))
-  plain = add_task.Config(
-    test_size=16, lr=0.1, momentum=0.9, seeds=(0, 1), **TINY | dict(bootstrap=0.0)
-  )
-  add_task.run(plain, str(tmp_path / 'plain'))
-  whole, cut, without = (
-    [
-      {**row, 'seconds': 0}
-      for seed in (0, 1)
-      for row in files.read_jsonl(tmp_path / name / f'tbptt-seed{seed}/metrics.jsonl')
-    ]
-    for name in ('whole', 'cut', 'plain')
-  )
-  assert whole == cut
-  assert whole != without
+  _, cut = add_task.run(config, str(tmp_path / 'cut'))
+  assert_same_runs(tmp_path, whole, cut)
+  plain = dataclasses.replace(config, bootstrap=0.0)
+  _, without = add_task.run(plain, str(tmp_path / 'plain'))
+  for one, other in zip(whole, without, strict=True):
+    assert one['test_mse'] != other['test_mse']
 
 
 @pytest.mark.parametrize('share', [0.0, 0.9])

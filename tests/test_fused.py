@@ -49,15 +49,15 @@ def value_and_gradients(layer, implementation, shape, masked, dtype=jnp.float64)
   )
 
   def draw(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+    # By NumPy, since JAX would compile a program for each shape.
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
   params = run.init(jax.random.key(0))
   state = jax.tree.map(
     lambda leaf: draw(1, *leaf.shape) / 2, run.initial_state(batch_size)
   )
-  mask = (
-    jax.random.bernoulli(jax.random.key(2), 0.6, (size, batch_size)) if masked else None
-  )
+  valid = np.random.default_rng(2).random((size, batch_size)) < 0.6
+  mask = jnp.asarray(valid) if masked else None
   weights = draw(3, size, batch_size, H)
 
   @helpers.quick

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 
+from interruption import last_saved
 import pytest
-from test_signals import last_saved
 
 from experiments.core import files, signals
 from experiments.data import synthetic
@@ -139,20 +139,24 @@ def assert_same_runs(folder: Path) -> None:
   ],
 )
 def test_killed_once(tmp_path: Path, family: str) -> None:
-  """SIGKILL, or SIGTERM for the first family, some time after metrics were written."""
+  """SIGKILL some time after metrics were written, and for the first family SIGTERM
+  later on.
+  """
   finish(family, tmp_path, 'whole')
+  metrics = tmp_path / 'cut' / 'fptt-seed0' / 'metrics.jsonl'
   process = start(family, tmp_path, 'cut')
-  wait_for_lines(process, tmp_path / 'cut' / 'fptt-seed0' / 'metrics.jsonl', 4)
+  wait_for_lines(process, metrics, 4)
+  time.sleep(random.Random(family).uniform(0, 0.1))
+  process.kill()
+  process.communicate()
   if family == 'add_task':
+    process = start(family, tmp_path, 'cut')
+    wait_for_lines(process, metrics, len(files.read_jsonl(metrics)) + 2)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=100)
     assert process.returncode == signals.EXIT_CODE
     assert 'stopped by SIGTERM, saved after batch' in said
     assert said.rstrip().endswith(f'--workdir={tmp_path / "cut"}')
-  else:
-    time.sleep(random.Random(family).uniform(0, 0.1))
-    process.kill()
-    process.communicate()
   assert not (tmp_path / 'cut' / 'fptt-seed0' / 'result.json').exists()
   finish(family, tmp_path, 'cut')
   assert_same_runs(tmp_path)

@@ -87,7 +87,23 @@ def make_model(layer: str, features: int, hidden: int, **options: Any) -> Any:
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
-  return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+  # By NumPy, since JAX would compile a program for each shape.
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def draw_mask(*shape: int) -> jax.Array:
+  """Return a mask with 60 % valid steps."""
+  return jnp.asarray(np.random.default_rng(2).random(shape) < 0.6)
+
+
+def draw_weights(model: Any, hidden: int) -> Any:
+  """Return random weights of a model, about as large as those it starts from."""
+  rng = np.random.default_rng(0)
+  bound = hidden**-0.5
+  return jax.tree.map(
+    lambda leaf: rng.uniform(-bound, bound, leaf.shape).astype(np.float32),
+    jax.eval_shape(model.init, jax.random.key(0)),
+  )
 
 
 def compute(
@@ -113,13 +129,12 @@ def compute(
   model = make_model(layer, features, hidden, **options)
   dtype = options.get('param_dtype', jnp.float32)
   # The same numbers in any dtype.
-  params = make_model(layer, features, hidden).init(jax.random.key(0))
+  params = draw_weights(make_model(layer, features, hidden), hidden)
   params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
   state = jax.tree.map(
     lambda leaf: draw(1, *leaf.shape).astype(dtype) / 2, model.initial_state(batch)
   )
-  mask = jax.random.bernoulli(jax.random.key(2), 0.6, (steps, batch))
-  mask = mask if masked else None
+  mask = draw_mask(steps, batch) if masked else None
   weights = draw(3, steps, batch, hidden)
 
   @helpers.quick
@@ -552,11 +567,11 @@ def own_window(
   """
   steps, batch, hidden, features = shape
   model = make_model(layer, features, hidden, **options)
-  params = model.init(jax.random.key(0))
+  params = draw_weights(model, hidden)
   state = jax.tree.map(
     lambda leaf: draw(1, *leaf.shape) / 2, model.initial_state(batch)
   )
-  mask = jax.random.bernoulli(jax.random.key(2), 0.6, (steps, batch))
+  mask = draw_mask(steps, batch)
 
   def run(params: Any, hidden: Any, x: Any, mask: Any) -> Any:
     return model.plain(params, hidden, x, mask, None)[0]
@@ -886,7 +901,9 @@ def test_a_library_is_compiled_once(source: Path, tmp_path: Path) -> None:
 def test_what_a_library_depends_on(
   source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """The interface, the instructions of the processor and the options name it."""
+  """The interface, the instructions of the processor and the options name it; where the
+  compiler and the headers lie does not.
+  """
 
   def digest(command: list[str]) -> str:
     return cpu._digest(command, cpu._read_macros(command))
@@ -895,6 +912,10 @@ def test_what_a_library_depends_on(
   narrow = [option.replace('native', 'x86-64') for option in command]
   debug = [command[0], '-g', *command[1:]]
   digests = {digest(command), digest(narrow), digest(debug)}
+  place = command.index('-isystem') + 1
+  moved = ['/elsewhere/' + Path(command[0]).name, *command[1:]]
+  moved[place] = '/elsewhere/include'
+  assert cpu._digest(moved, cpu._read_macros(command)) == digest(command)
   monkeypatch.setattr(cpu, 'version', lambda package: '0.0.1')
   assert len(digests | {digest(command)}) == 4
 

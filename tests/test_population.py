@@ -8,12 +8,11 @@ from pathlib import Path
 import re
 from typing import Any
 
-from interruption import interrupted_at
+from interruption import interrupted_at, last_saved
 import jax
 import numpy as np
 import pytest
 from test_images import make_config
-from test_signals import last_saved
 
 from experiments import add_task, images, language_model
 from experiments.core import (

@@ -13,10 +13,10 @@ import time
 from typing import Any
 
 import chex
+from interruption import last_saved
 import numpy as np
 import pytest
 from test_kills import FAMILIES, cache
-from test_signals import last_saved
 
 from experiments import add_task, images, language_model
 from experiments.core import files, flags, processes, recipe, workdir

@@ -8,12 +8,13 @@ from pathlib import Path
 import signal
 from typing import Any
 
+from interruption import assert_same_runs
 import pytest
 from test_images import make_config
 from test_language_model import write_text
 
 from experiments import add_task, images, language_model
-from experiments.core import checkpoints, files, loop, population, signals
+from experiments.core import loop, population, signals
 
 ADDING = dict(
   method=('fptt',),
@@ -134,7 +135,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(
     ):
       family(tmp_path, **settings, **clock)('cut')
   assert len(calls) == at  # Not a chunk more than was under way.
-  assert_same(tmp_path, whole, family(tmp_path, **settings, **clock)('cut'))
+  assert_same_runs(tmp_path, whole, family(tmp_path, **settings, **clock)('cut'))
 
 
 def test_a_signal_after_the_last_batch_is_not_forgotten(
@@ -200,28 +201,3 @@ def test_a_signal_during_dynamic_evaluation(
   [summary] = run('cut')
   assert summary['epochs'] == 2
   assert summary['dynamic_test_ppl'] > 1
-
-
-def assert_same(
-  folder: Path, whole: list[dict[str, Any]], cut: list[dict[str, Any]]
-) -> None:
-  """Results, metrics and the weights last saved are the very same, but for the
-  clock.
-  """
-  assert [{**summary, 'seconds': 0} for summary in cut] == [
-    {**summary, 'seconds': 0} for summary in whole
-  ]
-  for summary in whole:
-    a, b = (folder / name / summary['run'] for name in ('whole', 'cut'))
-    assert [{**row, 'seconds': 0} for row in files.read_jsonl(a / 'metrics.jsonl')] == [
-      {**row, 'seconds': 0} for row in files.read_jsonl(b / 'metrics.jsonl')
-    ]
-    assert last_saved(a) == last_saved(b)
-
-
-def last_saved(folder: Path) -> tuple[int, str]:
-  """(step, hash of all that was saved) of a run's last checkpoint."""
-  step = checkpoints.saved_steps(folder)[-1]
-  return step, files.read_json(
-    folder / 'checkpoints' / str(step) / 'record' / 'metadata'
-  )['sha256']

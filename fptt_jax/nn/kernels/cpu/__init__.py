@@ -212,11 +212,13 @@ def _run(command: list[str]) -> str:
 def _digest(command: list[str], macros: str) -> str:
   """Return a digest of all that a library depends on.
 
-  The interface of `jax.ffi` is that of the installed jaxlib.
+  Folders are not among it: environments with the same sources, compiler and jaxlib,
+  whose interface `jax.ffi` is, share a library.
   """
   sources = [path.read_text() for path in sorted(FOLDER.glob('*.h'))]
   sources.append(Path(command[-1]).read_text())
-  origins = [*sources, macros, version('jaxlib'), *command]
+  options = [word for word in command[1:] if not Path(word).is_absolute()]
+  origins = [*sources, macros, version('jaxlib'), Path(command[0]).name, *options]
   return hashlib.sha256(repr(origins).encode()).hexdigest()[:32]
 
 
