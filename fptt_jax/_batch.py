@@ -130,6 +130,16 @@ def validate_batch(batch: Batch, loss: Loss) -> None:
       are outside 0..C-1, or shapes do not fit.
     TypeError: Labels or lengths are not integers, targets are not floating-point, or
       arrays are traced or abstract.
+
+  Example:
+    >>> import numpy as np, fptt_jax
+    >>> loss = fptt_jax.losses.terminal_classification(3)
+    >>> inputs = np.zeros((5, 2, 1), np.float32)
+    >>> fptt_jax.validate_batch(fptt_jax.Batch(inputs, np.array([0, 2])), loss)
+    >>> fptt_jax.validate_batch(fptt_jax.Batch(inputs, np.array([0, 3])), loss)
+    Traceback (most recent call last):
+      ...
+    ValueError: labels must be in 0..2, got [3].
   """
   batch = with_mask(batch)
   num_steps, batch_size = check_shapes(batch)

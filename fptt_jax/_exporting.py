@@ -201,6 +201,9 @@ def load_exported_step(folder: str | Path) -> LoadedStep:
       step was exported for other platforms than the one in use, or this JAX no longer
       loads programs of its version.
     ImportError: The package flatbuffers is not installed.
+
+  Example:
+    See :func:`export_step`.
   """
   _check_flatbuffers()
   folder = Path(folder)

@@ -36,6 +36,12 @@ def raise_if_nonfinite(
     FloatingPointError: A loss or gradient norm is not finite and its update was not
       skipped, or targets or lengths are out of range.
     ValueError, TypeError: As for :func:`find_nonfinite`.
+
+  Example:
+    After each call of a train step, or once per epoch::
+
+      state, metrics = trainer.step(state, batch)
+      fptt_jax.raise_if_nonfinite(metrics)
   """
   found = find_nonfinite(metrics, first_update=first_update, radius=radius)
   if found is not None:

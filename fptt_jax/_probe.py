@@ -210,7 +210,6 @@ def _probe(
   changes = (first_row_changed, last_row_changed, last_step_changed)
   variants = [x, *(jax.tree.map(change, x, other) for change in changes)]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants)
-  # Traced once for all variants.
   states, (y, y_first, y_last, y_step) = jax.lax.map(
     lambda variant: run(start, variant), stacked
   )

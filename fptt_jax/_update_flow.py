@@ -97,7 +97,6 @@ def _follow(jaxpr: core.Jaxpr, inputs: Sequence[_Flow]) -> list[_Flow]:
     return flow._replace(is_switch=True) if is_boolean else flow
 
   for equation in jaxpr.eqns:
-    # Equations come in the order in which they are computed.
     outputs = _follow_equation(equation, [read(atom) for atom in equation.invars])
     known.update(zip(equation.outvars, outputs, strict=True))
   return [read(atom) for atom in jaxpr.outvars]

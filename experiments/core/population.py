@@ -80,7 +80,6 @@ class Population:
       checkpoints.Run(folder / member.name, config.max_to_keep) for member in own
     ]
     self._evaluated = evaluated
-    # One per run, or none.
     self._loggers: list[TensorBoard] = []
     self._saved = time.monotonic()
     self._interval = 60 * config.checkpoint_minutes

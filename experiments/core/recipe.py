@@ -329,7 +329,7 @@ class Recipe:
         self.averaging,
         "'none' or 'running' with the regularizer or --momentum_windows",
       )
-      # Its b1 divides.
+      # The average divides by b1.
       check(
         self.first_moment > 0,
         'momentum',

@@ -326,10 +326,10 @@ def _direct_of(product: OwnProduct, through: Blocks) -> Weights:
     through: m times k arrays [S, B, n], derivatives of the arrays after the window with
       respect to the k sums of each step.
   """
-  # The k sums of all units side by side.
   if all(operand is None for operand in product.operands.values()):
     rows = [jnp.concatenate([block.sum(0) for block in row], -1) for row in through]
     return dict.fromkeys(product.operands, jnp.stack(rows, 1))
+  # The k sums of all units side by side, [S, B, m, G].
   sums = jnp.stack([jnp.concatenate(row, -1) for row in through], 2)
   direct = {}
   for path, operand in product.operands.items():

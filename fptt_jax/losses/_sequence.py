@@ -46,6 +46,10 @@ def sequence_classification(num_classes: int, *, accuracy: bool = False) -> Loss
 
   Raises:
     ValueError: If `num_classes` is not an integer >= 2.
+
+  Example:
+    >>> from fptt_jax import losses
+    >>> loss = losses.sequence_classification(10_000)  # Targets int [T, B].
   """
   num_classes = check_classes(num_classes)
 
@@ -80,6 +84,10 @@ def sequence_regression() -> Loss:
   Returns:
     A :class:`Loss` for targets float [T, B, O] and outputs [S, B, O]. It measures
     'loss', the mean squared error per step.
+
+  Example:
+    >>> from fptt_jax import losses
+    >>> loss = losses.sequence_regression()  # Targets float [T, B, O].
   """
 
   def per_step(outputs: jax.Array, expected: jax.Array) -> dict[str, jax.Array]:

@@ -219,6 +219,10 @@ def terminal_regression() -> Loss:
     A :class:`Loss` for targets float [B] and outputs [S, B, 1], or targets [B, O] and
     outputs [S, B, O]. It measures 'loss', the mean squared error of the last output of
     each sequence.
+
+  Example:
+    >>> from fptt_jax import losses
+    >>> loss = losses.terminal_regression()  # Targets float [B].
   """
 
   def apply(

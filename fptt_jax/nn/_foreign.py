@@ -263,7 +263,6 @@ def _run_equinox_cell(
 ) -> tuple[Any, jax.Array]:
   """Run a cell, which takes (x, state) and returns the state alone."""
   state = module(x, state, **keywords)
-  # The output h is the state, or its first part.
   y = state[0] if isinstance(state, tuple) else state
   return state, y
 

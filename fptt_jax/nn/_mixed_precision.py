@@ -46,7 +46,6 @@ def with_float32_params(model: Model) -> Model:
     dtype(bfloat16)
   """
   check_type('model', model, Model, ', as from_nnx makes one')
-  # The dtypes in which the model computes.
   drawn = jax.eval_shape(model.init, jax.random.key(0))
 
   def init(key: jax.Array) -> Any:

@@ -100,6 +100,16 @@ class EmbeddingDropout(Stateless):
   Raises:
     ValueError: the rate is outside its range.
     TypeError: `embed` is not an `nnx.Embed`; the tokens are not integers (when called).
+
+  Example:
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> def build(rngs):
+    ...   embed = nn.EmbeddingDropout(nnx.Embed(9, 16, rngs=rngs), 0.1)
+    ...   return nn.Sequential(
+    ...     embed, nn.LSTM(16, 16, rngs=rngs), nnx.Linear(16, 9, rngs=rngs)
+    ...   )
+    >>> model = nn.from_nnx(build)
   """
 
   def __init__(self, embed: nnx.Embed, rate: float):
@@ -193,6 +203,19 @@ class ActivationPenalty(Stateless):
 
   Raises:
     ValueError: α is negative or not finite.
+
+  Example:
+    >>> from flax import nnx
+    >>> from fptt_jax import nn
+    >>> def build(rngs):
+    ...   return nn.Sequential(
+    ...     nn.LSTM(1, 16, rngs=rngs),
+    ...     nn.TemporalActivationPenalty(1.0),
+    ...     nn.LockedDropout(0.4),
+    ...     nn.ActivationPenalty(2.0),
+    ...     nnx.Linear(16, 9, rngs=rngs),
+    ...   )
+    >>> model = nn.from_nnx(build)
   """
 
   def __init__(self, alpha: float):
@@ -229,6 +252,9 @@ class TemporalActivationPenalty(Stateless):
 
   Raises:
     ValueError: β is negative or not finite.
+
+  Example:
+    See :class:`ActivationPenalty`.
   """
 
   def __init__(self, beta: float):

@@ -21,13 +21,16 @@ def use_cpu_devices(num_devices: int | None = None) -> None:
   Raises:
     ValueError: `num_devices` is not an integer from 1 to 1024. Each device has threads
       of its own.
+
+  Example:
+    At the start of a program::
+
+      fptt_jax.use_cpu_devices()
+      mesh = jax.make_mesh((jax.device_count(),), ('batch',))
+      trainer = fptt_jax.make_trainer(model, loss, optimizer, num_windows=4, mesh=mesh)
   """
   if num_devices is None:
-    num_devices = (
-      len(os.sched_getaffinity(0))
-      if hasattr(os, 'sched_getaffinity')
-      else os.cpu_count() or 1
-    )
+    num_devices = count_cores()
   expected = 'an integer from 1 to 1024'
   num_devices = check_integer('num_devices', num_devices, 1, 1024, expected)
   try:
@@ -35,6 +38,14 @@ def use_cpu_devices(num_devices: int | None = None) -> None:
   except RuntimeError:
     # JAX has looked for devices already.
     return
+
+
+def count_cores() -> int:
+  """Return how many cores the process may use."""
+  # Containers and job schedulers often grant fewer cores than there are.
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def one_axis(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, str]:

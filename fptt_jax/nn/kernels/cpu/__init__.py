@@ -28,6 +28,7 @@ import warnings
 import jax
 
 from fptt_jax._checks import require
+from fptt_jax.parallel._devices import count_cores
 
 CACHE_VARIABLE = 'FPTT_JAX_CACHE_DIR'
 THREADS_VARIABLE = 'FPTT_JAX_NUM_THREADS'
@@ -77,10 +78,7 @@ def count_threads() -> int:
   """
   wanted = os.environ.get(THREADS_VARIABLE)
   if wanted is None:
-    # Containers and job schedulers often grant fewer processors than there are.
-    if hasattr(os, 'sched_getaffinity'):
-      return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return count_cores()
   fits = wanted.isdecimal() and int(wanted) >= 1
   require(fits, THREADS_VARIABLE, 'an integer >= 1', wanted)
   return int(wanted)
