@@ -187,6 +187,12 @@ def _recurrent_layer(config: Config, features: int, rngs: nnx.Rngs) -> Any:
   return cells.build(config, config.cell, features, config.hidden, None, rngs)
 
 
+def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
+  """Return the model of a folder; `data` is empty, since the data are drawn."""
+  del data
+  return make_model(config)
+
+
 def make_trainer(
   config: Config, method: str, members: int
 ) -> tuple[fptt_jax.Trainer, devices.Meshes]:

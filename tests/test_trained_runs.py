@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import add_task, data, images, language_model, load_run
+from experiments import add_task, data, images, language_model, load_run, online
 from experiments.core import parameters, sampling, workdir
 from experiments.core.flags import UserError
 from experiments.data import synthetic
+import fptt_jax
 
 SOURCE = 'x_y = x y\n\tx\r\n' * 60
 CHARACTERS = dict(
@@ -105,6 +106,29 @@ def test_images_come_back(tmp_path: Path) -> None:
   assert task.reporter.validate(found.params) == pytest.approx(
     found.result['valid_accuracy']
   )
+
+
+def test_a_problem_with_long_dependencies_comes_back(tmp_path: Path) -> None:
+  """The weights after the last batch: the test loss is the one in the result."""
+  config = online.Config(
+    task='recall',
+    cell='lru',
+    influence='rtrl',
+    hidden=4,
+    seq_len=12,
+    num_windows=3,
+    batch_size=4,
+    batches=4,
+    eval_every=2,
+    test_steps=16,
+  )
+  path, [summary] = online.run(config, str(tmp_path / 'run'))
+  found = load_run(path / summary['run'])
+  assert (found.script, found.config.task) == ('online', 'recall')
+  task = online.make_task(found.config, [0], 'tbptt', 1)
+  sums, _ = task.trainer.evaluate(found.params, online.test_batch(found.config, 0))
+  loss = fptt_jax.compute_metrics(sums)['loss']
+  assert loss == pytest.approx(found.result['test_recall'], rel=1e-5)
 
 
 @pytest.fixture(scope='module')

@@ -13,8 +13,12 @@ from experiments.core.flags import UserError
 from experiments.core.recipe import HYPERPARAMETERS
 import fptt_jax
 
-SCRIPTS = ('add_task', 'images', 'language_model')
+SCRIPTS = ('add_task', 'images', 'language_model', 'online')
 """Scripts whose runs can be read."""
+
+
+DRAWN = ('add_task', 'online')
+"""Those of them that draw their data, so that there are no facts about them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +80,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     )
   script = importlib.import_module(f'experiments.{described["script"]}')
   data: dict[str, Any] = {}
-  # The adding problem draws its data, so there are no facts about them.
-  if described['script'] != 'add_task':
+  if described['script'] not in DRAWN:
     data = files.read_json(root / 'data.json', script.DESCRIBED)
   try:
     config = _configuration(script, described, result, data)
