@@ -110,9 +110,10 @@ def check_model(model: Any, params: Tree, inputs: Tree, name: str = 'model') -> 
   if not _can_probe(model, params) or shapes in _known(model.apply):
     return
   differences = _measure(model, params, inputs)
-  _known(model.apply).add(shapes)
   if differences is not None:
     _raise_if_different(differences, name)
+  # Not before: a model that is refused once must be refused again.
+  _known(model.apply).add(shapes)
 
 
 def check_new_model(model: Any, inputs: Tree, name: str) -> None:

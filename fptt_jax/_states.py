@@ -2,6 +2,7 @@
 keys.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import require_type
+from fptt_jax._checks import require, require_type
 from fptt_jax._trees import arrange_like, check_like, leaf_paths
 
 
@@ -23,6 +24,9 @@ def state_to_arrays(state: Any) -> dict[str, np.ndarray]:
     {'params/layers/0/kernel': array, ..., 'key': uint32 array}, as
     `numpy.savez`, `pickle` or `flax.serialization.msgpack_serialize` take them.
 
+  Raises:
+    ValueError: Two arrays have the same path, because a name contains '/'.
+
   Example:
     >>> import jax.numpy as jnp, fptt_jax
     >>> fptt_jax.state_to_arrays({'layers': [jnp.ones(2)]})
@@ -32,9 +36,10 @@ def state_to_arrays(state: Any) -> dict[str, np.ndarray]:
   def as_array(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
-  return dict(
-    zip(leaf_paths(state), map(as_array, jax.tree.leaves(state)), strict=True)
-  )
+  paths = leaf_paths(state)
+  repeated = [path for path, count in Counter(paths).items() if count > 1]
+  require(not repeated, 'paths of the state', 'different', repeated)
+  return dict(zip(paths, map(as_array, jax.tree.leaves(state)), strict=True))
 
 
 def state_from_arrays(template: Any, arrays: Mapping[str, Any]) -> Any:

@@ -936,3 +936,86 @@ def test_credit_reaches_a_cue_that_no_window_reaches() -> None:
     errors[name] = metrics.loss[-20:, -1].mean()
   assert errors['none'] > 0.07
   assert errors['snap1'] < 0.005
+
+
+@pytest.mark.parametrize('kind', ['rtrl', 'snap1'])
+def test_units_that_are_off_at_some_points_have_an_influence(kind):
+  """With rectifiers, units may be off at each of the first points that are probed."""
+  size = 16
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(
+      nn.IndRNN(1, size, param_dtype=jnp.float64, rngs=rngs),
+      nnx.Linear(size, 1, param_dtype=jnp.float64, rngs=rngs),
+    )
+  )
+  batch = helpers.series_batch(8, 3, 1, dtype=np.float64)
+  whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=4)
+  got, _ = total_gradient(model, [batch], num_windows=4, influence=kind)
+  assert_close(got, whole)
+
+
+@pytest.mark.parametrize(
+  'kind', ['rtrl', influence.synthetic(optax.sgd(1e30), hidden_features=4)]
+)
+def test_an_influence_that_is_too_large_starts_anew(kind):
+  """Where the norm of its credit overflows, later updates are made again."""
+  model = helpers.elman(hidden=6)
+  strong = model._replace(
+    init=lambda key: {
+      **model.init(key),
+      'b': jnp.zeros(6, jnp.float32),
+      'c': 8 * jnp.eye(6, dtype=jnp.float32),
+    }
+  )
+  trainer = helpers.quick_trainer(
+    strong if kind == 'rtrl' else model,
+    SERIES,
+    optax.sgd(0.0),
+    method='tbptt',
+    window_size=4,
+    carry_hidden=True,
+    influence=kind,
+    skip_nonfinite=True,
+  )
+  batch = fptt_jax.Batch(
+    jnp.zeros((40, B, 2), jnp.float32), jnp.ones((40, B, 1), jnp.float32)
+  )
+  state = trainer.init(jax.random.key(0), batch)
+  skipped = []
+  for _ in range(4):
+    state, metrics = trainer.step(state, batch)
+    skipped.append(metrics.skipped)
+  skipped = np.concatenate(skipped)
+  assert skipped.any()
+  # Each skip is followed by an update that is made.
+  assert not (skipped[1:] & skipped[:-1]).any()
+
+
+def test_a_masked_window_takes_no_place_of_lookback():
+  """A window without a valid step between two others changes nothing."""
+  batch = batch_of()
+  x, y = batch.inputs[:4], batch.targets[:4]
+  gap = np.zeros_like(x[:2])
+  mask = np.ones((6, B), bool)
+  mask[2:4] = False
+  apart = fptt_jax.Batch(
+    np.concatenate([x[:2], gap, x[2:]]),
+    np.concatenate([y[:2], np.zeros_like(y[:2]), y[2:]]),
+    mask=mask,
+  )
+  model = elman()
+  plain = fptt_jax.Batch(x, y)
+  expected, _ = total_gradient(model, [plain], num_windows=2, influence='lookback')
+  got, metrics = total_gradient(model, [apart], num_windows=3, influence='lookback')
+  assert metrics.credit_norm[2] > 0
+  assert_close(got, expected)
+
+
+def test_kronecker_refuses_a_layer_that_is_used_twice():
+  def build(rngs):
+    layer = nn.GRU(2, 2, rngs=rngs)
+    return nn.Sequential(layer, layer, nnx.Linear(2, 1, rngs=rngs))
+
+  batch = helpers.series_batch(T, B)
+  with pytest.raises(ValueError, match=r"influence 'kronecker'.*layers/1/"):
+    total_gradient(nn.from_nnx(build), [batch], num_windows=3, influence='kronecker')

@@ -5,6 +5,7 @@ batch.
 from typing import Any
 
 from flax import linen, nnx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -392,3 +393,19 @@ def test_counters_with_rows_are_trained(steps: int) -> None:
   state, metrics = trainer.step(trainer.init(KEY, batch), batch)
   assert np.isfinite(metrics.loss).all()
   np.testing.assert_array_equal(state.hidden[1], [steps, 3])
+
+
+def test_a_refused_model_is_refused_again() -> None:
+  """Not taken for one that has passed."""
+  model = helpers.elman()
+  mixing = model._replace(
+    apply=lambda params, h, x, mask, key: model.apply(
+      params, h, x - x.mean(1, keepdims=True), mask, key
+    )
+  )
+  batch = helpers.series_batch(4, 3)
+  loss = fptt_jax.losses.sequence_regression()
+  trainer = helpers.quick_trainer(mixing, loss, optax.sgd(0.1), method='bptt')
+  for _ in range(2):
+    with pytest.raises(TypeError, match='mixes the rows'):
+      trainer.init(jax.random.key(0), batch)

@@ -277,3 +277,8 @@ def test_population_and_their_means(trainer):
       fptt_jax.take_member(
         alone if axis == 2 else metrics, member, axis=1 if axis == 0 else axis
       )
+
+
+def test_arrays_of_one_path_are_not_lost():
+  with pytest.raises(ValueError, match=r"paths of the state .*'a/b'"):
+    fptt_jax.state_to_arrays({'a/b': jnp.ones(1), 'a': {'b': jnp.zeros(1)}})

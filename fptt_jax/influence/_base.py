@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fptt_jax._trees import where_rows
 from fptt_jax._types import Hidden, OwnKernels, OwnStep, Params
@@ -83,6 +84,8 @@ class Influence(NamedTuple):
       given. For influences that learn from δ; None for the others.
     keeps: Whether the state is learned, and stays when hidden states start anew. Its
       arrays are [1, ...] then.
+    first: (state) -> the state before the first step, for influences with `keeps`; only
+      shapes are used. None stands for zeros.
 
   References:
     Williams and Zipser, "Gradient-based learning algorithms for recurrent networks and
@@ -95,6 +98,13 @@ class Influence(NamedTuple):
   draws: bool = False
   observe: Callable[[WindowMap, Params, Hidden, State, Hidden], State] | None = None
   keeps: bool = False
+  first: Callable[[State], State] | None = None
+
+  def restart(self, state: State) -> State:
+    """Return the state before the first step, in place of one that has run away."""
+    if self.first is not None:
+      return self.first(state)
+    return optax.tree.zeros_like(state)
 
   def reset(self, state: State) -> State:
     """Return the state of rows whose hidden states start anew.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fptt_jax._checks import check_choice, check_size, require
 from fptt_jax._types import Hidden, OwnProduct, Params
-from fptt_jax.influence._arrays import TINY, join, spread, unit_cotangents
+from fptt_jax.influence._arrays import TINY, by_path, join, spread, unit_cotangents
 from fptt_jax.influence._base import Influence, WindowMap
 from fptt_jax.influence._own import given_steps
 from fptt_jax.influence._pull import (
@@ -192,6 +192,9 @@ def _check_products(window: WindowMap, params: Params, hidden: Hidden) -> None:
   missing = [
     path for path in reached_paths(window, params, hidden) if path not in known
   ]
+  # A layer that is used twice has products under both of its places.
+  own = by_path(params)
+  missing += sorted(path for path in known if path not in own)
   accepted = 'of LSTM, GRU, ElmanRNN or layers with own_step, which sum with a bias'
   hint = "Use 'rtrl', 'snap1' or 'uoro'."
   require(not missing, "parameters with influence 'kronecker'", accepted, missing, hint)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fptt_jax._checks import INT32_MAX, check_integer
+from fptt_jax._trees import where_rows
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import join, split
 from fptt_jax.influence._base import Influence, WindowMap
@@ -104,7 +105,11 @@ def _advance(
     state,
     _present(window, hidden),
   )
-  return moved
+  if window.mask is None:
+    return moved
+  # A window without a valid step of a row takes no other window's place.
+  kept: PastWindows = where_rows(window.mask.any(0), moved, state)
+  return kept
 
 
 def _credit(

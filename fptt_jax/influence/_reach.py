@@ -18,6 +18,8 @@ Found = TypeVar('Found')
 
 DRAWS = 4
 """Points at which derivatives are looked at: a rectifier may be off at one."""
+MAX_DRAWS = 32
+"""Most points, where an entry that was not seen at the first ones may be off there."""
 STEPS = 3
 """Most steps of a window that are run: more show nothing new."""
 

@@ -24,7 +24,12 @@ from fptt_jax.influence._own import (
   given_steps,
 )
 from fptt_jax.influence._pull import pull_back, run_steps
-from fptt_jax.influence._reach import DRAWS, draw_like, once_per_model, reached_paths
+from fptt_jax.influence._reach import (
+  MAX_DRAWS,
+  draw_like,
+  once_per_model,
+  reached_paths,
+)
 from fptt_jax.influence._units import Units, find_units
 
 Pattern = dict[str, np.ndarray]
@@ -250,7 +255,7 @@ def _find_pattern(window: WindowMap, params: Params, hidden: Hidden, n: int) -> 
 
   reached: Pattern = {}
   moved = np.zeros((size, size), bool)
-  for seed in range(DRAWS):
+  for seed in range(MAX_DRAWS):
     point = draw_like((params, hidden, x), seed)
     for fresh in (False, True):
       direct, jacobian = derivatives(*point, np.full(rows, fresh))

@@ -114,7 +114,11 @@ def synthetic(
     learned: LearnedCredit = optax.tree.where(scored.any(), moved, state)
     return learned
 
-  return Influence(init, _credit, _advance, observe=observe, keeps=True)
+  def first(state: LearnedCredit) -> LearnedCredit:
+    weights = _first_weights(state.weights['bias'], hidden_features)
+    return _stack(LearnedCredit(weights, optimizer.init(weights)))
+
+  return Influence(init, _credit, _advance, observe=observe, keeps=True, first=first)
 
 
 def _first_weights(

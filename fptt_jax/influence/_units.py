@@ -15,13 +15,13 @@ from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import by_path, is_real, join, row_size, split
 from fptt_jax.influence._base import WindowMap
-from fptt_jax.influence._reach import DRAWS, draw_like, once_per_model
+from fptt_jax.influence._reach import DRAWS, MAX_DRAWS, draw_like, once_per_model
 
 ROWS = 1
 """Rows of the step that is run: contributions of several could cancel."""
 NOT_REACHED, SEVERAL = -1, -2
 """In place of a unit's number: the layer is not reached, or several units are."""
-BITS = 4
+BITS = 3
 """Bits of a unit's number that one pull-back tells."""
 TOLERANCE = 1e-5
 """Relative difference of numbers that count as equal: about a hundred roundings."""
@@ -76,7 +76,9 @@ def find_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
   probe = _Probe(window, columns)
   units_of_params: dict[str, np.ndarray] = {}
   units_of_state = np.full((len(columns), row_size(hidden)), NOT_REACHED)
-  for seed in range(DRAWS):
+  for seed in range(MAX_DRAWS):
+    if seed >= DRAWS and _all_seen(units_of_params):
+      break
     point = draw_like((params, hidden_shapes, x_shapes), seed)
     of_params, of_state = probe.run(point)
     units_of_state = _agree(units_of_state, of_state)
@@ -84,6 +86,14 @@ def find_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
       before = units_of_params.get(path, np.full(found.shape, NOT_REACHED))
       units_of_params[path] = _agree(before, found)
   return _arrange(columns, units_of_params, units_of_state)
+
+
+def _all_seen(units_of_params: dict[str, np.ndarray]) -> bool:
+  """Return whether no parameter of single units has an entry that reached nothing."""
+  return not any(
+    (found >= 0).any() and (found == NOT_REACHED).all(0).any()
+    for found in units_of_params.values()
+  )
 
 
 def _columns_of_arrays(hidden: Hidden) -> list[np.ndarray]:
@@ -178,6 +188,9 @@ class _Probe:
         unit += nearest << BITS * digit
       single &= (unit >= 0) & (unit < len(columns))
       reached = (gradients[array] != 0).any(0)
+      # A number that lost digits tells nothing; another draw does.
+      size = np.abs(total)
+      reached &= ~((size > 0) & (size < float(jnp.finfo(gradients.dtype).tiny)))
       found[array] = np.where(reached, np.where(single, unit, SEVERAL), NOT_REACHED)
     return found
 

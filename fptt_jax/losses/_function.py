@@ -104,7 +104,8 @@ def _measure_steps(
 ) -> MetricSums:
   """Return the function's value, weighted by the window's valid steps."""
   steps = window.mask.sum()
-  value = jnp.asarray(function(outputs, targets, window))
+  # Of this device's rows alone: sums are added up over devices afterwards.
+  value = jnp.asarray(function(outputs, targets, window._replace(axis=None)))
   wide = jnp.promote_types(value.dtype, jnp.float32)
   # The value of a window without valid steps may be NaN.
   total = jnp.where(steps > 0, steps.astype(wide) * value.astype(wide), 0)

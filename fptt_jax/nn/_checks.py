@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fptt_jax._checks import (
   check_array,
+  check_dtype,
   check_floats_or_tokens,
   check_shape,
   check_size,
@@ -40,8 +41,36 @@ def check_batch_size(batch_size: Any) -> Any:
   return check_size('batch_size', batch_size)
 
 
-def check_features_shape(features_shape: Any) -> tuple[int, ...]:
-  """Return the shape of one step; a ValueError names what is not a shape."""
+def steps_and_rows(x: Any) -> tuple[int, int]:
+  """Return (S, B) of inputs [S, B, ...], an array or a tree of arrays."""
+  steps, rows = jax.tree.leaves(x)[0].shape[:2]
+  return steps, rows
+
+
+def inputs_like(features_shape: Any, dtype: Any, *leading: int) -> Any:
+  """Return shapes and dtypes [*leading, ...] of inputs, for one dtype or a dict."""
+  if not isinstance(features_shape, dict):
+    return jax.ShapeDtypeStruct((*leading, *features_shape), dtype)
+  dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(features_shape, dtype)
+  return {
+    name: inputs_like(shape, dtypes[name], *leading)
+    for name, shape in features_shape.items()
+  }
+
+
+def check_dtypes(dtype: Any) -> Any:
+  """Return the dtype of the inputs, or a dict of them."""
+  if isinstance(dtype, dict):
+    return {name: check_dtypes(one) for name, one in dtype.items()}
+  return check_dtype('dtype', dtype, tokens=True)
+
+
+def check_features_shape(features_shape: Any) -> Any:
+  """Return the shape of one step, or a dict of them; a ValueError names what is not a
+  shape.
+  """
+  if isinstance(features_shape, dict):
+    return {name: check_features_shape(shape) for name, shape in features_shape.items()}
   is_shape = isinstance(features_shape, tuple | list)
   require(is_shape, 'features_shape', 'the shape (D,) of one step', features_shape)
   return tuple(check_size('features_shape', size) for size in features_shape)
@@ -77,8 +106,8 @@ def check_window(layer: Any, state: Any, x: jax.Array, mask: Any) -> None:
   """
   name = type(layer).__name__
   if mask is not None:
-    check_shape(f'mask of {name}', mask, '[S, B]', x.shape[:2], bool)
+    check_shape(f'mask of {name}', mask, '[S, B]', steps_and_rows(x), bool)
   # Shapes only: the initial state is not computed.
-  expected = jax.eval_shape(lambda: layer.initial_state(x.shape[1]))
+  expected = jax.eval_shape(lambda: layer.initial_state(steps_and_rows(x)[1]))
   source = 'as initial_state gives it'
   check_like(f'{name}: state', state, expected, source, exactly=True)

@@ -8,11 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from fptt_jax._checks import check_dtype, require, require_type
+from fptt_jax._checks import require, require_type
 from fptt_jax._probe import check_new_model, check_state_rows, mark_checked
 from fptt_jax._types import Model
-from fptt_jax.nn._checks import check_batch_size, check_features_shape
+from fptt_jax.nn._checks import (
+  check_batch_size,
+  check_dtypes,
+  check_features_shape,
+  inputs_like,
+  steps_and_rows,
+)
 from fptt_jax.nn._recurrent import Step, scan_cell
 
 RowStep = Callable[[Any, Any, jax.Array, dict[str, Any]], tuple[Any, jax.Array]]
@@ -80,7 +87,7 @@ def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
     module = eqx.combine(params, constants)
     module = eqx.nn.inference_mode(module, value=key is None)
     step = _map_over_rows(run_row, module, takes_key)
-    keys = None if key is None else jax.random.split(key, x.shape[0])
+    keys = None if key is None else jax.random.split(key, steps_and_rows(x)[0])
     return scan_cell(step, state, (x, keys), mask)
 
   # Pure steps of single rows cannot mix rows or hide memory, so no probe is needed.
@@ -90,8 +97,8 @@ def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
 
 def from_haiku(
   build: Callable[[], Any],
-  features_shape: tuple[int, ...],
-  dtype: jax.typing.DTypeLike = jnp.float32,
+  features_shape: Any,
+  dtype: Any = jnp.float32,
 ) -> Model:
   """Turn a Haiku recurrent core into a :class:`fptt_jax.Model`.
 
@@ -99,8 +106,9 @@ def from_haiku(
     build: makes the core inside Haiku's transformation, such as `lambda:
       hk.DeepRNN([hk.LSTM(16), hk.Linear(10)])`. The core is any `hk.RNNCore`: `(x_t
       [B, D], state) -> (y_t, state)` with `initial_state(batch_size)`.
-    features_shape: shape of one step of one sequence: (D,), or () for tokens.
-    dtype: dtype of the inputs.
+    features_shape: shape of one step of one sequence: (D,), or () for tokens; a dict of
+      shapes for inputs that are a dict.
+    dtype: dtype of the inputs, or a dict of dtypes.
 
   Returns:
     The model. Its params are those of `hk.transform` of the same core. In training the
@@ -126,7 +134,7 @@ def from_haiku(
   """
   hk = _import('haiku', 'from_haiku', 'dm-haiku')
   features_shape = check_features_shape(features_shape)
-  dtype = check_dtype('dtype', dtype, tokens=True)
+  dtype = check_dtypes(dtype)
 
   def make_core() -> Any:
     core = build()
@@ -143,7 +151,7 @@ def from_haiku(
     return state
 
   def init(key: jax.Array) -> Any:
-    x = jnp.zeros((1, *features_shape), dtype)
+    x = optax.tree.zeros_like(inputs_like(features_shape, dtype, 1))
     params, _ = run.init(key, x, initial_state(1))
     return params
 
@@ -157,14 +165,13 @@ def from_haiku(
       (y_t, state), _ = run.apply(params, {}, key_t, x_t, state)
       return state, y_t
 
-    keys = None if key is None else jax.random.split(key, x.shape[0])
+    keys = None if key is None else jax.random.split(key, steps_and_rows(x)[0])
     return scan_cell(step, state, (x, keys), mask)
 
-  x_t = jax.ShapeDtypeStruct((1, *features_shape), dtype)
+  x_t = inputs_like(features_shape, dtype, 1)
   _check_haiku_core(start, run, initial_state, x_t)
   model = Model(init, initial_state, apply)
-  x = jax.ShapeDtypeStruct((1, *x_t.shape), dtype)
-  check_new_model(model, x, 'the core')
+  check_new_model(model, inputs_like(features_shape, dtype, 1, 1), 'the core')
   return model
 
 
@@ -290,7 +297,7 @@ def _map_over_rows(run_row: RowStep, module: Any, takes_key: bool) -> Step:
     x_t, key_t = inputs
     if key_t is None or not takes_key:
       return jax.vmap(run_without_key)(state, x_t)
-    keys = jax.random.split(key_t, x_t.shape[0])
+    keys = jax.random.split(key_t, jax.tree.leaves(x_t)[0].shape[0])
     return jax.vmap(run_with_key)(state, x_t, keys)
 
   return step

@@ -6,21 +6,29 @@ from typing import Any
 from flax import linen
 import jax
 import jax.numpy as jnp
+import optax
 
-from fptt_jax._checks import check_dtype, describe, require
+from fptt_jax._checks import describe, require
 from fptt_jax._probe import (
   check_new_model,
   check_state_rows,
 )
 from fptt_jax._types import Model
-from fptt_jax.nn._checks import CARRY_STATE, check_batch_size, check_features_shape
+from fptt_jax.nn._checks import (
+  CARRY_STATE,
+  check_batch_size,
+  check_dtypes,
+  check_features_shape,
+  inputs_like,
+  steps_and_rows,
+)
 from fptt_jax.nn._recurrent import scan_cell
 
 
 def from_linen(
   module: linen.Module,
-  features_shape: tuple[int, ...],
-  dtype: jax.typing.DTypeLike = jnp.float32,
+  features_shape: Any,
+  dtype: Any = jnp.float32,
 ) -> Model:
   """Turn a Linen per-step module into a :class:`fptt_jax.Model`.
 
@@ -28,8 +36,9 @@ def from_linen(
     module: follows the protocol of flax's cells: `module(carry, x_t) -> (carry, y_t)`
       and `initialize_carry(key, input_shape)`. It may hold an embedding, several cells
       and a readout.
-    features_shape: shape of one step of one sequence: (D,), or () for tokens.
-    dtype: dtype of the inputs.
+    features_shape: shape of one step of one sequence: (D,), or () for tokens; a dict of
+      shapes for inputs that are a dict. `initialize_carry` then gets a dict, too.
+    dtype: dtype of the inputs, or a dict of dtypes.
 
   Returns:
     The model. Its params are the module's 'params' collection. In training, the stream
@@ -52,14 +61,15 @@ def from_linen(
   got = module if isinstance(module, type) else describe(module)
   require(is_cell, 'module', accepted, got, error=TypeError)
   features_shape = check_features_shape(features_shape)
-  dtype = check_dtype('dtype', dtype, tokens=True)
+  dtype = check_dtypes(dtype)
 
   def initial_state(batch_size: int) -> Any:
-    shape = (check_batch_size(batch_size), *features_shape)
+    like = inputs_like(features_shape, dtype, check_batch_size(batch_size))
+    shape = jax.tree.map(lambda leaf: leaf.shape, like)
     return module.initialize_carry(jax.random.key(0), shape)
 
   def init(key: jax.Array) -> Any:
-    x = jnp.zeros((1, *features_shape), dtype)
+    x = optax.tree.zeros_like(inputs_like(features_shape, dtype, 1))
     return module.init(key, initial_state(1), x).get('params', {})
 
   def apply(
@@ -73,17 +83,17 @@ def from_linen(
       result: Any = module.apply({'params': params}, state, x_t, rngs=rngs)
       return result
 
-    keys = None if key is None else jax.random.split(key, x.shape[0])
+    keys = None if key is None else jax.random.split(key, steps_and_rows(x)[0])
     return scan_cell(step, state, (x, keys), mask)
 
   name = type(module).__name__
   check_state_rows(name, initial_state)
-  x_t = jax.ShapeDtypeStruct((1, *features_shape), dtype)
+  x_t = inputs_like(features_shape, dtype, 1)
   others = _other_collections(module, initial_state, x_t)
   accepted = "'params' only"
   require(not others, 'collections of module', accepted, others, CARRY_STATE, TypeError)
   model = Model(init, initial_state, apply)
-  check_new_model(model, jax.ShapeDtypeStruct((1, 1, *features_shape), dtype), name)
+  check_new_model(model, inputs_like(features_shape, dtype, 1, 1), name)
   return model
 
 

@@ -18,6 +18,7 @@ from fptt_jax._checks import (
 from fptt_jax._types import OutputsWithPenalty
 from fptt_jax.nn._checks import check_inputs, check_rngs
 from fptt_jax.nn._from_cell import as_recurrent
+from fptt_jax.parallel._collectives import sum_over_rows
 
 
 class Reconstruction(nnx.Module):
@@ -148,10 +149,16 @@ class Reconstruction(nnx.Module):
     anchor_keys = jax.random.split(anchor_key, self.anchors)
     error = jax.vmap(anchor_error)(anchor_keys).mean(0)
     counted = valid >= self.segment
+    own_steps = valid.sum()
+    count, steps = counted.sum(), own_steps
+    if mask is not None:
+      count, steps = sum_over_rows((count, steps))
     # A window without any counted sequence has the penalty 0, and not 0/0.
-    count = jnp.maximum(counted.sum(), 1).astype(error.dtype)
+    count = jnp.maximum(count, 1).astype(error.dtype)
     mean = jnp.sum(error, where=counted) / count
-    # The trainer averages penalties over valid steps, so each step carries the mean.
+    # The trainer averages penalties over the valid steps of all devices, so each step
+    # carries the mean, divided by its device's share of the steps.
+    mean *= steps.astype(error.dtype) / jnp.maximum(own_steps, 1).astype(error.dtype)
     penalty = jnp.full((num_steps, batch_size), self.weight * mean)
     return new_state, OutputsWithPenalty(y, penalty)
 

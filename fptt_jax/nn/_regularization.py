@@ -26,6 +26,7 @@ from fptt_jax._checks import (
 )
 from fptt_jax._dtypes import widen
 from fptt_jax._types import OutputsWithPenalty
+from fptt_jax.parallel._collectives import sum_over_rows
 
 
 class Stateless(nnx.Module):
@@ -280,9 +281,12 @@ class TemporalActivationPenalty(Stateless):
     squares = jnp.where(counted, _mean_square(x[1:] - before), 0)
     differences = jnp.pad(squares, ((1, 0), (0, 0)))
     dtype = differences.dtype
+    counts = (counted.sum(), valid.sum())
+    if mask is not None:
+      counts = sum_over_rows(counts)
     # At least 1: a window may have no difference at all.
-    num_counted = jnp.maximum(counted.sum(), 1).astype(dtype)
-    weight = valid.sum().astype(dtype) / num_counted
+    num_counted, num_valid = jnp.maximum(counts[0], 1), counts[1]
+    weight = num_valid.astype(dtype) / num_counted.astype(dtype)
     penalty = self.beta * weight * differences
     return state, OutputsWithPenalty(x, penalty)
 

@@ -3,7 +3,9 @@
 The mesh has n devices, which may belong to several processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
 from typing import Any
 
 import jax
@@ -103,6 +105,25 @@ def _mean_of_replicated(
 def sum_over_devices(tree: Any, axis: str | None) -> Any:
   """Return the sum of all devices' trees; the tree itself without an axis."""
   return tree if axis is None else jax.lax.psum(tree, axis)
+
+
+_ROWS_AXIS = contextvars.ContextVar[str | None]('rows_axis', default=None)
+"""Name of the mesh axis over which the rows are split that a model runs on."""
+
+
+@contextlib.contextmanager
+def rows_split_over(axis: str | None) -> Iterator[None]:
+  """Run a model on one device's share of the rows."""
+  token = _ROWS_AXIS.set(axis)
+  try:
+    yield
+  finally:
+    _ROWS_AXIS.reset(token)
+
+
+def sum_over_rows(tree: Any) -> Any:
+  """Return sums over the rows of the whole batch, given those that a layer sees."""
+  return sum_over_devices(tree, _ROWS_AXIS.get())
 
 
 def max_over_devices(x: jax.Array, axis: str | None) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from fptt_jax.streaming._types import StreamState
 from fptt_jax.training._window import split_penalty
 
 Means = dict[str, jax.Array]
+RUNAWAY = 1e6
+"""A hidden state above it, from which an update was skipped, starts anew."""
 DriftHook = Callable[[TrainState, Means, Means], TrainState]
 
 
@@ -162,6 +165,10 @@ def learn_window(
     (state.train.params, state.train.opt_state),
   )
   train = train._replace(params=params, opt_state=opt_state)
+  if spec.skip_nonfinite and jax.tree.leaves(train.hidden):
+    # A state that ran away in a window without labels would stay for ever.
+    far = _far_rows(state.train.hidden)
+    train = start_rows_anew(spec, train, far & metrics.skipped[0] & has_label)
   outputs = metrics.outputs if window.outputs is None else window.outputs
   assert outputs is not None
   skipped = (metrics.skipped[0] & has_label) | ~in_range
@@ -179,6 +186,16 @@ def learn_window(
   )
   state = state._replace(train=train, fast=fast, slow=slow, counts=counts)
   return state, outputs
+
+
+def _far_rows(hidden: Hidden) -> jax.Array:
+  """Return which rows [B] of a hidden state hold a number above `RUNAWAY`."""
+  far = [
+    (jnp.abs(leaf) > RUNAWAY).reshape(len(leaf), -1).any(1)
+    for leaf in jax.tree.leaves(hidden)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  ]
+  return functools.reduce(jnp.logical_or, far, jnp.zeros([], bool))
 
 
 def _usable_labels(

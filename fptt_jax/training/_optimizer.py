@@ -133,7 +133,9 @@ def _check_inner_steps(inner_steps: int, opt_state: optax.OptState) -> None:
   It counts its calls to know the last one, and a skipped call would shift them.
   """
   skipping = nodes_of(opt_state, optax.ApplyIfFiniteState)
+  averaging = nodes_of(opt_state, optax.MultiStepsState)
   skips = any(find_states(node.inner_state) for node in skipping)
-  accepted = '1 with apply_if_finite around fptt'
+  skips |= any(find_states(node.inner_opt_state) for node in averaging)
+  accepted = '1 with apply_if_finite or MultiSteps around fptt'
   hint = 'skip_nonfinite=True of the trainer skips whole windows.'
   require(inner_steps == 1 or not skips, 'inner_steps', accepted, inner_steps, hint)

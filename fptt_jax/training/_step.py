@@ -150,7 +150,12 @@ def _turns(
     jnp.asarray(plan.coefficients),
     jnp.asarray(plan.records),
   )
-  return Turn(schedule, jnp.asarray(starts), occupied)
+  begun = None
+  if valid.seen is not None:
+    # With padding in front, a row's sequence starts in a later window.
+    before = jnp.concatenate([jnp.zeros_like(valid.seen[:1]), valid.seen[:-1]])
+    begun = before[plan.windows[:, 0]] > 0
+  return Turn(schedule, jnp.asarray(starts), occupied, begun)
 
 
 def _longest(placement: Placement, batch: Batch, valid: ValidSteps) -> jax.Array | None:

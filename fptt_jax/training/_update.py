@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fptt_jax._batch import Batch
@@ -57,6 +58,7 @@ class Turn(NamedTuple):
   schedule: tuple[jax.Array, jax.Array, jax.Array]
   first: jax.Array
   occupied: jax.Array | None
+  begun: jax.Array | None
 
 
 class Seen(NamedTuple):
@@ -154,6 +156,9 @@ def run_update(
   # With one window per update, the loss's memory writes what it has observed.
   memory = spec.loss.memory if constants.plan.windows.shape[1] == 1 else None
   loss_state = next_loss_state(memory, carry.loss_state, result.loss_state, skip)
+  if active is not None and spec.loss.memory is None:
+    # A memory writes nothing in a window without a valid step.
+    loss_state = optax.tree.where(active, loss_state, carry.loss_state)
   moved = (params, opt_state, result.hidden, influence)
   totals = result.totals
   if skip is not None:
@@ -166,6 +171,12 @@ def run_update(
     keeps = spec.influence is not None and spec.influence.keeps
     influence = finite_influence(influence, carry.influence, keeps)
   value, norm = move.measured
+  if skip is not None and spec.influence is not None:
+    assert move.credit_norm is not None
+    # Nor may one that is finite, and too large for the norm of a gradient, stay.
+    too_large = skip & jnp.isfinite(value) & ~jnp.isfinite(move.credit_norm)
+    anew = spec.influence.restart(influence)
+    influence = optax.tree.where(too_large, anew, influence)
   seen = Seen(value, norm, totals, skip, move.credit_norm)
   carry = Carry(params, opt_state, hidden, loss_state, influence)
   return (carry, result.outputs), seen
@@ -180,7 +191,8 @@ def _update_inputs(
   if fresh is not None:
     # Only a sequence's first window depends on the learned initial state.
     windows, _, _ = turn.schedule
-    fresh = fresh & (windows[0] == 0)
+    begun = windows[0] > 0 if turn.begun is None else turn.begun
+    fresh = fresh & ~begun
   return UpdateInputs(
     hidden=jax.lax.stop_gradient(hidden),
     fresh=fresh,

@@ -20,6 +20,7 @@ from fptt_jax._windows import (
   valid_steps,
   window_at,
 )
+from fptt_jax.parallel._collectives import rows_split_over
 from fptt_jax.training._readout import WindowLoss, chunked_loss, steps_at_once
 from fptt_jax.training._spec import StepSpec
 
@@ -99,13 +100,14 @@ def run_window(
   chunk = view.size
   if not every_step:
     chunk = _readout_chunk(spec, model, arguments, view.size)
-  if spec.loss.last_only and model.apply_last is not None and not every_step:
-    num_outputs = 1
-    new_hidden, outputs = model.apply_last(*arguments, view.last)
-  elif model.split is None or chunk == view.size:
-    new_hidden, outputs = model.apply(*arguments)
-  else:
-    new_hidden, outputs = model.split.features(*arguments)
+  with rows_split_over(sequence.axis):
+    if spec.loss.last_only and model.apply_last is not None and not every_step:
+      num_outputs = 1
+      new_hidden, outputs = model.apply_last(*arguments, view.last)
+    elif model.split is None or chunk == view.size:
+      new_hidden, outputs = model.apply(*arguments)
+    else:
+      new_hidden, outputs = model.split.features(*arguments)
   outputs, penalty = split_penalty(outputs)
   check_hidden(new_hidden, hidden, 'the hidden state that model.apply returns')
   _check_outputs(outputs, penalty, num_outputs, view)
