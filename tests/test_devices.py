@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+from flax import nnx
 import helpers
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import pytest
 from experiments.core import devices, recipe
 from experiments.core.flags import UserError
 import fptt_jax
-from fptt_jax import losses
+from fptt_jax import losses, nn
 from fptt_jax.parallel import _collectives
 
 T, B, C, N = 10, 16, 3, 24
@@ -671,3 +672,70 @@ def test_another_mesh_that_is_set_is_refused(other):
 def test_inputs_sharded_explicitly_over_another_mesh_are_refused(mesh):
   with pytest.raises(ValueError, match=r"batch.inputs .*shard.*, got .*'rows'"):
     train_placed(mesh, Spec(None, 'rows'), explicit_mesh(4, 'rows'))
+
+
+@pytest.mark.usefixtures('x64')
+def test_an_own_loss_is_measured_on_ragged_batches():
+  """The mean over each device's rows is weighted by their steps, once."""
+
+  def squared_error(outputs, targets, window):
+    error = jnp.square(outputs - window.slice(targets)).mean(-1)
+    return window.mean(error, window.mask)
+
+  batch = helpers.series_batch(6, 4, dtype=np.float64)
+  batch = batch._replace(lengths=np.array([6, 6, 2, 1], np.int32))
+  found = []
+  for mesh in (None, mesh_of(2)):
+    trainer = helpers.quick_trainer(
+      helpers.elman(dtype=jnp.float64),
+      losses.from_function(squared_error, terminal=False),
+      optax.sgd(0.1),
+      method='tbptt',
+      num_windows=2,
+      mesh=mesh,
+    )
+    state = trainer.init(jax.random.key(0), batch)
+    totals, _ = trainer.evaluate(state.params, batch)
+    _, metrics = trainer.step(state, batch)
+    found.append((totals, metrics.totals, metrics.loss))
+  assert_same(found[1], found[0])
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('layer', ['activation', 'temporal', 'reconstruction'])
+def test_penalties_on_ragged_batches(layer, monkeypatch):
+  """They are means over the whole batch, as on one device."""
+  # Anchors would be drawn for each device apart; here they are the last ones.
+  monkeypatch.setattr(
+    jax.random,
+    'randint',
+    lambda key, shape, low, high, *rest: jnp.broadcast_to(jnp.asarray(high) - 1, shape),
+  )
+
+  def build(rngs):
+    wide = dict(param_dtype=jnp.float64, rngs=rngs)
+    recurrent = nn.GRU(1, 3, **wide)
+    layers = {
+      'activation': [recurrent, nn.ActivationPenalty(2.0)],
+      'temporal': [recurrent, nn.TemporalActivationPenalty(2.0)],
+      'reconstruction': [nn.Reconstruction(recurrent, 1, segment=2, rngs=rngs)],
+    }
+    return nn.Sequential(*layers[layer], nnx.Linear(3, 1, **wide))
+
+  batch = helpers.series_batch(7, 4, 1, dtype=np.float64)
+  batch = batch._replace(lengths=np.array([7, 6, 3, 2], np.int32))
+  found = []
+  for where in on_devices(2):
+    trainer = helpers.quick_trainer(
+      nn.from_nnx(build),
+      losses.sequence_regression(),
+      optax.sgd(0.1),
+      method='tbptt',
+      num_windows=2,
+      **where,
+    )
+    state, metrics = trainer.step(trainer.init(jax.random.key(0), batch), batch)
+    found.append((metrics.loss, metrics.grad_norm, state.params))
+  one, *several = found
+  for split in several:
+    assert_same(split, one)

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
-from flax import nnx
+from flax import linen, nnx
+from helpers import quick_trainer
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +123,78 @@ def test_equinox_module_of_ones_own(eqx: Any) -> None:
   noisy = in_two_windows(model, params, key=KEY)
   assert np.abs(noisy - y).max() > 1e-3
   assert np.abs(noisy[0, 0] - noisy[0, 1]).max() > 1e-3
+
+
+def join(x: dict[str, jax.Array]) -> jax.Array:
+  return jnp.concatenate([x['a'], x['b']], -1)
+
+
+def train_on_dicts(model: fptt_jax.Model) -> None:
+  """Train, predict and evaluate with inputs {'a': [T, B, 1], 'b': [T, B, 2]}."""
+  x = {'a': np.ones((4, 2, 1), np.float32), 'b': np.ones((4, 2, 2), np.float32)}
+  batch = fptt_jax.Batch(x, np.ones((4, 2, 1), np.float32))
+  loss = fptt_jax.losses.sequence_regression()
+  trainer = quick_trainer(model, loss, optax.sgd(0.1), method='tbptt', num_windows=2)
+  state = trainer.init(KEY, batch)
+  state, metrics = trainer.step(state, batch)
+  assert np.isfinite(metrics.loss).all()
+  assert metrics.grad_norm.min() > 0
+  assert trainer.predict(state.params, x).shape == (4, 2, 1)
+
+
+def test_inputs_of_equinox_modules_may_be_dicts(eqx: Any) -> None:
+  class Cell(eqx.Module):
+    cell: Any
+
+    def __init__(self, key: jax.Array):
+      self.cell = eqx.nn.GRUCell(3, 1, key=key)
+
+    def initial_state(self) -> jax.Array:
+      return jnp.zeros(1)
+
+    def __call__(self, state: Any, x: Any, key: Any = None) -> Any:
+      state = self.cell(join(x), state)
+      return state, state
+
+  train_on_dicts(nn.from_equinox(Cell))
+
+
+def test_inputs_of_haiku_cores_may_be_dicts(hk: Any) -> None:
+  class Core(hk.RNNCore):
+    def __init__(self) -> None:
+      super().__init__()
+      self.gru = hk.GRU(1)
+
+    def initial_state(self, batch_size: int) -> Any:
+      return jnp.zeros((batch_size, 1))
+
+    def __call__(self, x: Any, state: Any) -> Any:
+      return self.gru(join(x), state)
+
+  train_on_dicts(nn.from_haiku(Core, {'a': (1,), 'b': (2,)}))
+
+
+def test_inputs_of_linen_and_nnx_cells_may_be_dicts() -> None:
+  class Cell(linen.Module):
+    @linen.compact
+    def __call__(self, state: Any, x: Any) -> Any:
+      return linen.GRUCell(1)(state, join(x))
+
+    def initialize_carry(self, key: jax.Array, shape: Any) -> jax.Array:
+      return jnp.zeros((shape['a'][0], 1))
+
+  class PerStep(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+      self.cell = nnx.GRUCell(3, 1, rngs=rngs)
+
+    def initialize_carry(self, shape: Any, rngs: Any = None) -> jax.Array:
+      return jnp.zeros((shape[0], 1))
+
+    def __call__(self, state: Any, x: Any) -> Any:
+      return self.cell(state, join(x))
+
+  train_on_dicts(nn.from_linen(Cell(), {'a': (1,), 'b': (2,)}))
+  train_on_dicts(nn.from_nnx(lambda rngs: PerStep(rngs)))
 
 
 def test_equinox_modules_that_cannot_be_meant(eqx: Any) -> None:

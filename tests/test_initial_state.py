@@ -410,3 +410,32 @@ def test_hidden_state_that_ftrl_carries_on(inner_steps: int, model: Any) -> None
     None,
   )
   assert_close(state.hidden, finally_run)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('influence', ['none', 'rtrl'])
+def test_padding_in_front_leaves_the_learned_start_its_gradient(influence: str) -> None:
+  """Also where it covers the first window, so that sequences start in the second."""
+  model = learned_elman()
+  short = helpers.series_batch(4, B, dtype=np.float64)
+  front = np.zeros((2, B))[..., None]
+  padded = fptt_jax.Batch(
+    np.concatenate([np.zeros((2, B, 2)), short.inputs]),
+    np.concatenate([front, short.targets]),
+    mask=np.repeat([False, True], [2, 4])[:, None] & np.ones((6, B), bool),
+  )
+  found = []
+  for batch, num_windows in ((short, 2), (padded, 3)):
+    trainer = helpers.quick_trainer(
+      model,
+      losses.sequence_regression(),
+      optax.sgd(RATE),
+      method='tbptt',
+      num_windows=num_windows,
+      influence=influence,
+    )
+    state, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
+    found.append(state.params)
+  helpers.assert_close(found[1], found[0], 1e-10)
+  start = model.init(jax.random.split(jax.random.key(0))[0])['h0']
+  assert np.abs(found[0]['h0'] - start).min() > 1e-6

@@ -10,6 +10,7 @@ import types
 from typing import Any
 
 import chex
+from flax import nnx
 import helpers
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import optax
 import pytest
 
 import fptt_jax
-from fptt_jax import losses
+from fptt_jax import losses, nn
 from fptt_jax.streaming import _window
 
 LOSS = losses.sequence_regression()
@@ -691,3 +692,20 @@ def test_the_old_state_is_donated(donating: fptt_jax.Learner) -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
   with pytest.raises((ValueError, TypeError), match=message):
     make(**options)
+
+
+def test_a_state_that_ran_away_without_labels_starts_anew() -> None:
+  """One window is left out; an unlabeled step far off does not end all learning."""
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(nn.LRU(1, 3, rngs=rngs), nnx.Linear(3, 1, rngs=rngs))
+  )
+  learner = make(model=model, window_size=2, influence='snap1')
+  x = np.random.default_rng(0).normal(size=(16, 1, 1)).astype(np.float32)
+  x[4] = 1e11
+  labeled = np.ones((16, 1), bool)
+  labeled[4:6] = False
+  state, *_ = learner.step(begin(learner, x), x[:6], x[:6], labeled[:6])
+  assert np.abs(state.train.hidden[0]).max() > 1e6
+  state, _, metrics = learner.step(state, x[6:], x[6:], labeled[6:])
+  assert metrics.skipped == 1
+  assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(state.train.hidden)) < 1e3

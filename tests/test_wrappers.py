@@ -147,3 +147,13 @@ def test_a_plateau_schedule_counts_sequences(inner_steps):
   falls = np.flatnonzero(np.diff(scales))
   assert len(falls) >= 2
   assert (np.diff(falls) >= patience).all()
+
+
+def test_accumulated_updates_have_one_inner_step():
+  """With `MultiSteps` around it, fptt would miss inner steps."""
+  optimizer = optax.MultiSteps(fptt_jax.fptt(optax.sgd(0.1)), 2)
+  loss = losses.terminal_regression()
+  with pytest.raises(ValueError, match=r'inner_steps must be 1 .*MultiSteps.* got 2'):
+    fptt_jax.make_trainer(
+      helpers.elman(), loss, optimizer, num_windows=3, inner_steps=2
+    )

@@ -137,5 +137,5 @@ def _check_inner_steps(inner_steps: int, opt_state: optax.OptState) -> None:
   skips = any(find_states(node.inner_state) for node in skipping)
   skips |= any(find_states(node.inner_opt_state) for node in averaging)
   accepted = '1 with apply_if_finite or MultiSteps around fptt'
-  hint = 'skip_nonfinite=True of the trainer skips whole windows.'
+  hint = 'Use skip_nonfinite or micro_batches of the trainer instead.'
   require(inner_steps == 1 or not skips, 'inner_steps', accepted, inner_steps, hint)
