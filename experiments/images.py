@@ -333,9 +333,11 @@ def describe(config: Config, sequences: Sequences) -> dict[str, Any]:
   }
 
 
-def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
-  """Return the model of a folder whose data.json has this content."""
-  return make_model(config, data['num_steps'], data['features'], data['num_classes'])
+def model_of(config: Config, described: dict[str, Any]) -> fptt_jax.Model:
+  """Return the model of a folder whose data.json has the content `described`."""
+  return make_model(
+    config, described['num_steps'], described['features'], described['num_classes']
+  )
 
 
 @dataclasses.dataclass(frozen=True)

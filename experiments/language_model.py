@@ -427,9 +427,9 @@ def _make_readout(config: Config, embed: nnx.Embed, rngs: nnx.Rngs) -> Any:
   return nnx.Linear(hidden, embed.num_embeddings, rngs=rngs)
 
 
-def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
-  """Return the model of a folder whose data.json has this content."""
-  return make_model(config, len(data['vocabulary']))
+def model_of(config: Config, described: dict[str, Any]) -> fptt_jax.Model:
+  """Return the model of a folder whose data.json has the content `described`."""
+  return make_model(config, len(described['vocabulary']))
 
 
 def random_places(

@@ -1,6 +1,6 @@
 """Functions to read and write JSON and text, with one-line errors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import json
 from pathlib import Path
@@ -136,6 +136,25 @@ def _parsed(text: bytes, which: str, names: Sequence[str]) -> dict[str, Any]:
   if missing:
     raise damaged_file(which, f'it has no "{missing[0]}"')
   return content
+
+
+def computed_rows(
+  path: Path, compute: Callable[[], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+  """Return the rows of a JSON file, which are computed and written if there is none.
+
+  A command that was stopped so resumes with the first file that is missing.
+
+  Args:
+    path: the file.
+    compute: returns the rows.
+
+  Raises:
+    UserError: the file cannot be read or written, or holds something else.
+  """
+  if not path.exists():
+    write_json(path, compute())
+  return read_rows(path)
 
 
 def _decode_json(text: bytes, which: str) -> Any:

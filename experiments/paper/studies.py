@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,12 +160,9 @@ def convergence_study(scale: str, folder: Path) -> None:
         config, alpha=alpha, optimizer=optimizer, lr=lr, momentum=momentum
       )
       name = f'{optimizer}-alpha{alpha}'
-      path = folder / f'{name}-{scale}.json'
-      # A command that was stopped resumes with the first study that has no file.
-      if not path.exists():
-        tx = optimizers.make_optimizer(chosen, 'fptt')
-        files.write_json(path, convergence.study(chosen, tx, seed=0))
-      studies[name] = files.read_rows(path)
+      tx = optimizers.make_optimizer(chosen, 'fptt')
+      study = functools.partial(convergence.study, chosen, tx, seed=0)
+      studies[name] = files.computed_rows(folder / f'{name}-{scale}.json', study)
   convergence.plot(folder / 'convergence.png', studies)
   rows = [{'run': name, **rows[-1]} for name, rows in studies.items()]
   write_rows('convergence', scale, rows, folder)
@@ -189,11 +187,8 @@ def copying_study(scale: str, folder: Path) -> None:
     seeds, names = range(2), ['none', 'rtrl']
   rows = []
   for name in names:
-    path = folder / f'{name}-{scale}.json'
-    # A command that was stopped resumes with the first influence that has no file.
-    if not path.exists():
-      files.write_json(path, copying.study(settings, name, seeds))
-    rows += files.read_rows(path)
+    study = functools.partial(copying.study, settings, name, seeds)
+    rows += files.computed_rows(folder / f'{name}-{scale}.json', study)
   write_rows('copying', scale, rows, folder)
 
 
@@ -226,13 +221,10 @@ def interleaving_study(scale: str, folder: Path) -> None:
   rows = []
   for order in interleaving.ORDERS:
     for momentum in momenta:
-      path = folder / f'{order}-{momentum}-{scale}.json'
-      # A command that was stopped resumes with the first setting that has no file.
-      if not path.exists():
-        found = interleaving.study(settings, order, momentum, seeds)
-        files.write_json(path, found)
-        print(f'{order}, b1 = {momentum}: rate {found[0]["rate"]:g}', flush=True)
-      rows += files.read_rows(path)
+      study = functools.partial(interleaving.study, settings, order, momentum, seeds)
+      found = files.computed_rows(folder / f'{order}-{momentum}-{scale}.json', study)
+      print(f'{order}, b1 = {momentum}: rate {found[0]["rate"]:g}', flush=True)
+      rows += found
   write_rows('interleaving', scale, rows, folder)
 
 
