@@ -275,9 +275,9 @@ def make_model(config: Config) -> fptt_jax.Model:
   return nn.from_nnx(build)
 
 
-def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
-  """Return the model of a folder; `data` is empty, since the data are drawn."""
-  del data
+def model_of(config: Config, described: dict[str, Any]) -> fptt_jax.Model:
+  """Return the model of a folder; `described` is empty, since the data are drawn."""
+  del described
   return make_model(config)
 
 

@@ -578,7 +578,8 @@ def adapted(
 
   valid = text.valid[: config.dynamic_tokens or None]
   path = folder / 'dynamic_evaluation.json'
-  trial = remembered(evaluate_until_stopped, path, _digest(params, text.train, valid))
+  identity = _digest(params, rms, valid, [segment, dynamic_evaluation.EPSILON])
+  trial = remembered(evaluate_until_stopped, path, identity)
   best = dynamic_evaluation.tune(trial, read(valid))[0]
   test = evaluate_until_stopped(read(text.test), best.learning_rate, best.decay)
   return best.nats, test
@@ -603,7 +604,7 @@ def remembered(
     evaluate: (batches, learning rate, decay) -> mean cross-entropy per step in nats.
     path: the file.
     identity: hash of what the results depend on besides the settings. A file with
-      another one starts anew.
+      another hash is ignored and written anew.
 
   Raises:
     UserError: the file cannot be read.

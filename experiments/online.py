@@ -187,9 +187,9 @@ def _recurrent_layer(config: Config, features: int, rngs: nnx.Rngs) -> Any:
   return cells.build(config, config.cell, features, config.hidden, None, rngs)
 
 
-def model_of(config: Config, data: dict[str, Any]) -> fptt_jax.Model:
-  """Return the model of a folder; `data` is empty, since the data are drawn."""
-  del data
+def model_of(config: Config, described: dict[str, Any]) -> fptt_jax.Model:
+  """Return the model of a folder; `described` is empty, since the data are drawn."""
+  del described
   return make_model(config)
 
 

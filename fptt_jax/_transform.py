@@ -112,8 +112,8 @@ def fptt(
     gradient. Clipping inside, `fptt(optax.chain(clip, base))`, clips loss plus
     regularizer, as the release does. With 'recomputed', clip inside: the gradient that
     `grad_fn` returns is not clipped, so λ and a clipped g_t would differ in scale.
-  * `MultiSteps(fptt(base), n)` and `apply_if_finite(fptt(base), n)` work, the latter
-    with one gradient step per window. The reverse nesting raises an error, because λ
+  * `MultiSteps(fptt(base), n)` and `apply_if_finite(fptt(base), n)` work, both with one
+    gradient step per window. The reverse nesting raises an error, because λ
     and W̄ would move on skipped steps.
   * Nothing may change the updates after `fptt`. A trainer raises an error for an
     optimizer that does; a training loop of your own must take care itself.

@@ -120,7 +120,7 @@ def with_axes(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def where_rows(rows: jax.Array, chosen: Any, other: Any) -> Any:
-  """Return a tree of arrays [B, ...] with the chosen rows, bool [B], of another."""
+  """Return `other` with the rows of `chosen` where `rows`, bool [B], is True."""
 
   def put(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(with_axes(rows, b), a.astype(b.dtype), b)

@@ -272,10 +272,16 @@ class ValidSteps(NamedTuple):
 
     Returns None without a mask. `lengths` alone give the answer then.
     """
+    before = self.before()
+    if self.seen is None or before is None:
+      return None
+    return (self.seen > before).any(1)
+
+  def before(self) -> jax.Array | None:
+    """Return int [K, B], the valid steps before each window; None without a mask."""
     if self.seen is None:
       return None
-    before = jnp.concatenate([jnp.zeros_like(self.seen[:1]), self.seen[:-1]])
-    return (self.seen > before).any(1)
+    return jnp.concatenate([jnp.zeros_like(self.seen[:1]), self.seen[:-1]])
 
 
 def valid_steps(

@@ -140,6 +140,8 @@ def train_on_dicts(model: fptt_jax.Model) -> None:
   assert np.isfinite(metrics.loss).all()
   assert metrics.grad_norm.min() > 0
   assert trainer.predict(state.params, x).shape == (4, 2, 1)
+  totals, _ = trainer.evaluate(state.params, batch)
+  assert totals['count'] == 8
 
 
 def test_inputs_of_equinox_modules_may_be_dicts(eqx: Any) -> None:
@@ -193,7 +195,13 @@ def test_inputs_of_linen_and_nnx_cells_may_be_dicts() -> None:
     def __call__(self, state: Any, x: Any) -> Any:
       return self.cell(state, join(x))
 
-  train_on_dicts(nn.from_linen(Cell(), {'a': (1,), 'b': (2,)}))
+  shapes = {'a': (1,), 'b': (2,)}
+  train_on_dicts(nn.from_linen(Cell(), shapes))
+  train_on_dicts(nn.from_linen(Cell(), shapes, {'a': 'float32', 'b': 'float32'}))
+  with pytest.raises(ValueError, match=r'^dtype must be .*keys of features_shape'):
+    nn.from_linen(Cell(), shapes, {'a': 'float32'})
+  with pytest.raises(ValueError, match=r'^features_shape must be the shape'):
+    nn.from_linen(Cell(), {})
   train_on_dicts(nn.from_nnx(lambda rngs: PerStep(rngs)))
 
 

@@ -991,6 +991,27 @@ def test_an_influence_that_is_too_large_starts_anew(kind):
   assert not (skipped[1:] & skipped[:-1]).any()
 
 
+def test_a_bad_gradient_leaves_the_influence():
+  """NaN from the window's own loss says nothing about what lies before it."""
+  trainer = helpers.quick_trainer(
+    helpers.elman(),
+    losses.from_function(lambda outputs, targets, window: jnp.sqrt(outputs * 0).mean()),
+    optax.sgd(0.0),
+    method='tbptt',
+    num_windows=2,
+    carry_hidden=True,
+    influence='rtrl',
+    skip_nonfinite=True,
+  )
+  batch = helpers.series_batch(4, 2)
+  state = trainer.init(jax.random.key(0), batch)
+  old = jax.tree.map(jnp.ones_like, state.influence)
+  state, metrics = trainer.step(state._replace(influence=old), batch)
+  assert metrics.skipped.all()
+  assert not np.isfinite(metrics.credit_norm).any()
+  chex.assert_trees_all_equal(state.influence, old)
+
+
 def test_a_masked_window_takes_no_place_of_lookback():
   """A window without a valid step between two others changes nothing."""
   batch = batch_of()
@@ -1017,5 +1038,5 @@ def test_kronecker_refuses_a_layer_that_is_used_twice():
     return nn.Sequential(layer, layer, nnx.Linear(2, 1, rngs=rngs))
 
   batch = helpers.series_batch(T, B)
-  with pytest.raises(ValueError, match=r"influence 'kronecker'.*layers/1/"):
+  with pytest.raises(ValueError, match=r'layers must be used once .*layers/1/'):
     total_gradient(nn.from_nnx(build), [batch], num_windows=3, influence='kronecker')

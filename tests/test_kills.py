@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from interruption import last_saved
+from interruption import assert_same_runs
 import pytest
 
 from experiments.core import files, signals
@@ -110,23 +110,17 @@ def wait_for_lines(process: subprocess.Popen[str], path: Path, number: int) -> N
     time.sleep(0.005)
 
 
-def assert_same_runs(folder: Path) -> None:
+def assert_same(folder: Path) -> None:
   """Metrics, results and weights of all runs, but for the clock."""
   names = sorted(path.name for path in (folder / 'whole').glob('fptt-*'))
   assert names
-  for name in names:
-    whole, cut = (folder / which / name for which in ('whole', 'cut'))
-    for file in ('metrics.jsonl', 'result.json'):
-      rows = [
-        files.read_jsonl(run / file)
-        if file.endswith('l')
-        else [files.read_json(run / file)]
-        for run in (whole, cut)
-      ]
-      assert [{**row, 'seconds': 0} for row in rows[0]] == [
-        {**row, 'seconds': 0} for row in rows[1]
-      ]
-    assert last_saved(whole) == last_saved(cut)
+  whole, cut = (
+    [files.read_json(folder / which / name / 'result.json') for name in names]
+    for which in ('whole', 'cut')
+  )
+  whole = [{**result, 'run': name} for result, name in zip(whole, names, strict=True)]
+  cut = [{**result, 'run': name} for result, name in zip(cut, names, strict=True)]
+  assert_same_runs(folder, whole, cut)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +153,7 @@ def test_killed_once(tmp_path: Path, family: str) -> None:
     assert said.rstrip().endswith(f'--workdir={tmp_path / "cut"}')
   assert not (tmp_path / 'cut' / 'fptt-seed0' / 'result.json').exists()
   finish(family, tmp_path, 'cut')
-  assert_same_runs(tmp_path)
+  assert_same(tmp_path)
 
 
 @pytest.mark.slow
@@ -181,7 +175,7 @@ def test_killed_again_and_again(tmp_path: Path, family: str, flags: list[str]) -
       process.communicate()
       kills += 1
     if process.returncode == 0:  # Came to its end between two kills.
-      assert_same_runs(tmp_path)
+      assert_same(tmp_path)
       shutil.rmtree(tmp_path / 'cut')
   finish(family, tmp_path, 'cut', *flags)
-  assert_same_runs(tmp_path)
+  assert_same(tmp_path)

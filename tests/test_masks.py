@@ -364,22 +364,3 @@ def test_an_own_terminal_loss_is_evaluated_at_the_last_valid_step():
   ]
   assert int(totals['count']) == 2
   np.testing.assert_allclose(totals['loss'], sum(alone), rtol=1e-5)
-
-
-def test_a_window_without_a_valid_step_leaves_an_own_losss_state():
-  """A counter of windows counts those that some sequence has."""
-  plain = losses.sequence_regression()
-  counting = losses.Loss(
-    init=lambda num_windows: jnp.zeros([], jnp.int32),
-    apply=lambda outputs, targets, window, count: (
-      plain.apply(outputs, targets, window, ())[0],
-      count + 1,
-    ),
-    measure=plain.measure,
-  )
-  trainer = helpers.quick_trainer(
-    helpers.elman(), counting, optax.sgd(0.1), method='tbptt', num_windows=3
-  )
-  batch = helpers.series_batch(6, 2)._replace(lengths=np.array([2, 1], np.int32))
-  state, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
-  assert state.loss_state == 1

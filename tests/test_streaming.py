@@ -694,18 +694,39 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     make(**options)
 
 
-def test_a_state_that_ran_away_without_labels_starts_anew() -> None:
+def test_integers_alone_are_a_state() -> None:
+  """A counter is the whole hidden state, which cannot run away."""
+  counter = fptt_jax.Model(
+    init=lambda key: {'w': jnp.zeros((2, 1))},
+    initial_state=lambda batch_size: jnp.zeros(batch_size, jnp.int32),
+    apply=lambda params, hidden, x, mask, key: (hidden + len(x), x @ params['w']),
+  )
+  learner = make(model=counter, window_size=2)
+  x, y = draw(4)
+  state, *_ = learner.step(begin(learner, x), x, y)
+  assert state.train.hidden.tolist() == [4]
+
+
+@pytest.mark.parametrize('delay', [0, 3])
+def test_a_state_that_ran_away_without_labels_starts_anew(delay: int) -> None:
   """One window is left out; an unlabeled step far off does not end all learning."""
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(nn.LRU(1, 3, rngs=rngs), nnx.Linear(3, 1, rngs=rngs))
   )
-  learner = make(model=model, window_size=2, influence='snap1')
+  learner = make(model=model, window_size=2, influence='snap1', delay=delay)
   x = np.random.default_rng(0).normal(size=(16, 1, 1)).astype(np.float32)
   x[4] = 1e11
   labeled = np.ones((16, 1), bool)
   labeled[4:6] = False
-  state, *_ = learner.step(begin(learner, x), x[:6], x[:6], labeled[:6])
-  assert np.abs(state.train.hidden[0]).max() > 1e6
-  state, _, metrics = learner.step(state, x[6:], x[6:], labeled[6:])
-  assert metrics.skipped == 1
-  assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(state.train.hidden)) < 1e3
+  state, far, skipped = begin(learner, x), False, 0
+  for t in range(16):
+    state, _ = learner.predict(state, x[t : t + 1])
+    if t >= delay:
+      late = slice(t - delay, t - delay + 1)
+      state, metrics = learner.learn(state, x[late], labeled[late])
+      far |= bool(np.abs(state.train.hidden[0]).max() > 1e6)
+      skipped += int(metrics.skipped)
+  assert far
+  assert skipped == 1
+  for hidden in (state.train.hidden, state.live):
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(hidden)) < 1e3

@@ -127,6 +127,25 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
   return content
 
 
+def computed_rows(
+  path: Path, compute: Callable[[], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+  """Return the rows of a JSON file, which are computed and written if there is none.
+
+  So a command that was stopped resumes with the first file that is missing.
+
+  Args:
+    path: the file.
+    compute: returns the rows.
+
+  Raises:
+    UserError: the file cannot be read or written, or holds something else.
+  """
+  if not exists(path):
+    write_json(path, compute())
+  return read_rows(path)
+
+
 def _parsed(text: bytes, which: str, names: Sequence[str]) -> dict[str, Any]:
   """Parse a JSON object with the given keys; `which` names it in errors."""
   content = _decode_json(text, which)
@@ -136,25 +155,6 @@ def _parsed(text: bytes, which: str, names: Sequence[str]) -> dict[str, Any]:
   if missing:
     raise damaged_file(which, f'it has no "{missing[0]}"')
   return content
-
-
-def computed_rows(
-  path: Path, compute: Callable[[], list[dict[str, Any]]]
-) -> list[dict[str, Any]]:
-  """Return the rows of a JSON file, which are computed and written if there is none.
-
-  A command that was stopped so resumes with the first file that is missing.
-
-  Args:
-    path: the file.
-    compute: returns the rows.
-
-  Raises:
-    UserError: the file cannot be read or written, or holds something else.
-  """
-  if not path.exists():
-    write_json(path, compute())
-  return read_rows(path)
 
 
 def _decode_json(text: bytes, which: str) -> Any:

@@ -18,7 +18,7 @@ SCRIPTS = ('add_task', 'images', 'language_model', 'online')
 
 
 DRAWN = ('add_task', 'online')
-"""Those of them that draw their data, so that there are no facts about them."""
+"""Scripts that draw their data; their folders have no data.json."""
 
 
 @dataclasses.dataclass(frozen=True)

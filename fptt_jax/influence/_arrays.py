@@ -12,7 +12,7 @@ from fptt_jax._trees import leaf_paths
 from fptt_jax._types import Hidden, Params
 
 TINY = 1e-7
-"""Added to norms of random factors, so that the first ratio is of two equal numbers."""
+"""Added to the norms of two factors, so that the ratio of two zeros is 1."""
 
 Weights = dict[str, jax.Array]
 """Parameters by path, such as 'layers/0/w_x'."""

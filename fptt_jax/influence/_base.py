@@ -72,8 +72,9 @@ class Influence(NamedTuple):
 
   Attributes:
     init: (window, params, hidden) -> state. A tree of arrays [B, ...]. All zeros stand
-      for "no influence"; only what the influence `keeps` may start otherwise. Without a
-      mesh, rows may share arrays [1, ...]. Only shapes of the arguments are used.
+      for "no influence"; an influence with `keeps` may start from other numbers.
+      Without a mesh, rows may share arrays [1, ...]. Only shapes of the arguments are
+      used.
     credit: (window, params, hidden, state, d_hidden) -> tree like `params`: Σ_b δ_b M_b
       for the gradient δ = `d_hidden` of the hidden state before the window. It is
       linear in `d_hidden`.

@@ -192,9 +192,10 @@ def _check_products(window: WindowMap, params: Params, hidden: Hidden) -> None:
   missing = [
     path for path in reached_paths(window, params, hidden) if path not in known
   ]
-  # A layer that is used twice has products under both of its places.
   own = by_path(params)
-  missing += sorted(path for path in known if path not in own)
+  repeated = sorted(path for path in known if path not in own)
+  accepted = "used once with influence 'kronecker'"
+  require(not repeated, 'layers', accepted, repeated)
   accepted = 'of LSTM, GRU, ElmanRNN or layers with own_step, which sum with a bias'
   hint = "Use 'rtrl', 'snap1' or 'uoro'."
   require(not missing, "parameters with influence 'kronecker'", accepted, missing, hint)

@@ -19,7 +19,7 @@ Found = TypeVar('Found')
 DRAWS = 4
 """Points at which derivatives are looked at: a rectifier may be off at one."""
 MAX_DRAWS = 32
-"""Most points, where an entry that was not seen at the first ones may be off there."""
+"""Most points. Those after the first `DRAWS` are for entries off at all of these."""
 STEPS = 3
 """Most steps of a window that are run: more show nothing new."""
 
@@ -61,8 +61,14 @@ def reached_paths(window: WindowMap, params: Params, hidden: Hidden) -> tuple[st
     hidden: Hidden state [B, ...]; only shapes are used.
   """
   steps = min(STEPS, jax.tree.leaves(window.x)[0].shape[0])
+  # Each row is a point of its own.
+  rows = MAX_DRAWS // DRAWS
   x = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((steps, *leaf.shape[1:]), leaf.dtype), window.x
+    lambda leaf: jax.ShapeDtypeStruct((steps, rows, *leaf.shape[2:]), leaf.dtype),
+    window.x,
+  )
+  hidden = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), hidden
   )
 
   @concrete

@@ -25,6 +25,7 @@ from fptt_jax.influence._own import (
 )
 from fptt_jax.influence._pull import pull_back, run_steps
 from fptt_jax.influence._reach import (
+  DRAWS,
   MAX_DRAWS,
   draw_like,
   once_per_model,
@@ -255,9 +256,10 @@ def _find_pattern(window: WindowMap, params: Params, hidden: Hidden, n: int) -> 
 
   reached: Pattern = {}
   moved = np.zeros((size, size), bool)
-  for seed in range(MAX_DRAWS):
+  # Rows differ in their state and inputs, so that each is a point of its own.
+  for seed in range(max(DRAWS, -(-MAX_DRAWS // rows))):
     point = draw_like((params, hidden, x), seed)
-    for fresh in (False, True):
+    for fresh in (False,) if window.start is None else (False, True):
       direct, jacobian = derivatives(*point, np.full(rows, fresh))
       moved |= np.any(np.asarray(jacobian) != 0, axis=1)
       for path, leaf in direct.items():

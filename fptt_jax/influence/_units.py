@@ -89,7 +89,7 @@ def find_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
 
 
 def _all_seen(units_of_params: dict[str, np.ndarray]) -> bool:
-  """Return whether no parameter of single units has an entry that reached nothing."""
+  """Return whether each entry of all parameters with units has reached something."""
   return not any(
     (found >= 0).any() and (found == NOT_REACHED).all(0).any()
     for found in units_of_params.values()
@@ -188,7 +188,7 @@ class _Probe:
         unit += nearest << BITS * digit
       single &= (unit >= 0) & (unit < len(columns))
       reached = (gradients[array] != 0).any(0)
-      # A number that lost digits tells nothing; another draw does.
+      # A subnormal number has lost digits; another draw may tell.
       size = np.abs(total)
       reached &= ~((size > 0) & (size < float(jnp.finfo(gradients.dtype).tiny)))
       found[array] = np.where(reached, np.where(single, unit, SEVERAL), NOT_REACHED)

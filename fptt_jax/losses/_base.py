@@ -49,7 +49,8 @@ class Loss(NamedTuple):
   Attributes:
     init: (num_windows) -> loss state.
     apply: (outputs, targets, window, loss_state) -> (scalar objective of this window,
-      new loss state). It must be 0 if no sequence is active in the window.
+      new loss state). It must be 0 if no sequence is active in the window; the new
+      state counts there, too.
     measure: (outputs, targets, window) -> :data:`MetricSums`, which evaluation sums
       over windows, batches and devices.
     end_epoch: (loss_state) -> loss state of the next epoch.

@@ -104,8 +104,10 @@ def _measure_steps(
 ) -> MetricSums:
   """Return the function's value, weighted by the window's valid steps."""
   steps = window.mask.sum()
-  # Of this device's rows alone: sums are added up over devices afterwards.
-  value = jnp.asarray(function(outputs, targets, window._replace(axis=None)))
+  if window.ragged:
+    # Of this device's rows alone: sums are added up over devices afterwards.
+    window = window._replace(axis=None)
+  value = jnp.asarray(function(outputs, targets, window))
   wide = jnp.promote_types(value.dtype, jnp.float32)
   # The value of a window without valid steps may be NaN.
   total = jnp.where(steps > 0, steps.astype(wide) * value.astype(wide), 0)

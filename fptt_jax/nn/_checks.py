@@ -58,18 +58,21 @@ def inputs_like(features_shape: Any, dtype: Any, *leading: int) -> Any:
   }
 
 
-def check_dtypes(dtype: Any) -> Any:
-  """Return the dtype of the inputs, or a dict of them."""
-  if isinstance(dtype, dict):
-    return {name: check_dtypes(one) for name, one in dtype.items()}
-  return check_dtype('dtype', dtype, tokens=True)
+def check_dtypes(dtype: Any, features_shape: Any) -> Any:
+  """Return the dtype of the inputs, or a dict of them like `features_shape`."""
+  if not isinstance(dtype, dict):
+    return check_dtype('dtype', dtype, tokens=True)
+  names = set(features_shape) if isinstance(features_shape, dict) else set()
+  accepted = 'one dtype, or a dict with the keys of features_shape'
+  require(set(dtype) == names, 'dtype', accepted, dtype)
+  return {name: check_dtypes(dtype[name], features_shape[name]) for name in dtype}
 
 
 def check_features_shape(features_shape: Any) -> Any:
   """Return the shape of one step, or a dict of them; a ValueError names what is not a
   shape.
   """
-  if isinstance(features_shape, dict):
+  if isinstance(features_shape, dict) and features_shape:
     return {name: check_features_shape(shape) for name, shape in features_shape.items()}
   is_shape = isinstance(features_shape, tuple | list)
   require(is_shape, 'features_shape', 'the shape (D,) of one step', features_shape)

@@ -97,8 +97,8 @@ def from_equinox(build: Callable[[jax.Array], Any]) -> Model:
 
 def from_haiku(
   build: Callable[[], Any],
-  features_shape: Any,
-  dtype: Any = jnp.float32,
+  features_shape: tuple[int, ...] | dict[str, Any],
+  dtype: jax.typing.DTypeLike | dict[str, Any] = jnp.float32,
 ) -> Model:
   """Turn a Haiku recurrent core into a :class:`fptt_jax.Model`.
 
@@ -118,8 +118,8 @@ def from_haiku(
     ImportError: Haiku is not installed.
     TypeError: the core does not follow the protocol, keeps Haiku state, or its initial
       state has parameters.
-    ValueError: `features_shape` is not a shape, or `dtype` is neither floating point
-      nor integer.
+    ValueError: `features_shape` is not a shape, `dtype` is neither floating point nor
+      integer, or their keys differ.
 
   Example::
 
@@ -134,7 +134,7 @@ def from_haiku(
   """
   hk = _import('haiku', 'from_haiku', 'dm-haiku')
   features_shape = check_features_shape(features_shape)
-  dtype = check_dtypes(dtype)
+  dtype = check_dtypes(dtype, features_shape)
 
   def make_core() -> Any:
     core = build()

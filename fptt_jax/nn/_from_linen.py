@@ -27,8 +27,8 @@ from fptt_jax.nn._recurrent import scan_cell
 
 def from_linen(
   module: linen.Module,
-  features_shape: Any,
-  dtype: Any = jnp.float32,
+  features_shape: tuple[int, ...] | dict[str, Any],
+  dtype: jax.typing.DTypeLike | dict[str, Any] = jnp.float32,
 ) -> Model:
   """Turn a Linen per-step module into a :class:`fptt_jax.Model`.
 
@@ -48,8 +48,8 @@ def from_linen(
   Raises:
     TypeError: the module does not follow the protocol, or has other collections than
       'params'.
-    ValueError: `features_shape` is not a shape, or `dtype` is neither floating point
-      nor integer.
+    ValueError: `features_shape` is not a shape, `dtype` is neither floating point nor
+      integer, or their keys differ.
 
   Example:
     >>> from flax import linen
@@ -61,7 +61,7 @@ def from_linen(
   got = module if isinstance(module, type) else describe(module)
   require(is_cell, 'module', accepted, got, error=TypeError)
   features_shape = check_features_shape(features_shape)
-  dtype = check_dtypes(dtype)
+  dtype = check_dtypes(dtype, features_shape)
 
   def initial_state(batch_size: int) -> Any:
     like = inputs_like(features_shape, dtype, check_batch_size(batch_size))

@@ -158,7 +158,9 @@ class Reconstruction(nnx.Module):
     mean = jnp.sum(error, where=counted) / count
     # The trainer averages penalties over the valid steps of all devices, so each step
     # carries the mean, divided by its device's share of the steps.
-    mean *= steps.astype(error.dtype) / jnp.maximum(own_steps, 1).astype(error.dtype)
+    # In float32, since float16 holds no count above 65,504.
+    share = steps / jnp.maximum(own_steps, 1)
+    mean *= share.astype(error.dtype)
     penalty = jnp.full((num_steps, batch_size), self.weight * mean)
     return new_state, OutputsWithPenalty(y, penalty)
 

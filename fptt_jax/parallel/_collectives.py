@@ -108,12 +108,12 @@ def sum_over_devices(tree: Any, axis: str | None) -> Any:
 
 
 _ROWS_AXIS = contextvars.ContextVar[str | None]('rows_axis', default=None)
-"""Name of the mesh axis over which the rows are split that a model runs on."""
+"""Mesh axis over which the rows of the running model are split, or None."""
 
 
 @contextlib.contextmanager
 def rows_split_over(axis: str | None) -> Iterator[None]:
-  """Run a model on one device's share of the rows."""
+  """Tell the layers of a model that they see one device's share of the rows."""
   token = _ROWS_AXIS.set(axis)
   try:
     yield

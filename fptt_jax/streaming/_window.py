@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fptt_jax._batch import Batch
+from fptt_jax._dtypes import widen
 from fptt_jax._trees import check_like, where_rows, zero_unless
 from fptt_jax._types import Hidden, Model, Params, Trainer, TrainState
 from fptt_jax._windows import make_windows, valid_steps, window_at
@@ -21,7 +21,10 @@ from fptt_jax.training._window import split_penalty
 
 Means = dict[str, jax.Array]
 RUNAWAY = 1e6
-"""A hidden state above it, from which an update was skipped, starts anew."""
+"""Size of a number above which a row's hidden state starts anew.
+
+It does so if an update from that state was skipped.
+"""
 DriftHook = Callable[[TrainState, Means, Means], TrainState]
 
 
@@ -165,10 +168,13 @@ def learn_window(
     (state.train.params, state.train.opt_state),
   )
   train = train._replace(params=params, opt_state=opt_state)
-  if spec.skip_nonfinite and jax.tree.leaves(train.hidden):
-    # A state that ran away in a window without labels would stay for ever.
-    far = _far_rows(state.train.hidden)
-    train = start_rows_anew(spec, train, far & metrics.skipped[0] & has_label)
+  live = state.live
+  if spec.skip_nonfinite and jax.tree.leaves(live):
+    # A state that ran away in a window without labels would otherwise never come back.
+    restarted = _far_rows(state.train.hidden) & metrics.skipped[0] & has_label
+    train = start_rows_anew(spec, train, restarted)
+    start = spec.model.start(params, len(restarted))
+    live = where_rows(restarted & _far_rows(live), start, live)
   outputs = metrics.outputs if window.outputs is None else window.outputs
   assert outputs is not None
   skipped = (metrics.skipped[0] & has_label) | ~in_range
@@ -184,18 +190,19 @@ def learn_window(
     windows=state.counts.windows + 1,
     skipped=state.counts.skipped + skipped,
   )
-  state = state._replace(train=train, fast=fast, slow=slow, counts=counts)
+  state = state._replace(train=train, live=live, fast=fast, slow=slow, counts=counts)
   return state, outputs
 
 
 def _far_rows(hidden: Hidden) -> jax.Array:
-  """Return which rows [B] of a hidden state hold a number above `RUNAWAY`."""
-  far = [
-    (jnp.abs(leaf) > RUNAWAY).reshape(len(leaf), -1).any(1)
-    for leaf in jax.tree.leaves(hidden)
-    if jnp.issubdtype(leaf.dtype, jnp.inexact)
-  ]
-  return functools.reduce(jnp.logical_or, far, jnp.zeros([], bool))
+  """Return which rows [B] of a hidden state hold NaN or a number above `RUNAWAY`."""
+  leaves = jax.tree.leaves(hidden)
+  far = jnp.zeros(len(leaves[0]), bool)
+  for leaf in leaves:
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+      near = jnp.abs(widen(leaf)) <= RUNAWAY
+      far |= ~near.reshape(len(leaf), -1).all(1)
+  return far
 
 
 def _usable_labels(

@@ -131,6 +131,7 @@ def _check_inner_steps(inner_steps: int, opt_state: optax.OptState) -> None:
   """Raise unless `fptt` sees all inner steps of a window.
 
   It counts its calls to know the last one, and a skipped call would shift them.
+  `MultiSteps` calls it only once per several steps.
   """
   skipping = nodes_of(opt_state, optax.ApplyIfFiniteState)
   averaging = nodes_of(opt_state, optax.MultiStepsState)

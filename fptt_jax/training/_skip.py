@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fptt_jax._dtypes import widen
 from fptt_jax._trees import zero_unless
 from fptt_jax.losses import LossState, Memory
+
+RUNAWAY = 1e12
+"""Size of a number above which an influence starts anew if an update is skipped."""
 
 
 def next_loss_state(
@@ -31,22 +35,26 @@ def next_loss_state(
   return new
 
 
-def finite_influence(new: Any, old: Any, keeps: bool) -> Any:
-  """Return the influence after an update without non-finite numbers.
+def usable_influence(new: Any, old: Any, skip: jax.Array, first: Any) -> Any:
+  """Return the influence after an update without numbers that ran away.
+
+  These are numbers that are not finite and, where the update is skipped, numbers above
+  `RUNAWAY`. The rows that hold them become 0.
 
   Args:
-    new: The influence after the update.
+    new: The influence after the update, or before it where the update is skipped.
     old: The influence before it.
-    keeps: Whether the influence is learned. Then the whole of the old one replaces a
-      new one that is not finite; otherwise rows that are not finite become 0.
+    skip: bool [], whether the update is skipped.
+    first: The state before the first step of an influence that is learned, or None. The
+      old state replaces one of these that is not finite, and the first one replaces an
+      old one that ran away.
   """
-  if keeps:
-    return optax.tree.where(all_finite(new), new, old)
-  leaves = jax.tree.leaves(new)
-  if not leaves:
+  if first is not None:
+    kept = optax.tree.where(all_finite(new), new, old)
+    return optax.tree.where(skip & ~_near_rows(kept, skip).all(), first, kept)
+  if not jax.tree.leaves(new):
     return new
-  finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves]
-  rows = functools.reduce(jnp.logical_and, finite)
+  rows = _near_rows(new, skip)
 
   def put(leaf: jax.Array) -> jax.Array:
     # A leaf that all rows share is dropped with any of them.
@@ -55,6 +63,17 @@ def finite_influence(new: Any, old: Any, keeps: bool) -> Any:
     return cleared
 
   return jax.tree.map(put, new)
+
+
+def _near_rows(influence: Any, skip: jax.Array) -> jax.Array:
+  """Return which rows hold finite numbers alone, below `RUNAWAY` where `skip`."""
+  limit = jnp.where(skip, RUNAWAY, jnp.inf)
+  near = [
+    (jnp.isfinite(leaf) & (jnp.abs(widen(leaf)) <= limit)).reshape(len(leaf), -1).all(1)
+    for leaf in jax.tree.leaves(influence)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  ]
+  return functools.reduce(jnp.logical_and, near)
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -79,6 +79,7 @@ def run_step(
     fresh=fresh,
     first_loss_state=state.loss_state,
     longest=_longest(placement, batch, valid),
+    first_influence=_first_influence(spec, state.influence),
   )
   outputs = None
   if spec.return_outputs:
@@ -151,11 +152,18 @@ def _turns(
     jnp.asarray(plan.records),
   )
   begun = None
-  if valid.seen is not None:
+  before = valid.before()
+  if before is not None and spec.model.learned_initial_state is not None:
     # With padding in front, a row's sequence starts in a later window.
-    before = jnp.concatenate([jnp.zeros_like(valid.seen[:1]), valid.seen[:-1]])
     begun = before[plan.windows[:, 0]] > 0
   return Turn(schedule, jnp.asarray(starts), occupied, begun)
+
+
+def _first_influence(spec: StepSpec, influence: Any) -> Any:
+  """Return the state that a learned influence restarts from, or None."""
+  if not spec.skip_nonfinite or spec.influence is None or not spec.influence.keeps:
+    return None
+  return spec.influence.restart(influence)
 
 
 def _longest(placement: Placement, batch: Batch, valid: ValidSteps) -> jax.Array | None:

@@ -75,9 +75,10 @@ def make_trainer(
     skip_nonfinite: Whether to leave out updates whose objective, gradient norm or new λ
       is not finite in any inner step. Parameters, optimizer state, hidden state and
       loss state stay as they were, and the totals exclude the update; see
-      `StepMetrics.skipped`. 'ftrl' runs through all windows in each update, so that a
-      bad window skips all. The cost is a few more passes per window over the state,
-      including large tables of the loss.
+      `StepMetrics.skipped`. An influence that is not finite starts anew, and so does
+      one with numbers above 1e12 from which an update is skipped. 'ftrl' runs through
+      all windows in each update, so that a bad window skips all. The cost is a few more
+      passes per window over the state, including large tables of the loss.
     mesh: Mesh with one axis, over whose devices the batch is split. There is one mean
       over the devices per window, of gradient and objective together. Parameters and
       optimizer state are the same on all devices. The batch size must be a multiple of
@@ -121,7 +122,8 @@ def make_trainer(
   Returns:
     A :class:`Trainer`. Masked steps change neither state, loss nor gradient. A window
     in which no sequence of a ragged batch has a valid step changes nothing, parameters
-    and optimizer state included.
+    and optimizer state included; the state of a loss of one's own is what the loss
+    returns.
 
   Raises:
     ValueError: An option is out of range, options contradict each other, or the

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from fptt_jax._batch import Batch
@@ -23,7 +22,7 @@ from fptt_jax.parallel._placement import Gradient
 from fptt_jax.training._credit import advance_influence
 from fptt_jax.training._optimizer import make_extra_args
 from fptt_jax.training._schedules import UpdatePlan
-from fptt_jax.training._skip import all_finite, finite_influence, next_loss_state
+from fptt_jax.training._skip import all_finite, next_loss_state, usable_influence
 from fptt_jax.training._spec import StepSpec
 
 
@@ -53,6 +52,8 @@ class Turn(NamedTuple):
       records, each [V].
     first: int [], first step of its newest window.
     occupied: bool [], whether that window has a valid step; None without a mask.
+    begun: bool [B], rows with a valid step before the update's first window; None
+      without a mask or a learned initial state.
   """
 
   schedule: tuple[jax.Array, jax.Array, jax.Array]
@@ -113,6 +114,8 @@ class Constants:
     fresh: bool [B], rows that start from the learned initial state, or None.
     first_loss_state: State of the loss before the sequence.
     longest: int [], steps of the longest sequence, or None.
+    first_influence: With `skip_nonfinite` and an influence that is learned, its state
+      before the first step; else None.
   """
 
   spec: StepSpec
@@ -125,6 +128,7 @@ class Constants:
   fresh: jax.Array | None
   first_loss_state: LossState
   longest: jax.Array | None
+  first_influence: Any
 
 
 def run_update(
@@ -156,9 +160,6 @@ def run_update(
   # With one window per update, the loss's memory writes what it has observed.
   memory = spec.loss.memory if constants.plan.windows.shape[1] == 1 else None
   loss_state = next_loss_state(memory, carry.loss_state, result.loss_state, skip)
-  if active is not None and spec.loss.memory is None:
-    # A memory writes nothing in a window without a valid step.
-    loss_state = optax.tree.where(active, loss_state, carry.loss_state)
   moved = (params, opt_state, result.hidden, influence)
   totals = result.totals
   if skip is not None:
@@ -167,16 +168,10 @@ def run_update(
     moved, totals = optax.tree.where(skip, (kept, nothing), (moved, totals))
   params, opt_state, hidden, influence = moved
   if skip is not None:
-    # An influence that has overflowed would have every later update skipped.
-    keeps = spec.influence is not None and spec.influence.keeps
-    influence = finite_influence(influence, carry.influence, keeps)
+    # An influence that has run away would have every later update skipped.
+    first = constants.first_influence
+    influence = usable_influence(influence, carry.influence, skip, first)
   value, norm = move.measured
-  if skip is not None and spec.influence is not None:
-    assert move.credit_norm is not None
-    # Nor may one that is finite, and too large for the norm of a gradient, stay.
-    too_large = skip & jnp.isfinite(value) & ~jnp.isfinite(move.credit_norm)
-    anew = spec.influence.restart(influence)
-    influence = optax.tree.where(too_large, anew, influence)
   seen = Seen(value, norm, totals, skip, move.credit_norm)
   carry = Carry(params, opt_state, hidden, loss_state, influence)
   return (carry, result.outputs), seen

@@ -98,9 +98,9 @@ def run_window(
   every_step = spec.return_outputs and not evaluating
   num_outputs = view.size
   chunk = view.size
-  if not every_step:
-    chunk = _readout_chunk(spec, model, arguments, view.size)
   with rows_split_over(sequence.axis):
+    if not every_step:
+      chunk = _readout_chunk(spec, model, arguments, view.size)
     if spec.loss.last_only and model.apply_last is not None and not every_step:
       num_outputs = 1
       new_hidden, outputs = model.apply_last(*arguments, view.last)

@@ -210,8 +210,8 @@ def _run(command: list[str]) -> str:
 def _digest(command: list[str], macros: str) -> str:
   """Return a digest of all that a library depends on.
 
-  Folders are not among it: environments with the same sources, compiler and jaxlib,
-  whose interface `jax.ffi` is, share a library.
+  Folders are left out, so that environments with the same sources, compiler and jaxlib
+  share a library. The version of jaxlib stands for the interface `jax.ffi`.
   """
   sources = [path.read_text() for path in sorted(FOLDER.glob('*.h'))]
   sources.append(Path(command[-1]).read_text())
