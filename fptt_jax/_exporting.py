@@ -155,7 +155,7 @@ def export_step(
     new, results = _split_outputs(step(old, *arguments))
     new = check_like('step', new, old, 'as the state it was given has it', True)
     outputs['results'] = jax.eval_shape(lambda: results)
-    return [_key_data(leaf) for leaf in jax.tree.leaves((new, results))]
+    return [_key_data(jnp.asarray(leaf)) for leaf in jax.tree.leaves((new, results))]
 
   donated = num_state if donate else 0
   jitted = jax.jit(flat_step, donate_argnums=tuple(range(donated)))
@@ -176,7 +176,8 @@ def export_step(
     'arguments': _describe_leaves(args),
     'results': _describe_leaves(outputs['results']),
   }
-  arrays = [np.asarray(_key_data(leaf)) for leaf in jax.tree.leaves(state)]
+  # Through JAX, since the program takes NumPy's 64 bits in JAX's default width.
+  arrays = [np.asarray(jnp.asarray(_key_data(leaf))) for leaf in jax.tree.leaves(state)]
   first = dict(zip(leaf_paths(state), arrays, strict=True))
   return ExportedStep(
     bytes(exported.serialize()), exported.mlir_module(), manifest, first

@@ -185,7 +185,8 @@ def _by_window(
     accepted = f"the gradient's window, 0..{num_windows - 1}, as a trainer passes it"
     if not isinstance(window, jax.core.Tracer):
       window = check_integer('window', window, 0, num_windows - 1, accepted)
-    updates, state = update(grads, state, jnp.asarray(window, jnp.int32))
+    wide = jax.tree.map(lambda g: jnp.asarray(g, _moment_dtype(g)), grads)
+    updates, state = update(wide, state, jnp.asarray(window, jnp.int32))
     updates = jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), updates, grads)
     return updates, state
 

@@ -178,7 +178,12 @@ class _StreamEstimator:
 
   def _matrix(self, X: Any) -> np.ndarray:
     """Return the features [n, 1, D] of the rows of a pandas DataFrame."""
-    rows = [self._vector(row) for row in X.to_dict(orient='records')]
+    names = self._names
+    try:
+      rows = [self._vector(row) for row in X.to_dict(orient='records')]
+    except (TypeError, ValueError):
+      self._names = names
+      raise
     return np.stack(rows)[:, None]
 
   def _predict(self, x: Mapping[Any, Any]) -> np.ndarray:
@@ -228,8 +233,10 @@ class _StreamEstimator:
 
   def _learn(self, x: Mapping[Any, Any], label: Any) -> None:
     """Give a label to a step, or take a step that was never predicted."""
-    vector = self._vector(x)
+    label = _none_if_missing(label)
+    # Before the features: those of a step that is refused name none of the stream's.
     y = self._target(label)
+    vector = self._vector(x)
     waiting = [step for step in self._waiting if not step.answered]
     same = [step for step in waiting if _same(step.x, vector)]
     if not same and vector.tobytes() in self._unlabeled:
@@ -277,19 +284,26 @@ class _StreamEstimator:
     """Learn from the rows of a pandas DataFrame."""
     same = len(X) == len(labels)
     require(same, 'y', f'a label for each of the {len(X)} rows of X', len(labels))
+    labels = [_none_if_missing(label) for label in labels]
     self._hand_in()
     if not len(X):
       return
+    # All rows are checked before one is learned.
+    self._check_targets(labels)
+    matrix = self._matrix(X)
     if self._waiting or self._unlabeled:
       for row, label in zip(X.to_dict(orient='records'), labels, strict=True):
         self._learn(row, label)
       return
-    matrix = self._matrix(X)
     self._take(matrix, self._targets(labels))
 
   def _targets(self, labels: Sequence[Any]) -> list[float | None]:
     """Return labels that are learned, as the loss takes them."""
     return [self._target(label) for label in labels]
+
+  def _check_targets(self, labels: Sequence[Any]) -> None:
+    """Raise an error if a label is refused; note none of them."""
+    self._targets(labels)
 
   def _hand_in(self) -> None:
     """Give the learner the labels that have come, in the order of their steps."""
@@ -516,6 +530,12 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
       raise
     return found
 
+  def _check_targets(self, labels: Sequence[Any]) -> None:
+    """Raise an error if a label is refused; note none of them."""
+    before = list(self._labels_seen)
+    self._targets(labels)
+    self._labels_seen = before
+
   def _keep_label(self, label: Any) -> None:
     """Give a new label the next place."""
     if label is not None and label not in self._labels_seen:
@@ -530,6 +550,13 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
     odds = np.exp(seen - seen.max())
     shares = (odds / odds.sum()).tolist()
     return dict(zip(self._labels_seen, shares, strict=True))
+
+
+def _none_if_missing(label: Any) -> Any:
+  """Return a label, or None for NaN and pandas' NA, which mark a missing one."""
+  is_nan = isinstance(label, float | np.floating) and np.isnan(label)
+  # Pandas is not imported for this: an NA can only come from it.
+  return None if is_nan or type(label).__name__ == 'NAType' else label
 
 
 def _same(x: np.ndarray, other: np.ndarray) -> bool:

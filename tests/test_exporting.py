@@ -321,3 +321,21 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setitem(sys.modules, 'flatbuffers', None)
   with pytest.raises(ImportError, match=r'flatbuffers.*pip install flatbuffers'):
     fptt_jax.export_step(lambda state, x: (state, x), jnp.zeros(3), jnp.zeros(3))
+
+
+@pytest.mark.parametrize('dtype', ['float64', 'int64'])
+def test_numpys_64_bits_are_written_in_jaxs_width(dtype: str, tmp_path: Path) -> None:
+  """Results that are Python numbers are arrays, too."""
+
+  def step(state, x):
+    new = jax.tree.map(lambda leaf: (leaf + x.sum()).astype(leaf.dtype), state)
+    return new, {'constant': 1.5}
+
+  state = {'a': np.arange(3, dtype=dtype)}
+  exported = fptt_jax.export_step(step, state, np.ones(2), platforms=('cpu',))
+  exported.save(tmp_path)
+  loaded = fptt_jax.load_exported_step(tmp_path)
+  assert loaded.state[0].shape == (3,)
+  new, results = loaded.step(loaded.state, np.ones(2, np.float32))
+  np.testing.assert_array_equal(new[0], [2, 3, 4])
+  assert [float(leaf) for leaf in results.values()] == [1.5]

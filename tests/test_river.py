@@ -4,6 +4,7 @@ from collections.abc import Callable
 import datetime
 import functools
 import itertools
+import math
 import pickle
 from typing import Any
 
@@ -362,3 +363,58 @@ def test_many_labels_are_as_many_as_rows() -> None:
 
   with pytest.raises(ValueError, match='y must be a label for each of the 2 rows'):
     Regressor().learn_many(pd.DataFrame({'a': [1.0, 2.0]}), [1.0])
+
+
+@pytest.mark.parametrize(
+  ('labels', 'seen'),
+  [
+    (['u', None, 'v'], ['u', 'v']),
+    ([0, None, 1], [0, 1]),
+    ([math.nan, math.nan, math.nan], []),
+  ],
+)
+@pytest.mark.parametrize('dtype', [None, 'object', 'Int64'])
+def test_missing_labels_are_no_class(
+  labels: list[Any], seen: list[Any], dtype: str | None
+) -> None:
+  """Pandas turns None into NaN or NA, each of which is one of its own."""
+  import pandas as pd
+
+  if dtype == 'Int64' and 'u' in labels:
+    pytest.skip('texts are no integers')
+  estimator = Classifier(2, window_size=2)
+  rows = pd.DataFrame({'a': [1.0, 2.0, 3.0]})
+  estimator.learn_many(rows, pd.Series(labels, dtype=dtype))
+  estimator.learn_one({'a': 4.0}, math.nan)
+  assert estimator._labels_seen == seen
+
+
+@pytest.mark.parametrize('waits', [False, True])
+def test_rows_with_a_bad_one_are_not_learned(waits: bool) -> None:
+  """Neither the rows before it nor their names and labels count."""
+  import pandas as pd
+
+  rows = pd.DataFrame({'a': [1.0, 2.0, 3.0]})
+  bad = pd.DataFrame({'a': [1.0, 2.0, 'x']})
+  for estimator, good, wrong in (
+    (Regressor(), [1.0, 2.0, 3.0], [1.0, 2.0, 'bad']),
+    (Classifier(2), ['u', 'v', 'u'], ['u', 'v', 'w']),
+  ):
+    predict = getattr(estimator, 'predict_proba_one', None) or estimator.predict_one
+    if waits:
+      predict({'a': 0.0})
+    for table, labels in ((rows, wrong), (bad, good)):
+      with pytest.raises((TypeError, ValueError)):
+        estimator.learn_many(table, labels)
+    assert estimator.by_order == 0
+    assert len(estimator._waiting) == int(waits)
+    assert estimator._names == (('a',) if waits else None)
+    assert getattr(estimator, '_labels_seen', []) == []
+
+
+def test_a_refused_label_names_no_features() -> None:
+  estimator = Regressor()
+  with pytest.raises(TypeError):
+    estimator.learn_one({'a': 1.0, 'b': 2.0}, 'bad')
+  estimator.learn_one({'c': 1.0}, 1.0)
+  assert estimator._names == ('c',)

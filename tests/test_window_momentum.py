@@ -193,3 +193,20 @@ def test_bfloat16_updates_and_float32_moments():
   moments = optax.tree.get(state, 'first_moments')['w']
   assert moments.shape == (2, 3)
   assert moments.dtype == jnp.float32
+
+
+def test_moments_of_bfloat16_gradients_are_computed_in_float32():
+  """The update is that of the same numbers in float32, but for its own rounding."""
+  rng = np.random.default_rng(0)
+  found = []
+  gradients = jnp.asarray(rng.normal(size=(8, 50)), jnp.bfloat16)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    optimizer = fptt_jax.adam_by_window(1e-2, num_windows=2)
+    params = jnp.zeros(50, dtype)
+    state = optimizer.init(params)
+    for number, gradient in enumerate(gradients):
+      updates, state = optimizer.update(
+        gradient.astype(dtype), state, params, window=number % 2
+      )
+    found.append(np.asarray(updates, np.float32))
+  np.testing.assert_allclose(found[1], found[0], rtol=2**-7)

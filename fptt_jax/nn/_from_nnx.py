@@ -127,7 +127,8 @@ def to_nnx(build: Callable[[nnx.Rngs], nnx.Module], params: Any) -> nnx.Module:
   # The wrapper shares the module's variables, so updating it updates the module.
   recurrent = as_recurrent(module)
   state = nnx.state(recurrent, nnx.Param)
-  check_like('params', params, nnx.to_pure_dict(state), 'as build makes them')
+  like = nnx.to_pure_dict(state)
+  params = check_like('params', params, like, 'as build makes them')
   nnx.replace_by_pure_dict(state, params)
   nnx.update(recurrent, state)
   return module
