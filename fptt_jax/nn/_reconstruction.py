@@ -15,10 +15,10 @@ from fptt_jax._checks import (
   require,
   require_type,
 )
+from fptt_jax._rows import sum_over_rows
 from fptt_jax._types import OutputsWithPenalty
 from fptt_jax.nn._checks import check_inputs, check_rngs
 from fptt_jax.nn._from_cell import as_recurrent
-from fptt_jax.parallel._collectives import sum_over_rows
 
 
 class Reconstruction(nnx.Module):

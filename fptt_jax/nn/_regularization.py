@@ -25,8 +25,8 @@ from fptt_jax._checks import (
   require_type,
 )
 from fptt_jax._dtypes import widen
+from fptt_jax._rows import sum_over_rows
 from fptt_jax._types import OutputsWithPenalty
-from fptt_jax.parallel._collectives import sum_over_rows
 
 
 class Stateless(nnx.Module):

@@ -3,9 +3,7 @@
 The mesh has n devices, which may belong to several processes.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
-import contextvars
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,25 +103,6 @@ def _mean_of_replicated(
 def sum_over_devices(tree: Any, axis: str | None) -> Any:
   """Return the sum of all devices' trees; the tree itself without an axis."""
   return tree if axis is None else jax.lax.psum(tree, axis)
-
-
-_ROWS_AXIS = contextvars.ContextVar[str | None]('rows_axis', default=None)
-"""Mesh axis over which the rows of the running model are split, or None."""
-
-
-@contextlib.contextmanager
-def rows_split_over(axis: str | None) -> Iterator[None]:
-  """Tell the layers of a model that they see one device's share of the rows."""
-  token = _ROWS_AXIS.set(axis)
-  try:
-    yield
-  finally:
-    _ROWS_AXIS.reset(token)
-
-
-def sum_over_rows(tree: Any) -> Any:
-  """Return sums over the rows of the whole batch, given those that a layer sees."""
-  return sum_over_devices(tree, _ROWS_AXIS.get())
 
 
 def max_over_devices(x: jax.Array, axis: str | None) -> jax.Array:

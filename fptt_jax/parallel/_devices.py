@@ -1,11 +1,11 @@
 """Devices and meshes: several CPU devices, and checks of a mesh."""
 
-import os
 from typing import Any
 
 import jax
 
 from fptt_jax._checks import check_integer, check_type, require
+from fptt_jax._cores import count_cores
 
 
 def use_cpu_devices(num_devices: int | None = None) -> None:
@@ -38,14 +38,6 @@ def use_cpu_devices(num_devices: int | None = None) -> None:
   except RuntimeError:
     # JAX has looked for devices already.
     return
-
-
-def count_cores() -> int:
-  """Return how many cores the process may use."""
-  # Containers and job schedulers often grant fewer cores than there are.
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def one_axis(mesh: jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, str]:

@@ -151,11 +151,9 @@ def _turns(
     jnp.asarray(plan.coefficients),
     jnp.asarray(plan.records),
   )
-  begun = None
-  before = valid.before()
-  if before is not None and spec.model.learned_initial_state is not None:
-    # With padding in front, a row's sequence starts in a later window.
-    begun = before[plan.windows[:, 0]] > 0
+  before, first = valid.before(), plan.windows[:, 0]
+  # With padding in front, a row's sequence starts in a later window.
+  begun = jnp.asarray(first > 0) if before is None else before[first] > 0
   return Turn(schedule, jnp.asarray(starts), occupied, begun)
 
 

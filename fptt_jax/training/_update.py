@@ -52,14 +52,13 @@ class Turn(NamedTuple):
       records, each [V].
     first: int [], first step of its newest window.
     occupied: bool [], whether that window has a valid step; None without a mask.
-    begun: bool [B], rows with a valid step before the update's first window; None
-      without a mask or a learned initial state.
+    begun: bool [] or [B], whether a row has a step before the update's first window.
   """
 
   schedule: tuple[jax.Array, jax.Array, jax.Array]
   first: jax.Array
   occupied: jax.Array | None
-  begun: jax.Array | None
+  begun: jax.Array
 
 
 class Seen(NamedTuple):
@@ -114,8 +113,7 @@ class Constants:
     fresh: bool [B], rows that start from the learned initial state, or None.
     first_loss_state: State of the loss before the sequence.
     longest: int [], steps of the longest sequence, or None.
-    first_influence: With `skip_nonfinite` and an influence that is learned, its state
-      before the first step; else None.
+    first_influence: State that a learned influence restarts from, or None.
   """
 
   spec: StepSpec
@@ -185,9 +183,7 @@ def _update_inputs(
   fresh = constants.fresh
   if fresh is not None:
     # Only a sequence's first window depends on the learned initial state.
-    windows, _, _ = turn.schedule
-    begun = windows[0] > 0 if turn.begun is None else turn.begun
-    fresh = fresh & ~begun
+    fresh = fresh & ~turn.begun
   return UpdateInputs(
     hidden=jax.lax.stop_gradient(hidden),
     fresh=fresh,

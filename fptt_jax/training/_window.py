@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fptt_jax._batch import Batch, check_shapes
 from fptt_jax._checks import check_array, check_shape, describe, require
+from fptt_jax._rows import rows_split_over
 from fptt_jax._types import (
   Hidden,
   Model,
@@ -20,7 +21,6 @@ from fptt_jax._windows import (
   valid_steps,
   window_at,
 )
-from fptt_jax.parallel._collectives import rows_split_over
 from fptt_jax.training._readout import WindowLoss, chunked_loss, steps_at_once
 from fptt_jax.training._spec import StepSpec
 

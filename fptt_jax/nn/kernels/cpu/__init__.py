@@ -28,7 +28,7 @@ import warnings
 import jax
 
 from fptt_jax._checks import require
-from fptt_jax.parallel._devices import count_cores
+from fptt_jax._cores import count_cores
 
 CACHE_VARIABLE = 'FPTT_JAX_CACHE_DIR'
 THREADS_VARIABLE = 'FPTT_JAX_NUM_THREADS'
