@@ -133,7 +133,7 @@ def test_a_plateau_schedule_counts_sequences(inner_steps):
     by_sequence.init(model.init(jax.random.key(0))),
   )
   scales = []
-  for _ in range(12):
+  for _ in range(30):
     state, metrics = trainer.step(state, batch)
     if inner_steps == 1:
       value = metrics.loss.mean()
