@@ -272,16 +272,18 @@ class ValidSteps(NamedTuple):
 
     Returns None without a mask. `lengths` alone give the answer then.
     """
-    before = self.before()
-    if self.seen is None or before is None:
+    if self.seen is None:
       return None
-    return (self.seen > before).any(1)
+    return (self.seen > _shifted(self.seen)).any(1)
 
   def before(self) -> jax.Array | None:
     """Return int [K, B], the valid steps before each window; None without a mask."""
-    if self.seen is None:
-      return None
-    return jnp.concatenate([jnp.zeros_like(self.seen[:1]), self.seen[:-1]])
+    return None if self.seen is None else _shifted(self.seen)
+
+
+def _shifted(seen: jax.Array) -> jax.Array:
+  """Return counts [K, B] up to each window's end as those before each window."""
+  return jnp.concatenate([jnp.zeros_like(seen[:1]), seen[:-1]])
 
 
 def valid_steps(

@@ -675,15 +675,21 @@ def test_inputs_sharded_explicitly_over_another_mesh_are_refused(mesh):
 
 
 @pytest.mark.usefixtures('x64')
-def test_an_own_loss_is_measured_on_ragged_batches():
-  """The mean over each device's rows is weighted by their steps, once."""
+@pytest.mark.parametrize('lengths', [[6, 6, 2, 1], None])
+def test_an_own_loss_is_measured_as_on_one_device(lengths):
+  """The mean over each device's rows is weighted by their steps, once. A batch of equal
+  lengths may have a loss of the whole batch.
+  """
 
   def squared_error(outputs, targets, window):
     error = jnp.square(outputs - window.slice(targets)).mean(-1)
+    if lengths is None:
+      return jnp.sqrt(window.total(jnp.sum(error)))
     return window.mean(error, window.mask)
 
   batch = helpers.series_batch(6, 4, dtype=np.float64)
-  batch = batch._replace(lengths=np.array([6, 6, 2, 1], np.int32))
+  if lengths is not None:
+    batch = batch._replace(lengths=np.array(lengths, np.int32))
   found = []
   for mesh in (None, mesh_of(2)):
     trainer = helpers.quick_trainer(

@@ -38,16 +38,16 @@ def next_loss_state(
 def usable_influence(new: Any, old: Any, skip: jax.Array, first: Any) -> Any:
   """Return the influence after an update without numbers that ran away.
 
-  These are numbers that are not finite and, where the update is skipped, numbers above
-  `RUNAWAY`. The rows that hold them become 0.
+  A number has run away if it is not finite or, where the update is skipped, if it is
+  above `RUNAWAY`. Rows with such numbers become 0.
 
   Args:
     new: The influence after the update, or before it where the update is skipped.
     old: The influence before it.
     skip: bool [], whether the update is skipped.
-    first: The state before the first step of an influence that is learned, or None. The
-      old state replaces one of these that is not finite, and the first one replaces an
-      old one that ran away.
+    first: The state before the first step of an influence that is learned, or None. If
+      it is given, `old` takes the place of a new state that is not finite, and `first`
+      that of a state that ran away.
   """
   if first is not None:
     kept = optax.tree.where(all_finite(new), new, old)
