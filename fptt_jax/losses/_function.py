@@ -30,8 +30,8 @@ def from_function(
     function: (outputs [S, B, ...], targets, window) -> scalar loss of the window.
     measure: The metrics that evaluation reports, see :class:`Loss`. The default is the
       function's value as 'loss', averaged as `terminal` describes. Evaluation uses its
-      own windows of about √T steps. In a ragged batch on a mesh the function is measured
-      on each device's rows alone; give a measure if it needs the whole batch.
+      own windows of about √T steps. In a ragged batch on a mesh the function is
+      measured on each device's rows alone; give a measure if it needs the whole batch.
     terminal: How the default measure averages. False: the mean over windows, weighted
       by their valid steps, which is right for a function that is a mean over steps.
       True: the function at each sequence's last step only. It gets that step as a
