@@ -185,8 +185,8 @@ def lambda_diverges(
   """Return whether λ has diverged by the last of N batches.
 
   λ estimates the gradient of the window loss. If the recursion is stable, λ is a filter
-  of past gradients with a gain of a few; if not, λ grows exponentially. This shows most
-  often long before the loss is no longer finite.
+  of past gradients with a gain of a few; if not, λ grows exponentially. This can show
+  long before the loss is no longer finite.
 
   λ has diverged when its norm is more than 100 times the largest norm, of a gradient or
   of λ, in the first half of the batches. Only the first half counts, because for a
