@@ -164,6 +164,7 @@ class Config(recipe.Recipe):
     super().__post_init__()
     self.check_length(self.seq_len)
     self.check_bootstrap(True)
+    self.check_influence(self.influence)
     cells.check_settings(self, 'lstm')
     self._check_tuning()
 

@@ -42,6 +42,14 @@ EPSILON = 2e-5
 """ε of the authors, for gradients of means over 5 words."""
 
 
+STATISTICS_STREAMS = 100
+"""Number of streams of the training text that MS_g is measured on, as the authors have.
+
+More streams average more noise away, which makes MS_g smaller and each step larger. The
+learning rates below are for this number.
+"""
+
+
 LEARNING_RATES = (3e-5, 4e-5, 5e-5, 6e-5, 7e-5, 1e-4)
 """Learning rates that the authors try for an AWD-LSTM on Penn Treebank."""
 

@@ -16,6 +16,7 @@ from typing import Any
 from flax import nnx
 import jax
 import numpy as np
+import optax
 
 from experiments import data
 from experiments.core import (
@@ -377,7 +378,12 @@ class _Reader:
 
 
 def _make_trainer(
-  config: Config, sequences: Sequences, method: str, members: int, count: int
+  config: Config,
+  sequences: Sequences,
+  method: str,
+  members: int,
+  count: int,
+  schedule: optax.Schedule | None,
 ) -> tuple[fptt_jax.Trainer, devices.Meshes]:
   """Return the trainer of one run and the devices for several.
 
@@ -387,6 +393,7 @@ def _make_trainer(
     method: training method.
     members: number of runs.
     count: number of batches per epoch.
+    schedule: factor of the learning rate by the number of updates.
   """
   num_steps, features = sequences.shape
   size = len(sequences.splits.train.labels)
@@ -396,7 +403,6 @@ def _make_trainer(
     num_examples=size if config.divergence == 'example' else None,
   )
   steps = recipe.window_steps(config, method, num_steps)
-  _, updates = recipe.updates_per_sequence(config, method, num_steps)
   meshes = devices.choose_meshes(
     config, config.batch_size, config.hidden, steps, members
   )
@@ -406,7 +412,7 @@ def _make_trainer(
     make_model(config, num_steps, features, sequences.num_classes),
     loss,
     num_steps,
-    decay=loop.decay_schedule(config, count * updates),
+    decay=schedule,
     mesh=meshes.batch,
     num_batches=config.epochs * count,
     wrap=loop.averaging_wrapper(config),
@@ -438,7 +444,8 @@ def make_task(
       f'{config.batch_size}.'
     )
   _, updates = recipe.updates_per_sequence(config, method, num_steps)
-  trainer, meshes = _make_trainer(config, sequences, method, members, count)
+  schedule = recipe.decay_schedule(config.decay, config.epochs * count * updates)
+  trainer, meshes = _make_trainer(config, sequences, method, members, count, schedule)
   reader = _Reader(sequences, by_example=config.divergence == 'example')
   # Of several processes, each reads only its share of a batch.
   on_host = config.host_data or jax.process_count() > 1
@@ -470,6 +477,7 @@ def make_task(
       },
       train_score=percent,
       higher_is_better=True,
+      schedule=schedule,
       extra=describe_size(config, method, num_steps, features),
     ),
   )

@@ -37,6 +37,7 @@ from typing import Any
 from flax import nnx
 import jax
 import numpy as np
+import optax
 
 from experiments import data, dynamic_evaluation
 from experiments.core import (
@@ -499,6 +500,24 @@ def active_updates(config: Config, method: str, place: Place) -> np.ndarray:
   return has_tokens.sum(1)
 
 
+def num_updates(config: Config, method: str, length: int) -> int:
+  """Return the number of optimizer updates of a run.
+
+  With --random_lengths it is that of seed 0; other seeds differ a little from it.
+
+  Args:
+    config: settings of the runs.
+    method: training method.
+    length: number of tokens per stream.
+  """
+  windows = sum(
+    int(portion.updates.sum())
+    for epoch in range(1, config.epochs + 1)
+    for portion in portions(config, method, length, 0, epoch)
+  )
+  return windows * config.inner_steps
+
+
 def nats(trainer: fptt_jax.Trainer, params: Any, tokens: np.ndarray) -> float:
   """Return the mean cross-entropy per token of a text.
 
@@ -559,9 +578,9 @@ def adapted(
   segment = 20 if config.by_characters else dynamic_evaluation.SEGMENT
   # Sequences must have whole segments.
   steps = math.ceil(config.seq_len / segment) * segment
-  training = processes.until_stopped(
-    streams.sequences(text.train, steps, config.batch_size)
-  )
+  # A short text has a segment per stream.
+  size = min(dynamic_evaluation.STATISTICS_STREAMS, len(text.train) // (segment + 1))
+  training = processes.until_stopped(streams.sequences(text.train, steps, max(size, 1)))
   rms = dynamic_evaluation.gradient_statistics(
     model, loss, params, training, segment=segment
   )
@@ -644,7 +663,10 @@ def make_task(config: Config, text: Text, method: str, members: int) -> loop.Tas
   num_batches = math.ceil((len(side_by_side) - 1) / config.seq_len)
   model = make_model(config, len(text.vocabulary))
   loss = fptt_jax.losses.sequence_classification(len(text.vocabulary))
-  trainer, meshes = _make_trainer(config, model, loss, method, members, num_batches)
+  schedule = recipe.decay_schedule(
+    config.decay, num_updates(config, method, len(side_by_side))
+  )
+  trainer, meshes = _make_trainer(config, model, loss, method, members, schedule)
   padding = ((0, config.padded_len), (0, 0))
   return loop.Task(
     trainer,
@@ -666,6 +688,7 @@ def make_task(config: Config, text: Text, method: str, members: int) -> loop.Tas
       test=lambda ended: _test_scores(config, trainer, model, loss, ended, text),
       train_score=lambda sums: to_score(config, sums['loss'] / sums['count']),
       higher_is_better=False,
+      schedule=schedule,
       extra=describe_size(config, method),
     ),
   )
@@ -677,7 +700,7 @@ def _make_trainer(
   loss: fptt_jax.Loss,
   method: str,
   members: int,
-  num_batches: int,
+  schedule: optax.Schedule | None,
 ) -> tuple[fptt_jax.Trainer, devices.Meshes]:
   """Return the trainer of one run and the devices for several.
 
@@ -687,20 +710,19 @@ def _make_trainer(
     loss: its loss.
     method: training method.
     members: number of runs.
-    num_batches: number of batches per epoch.
+    schedule: factor of the learning rate by the number of updates.
   """
   steps = recipe.window_steps(config, method, config.padded_len)
   meshes = devices.choose_meshes(
     config, config.batch_size, config.hidden, steps, members
   )
-  _, updates = recipe.updates_per_sequence(config, method, config.padded_len)
   trainer = optimizers.make_trainer(
     config,
     method,
     model,
     loss,
     config.padded_len,
-    decay=loop.decay_schedule(config, num_batches * updates),
+    decay=schedule,
     mesh=meshes.batch,
     carry_hidden=True,
     wrap=loop.averaging_wrapper(config),

@@ -145,19 +145,7 @@ class Config(recipe.Recipe):
     )
     self.check_bootstrap(self.every_window)
     cells.check_settings(self, self.cell)
-    whole = [name for name in self.method if not carries_credit(name)]
-    check(
-      self.influence == 'none' or not whole,
-      'influence',
-      self.influence,
-      f"'none' for methods whose gradient is whole, {', '.join(whole)}",
-    )
-
-
-def carries_credit(method: str) -> bool:
-  """Return whether an influence goes with a method."""
-  setting = fptt_jax.METHODS[method]
-  return setting.update_each_window and not setting.whole_gradient
+    self.check_influence(self.influence)
 
 
 def make_model(config: Config) -> fptt_jax.Model:

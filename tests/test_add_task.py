@@ -19,6 +19,7 @@ import pytest
 
 from experiments import add_task
 from experiments.core import checkpoints, files, flags, optimizers, recipe, workdir
+import fptt_jax
 
 TINY = dict(
   seq_len=12,
@@ -248,6 +249,11 @@ def test_metrics_cut_off_by_a_kill_are_left_out(tmp_path: Path) -> None:
     (dict(batches=0), '--batches must be .*, got 0'),
     (dict(seq_len=1), '--seq_len must be .*, got'),
     (dict(inner_steps=0), 'inner_steps must be an integer >= 1'),
+    (
+      dict(influence='snap1'),
+      "--influence must be 'none' for methods whose gradient is whole, bptt, got "
+      "'snap1'",
+    ),
   ],
 )
 def test_settings_of_no_meaning_are_refused(
@@ -324,6 +330,33 @@ def test_what_is_not_finite_ends_a_run(
   )
   assert re.search(said, lost)
   assert capsys.readouterr().out.count(lost) == 2
+
+
+def test_a_score_that_is_not_finite_ends_a_run(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The losses of training are finite, the test error is not: the run diverged, and its
+  result says so and has no parameters.
+  """
+
+  def draw(key: jax.Array, seq_len: int, batch_size: int) -> fptt_jax.Batch:
+    batch = draw_batch(key, seq_len, batch_size)
+    # The test set alone has this size.
+    is_test = batch_size == TINY['test_size']
+    return batch._replace(targets=batch.targets * (jnp.inf if is_test else 1.0))
+
+  draw_batch = add_task.draw_batch
+  monkeypatch.setattr(add_task, 'draw_batch', draw)
+  _, [summary] = add_task.run(add_task.Config(method=('tbptt',), **TINY), str(tmp_path))
+  assert summary['lost'] == 'test_mse not finite after batch 2'
+  assert not (tmp_path / 'tbptt-seed0' / 'parameters.npz').exists()
+
+
+def test_integers_are_numbers_too(tmp_path: Path) -> None:
+  """Settings given from Python."""
+  config = add_task.Config(method=('fptt',), **TINY, clip=1, alpha=1, momentum=0, lr=1)
+  _, [summary] = add_task.run(config, str(tmp_path))
+  assert summary['batches'] == 6
 
 
 def test_what_is_not_finite_is_not_saved(

@@ -35,6 +35,9 @@ def test_diverged_runs_lose_and_have_no_p_value():
   assert not compare([None, 1.0], [2.0, 2.0]).is_better
   both = compare([None, 1.0], [None, 2.0])
   assert (both.wins, both.difference) == (1, None)
+  # A pair that both diverged has no size, so that there is no test either.
+  both = compare([None, 1.0, 1.5], [None, 2.0, 3.0])
+  assert both.p_value is both.half_width is None
   assert compare([None], [None]).wins == 0
   assert compare([1.0, 1.0], [1.0, 1.0]).p_value is None
 

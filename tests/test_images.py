@@ -141,6 +141,29 @@ def test_learning_rate_falls_at_the_milestones_and_on_a_plateau(tmp_path: Path) 
   np.testing.assert_allclose([row['lr'] for row in rows], expected, rtol=1e-6)
 
 
+def test_the_rate_that_is_printed_falls_with_decay(tmp_path: Path) -> None:
+  """Along the half cosine of all three epochs, to 0."""
+  config = make_config(tmp_path, method=('tbptt',), decay=True, milestones=(), lr=1e-2)
+  images.run(config, str(tmp_path / 'run'))
+  rows = files.read_jsonl(tmp_path / 'run' / 'tbptt-seed0' / 'metrics.jsonl')
+  rates = [row['lr'] for row in rows]
+  np.testing.assert_allclose(rates, [7.5e-3, 2.5e-3, 0], rtol=1e-5, atol=1e-9)
+
+
+def test_a_run_all_of_whose_updates_are_skipped_ends(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """It has no training score, which is no reason to stop the runs beside it."""
+  config = make_config(
+    tmp_path, method=('tbptt',), on_nonfinite='skip', grid=('lr=0.01:1e38',)
+  )
+  _, summaries = images.run(config, str(tmp_path / 'run'))
+  assert [summary.get('lost') for summary in summaries] == [
+    None,
+    'train_accuracy not finite after batch 6',
+  ]
+
+
 def test_each_epoch_takes_each_training_image_once(tmp_path: Path) -> None:
   """Shuffled by seed and epoch alone; the targets are the images' labels, the ids their
   places.
@@ -319,6 +342,13 @@ def test_settings_of_no_meaning_are_refused(
   """Before anything is read or compiled."""
   with pytest.raises(ValueError, match=message):
     images.Config(**settings)
+
+
+def test_weights_are_averaged_in_one_way() -> None:
+  with pytest.raises(
+    ValueError, match="--averaging must be 'none' with --average_after"
+  ):
+    images.Config(average_after=5, averaging='running')
 
 
 def test_settings_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:

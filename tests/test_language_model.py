@@ -14,8 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import language_model
-from experiments.core import cells, files, optimizers
+from experiments import data, dynamic_evaluation, language_model
+from experiments.core import cells, files, optimizers, recipe
 from experiments.core.flags import UserError
 from experiments.data import streams
 import fptt_jax
@@ -228,6 +228,27 @@ def test_settings_of_no_meaning_are_refused(
     language_model.Config(**{'data_dir': 'folder', **settings})
 
 
+@pytest.mark.parametrize('method', ['bptt', 'tbptt'])
+@pytest.mark.parametrize('random_lengths', [False, True])
+def test_the_rate_decays_to_nothing(method: str, random_lengths: bool) -> None:
+  """By the last update of the last epoch. The last batch of an epoch is short, so that
+  its last windows make no update.
+  """
+  config = language_model.Config(
+    **TINY
+    | dict(data_dir='.', method=(method,), decay=True, epochs=4)
+    | (dict(seq_len=20, random_lengths=True) if random_lengths else {})
+  )
+  made = 0
+  for epoch in range(1, config.epochs + 1):
+    for portion in language_model.portions(config, method, 24, 0, epoch):
+      made += int(portion.updates.sum())
+  assert language_model.num_updates(config, method, 24) == made
+  _, updates = recipe.updates_per_sequence(config, method, config.padded_len)
+  if method == 'tbptt' and not random_lengths:
+    assert made < config.epochs * 3 * updates
+
+
 def test_divergence_is_said_and_nothing_of_it_is_kept(
   tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -374,6 +395,31 @@ def test_dynamic_evaluation_follows_a_text_that_turns(tmp_path: Path) -> None:
   _, [after] = language_model.run(again, str(tmp_path / 'run'))
   assert after['best_epoch'] == before['best_epoch']
   assert after['dynamic_test_ppl'] < 0.9 * after['test_ppl']
+
+
+@pytest.mark.parametrize(('tokens', 'size'), [(2100, 100), (420, 80)])
+def test_dynamic_evaluation_has_streams_of_its_own(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, size: int
+) -> None:
+  """As many as the authors', whatever the batch size of training: the size of a step
+  depends on them.
+  """
+
+  class Seen(Exception):
+    pass
+
+  def statistics(
+    model: Any, loss: Any, params: Any, batches: Any, segment: int
+  ) -> None:
+    raise Seen(next(iter(batches)).inputs.shape[1])
+
+  monkeypatch.setattr(dynamic_evaluation, 'gradient_statistics', statistics)
+  folder = write_text(tmp_path, (tokens, 105, 70))
+  config = language_model.Config(**TINY | dict(data_dir=str(folder)))
+  text = data.load_text('text', folder)
+  with pytest.raises(Seen) as seen:
+    language_model.adapted(config, None, None, None, text, tmp_path)
+  assert seen.value.args == (size,)
 
 
 @pytest.mark.slow

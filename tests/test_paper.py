@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -318,20 +319,37 @@ def test_tuning_again_tries_the_same_rates_off_the_common_grid(
 
 
 def test_runs_of_other_settings_go_on_if_told_to(tmp_path: Path) -> None:
-  """An item's folder whose lines began under another rate, or in a version that knew
-  fewer settings.
-  """
+  """An item's folder whose lines began under another rate."""
   run('fig1', tmp_path, lines=('T12-tbptt',))
   (tmp_path / 'tuned.json').write_text(json.dumps({'T12-tbptt': {'lr': 3e-3}}))
   with pytest.raises(
     UserError, match=r'lr: was 0\.001, now 0\.003.*--allow_config_change'
   ):
     run('fig1', tmp_path, lines=('T12-tbptt',))
+  # The run has ended, and its weights must not be reported at another rate.
+  with pytest.raises(
+    UserError, match=r'tbptt-seed0 has been trained to its end.*lr: was 0\.001'
+  ):
+    run('fig1', tmp_path, lines=('T12-tbptt',), allow_config_change=True)
+  shutil.rmtree(tmp_path / 'T12-tbptt' / 'tbptt-seed0')
   run('fig1', tmp_path, lines=('T12-tbptt',), allow_config_change=True)
   [override] = json.loads((tmp_path / 'T12-tbptt' / 'config.json').read_text())[
     'overrides'
   ]
   assert override['differences'] == ['lr: was 0.001, now 0.003']
+
+
+def test_a_line_whose_test_data_are_fixed_is_not_tuned(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """The years of the test are the same for every seed, that of tuning included."""
+  [line] = [one for one in items.credit('cpu') if one.label == 'sunspots-tbptt-rtrl']
+  monkeypatch.setattr(tuning, 'try_rates', None)
+  tuning.tune(settings.Config(item='online'), [line], tmp_path)
+  assert 'sunspots-tbptt-rtrl: not tuned' in capsys.readouterr().out
+  assert not (tmp_path / 'tuned.json').exists()
+  [other] = [one for one in items.credit('cpu') if one.label == 'lags-tbptt-rtrl']
+  assert other.can_tune
 
 
 @pytest.mark.parametrize('scale', items.SCALES)

@@ -116,6 +116,16 @@ def test_what_the_table_does_not_have_is_said_to_be_untuned(
     add_task.Config(method=('fptt', 'ogd'))
   )
   assert 'seq_len 120, here 60' in add_task.rates_in_words(add_task.Config(seq_len=60))
+  for changed in (
+    dict(method=('tbptt',), influence='snap1'),
+    dict(coupling='update'),
+    dict(averaging='running'),
+    dict(linear_scale=0.0),
+    dict(momentum_windows=11),
+  ):
+    [*_, name] = changed
+    words = add_task.rates_in_words(add_task.Config(**changed))
+    assert f'at other settings ({name} ' in words
   assert 'given' in add_task.rates_in_words(add_task.Config(lr=0.1, momentum=0.0))
   edge = add_task.TUNED._replace(unsettled=('tbptt',))
   monkeypatch.setattr(add_task, 'TUNED', edge)

@@ -411,6 +411,22 @@ def test_methods_at_untuned_rates_are_named_and_not_compared(tmp_path: Path) -> 
   assert '| tbptt | tbptt | 3 | 0.001 | no |' in text
 
 
+def test_rates_of_the_adding_problem_s_own_table_are_tuned(tmp_path: Path) -> None:
+  """The default run's: each method has its own. A rate that was given is not, and the
+  table has no rate of other methods.
+  """
+  tuned = {'lr': None, 'tuned_rates': str({'bptt': (0.01, 0.9)})}
+  for method, config in (
+    ('bptt', tuned),
+    ('tbptt', tuned),
+    ('fptt', tuned | {'lr': 0.1}),
+  ):
+    run = tmp_path / method / 'run'
+    write_run(run, f'{method}-seed0', [0.5], config=config, lr=0.01)
+    [row] = collected(tmp_path / method, tmp_path / method, item='add_task').rows
+    assert row.tuned == (method == 'bptt')
+
+
 def test_several_seeds_are_averaged_with_an_interval(tmp_path: Path) -> None:
   """Mean and interval as `experiments.paper` has them; a diverged seed is counted and
   left out.

@@ -516,6 +516,23 @@ def test_other_settings_by_override(
   add_task.run(other, str(tmp_path))  # From now on they are the folder's.
 
 
+def test_a_run_that_has_ended_keeps_its_settings(tmp_path: Path) -> None:
+  """With no batch left a new rate would only be a new label; settings that were changed
+  and changed back are no change.
+  """
+  config = add_task.Config(lr=1e-3, decay=False, **TINY)
+  _, [before] = add_task.run(config, str(tmp_path))
+  other = dataclasses.replace(config, lr=1.0, allow_config_change=True)
+  with pytest.raises(
+    UserError, match=r'fptt-seed0 has been trained to its end.*lr: was 0\.001, now 1\.0'
+  ):
+    add_task.run(other, str(tmp_path))
+  assert files.read_json(tmp_path / 'fptt-seed0' / 'result.json')['lr'] == 1e-3
+  back = dataclasses.replace(config, allow_config_change=True)
+  _, [after] = add_task.run(back, str(tmp_path))
+  assert after['test_mse'] == before['test_mse']
+
+
 def test_a_model_of_other_size_is_refused_even_so(tmp_path: Path) -> None:
   """Before anything is trained."""
   config = add_task.Config(**TINY)

@@ -94,6 +94,16 @@ def test_rates_are_chosen_by_the_first_part(
   assert names == ['tbptt-seed0', 'tbptt-seed1']
 
 
+def test_a_rate_is_not_judged_by_what_comes_later() -> None:
+  """A run that diverges in the reported part still has its error of the first part."""
+  [line] = [
+    one for one in items.tournament_of('cpu') if one.label == 'sf-temps-S8.tbptt'
+  ]
+  lost = {'first_mae': 0.1, 'test_mae': None, 'lost': 'a forecast is not finite'}
+  assert tuning.score_of(line, lost) == 0.1
+  assert tuning.score_of(line, lost | {'first_mae': None}) is None
+
+
 def test_what_a_stream_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
   with pytest.raises(ValueError, match="--method must be 'fptt' or 'tbptt'"):
     contest.Config(method=('bptt',))

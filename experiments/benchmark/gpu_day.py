@@ -23,6 +23,7 @@ from experiments.benchmark import measurements
 from experiments.benchmark.cases import POPULATION_CASES
 from experiments.benchmark.settings import Config
 from experiments.core import environment, files
+from experiments.core.flags import UserError
 from fptt_jax import nn
 from fptt_jax.nn.kernels import cuda
 
@@ -93,12 +94,21 @@ def run_stages(stages: list[Stage], path: Path, minutes: float) -> dict[str, Any
 
   Returns:
     What the file holds: the machine, and by stage its seconds and its result or error.
+
+  Raises:
+    UserError: the file was measured with another precision.
   """
   began = time.monotonic()
   content = files.read_json(path) if path.exists() else {'stages': {}}
   content['machine'] = environment.describe_machine('torch')
   config: Any = jax.config  # Its attributes are made at run time.
-  content['precision'] = config.jax_default_matmul_precision
+  precision = config.jax_default_matmul_precision
+  found = content.setdefault('precision', precision)
+  if found != precision:
+    raise UserError(
+      f'{path} was measured with --precision={found}, not {precision}: choose another '
+      '--workdir.'
+    )
   for stage in stages:
     if 'result' in content['stages'].get(stage.name, {}):
       continue

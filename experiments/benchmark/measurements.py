@@ -297,7 +297,7 @@ def _rival_rows(
     gflops = 1e-9 * flops(case) / (1e-3 * median_ms)
     system, _, threads = name.partition(', threads ')
     row: dict[str, Any] = {'case': case.name, 'system': system}
-    row['precision'] = 'bfloat16' if 'bfloat16' in system else 'float32'
+    row['precision'] = 'bfloat16' if 'bfloat16' in system else _precision()
     # XLA and the kernels use all cores.
     row['threads'] = int(threads or os.cpu_count() or 1)
     row |= summary
@@ -308,6 +308,12 @@ def _rival_rows(
     row['epoch_s'] = 1e-3 * median_ms * case.batches or None
     rows.append(row)
   return rows
+
+
+def _precision() -> str:
+  """Return the precision of matrix products, which --precision sets."""
+  config: Any = jax.config  # Its attributes are made at run time.
+  return str(config.jax_default_matmul_precision or 'float32')
 
 
 def place_batch(case: Case, system: str) -> tuple[Any, Any]:
@@ -370,7 +376,7 @@ def _time_in_turns(programs: list[_Program], rounds: int) -> list[dict[str, Any]
 def _row_of(program: _Program) -> dict[str, Any]:
   """Return the facts about a program, with its times."""
   # XLA and the kernels use all cores.
-  common = {'precision': 'float32', 'threads': os.cpu_count() or 1}
+  common = {'precision': _precision(), 'threads': os.cpu_count() or 1}
   return program.row | common | milliseconds(program.times[1:])
 
 

@@ -51,12 +51,13 @@ def compare(
     return Comparison(wins, len(pairs), None, better)
   p_value, half_width = None, None
   mean = float(differences.mean())
-  if len(pairs) > 1 and np.ptp(differences) > 0:
+  # Pairs that both diverged are ties, which have no size.
+  is_known = bool(np.isfinite(pairs).all())
+  if is_known and len(pairs) > 1 and np.ptp(differences) > 0:
     test = stats.ttest_1samp(differences, 0.0)
     p_value = float(test.pvalue)
     half_width = interval(differences.tolist())
-  # Pairs that both diverged are ties, which have no size.
-  known = mean if np.isfinite(pairs).all() else None
+  known = mean if is_known else None
   return Comparison(wins, len(pairs), p_value, mean < 0, known, half_width)
 
 

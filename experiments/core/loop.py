@@ -7,6 +7,7 @@ the weights of that epoch.
 from collections.abc import Callable, Collection, Iterator
 import dataclasses
 import functools
+import math
 import operator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,8 +18,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments.core import averaging, cells, devices, optimizers, recipe
-from experiments.core.flags import check, option, redeclare
+from experiments.core import averaging, cells, devices, optimizers, recipe, workdir
+from experiments.core.flags import UserError, check, option, redeclare
 from experiments.core.population import Population
 from experiments.core.schedule import Member, chunks, finish_run, remaining
 import fptt_jax
@@ -111,24 +112,18 @@ class EpochRecipe(recipe.Recipe):
       self.min_lr,
       f'at most the learning rate, {self.lr}',
     )
+    check(
+      not self.average_after or self.averaging == 'none',
+      'averaging',
+      self.averaging,
+      "'none' with --average_after, which averages the weights itself",
+    )
 
 
 def epoch_rules(config: EpochRecipe) -> Rules:
   """Return the rules that the flags ask for."""
   # The flags have the names of the fields, so a new rule needs no line here.
   return Rules(*(getattr(config, name) for name in Rules._fields))
-
-
-def decay_schedule(
-  config: EpochRecipe, updates_per_epoch: int
-) -> optax.Schedule | None:
-  """Return the schedule of the learning rate's factor, see `recipe.decay_schedule`.
-
-  Args:
-    config: settings of the run.
-    updates_per_epoch: number of optimizer updates per epoch.
-  """
-  return recipe.decay_schedule(config.decay, config.epochs * updates_per_epoch)
 
 
 class Portion(NamedTuple):
@@ -321,6 +316,7 @@ class EpochReporter:
     test: (a run that has ended) -> metrics of the test split.
     train_score: (sums over the epoch) -> training score.
     higher_is_better: whether a higher score is better.
+    schedule: factor of the learning rate by the number of updates, with --decay.
     extra: entries that every summary begins with.
   """
 
@@ -330,6 +326,7 @@ class EpochReporter:
   test: Callable[[Ended], dict[str, float]]
   train_score: Callable[[dict[str, float]], float]
   higher_is_better: bool
+  schedule: optax.Schedule | None
   extra: dict[str, Any]
 
   @property
@@ -345,17 +342,23 @@ class EpochReporter:
     self, member: Member, params: Any, record: 'Record', last: Any
   ) -> dict[str, Any]:
     """Return means over the epoch and the validation score."""
+    sums = record.sums
+    # All updates of an epoch may have been skipped.
+    is_known = sums['count'] > 0
     row = {
       'updates': record.updates,
-      'lr': member.config.lr * record.lr_factor,
-      f'train_{self.score}': self.train_score(record.sums),
-      # The maximum, since all updates of an epoch may have been skipped.
-      'grad_norm': record.sums['grad_norm'] / max(1, record.sums['made']),
+      'lr': member.config.lr * record.lr_factor * self._decay(record.updates),
+      f'train_{self.score}': self.train_score(sums) if is_known else math.nan,
+      'grad_norm': sums['grad_norm'] / max(1, sums['made']),
     }
     if self.config.on_nonfinite == 'skip':
       row['skipped'] = record.skipped
     row[self.metric] = self.validate(params)
     return row
+
+  def _decay(self, updates: int) -> float:
+    """Return the factor of the learning rate after a number of updates."""
+    return 1.0 if self.schedule is None else float(self.schedule(updates))
 
   def line(self, member: Member, row: dict[str, Any], reason: str | None) -> str:
     """Return a line with the learning rate and the scores of an epoch."""
@@ -491,6 +494,8 @@ class _Loop:
       lambda state: jax.tree.map(jnp.copy, state.params) if keeps_best else (),
     )
     self._records = [Record.restore(record) for record in saved]
+    # Hashes of the configurations under which the checkpoints were saved.
+    self._saved_under = [record.get('config_sha256') for record in saved]
     self._ended = self._group.placeholders
     # Metrics of the last batch whose numbers have arrived, [R, U].
     self._last: Any = None
@@ -499,6 +504,7 @@ class _Loop:
     """Train until every run has ended."""
     task = self._task
     first = self._records[0].epoch + 1
+    self._check_settings(first > task.num_epochs)
     seeds = ','.join(dict.fromkeys(str(member.seed) for member in self._members))
     with tqdm(
       total=task.num_batches, initial=self._first_batch, unit='batch', disable=None
@@ -518,6 +524,32 @@ class _Loop:
         self._finish(diverged)
       self._finish(set(range(len(self._members))))
     self._group.close()
+
+  def _check_settings(self, is_over: bool) -> None:
+    """Check that runs with no batch left were trained under the present settings.
+
+    Args:
+      is_over: whether all epochs are over.
+
+    Raises:
+      UserError: a run would be reported under settings that it was not trained with.
+    """
+    ended = set(range(len(self._members))) if is_over else self._below_least_rate()
+    for number in sorted(ended - self._ended):
+      changed = [
+        difference
+        for name, difference in workdir.changes_since(
+          self._folder, self._saved_under[number]
+        )
+        if name not in workdir.TEST_FLAGS
+      ]
+      if changed:
+        folder = self._folder / self._members[number].name
+        raise UserError(
+          f'{folder} has been trained to its end, too early for other settings; '
+          f'{"; ".join(changed)}. Delete this folder to train the run anew, or choose '
+          'another --workdir.'
+        )
 
   def _below_least_rate(self) -> set[int]:
     """Return the runs whose learning rate has fallen below the minimum."""
@@ -612,6 +644,11 @@ class _Loop:
       bar.write(reporter.line(member, row, reason))
       if None in row.values() or reason is not None:
         diverged.add(number)
+        # A score may be the first number that is not finite.
+        lost = [name for name, value in row.items() if value is None]
+        self._group.diverged_at.setdefault(
+          number, f'{", ".join(lost)} not finite after batch {record.batches:,}'
+        )
       elif reporter.metric is not None:
         judged, improved[number] = _apply_rules(
           self._task, self._records[number], row[reporter.metric]

@@ -161,7 +161,8 @@ def hyperparameters(recipe: Recipe, method: str) -> dict[str, float]:
     if regularized or name not in REGULARIZER:
       # A recipe may leave the momentum to the base optimizer; a state cannot.
       value = recipe.first_moment if name == 'momentum' else getattr(recipe, name)
-      found[state_name] = value
+      # Integers are given from Python, and the state has float32 numbers.
+      found[state_name] = float(value)
   return found
 
 

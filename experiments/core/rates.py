@@ -31,6 +31,9 @@ FILE = Path(__file__).with_name('add_task_rates.json')
 SETTINGS = (
   *('seq_len', 'hidden', 'batch_size', 'batches', 'num_windows', 'decay', 'clip'),
   *('alpha', 'beta', 'kappa', 'forget_bias', 'inner_steps', 'weight_decay'),
+  *('influence', 'coupling', 'averaging', 'linear_scale', 'gradient_estimate'),
+  *('momentum_windows', 'bootstrap', 'alpha_warmup', 'clip_regularizer'),
+  *('truncation_steps', 'optimizer'),
 )
 """Settings of the adding problem on which the best rate depends."""
 

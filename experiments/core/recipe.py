@@ -459,6 +459,28 @@ class Recipe:
     expected = '0 unless all windows have the target of the sequence'
     check(not self.bootstrap or fits, 'bootstrap', self.bootstrap, expected)
 
+  def check_influence(self, influence: str) -> None:
+    """Check that an influence goes with all methods.
+
+    Args:
+      influence: how credit crosses the border of a window.
+
+    Raises:
+      ValueError: the gradient of a method is whole, or it has no windows.
+    """
+    settings = {name: fptt_jax.METHODS[name] for name in self.method}
+    whole = [
+      name
+      for name, setting in settings.items()
+      if setting.whole_gradient or not setting.update_each_window
+    ]
+    check(
+      influence == 'none' or not whole,
+      'influence',
+      influence,
+      f"'none' for methods whose gradient is whole, {', '.join(whole)}",
+    )
+
   def check_length(self, seq_len: int) -> None:
     """Check that K, truncation_steps and momentum_windows fit a sequence length.
 

@@ -35,8 +35,13 @@ def write_report(
   """
   if not processes.is_first():
     return
-  # A run that diverged has no score. Of a single run there is no best one.
-  scores = {one['run']: one[choose] for one in summaries if one.get(choose) is not None}
+  # A run that diverged may have a score of the time before. Of a single run there is no
+  # best one.
+  scores = {
+    one['run']: one[choose]
+    for one in summaries
+    if one.get(choose) is not None and 'lost' not in one
+  }
   chosen = best(scores, key=lambda name: scores[name]) if len(scores) > 1 else None
   workdir.write_summary(folder, summaries, chosen)
   draw(folder, config, plot)

@@ -48,6 +48,10 @@ They decide which runs there are, and each run has a folder of its own.
 """
 
 
+TEST_FLAGS = ('evaluate_test', 'dynamic_evaluation', 'dynamic_tokens')
+"""Settings on which only the test scores of a run depend, not its training."""
+
+
 NEWER_SETTINGS: dict[str, dict[str, Any]] = {
   'all': {
     'coupling': 'gradient',
@@ -193,6 +197,30 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for name in names
     if was.get(name) != now.get(name)
   ]
+
+
+def changes_since(folder: Path, sha256: str | None) -> list[tuple[str, str]]:
+  """Return the settings of a folder that changed after an earlier configuration.
+
+  Args:
+    folder: the --workdir.
+    sha256: hash of the earlier configuration; None for none.
+
+  Returns:
+    (name, text on the difference) per change, in order. Without such an earlier
+    configuration there are none.
+
+  Raises:
+    UserError: config.json cannot be read.
+  """
+  config = read_config(folder)
+  earlier = [override['sha256'] for override in config['overrides']]
+  if sha256 == config['sha256'] or sha256 not in earlier:
+    return []
+  # The last one, since settings may have been changed back and forth.
+  later = config['overrides'][len(earlier) - 1 - earlier[::-1].index(sha256) :]
+  texts = [text for override in later for text in override['differences']]
+  return [(text.partition(':')[0], text) for text in texts]
 
 
 @contextlib.contextmanager

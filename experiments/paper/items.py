@@ -64,6 +64,8 @@ class Score(NamedTuple):
     digits: number of decimals to print.
     axis: the horizontal axis of its curves, 'epoch', 'batches' or 'steps'.
     marks: names and values of horizontal lines beside its curves.
+    is_early: whether `choose` is complete before `test` begins, as on a stream. A run
+      that diverges after it still has it.
   """
 
   test: str
@@ -74,6 +76,7 @@ class Score(NamedTuple):
   digits: int
   axis: str = 'epoch'
   marks: tuple[tuple[str, float], ...] = ()
+  is_early: bool = False
 
   def is_chance(self, value: float) -> bool:
     """Return whether an error is about that without any learning, or higher.
@@ -110,7 +113,14 @@ BITS = Score('test_bpc', 'valid_bpc', 'valid_bpc', 'bits per character', False, 
 
 
 STREAM = Score(
-  'test_mae', 'first_mae', 'test_mae', 'mean absolute error', False, 4, 'steps'
+  'test_mae',
+  'first_mae',
+  'test_mae',
+  'mean absolute error',
+  False,
+  4,
+  'steps',
+  is_early=True,
 )
 
 
@@ -146,6 +156,8 @@ class Entry(NamedTuple):
     trial_batches: number of batches of a trial of --tune; 0 for all. It is for scripts
       without epochs.
     task: name of the lines that are compared with this one; '' for all of the item.
+    can_tune: whether there are data to choose by. Without them --tune leaves the line
+      out.
   """
 
   label: str
@@ -158,6 +170,7 @@ class Entry(NamedTuple):
   rates: tuple[float, ...] = ()
   trial_batches: int = 0
   task: str = ''
+  can_tune: bool = True
 
 
 CPU_TEXT: dict[str, dict[str, Any]] = {
@@ -697,7 +710,9 @@ def _online(
     del preset['num_windows']
   config = online.Config(task=task, method=(method,), influence=influence, **preset)
   label = f'{name}-{method}' + ('' if influence == 'none' else f'-{influence}')
-  return Entry(label, online, config, CREDIT[task])
+  # Test data that do not depend on the seed are the same for a trial.
+  can_tune = PROBLEMS[task].draw_test is None
+  return Entry(label, online, config, CREDIT[task], can_tune=can_tune)
 
 
 TOURNAMENT_SCRIPTS: dict[str, ModuleType] = {

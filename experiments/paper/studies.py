@@ -171,7 +171,7 @@ def convergence_study(scale: str, folder: Path) -> None:
 def copying_study(scale: str, folder: Path) -> None:
   """Measure how many tokens each influence needs to copy sequences of some length.
 
-  The paper has no such comparison. 'full' and 'short' are the same as 'cpu'.
+  The paper has no such comparison. 'full' is the same as 'cpu'.
 
   Args:
     scale: a name of `items.SCALES`.
@@ -195,7 +195,7 @@ def copying_study(scale: str, folder: Path) -> None:
 def interleaving_study(scale: str, folder: Path) -> None:
   """Measure what momentum does to windows that follow each other or are interleaved.
 
-  The paper has no such comparison. 'full' and 'short' are the same as 'cpu'.
+  The paper has no such comparison. 'full' is the same as 'cpu'.
 
   Args:
     scale: a name of `items.SCALES`.

@@ -33,6 +33,9 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
   rows: dict[items.Score, list[list[Any]]] = {}
   curves: dict[items.Score, list[Curve]] = {}
   for entry in entries:
+    if not entry.can_tune:
+      print(f'{entry.label}: not tuned, since a choice would see the test data.')
+      continue
     trials = [
       trial
       for windows in entry.windows or (None,)
@@ -152,8 +155,7 @@ def try_rates(
         'line': entry.label,
         'lr': summary['lr'],
         'num_windows': num_windows,
-        # A run that diverged may have a score, of the weights before.
-        'score': None if 'lost' in summary else summary[entry.score.choose],
+        'score': score_of(entry, summary),
       }
       for summary in summaries
     ]
@@ -163,6 +165,20 @@ def try_rates(
     if rate is None:
       return trials
     rates.add(rate)
+
+
+def score_of(entry: Entry, summary: dict[str, Any]) -> float | None:
+  """Return the score that a trial is chosen by; None if it diverged.
+
+  Args:
+    entry: the line.
+    summary: summary of the trial.
+  """
+  # A run that diverged may have a score, of the weights before.
+  if 'lost' in summary and not entry.score.is_early:
+    return None
+  score: float | None = summary[entry.score.choose]
+  return score
 
 
 def _promising(entry: Entry, trials: list[dict[str, Any]]) -> float:

@@ -7,6 +7,7 @@ A run folder has one of three forms:
 * a study or benchmark writes reports as JSON.
 """
 
+import ast
 from collections.abc import Iterator
 import dataclasses
 from pathlib import Path
@@ -215,7 +216,7 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
     series: name of the series that it belongs to.
     stage: 'final' or 'tuning'.
     line: name of the configuration.
-    tuned: whether its learning rate was chosen among several.
+    tuned: whether the folder's --tune chose its learning rate among several.
 
   Returns:
     The row; its status is 'unfinished' while the run has no result.
@@ -244,7 +245,7 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
     line=line,
     run=run.name,
     seed=seed_of(run.name),
-    tuned=tuned,
+    tuned=tuned or (stage == 'final' and has_tuned_rate(run.name, config)),
     status=status,
     settings=settings,
     source={name: value for name, value in summary.items() if name not in NO_SOURCE},
@@ -281,8 +282,7 @@ def settings_of(run: Path, result: dict[str, Any]) -> dict[str, Any]:
     result: its result, which repeats the settings that differ from run to run.
   """
   config = files.read_json(run.parent / 'config.json')
-  method = run.name.partition('-seed')[0]
-  settings = {'script': config['script'], 'method': method}
+  settings = {'script': config['script'], 'method': method_of(run.name)}
   settings |= {name: value for name, value in config.items() if name not in NO_SETTINGS}
   # Older versions wrote no list of overrides; an empty one means the same.
   if not settings.get('overrides', True):
@@ -318,6 +318,24 @@ def own_settings(
   tuned = ('lr', 'momentum') if 'tuned_rates' in config else ()
   by_method = [name for name in tuned if config.get(name) is None and name in result]
   return found | {name: result[name] for name in by_method}
+
+
+def has_tuned_rate(run: str, config: dict[str, Any]) -> bool:
+  """Return whether a run has its method's own rate out of the table of tuned rates.
+
+  Args:
+    run: the run's name.
+    config: the configuration of all runs.
+  """
+  if 'tuned_rates' not in config or config.get('lr') is not None:
+    return False
+  is_varied = value_in_name(run, 'lr') is not None
+  return not is_varied and method_of(run) in ast.literal_eval(config['tuned_rates'])
+
+
+def method_of(run: str) -> str:
+  """Return the method in a run's name."""
+  return run.partition('-seed')[0]
 
 
 def value_in_name(run: str, name: str) -> float | None:

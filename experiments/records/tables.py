@@ -384,7 +384,10 @@ def final_line(
     The cells by column; an unknown number has an empty cell.
   """
   first = rows[0]
-  measures = {score.choose: 'validation', score.test: 'test'}
+  parts = {'valid': 'validation', 'last': 'last quarter', 'first': 'first 30 %'}
+  # The adding problem chooses by its test score, which is one column then.
+  chosen_by = parts.get(score.choose.partition('_')[0], 'test')
+  measures = {score.choose: chosen_by, score.test: 'test'}
   measures |= {
     f'dynamic_{score.test}': 'test, dynamic evaluation',
     'best_mse': 'lowest',
@@ -400,8 +403,6 @@ def final_line(
   for measure, label in measures.items():
     numbers = [row.score(measure) for row in rows]
     values = [number for number in numbers if number is not None]
-    # The adding problem chooses by its test score, which is one column then.
-    label = 'test' if measure == score.test else label
     cells[label] = mean_and_interval(values, score.digits)
   cells['below 0.01 after'] = ', '.join(
     shown(row.numbers['below_0.01_at']) or 'never'
