@@ -236,7 +236,7 @@ def _lengths_and_mask(lengths: Any, mask: Any) -> tuple[Any, Any]:
 
 
 def targets_by_row(loss: Loss) -> bool:
-  """Return whether a loss's targets are [B, ...] for certain."""
+  """Return whether a loss has one target per sequence."""
   return loss.last_only or loss.terminal
 
 

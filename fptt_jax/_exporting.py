@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax._checks import Words, check_array, check_callable, require
-from fptt_jax._trees import check_like, leaf_paths, shapes
+from fptt_jax._trees import check_like, distinct_paths, leaf_paths, shapes
 
 FORMAT = 1
 """Number of the file format. It grows when a manifest changes its meaning."""
@@ -178,7 +178,8 @@ def export_step(
   }
   # Through JAX, since the program takes NumPy's 64 bits in JAX's default width.
   arrays = [np.asarray(jnp.asarray(_key_data(leaf))) for leaf in jax.tree.leaves(state)]
-  first = dict(zip(leaf_paths(state), arrays, strict=True))
+  distinct_paths('results', outputs['results'])
+  first = dict(zip(distinct_paths('state', state), arrays, strict=True))
   return ExportedStep(
     bytes(exported.serialize()), exported.mlir_module(), manifest, first
   )

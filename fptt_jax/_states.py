@@ -2,7 +2,6 @@
 keys.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import require, require_type
-from fptt_jax._trees import arrange_like, check_like, leaf_paths
+from fptt_jax._checks import require_type
+from fptt_jax._trees import arrange_like, check_like, distinct_paths
 
 
 def state_to_arrays(state: Any) -> dict[str, np.ndarray]:
@@ -36,9 +35,7 @@ def state_to_arrays(state: Any) -> dict[str, np.ndarray]:
   def as_array(leaf: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
-  paths = leaf_paths(state)
-  repeated = [path for path, count in Counter(paths).items() if count > 1]
-  require(not repeated, 'paths of the state', 'different', repeated)
+  paths = distinct_paths('state', state)
   return dict(zip(paths, map(as_array, jax.tree.leaves(state)), strict=True))
 
 

@@ -62,7 +62,8 @@ def fptt_restart(
 
   The base optimizer's state is kept. The release does this after each epoch, except on
   PTB-300 and PTB-c. Call it between windows: with `inner_steps` > 1, the calls within
-  an unfinished window still count.
+  an unfinished window still count. Call it before `Trainer.end_epoch`, whose hidden
+  state starts from the weights that it gets.
 
   Args:
     opt_state: As for :func:`fptt_eval_params`.

@@ -484,7 +484,7 @@ def _check_trees(grads: optax.Updates, state: FPTTState, params: optax.Params) -
 def _check_base_state(state: optax.OptState) -> None:
   """Raise if the base optimizer skips steps or evaluates the loss itself."""
   # λ and W̄ would move on calls without a step.
-  skips = (optax.MultiStepsState, optax.ApplyIfFiniteState)
+  skips = (optax.MultiStepsState, optax.ApplyIfFiniteState, optax.ApplyEvery)
   # It would see the loss without the regularizer.
   searches = (
     optax.ScaleByZoomLinesearchState,
@@ -492,7 +492,7 @@ def _check_base_state(state: optax.OptState) -> None:
   )
   for node in nodes_of(state, *skips, *searches):
     got = describe(node)
-    around = 'Put MultiSteps and apply_if_finite around fptt.'
+    around = 'Put MultiSteps and apply_if_finite around fptt; do without apply_every.'
     require(type(node) not in skips, 'base', 'one that steps on each call', got, around)
     require(type(node) not in searches, 'base', 'without line search', got)
 

@@ -1,5 +1,6 @@
 """Paths, shapes and structures of trees of arrays."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,19 @@ def leaf_paths(tree: Any) -> list[str]:
     return str(key)
 
   return ['/'.join(map(entry, path)) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def distinct_paths(name: str, tree: Any) -> list[str]:
+  """Return the paths of a tree's leaves; raise ValueError if one has another's path.
+
+  Args:
+    name: What the tree is, in words.
+    tree: The tree.
+  """
+  paths = leaf_paths(tree)
+  repeated = [path for path, count in Counter(paths).items() if count > 1]
+  require(not repeated, f'paths of the {name}', 'different', repeated)
+  return paths
 
 
 def arrange_like(name: str, got: Any, expected: Any, whose: str) -> Any:

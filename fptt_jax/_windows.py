@@ -230,6 +230,20 @@ def _zero_where_masked(x: jax.Array, window: WindowView) -> jax.Array:
   return cleared
 
 
+def is_time_major(target: Any, num_steps: int, batch_size: int, by_row: bool) -> bool:
+  """Return whether a target is [T, B, ...] rather than [B, ...].
+
+  Args:
+    target: One array of the targets.
+    num_steps: T.
+    batch_size: B.
+    by_row: Whether the loss has one target per sequence. That decides where T = B, and
+      the shape tells otherwise.
+  """
+  has_shape = jnp.shape(target)[:2] == (num_steps, batch_size)
+  return has_shape and not (by_row and num_steps == batch_size)
+
+
 def lengths_in_range(lengths: jax.Array, num_steps: int) -> jax.Array:
   """Return bool [], whether all lengths, int [B], lie in 1..T."""
   return jnp.all((lengths >= 1) & (lengths <= num_steps))

@@ -102,12 +102,13 @@ class _StreamEstimator:
     for name in ('model', 'optimizer'):
       if getattr(self, name) is not None:
         check_callable(name, getattr(self, name))
-    check_size('window_size', self.window_size)
+    self.window_size = check_size('window_size', self.window_size)
     check_choice('influence', self.influence, ['none', *INFLUENCES])
-    check_integer('seed', self.seed, 0, INT32_MAX, 'an integer >= 0')
+    accepted = 'an integer >= 0'
+    self.seed = check_integer('seed', self.seed, 0, INT32_MAX, accepted)
     if isinstance(self.features, str):
       raise TypeError(f'features must be names or None, got {self.features!r}.')
-    check_integer('delay', self.delay, 0, INT32_MAX // 2, 'an integer >= 0')
+    self.delay = check_integer('delay', self.delay, 0, INT32_MAX // 2, accepted)
     check_flag('match_features', self.match_features)
     self.late = 0
     self.by_order = 0
@@ -161,6 +162,8 @@ class _StreamEstimator:
     names = self._names
     if names is None:
       names = tuple(sorted(x, key=str))
+    if not names:
+      raise ValueError(f'x must have at least one feature, got {x!r}.')
     if self.features is not None:
       unknown = [name for name in x if name not in names]
       # Messages are composed on failure only: this runs for each step and value.

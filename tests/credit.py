@@ -97,4 +97,4 @@ def first_window(model: fptt_jax.Model, batch: fptt_jax.Batch, steps: slice) -> 
 
   x = jnp.asarray(batch.inputs[steps])
   own = model.own_steps
-  return influence.WindowMap(run, x, None, own_steps=own)
+  return influence.WindowMap(run, x, None, own_steps=own, first_params=model.init)

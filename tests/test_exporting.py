@@ -307,6 +307,14 @@ def test_steps_of_another_form_are_refused(step: Any, message: str) -> None:
     )
 
 
+def test_two_leaves_of_one_path_are_refused() -> None:
+  """One would be lost in the file of the state or in the dict of the results."""
+  twice = {'a/b': jnp.zeros(2), 'a': {'b': jnp.ones(2)}}
+  for state, results in (({}, twice), (twice, {})):
+    with pytest.raises(ValueError, match=r"must be different, got \['a/b'\]"):
+      fptt_jax.export_step(lambda state, r=results: (state, r), state)
+
+
 def test_arguments_that_are_not_arrays_are_refused() -> None:
   step = lambda state, x: (state, x)
   with pytest.raises(TypeError, match=r'args\[0\] must be an array, got str'):

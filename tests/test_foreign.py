@@ -100,7 +100,7 @@ def test_equinox_module_of_ones_own(eqx: Any) -> None:
     def initial_state(self) -> Any:
       return [jnp.zeros(H), jnp.ones(H)]
 
-    def __call__(self, state: Any, x: jax.Array, key: Any = None) -> Any:
+    def __call__(self, state: Any, x: jax.Array, key: jax.Array | None) -> Any:
       state = list(state)
       for number, cell in enumerate(self.cells):
         x = state[number] = cell(x, state[number])
@@ -115,7 +115,7 @@ def test_equinox_module_of_ones_own(eqx: Any) -> None:
   y, state, run = (
     in_two_windows(model, params),
     module.initial_state(),
-    jax.jit(lambda state, x: module(state, x)),
+    jax.jit(lambda state, x: module(state, x, None)),
   )
   for step in range(T):
     state, expected = run(state, X[step, 0])

@@ -30,6 +30,7 @@ import pytest
 import fptt_jax
 from fptt_jax import influence, losses, nn
 from fptt_jax.influence import _units
+from fptt_jax.influence._check import check_map
 from fptt_jax.training import _credit
 
 RNN = nn.ElmanRNN
@@ -952,6 +953,117 @@ def test_units_that_are_off_at_some_points_have_an_influence(kind):
   whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=4)
   got, _ = total_gradient(model, [batch], num_windows=4, influence=kind)
   assert_close(got, whole)
+
+
+def unit_model(
+  step: Any, parts: int = 1, **shapes: tuple[tuple[int, ...], float]
+) -> fptt_jax.Model:
+  """A layer of four units by its step; a parameter has a shape and a mean."""
+  size = 4
+
+  def init(key: jax.Array) -> dict[str, jax.Array]:
+    return {
+      name: mean + 0.03 * jax.random.normal(jax.random.fold_in(key, number), shape)
+      for number, (name, (shape, mean)) in enumerate(shapes.items())
+    }
+
+  def apply(params, state, x, mask, key):
+    del mask, key
+
+    def one(state, x_t):
+      state = step(params, state, x_t)
+      return state, state[0]
+
+    return jax.lax.scan(one, state, x)
+
+  def start(rows: int) -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros((rows, size), jnp.float64) for _ in range(parts))
+
+  return fptt_jax.Model(init, start, apply)
+
+
+def turn(params, state, x):
+  """A linear layer of complex numbers, kept as real and imaginary parts."""
+  real, imaginary = state
+  z = (real + 1j * imaginary) * params['l'][None] * jnp.exp(1j) + x[:, :1] * params[
+    'w'
+  ][None]
+  return jnp.real(z), jnp.imag(z)
+
+
+HIDDEN_STRUCTURE = {
+  'tokens': unit_model(
+    lambda p, h, x: (jnp.tanh(p['table'][x] + p['u'][None] * h[0]),),
+    table=((7, 4), 0.2),
+    u=((4,), 0.5),
+  ),
+  'root': unit_model(
+    lambda p, h, x: (
+      p['a'][None] * h[0] + jnp.sqrt(1 - p['a'][None] ** 2) * (x @ p['w']),
+    ),
+    a=((4,), 0.9),
+    w=((2, 4), 0.3),
+  ),
+  'clipped': unit_model(
+    lambda p, h, x: (jnp.clip(p['d'], 0.8, 0.999)[None] * h[0] + x @ p['w'],),
+    d=((4,), 0.9),
+    w=((2, 4), 0.3),
+  ),
+  'complex': unit_model(turn, 2, l=((4,), 0.8 + 0j), w=((4,), 0.3)),
+}
+
+
+@pytest.mark.parametrize('kind', ['rtrl', 'snap1', 'snap2', 'uoro', 'unit-uoro'])
+@pytest.mark.parametrize('name', HIDDEN_STRUCTURE)
+def test_structure_that_few_points_show_is_found(name: str, kind: str) -> None:
+  """Tokens of which few are drawn, parameters outside the domain of a function or
+  clipped at most points, and complex ones. Units are apart in all of these, so that
+  each way is exact or, with many pairs of factors, close to it.
+  """
+  model = HIDDEN_STRUCTURE[name]
+  batch = fptt_jax.Batch(*helpers.series_batch(T, B, dtype=np.float64)[:2])
+  batch = batch._replace(targets=np.repeat(batch.targets, 4, -1))
+  if name == 'tokens':
+    tokens = np.arange(T * B, dtype=np.int32).reshape(T, B) % 7
+    batch = batch._replace(inputs=tokens)
+  kinds = {
+    'snap2': influence.snap(2),
+    'uoro': influence.uoro(pairs=2000),
+    'unit-uoro': influence.uoro(pairs=2000, balance='unit'),
+  }
+  whole, _ = total_gradient(model, [batch], 'bptt_aux', num_windows=3)
+  got, metrics = total_gradient(
+    model, [batch], num_windows=3, influence=kinds.get(kind, kind)
+  )
+  assert metrics.credit_norm[1] > 1e-4
+  if 'uoro' in kind:
+    assert distance(got, whole) < 0.1
+  else:
+    parts = lambda leaf: jnp.stack([jnp.real(leaf), jnp.imag(leaf)])
+    assert_close(jax.tree.map(parts, got), jax.tree.map(parts, whole))
+
+
+def test_a_number_that_is_always_clipped_counts() -> None:
+  """Its derivative is 0 at each point that is looked at, and may not be later."""
+  model = unit_model(
+    lambda p, h, x: (jnp.clip(p['d'], 50.0, 60.0)[None] / 55 * h[0] + x @ p['w'],),
+    d=((4,), 70.0),
+    w=((2, 4), 0.3),
+  )
+  batch = batch_of()._replace(targets=np.zeros((T, B, 4)))
+  trainer = helpers.quick_trainer(
+    model, SERIES, optax.sgd(0.1), method='tbptt', num_windows=3, influence='rtrl'
+  )
+  state = trainer.init(jax.random.key(0), batch)
+  assert set(state.influence) == {'d', 'w'}
+
+
+@pytest.mark.parametrize('layer', [nn.IncrementalRNN, nn.IndRNN])
+def test_a_layer_that_random_weights_drive_to_infinity_is_no_noise(layer: Any) -> None:
+  """Nothing is random here but the point that the model is looked at."""
+  model = nn.from_nnx(lambda rngs: layer(1, 96, rngs=rngs))
+  params = model.init(jax.random.key(0))
+  check_map(model, params, jnp.zeros((400, 2, 1)), 400)
 
 
 @pytest.mark.parametrize(

@@ -667,6 +667,47 @@ def test_own_terminal_loss_on_devices(num_steps, ragged):
   assert got == pytest.approx(true_last_error(model, params, batch), rel=1e-5)
 
 
+@pytest.mark.parametrize('on_devices', [False, True])
+def test_own_terminal_loss_may_have_targets_by_step_as_well(on_devices):
+  """Weights [T, B] of steps beside labels [B], in a batch with an idle row: NaN in what
+  belongs to that row counts for nothing.
+  """
+  steps, rows = 6, 4
+
+  def error(outputs, targets, window):
+    labels, weights = targets
+    errors = (outputs[..., 0] - labels[None]) ** 2 * window.slice(weights)
+    return window.mean(errors, window.mask)
+
+  def measure(outputs, targets, window):
+    return {'count': window.mask.sum(), 'loss': jnp.zeros([])}
+
+  mask = np.ones((steps, rows), bool)
+  mask[:, 1] = False
+  labels, weights = random(rows, seed=1), random(steps, rows, seed=2) ** 2
+  spoiled = labels.copy(), weights.copy()
+  for target in spoiled:
+    target[..., 1] = np.nan
+  mesh = jax.sharding.Mesh(jax.devices('cpu')[:2], ('batch',)) if on_devices else None
+  trainer = helpers.quick_trainer(
+    helpers.elman(),
+    losses.from_function(error, measure, terminal=True),
+    optax.sgd(0.1),
+    method='tbptt',
+    num_windows=2,
+    mesh=mesh,
+  )
+  found = []
+  for targets in ((labels, weights), spoiled):
+    batch = fptt_jax.Batch(random(steps, rows, 2), targets, mask=mask)
+    state = trainer.init(jax.random.key(0), batch)
+    state, metrics = trainer.step(state, batch)
+    found.append((state.params, metrics.loss))
+  chex.assert_trees_all_equal(*found)
+  assert np.isfinite(found[0][1]).all()
+  assert (found[0][1] > 0).all()
+
+
 def test_own_terminal_loss_sees_the_batch_together():
   """A loss that is no mean over rows keeps its meaning where all sequences end
   together.

@@ -89,6 +89,24 @@ def test_scan_equals_calls(carry_hidden):
 
 
 @pytest.mark.usefixtures('x64')
+def test_a_scan_takes_batches_of_another_size_than_the_state():
+  """As calls do, where no hidden state is carried on."""
+  trainer = make(donate=False)
+  few, _ = data()
+  many = fptt_jax.Batch(
+    np.concatenate([few[0].inputs, few[1].inputs], 1),
+    np.concatenate([few[0].targets, few[1].targets]),
+  )
+  items = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), many)
+  state = trainer.init(jax.random.key(1), few[0])
+  expected = state
+  for _ in range(2):
+    expected, _ = trainer.step(expected, many)
+  got, _ = fptt_jax.scan_train_steps(trainer)(state, (), items)
+  assert_same(got, expected)
+
+
+@pytest.mark.usefixtures('x64')
 def test_read_from_a_resident_source():
   """Bytes on the device, gathered and scaled in the program, are the batches made of
   them on the host.

@@ -295,9 +295,10 @@ def test_another_thread_may_trace_an_update_meanwhile():
   [
     optax.MultiSteps(SGD, 2).gradient_transformation(),
     optax.apply_if_finite(SGD, 2),
+    optax.chain(optax.apply_every(2), SGD),
     optax.lbfgs(),
   ],
-  ids=['MultiSteps', 'apply_if_finite', 'line search'],
+  ids=['MultiSteps', 'apply_if_finite', 'apply_every', 'line search'],
 )
 def test_what_does_not_go_into_fptt(base):
   with pytest.raises(ValueError, match=r'^base '):

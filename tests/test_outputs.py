@@ -4,6 +4,7 @@ a few rows at a time.
 
 import functools
 
+import chex
 from flax import nnx
 import helpers
 import jax
@@ -87,6 +88,31 @@ def test_predict_takes_lengths_and_goes_on_from_a_hidden_state():
   np.testing.assert_allclose(
     ragged, np.where(mask[..., None], whole, 0), rtol=1e-5, atol=1e-6
   )
+
+
+def test_predict_takes_a_restored_hidden_state():
+  """A dict in place of the tuple, as `evaluate` and `step` take it, too."""
+  model = nn.from_nnx(
+    lambda r: nn.Sequential(nn.LSTM(D, 4, rngs=r), nnx.Linear(4, C, rngs=r))
+  )
+  trainer = fptt_jax.make_trainer(model, TAGGING, optax.sgd(0.1), method='tbptt')
+  params, batch = model.init(jax.random.key(0)), helpers.tagging_batch(T, B, D, C)
+  hidden = jax.tree.map(lambda leaf: leaf + 0.5, model.initial_state(B))
+  restored = fptt_jax.state_to_arrays(hidden)
+  expected = trainer.predict(params, batch.inputs, hidden=hidden)
+  got = trainer.predict(params, batch.inputs, hidden=restored)
+  np.testing.assert_array_equal(got, expected)
+  sums, _ = trainer.evaluate(params, batch, hidden)
+  chex.assert_trees_all_equal(trainer.evaluate(params, batch, restored)[0], sums)
+  with pytest.raises(ValueError, match=r'hidden must have the same leaves.*other'):
+    trainer.predict(params, batch.inputs, hidden={'other': restored})
+
+
+def test_lengths_out_of_range_predict_nothing():
+  """Where `evaluate` gives NaN, so that nothing made of the outputs looks right."""
+  batch = helpers.tagging_batch(T, B, D, C)
+  outputs = trainer_of().predict(PARAMS, batch.inputs, np.full(B, T + 1))
+  assert np.isnan(outputs).all()
 
 
 def test_predict_is_without_dropout_and_penalties():

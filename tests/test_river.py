@@ -309,6 +309,20 @@ def test_a_step_that_is_not_finite_is_one_without_input() -> None:
   assert estimator.predict_one(steps[0][0]) == fresh.predict_one(steps[0][0])
 
 
+def test_a_step_without_features_is_refused() -> None:
+  """The stream then begins with the step after it."""
+  estimator = ESTIMATORS[0].clone()
+  with pytest.raises(ValueError, match=r'x must have at least one feature, got \{\}'):
+    estimator.predict_one({})
+  assert estimator.predict_one({'a': 1.0, 'b': 0.5}) is not None
+
+
+def test_options_may_be_numbers_of_other_types() -> None:
+  steps = stream(1)
+  first, second = Regressor(seed=1), Regressor(seed=1.0, delay=np.int64(0))
+  assert first.predict_one(steps[0][0]) == second.predict_one(steps[0][0])
+
+
 def test_bad_input_is_refused() -> None:
   x = {'a': datetime.datetime(2026, 1, 1)}
   with pytest.raises(TypeError, match=r"x\['a'\] must be a number, got datetime"):

@@ -578,6 +578,27 @@ def test_predictions_are_made_before_the_update_and_without_noise(
   np.testing.assert_allclose(outputs, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize('influence', ['none', 'rtrl'])
+def test_a_window_without_labels_moves_no_weights_even_within(influence: str) -> None:
+  """With inner steps and momentum: its hidden state is that of the weights before, and
+  so is its influence.
+  """
+  x, y = draw(4)
+  labeled = np.array([[True], [True], [False], [False]])
+  options = dict(window_size=2, influence=influence)
+  optimizer = optax.sgd(0.1, momentum=0.9)
+  learner = make(optimizer=optimizer, inner_steps=2, **options)
+  state, _, _ = learner.step(begin(learner, x), x[:2], y[:2])
+  # One inner step has none in which weights could move early.
+  single = make(optimizer=optimizer, **options)
+  expected, _, _ = single.step(state, x[2:], y[2:], labeled[2:])
+  got, _, _ = learner.step(state, x[2:], y[2:], labeled[2:])
+  chex.assert_trees_all_equal(got.train.params, state.train.params)
+  chex.assert_trees_all_equal(got.train.opt_state, state.train.opt_state)
+  chex.assert_trees_all_close(got.train.hidden, expected.train.hidden, rtol=1e-6)
+  chex.assert_trees_all_close(got.train.influence, expected.train.influence, rtol=1e-5)
+
+
 def test_several_inputs_and_labels() -> None:
   """Inputs and labels may be trees of arrays; labels are then shown to `init`."""
   base = ELMAN

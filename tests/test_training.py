@@ -1465,6 +1465,19 @@ def test_impossible_settings_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
+  'flag',
+  [
+    *('carry_hidden', 'skip_nonfinite', 'return_outputs', 'checkpoint_windows'),
+    *('donate', 'shard_params'),
+  ],
+)
+def test_a_text_is_no_flag(flag):
+  """It would count as True, whatever it says."""
+  with pytest.raises(TypeError, match=f"{flag} must be True or False, got 'False'"):
+    make(**{flag: 'False'})
+
+
+@pytest.mark.parametrize(
   ('options', 'message'),
   [
     (

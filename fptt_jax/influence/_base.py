@@ -31,6 +31,8 @@ class WindowMap(NamedTuple):
       computed. An influence that waits for it can be overwritten.
     ends: bool [B], rows whose sequence has no valid step after the window; None if
       sequences go on in the next batch.
+    first_params: (key) -> parameters that the model starts from, `Model.init`. What
+      parameters reach is looked at near such ones, too; None for random numbers alone.
   """
 
   run: Callable[[Params, Hidden, Any, jax.Array | None], Hidden]
@@ -42,6 +44,7 @@ class WindowMap(NamedTuple):
   ends: jax.Array | None = None
   own_kernels: OwnKernels | None = None
   credit: Params | None = None
+  first_params: Callable[[jax.Array], Params] | None = None
 
   def begin(self, params: Params, hidden: Hidden) -> Hidden:
     """Return the hidden state that the window starts from.

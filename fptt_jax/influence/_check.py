@@ -10,7 +10,7 @@ from fptt_jax._checks import describe, require
 from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, Model, Params
 from fptt_jax.influence._arrays import join, row_size
-from fptt_jax.influence._reach import draw_like
+from fptt_jax.influence._reach import Points, starts_of
 
 ROWS = 2
 """Rows of the run that looks for noise."""
@@ -47,7 +47,8 @@ def _noise(
 ) -> float:
   """Return the relative difference between training and evaluation in the state.
 
-  The numbers are drawn in the given shapes.
+  It is 0 where the state is not finite. The parameters are near those that the model
+  starts from, and hidden state and inputs are drawn.
   """
   x = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((size, ROWS, *leaf.shape[2:]), leaf.dtype), inputs
@@ -59,9 +60,11 @@ def _noise(
     trained, evaluated = (
       join(model.apply(params, hidden, x, None, key)[0]) for key in keys
     )
-    return jnp.abs(trained - evaluated).max(), jnp.abs(evaluated).max()
+    is_known = jnp.isfinite(trained) & jnp.isfinite(evaluated)
+    difference = jnp.where(is_known, trained - evaluated, 0)
+    return jnp.abs(difference).max(), jnp.where(is_known, jnp.abs(evaluated), 0).max()
 
-  difference, scale = (
-    float(number) for number in run(*draw_like((params, hidden, x), 0))
-  )
+  # Every second point is near the parameters that the model starts from.
+  point = Points((params, hidden, x), starts_of(model.init)).draw(1)
+  difference, scale = (float(number) for number in run(*point))
   return difference / max(scale, float(np.finfo(np.float32).tiny))

@@ -192,7 +192,7 @@ def own_norms(
   squares = jnp.zeros((batch_size, width), join(hidden).dtype)
   for layer in units.layers:
     for path, unit in layer.units.items():
-      squared = jnp.moveaxis(direct[path] ** 2, inner_axis(unit.ndim), 1)
+      squared = jnp.moveaxis(jnp.abs(direct[path]) ** 2, inner_axis(unit.ndim), 1)
       # Entries without a unit have gained nothing, so that any unit will do.
       owner = np.broadcast_to(np.maximum(unit, 0), squared.shape[2:]).ravel()
       squared = squared.reshape(*squared.shape[:2], -1)

@@ -27,8 +27,8 @@ from fptt_jax.influence._pull import pull_back, run_steps
 from fptt_jax.influence._reach import (
   DRAWS,
   MAX_DRAWS,
-  draw_like,
   once_per_model,
+  points_of,
   reached_paths,
 )
 from fptt_jax.influence._units import Units, find_units
@@ -254,20 +254,36 @@ def _find_pattern(window: WindowMap, params: Params, hidden: Hidden, n: int) -> 
     one = window._replace(x=x, mask=None, fresh=fresh)
     return pull_back(one, params, paths, hidden, unit_cotangents(hidden))
 
+  points = points_of(window, params, hidden, x)
   reached: Pattern = {}
   moved = np.zeros((size, size), bool)
   # Rows differ in their state and inputs, so that each is a point of its own.
   for seed in range(max(DRAWS, -(-MAX_DRAWS // rows))):
-    point = draw_like((params, hidden, x), seed)
+    point = points.draw(seed)
     for fresh in (False,) if window.start is None else (False, True):
       direct, jacobian = derivatives(*point, np.full(rows, fresh))
       moved |= np.any(np.asarray(jacobian) != 0, axis=1)
       for path, leaf in direct.items():
         found = np.any(np.asarray(leaf) != 0, axis=0)
         reached[path] = reached.get(path, np.zeros_like(found)) | found
+  reached = {path: _fill(found) for path, found in reached.items()}
   for _ in range(n - 1):
     reached = {
       path: found | (np.tensordot(moved.astype(int), found.astype(int), 1) > 0)
       for path, found in reached.items()
     }
+  return reached
+
+
+def _fill(reached: np.ndarray) -> np.ndarray:
+  """Return a pattern [N, ...] with that of entries that no point has reached.
+
+  It follows where the pattern does not change along an axis of the parameter, as along
+  the tokens of a table, of which few are drawn.
+  """
+  for axis in range(1, reached.ndim):
+    is_known = reached.any(0, keepdims=True)
+    line = reached.any(axis, keepdims=True)
+    if (~is_known | (reached == line)).all():
+      reached = np.broadcast_to(line, reached.shape)
   return reached

@@ -15,7 +15,13 @@ from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, Params
 from fptt_jax.influence._arrays import by_path, is_real, join, row_size, split
 from fptt_jax.influence._base import WindowMap
-from fptt_jax.influence._reach import DRAWS, MAX_DRAWS, draw_like, once_per_model
+from fptt_jax.influence._reach import (
+  DRAWS,
+  MAX_DRAWS,
+  once_per_model,
+  points_of,
+  reached_paths,
+)
 
 ROWS = 1
 """Rows of the step that is run: contributions of several could cancel."""
@@ -74,18 +80,23 @@ def find_units(window: WindowMap, params: Params, hidden: Hidden) -> Units:
   )
   columns = _columns_of_arrays(hidden)
   probe = _Probe(window, columns)
+  points = points_of(window, params, hidden_shapes, x_shapes)
   units_of_params: dict[str, np.ndarray] = {}
   units_of_state = np.full((len(columns), row_size(hidden)), NOT_REACHED)
   for seed in range(MAX_DRAWS):
     if seed >= DRAWS and _all_seen(units_of_params):
       break
-    point = draw_like((params, hidden_shapes, x_shapes), seed)
-    of_params, of_state = probe.run(point)
+    of_params, of_state = probe.run(points.draw(seed))
     units_of_state = _agree(units_of_state, of_state)
     for path, found in of_params.items():
       before = units_of_params.get(path, np.full(found.shape, NOT_REACHED))
       units_of_params[path] = _agree(before, found)
-  return _arrange(columns, units_of_params, units_of_state)
+  units = _arrange(columns, units_of_params, units_of_state)
+  # What the state depends on without a unit, such as a number that is clipped at all
+  # points.
+  known = {path for layer in units.layers for path in layer.units}
+  without = set(reached_paths(window, params, hidden)) - known
+  return units._replace(whole=units.whole and not without)
 
 
 def _all_seen(units_of_params: dict[str, np.ndarray]) -> bool:
@@ -178,7 +189,7 @@ class _Probe:
     for array, columns in enumerate(self.columns):
       total, *powers = gradients[array]
       unit = np.zeros(total.shape, int)
-      single = np.isfinite(total)
+      single = np.ones(total.shape, bool)
       for digit, power in enumerate(powers):
         with np.errstate(divide='ignore', invalid='ignore'):
           exponent = np.log2(np.real(power / total))
@@ -188,9 +199,11 @@ class _Probe:
         unit += nearest << BITS * digit
       single &= (unit >= 0) & (unit < len(columns))
       reached = (gradients[array] != 0).any(0)
-      # A subnormal number has lost digits; another draw may tell.
+      # A subnormal number has lost digits, and one that is not finite all of them;
+      # another draw may tell.
       size = np.abs(total)
       reached &= ~((size > 0) & (size < float(jnp.finfo(gradients.dtype).tiny)))
+      reached &= np.isfinite(gradients[array]).all(0)
       found[array] = np.where(reached, np.where(single, unit, SEVERAL), NOT_REACHED)
     return found
 
@@ -221,7 +234,8 @@ def _arrange(
       if (joined == NOT_REACHED).all():
         continue  # It belongs to a higher layer.
       del remaining[path]
-      whole &= not (joined == SEVERAL).any()
+      joined = _fill(joined)
+      whole &= bool((joined >= 0).all())
       if (joined >= 0).any():
         units[path] = _shrink(np.maximum(joined, NOT_REACHED))
     own = np.concatenate([np.arange(len(columns[number])) for number in group])
@@ -258,6 +272,22 @@ def _group_arrays(columns: list[np.ndarray], of_state: np.ndarray) -> list[list[
       groups.append([array])
   # A layer depends on all that are below it.
   return sorted(groups, key=lambda group: int(depends[group[0]].sum()))
+
+
+def _fill(units: np.ndarray) -> np.ndarray:
+  """Return units with those of entries that no point has reached, where they follow.
+
+  They follow where the unit does not change along an axis, as along the tokens of a
+  table, of which few are drawn.
+  """
+  for axis in range(units.ndim):
+    is_known = units != NOT_REACHED
+    highest = np.where(is_known, units, SEVERAL).max(axis, keepdims=True)
+    lowest = np.where(is_known, units, np.iinfo(int).max).min(axis, keepdims=True)
+    lines = is_known.any(axis, keepdims=True)
+    if (~lines | (highest == lowest)).all():
+      units = np.where(is_known | ~lines, units, highest)
+  return units
 
 
 def _shrink(units: np.ndarray) -> np.ndarray:

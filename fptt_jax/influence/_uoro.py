@@ -192,7 +192,8 @@ def _advance(
 
   def of_tree(tree: Weights) -> jax.Array:
     squares = [
-      (leaf**2).reshape(*leaf.shape[:2], -1).sum(2) for leaf in jax.tree.leaves(tree)
+      (jnp.abs(leaf) ** 2).reshape(*leaf.shape[:2], -1).sum(2)
+      for leaf in jax.tree.leaves(tree)
     ]
     return jnp.sqrt(sum(squares[1:], squares[0])) + TINY
 

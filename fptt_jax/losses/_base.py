@@ -63,8 +63,8 @@ class Loss(NamedTuple):
       float [s, B], other metrics}, for any s steps. Give it if `apply` is the mean of
       'loss' over the window's valid steps, `measure` sums all entries over them, and
       there is no state. Outputs may then be computed a few steps at a time. Else None.
-    terminal: Whether targets are certain to be [B, ...], even if their shape could be
-      read as [T, B, ...].
+    terminal: Whether there is one target per sequence. Targets are then [B, ...] where
+      T = B lets their shape be read as [T, B, ...].
     memory: `apply` in two parts; None if the state is small.
     valid: (targets, mask bool [T, B]) -> bool [], traced: whether all targets are in
       range at the valid steps. If it is False, the train step skips the batch's updates

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fptt_jax._trees import shapes
-from fptt_jax._windows import WindowView, take_steps
+from fptt_jax._windows import WindowView, is_time_major, take_steps
 from fptt_jax.losses._base import Loss, LossState, MetricSums, no_state, totals_where
 
 WindowFunction = Callable[[jax.Array, Any, WindowView], jax.Array]
@@ -147,6 +147,7 @@ def _measure_each_last_step(
     targets: A tree of arrays [B, ...] or [T, B, ...].
     window: The window of the whole batch.
   """
+  sizes = (window.num_steps, window.mask.shape[1])
 
   def value_of(row: jax.Array) -> jax.Array:
     def take(leaf: jax.Array, axis: int) -> jax.Array:
@@ -167,15 +168,9 @@ def _measure_each_last_step(
       axis=None,
     )
     row_targets = jax.tree.map(
-      lambda leaf: take(leaf, int(_has_time_axis(leaf, window))), targets
+      lambda leaf: take(leaf, int(is_time_major(leaf, *sizes, True))), targets
     )
     return function(take(outputs, 1), row_targets, last_step)
 
   values = jax.vmap(value_of)(jnp.arange(len(window.lengths)))
   return totals_where(window.ended, {'loss': values})
-
-
-def _has_time_axis(leaf: jax.Array, window: WindowView) -> bool:
-  """Return whether a leaf of terminal targets is certain to be [T, B, ...]."""
-  num_steps, batch_size = window.num_steps, window.mask.shape[1]
-  return num_steps != batch_size and leaf.shape[:2] == (num_steps, batch_size)

@@ -289,7 +289,7 @@ def _map_over_rows(run_row: RowStep, module: Any, takes_key: bool) -> Step:
     return run_row(module, state, x, {'key': key})
 
   def run_without_key(state: Any, x: jax.Array) -> Any:
-    return run_row(module, state, x, {})
+    return run_row(module, state, x, {'key': None} if takes_key else {})
 
   def step(
     state: Any, inputs: tuple[jax.Array, jax.Array | None]

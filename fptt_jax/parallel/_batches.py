@@ -10,7 +10,7 @@ from fptt_jax._batch import (
   targets_by_row,
   with_mask,
 )
-from fptt_jax._checks import check_type, require
+from fptt_jax._checks import check_flag, check_type, require
 from fptt_jax._trees import leading_axis, shapes
 from fptt_jax.losses import Loss
 from fptt_jax.parallel._devices import check_divisible, one_axis
@@ -63,7 +63,7 @@ def make_global_batch(
   concrete = all(map(is_addressable, leaves))
   require(concrete, 'batch', 'of concrete arrays', shapes(batch), error=TypeError)
   one = batch
-  if stacked:
+  if check_flag('stacked', stacked):
     leading_axis('batch with stacked=True', batch)
     one = jax.tree.map(lambda x: x[0], batch)
   one = with_mask(one)

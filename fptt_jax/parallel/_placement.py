@@ -115,7 +115,7 @@ class Replicated(Placement):
 
   Attributes:
     devices: Mesh with one axis.
-    terminal: Whether targets are [B, ...] for certain.
+    terminal: Whether the loss has one target per sequence.
   """
 
   devices: jax.sharding.Mesh

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fptt_jax._batch import Batch
+from fptt_jax._windows import is_time_major
 
 
 def named(specs: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -41,16 +42,16 @@ def batch_specs(batch: Batch, axis: str | None, terminal: bool) -> Any:
   Args:
     batch: Batch of arrays.
     axis: Name of the mesh axis; None leaves the batch whole.
-    terminal: Whether targets are [B, ...] for certain. Otherwise those of shape
-      [T, B, ...] are split along their second axis.
+    terminal: Whether the loss has one target per sequence. Targets of shape
+      [T, B, ...] are split along their second axis, unless T = B then.
   """
   rows: Any = PartitionSpec(axis)
   columns: Any = PartitionSpec(None, axis)
-  num_steps_and_rows = jnp.shape(jax.tree.leaves(batch.inputs)[0])[:2]
+  num_steps, batch_size = jnp.shape(jax.tree.leaves(batch.inputs)[0])[:2]
 
   def target_spec(target: Any) -> Any:
-    time_major = not terminal and jnp.shape(target)[:2] == num_steps_and_rows
-    return columns if time_major else rows
+    split_later = is_time_major(target, num_steps, batch_size, terminal)
+    return columns if split_later else rows
 
   return Batch(
     inputs=jax.tree.map(lambda _: columns, batch.inputs),

@@ -14,6 +14,7 @@ from fptt_jax._checks import (
   FLOAT32_TINY,
   INT32_MAX,
   check_array,
+  check_flag,
   check_integer,
   check_number,
   check_shape,
@@ -131,24 +132,26 @@ def make_learner(
   _check_loss(loss)
   window_size = check_size('window_size', window_size)
   wrapped = partly_labeled(loss)
-  trainer = make_trainer(
+  train_window = functools.partial(
+    make_trainer,
     model,
     wrapped,
     optimizer,
     method=_method_of(model, optimizer),
     num_windows=1,
     carry_hidden=True,
-    inner_steps=inner_steps,
     influence=influence,
     skip_nonfinite=skip_nonfinite,
     return_outputs=True,
     donate=False,
   )
+  trainer = train_window(inner_steps=inner_steps)
   spec = StreamSpec(
     model=model,
     user_loss=loss,
     loss=wrapped,
     trainer=trainer,
+    unlabeled=trainer if inner_steps == 1 else train_window(inner_steps=1),
     window_size=window_size,
     delay=check_integer('delay', delay, 0, INT32_MAX // 2, 'an integer >= 0'),
     skip_nonfinite=skip_nonfinite,
@@ -157,7 +160,7 @@ def make_learner(
     inner_steps=int(inner_steps),
     keeps_influence=_keeps_influence(influence),
   )
-  return _compile(_Functions(spec), donate)
+  return _compile(_Functions(spec), check_flag('donate', donate))
 
 
 def _keeps_influence(influence: str | Influence) -> bool:

@@ -12,7 +12,7 @@ import optax
 from fptt_jax._batch import Batch
 from fptt_jax._dtypes import widen
 from fptt_jax._trees import check_like, where_rows, zero_unless
-from fptt_jax._types import Hidden, Model, Params, Trainer, TrainState
+from fptt_jax._types import Hidden, Model, Params, StepMetrics, Trainer, TrainState
 from fptt_jax._windows import make_windows, valid_steps, window_at
 from fptt_jax.losses import Loss, MetricSums
 from fptt_jax.streaming._buffer import PendingWindow
@@ -37,6 +37,7 @@ class StreamSpec:
     user_loss: Loss for labels [S, B, ...].
     loss: The same for pairs (labels, bool [S, B]), which the trainer was made with.
     trainer: Trainer of one window. It carries the hidden state and returns outputs.
+    unlabeled: The same with one inner step, for windows without labels.
     window_size: S.
     delay: How many steps late a label may come.
     skip_nonfinite: Whether non-finite inputs and labels count as missing.
@@ -50,6 +51,7 @@ class StreamSpec:
   user_loss: Loss
   loss: Loss
   trainer: Trainer
+  unlabeled: Trainer
   window_size: int
   delay: int
   skip_nonfinite: bool
@@ -160,7 +162,7 @@ def learn_window(
   has_label = labeled.any()
   targets = (window.targets, labeled)
   batch = Batch(window.inputs, targets, mask=valid)
-  train, metrics = spec.trainer.step(state.train, batch)
+  train, metrics = _train(spec, state.train, batch, has_label)
   # Without a label a window moves the hidden state and what depends on it, no weights.
   params, opt_state = optax.tree.where(
     has_label,
@@ -192,6 +194,18 @@ def learn_window(
   )
   state = state._replace(train=train, live=live, fast=fast, slow=slow, counts=counts)
   return state, outputs
+
+
+def _train(
+  spec: StreamSpec, train: TrainState, batch: Batch, has_label: jax.Array
+) -> tuple[TrainState, StepMetrics]:
+  """Run the train step of a window."""
+  if spec.inner_steps == 1:
+    return spec.trainer.step(train, batch)
+  # Early steps would move the weights that the hidden state is computed with, and a
+  # window without a label has to put them back.
+  step = jax.lax.cond(has_label, spec.trainer.step, spec.unlabeled.step, train, batch)
+  return step
 
 
 def _far_rows(hidden: Hidden) -> jax.Array:

@@ -152,6 +152,7 @@ def _bare_map(
     mask,
     own_steps=model.own_steps,
     own_kernels=model.own_kernels,
+    first_params=model.init,
   )
   if fresh is None:
     return window

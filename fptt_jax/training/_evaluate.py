@@ -7,7 +7,13 @@ import jax.numpy as jnp
 
 from fptt_jax._batch import Batch, check_shapes
 from fptt_jax._types import Hidden, Params
-from fptt_jax._windows import make_windows, valid_steps, window_at, write_window
+from fptt_jax._windows import (
+  lengths_in_range,
+  make_windows,
+  valid_steps,
+  window_at,
+  write_window,
+)
 from fptt_jax.losses import MetricSums
 from fptt_jax.parallel._collectives import sum_over_devices
 from fptt_jax.training._invalid import batch_in_range, clear_idle_targets
@@ -57,11 +63,11 @@ def run_evaluate(
   return sum_over_devices(totals, axis), hidden
 
 
-def _nan_unless(valid: jax.Array, total: jax.Array) -> jax.Array:
-  """Return NaN for an invalid batch, so that no mean of its totals looks right."""
-  if not jnp.issubdtype(total.dtype, jnp.floating):
-    return total
-  return jnp.where(valid, total, jnp.nan)
+def _nan_unless(valid: jax.Array, numbers: jax.Array) -> jax.Array:
+  """Return NaN for an invalid batch, so that nothing made of it looks right."""
+  if not jnp.issubdtype(numbers.dtype, jnp.inexact):
+    return numbers
+  return jnp.where(valid, numbers, jnp.nan)
 
 
 def run_predict(
@@ -76,7 +82,8 @@ def run_predict(
     hidden: [B, ...], hidden state that the sequences start from.
 
   Returns:
-    Outputs [T, B, ...], 0 at masked steps, and the hidden state after them.
+    Outputs [T, B, ...], 0 at masked steps and NaN if a length is out of range, and the
+    hidden state after them.
   """
   model = spec.model
   num_steps, batch_size = check_shapes(batch)
@@ -95,4 +102,7 @@ def run_predict(
 
   start = (hidden, empty_outputs(model, params, hidden, batch, windows.size))
   (hidden, outputs), _ = jax.lax.scan(body, start, jnp.arange(windows.num_windows))
+  if batch.lengths is not None:
+    lengths = jnp.asarray(batch.lengths, jnp.int32)
+    outputs = _nan_unless(lengths_in_range(lengths, num_steps), outputs)
   return outputs, hidden

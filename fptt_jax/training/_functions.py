@@ -17,7 +17,7 @@ from fptt_jax._batch import (
 from fptt_jax._checks import as_key, check_shape, check_type, require
 from fptt_jax._compiled import explain_deleted
 from fptt_jax._probe import check_model
-from fptt_jax._trees import check_like
+from fptt_jax._trees import arrange_like, check_like
 from fptt_jax._types import Hidden, Params, StepMetrics, TrainState
 from fptt_jax._window_momentum import check_window_count
 from fptt_jax.influence._check import check_map
@@ -174,6 +174,8 @@ class Functions:
     params = check_like('params', params, expected, 'as model.init makes it')
     if hidden is None:
       hidden = model.start(params, batch_size)
+    like = jax.eval_shape(functools.partial(model.initial_state, batch_size))
+    hidden = arrange_like('hidden', hidden, like, 'as the model makes it')
     self._check_hidden(hidden, batch_size, 'the given hidden state')
     return params, hidden
 

@@ -9,7 +9,7 @@ import optax
 
 from fptt_jax._batch import Batch, targets_by_row
 from fptt_jax._trees import zero_unless
-from fptt_jax._windows import ValidSteps, lengths_in_range
+from fptt_jax._windows import ValidSteps, is_time_major, lengths_in_range
 from fptt_jax.losses import Loss
 from fptt_jax.parallel._collectives import (
   all_over_devices,
@@ -17,14 +17,22 @@ from fptt_jax.parallel._collectives import (
 
 
 def clear_idle_targets(loss: Loss, batch: Batch, valid: ValidSteps) -> Batch:
-  """Put 0 in place of targets [B, ...] of sequences without any valid step.
+  """Put 0 in place of a terminal loss's targets of sequences without any valid step.
 
   NaN there would come back as a NaN gradient, although it counts for nothing.
   """
   if batch.mask is None or not targets_by_row(loss):
     return batch
-  targets = jax.tree.map(jnp.asarray, batch.targets)
-  return batch._replace(targets=zero_unless(valid.lengths > 0, targets))
+  shape = jax.tree.leaves(batch.inputs)[0].shape[:2]
+  rows = valid.lengths > 0
+
+  def clear(target: jax.Array) -> jax.Array:
+    is_late = is_time_major(target, shape[0], shape[1], by_row=True)
+    cleared: jax.Array = zero_unless(rows[None] if is_late else rows, target)
+    return cleared
+
+  targets = jax.tree.map(lambda leaf: clear(jnp.asarray(leaf)), batch.targets)
+  return batch._replace(targets=targets)
 
 
 def batch_in_range(loss: Loss, batch: Batch, axis: str | None) -> jax.Array | None:

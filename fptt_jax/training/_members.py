@@ -8,7 +8,14 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fptt_jax._batch import Batch
-from fptt_jax._checks import as_key, check_integer, check_shape, check_type, require
+from fptt_jax._checks import (
+  as_key,
+  check_flag,
+  check_integer,
+  check_shape,
+  check_type,
+  require,
+)
 from fptt_jax._compiled import Compiled
 from fptt_jax._trees import leading_axis
 from fptt_jax._types import Hidden, Params, StepMetrics, Trainer, TrainState
@@ -74,7 +81,7 @@ def vmap_trainer(
   check_type('trainer', trainer, Trainer)
   if mesh is not None:
     mesh, _ = one_axis(mesh)
-  members = _Members(trainer, own_batches, mesh)
+  members = _Members(trainer, check_flag('own_batches', own_batches), mesh)
   return Trainer(
     init=members.init,
     step=Compiled(members.step, donate=trainer.donate),

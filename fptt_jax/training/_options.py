@@ -7,13 +7,23 @@ import jax
 import numpy as np
 import optax
 
-from fptt_jax._checks import FLOAT32_MAX, as_number, check_size, check_type, require
+from fptt_jax._checks import (
+  FLOAT32_MAX,
+  as_number,
+  check_flag,
+  check_size,
+  check_type,
+  require,
+)
 from fptt_jax._types import Hidden, Model, Params
 from fptt_jax.influence import INFLUENCES, Influence
 from fptt_jax.losses import Loss
 from fptt_jax.training._micro_batches import split_model
 from fptt_jax.training._schedules import METHODS, Method
 from fptt_jax.training._spec import StepSpec
+
+FLAGS = ('carry_hidden', 'skip_nonfinite', 'return_outputs', 'checkpoint_windows')
+"""Options that are True or False."""
 
 
 def resolve_spec(
@@ -42,6 +52,8 @@ def resolve_spec(
   # Types come first: the other checks read attributes of these objects.
   check_types(model, loss, optimizer)
   name, method = _find_method(method)
+  for flag in FLAGS:
+    options[flag] = check_flag(flag, options[flag])
   for size in ('inner_steps', 'micro_batches'):
     options[size] = check_size(size, options[size])
   for size in ('num_windows', 'window_size', 'truncation_steps', 'readout_chunk'):

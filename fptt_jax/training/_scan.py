@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fptt_jax._batch import Batch
 from fptt_jax._checks import (
@@ -84,6 +85,11 @@ def scan_train_steps(
     like, _ = jax.eval_shape(trainer.step, state, first)
     state = state._replace(key=as_key('state.key', state.key))
     state = arrange_like('state', state, like, 'as a step returns it')
+    # Batches may have another size than the state's, which is not carried on then.
+    state = state._replace(
+      hidden=_as_large(state.hidden, like.hidden),
+      influence=_as_large(state.influence, like.influence),
+    )
 
     def body(state: TrainState, item: Any) -> tuple[TrainState, StepMetrics]:
       return trainer.step(state, make_batch(source, item))
@@ -91,3 +97,14 @@ def scan_train_steps(
     return jax.lax.scan(body, state, items)
 
   return Compiled(run, donate=donate)
+
+
+def _as_large(state: Any, like: Any) -> Any:
+  """Return a tree of arrays with zeros in place of those of other shapes."""
+
+  def fit(leaf: Any, expected: Any) -> Any:
+    if jnp.shape(leaf) == expected.shape:
+      return leaf
+    return jnp.zeros(expected.shape, expected.dtype)
+
+  return jax.tree.map(fit, state, like)

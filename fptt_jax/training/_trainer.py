@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from fptt_jax._checks import require
+from fptt_jax._checks import check_flag, require
 from fptt_jax._compiled import Compiled
 from fptt_jax._types import Model, Trainer
 from fptt_jax.influence import Influence
@@ -169,6 +169,8 @@ def make_trainer(
     'checkpoint_windows': checkpoint_windows,
   }
   spec = resolve_spec(model, loss, optimizer, method, options)
+  donate = check_flag('donate', donate)
+  shard_params = check_flag('shard_params', shard_params)
   placement = make_placement(mesh, shard_params, loss)
   # Each row needs the gradient of all parameters.
   fits = not shard_params or spec.influence is None
