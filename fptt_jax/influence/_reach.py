@@ -122,9 +122,9 @@ def starts_of(init: Callable[[jax.Array], Params]) -> Callable[[int], Params]:
 def reached_paths(window: WindowMap, params: Params, hidden: Hidden) -> tuple[str, ...]:
   """Return the paths of the parameters that the hidden state depends on.
 
-  A parameter counts if its derivative is not 0 at one of several points, or if its
-  being NaN makes a number of the state NaN. The latter also shows dependences whose
-  derivative is 0 there, such as of a number that is clipped.
+  A parameter counts if its derivative is not 0 at one of several points, or if NaN in
+  its place makes a number of the state NaN. NaN also shows dependences whose derivative
+  is 0 there, such as on a number that is clipped.
 
   Args:
     window: A window. Its shapes are used, and its functions.
@@ -169,16 +169,20 @@ def reached_paths(window: WindowMap, params: Params, hidden: Hidden) -> tuple[st
   nothing = jax.tree.map(lambda leaf: np.zeros((), bool), params)
   on: Any = np.ones((), bool)
   reached: set[str] = set()
+  # Parameters whose derivative was not finite at any point count, too.
+  unclear = set(by_path(params))
   for seed in range(DRAWS):
     point = points.draw(seed)
     for path, leaf in by_path(gradient(*point, np.uint32(seed))).items():
       found = np.asarray(leaf)
+      if np.isfinite(found).all():
+        unclear.discard(path)
       if (np.isfinite(found) & (found != 0)).any():
         reached.add(path)
     for path in set(by_path(params)) - reached:
       if spoils(*point, replace(nothing, {path: on})):
         reached.add(path)
-  return tuple(path for path in by_path(params) if path in reached)
+  return tuple(path for path in by_path(params) if path in reached | unclear)
 
 
 def draw_like(tree: Any, seed: int, high: int = 2) -> Any:
