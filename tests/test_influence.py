@@ -1,5 +1,6 @@
 """Credit across windows: exact influences against back-propagation through time."""
 
+import itertools
 from typing import Any
 
 import chex
@@ -1013,8 +1014,13 @@ HIDDEN_STRUCTURE = {
 }
 
 
-@pytest.mark.parametrize('kind', ['rtrl', 'snap1', 'snap2', 'uoro', 'unit-uoro'])
-@pytest.mark.parametrize('name', HIDDEN_STRUCTURE)
+@pytest.mark.parametrize(
+  ('name', 'kind'),
+  [
+    *itertools.product(HIDDEN_STRUCTURE, ['rtrl', 'snap1', 'snap2']),
+    *itertools.product(['complex'], ['uoro', 'unit-uoro']),
+  ],
+)
 def test_structure_that_few_points_show_is_found(name: str, kind: str) -> None:
   """Tokens of which few are drawn, parameters outside the domain of a function or
   clipped at most points, and complex ones. Units are apart in all of these, so that
