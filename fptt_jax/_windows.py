@@ -237,8 +237,8 @@ def is_time_major(target: Any, num_steps: int, batch_size: int, by_row: bool) ->
     target: One array of the targets.
     num_steps: T.
     batch_size: B.
-    by_row: Whether the loss has one target per sequence. That decides where T = B, and
-      the shape tells otherwise.
+    by_row: Whether the loss has one target per sequence. It decides if T = B, where the
+      shape cannot tell.
   """
   has_shape = jnp.shape(target)[:2] == (num_steps, batch_size)
   return has_shape and not (by_row and num_steps == batch_size)

@@ -546,7 +546,7 @@ class _Loop:
       if changed:
         folder = self._folder / self._members[number].name
         raise UserError(
-          f'{folder} has been trained to its end, too early for other settings; '
+          f'{folder} has been trained to its end, and settings have changed since; '
           f'{"; ".join(changed)}. Delete this folder to train the run anew, or choose '
           'another --workdir.'
         )

@@ -64,8 +64,8 @@ class Score(NamedTuple):
     digits: number of decimals to print.
     axis: the horizontal axis of its curves, 'epoch', 'batches' or 'steps'.
     marks: names and values of horizontal lines beside its curves.
-    is_early: whether `choose` is complete before `test` begins, as on a stream. A run
-      that diverges after it still has it.
+    chooses_early: whether `choose` is complete before `test` begins, as on a stream. A
+      run that diverges after it still has it.
   """
 
   test: str
@@ -76,7 +76,7 @@ class Score(NamedTuple):
   digits: int
   axis: str = 'epoch'
   marks: tuple[tuple[str, float], ...] = ()
-  is_early: bool = False
+  chooses_early: bool = False
 
   def is_chance(self, value: float) -> bool:
     """Return whether an error is about that without any learning, or higher.
@@ -120,7 +120,7 @@ STREAM = Score(
   False,
   4,
   'steps',
-  is_early=True,
+  chooses_early=True,
 )
 
 
@@ -710,7 +710,7 @@ def _online(
     del preset['num_windows']
   config = online.Config(task=task, method=(method,), influence=influence, **preset)
   label = f'{name}-{method}' + ('' if influence == 'none' else f'-{influence}')
-  # Test data that do not depend on the seed are the same for a trial.
+  # Where the test data are the same for all seeds, a trial would be scored on them.
   can_tune = PROBLEMS[task].draw_test is None
   return Entry(label, online, config, CREDIT[task], can_tune=can_tune)
 

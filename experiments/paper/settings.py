@@ -74,7 +74,7 @@ class Config:
         self.scale != 'short',
         'scale',
         self.scale,
-        f'another one with --item={self.item}, which has no shorter form of it',
+        f'another one with --item={self.item}, which has no such scale',
       )
       # A study ignores these flags; a user who sets them expects an effect.
       for name in ('methods', 'lines', 'seeds', 'allow_config_change'):

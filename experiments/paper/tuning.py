@@ -175,7 +175,7 @@ def score_of(entry: Entry, summary: dict[str, Any]) -> float | None:
     summary: summary of the trial.
   """
   # A run that diverged may have a score, of the weights before.
-  if 'lost' in summary and not entry.score.is_early:
+  if 'lost' in summary and not entry.score.chooses_early:
     return None
   score: float | None = summary[entry.score.choose]
   return score

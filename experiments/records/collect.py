@@ -321,7 +321,7 @@ def own_settings(
 
 
 def has_tuned_rate(run: str, config: dict[str, Any]) -> bool:
-  """Return whether a run has its method's own rate out of the table of tuned rates.
+  """Return whether a run has the rate that a table of tuned rates gives its method.
 
   Args:
     run: the run's name.

@@ -10,7 +10,7 @@ from fptt_jax._checks import describe, require
 from fptt_jax._concrete import concrete
 from fptt_jax._types import Hidden, Model, Params
 from fptt_jax.influence._arrays import join, row_size
-from fptt_jax.influence._reach import Points, starts_of
+from fptt_jax.influence._reach import Points, compiled_init
 
 ROWS = 2
 """Rows of the run that looks for noise."""
@@ -65,6 +65,6 @@ def _noise(
     return jnp.abs(difference).max(), jnp.where(is_known, jnp.abs(evaluated), 0).max()
 
   # Every second point is near the parameters that the model starts from.
-  point = Points((params, hidden, x), starts_of(model.init)).draw(1)
+  point = Points((params, hidden, x), compiled_init(model.init)).draw(1)
   difference, scale = (float(number) for number in run(*point))
   return difference / max(scale, float(np.finfo(np.float32).tiny))

@@ -54,7 +54,7 @@ def _shapes_key(window: WindowMap, params: Params) -> str:
 
 
 class Points:
-  """Points at which a model is looked at: parameters, hidden state and inputs.
+  """Points at which a model is probed: parameters, hidden state and inputs.
 
   Structure that does not show at one kind of point shows at another. Half of the points
   have normal numbers as parameters, and the other half has numbers near those that the
@@ -85,7 +85,7 @@ class Points:
 
 
 def _near(first: jax.Array, noise: np.ndarray) -> np.ndarray:
-  """Return numbers near the first ones; integers and keys stay as they are."""
+  """Return parameters near the first ones; integers and keys are those of the noise."""
   if not jnp.issubdtype(first.dtype, jnp.inexact):
     return noise
   # The noise moves weights that start at 0. By NumPy, outside of any trace.
@@ -109,10 +109,10 @@ def _first_params(
   window: WindowMap, params: Params, hidden: Hidden
 ) -> Callable[[int], Params] | None:
   """Return a function (seed) -> concrete parameters that the model starts from."""
-  return None if window.first_params is None else starts_of(window.first_params)
+  return None if window.first_params is None else compiled_init(window.first_params)
 
 
-def starts_of(init: Callable[[jax.Array], Params]) -> Callable[[int], Params]:
+def compiled_init(init: Callable[[jax.Array], Params]) -> Callable[[int], Params]:
   """Return (seed) -> concrete parameters, for `Model.init`."""
   run = concrete(lambda seed: init(jax.random.key(seed)))
   return lambda seed: run(np.uint32(seed))

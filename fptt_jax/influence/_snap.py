@@ -276,10 +276,13 @@ def _find_pattern(window: WindowMap, params: Params, hidden: Hidden, n: int) -> 
 
 
 def _fill(reached: np.ndarray) -> np.ndarray:
-  """Return a pattern [N, ...] with that of entries that no point has reached.
+  """Give entries that no point has reached the pattern of the entries beside them.
 
-  It follows where the pattern does not change along an axis of the parameter, as along
-  the tokens of a table, of which few are drawn.
+  This is done along each axis of the parameter along which the known patterns do not
+  change. Such an axis is that of the tokens of a table, of which only a few are drawn.
+
+  Args:
+    reached: bool [N, ...], which numbers of the state each entry reaches.
   """
   for axis in range(1, reached.ndim):
     is_known = reached.any(0, keepdims=True)

@@ -275,10 +275,16 @@ def _group_arrays(columns: list[np.ndarray], of_state: np.ndarray) -> list[list[
 
 
 def _fill(units: np.ndarray) -> np.ndarray:
-  """Return units with those of entries that no point has reached, where they follow.
+  """Give entries that no point has reached the unit of the entries beside them.
 
-  They follow where the unit does not change along an axis, as along the tokens of a
-  table, of which few are drawn.
+  This is done along each axis along which the known units do not change. Such an axis
+  is that of the tokens of a table, of which only a few are drawn.
+
+  Args:
+    units: int array, the unit of each entry of a parameter.
+
+  Returns:
+    The units, with `NOT_REACHED` where no such axis tells them.
   """
   for axis in range(units.ndim):
     is_known = units != NOT_REACHED

@@ -204,8 +204,10 @@ def _train(
     return spec.trainer.step(train, batch)
   # Early steps would move the weights that the hidden state is computed with, and a
   # window without a label has to put them back.
-  step = jax.lax.cond(has_label, spec.trainer.step, spec.unlabeled.step, train, batch)
-  return step
+  trained: tuple[TrainState, StepMetrics] = jax.lax.cond(
+    has_label, spec.trainer.step, spec.unlabeled.step, train, batch
+  )
+  return trained
 
 
 def _far_rows(hidden: Hidden) -> jax.Array:
