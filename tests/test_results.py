@@ -102,8 +102,8 @@ RUNS = st.dictionaries(
 def test_nothing_measured_is_lost(
   tmp_path_factory: pytest.TempPathFactory, found: dict[Any, Any]
 ) -> None:
-  """Each run becomes one row with its numbers and curve, whatever they are; collecting
-  again changes no byte.
+  """Each run becomes one row with its numbers and rounded curve, whatever they are;
+  collecting again changes no byte.
   """
   folder, out = tmp_path_factory.mktemp('runs'), tmp_path_factory.mktemp('out')
   for (line, seed), (curve, done) in found.items():
@@ -114,7 +114,9 @@ def test_nothing_measured_is_lost(
   for (line, seed), (curve, done) in found.items():
     stage = 'tuning' if line.startswith('tune/') else 'final'
     row = got[stage, line.removeprefix('tune/') or 'fptt', seed]
-    assert row.curves['test_mse'] == curve
+    for kept, value in zip(row.curves['test_mse'], curve, strict=True):
+      rounded = None if value is None else pytest.approx(value, rel=5.1e-6, abs=0.0)
+      assert kept == rounded
     assert row.status == ('done' if done else 'unfinished')
     assert row.numbers.get('test_mse', 'none') == (curve[-1] if done else 'none')
     assert (row.settings['lr'], row.settings['method'], row.source) == (
@@ -200,6 +202,19 @@ def test_a_run_that_goes_on_takes_the_place_of_what_it_was(tmp_path: Path) -> No
   ).rows
   assert row.source['commit'] == 'told'
   assert 'A note.' in tables.table_of('fig1/cpu', out)
+
+
+def test_curves_keep_six_digits(tmp_path: Path) -> None:
+  """Numbers along a run are rounded; whole numbers and missing ones stay, and the
+  result keeps all digits.
+  """
+  write_run(tmp_path / 'run', 'fptt-seed0', [1 / 3, None, 2e-9 / 3])
+  [row] = collected(tmp_path / 'run', tmp_path).rows
+  assert row.curves['test_mse'] == [0.333333, None, 6.66667e-10]
+  assert all(isinstance(step, int) for step in row.curves['step'])
+  assert row.numbers['test_mse'] == 2e-9 / 3
+  # The same run once more is the same row, not another run of its name.
+  assert collected(tmp_path / 'run', tmp_path).rows == [row]
 
 
 def test_series_stand_beside_each_other(tmp_path: Path) -> None:

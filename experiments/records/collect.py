@@ -59,6 +59,10 @@ NO_SOURCE = (
 """Entries of a report or summary that do not say where its numbers come from."""
 
 
+CURVE_DIGITS = 6
+"""Significant digits of the numbers along a run; float32 has seven."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Origin:
   """Facts about runs that their folder may not record.
@@ -365,9 +369,17 @@ def line_of(run: str) -> str:
 
 
 def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-  """Return rows of metrics as one list per metric; None where a row lacks it."""
+  """Return rows of metrics as one list per metric; None where a row lacks it.
+
+  Numbers keep `CURVE_DIGITS` significant digits, which halves the files of the curves.
+  """
   names = dict.fromkeys(name for row in rows for name in row)
-  return {name: [row.get(name) for row in rows] for name in names}
+  return {name: [_rounded(row.get(name)) for row in rows] for name in names}
+
+
+def _rounded(value: Any) -> Any:
+  """Return a number of a curve with fewer digits, and any other value as it is."""
+  return float(f'{value:.{CURVE_DIGITS}g}') if isinstance(value, float) else value
 
 
 def report_rows(folder: Path, name: str, series: str) -> Iterator[Row]:
