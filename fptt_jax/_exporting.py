@@ -15,7 +15,7 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from fptt_jax._checks import Words, check_array, check_callable, require
+from fptt_jax._checks import Words, check_array, check_callable, check_flag, require
 from fptt_jax._trees import check_like, distinct_paths, leaf_paths, shapes
 
 FORMAT = 1
@@ -81,7 +81,8 @@ class LoadedStep(NamedTuple):
     step: `(state, *arguments) -> (state, results)`. A state is a list of arrays in the
       manifest's order, which is donated if the manifest says so; the arguments are the
       leaves of the step's other arguments. The results are a dict by path. Arrays of
-      other numbers, shapes or dtypes raise a ValueError, and the state is as it was.
+      other numbers, shapes or dtypes raise a ValueError, what is no array a TypeError,
+      and the state is as it was.
     state: The first state.
     manifest: As in :class:`ExportedStep`.
   """
@@ -143,8 +144,9 @@ def export_step(
     for path, leaf in jax.tree.leaves_with_path(tree):
       check_array(f'{name}{jax.tree_util.keystr(path)}', leaf)
   # A text would be taken for a sequence of its letters.
-  known = not isinstance(platforms, str) and set(platforms) <= set(PLATFORMS)
-  require(known, 'platforms', f'a sequence out of {PLATFORMS}', platforms)
+  wanted = () if isinstance(platforms, str) else tuple(dict.fromkeys(platforms))
+  known = bool(wanted) and set(wanted) <= set(PLATFORMS)
+  require(known, 'platforms', f'one or more out of {PLATFORMS}', platforms)
   num_state = len(jax.tree.leaves(state))
   # The structure of the results is known only once the step has been traced.
   outputs: dict[str, Any] = {}
@@ -157,12 +159,12 @@ def export_step(
     outputs['results'] = jax.eval_shape(lambda: results)
     return [_key_data(jnp.asarray(leaf)) for leaf in jax.tree.leaves((new, results))]
 
-  donated = num_state if donate else 0
+  donated = num_state if check_flag('donate', donate) else 0
   jitted = jax.jit(flat_step, donate_argnums=tuple(range(donated)))
   leaves = jax.tree.leaves((state, args))
   # Typed keys exist in JAX alone; other runtimes know plain arrays.
   abstract = [jax.eval_shape(_key_data, leaf) for leaf in leaves]
-  exported = export.export(jitted, platforms=tuple(platforms))(*abstract)
+  exported = export.export(jitted, platforms=wanted)(*abstract)
   manifest = {
     'format': FORMAT,
     'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
@@ -285,9 +287,8 @@ def _check_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
   accepted = f'of calling convention {low} to {high}, which jax {jax.__version__} loads'
   hint = f'Jax {manifest["versions"]["jax"]} wrote it. {AGAIN}, or compile {TEXT}.'
   require(low <= version <= high, name, accepted, version, hint)
-  platform = jax.default_backend()
-  # JAX names the backend of NVIDIA's GPUs 'gpu', and the platform 'cuda'.
-  platform = {'gpu': 'cuda'}.get(platform, platform)
+  # The backend 'gpu' is the platform 'cuda' or 'rocm'.
+  platform = export.default_export_platform()
   given = manifest['platforms']
   hint = f'Export it with platforms including {platform!r}.'
   require(platform in given, name, f'for the platform {platform}', given, hint)

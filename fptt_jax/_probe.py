@@ -58,7 +58,7 @@ def mark_checked(function: Callable[..., Any]) -> None:
 
 def is_checked(function: Callable[..., Any]) -> bool:
   """Return whether :func:`mark_checked` was called for this `apply`."""
-  return _ALL in _checked.get(function, ())
+  return _ALL in _known(function)
 
 
 def check_state_rows(

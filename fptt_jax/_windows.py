@@ -174,11 +174,12 @@ class WindowView(NamedTuple):
     """True for each sequence whose last valid step is in the window, bool [B]."""
     return self.active & (self.seen == self.lengths)
 
-  def slice(self, x: jax.Array) -> jax.Array:
+  def slice(self, x: jax.Array, name: str = 'x') -> jax.Array:
     """Return the window's steps of a time-major array, with 0 at masked steps.
 
     Args:
       x: [T, B, ...].
+      name: The array's name in the error.
 
     Returns:
       [S, B, ...].
@@ -188,7 +189,7 @@ class WindowView(NamedTuple):
     """
     expected = (self.num_steps, self.mask.shape[1])
     fits = x.shape[:2] == expected
-    require(fits, 'x', f'time-major, [T, B, ...] = {expected}', x.shape)
+    require(fits, name, f'time-major, [T, B, ...] = {expected}', x.shape)
     x = jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=0)
     # Padding may hold anything. A NaN would come back as a NaN gradient, even if the
     # loss masks it out.

@@ -192,7 +192,8 @@ class _StreamEstimator:
   def _predict(self, x: Mapping[Any, Any]) -> np.ndarray:
     """Return the outputs [O] of a step, which waits for its label from now on."""
     vector = self._vector(x)
-    if self._waiting and not self._waiting[-1].answered:
+    # Where labels are late, steps that wait may well have equal features.
+    if self.delay == 0 and self._waiting and not self._waiting[-1].answered:
       newest = self._waiting[-1]
       if _same(newest.x, vector):
         return newest.outputs
@@ -394,7 +395,8 @@ class Regressor(_StreamEstimator, base.MiniBatchRegressor):
   def predict_one(self, x: dict[Any, Any]) -> float:
     """Predict the next step of the stream.
 
-    Asking twice for the same features, with no label in between, is one step.
+    Without a delay, asking twice for the same features, with no label in between, is
+    one step. With a delay each call is a step.
     """
     return float(self._predict(x)[0])
 
@@ -460,7 +462,6 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
     seed: int = 0,
   ) -> None:
     """Keep the options, see the class."""
-    self.num_classes = num_classes
     self.model = model
     self.optimizer = optimizer
     self.window_size = window_size
@@ -469,7 +470,7 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
     self.match_features = match_features
     self.features = features
     self.seed = seed
-    check_size('num_classes', num_classes)
+    self.num_classes = check_size('num_classes', num_classes)
     self._labels_seen: list[Any] = []
     self._start()
 
@@ -485,7 +486,8 @@ class Classifier(_StreamEstimator, base.MiniBatchClassifier):
   def predict_proba_one(self, x: dict[Any, Any], **kwargs: Any) -> dict[Any, float]:
     """Predict the probabilities of the labels seen so far, for the next step.
 
-    Asking twice for the same features, with no label in between, is one step.
+    Without a delay, asking twice for the same features, with no label in between, is
+    one step. With a delay each call is a step.
     """
     return self._probabilities(self._predict(x))
 

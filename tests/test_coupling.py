@@ -1,5 +1,6 @@
 """FPTT's regularizer added to the update instead of the gradient."""
 
+import helpers
 from helpers import assert_close
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from fptt_jax import fptt, spectral_radius
+from fptt_jax import fptt, losses, spectral_radius
+from fptt_jax._summary import find_states
 
 
 def run(tx, grads, params):
@@ -49,6 +51,28 @@ def test_equals_the_gradient_s_form_for_sgd(x64, options):
   for (w, s), (w_out, s_out) in zip(inside, outside, strict=True):
     assert_close((w_out, s_out.w_bar), (w, s.w_bar), 1e-13)
     assert_close(s_out.lam, jax.tree.map(lambda lam: lr * lam, s.lam), 1e-13)
+
+
+@pytest.mark.parametrize('inner_steps', [1, 2])
+def test_a_trainer_s_windows_are_the_same_in_both_forms(x64, inner_steps):
+  """By SGD, with α here = η α there, also where a window takes several steps."""
+  lr, alpha = 0.1, 0.7
+  batch = helpers.regression_batch(6, 4, dtype=np.float64)
+  found = []
+  for options in (dict(alpha=alpha), dict(alpha=lr * alpha, coupling='update')):
+    trainer = helpers.quick_trainer(
+      helpers.elman(dtype=jnp.float64),
+      losses.terminal_regression(),
+      fptt(optax.sgd(lr), **options),
+      num_windows=3,
+      inner_steps=inner_steps,
+    )
+    state = trainer.init(jax.random.key(0), batch)
+    for _ in range(3):
+      state, _ = trainer.step(state, batch)
+    [tied] = find_states(state.opt_state)
+    found.append((state.params, tied.w_bar))
+  assert_close(found[1], found[0], 1e-12)
 
 
 def test_by_the_equations_with_adam(x64):

@@ -98,7 +98,14 @@ def test_experiments_use_public_names_only() -> None:
   assert not private
 
 
-def test_the_library_starts_without_flax() -> None:
-  """Flax takes a second to import, and optimizers and losses need none of it."""
-  program = "import fptt_jax, sys; assert 'flax' not in sys.modules"
+def test_the_library_starts_with_what_all_need() -> None:
+  """Flax takes a second to import, and optimizers and losses need none of it; streams
+  and exported steps wait until they are asked for.
+  """
+  program = """
+import fptt_jax, sys
+late = ('flax', 'fptt_jax.streaming', 'fptt_jax._exporting', 'fptt_jax.river')
+found = [name for name in sys.modules if name.startswith(late)]
+assert not found, found
+"""
   subprocess.run([sys.executable, '-c', program], check=True, cwd=ROOT)

@@ -244,10 +244,22 @@ def test_a_key_may_be_abstract_and_a_leaf_may_be_called_file(tmp_path: Path) -> 
   assert new == 2.0 + jax.random.normal(jax.random.key(1))
 
 
-@pytest.mark.parametrize('platforms', ['cpu', ('cpu', 'gpu')])
+@pytest.mark.parametrize('platforms', ['cpu', ('cpu', 'gpu'), []])
 def test_unknown_platforms_are_refused(platforms: Any) -> None:
-  with pytest.raises(ValueError, match=r'platforms must be a sequence out of .* got'):
+  with pytest.raises(ValueError, match=r'platforms must be one or more out of .* got'):
     fptt_jax.export_step(lambda s: (s, s), jnp.ones(1), platforms=platforms)
+
+
+def test_platforms_may_come_from_a_generator() -> None:
+  """Each is named once."""
+  names = (name for name in ('cpu', 'cpu', 'tpu'))
+  exported = fptt_jax.export_step(lambda s: (s, s), jnp.ones(1), platforms=names)
+  assert exported.manifest['platforms'] == ['cpu', 'tpu']
+
+
+def test_a_text_is_no_flag() -> None:
+  with pytest.raises(TypeError, match="donate must be True or False, got 'False'"):
+    fptt_jax.export_step(lambda s: (s, s), jnp.ones(1), donate='False')
 
 
 @pytest.mark.parametrize(

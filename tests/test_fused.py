@@ -292,6 +292,32 @@ def test_memory_falls_with_the_windows():
   assert long <= 1.02 * short
 
 
+@pytest.mark.parametrize('layer', [nn.LSTM, nn.GRU, nn.ElmanRNN])
+@pytest.mark.parametrize('wrap', ['jit', 'checkpoint', 'scan'])
+@pytest.mark.filterwarnings("ignore:products='bfloat16' is slower")
+def test_a_differentiated_program_rounds_forward_too(layer, wrap):
+  """JAX traces the forward pass later there, which must round its products all the
+  same.
+  """
+  run = layer(8, 24, products='bfloat16', implementation='custom_vjp', rngs=nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(0), (5, 3, 8))
+  state = run.initial_state(3)
+
+  def outputs(x):
+    return run(state, x)[1]
+
+  def scanned(x):
+    return jax.lax.scan(lambda carry, x: (carry, outputs(x)), (), x[None])[1][0]
+
+  wrapped = {'jit': jax.jit, 'checkpoint': jax.checkpoint, 'scan': lambda _: scanned}
+  # The value that a gradient computes, and its value alone.
+  found, _ = jax.vjp(wrapped[wrap](outputs), x)
+  expected = jax.jit(outputs)(x)
+  exact = layer(8, 24, implementation='custom_vjp', rngs=nnx.Rngs(0))(state, x)[1]
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+  assert jnp.abs(expected - exact).max() > 1e-4
+
+
 def test_products_in_the_compiled_loops():
   """Per step there is one product forward. Backward, two steps take two for dh and one
   for the weights.

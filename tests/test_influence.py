@@ -32,10 +32,11 @@ import fptt_jax
 from fptt_jax import influence, losses, nn
 from fptt_jax.influence import _units
 from fptt_jax.influence._check import check_map
-from fptt_jax.training import _credit
+from fptt_jax.training import _credit, _update
 
 RNN = nn.ElmanRNN
 SNAP1 = influence.snap1()
+OWN_ONLY = influence.snap1(own_only=True)
 
 pytestmark = pytest.mark.usefixtures('x64')
 
@@ -235,6 +236,7 @@ def test_without_an_influence_nothing_is_attached(
   state, text = program(influence='none')
   for name in ('attach', 'advance_influence', '_window_map'):
     monkeypatch.setattr(_credit, name, refuse)
+  monkeypatch.setattr(_update, 'advance_influence', refuse)
   assert text == program()[1]
   assert 'custom_vjp' not in text
   arrays = fptt_jax.state_to_arrays(state)
@@ -690,7 +692,9 @@ def test_a_subclass_with_a_call_of_its_own_has_its_own_influence(parent, kind):
 
 @pytest.mark.parametrize('parent', [nn.GRU, nn.LRU, nn.IndRNN])
 def test_a_subclass_with_a_step_of_its_own_runs_it(parent):
-  """Not its parent's faster forms; derivatives of its own go without the kernel."""
+  """Not its parent's faster forms; derivatives of its own, given or not, go without
+  the kernel.
+  """
 
   class Leaky(parent):
     def step(self):
@@ -706,8 +710,27 @@ def test_a_subclass_with_a_step_of_its_own_runs_it(parent):
     def own_step(self, state, x_t, own_only):
       return None
 
+  class Given(Leaky):
+    def own_step(self, state, x_t, own_only):
+      whole = super().own_step(state, x_t, own_only)
+      half = [[part / 2 for part in row] for row in whole.transition]
+      for number in range(len(half)):
+        half[number][number] = half[number][number] + 0.5
+      products = [
+        product._replace(
+          gains=jax.tree.map(lambda gain: gain / 2, product.gains),
+        )
+        for product in whole.products
+      ]
+      return influence.OwnStep(tuple(map(tuple, half)), tuple(products))
+
   found = []
-  for kind, implementation in ((Leaky, 'auto'), (Leaky, 'scan'), (Known, 'auto')):
+  for kind, implementation in (
+    (Leaky, 'auto'),
+    (Leaky, 'scan'),
+    (Known, 'auto'),
+    (Given, 'auto'),
+  ):
     model = nn.from_nnx(
       lambda rngs, kind=kind, implementation=implementation: kind(
         2, H, implementation=implementation, rngs=rngs
@@ -734,11 +757,13 @@ def test_a_subclass_with_a_step_of_its_own_runs_it(parent):
 
 
 def snap_by_definition(
-  model: fptt_jax.Model, params: Any, inputs: Any, units: bool
+  model: fptt_jax.Model, params: Any, inputs: Any, units: bool, own_only: bool
 ) -> Any:
   """M' = Z (J M + I) step by step, for one row, {path: [N, ...]}.
 
   Z has what a parameter reaches in a step or, with `units`, all arrays of these units.
+  With `own_only` J is without what a unit of a first layer with one bias per gate reads
+  of its own output: the derivative with respect to the biases times the weight.
   """
   flat, unravel = jax.flatten_util.ravel_pytree(params)
   h, unravel_hidden = jax.flatten_util.ravel_pytree(model.initial_state(1))
@@ -753,6 +778,11 @@ def snap_by_definition(
   def advance(h, matrix, x_t):
     derivative = jax.jacrev(step, argnums=(0, 1), has_aux=True)
     (direct, jacobian), h = derivative(flat, h, x_t)
+    if own_only:
+      of_bias = jax.vmap(unravel)(direct)['layers'][0]['bias'].reshape(len(h), -1, H)
+      w_h = unravel(flat)['layers'][0]['w_h'].reshape(H, -1, H)
+      own = jnp.einsum('ngu,ugu->nu', of_bias, w_h)
+      jacobian = jacobian.at[:, :H].add(-own)
     reached = direct != 0
     if units:
       reached = reached.reshape(-1, H, len(flat)).any(0)
@@ -773,8 +803,9 @@ def snap_by_definition(
     (nn.GRU, SNAP1),
     (RNN, SNAP1),
     (nn.LSTM, influence.snap(1)),
+    (nn.LSTM, OWN_ONLY),
   ],
-  ids=['lstm', 'fastgrnn', 'gru', 'rnn', 'masked-lstm'],
+  ids=['lstm', 'fastgrnn', 'gru', 'rnn', 'masked-lstm', 'own-only-lstm'],
 )
 def test_windows_of_snap1_give_what_steps_give_by_definition(
   kind: Any, method: influence.Influence
@@ -795,8 +826,10 @@ def test_windows_of_snap1_give_what_steps_give_by_definition(
 
   for steps in (slice(0, 3), slice(3, 6)):
     hidden, state = advance(jnp.asarray(batch.inputs[steps]), hidden, state)
-  own = method is SNAP1
-  expected = snap_by_definition(model, params, batch.inputs[:, 0], units=own)
+  own = method in (SNAP1, OWN_ONLY)
+  expected = snap_by_definition(
+    model, params, batch.inputs[:, 0], units=own, own_only=method is OWN_ONLY
+  )
   for path, leaf in state.items():
     whole = expected[path]
     if own:

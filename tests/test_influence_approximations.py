@@ -296,11 +296,12 @@ def test_checkpointed_windows_have_the_same_gradient_and_less_memory() -> None:
   """Numbers to rounding; memory grows by a few states a window."""
   model = stack(nn.LSTM)
   options = dict(window_size=3)
-  whole, _ = total_gradient(model, [batch_of(48)], 'bptt_aux', **options)
-  got, _ = total_gradient(
-    model, [batch_of(48)], 'bptt_aux', checkpoint_windows=True, **options
-  )
-  assert_close(got, whole, 1e-12)
+  for method in ('bptt_aux', 'ftrl'):
+    whole, _ = total_gradient(model, [batch_of(48)], method, **options)
+    got, _ = total_gradient(
+      model, [batch_of(48)], method, checkpoint_windows=True, **options
+    )
+    assert_close(got, whole, 1e-12)
   used = {}
   for kept in (False, True):
     trainer = fptt_jax.make_trainer(

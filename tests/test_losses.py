@@ -856,23 +856,87 @@ def test_own_reference_by_hand():
     assert loss.end_epoch(new_state) == 3
 
 
-def test_own_reference_in_a_trainer():
-  """The state moves once per window, but not where an update is skipped."""
+@pytest.mark.parametrize('divergence', ['own', 'class_ema', 'last_epoch', 'example'])
+def test_references_keep_their_state_where_an_update_is_skipped(divergence):
+  """It moves with each window, but not in an invalid batch, nor with an update that is
+  left out since the gradient is not finite.
+  """
   batch = helpers.label_batch(6, 4)
+  loss = smoothed_labels()
+  ids = None
+  if divergence != 'own':
+    ids = np.array([0, 4, 2, 1]) if divergence == 'example' else None
+    loss = losses.terminal_classification(
+      C, divergence=divergence, num_examples=None if ids is None else 5
+    )
+
+  def with_labels(labels):
+    return batch._replace(targets=labels if ids is None else (labels, ids))
+
   trainer = helpers.quick_trainer(
     helpers.elman(out=C),
-    smoothed_labels(),
+    loss,
     optax.sgd(0.1),
     method='tbptt',
     num_windows=3,
+    skip_nonfinite=True,
   )
-  state = trainer.init(jax.random.key(0), batch)
-  state, _ = trainer.step(state, batch)
-  assert state.loss_state == 3
-  invalid = batch._replace(targets=np.full_like(batch.targets, C))
-  state, metrics = trainer.step(state, invalid)
+  valid = with_labels(batch.targets)
+  first = trainer.init(jax.random.key(0), valid)
+  state, _ = trainer.step(first, valid)
+  if divergence == 'own':
+    assert state.loss_state == 3
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_close(state.loss_state, first.loss_state)
+  invalid = with_labels(np.full_like(batch.targets, C))
+  after, metrics = trainer.step(state, invalid)
   assert metrics.invalid.all()
-  assert state.loss_state == 3
+  chex.assert_trees_all_equal(after.loss_state, state.loss_state)
+  inputs = np.array(batch.inputs)
+  inputs[:, 0] = np.nan
+  after, metrics = trainer.step(state, valid._replace(inputs=inputs))
+  assert metrics.skipped.all()
+  chex.assert_trees_all_equal(after.loss_state, state.loss_state)
+
+
+def test_a_memory_of_one_s_own_is_the_loss_in_two_parts():
+  """With and without it the state is the same, also where an update is skipped."""
+
+  def observe(outputs, targets, window, state):
+    error = jnp.abs(outputs - window.slice(targets)).mean(-1)
+    return window.mean(error, window.mask), error.sum()
+
+  def write(state, note, keep):
+    return state + jnp.where(keep, note, 0)
+
+  def apply(outputs, targets, window, state):
+    value, note = observe(outputs, targets, window, state)
+    return value, write(state, note, True)
+
+  whole = losses.from_function(lambda outputs, targets, window: jnp.zeros([]))._replace(
+    init=lambda num_windows: jnp.zeros([]), apply=apply
+  )
+  in_parts = whole._replace(memory=losses.Memory(apply, observe, write))
+  batch = helpers.series_batch(6, 4)
+  inputs = np.array(batch.inputs)
+  inputs[3, 0] = np.nan
+  found = []
+  for loss in (whole, in_parts):
+    trainer = helpers.quick_trainer(
+      helpers.elman(),
+      loss,
+      optax.sgd(0.1),
+      num_windows=3,
+      skip_nonfinite=True,
+      method='tbptt',
+    )
+    state = trainer.init(jax.random.key(0), batch)
+    state, _ = trainer.step(state, batch)
+    state, metrics = trainer.step(state, batch._replace(inputs=inputs))
+    assert metrics.skipped.tolist() == [False, True, False]
+    found.append((state.params, state.loss_state))
+  chex.assert_trees_all_close(found[0], found[1], rtol=1e-6)
+  assert found[0][1] > 0
 
 
 # Invalid arguments and targets.
@@ -1098,7 +1162,7 @@ def test_check_rejects_invalid_targets(loss, targets, error, message):
 @EACH_LOSS
 def test_check_accepts_valid_targets(name):
   """The targets of the tests above pass, where the same targets for another batch size
-  do not (from_function has no check).
+  do not (from_function checks the steps of a target alone).
   """
   loss, targets = LOSSES[name]
   loss.check(np.asarray(targets), np.ones((6, 2), bool))

@@ -368,6 +368,21 @@ def test_products_follow_the_precision_of_jax() -> None:
   jax.tree.map(np.testing.assert_array_equal, exact, expected)
 
 
+@pytest.mark.usefixtures('kernels')
+def test_exported_programs_have_the_products_of_the_layer() -> None:
+  """They cannot hold the kernel, and products of float32 stay exact in them."""
+  layer = nn.LSTM(8, 24, products='float32', rngs=nnx.Rngs(0))
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3, 8)), jnp.float32)
+
+  def run(x: jax.Array) -> jax.Array:
+    return layer(layer.initial_state(3), x)[1]
+
+  expected = run(x)
+  with jax.default_matmul_precision('bfloat16'):
+    exported = export.export(jax.jit(run), platforms=['cpu'])(x)
+  np.testing.assert_allclose(exported.call(x), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
   ('macros', 'expected'),
   [('__AVX2__', 'no products of bfloat16'), ('__SSE4_2__', 'neither AVX2 nor')],

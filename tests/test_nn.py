@@ -3,6 +3,7 @@ contract.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -687,6 +688,46 @@ def test_modules_with_other_state_raise():
       nn.from_nnx(build)
 
 
+class Fixed(nnx.Module):
+  """A layer with constants; those of `drawn` depend on the key of the parameters."""
+
+  def __init__(self, rngs, drawn=False):
+    self.weight = nnx.Param(jnp.ones(D))
+    self.limits = nnx.data(jnp.array([jnp.nan, 1.0]))
+    self.key = nnx.data(rngs.params() if drawn else jax.random.key(3))
+
+  def __call__(self, x):
+    return x * self.weight[...][None, None] + jax.random.uniform(self.key)
+
+
+def test_constants_may_be_keys_and_nan():
+  """What is the same for each seed is no drawn array."""
+
+  def layers(rngs, **options):
+    return nn.Sequential(nn.ElmanRNN(D, D, rngs=rngs), Fixed(rngs, **options))
+
+  model = nn.from_nnx(layers)
+  params = model.init(KEY)
+  shift = jax.random.uniform(jax.random.key(3))
+  zeros = {'layers': {0: params['layers'][0], 1: {'weight': jnp.zeros(D)}}}
+  _, y = model.apply(zeros, model.initial_state(B), jnp.zeros((T, B, D)), None, None)
+  np.testing.assert_allclose(y, jnp.full((T, B, D), shift), rtol=1e-6)
+  with pytest.raises(TypeError, match=r'arrays drawn from rngs .*key'):
+    nn.from_nnx(lambda rngs: layers(rngs, drawn=True))
+
+
+@pytest.mark.parametrize('layer', [nn.LSTM, nn.LRU])
+@pytest.mark.parametrize('implementation', ['auto', 'custom_vjp', 'scan'])
+def test_a_state_may_come_as_a_dict(layer, implementation):
+  """With the names of the layer's own state, in any order, as checkpoints keep it."""
+  run = layer(D, H, implementation=implementation, rngs=nnx.Rngs(0))
+  x = jax.random.normal(KEY, (3, B, D))
+  state, _ = run(run.initial_state(B), x)
+  given = dict(reversed(state._asdict().items()))
+  found, expected = run(given, x), run(state, x)
+  chex.assert_trees_all_equal(found, expected)
+
+
 class LinenCounting(linen.Module):
   """A Linen cell that keeps batch statistics."""
 
@@ -1063,6 +1104,28 @@ def test_float32_params_compute_in_the_models_dtypes():
   )
   chex.assert_trees_all_equal(found, expected)
   assert found[1].dtype == found[0][0].h.dtype == jnp.bfloat16
+
+
+@dataclasses.dataclass
+class Applied:
+  """An `apply` that can neither be hashed nor referred to weakly."""
+
+  model: fptt_jax.Model
+
+  def __call__(self, *args):
+    return self.model.apply(*args)
+
+
+def test_float32_params_take_any_callable():
+  low = low_precision_model()
+  kept = nn.with_float32_params(low._replace(apply=Applied(low)))
+  found = kept.apply(
+    kept.init(KEY), low.initial_state(2), jnp.ones((3, 2, 2)), None, None
+  )
+  expected = low.apply(
+    low.init(KEY), low.initial_state(2), jnp.ones((3, 2, 2)), None, None
+  )
+  chex.assert_trees_all_equal(found, expected)
 
 
 def test_float32_params_take_models_only():

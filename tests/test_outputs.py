@@ -286,7 +286,12 @@ def test_outputs_in_compiled_epochs_and_populations():
   _, metrics = fptt_jax.scan_train_steps(trainer)(
     trainer.init(jax.random.key(0), batch), None, two
   )
-  assert metrics.outputs.shape == (2, T, B, C)
+  state = trainer.init(jax.random.key(0), batch)
+  alone = []
+  for _ in range(2):
+    state, one = trainer.step(state, batch)
+    alone.append(one.outputs)
+  np.testing.assert_allclose(metrics.outputs, alone, rtol=1e-5, atol=1e-6)
   many = fptt_jax.vmap_trainer(trainer)
   _, metrics = many.step(
     many.init(jax.random.split(jax.random.key(0), 2), batch), batch

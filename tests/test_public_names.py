@@ -3,7 +3,9 @@ leaves Flax alone.
 """
 
 import importlib
+from pathlib import Path
 import pkgutil
+import re
 import subprocess
 import sys
 import types
@@ -13,6 +15,7 @@ import pytest
 import fptt_jax
 from fptt_jax import influence, losses, nn
 
+ROOT = Path(__file__).parents[1]
 PUBLIC_MODULES = (fptt_jax, influence, losses, nn)
 
 
@@ -26,6 +29,17 @@ def test_every_listed_name_is_public_and_exists(module: types.ModuleType) -> Non
   assert sorted(module.__all__) == sorted(set(module.__all__))
   for name in dir(module):
     getattr(module, name)
+
+
+@pytest.mark.parametrize('module', PUBLIC_MODULES, ids=lambda module: module.__name__)
+def test_the_reference_names_all_that_is_public(module: types.ModuleType) -> None:
+  """Each name has a page, or a sentence if it is a constant or a type."""
+  page = (ROOT / 'docs' / 'api' / 'index.md').read_text()
+  prefix = module.__name__.removeprefix('fptt_jax').removeprefix('.')
+  named = set(re.findall(r'(?m)(?:^   |`)([\w.]+)(?:`|$)', page))
+  # A section of a submodule leaves its name out.
+  missing = {name for name in module.__all__ if not {name, f'{prefix}.{name}'} & named}
+  assert missing <= {public.__name__.rpartition('.')[2] for public in PUBLIC_MODULES}
 
 
 @pytest.mark.parametrize('module', PUBLIC_MODULES, ids=lambda module: module.__name__)

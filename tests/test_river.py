@@ -105,9 +105,14 @@ def test_progressive_validation_is_a_run_of_the_learner() -> None:
   assert error.get() == pytest.approx(np.abs(outputs - y).mean(), rel=1e-5)
 
 
-def test_progressive_validation_with_late_labels() -> None:
-  """Each label comes four steps late, and is that of its own step."""
+@pytest.mark.parametrize('equal', [False, True])
+def test_progressive_validation_with_late_labels(equal: bool) -> None:
+  """Each label comes four steps late, and is that of its own step, although the
+  features of steps that wait are equal.
+  """
   steps = stream(20)
+  if equal:
+    steps = [({'a': 1.0, 'b': float(t // 7)}, y) for t, (_, y) in enumerate(steps)]
   estimator = ESTIMATORS[0].clone({'delay': 4})
   error = evaluate.progressive_val_score(steps, estimator, metrics.MAE(), delay=4)
   learner, state = reference(delay=4)
@@ -331,6 +336,7 @@ def test_bad_input_is_refused() -> None:
     Regressor(optimizer=0.1)
   with pytest.raises(ValueError, match='delay must be an integer >= 0, got -1'):
     Classifier(delay=-1)
+  assert type(Classifier(num_classes=3.0).num_classes) is int
   classifier = Classifier(2, model=lambda features: helpers.elman(1, out=2))
   classifier.learn_one({'a': 1}, 'red')
   classifier.learn_one({'a': 1}, 'green')

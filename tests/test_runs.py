@@ -378,7 +378,7 @@ def test_checkpoints_that_cannot_be_written_are_said_before_training(
 
 
 def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(tmp_path: Path) -> None:
-  """A file or an unreadable folder in their place: the run does not start anew."""
+  """A file stands in their place: the run does not start anew."""
   folder = saved_run(tmp_path, 1)
   shutil.rmtree(folder / 'checkpoints')
   assert checkpoints.saved_steps(folder) == []

@@ -435,7 +435,9 @@ def test_the_drift_hook_changes_the_learning_rate() -> None:
   assert 0.25 in rates
 
 
-def test_a_drift_hook_must_keep_the_structure() -> None:
+def test_a_drift_hook_must_be_a_function_that_keeps_the_structure() -> None:
+  with pytest.raises(TypeError, match=r'on_drift must be a function, got 0\.1'):
+    make(on_drift=0.1)
   x, y = draw(1)
   learner = make(on_drift=lambda train, fast, slow: train._replace(hidden=()))
   with pytest.raises(ValueError, match='the state that on_drift returns must have the'):

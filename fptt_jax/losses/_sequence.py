@@ -112,10 +112,12 @@ def _mean_over_steps(
   def apply(
     outputs: jax.Array, targets: Any, window: WindowView, loss_state: LossState
   ) -> tuple[jax.Array, LossState]:
-    losses = per_step(outputs, window.slice(targets))['loss']
+    losses = per_step(outputs, window.slice(targets, 'targets'))['loss']
     return window.mean(losses, window.mask), loss_state
 
   def measure(outputs: jax.Array, targets: Any, window: WindowView) -> MetricSums:
-    return totals_where(window.mask, per_step(outputs, window.slice(targets)))
+    return totals_where(
+      window.mask, per_step(outputs, window.slice(targets, 'targets'))
+    )
 
   return Loss(no_state, apply, measure, check=check, per_step=per_step)

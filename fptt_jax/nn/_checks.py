@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 from jax import export
 import jax.numpy as jnp
+import numpy as np
 
 from fptt_jax._checks import (
   check_array,
@@ -99,8 +100,20 @@ def check_inputs(layer: nnx.Module, x: Any, features: int) -> jax.Array:
   return jnp.asarray(x)
 
 
-def check_window(layer: Any, state: Any, x: jax.Array, mask: Any) -> None:
-  """Raise unless state and mask of a window fit its inputs [S, B, D].
+def same_values(array: Any, other: Any) -> bool:
+  """Return whether two arrays or typed PRNG keys are equal; NaN equals NaN."""
+  if (array.shape, array.dtype) != (other.shape, other.dtype):
+    return False
+  if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    array, other = jax.random.key_data(array), jax.random.key_data(other)
+  return np.array_equal(array, other, equal_nan=True)
+
+
+def check_window(layer: Any, state: Any, x: jax.Array, mask: Any) -> Any:
+  """Check that state and mask of a window fit its inputs [S, B, D].
+
+  Returns:
+    The state in the layer's own structure: it may come as a dict with the same names.
 
   Raises:
     ValueError: a part of the state has the wrong shape or dtype, or the mask is not
@@ -113,4 +126,4 @@ def check_window(layer: Any, state: Any, x: jax.Array, mask: Any) -> None:
   # Shapes only: the initial state is not computed.
   expected = jax.eval_shape(lambda: layer.initial_state(steps_and_rows(x)[1]))
   source = 'as initial_state gives it'
-  check_like(f'{name}: state', state, expected, source, exactly=True)
+  return check_like(f'{name}: state', state, expected, source, exactly=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from fptt_jax._checks import require, require_type
@@ -18,6 +17,7 @@ from fptt_jax.nn._checks import (
   check_dtypes,
   check_features_shape,
   inputs_like,
+  same_values,
   steps_and_rows,
 )
 from fptt_jax.nn._recurrent import Step, scan_cell
@@ -240,7 +240,7 @@ def _equinox_constants(
     # It would not be trained, because it is not floating point.
     place = f'the array at {jax.tree_util.keystr(path)}'
     accepted = 'floating point, or drawn from a fixed key'
-    require_type(np.array_equal(leaf, other), place, accepted, leaf)
+    require_type(same_values(leaf, other), place, accepted, leaf)
   return first
 
 

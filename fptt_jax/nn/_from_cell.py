@@ -68,7 +68,7 @@ class FromCell(nnx.Module):
     """Run a window step by step; `key` is not used."""
     if self.in_features is not None:
       x = check_inputs(self, x, self.in_features)
-    check_window(self, state, x, mask)
+    state = check_window(self, state, x, mask)
     return scan_cell(self.cell, state, x, mask)
 
 

@@ -10,7 +10,6 @@ import warnings
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fptt_jax._checks import require, require_type
 from fptt_jax._probe import (
@@ -21,7 +20,7 @@ from fptt_jax._probe import (
 )
 from fptt_jax._trees import check_like
 from fptt_jax._types import FeaturesAndReadout, Model, OwnKernels, OwnStep
-from fptt_jax.nn._checks import CARRY_STATE
+from fptt_jax.nn._checks import CARRY_STATE, same_values
 from fptt_jax.nn._from_cell import as_recurrent
 from fptt_jax.nn._inspection import (
   example_inputs,
@@ -324,7 +323,7 @@ def _drawn_constants(module: nnx.Module, other: nnx.Module) -> list[str]:
   return [
     place
     for index, (place, found) in enumerate(referred_arrays(other))
-    if index not in values or not np.array_equal(values[index][1], found)
+    if index not in values or not same_values(values[index][1], found)
   ]
 
 

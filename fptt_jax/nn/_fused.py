@@ -245,14 +245,6 @@ def run_fused(
     (state after the window, y [S, B, H]). At a masked step y repeats the output
     of the step before.
   """
-  with _precision(cell):
-    return _run_layout(cell, weights, state, x, mask)
-
-
-def _run_layout(
-  cell: FusedCell, weights: Weights, state: State, x: jax.Array, mask: Mask
-) -> tuple[State, Any]:
-  """Run a window in the layout that suits it."""
   # Elementwise cells have no products, and kernels read rows.
   if cell.elementwise or cell.kernel is not None:
     axis = ROWS
@@ -322,7 +314,8 @@ def _run_window(
   mask: Mask,
 ) -> tuple[State, Any]:
   """Run a window as `run_fused` does, with features along `axis`."""
-  state, (y, _, _) = _run_forward(cell, axis, weights, state, x, mask)
+  with _precision(cell):
+    state, (y, _, _) = _run_forward(cell, axis, weights, state, x, mask)
   return state, y
 
 
@@ -334,8 +327,10 @@ def _run_window_forward(
   x: jax.Array,
   mask: Mask,
 ) -> tuple[Any, Any]:
-  """Run a window and returns the residuals of its backward pass with the result."""
-  end, (y, kept, factors) = _run_forward(cell, axis, weights, state, x, mask)
+  """Run a window and return the residuals of its backward pass with the result."""
+  # Traced later than `_run_window` if a compiled function or a loop is differentiated.
+  with _precision(cell):
+    end, (y, kept, factors) = _run_forward(cell, axis, weights, state, x, mask)
   # Residuals hold `kept` and not y: XLA drops y if the caller does not use it.
   return (end, y), (weights, x, mask, kept, factors)
 

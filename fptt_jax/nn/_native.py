@@ -54,10 +54,11 @@ class NativeCell(NamedTuple):
   products: str = 'float32'
   attributes: tuple[tuple[str, float], ...] = ()
 
-  def round_products(self) -> 'NativeCell':
-    """Return the cell with products of bfloat16."""
-    fused = self.fused._replace(products='bfloat16')
-    return self._replace(products='bfloat16', fused=fused)
+  def with_products(self, products: str | None) -> 'NativeCell':
+    """Return the cell with products of a precision, None for what JAX does."""
+    fused = self.fused._replace(products=products)
+    own = 'bfloat16' if products == 'bfloat16' else 'float32'
+    return self._replace(products=own, fused=fused)
 
 
 @jax.tree_util.register_static

@@ -116,7 +116,7 @@ class Recurrent(nnx.Module):
     implementation: how a window runs.
 
       * 'auto': as 'native' where that is possible, else as 'custom_vjp'. One step of
-        one sequence runs as 'custom_vjp', which is faster there.
+        one sequence runs as 'scan', which is faster there.
       * 'native': all steps of a window in one kernel for the CPU, compiled at first use
         (:mod:`fptt_jax.nn.kernels.cpu`), with the same derivatives as 'custom_vjp'.
         :class:`LSTM`, :class:`GRU`, :class:`ElmanRNN` and :class:`AntisymmetricRNN`
@@ -125,6 +125,7 @@ class Recurrent(nnx.Module):
         exported by `jax.export` never hold the kernel.
       * 'custom_vjp': with the hand-written backward pass, if the layer has one. It is
         fast and small, and differentiable once, in reverse mode.
+        Windows of one step run as 'scan' unless their products are rounded.
       * 'scan': the plain scan of `step`, which `jax.jvp` and second derivatives need.
       * 'cuda': the hand-written backward pass, all steps of a window in one CUDA kernel
         (:mod:`fptt_jax.nn.kernels.cuda`). Only :class:`LSTM` and :class:`GRU` have
@@ -195,7 +196,7 @@ class Recurrent(nnx.Module):
     Returns:
       (state after the window, y [S, B, H]). y is undefined at masked steps.
     """
-    x = self._check_call(state, x, mask)
+    state, x = self._check_call(state, x, mask)
     native = self._choose_native(state, x)
     if native is not None:
       return _native.run_native(*native, state, x, mask)
@@ -261,10 +262,10 @@ class Recurrent(nnx.Module):
     Returns:
       The influence after the window; empty where no kernel can run.
     """
-    native = self._choose_native(state, x.astype(self.param_dtype), single=True)
+    state, x = self._check_call(state, x, mask)
+    native = self._choose_native(state, x, single=True)
     if native is None or not _native_own.can_advance(*native, state, influence):
       return {}
-    x = self._check_call(state, x, mask)
     return _native_own.advance_own(*native, state, x, mask, influence, credit, own_only)
 
   def _last_output(self, state: Any) -> jax.Array | None:
@@ -279,11 +280,16 @@ class Recurrent(nnx.Module):
     fused = self._fused_cell()
     return None if fused is None else fused[0].output(state)
 
-  def _check_call(self, state: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Validate a window's arguments and casts inputs to the layer's dtype."""
+  def _check_call(
+    self, state: Any, x: jax.Array, mask: jax.Array | None
+  ) -> tuple[Any, jax.Array]:
+    """Return state and inputs of a window, checked.
+
+    The state has the layer's own structure, and the inputs have its dtype.
+    """
     x = check_inputs(self, x, self.in_features)
-    check_window(self, state, x, mask)
-    return x.astype(self.param_dtype)
+    state = check_window(self, state, x, mask)
+    return state, x.astype(self.param_dtype)
 
   def _choose_native(
     self, state: Any, x: jax.Array, single: bool = False
@@ -298,8 +304,7 @@ class Recurrent(nnx.Module):
     cell = self._make_native_cell()
     if cell is None or self._runs_step() or self.implementation == 'cuda':
       return None
-    if self._choose_products() == 'bfloat16':
-      cell = cell.round_products()
+    cell = cell.with_products(self._choose_products())
     fused = self._fused_cell()
     assert fused is not None
     problem: str | None = "implementation='custom_vjp' never runs in the kernel"

@@ -14,6 +14,7 @@ from fptt_jax._checks import (
   FLOAT32_TINY,
   INT32_MAX,
   check_array,
+  check_callable,
   check_flag,
   check_integer,
   check_number,
@@ -107,7 +108,7 @@ def make_learner(
     ValueError: An option is out of range, or the loss has one target per sequence. When
       called: shapes of a step differ from those that `init` was given; the state is
       then as it was.
-    TypeError: `model`, `loss` or `optimizer` is of another type.
+    TypeError: `model`, `loss`, `optimizer` or `on_drift` is of another type.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax, fptt_jax
@@ -131,6 +132,8 @@ def make_learner(
   check_types(model, loss, optimizer)
   _check_loss(loss)
   window_size = check_size('window_size', window_size)
+  if on_drift is not None:
+    check_callable('on_drift', on_drift)
   wrapped = partly_labeled(loss)
   train_window = functools.partial(
     make_trainer,

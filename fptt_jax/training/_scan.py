@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fptt_jax._batch import Batch
 from fptt_jax._checks import (
   as_key,
+  check_flag,
   check_type,
 )
 from fptt_jax._compiled import Compiled
@@ -43,7 +44,7 @@ def scan_train_steps(
     of batches: prepare the next items while the device computes.
 
   Raises:
-    TypeError: `trainer` is not a :class:`fptt_jax.Trainer`.
+    TypeError: `trainer` is not a :class:`fptt_jax.Trainer`, or `donate` not a bool.
     ValueError: When traced: items are not arrays with a leading axis of one length.
 
   Example:
@@ -72,8 +73,7 @@ def scan_train_steps(
     (5, 4)
   """
   check_type('trainer', trainer, Trainer)
-  if donate is None:
-    donate = trainer.donate
+  donate = trainer.donate if donate is None else check_flag('donate', donate)
 
   def run(state: TrainState, source: Any, items: Any) -> tuple[TrainState, StepMetrics]:
     leading_axis('items', items)

@@ -142,7 +142,7 @@ class IndRNN(Recurrent):
     """
     if self._runs_step():
       return super().__call__(state, x, mask, key)
-    x = self._check_call(state, x, mask)
+    state, x = self._check_call(state, x, mask)
     # As rows [S B, D]: for x [S, B, D], XLA copies and transposes the gradient to
     # compute the weights' gradient.
     drive = x.reshape(-1, self.in_features) @ self.w_x[...]

@@ -203,7 +203,7 @@ class LRU(Recurrent):
     """
     if self._runs_step():
       return super().__call__(state, x, mask, key)
-    x = self._check_call(state, x, mask)
+    state, x = self._check_call(state, x, mask)
     lambda_re, lambda_im, b, c = self._matrices()
     # Input and output products run over all steps at once, outside the recurrence.
     weights = (lambda_re[0], lambda_im[0])

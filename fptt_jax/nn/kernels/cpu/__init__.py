@@ -164,7 +164,8 @@ def _private_folder() -> Path | None:
   """Return the folder of compiled libraries, or None if others may write it."""
   try:
     base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-    folder = Path(os.environ.get(CACHE_VARIABLE) or base / 'fptt_jax')
+    # Without a folder in its name, a library is searched for elsewhere.
+    folder = Path(os.environ.get(CACHE_VARIABLE) or base / 'fptt_jax').resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   except (OSError, RuntimeError):  # There is no home.
     return None
