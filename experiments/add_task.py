@@ -515,6 +515,9 @@ def rates_in_words(config: Config) -> str:
     text += (
       f' (the best rate of {", ".join(open_ended)} is at the edge of what was tried)'
     )
+  unlearned = [method for method in tuned if method in TUNED.unlearned]
+  if unlearned:
+    text += f' (no rate of {", ".join(unlearned)} was better than chance)'
   return text
 
 
@@ -604,7 +607,7 @@ def tune(config: Config) -> None:
   found = rates.saved_entries(config, path)
   for method in config.method:
     score = functools.partial(trial, config, method, folder / 'tune' / method)
-    found[method] = rates.entry(*rates.search(score))
+    found[method] = rates.entry(*rates.search(score, CHANCE), CHANCE)
     # Written after each method, since a search takes long.
     if processes.is_first():
       files.write_json(path, rates.table(config, found))
@@ -617,7 +620,8 @@ def tune(config: Config) -> None:
   print(tabulate(tried, header, floatfmt='.4g', missingval='diverged'))
   draw_tuning(folder / 'rates.png', found)
   for method, row in found.items():
-    print(f'{method}: lr {row["lr"]:g}, momentum {row["momentum"]:g}')
+    learned = '' if row['learned'] else '; no rate was better than chance'
+    print(f'{method}: lr {row["lr"]:g}, momentum {row["momentum"]:g}{learned}')
   name = rates.FILE.name
   print(f'{path} takes the place of experiments/core/{name} if you copy it there')
 

@@ -544,10 +544,10 @@ def to_score(config: Config, mean_nats: float) -> float:
   Returns:
     Bits per character, or the perplexity of words; infinity if it overflows or is NaN.
   """
-  if config.by_characters:
-    return mean_nats / math.log(2)
-  # math.exp raises an error above 709.
-  return math.exp(mean_nats) if mean_nats < 700 else math.inf
+  # math.exp raises an error above 709, and NaN is below nothing.
+  if not mean_nats < 700:
+    return math.inf
+  return mean_nats / math.log(2) if config.by_characters else math.exp(mean_nats)
 
 
 def adapted(

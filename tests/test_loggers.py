@@ -133,7 +133,10 @@ def test_updates_that_are_not_made_are_left_out(
   metrics = fptt_jax.StepMetrics(
     loss=np.array([[[1.0, np.nan, 5.0]], [[2.0, 3.0, 7.0]]]),
     grad_norm=np.array([[[2.0, np.nan, 9.0]], [[4.0, 6.0, 9.0]]]),
-    totals={},
+    totals={
+      'loss': np.array([[np.nan], [6.0]]),
+      'count': np.array([[4.0], [3.0]]),
+    },
     skipped=np.array([[[False, True, False]], [[False, False, False]]]),
     lambda_norm=np.zeros((2, 1)),
   )

@@ -48,14 +48,34 @@ def test_recall_shows_the_numbers_once() -> None:
 
 
 def test_targets_of_chaotic_series_obey_their_equations() -> None:
-  """The normalized Hénon map is quadratic in x and linear in the value before."""
-  x, y = memory.draw_henon(np.random.default_rng(0), 300, 2)
-  now, before, after = x[1:, 0, 0], x[:-1, 0, 0], y[1:, 0, 0]
-  columns = np.stack([np.ones_like(now), now, now * now, before], 1).astype(np.float64)
-  _, [residual], rank, _ = np.linalg.lstsq(columns, after.astype(np.float64))
-  assert rank == 4
-  assert residual < 1e-8
+  """The normalized Hénon map is quadratic in x and linear in the value before, and one
+  map fits all draws.
+  """
+  maps = []
+  for seed in (0, 1):
+    x, y = memory.draw_henon(np.random.default_rng(seed), 300, 2)
+    now, before, after = x[1:, 0, 0], x[:-1, 0, 0], y[1:, 0, 0]
+    columns = np.stack([np.ones_like(now), now, now * now, before], 1)
+    found, [residual], rank, _ = np.linalg.lstsq(
+      columns.astype(np.float64), after.astype(np.float64)
+    )
+    assert rank == 4
+    assert residual < 1e-8
+    maps.append(found)
+  np.testing.assert_allclose(*maps, rtol=1e-4)
   for draw in (memory.draw_henon, memory.draw_mackey_glass, memory.draw_lorenz):
-    inputs, targets = draw(np.random.default_rng(0), 400, 3)
+    inputs, targets = draw(np.random.default_rng(0), 4000, 16)
     np.testing.assert_array_equal(inputs[1:], targets[:-1])
-    np.testing.assert_allclose(inputs.std((0, 1)), 1, rtol=0.02)
+    np.testing.assert_allclose(inputs.mean((0, 1)), 0, atol=0.05)
+    np.testing.assert_allclose(inputs.std((0, 1)), 1, rtol=0.05)
+
+
+def test_later_sunspots_are_in_the_units_of_the_earlier() -> None:
+  """The level in plots is the error of the mean of the training years."""
+  pytest.importorskip('statsmodels', reason='sunspots are a file of statsmodels')
+  rng = np.random.default_rng(0)
+  inputs, _ = memory.draw_sunspots(rng, 1000, 50)
+  np.testing.assert_allclose([inputs.mean(), inputs.std()], [0, 1], atol=0.01)
+  _, later = memory.draw_later_sunspots(rng, 1, 1)
+  [level] = memory.PROBLEMS['sunspots'].levels.values()
+  assert np.mean(later**2) == pytest.approx(level, abs=0.01)

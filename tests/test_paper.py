@@ -226,6 +226,31 @@ def test_a_grid_that_learns_nothing_is_extended_upwards(
   assert max(trial['lr'] for trial in trials) == 3e-1
 
 
+@pytest.mark.parametrize(
+  ('score', 'chance', 'better'),
+  [
+    (items.ERROR, 0.16, 0.14),
+    (items.ACCURACY, 11.35, 18.0),
+    (items.CREDIT['recall'], 0.083, 0.06),
+    (items.CREDIT['henon'], 1.0, 0.5),
+  ],
+)
+def test_scores_know_chance(score: items.Score, chance: float, better: float) -> None:
+  """In either direction, and not where windows alone are little better."""
+  assert score.is_chance(chance)
+  assert not score.is_chance(better)
+  assert not items.CREDIT['lags'].is_chance(0.66)
+
+
+@pytest.mark.parametrize('name', items.ITEMS)
+@pytest.mark.parametrize('scale', ['cpu', 'short'])
+def test_a_search_may_go_down_to_the_end_of_the_ladder(name: str, scale: str) -> None:
+  """No setting of a line forbids low rates."""
+  for entry in items.ITEMS[name](scale):
+    if entry.can_tune:
+      items.grid(entry, (min(items.RATE_LADDER[entry.config.optimizer]),))
+
+
 def test_a_grid_that_diverges_is_extended_downwards(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

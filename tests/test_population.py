@@ -443,14 +443,18 @@ def test_groups(
 
 
 def test_where_a_run_may_start(tmp_path: Path) -> None:
-  """Anew only where next to nothing is lost by it: not when all but one of its
-  checkpoints were set aside.
+  """Anew only where next to nothing is lost by it and its program may have been killed
+  during its first save: not when it was alone in its program, nor when all but one of
+  its checkpoints were set aside.
   """
   saved = tmp_path / 'checkpoints'
   assert schedule.resume_points(tmp_path) == {0: 0}
   (saved / '900' / 'record').mkdir(parents=True)
   (saved / '900' / 'record' / 'metadata').write_text('{"places": 3}')
   assert schedule.resume_points(tmp_path) == {0: 0, 900: 3}
+  (saved / '900' / 'record' / 'metadata').write_text('{"places": 1}')
+  assert schedule.resume_points(tmp_path) == {900: 1}
+  (saved / '900' / 'record' / 'metadata').write_text('{"places": 3}')
   (saved / '1000').mkdir()
   assert schedule.resume_points(tmp_path) == {900: 3, 1000: 1}
   (tmp_path / 'broken').mkdir()

@@ -43,6 +43,25 @@ def test_the_search_ends_where_no_neighbor_is_better(
   assert rates.is_inside(best, tried) == inner
 
 
+@pytest.mark.parametrize(
+  ('learns', 'others', 'chosen'),
+  [(1.0, 0.166, 1.0), (1e-5, None, 1e-5), (None, 0.166, None), (None, None, None)],
+)
+def test_the_search_goes_on_where_nothing_has_learned(
+  learns: float | None, others: float | None, chosen: float | None
+) -> None:
+  """Upward from chance, downward from divergence; if that does not help, the table says
+  so.
+  """
+  scores = {Rates(lr, 0.9): 0.01 for lr in (learns,) if lr}
+  best, tried = rates.search(lambda point: scores.get(point, others), 1 / 6)
+  row = rates.entry(best, tried, 1 / 6)
+  assert row['learned'] == (chosen is not None)
+  assert chosen is None or best.lr == chosen
+  end = rates.RATES[0 if others is None else -1]
+  assert end in {point.lr for point in tried}
+
+
 def test_one_rate_that_is_worse_does_not_end_the_search() -> None:
   """The rate above it is tried as well."""
   scores = {Rates(1e-2, 0.9): 0.5, Rates(3e-2, 0.9): 0.1, rates.START: 0.4}
@@ -122,6 +141,9 @@ def test_what_the_table_does_not_have_is_said_to_be_untuned(
     dict(averaging='running'),
     dict(linear_scale=0.0),
     dict(momentum_windows=11),
+    dict(products='bfloat16'),
+    dict(method=('fptt',), evaluate_at='w_bar'),
+    dict(eval_every=500),
   ):
     [*_, name] = changed
     words = add_task.rates_in_words(add_task.Config(**changed))
@@ -130,6 +152,11 @@ def test_what_the_table_does_not_have_is_said_to_be_untuned(
   edge = add_task.TUNED._replace(unsettled=('tbptt',))
   monkeypatch.setattr(add_task, 'TUNED', edge)
   assert 'the best rate of tbptt is at the edge' in add_task.rates_in_words(
+    add_task.Config()
+  )
+  unlearned = edge._replace(unlearned=('bptt',))
+  monkeypatch.setattr(add_task, 'TUNED', unlearned)
+  assert 'no rate of bptt was better than chance' in add_task.rates_in_words(
     add_task.Config()
   )
   monkeypatch.setattr(add_task, 'TUNED', edge._replace(unsettled=()))

@@ -312,9 +312,10 @@ def test_a_result_of_other_settings_does_not_end_a_run(tmp_path: Path) -> None:
 def test_tuned_lines_say_so(
   tmp_path: Path, folder: str, chosen: float, expected: str
 ) -> None:
-  """`tuned` is true of final runs whose line was tuned. The table says whether the rate
-  is the highest or lowest tried, a diverged one included and an unfinished one not; the
-  best of what was tried is bold, which a run that diverged never is.
+  """`tuned` is true of final runs with what their line's search chose. The table says
+  whether the rate is the highest or lowest tried, a diverged one included and an
+  unfinished one not; the best of what was tried is bold, which a run that diverged
+  never is.
   """
   rates = {0.003: 20.5, 0.001: 30.0, 0.1: 1.0, 0.5: 40.0}
   for lr, score in rates.items():
@@ -329,20 +330,25 @@ def test_tuned_lines_say_so(
       valid_ppl=score,
       **lost,
     )
-  for line in ('a', 'b'):
+  for line, lr in (('a', chosen), ('b', chosen), ('c', 0.07), ('d', chosen)):
     write_run(
       tmp_path / 'run' / line,
       'fptt-seed0',
       [],
-      config={'lr': chosen, 'num_windows': 3},
+      config={'lr': lr, 'num_windows': 3},
       valid_ppl=21.0,
       test_ppl=19.0,
     )
-  (tmp_path / 'run' / 'tuned.json').write_text(json.dumps({'a': {'lr': chosen}}))
+  # Line c was trained before the search, and line d with another number of windows.
+  tuned = {'a': {'lr': chosen}, 'c': {'lr': chosen}, 'd': {'lr': chosen}}
+  tuned['d']['num_windows'] = 7
+  (tmp_path / 'run' / 'tuned.json').write_text(json.dumps(tuned))
   rows = collected(tmp_path / 'run', tmp_path, item='table4').rows
   assert [(row.line, row.tuned) for row in rows if row.stage == 'final'] == [
     ('a', True),
     ('b', False),
+    ('c', False),
+    ('d', False),
   ]
   trials = [row.status for row in rows if row.stage == 'tuning']
   assert sorted(trials) == ['diverged', 'done', 'done', 'unfinished']

@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 from pathlib import Path
 import resource
 import shutil
+import subprocess
 import sys
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 import pytest
 
 from experiments import add_task
-from experiments.core import checkpoints, files, plotting, workdir
+from experiments.core import checkpoints, files, plotting, schedule, workdir
 from experiments.core.flags import UserError
 from experiments.core.schedule import Member, has_ended
 
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
 
+ROOT = Path(__file__).parents[1]
 TINY = dict(
   method=('fptt',),
   seq_len=12,
@@ -461,7 +464,7 @@ def test_a_full_disk_when_a_run_has_ended(tmp_path: Path) -> None:
   """Its result is made again by the same command."""
   config, result = (
     add_task.Config(**TINY),
-    tmp_path / 'fptt-seed0' / 'result.json.tmp',
+    tmp_path / 'fptt-seed0' / f'result.json.{os.getpid()}.tmp',
   )
   result.parent.mkdir()
   result.symlink_to('/dev/full')
@@ -475,6 +478,57 @@ def test_a_full_disk_when_a_run_has_ended(tmp_path: Path) -> None:
     add_task.run(config, str(tmp_path))
   result.unlink()
   assert add_task.run(config, str(tmp_path))[1][0]['batches'] == 6
+
+
+def test_a_run_keeps_the_settings_that_it_was_opened_with(tmp_path: Path) -> None:
+  """Another command changes the folder's configuration while a run is trained: the
+  run's result is of the settings it was trained with, and has not ended under the
+  others.
+  """
+  config = add_task.Config(lr=1e-3, **TINY)
+  [member] = schedule.list_members(config)
+  workdir.open_workdir(str(tmp_path), 'add_task', config)
+  opened = json.loads((tmp_path / 'config.json').read_text())['sha256']
+  other = f"""
+import sys
+from experiments import add_task
+from experiments.core import workdir
+config = add_task.Config(lr=3e-2, allow_config_change=True, **{TINY!r})
+workdir.open_workdir(sys.argv[1], 'add_task', config)
+"""
+  subprocess.run([sys.executable, '-c', other, tmp_path], check=True, cwd=ROOT)
+  changed = json.loads((tmp_path / 'config.json').read_text())['sha256']
+  (tmp_path / member.name).mkdir()
+  schedule.finish_run(tmp_path, member, {'test_mse': 0.5}, None)
+  result = json.loads((tmp_path / member.name / 'result.json').read_text())
+  assert result['config_sha256'] == opened != changed
+  assert schedule.has_ended(tmp_path, member)
+  workdir.open_workdir(str(tmp_path), 'add_task', dataclasses.replace(config, lr=3e-2))
+  assert not schedule.has_ended(tmp_path, member)
+
+
+def test_files_of_one_folder_may_be_written_side_by_side(tmp_path: Path) -> None:
+  """No command takes another one's half-written file."""
+  path = tmp_path / 'plot.json'
+  with files.atomic_write(path) as file:
+    file.write('{"first": 1}')
+    program = 'import sys; from experiments.core import files; from pathlib import Path'
+    program += "; files.write_json(Path(sys.argv[1]), {'second': 2})"
+    subprocess.run([sys.executable, '-c', program, path], check=True, cwd=ROOT)
+    assert json.loads(path.read_text()) == {'second': 2}
+  assert json.loads(path.read_text()) == {'first': 1}
+  assert [one.name for one in tmp_path.iterdir()] == ['plot.json']
+
+
+def test_the_length_of_intervals_cannot_change_within_a_run(tmp_path: Path) -> None:
+  """Intervals that were counted before would stand for other batches."""
+  config = add_task.Config(**TINY)
+  add_task.run(config, str(tmp_path))
+  longer = dataclasses.replace(
+    config, batches=12, eval_every=4, allow_config_change=True
+  )
+  with pytest.raises(UserError, match=r'--eval_every must stay .*was 2, now 4'):
+    add_task.run(longer, str(tmp_path))
 
 
 def test_other_settings_by_override(
@@ -572,7 +626,7 @@ def test_two_commands_in_one_folder_do_not_train_the_same_run(tmp_path: Path) ->
 
 def test_a_full_disk_while_a_plot_is_drawn(tmp_path: Path) -> None:
   """One line, as for all other files."""
-  (tmp_path / 'plot.png.tmp').symlink_to('/dev/full')
+  (tmp_path / f'plot.png.{os.getpid()}.tmp').symlink_to('/dev/full')
   curve = plotting.Curve('fptt', 'fptt', [1, 2], [0.1, 0.2])
   with pytest.raises(
     UserError,

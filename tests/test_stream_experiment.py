@@ -195,6 +195,9 @@ def test_a_stopped_comparison_goes_on(
   assert after[-1]['system'] == 'ElmanRNN, S=4, none'
   with pytest.raises(UserError, match=r'--seeds must be 1, .* got 2\.'):
     script.main(dataclasses.replace(config, seeds=2))
+  files.write_json(tmp_path / 'stream.json', {'lines': before})
+  with pytest.raises(UserError, match=r'does not say how many seeds .* --workdir'):
+    script.main(config)
 
 
 def test_the_learner_beats_last_and_seasonal_value_on_temperatures(

@@ -4,6 +4,7 @@ them.
 
 from collections.abc import Callable
 import json
+import os
 from pathlib import Path
 import shutil
 from typing import Any
@@ -400,7 +401,8 @@ def test_a_run_of_another_script_draws_no_text(adding: Path) -> None:
 def test_parameters_survive_a_full_disk(tmp_path: Path) -> None:
   """One line; nothing half-written stands for them."""
   (tmp_path / 'run').mkdir()
-  (tmp_path / 'run' / 'parameters.npz.tmp').symlink_to('/dev/full')
+  temporary = tmp_path / 'run' / f'parameters.npz.{os.getpid()}.tmp'
+  temporary.symlink_to('/dev/full')
   workdir.open_workdir(str(tmp_path), 'add_task', add_task.Config())
   with pytest.raises(UserError, match=r'cannot write .*parameters\.npz.*No space'):
     parameters.write_parameters(tmp_path / 'run', {'w': jnp.ones(3000)})

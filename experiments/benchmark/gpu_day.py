@@ -93,14 +93,13 @@ def run_stages(stages: list[Stage], path: Path, minutes: float) -> dict[str, Any
     minutes: no stage starts later than this. One that runs is not interrupted.
 
   Returns:
-    What the file holds: the machine, and by stage its seconds and its result or error.
+    What the file holds: by stage its seconds, its result or error, and the machine.
 
   Raises:
     UserError: the file was measured with another precision.
   """
   began = time.monotonic()
   content = files.read_json(path) if path.exists() else {'stages': {}}
-  content['machine'] = environment.describe_machine('torch')
   config: Any = jax.config  # Its attributes are made at run time.
   precision = config.jax_default_matmul_precision
   found = content.setdefault('precision', precision)
@@ -136,6 +135,8 @@ def _run_stage(stage: Stage) -> dict[str, Any]:
   except Exception as error:
     entry['error'] = f'{type(error).__name__}: {error}'[:4000]
   entry['seconds'] = time.monotonic() - start
+  # Stages of one file may run on several days.
+  entry['machine'] = environment.describe_machine('torch')
   outcome = entry.get('error', 'done').partition('\n')[0]
   print(f'{stage.name}: {outcome} ({entry["seconds"]:.0f} s)', flush=True)
   return entry

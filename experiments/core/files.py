@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import json
+import os
 from pathlib import Path
 import textwrap
 from typing import IO, Any, Literal
@@ -214,8 +215,9 @@ def atomic_write(path: Path, mode: Literal['w', 'wb'] = 'w') -> Iterator[IO[Any]
   Yields:
     The open file.
   """
-  # In the same folder, because a rename is atomic within one file system only.
-  temporary = path.with_name(path.name + '.tmp')
+  # In the same folder, because a rename is atomic within one file system only. Other
+  # commands that share the folder write files of their own.
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   with temporary.open(mode, encoding='utf-8' if mode == 'w' else None) as file:
     yield file
   temporary.replace(path)

@@ -86,6 +86,8 @@ class Interval(NamedTuple):
       return 'a finite number'
     if self.high == math.inf:
       kind = 'an integer' if is_integer else 'a finite number'
+      if self.includes_high:
+        kind = 'a number'
       return f'{kind} {">=" if self.includes_low else ">"} {self.low:g}'
     start = '[' if self.includes_low else '('
     end = ']' if self.includes_high else ')'

@@ -120,13 +120,16 @@ class IntervalReporter:
   def measure(
     self, member: Member, params: Any, record: loop.Record, last: Any
   ) -> dict[str, Any]:
-    """Return means over the updates of the last batch, and the test loss."""
+    """Return the loss of the last batch, means over its updates, and the test loss."""
     # Skipped updates have losses that are not finite.
     made = ~last.skipped
     count = max(1, made.sum())
+    train_loss = fptt_jax.compute_metrics(last.totals)['loss']
+    if not made.all():
+      train_loss = float(np.where(made, last.loss, 0).sum() / count)
     row = {
       'updates': record.updates,
-      'train_loss': float(np.where(made, last.loss, 0).sum() / count),
+      'train_loss': train_loss,
       'grad_norm': float(np.where(made, last.grad_norm, 0).sum() / count),
     }
     if member.config.on_nonfinite == 'skip':

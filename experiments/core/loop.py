@@ -526,23 +526,28 @@ class _Loop:
     self._group.close()
 
   def _check_settings(self, is_over: bool) -> None:
-    """Check that runs with no batch left were trained under the present settings.
+    """Check that the settings of runs that go on allow it.
 
     Args:
       is_over: whether all epochs are over.
 
     Raises:
-      UserError: a run would be reported under settings that it was not trained with.
+      UserError: epochs have another length than before, or a run with no batch left
+        would be reported under settings that it was not trained with.
     """
     ended = set(range(len(self._members))) if is_over else self._below_least_rate()
-    for number in sorted(ended - self._ended):
-      changed = [
-        difference
-        for name, difference in workdir.changes_since(
-          self._folder, self._saved_under[number]
+    for number in sorted(set(range(len(self._members))) - self._ended):
+      changes = workdir.changes_since(self._folder, self._saved_under[number])
+      lengths = [text for name, text in changes if name == 'eval_every']
+      if lengths:
+        raise UserError(
+          f'--eval_every must stay as it is for the run in '
+          f'{self._folder / self._members[number].name}, which has begun '
+          f'({lengths[0]}). Choose another --workdir.'
         )
-        if name not in workdir.TEST_FLAGS
-      ]
+      if number not in ended:
+        continue
+      changed = [text for name, text in changes if name not in workdir.TEST_FLAGS]
       if changed:
         folder = self._folder / self._members[number].name
         raise UserError(

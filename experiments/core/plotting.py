@@ -241,7 +241,5 @@ def save_figure(figure: Figure, path: Path) -> None:
   Raises:
     UserError: the file cannot be written.
   """
-  with files.user_errors(path):
-    temporary = path.with_name(path.name + '.tmp')
-    figure.savefig(temporary, dpi=120, format=path.suffix[1:])
-    temporary.replace(path)
+  with files.user_errors(path), files.atomic_write(path, 'wb') as file:
+    figure.savefig(file, dpi=120, format=path.suffix[1:])

@@ -287,7 +287,7 @@ class Population:
     batches: int,
     windows: np.ndarray | None,
   ) -> None:
-    """Log the means over the updates of N batches that were made.
+    """Log the mean loss of N batches, and means over their updates that were made.
 
     Args:
       number: the run.
@@ -301,10 +301,13 @@ class Population:
       made &= np.arange(made.shape[1]) < windows[:, None]
     if not self._loggers or not made.any():
       return
-    scalars = {
-      'train/loss': float(metrics.loss[made].mean(dtype=np.float64)),
-      'train/grad_norm': float(metrics.grad_norm[made].mean(dtype=np.float64)),
-    }
+    scalars = {'train/grad_norm': float(metrics.grad_norm[made].mean(dtype=np.float64))}
+    # Of the loss itself: windows weight their objectives. A skipped update may have
+    # left a batch without a finite loss.
+    finite = np.isfinite(metrics.totals['loss'])
+    if finite.any():
+      sums = {name: sums[finite].sum() for name, sums in metrics.totals.items()}
+      scalars['train/loss'] = fptt_jax.compute_metrics(sums)['loss']
     if fptt_jax.METHODS[self.members[number].method].regularized:
       scalars['train/lambda_norm'] = float(metrics.lambda_norm[-1])
     self._loggers[number].log(batches + len(made), scalars)

@@ -4,11 +4,13 @@ Each method has its own search. It starts at `START` and moves to the first neig
 that is better. The neighbors are the other momentum, the next two higher rates and the
 next lower rate. The search ends when all neighbors have been tried and none is better,
 so the chosen rate lies inside the rates that were tried. Two higher rates are tried,
-because a better rate has been seen above one that is a little worse.
+because a better rate has been seen above one that is a little worse. Where nothing has
+learned, the search goes on.
 """
 
 from collections.abc import Callable, Iterator
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +35,8 @@ SETTINGS = (
   *('alpha', 'beta', 'kappa', 'forget_bias', 'inner_steps', 'weight_decay'),
   *('influence', 'coupling', 'averaging', 'linear_scale', 'gradient_estimate'),
   *('momentum_windows', 'bootstrap', 'alpha_warmup', 'clip_regularizer'),
-  *('truncation_steps', 'optimizer'),
+  *('truncation_steps', 'optimizer', 'products', 'evaluate_at', 'average_horizon'),
+  *('on_nonfinite', 'eval_every', 'test_size'),
 )
 """Settings of the adding problem on which the best rate depends."""
 
@@ -66,30 +69,64 @@ def neighbors(point: Rates) -> Iterator[Rates]:
 
 
 def search(
-  score: Callable[[Rates], float | None],
+  score: Callable[[Rates], float | None], chance: float = math.inf
 ) -> tuple[Rates, dict[Rates, float | None]]:
   """Search the grid for a point that is better than its neighbors.
 
+  The search goes on upward while no point is better than chance, and downward while all
+  runs diverge.
+
   Args:
     score: (point) -> score, lower is better; None if the run diverged.
+    chance: the score without any learning.
 
   Returns:
     (the point, the scores of all points that were tried).
   """
   best = START
   tried = {best: score(best)}
-  is_settled = False
-  while not is_settled:
-    is_settled = True
-    for point in neighbors(best):
-      # A point has a score already if it is a neighbor of an earlier best one.
-      if point not in tried:
-        tried[point] = score(point)
-      if is_better(tried[point], tried[best]):
-        best = point
-        is_settled = False
-        break
-  return best, tried
+  candidates = neighbors(best)
+  while True:
+    # A point has a score already if it is a neighbor of an earlier best one.
+    point = next(candidates, None) or _beyond(best, tried, chance)
+    if point is None:
+      return best, tried
+    if point not in tried:
+      tried[point] = score(point)
+    if is_better(tried[point], tried[best]):
+      best = point
+      candidates = neighbors(best)
+
+
+def _beyond(
+  best: Rates, tried: dict[Rates, float | None], chance: float
+) -> Rates | None:
+  """Return the next point where nothing has learned so far.
+
+  Args:
+    best: the best point.
+    tried: scores of all points that were tried.
+    chance: the score without any learning.
+
+  Returns:
+    The next higher rate if the best point is at chance, the next lower one if it
+    diverged; None if it has learned, or at the end of the grid.
+  """
+  if has_learned(tried[best], chance):
+    return None
+  places = [RATES.index(point.lr) for point in tried if point.momentum == best.momentum]
+  place = min(places) - 1 if tried[best] is None else max(places) + 1
+  return Rates(RATES[place], best.momentum) if 0 <= place < len(RATES) else None
+
+
+def has_learned(score: float | None, chance: float) -> bool:
+  """Return whether a score is clearly better than chance.
+
+  Args:
+    score: the score; None if the run diverged.
+    chance: the score without any learning, around which draws scatter.
+  """
+  return score is not None and score < 0.9 * chance
 
 
 def is_better(score: float | None, other: float | None) -> bool:
@@ -104,17 +141,21 @@ def is_inside(point: Rates, tried: dict[Rates, float | None]) -> bool:
   return min(beside) < point.lr < max(beside)
 
 
-def entry(best: Rates, tried: dict[Rates, float | None]) -> dict[str, Any]:
+def entry(
+  best: Rates, tried: dict[Rates, float | None], chance: float
+) -> dict[str, Any]:
   """Return the table's entry for one method.
 
   Args:
     best: the chosen point.
     tried: scores of all points that were tried.
+    chance: the score without any learning.
   """
   points = sorted(tried, key=lambda point: (point.momentum, point.lr))
   return {
     **best._asdict(),
     'inside': is_inside(best, tried),
+    'learned': has_learned(tried[best], chance),
     'tried': [{**point._asdict(), 'score': tried[point]} for point in points],
   }
 
@@ -126,11 +167,13 @@ class Table(NamedTuple):
     settings: settings of the adding problem during the search.
     methods: the chosen point of each method.
     unsettled: methods whose chosen rate is the lowest or highest that was tried.
+    unlearned: methods that were no better than chance, or diverged, at all rates.
   """
 
   settings: dict[str, Any]
   methods: dict[str, Rates]
   unsettled: tuple[str, ...]
+  unlearned: tuple[str, ...]
 
 
 def table(config: Any, methods: dict[str, Any]) -> dict[str, Any]:
@@ -174,4 +217,5 @@ def read_table(path: Path = FILE) -> Table:
   methods = content['methods'].items()
   points = {name: Rates(row['lr'], row['momentum']) for name, row in methods}
   unsettled = tuple(name for name, row in methods if not row['inside'])
-  return Table(content['settings'], points, unsettled)
+  unlearned = tuple(name for name, row in methods if not row['learned'])
+  return Table(content['settings'], points, unsettled, unlearned)

@@ -256,8 +256,8 @@ def resume_points(folder: Path) -> dict[int, int]:
     for step in checkpoints.saved_steps(folder)
   }
   # If a program is killed during its first save, some of its runs have a checkpoint and
-  # others have none. They all start anew then.
-  if len(saved) > 1 or (folder / 'broken').exists():
+  # others have none. They all start anew then. A run alone in its program goes on.
+  if len(saved) > 1 or [*saved.values()] == [1] or (folder / 'broken').exists():
     return saved
   return {0: 0, **saved}
 

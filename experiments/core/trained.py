@@ -27,11 +27,12 @@ class TrainedRun:
 
   Attributes:
     folder: folder of the run.
-    script: the script that trained it, 'add_task', 'images' or 'language_model'.
+    script: the script that trained it, 'add_task', 'images', 'language_model' or
+      'online'.
     config: settings of the run, with its values of a grid.
     model: the model.
     params: the parameters of the run's result. They are those of the epoch with the
-      best validation score; on the adding problem, those after the last batch.
+      best validation score; of a script in `DRAWN`, those after the last batch.
     result: content of result.json.
     vocabulary: the V token strings by id, of a language model.
     moments: mean and standard deviation by which pixels are normalized, of images.

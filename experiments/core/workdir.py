@@ -71,6 +71,10 @@ At these values they change nothing and are not recorded, so that such folders g
 """
 
 
+_opened: dict[str, str] = {}
+"""Hashes of the configurations with which this process opened folders."""
+
+
 def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Path:
   """Make the folder of a command, or check that its configuration is the same.
 
@@ -105,6 +109,7 @@ def open_workdir(workdir: str, script: str, config: Any, **identity: str) -> Pat
   claimed = processes.on_first_process(
     _claim, folder, described, config.allow_config_change
   )
+  _opened[claimed] = described['sha256']
   return Path(claimed)
 
 
@@ -255,9 +260,11 @@ def lock_runs(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def config_sha256(folder: Path) -> str:
-  """Return the hash of the configuration of a folder."""
-  found: str = read_config(folder)['sha256']
-  return found
+  """Return the hash of the configuration that this process uses a folder with.
+
+  Another command may have changed the file since this one opened the folder.
+  """
+  return _opened.get(str(folder.absolute())) or str(read_config(folder)['sha256'])
 
 
 def read_config(folder: Path) -> dict[str, Any]:

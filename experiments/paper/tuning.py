@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import filelock
 from tabulate import tabulate
 
 from experiments.core import files, plotting
@@ -56,9 +57,11 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
       print(f'{entry.label}: no learning rate is better than chance.')
     else:
       _remark_on_edge(trials, best)
-    # Written after each line: tuning takes hours and may be stopped.
-    tuned = read_tuned(folder) | {entry.label: chosen | windows_of(best)}
-    files.write_json(folder / 'tuned.json', tuned)
+    # Written after each line: tuning takes hours and may be stopped. Other commands may
+    # tune other lines at the same time.
+    with filelock.FileLock(folder / 'tuned.json.lock'):
+      tuned = read_tuned(folder) | {entry.label: chosen | windows_of(best)}
+      files.write_json(folder / 'tuned.json', tuned)
     curves.setdefault(entry.score, []).extend(_trial_curves(entry, finite))
   title = f'{config.item}, scale {config.scale}: tuning'
   for score, lines in curves.items():

@@ -209,10 +209,13 @@ def training_rows(folder: Path, series: str) -> Iterator[Row]:
     stage = 'tuning' if is_trial else 'final'
     # The folder of a single script has runs but no lines.
     line = '/'.join(parts[1:] if is_trial else parts) or line_of(run.name)
-    yield training_row(run, series, stage, line, not is_trial and line in tuned)
+    chosen = None if is_trial else tuned.get(line)
+    yield training_row(run, series, stage, line, chosen)
 
 
-def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> Row:
+def training_row(
+  run: Path, series: str, stage: str, line: str, chosen: dict[str, Any] | None
+) -> Row:
   """Return the row of one training run.
 
   Args:
@@ -220,7 +223,7 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
     series: name of the series that it belongs to.
     stage: 'final' or 'tuning'.
     line: name of the configuration.
-    tuned: whether the folder's --tune chose its learning rate among several.
+    chosen: what the folder's --tune chose for the line; None if nothing.
 
   Returns:
     The row; its status is 'unfinished' while the run has no result.
@@ -249,12 +252,27 @@ def training_row(run: Path, series: str, stage: str, line: str, tuned: bool) -> 
     line=line,
     run=run.name,
     seed=seed_of(run.name),
-    tuned=tuned or (stage == 'final' and has_tuned_rate(run.name, config)),
+    tuned=_has_chosen(settings, chosen)
+    or (stage == 'final' and has_tuned_rate(run.name, config)),
     status=status,
     settings=settings,
     source={name: value for name, value in summary.items() if name not in NO_SOURCE},
     numbers=numbers,
     curves=columns(files.read_jsonl(run / 'metrics.jsonl')),
+  )
+
+
+def _has_chosen(settings: dict[str, Any], chosen: dict[str, Any] | None) -> bool:
+  """Return whether a run has the learning rate and K that a search chose.
+
+  Args:
+    settings: all settings of the run.
+    chosen: the line's entry in tuned.json. A run that was made before the search, or
+      with another choice, has other settings.
+  """
+  names = ('lr', 'num_windows')
+  return chosen is not None and all(
+    settings.get(name) == chosen[name] for name in names if name in chosen
   )
 
 

@@ -130,6 +130,10 @@ def saved_lines(folder: Path, config: Config) -> dict[tuple[str, str], dict[str,
   saved = files.read_json(path)
   # Earlier versions did not write it.
   seeds = saved.get('config', {}).get('seeds')
+  if seeds is None:
+    raise UserError(
+      f'{path} does not say how many seeds its lines have: choose another --workdir.'
+    )
   if seeds != config.seeds:
     raise UserError(
       f'--seeds must be {seeds}, as of the lines in {path}, or --workdir another '
