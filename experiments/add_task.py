@@ -336,7 +336,9 @@ def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -
   keys = {seed: jax.random.split(jax.random.key(seed), 3) for seed in seeds}
   draw = jax.jit(draw_batch, static_argnums=(1, 2))
   tests = {
-    seed: processes.replicated(draw(test_key, config.seq_len, config.test_size))
+    seed: intervals.HeldOut(
+      processes.replicated(draw(test_key, config.seq_len, config.test_size))
+    )
     for seed, (_, _, test_key) in keys.items()
   }
 

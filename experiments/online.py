@@ -269,15 +269,21 @@ def read_batch(config: Config, item: dict[str, Any]) -> fptt_jax.Batch:
   return fptt_jax.Batch(jnp.pad(inputs, padding), item['targets'])
 
 
-def test_batch(config: Config, seed: int) -> fptt_jax.Batch:
+def test_batch(config: Config, seed: int) -> intervals.HeldOut:
   """Return the test data of a seed, of which no run trains on any."""
   problem = PROBLEMS[config.task]
   rng = np.random.default_rng([seed, 2**31])
-  if problem.is_stream:
-    draw = problem.draw_test or problem.draw
-    return fptt_jax.Batch(*draw(rng, config.test_steps, config.batch_size))
-  inputs, targets = problem.draw(rng, config.seq_len, config.test_steps)
-  return read_batch(config, {'inputs': inputs, 'targets': targets})
+  if not problem.is_stream:
+    inputs, targets = problem.draw(rng, config.seq_len, config.test_steps)
+    batch = read_batch(config, {'inputs': inputs, 'targets': targets})
+    return intervals.HeldOut(batch)
+  draw = problem.draw_test or problem.draw
+  arrays = draw(rng, problem.lead + config.test_steps, config.batch_size)
+  batch = fptt_jax.Batch(*(array[problem.lead :] for array in arrays))
+  if not problem.lead:
+    return intervals.HeldOut(batch)
+  lead = fptt_jax.Batch(*(array[: problem.lead] for array in arrays))
+  return intervals.HeldOut(batch, lead)
 
 
 def make_task(config: Config, seeds: Iterable[int], method: str, members: int) -> Task:

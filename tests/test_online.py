@@ -11,6 +11,7 @@ import pytest
 from experiments import online
 from experiments.core import files
 from experiments.core.flags import UserError
+from experiments.core.trained import load_run
 from experiments.data import memory
 from experiments.paper import copying
 
@@ -74,6 +75,23 @@ def test_measurements_do_not_interrupt_a_stream(tmp_path: Path) -> None:
   assert losses[0] == losses[1]
 
 
+def test_series_are_scored_after_a_lead(tmp_path: Path) -> None:
+  """The hidden state at the first step that is scored is the one after the steps before
+  it, and these are not scored.
+  """
+  config = online.Config(task='lorenz', **TINY)
+  online.run(config, str(tmp_path))
+  run = load_run(tmp_path / 'tbptt-seed0')
+  test, lead = online.test_batch(config, 0)
+  assert (len(lead.inputs), len(test.inputs)) == (memory.LEAD, config.test_steps)
+  inputs = np.concatenate([lead.inputs, test.inputs])
+  hidden = run.model.initial_state(config.batch_size)
+  _, outputs = run.model.apply(run.params, hidden, inputs, None, None)
+  error = float(((outputs[memory.LEAD :] - test.targets) ** 2).mean())
+  assert run.result['test_lorenz'] == pytest.approx(error, rel=1e-4)
+  assert online.test_batch(online.Config(task='lags', **TINY), 0).lead is None
+
+
 def test_a_stream_goes_on_from_batch_to_batch() -> None:
   config = online.Config(task='henon', **TINY)
   together = online.draw_items(config, 0, 0, 4)
@@ -92,7 +110,7 @@ def test_episodes_end_with_zeros_and_are_never_those_of_the_test() -> None:
   batch = online.read_batch(config, item)
   assert batch.inputs.shape == (12, 4, memory.RECALL_FEATURES)
   assert not np.asarray(batch.inputs[1:]).any()
-  test = online.test_batch(config, 0)
+  test, _ = online.test_batch(config, 0)
   assert test.inputs.shape == (12, 20, memory.RECALL_FEATURES)
   assert not np.isin(item['targets'], test.targets).any()
 
@@ -120,9 +138,14 @@ def test_sunspots_are_trained_on_until_1920_and_tested_later(
     places = (start + np.arange(24)) % 6
     np.testing.assert_allclose(inputs[:, row], counts[places], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(targets[:, row], counts[places + 1], rtol=1e-5)
-  test = online.test_batch(config, 0)
+  monkeypatch.setattr(memory, 'LEAD', 2)
+  monkeypatch.setitem(
+    memory.PROBLEMS, 'sunspots', memory.PROBLEMS['sunspots']._replace(lead=2)
+  )
+  test, lead = online.test_batch(config, 0)
   np.testing.assert_allclose(test.inputs[:, 0, 0], counts[6:-1], rtol=1e-5)
   np.testing.assert_allclose(test.targets[:, 0, 0], counts[7:], rtol=1e-5)
+  np.testing.assert_allclose(lead.inputs[:, 0, 0], counts[4:6], rtol=1e-5)
   monkeypatch.setattr(memory, 'SUNSPOTS', ('no_such_package', 'spots.csv'))
   with pytest.raises(UserError, match='pip install no_such_package'):
     online.test_batch(config, 0)

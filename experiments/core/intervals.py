@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import math
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
@@ -89,13 +89,26 @@ def make_task(
   )
 
 
+class HeldOut(NamedTuple):
+  """Test data of a run.
+
+  Attributes:
+    batch: what is scored.
+    lead: steps that come before and are not scored, which set the hidden state; None
+      scores from the model's initial state.
+  """
+
+  batch: fptt_jax.Batch
+  lead: fptt_jax.Batch | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class IntervalReporter:
   """Measurements on a test batch at the end of each interval.
 
   Attributes:
     trainer: the trainer of one run, which evaluates.
-    tests: test batch by seed.
+    tests: test data by seed.
     extra: entries that every summary ends with.
     num_windows: K.
     score: name of the test loss in the lines of metrics; it begins with 'test_'.
@@ -105,7 +118,7 @@ class IntervalReporter:
   """
 
   trainer: fptt_jax.Trainer
-  tests: dict[int, fptt_jax.Batch]
+  tests: dict[int, HeldOut]
   extra: dict[str, Any]
   num_windows: int
   score: str
@@ -134,7 +147,11 @@ class IntervalReporter:
     }
     if member.config.on_nonfinite == 'skip':
       row['skipped'] = record.skipped
-    sums, _ = self.trainer.evaluate(params, self.tests[member.seed])
+    test = self.tests[member.seed]
+    hidden = None
+    if test.lead is not None:
+      _, hidden = self.trainer.evaluate(params, test.lead)
+    sums, _ = self.trainer.evaluate(params, test.batch, hidden)
     row[self.score] = fptt_jax.compute_metrics(sums)['loss']
     return row
 

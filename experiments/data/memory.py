@@ -31,6 +31,9 @@ LAST_TRAINING_YEAR = 1920
 BURN_IN = 200
 """Steps of a dynamical system that are dropped, in which it reaches its attractor."""
 
+LEAD = 50
+"""Steps of a series that a network reads before its forecasts are scored."""
+
 Moments = tuple[float | tuple[float, ...], float | tuple[float, ...]]
 """Mean and standard deviation, of one number or of several."""
 
@@ -60,6 +63,8 @@ class Problem(NamedTuple):
     levels: the losses of known predictors, by what they know.
     draw_test: draws the test data, for problems whose test data differ from what they
       train on.
+    lead: steps before the test data that are read and not scored. A stream that goes on
+      has no first step, and its network never learns how to begin.
   """
 
   about: str
@@ -71,6 +76,7 @@ class Problem(NamedTuple):
   score: str
   levels: dict[str, float]
   draw_test: Draw | None = None
+  lead: int = 0
 
 
 def draw_lags(
@@ -204,10 +210,10 @@ def draw_sunspots(
 def draw_later_sunspots(
   rng: np.random.Generator, num_steps: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Return the years of sunspots after 1920, one row of them."""
+  """Return the years of sunspots after 1920, one row, and `LEAD` years before them."""
   del rng, num_steps, batch_size
   years, inputs, targets = _read_sunspots()
-  later = years > LAST_TRAINING_YEAR
+  later = years > LAST_TRAINING_YEAR - LEAD
   return inputs[later, None, None], targets[later, None, None]
 
 
@@ -280,6 +286,7 @@ def _series(
     score='normalized mean squared error',
     levels={'mean of the training data': error_of_mean},
     draw_test=draw_test,
+    lead=LEAD,
   )
 
 
