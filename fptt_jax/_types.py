@@ -192,16 +192,17 @@ class StepMetrics(NamedTuple):
       and gradient norm are reported as measured.
     lambda_norm: float32 [], global norm of λ after the sequence; 0 without `fptt`.
     outputs: [T, B, ...], the model's outputs in each window before its update (in the
-      last inner step), 0 at masked steps. None unless the trainer was made with
-      `return_outputs`.
+      last inner step), 0 at masked steps and, with 'tbptt_final', before its window.
+      None unless the trainer was made with `return_outputs`.
     invalid: bool [U], all True if a target (a label, an example id) or a length of the
       batch is out of range. Then only `step_count` changes, with or without
       `skip_nonfinite`: all updates count as skipped, their losses and gradient norms
       are NaN, and the totals are 0.
     credit_norm: [U], global norm of the part of the gradient that `influence` carried
-      into the window, after the mean over devices. Divided by `grad_norm` it tells how
-      much the truncation of windows would leave out. None without an influence, so that
-      such a step has no output, and computes nothing, for it.
+      into the window (or, with 'synthetic', guessed for the steps after it), after the
+      mean over devices. Divided by `grad_norm` it tells how much the truncation of
+      windows would leave out. None without an influence, so that such a step has no
+      output, and computes nothing, for it.
   """
 
   loss: jax.Array

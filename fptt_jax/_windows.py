@@ -140,7 +140,14 @@ class WindowView(NamedTuple):
 
     Returns:
       [], in the dtype of the values but at least float32.
+
+    Raises:
+      ValueError: If the shapes differ.
     """
+    # A mask of another shape would be broadcast.
+    fits = jnp.shape(where) == jnp.shape(values)
+    accepted = f'of the shape of values, {jnp.shape(values)}'
+    require(fits, 'where', accepted, jnp.shape(where))
     # float16 holds neither the sum of many values nor a count above 65,504.
     wide = jnp.promote_types(values.dtype, jnp.float32)
     return jnp.sum(values, where=where, dtype=wide) / self.divisor(where, wide)
@@ -154,6 +161,11 @@ class WindowView(NamedTuple):
     if self.axis is not None and self.ragged:
       count = jax.lax.pmean(count, self.axis)
     return jnp.where(count > 0, count, 1)
+
+  @property
+  def parts(self) -> int:
+    """Number of parts that the rows of the batch are split into."""
+    return 1 if self.axis is None else jax.lax.axis_size(self.axis)
 
   def gather(self, rows: Any) -> Any:
     """Return a tree of arrays [B, ...] of the global batch, given this device's
@@ -231,18 +243,21 @@ def _zero_where_masked(x: jax.Array, window: WindowView) -> jax.Array:
   return cleared
 
 
-def is_time_major(target: Any, num_steps: int, batch_size: int, by_row: bool) -> bool:
+def is_time_major(
+  target: Any, num_steps: int, batch_size: int, by_row: bool, parts: int = 1
+) -> bool:
   """Return whether a target is [T, B, ...] rather than [B, ...].
 
   Args:
-    target: One array of the targets.
+    target: One array of the targets, or one part of it.
     num_steps: T.
-    batch_size: B.
+    batch_size: B, or the rows of a part.
     by_row: Whether the loss has one target per sequence. It decides if T = B, where the
       shape cannot tell.
+    parts: Number of parts that the rows of the batch were split into.
   """
   has_shape = jnp.shape(target)[:2] == (num_steps, batch_size)
-  return has_shape and not (by_row and num_steps == batch_size)
+  return has_shape and not (by_row and num_steps == batch_size * parts)
 
 
 def lengths_in_range(lengths: jax.Array, num_steps: int) -> jax.Array:

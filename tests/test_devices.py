@@ -597,6 +597,45 @@ def test_gradient_of_evaluation_on_devices():
     assert_same(split, one, 1e-6)
 
 
+@pytest.mark.parametrize('terminal', [None, True])
+def test_a_part_of_the_rows_may_be_as_many_as_the_steps(terminal):
+  """T = 4 steps, and four of B = 8 rows on each of two devices: targets [T, B] are
+  still those of the steps.
+  """
+
+  def error(outputs, targets, window):
+    if terminal is None:
+      squared = (outputs[..., 0] - window.slice(targets)) ** 2
+      return window.mean(squared, window.mask)
+    rows = jnp.arange(outputs.shape[1])
+    last = window.slice(targets)[window.last, rows]
+    return window.mean((outputs[window.last, rows, 0] - last) ** 2, window.active)
+
+  rng = np.random.default_rng(0)
+  mask = np.ones((4, 8), bool)
+  mask[:, [3, 7]] = False
+  batch = fptt_jax.Batch(
+    rng.normal(size=(4, 8, 2)).astype(np.float32),
+    rng.normal(size=(4, 8)).astype(np.float32),
+    mask=mask,
+  )
+  found = []
+  for mesh in (None, jax.sharding.Mesh(jax.devices()[:2], ('batch',))):
+    trainer = helpers.quick_trainer(
+      helpers.elman(),
+      losses.from_function(error, terminal=terminal),
+      optax.sgd(0.1),
+      method='tbptt',
+      num_windows=2,
+      mesh=mesh,
+    )
+    state = trainer.init(jax.random.key(0), batch)
+    after, metrics = trainer.step(state, batch)
+    totals, _ = trainer.evaluate(state.params, batch)
+    found.append((metrics.loss, metrics.grad_norm, totals['loss'], after.params))
+  assert_same(found[1], found[0], 1e-5)
+
+
 def explicit_mesh(number, axis='batch'):
   """A mesh with an explicit axis, the default of `jax.make_mesh` in newer releases."""
   devices = jax.devices('cpu')[:number]

@@ -30,7 +30,7 @@ import pytest
 
 import fptt_jax
 from fptt_jax import influence, losses, nn
-from fptt_jax.influence import _units
+from fptt_jax.influence import _snap, _units
 from fptt_jax.influence._check import check_map
 from fptt_jax.training import _credit, _update
 
@@ -454,7 +454,7 @@ def test_refused_influences() -> None:
   )
 
 
-def test_refused_models() -> None:
+def test_refused_models(monkeypatch: pytest.MonkeyPatch) -> None:
   """Noise in the recurrent part, complex states, and tables that are too large."""
 
   def noisy(rngs):
@@ -478,6 +478,13 @@ def test_refused_models() -> None:
     r'max_bytes=863 bytes, got 864\. .* B=2 rows times N=3 numbers .* P=18 ',
     elman(),
     influence=influence.rtrl(max_bytes=863),
+  )
+  monkeypatch.setattr(_snap, 'MAX_BYTES', 863)
+  refused(
+    ValueError,
+    r"influence snap\(2\) must be at most .*863 bytes, got 864\. .*Use 'snap1'\.$",
+    elman(),
+    influence=influence.snap(2),
   )
   with pytest.raises(ValueError, match=r'max_bytes must be an integer >= 1.*got 0'):
     influence.rtrl(max_bytes=0)
@@ -857,6 +864,25 @@ def ring() -> fptt_jax.Model:
     return h, hs.sum(2, keepdims=True)
 
   return fptt_jax.Model(init, lambda size_: jnp.zeros((size_, size)), apply)
+
+
+def test_tokens_beyond_a_table_do_not_widen_a_pattern() -> None:
+  """Their embedding is NaN, which tells nothing of what a weight reaches."""
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(
+      nnx.Embed(4, 2, rngs=rngs), nn.GRU(2, H, rngs=rngs), nnx.Linear(H, 1, rngs=rngs)
+    )
+  )
+  params = model.init(jax.random.key(0))
+  hidden = model.initial_state(B)
+  window = influence.WindowMap(
+    lambda params, hidden, x, mask: model.plain(params, hidden, x, mask, None)[0],
+    jnp.zeros((3, B), jnp.int32),
+    None,
+  )
+  pattern = _snap._find_pattern(window, params, hidden, 1)
+  # A column of a gate's matrix reaches one unit.
+  np.testing.assert_allclose(pattern['layers/1/w_h'].mean(), 1 / H)
 
 
 def test_larger_patterns_leave_smaller_errors() -> None:

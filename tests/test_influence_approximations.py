@@ -452,6 +452,27 @@ def test_synthetic_gradients_learn_the_credit_of_a_linear_network() -> None:
   assert (metrics.credit_norm[1:] > 0).all()
 
 
+def test_synthetic_gradients_do_not_learn_where_sequences_start() -> None:
+  """With one window nothing is ever carried on. In batches that go on, the second one
+  starts where the first ended.
+  """
+  for carries in (False, True):
+    trainer = helpers.quick_trainer(
+      elman(),
+      SERIES,
+      optax.sgd(0.1),
+      method='tbptt',
+      num_windows=1,
+      influence='synthetic',
+      carry_hidden=carries,
+    )
+    state = trainer.init(jax.random.key(0), batch_of())
+    for _ in range(2):
+      state, _ = trainer.step(state, batch_of())
+    bias = np.abs(state.influence.weights['bias']).max()
+    assert (bias > 0) == carries
+
+
 def test_a_synthetic_gradient_of_zero_is_none_and_ends_with_the_sequence() -> None:
   """It is kept from batch to batch, and rows end where their last valid step is."""
   model = decaying()

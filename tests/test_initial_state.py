@@ -439,3 +439,45 @@ def test_padding_in_front_leaves_the_learned_start_its_gradient(influence: str) 
   helpers.assert_close(found[1], found[0], 1e-10)
   start = model.init(jax.random.split(jax.random.key(0))[0])['h0']
   assert np.abs(found[0]['h0'] - start).min() > 1e-6
+
+
+def test_a_row_that_has_not_begun_starts_from_the_newest_initial_state():
+  """It is idle in the first batch, whose updates move the initial state."""
+
+  def apply(params, h, x, mask, key):
+    def step(h, item):
+      x_t, valid = item
+      new = jnp.tanh(h @ params['w'] + x_t)
+      h = jnp.where(valid[:, None], new, h)
+      return h, h
+
+    return jax.lax.scan(step, h, (x, mask))
+
+  model = fptt_jax.Model(
+    lambda key: {'w': jnp.full((2, 2), 0.3), 's': jnp.array([0.1, -0.2])},
+    lambda rows: jnp.zeros((rows, 2)),
+    apply,
+    learned_initial_state=lambda params, rows: jnp.broadcast_to(
+      params['s'][None], (rows, 2)
+    ),
+  )
+  trainer = helpers.quick_trainer(
+    model,
+    losses.sequence_regression(),
+    optax.adam(0.01),
+    method='tbptt',
+    num_windows=2,
+    carry_hidden=True,
+  )
+  x = np.ones((4, 2, 2), np.float32)
+  late = np.array([[False, True]] * 4)
+  batch = fptt_jax.Batch(x, np.zeros_like(x), mask=~late)
+  state, _ = trainer.step(trainer.init(jax.random.key(0), batch), batch)
+  np.testing.assert_allclose(state.hidden[1], state.params['s'], rtol=1e-6)
+  assert np.abs(state.hidden[0] - state.params['s']).max() > 0.01
+  begun, _ = trainer.step(state, batch._replace(mask=late))
+  # By hand: the row starts from s, with its gradient.
+  changes = np.abs(begun.params['s'] - state.params['s'])
+  carried = state._replace(hidden=state.hidden + 1e-3)
+  cut, _ = trainer.step(carried, batch._replace(mask=late))
+  assert (changes > 1.2 * np.abs(cut.params['s'] - state.params['s'])).all()

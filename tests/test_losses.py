@@ -899,6 +899,77 @@ def test_references_keep_their_state_where_an_update_is_skipped(divergence):
   chex.assert_trees_all_equal(after.loss_state, state.loss_state)
 
 
+@pytest.mark.parametrize(
+  'options', [{}, dict(micro_batches=2), dict(readout_chunk=1)], ids=str
+)
+def test_a_replaced_part_of_a_loss_is_the_one_that_runs(options):
+  """The parts of the loss it was made of would compute something else: where chunks
+  need them, they are missing.
+  """
+  base = losses.sequence_classification(C)
+
+  def tenfold(outputs, targets, window, state):
+    value, state = base.apply(outputs, targets, window, state)
+    return 10 * value, state
+
+  def measure(outputs, targets, window):
+    return base.measure(outputs, targets, window) | {'ten': jnp.float32(10)}
+
+  batch = helpers.tagging_batch(6, 4, 2, C)
+  made = []
+  for loss in (base, base._replace(apply=tenfold), base._replace(measure=measure)):
+
+    def make(loss=loss):
+      return helpers.quick_trainer(
+        helpers.lstm(2, 4, C), loss, optax.sgd(0.1), method='bptt', **options
+      )
+
+    if loss is not base and 'readout_chunk' in options:
+      with pytest.raises(ValueError, match=r'readout_chunk .*per_step=None'):
+        make()
+      return
+    trainer = make()
+    _, metrics = trainer.step(trainer.init(jax.random.key(0), batch), batch)
+    made.append(metrics)
+  np.testing.assert_allclose(made[1].loss, 10 * made[0].loss, rtol=1e-5)
+  assert 'ten' in made[2].totals
+
+
+@pytest.mark.parametrize('terminal', [None, True])
+def test_targets_of_idle_rows_may_be_nan(terminal):
+  """Also where the shapes alone say that there is one target per sequence."""
+  batch = helpers.regression_batch(6, 3)
+  targets = np.array(batch.targets)
+  targets[1] = np.nan
+  mask = np.ones((6, 3), bool)
+  mask[:, 1] = False
+
+  def error(outputs, targets, window):
+    last = outputs[window.last, jnp.arange(outputs.shape[1]), 0]
+    return window.mean((last - targets) ** 2, window.active)
+
+  trainer = helpers.quick_trainer(
+    helpers.elman(),
+    losses.from_function(error, terminal=terminal),
+    optax.sgd(0.1),
+    method='tbptt',
+    num_windows=2,
+  )
+  batch = batch._replace(targets=targets, mask=mask)
+  state = trainer.init(jax.random.key(0), batch)
+  _, metrics = trainer.step(state, batch)
+  assert np.isfinite(metrics.grad_norm).all()
+  totals, _ = trainer.evaluate(state.params, batch)
+  assert np.isfinite(totals['loss'])
+
+
+def test_a_mask_of_another_shape_is_refused():
+  """It would be broadcast, and the mean would have another divisor."""
+  view = window(0, [0, 3, 6], [6, 6])
+  with pytest.raises(ValueError, match=r'where must be of the shape of values, \(3, 2'):
+    view.mean(jnp.ones((3, 2)), view.active)
+
+
 def test_a_memory_of_one_s_own_is_the_loss_in_two_parts():
   """With and without it the state is the same, also where an update is skipped."""
 

@@ -668,6 +668,17 @@ def test_one_update_may_take_gradients_of_windows_alone():
 def test_a_method_names_its_windows():
   with pytest.raises(ValueError, match=r"num_windows of a Method must be .*'bogus'"):
     two_windows(fptt_jax.Method(False, True, False, num_windows='bogus'), False)
+  with pytest.raises(
+    ValueError, match=r"method 'custom' takes 0 of .*'num_windows': 2"
+  ):
+    fptt_jax.make_trainer(
+      helpers.elman(),
+      losses.terminal_regression(),
+      optax.sgd(0.1),
+      method=fptt_jax.Method(False, False, False, truncated=True),
+      num_windows=2,
+      truncation_steps=2,
+    )
 
 
 def test_a_method_goes_by_its_true_name():

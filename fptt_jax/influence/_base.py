@@ -33,6 +33,8 @@ class WindowMap(NamedTuple):
       sequences go on in the next batch.
     first_params: (key) -> parameters that the model starts from, `Model.init`. What
       parameters reach is looked at near such ones, too; None for random numbers alone.
+    starts: bool [B], rows whose sequence has no valid step before the window; None if
+      sequences go on from the batch before.
   """
 
   run: Callable[[Params, Hidden, Any, jax.Array | None], Hidden]
@@ -45,6 +47,7 @@ class WindowMap(NamedTuple):
   own_kernels: OwnKernels | None = None
   credit: Params | None = None
   first_params: Callable[[jax.Array], Params] | None = None
+  starts: jax.Array | None = None
 
   def begin(self, params: Params, hidden: Hidden) -> Hidden:
     """Return the hidden state that the window starts from.

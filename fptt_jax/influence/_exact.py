@@ -80,7 +80,8 @@ def rtrl(max_bytes: int = MAX_BYTES) -> Influence:
     units = find_units(window, params, hidden)
     if units.whole:
       return empty_own(units, params, len(join(hidden)))
-    return empty_matrix(window, params, hidden, max_bytes)
+    name, hint = "influence 'rtrl'", "Use 'snap1', or rtrl(max_bytes=...)."
+    return empty_matrix(window, params, hidden, max_bytes, name, hint)
 
   return Influence(init, _credit, _advance)
 
@@ -112,7 +113,12 @@ def _advance(
 
 
 def empty_matrix(
-  window: WindowMap, params: Params, hidden: Hidden, max_bytes: int
+  window: WindowMap,
+  params: Params,
+  hidden: Hidden,
+  max_bytes: int,
+  name: str,
+  hint: str,
 ) -> Weights:
   """Return the whole matrix before the first step, {path: zeros [B, N, ...]}.
 
@@ -121,20 +127,24 @@ def empty_matrix(
     params: Parameters of the model.
     hidden: [B, ...], its hidden state.
     max_bytes: Largest size.
+    name: What needs the matrix, for the error.
+    hint: What to use instead.
 
   Raises:
     ValueError: The matrix would be larger.
   """
   weights = select(params, reached_paths(window, params, hidden))
   sizes = join(hidden).shape
-  _check_bytes(weights, sizes, max_bytes)
+  _check_bytes(weights, sizes, max_bytes, name, hint)
   return {
     path: jnp.zeros((*sizes, *leaf.shape), at_least_float32(leaf.dtype))
     for path, leaf in weights.items()
   }
 
 
-def _check_bytes(weights: Weights, sizes: tuple[int, ...], max_bytes: int) -> None:
+def _check_bytes(
+  weights: Weights, sizes: tuple[int, ...], max_bytes: int, name: str, hint: str
+) -> None:
   rows, numbers = sizes
   total = sum(
     leaf.size * at_least_float32(leaf.dtype).itemsize for leaf in weights.values()
@@ -143,10 +153,10 @@ def _check_bytes(weights: Weights, sizes: tuple[int, ...], max_bytes: int) -> No
   count = sum(leaf.size for leaf in weights.values())
   hint = (
     f'These are B={rows} rows times N={numbers} numbers of a state times P={count:,} '
-    "parameters that reach it. Use 'snap1', or fptt_jax.influence.rtrl(max_bytes=...)."
+    f'parameters that reach it. {hint}'
   )
   accepted = f'at most max_bytes={max_bytes:,} bytes'
-  require(total <= max_bytes, "influence 'rtrl'", accepted, Words(f'{total:,}'), hint)
+  require(total <= max_bytes, name, accepted, Words(f'{total:,}'), hint)
 
 
 def credit_matrix(params: Params, matrix: Weights, d_hidden: Hidden) -> Params:

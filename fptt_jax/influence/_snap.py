@@ -186,7 +186,8 @@ def snap(n: int) -> Influence:
     return _find_pattern(window, params, hidden, n)
 
   def init(window: WindowMap, params: Params, hidden: Hidden) -> Weights:
-    matrix = empty_matrix(window, params, hidden, MAX_BYTES)
+    name = f'influence snap({n})'
+    matrix = empty_matrix(window, params, hidden, MAX_BYTES, name, "Use 'snap1'.")
     pattern_of(window, params, hidden)
     return matrix
 
@@ -262,9 +263,9 @@ def _find_pattern(window: WindowMap, params: Params, hidden: Hidden, n: int) -> 
     point = points.draw(seed)
     for fresh in (False,) if window.start is None else (False, True):
       direct, jacobian = derivatives(*point, np.full(rows, fresh))
-      moved |= np.any(np.asarray(jacobian) != 0, axis=1)
+      moved |= np.any(_is_effect(jacobian), axis=1)
       for path, leaf in direct.items():
-        found = np.any(np.asarray(leaf) != 0, axis=0)
+        found = np.any(_is_effect(leaf), axis=0)
         reached[path] = reached.get(path, np.zeros_like(found)) | found
   reached = {path: _fill(found) for path, found in reached.items()}
   for _ in range(n - 1):
@@ -273,6 +274,15 @@ def _find_pattern(window: WindowMap, params: Params, hidden: Hidden, n: int) -> 
       for path, found in reached.items()
     }
   return reached
+
+
+def _is_effect(derivative: jax.Array) -> np.ndarray:
+  """Return where a derivative is not 0; one that is not finite tells nothing.
+
+  It belongs to a point that the model does not take, such as a token beyond its table.
+  """
+  array = np.asarray(derivative)
+  return np.isfinite(array) & (array != 0)
 
 
 def _fill(reached: np.ndarray) -> np.ndarray:

@@ -160,8 +160,9 @@ def _scored(window: WindowMap, rows: jax.Array) -> jax.Array:
   scored = jnp.ones(len(rows), bool)
   if window.mask is not None:
     scored &= window.mask.any(0)
-  if window.fresh is not None:
-    scored &= ~window.fresh
+  for first in (window.fresh, window.starts):
+    if first is not None:
+      scored &= ~first
   return scored
 
 

@@ -1,6 +1,7 @@
 """The interface of a loss, and what all losses share."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,25 @@ class Memory(NamedTuple):
   write: Callable[[LossState, Any, jax.Array | bool], LossState]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PerStep:
+  """A loss's `per_step`, and what it factors.
+
+  Attributes:
+    function: See `Loss.per_step`.
+    apply: The `Loss.apply` that has the mean of its 'loss'.
+    measure: The `Loss.measure` that has the sums of its metrics.
+  """
+
+  function: Callable[[jax.Array, Any], dict[str, jax.Array]]
+  apply: Callable[..., Any]
+  measure: Callable[..., Any]
+
+  def __call__(self, outputs: jax.Array, targets: Any) -> dict[str, jax.Array]:
+    """Return the metrics of each step."""
+    return self.function(outputs, targets)
+
+
 class Loss(NamedTuple):
   """A loss as pure functions. :func:`from_function` makes one from a single function.
 
@@ -63,6 +83,7 @@ class Loss(NamedTuple):
       float [s, B], other metrics}, for any s steps. Give it if `apply` is the mean of
       'loss' over the window's valid steps, `measure` sums all entries over them, and
       there is no state. Outputs may then be computed a few steps at a time. Else None.
+      Where `apply` or `measure` of a loss of this module was replaced, it is not used.
     terminal: Whether there is one target per sequence. Targets are then [B, ...] where
       T = B lets their shape be read as [T, B, ...].
     memory: `apply` in two parts; None if the state is small.
@@ -81,6 +102,21 @@ class Loss(NamedTuple):
   terminal: bool = False
   memory: Memory | None = None
   valid: Callable[[Any, jax.Array], jax.Array] | None = None
+
+
+def without_replaced_parts(loss: Loss) -> Loss:
+  """Drop the parts of an `apply` or a `measure` that were replaced.
+
+  The parts would silently compute what they were made for.
+  """
+  memory, per_step = loss.memory, loss.per_step
+  if memory is not None and memory.apply != loss.apply:
+    loss = loss._replace(memory=None)
+  if isinstance(per_step, PerStep):
+    made_for = (per_step.apply, per_step.measure)
+    if made_for != (loss.apply, loss.measure):
+      loss = loss._replace(per_step=None)
+  return loss
 
 
 def compute_metrics(totals: MetricSums) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fptt_jax.losses._base import (
   Loss,
   LossState,
   MetricSums,
+  PerStep,
   check_classes,
   check_finite,
   check_indices,
@@ -120,4 +121,5 @@ def _mean_over_steps(
       window.mask, per_step(outputs, window.slice(targets, 'targets'))
     )
 
-  return Loss(no_state, apply, measure, check=check, per_step=per_step)
+  factored = PerStep(per_step, apply, measure)
+  return Loss(no_state, apply, measure, check=check, per_step=factored)

@@ -133,7 +133,8 @@ def _window_map(spec: StepSpec, sequence: Sequence, inputs: UpdateInputs) -> Win
   window = _bare_map(spec, x, mask, inputs.fresh, spec.axis)
   if spec.carry_hidden:
     return window
-  return window._replace(ends=view.seen >= view.lengths)
+  starts = view.seen == view.mask.sum(0)
+  return window._replace(ends=view.seen >= view.lengths, starts=starts)
 
 
 def _bare_map(

@@ -46,7 +46,7 @@ def run_evaluate(
   num_steps, batch_size = check_shapes(batch)
   windows = make_windows(num_steps)
   valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
-  batch = clear_idle_targets(loss, batch, valid)
+  batch = clear_idle_targets(loss, batch, valid, axis)
   sequence = Sequence(batch, windows, valid, key=None, axis=axis)
 
   def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, MetricSums]:

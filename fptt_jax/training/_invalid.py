@@ -16,18 +16,30 @@ from fptt_jax.parallel._collectives import (
 )
 
 
-def clear_idle_targets(loss: Loss, batch: Batch, valid: ValidSteps) -> Batch:
-  """Put 0 in place of a terminal loss's targets of sequences without any valid step.
+def clear_idle_targets(
+  loss: Loss, batch: Batch, valid: ValidSteps, axis: str | None
+) -> Batch:
+  """Put 0 in place of the targets of sequences without any valid step.
 
   NaN there would come back as a NaN gradient, although it counts for nothing.
+
+  Args:
+    loss: Loss. One with a target per step clears masked steps itself.
+    batch: One device's rows of the batch, or all.
+    valid: Its valid steps.
+    axis: Name of the mesh axis that the rows are split over; None for all rows.
   """
-  if batch.mask is None or not targets_by_row(loss):
+  if batch.mask is None:
     return batch
   shape = jax.tree.leaves(batch.inputs)[0].shape[:2]
   rows = valid.lengths > 0
+  by_row = targets_by_row(loss)
+  parts = 1 if axis is None else jax.lax.axis_size(axis)
 
   def clear(target: jax.Array) -> jax.Array:
-    is_late = is_time_major(target, shape[0], shape[1], by_row=True)
+    is_late = is_time_major(target, shape[0], shape[1], by_row, parts)
+    if is_late and not by_row:
+      return target
     cleared: jax.Array = zero_unless(rows[None] if is_late else rows, target)
     return cleared
 

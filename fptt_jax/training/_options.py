@@ -18,6 +18,7 @@ from fptt_jax._checks import (
 from fptt_jax._types import Hidden, Model, Params
 from fptt_jax.influence import INFLUENCES, Influence
 from fptt_jax.losses import Loss
+from fptt_jax.losses._base import without_replaced_parts
 from fptt_jax.training._micro_batches import split_model
 from fptt_jax.training._schedules import METHODS, Method
 from fptt_jax.training._spec import StepSpec
@@ -60,12 +61,10 @@ def resolve_spec(
     if options[size] is not None:
       options[size] = check_size(size, options[size])
   _check_method_options(name, method, options)
+  loss = without_replaced_parts(loss)
   _check_readout(model, loss, options)
   options['influence'] = _find_influence(options['influence'], name, method)
   options['loss_weights'] = _finite_weights(options['loss_weights'])
-  if loss.memory is not None and loss.memory.apply != loss.apply:
-    # The parts would silently compute the loss that was replaced.
-    loss = loss._replace(memory=None)
   if isinstance(optimizer, optax.MultiSteps):
     # It is not a transformation, and its own conversion drops extra arguments.
     optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
@@ -139,7 +138,7 @@ def _check_method_options(name: str, method: Method, options: dict[str, Any]) ->
   sizes = ('num_windows', 'window_size')
   given = {size: options[size] for size in sizes if options[size] is not None}
   # A method that fixes K takes neither.
-  most = 1 if method.num_windows is None else 0
+  most = 1 if method.num_windows is None and not method.truncated else 0
   if len(given) > most:
     raise ValueError(f'method {name!r} takes {most} of {sizes}, got {given}.')
   several_windows = method.whole_gradient and method.num_windows != 1

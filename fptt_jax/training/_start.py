@@ -11,7 +11,7 @@ from fptt_jax._types import (
   Params,
   TrainState,
 )
-from fptt_jax._windows import WindowPlan
+from fptt_jax._windows import ValidSteps, WindowPlan
 from fptt_jax.parallel._placement import Placement
 from fptt_jax.training._spec import StepSpec
 
@@ -37,6 +37,34 @@ def fresh_rows(
   for leaf, start in zip(leaves, starts, strict=True):
     same.append(_agree(leaf, start).reshape(rows, -1).all(1))
   return jnp.stack(same).all(0)
+
+
+def start_idle_rows(
+  spec: StepSpec,
+  placement: Placement,
+  params: Params,
+  hidden: Hidden,
+  fresh: jax.Array | None,
+  valid: ValidSteps,
+) -> Hidden:
+  """Put the initial state of the new parameters into rows that have not begun.
+
+  Otherwise the next batch would take the initial state of older parameters for a state
+  that was carried on.
+
+  Args:
+    spec: Options of the trainer.
+    placement: Where the arrays lie.
+    params: Parameters after all updates.
+    hidden: [B, ...], the state to carry on.
+    fresh: bool [B], rows that started from the learned initial state, or None.
+    valid: Valid steps of the batch.
+  """
+  if fresh is None or not valid.ragged:
+    return hidden
+  idle = fresh & (valid.lengths == 0)
+  start = start_rows(spec.model, params, len(idle), placement.step_axis)
+  return where_rows(idle, start, hidden)
 
 
 def _agree(leaf: jax.Array, start: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ from fptt_jax.training._invalid import (
 from fptt_jax.training._objective import update_gradient
 from fptt_jax.training._schedules import UpdatePlan, plan_updates
 from fptt_jax.training._spec import StepSpec
-from fptt_jax.training._start import fresh_rows, run_prefix
+from fptt_jax.training._start import fresh_rows, run_prefix, start_idle_rows
 from fptt_jax.training._update import Carry, Constants, Seen, Turn, run_update
 from fptt_jax.training._window import empty_outputs
 
@@ -66,7 +66,7 @@ def run_step(
     prefix = placement.wrap_prefix(functools.partial(run_prefix, spec))
     start = prefix(state.params, state.hidden, batch, key)
   valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
-  batch = clear_idle_targets(spec.loss, batch, valid)
+  batch = clear_idle_targets(spec.loss, batch, valid, placement.step_axis)
   gradient = functools.partial(update_gradient, spec, windows, plan)
   constants = Constants(
     spec=spec,
@@ -95,6 +95,8 @@ def run_step(
 
   in_range = batch_in_range(spec.loss, batch, placement.step_axis)
   (carry, outputs), seen = run_if(in_range, scan, (carry, outputs))
+  hidden = start_idle_rows(spec, placement, carry.params, carry.hidden, fresh, valid)
+  carry = carry._replace(hidden=hidden)
   next_state = _next_state(state, carry)
   return next_state, _step_metrics(placement, carry, outputs, seen, in_range)
 
