@@ -1,6 +1,7 @@
 """The native kernels of the CPU: numbers, fallbacks, and how they are compiled."""
 
 from collections.abc import Callable, Iterator
+import concurrent.futures
 import functools
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from typing import Any
 import warnings
 
@@ -62,7 +64,7 @@ def rounding(kernels: None) -> None:
 @pytest.fixture
 def fresh() -> Iterator[None]:
   """Let a test compile and warn as a new process does."""
-  caches = (cpu.find_problem, _native.warn_once)
+  caches = (cpu._register, _native.warn_once)
   for function in caches:
     function.cache_clear()
   yield
@@ -678,11 +680,13 @@ def test_influence_with_products_of_bfloat16() -> None:
 
 
 @pytest.mark.usefixtures('kernels')
-@pytest.mark.parametrize('batch', [2, 40])
-def test_threads_do_not_change_an_influence(batch: int) -> None:
-  """Threads share rows or units."""
+@pytest.mark.parametrize(
+  'shape', [(20, 2, 100, 5), (20, 40, 100, 5), (28, 2, 300, 3)], ids=str
+)
+def test_threads_do_not_change_an_influence(shape: tuple[int, ...]) -> None:
+  """Threads share rows or units; a window of many units is cut into parts."""
   library = cpu._load('own', 'float32')
-  window = own_window('LSTM', (20, batch, 100, 5), True)
+  window = own_window('LSTM', shape, True)
   found = []
   try:
     for limit in (1, 3):
@@ -1010,6 +1014,111 @@ def test_a_folder_that_cannot_be_written(
   assert cpu._load('tiny', 'float32').answer() == 42
   assert not list((tmp_path / 'temporary').iterdir())
   assert not cache.is_dir() or not list(cache.iterdir())
+
+
+@pytest.mark.usefixtures('kernels')
+def test_a_damaged_library_is_compiled_anew(source: Path, tmp_path: Path) -> None:
+  """An empty file, as an interrupted copy leaves it."""
+  command = cpu.compile_command('tiny', 'float32')
+  digest = cpu._digest(command, cpu._read_macros(command))
+  library = tmp_path / 'cache' / f'tiny-{digest}.so'
+  library.parent.mkdir(mode=0o700)
+  library.touch(0o700)
+  assert cpu._load('tiny', 'float32').answer() == 42
+  assert library.stat().st_size > 0
+
+
+@pytest.mark.usefixtures('kernels')
+def test_a_full_disk_of_the_cache(
+  source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """The process compiles for itself."""
+  compile_library = cpu._compile
+
+  def compile_elsewhere(command: list[str], library: Path) -> None:
+    if library.is_relative_to(tmp_path / 'cache'):
+      raise OSError('No space left on device')
+    compile_library(command, library)
+
+  monkeypatch.setattr(cpu, '_compile', compile_elsewhere)
+  assert cpu._load('tiny', 'float32').answer() == 42
+  assert list((tmp_path / 'cache').iterdir()) == []
+
+
+@pytest.mark.usefixtures('kernels', 'fresh')
+def test_threads_of_python_meet_at_the_first_use(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """One of them registers the kernels, since JAX takes each name once."""
+  library = cpu._load('elman', 'float32')
+  loaded = []
+
+  def load(cell: str, products: str) -> Any:
+    time.sleep(0.2)
+    loaded.append(cell)
+    return library
+
+  monkeypatch.setattr(cpu, '_load', load)
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    found = [pool.submit(cpu.find_problem, 'elman', 'float32') for _ in range(4)]
+  assert [one.result() for one in found] == [None] * 4
+  assert loaded == ['elman']
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('where', ['caller', 'helper'])
+def test_a_part_without_memory_ends_the_call_alone(where: str, tmp_path: Path) -> None:
+  """Not the process, and not before the other threads have left its memory."""
+  threads = Path(__file__).with_name('threads')
+  compiler = cpu.compile_command('lstm', 'float32')[0]
+  program = tmp_path / 'program'
+  headers = ['-I', str(threads), '-I', str(cpu.FOLDER)]
+  options = ['-std=c++17', '-O1', '-march=native', '-pthread', *headers]
+  source = str(threads / 'without_memory.cc')
+  subprocess.run([compiler, *options, source, '-o', str(program)], check=True)
+  command = [str(program), *(['here'] if where == 'caller' else [])]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert done.stdout == '1 1\n'
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('layer', ['LSTM', 'GRU', 'Elman'])
+def test_an_infinite_input_harms_no_more_than_it_must(layer: str) -> None:
+  """With units that fill no vector, the unused lanes have weights of 0."""
+  x = jnp.ones((3, 4, 1)).at[0, 0, 0].set(jnp.inf)
+  found = []
+  for implementation in ('custom_vjp', 'native'):
+    model = make_model(layer, 1, 5, implementation=implementation)
+    params, state = model.init(jax.random.key(0)), model.initial_state(4)
+
+    def total(params: Any, state: Any, model: Any = model) -> jax.Array:
+      return model.apply(params, state, x, None, None)[1].sum()
+
+    gradients = jax.grad(total, (0, 1))(params, state)
+    found.append(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), gradients))
+  assert found[0] == found[1]
+
+
+def test_gradients_within_a_shard_map_that_checks_types(kernels: None) -> None:
+  """They are added up over devices as those of the plain scan."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('batch',))
+  spec = jax.sharding.PartitionSpec
+  x = draw(1, 3, 4, 2)
+  found = []
+  for implementation in ('scan', 'auto'):
+    model = make_model('GRU', 2, 5, implementation=implementation)
+
+    def total(params: Any, x: jax.Array, model: Any = model) -> jax.Array:
+      # The state must vary over devices as the inputs do.
+      state = model.initial_state(2) + 0 * x[0, :, :1]
+      outputs = model.apply(params, state, x, None, None)[1]
+      return jax.lax.psum(jnp.sin(outputs).sum(), 'batch')
+
+    split = jax.shard_map(
+      total, mesh=mesh, in_specs=(spec(), spec(None, 'batch')), out_specs=spec()
+    )
+    found.append(jax.jit(jax.grad(split))(model.init(jax.random.key(0)), x))
+  assert_close(*found)
 
 
 def test_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

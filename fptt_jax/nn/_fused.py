@@ -256,6 +256,22 @@ def run_fused(
   return swap(_run_window(cell, axis, weights, swap(state), swap(x), mask))
 
 
+def varies(tree: Any) -> bool:
+  """Return whether an array varies over a mesh axis of `jax.shard_map`, as far as its
+  type says.
+
+  With `check_vma=True` types do say so, and JAX adds up gradients over devices by them.
+  Neither a hand-written backward pass nor a kernel takes part in that.
+  """
+  for leaf in jax.tree.leaves(tree):
+    kind: Any = jax.typeof(leaf)
+    # The name of the attribute changed between releases.
+    kind = getattr(kind, 'manual_axis_type', kind)
+    if getattr(kind, 'varying', None) or getattr(kind, 'vma', None):
+      return True
+  return False
+
+
 def rounds_products(dtype: jax.typing.DTypeLike) -> bool:
   """Return whether products of this dtype round their operands to bfloat16."""
   config: Any = jax.config  # Its attributes have no types.

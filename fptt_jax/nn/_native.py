@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from fptt_jax._types import OwnStep
-from fptt_jax.nn._fused import FusedCell, Mask, State, Weights, run_fused
+from fptt_jax.nn._fused import FusedCell, Mask, State, Weights, run_fused, varies
 from fptt_jax.nn._operation import Operation, make_primitive
 from fptt_jax.nn.kernels import cpu
 
@@ -99,8 +99,12 @@ def find_problem(
     return f'it takes float32, got {", ".join(names)}'
   if any(export.is_symbolic_dim(size) for size in x.shape):
     return 'sizes are symbolic'
-  if 0 in x.shape or math.prod(x.shape[-3:-1]) >= 2**31:
-    return f'it takes 1 to 2^31 rows in a window, got inputs of the shape {x.shape}'
+  # The kernel counts rows and features in 32 bits, and some of them twice.
+  sizes = (math.prod(x.shape[-3:-1]), x.shape[-1], parts[0].shape[-1])
+  if not 0 < min(sizes) <= max(sizes) <= 2**30:
+    return f'it takes 1 to 2^30 rows and features, got inputs of the shape {x.shape}'
+  if varies((weights, state, x)):
+    return 'jax.shard_map runs with check_vma=True'
   # A kernel reads raw memory by these shapes, so a wrong operand must not reach it.
   expected = cell.weight_shapes(x.shape[-1], parts[0].shape[-1])
   if tuple(weight.shape for weight in weights) != expected:

@@ -27,7 +27,13 @@ from fptt_jax._checks import (
 from fptt_jax._types import OwnStep
 from fptt_jax.nn import _native, _native_own
 from fptt_jax.nn._checks import check_batch_size, check_inputs, check_rngs, check_window
-from fptt_jax.nn._fused import FusedCell, WindowKernel, rounds_products, run_fused
+from fptt_jax.nn._fused import (
+  FusedCell,
+  WindowKernel,
+  rounds_products,
+  run_fused,
+  varies,
+)
 from fptt_jax.nn._overrides import nearest
 from fptt_jax.nn.kernels import cuda
 
@@ -125,7 +131,8 @@ class Recurrent(nnx.Module):
         exported by `jax.export` never hold the kernel.
       * 'custom_vjp': with the hand-written backward pass, if the layer has one. It is
         fast and small, and differentiable once, in reverse mode.
-        Windows of one step run as 'scan' unless their products are rounded.
+        Windows of one step run as 'scan' unless their products are rounded, and so
+        do those within `jax.shard_map` with `check_vma=True`.
       * 'scan': the plain scan of `step`, which `jax.jvp` and second derivatives need.
       * 'cuda': the hand-written backward pass, all steps of a window in one CUDA kernel
         (:mod:`fptt_jax.nn.kernels.cuda`). Only :class:`LSTM` and :class:`GRU` have
@@ -205,7 +212,7 @@ class Recurrent(nnx.Module):
     several_steps = export.is_symbolic_dim(x.shape[0]) or x.shape[0] > 1
     gains = several_steps or products == 'bfloat16' or self.implementation == 'cuda'
     fused = self._fused_cell() if gains and not self._runs_step() else None
-    if fused is None:
+    if fused is None or (products != 'bfloat16' and varies((fused[1], state, x))):
       return scan_cell(self.step(), state, x, mask)
     cell, weights = fused
     kernel = self._cuda_kernel if self.implementation == 'cuda' else None

@@ -3,9 +3,8 @@
 The source `own` has those that carry credit across windows.
 
 The sources are C++17 with the vector extensions of GCC and Clang. A library is compiled
-for the processor at hand, and kept for later processes in a folder that only its user
-may write: `$FPTT_JAX_CACHE_DIR`, else `fptt_jax` in `$XDG_CACHE_HOME` or `~/.cache`.
-Where there is no such folder, each process compiles for itself.
+for the processor at hand, and kept for later processes, see
+:mod:`fptt_jax.nn.kernels._libraries`.
 
 Calls share the threads of XLA's pool. `$FPTT_JAX_NUM_THREADS` limits their number; the
 default is the number of processors that the process may use. The number of threads does
@@ -19,23 +18,25 @@ from importlib.metadata import version
 import os
 from pathlib import Path
 import shutil
-import stat
 import subprocess
 import sys
-import tempfile
+import threading
 import warnings
 
 import jax
 
 from fptt_jax._checks import require
 from fptt_jax._cores import count_cores
+from fptt_jax.nn.kernels._libraries import load_library
 
-CACHE_VARIABLE = 'FPTT_JAX_CACHE_DIR'
 THREADS_VARIABLE = 'FPTT_JAX_NUM_THREADS'
 FOLDER = Path(__file__).parent
 COMPILERS = ('g++', 'clang++')
 FUNCTIONS = {'own': ('lstm', 'gru', 'elman', 'credit')}
 """Functions of a source that is not a cell's, which has 'forward' and 'backward'."""
+
+_first_use = threading.RLock()
+"""Held at the first use of a kernel: JAX takes each name once."""
 
 
 def target(cell: str, products: str, function: str) -> str:
@@ -43,7 +44,6 @@ def target(cell: str, products: str, function: str) -> str:
   return f'fptt_jax_cpu_{cell}_{products}_{function}'
 
 
-@functools.cache
 def find_problem(cell: str, products: str) -> str | None:
   """Compile and register a cell's kernels, once per process.
 
@@ -57,6 +57,13 @@ def find_problem(cell: str, products: str) -> str | None:
   Raises:
     ValueError: the environment variable of the threads is not a number of threads.
   """
+  with _first_use:
+    return _register(cell, products)
+
+
+@functools.cache
+def _register(cell: str, products: str) -> str | None:
+  """Do what `find_problem` says, once per process."""
   num_threads = count_threads()
   try:
     library = _load(cell, products)
@@ -130,18 +137,8 @@ def _load(cell: str, products: str) -> ctypes.CDLL:
         'the tile registers of AMX to this process.',
         stacklevel=2,
       )
-  folder = _private_folder()
-  if folder is not None:
-    library = folder / f'{cell}-{_digest(command, macros)}.so'
-    if not _is_private(library) and os.access(folder, os.W_OK):
-      _compile(command, library)
-    if _is_private(library):
-      return ctypes.CDLL(str(library))
-  with tempfile.TemporaryDirectory() as temporary:
-    library = Path(temporary) / f'{cell}.so'
-    _compile(command, library)
-    # What is loaded stays when the file is gone.
-    return ctypes.CDLL(str(library))
+  name = f'{cell}-{_digest(command, macros)}'
+  return load_library(name, functools.partial(_compile, command))
 
 
 def _request_tiles() -> bool:
@@ -158,31 +155,6 @@ def _request_tiles() -> bool:
     return int(ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments))) == 0
   except (OSError, AttributeError):
     return False
-
-
-def _private_folder() -> Path | None:
-  """Return the folder of compiled libraries, or None if others may write it."""
-  try:
-    base = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-    # Without a folder in its name, a library is searched for elsewhere.
-    folder = Path(os.environ.get(CACHE_VARIABLE) or base / 'fptt_jax').resolve()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-  except (OSError, RuntimeError):  # There is no home.
-    return None
-  return folder if _is_private(folder) else None
-
-
-def _is_private(path: Path) -> bool:
-  """Return whether a path exists and only this user may write it.
-
-  A library runs with the rights of the process, so another user must not supply it.
-  """
-  try:
-    status = path.stat()
-  except OSError:
-    return False
-  others = stat.S_IWGRP | stat.S_IWOTH
-  return status.st_uid == os.getuid() and not status.st_mode & others
 
 
 def _read_macros(command: list[str]) -> str:
@@ -222,16 +194,9 @@ def _digest(command: list[str], macros: str) -> str:
 
 
 def _compile(command: list[str], library: Path) -> None:
-  """Compile to a temporary file beside the library and move it into place.
-
-  Other processes may compile the same library; the last one that ends wins.
+  """Compile a library to a path.
 
   Raises:
-    OSError: the folder or the disk refuses the file.
     RuntimeError: the compiler fails.
   """
-  with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-    output = Path(folder) / library.name
-    _run([*command, '-o', str(output)])
-    output.chmod(0o700)
-    output.replace(library)
+  _run([*command, '-o', str(library)])

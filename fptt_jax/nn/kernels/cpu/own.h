@@ -74,7 +74,9 @@ struct OwnAdvance {
     template <typename Derive>
     void run(const Derive& derive) {
       const int numbers = (last - first) * P * kColumns * kLanes;
-      most = std::min(own.window.steps, std::max(8, kThroughSize / numbers));
+      // Of all blocks, so that the order of the sums does not depend on the number of parts.
+      const int of_row = own.window.units.blocks() * P * kColumns * kLanes;
+      most = std::min(own.window.steps, std::max(8, kThroughSize / of_row));
       int width = 1;
       for (const OwnParameter& parameter : own.parameters) width = std::max(width, parameter.count);
       const size_t carried_size = (last - first) * A * A * kLanes;
@@ -123,9 +125,9 @@ struct OwnAdvance {
       const int count = parameter.count;
       const Units units = own.window.units;
       const size_t stride = static_cast<size_t>(kColumns) * units.count;
-      float* const after = parameter.after + row * count * stride;
+      float* const after = parameter.after + row * (count * stride);
       // What the first steps of a long window wrote, the next ones read.
-      const float* const before = begin == 0 ? parameter.before + row * count * stride : after;
+      const float* const before = begin == 0 ? parameter.before + row * (count * stride) : after;
       for_tiles<kTile>(0, count, [&](auto size, int index) {
         for (int block = first; block < last; block++) {
           const size_t place = index * stride + block * kLanes;

@@ -54,6 +54,7 @@ class Team {
   int size() const { return shared_ ? static_cast<int>(shared_->slots.size()) : 1; }
 
   // Calls work(0), ..., work(count - 1) in any order, and returns when all are done.
+  // Throws std::bad_alloc then if one of them did.
   template <typename Work>
   void run(int count, const Work& work) {
     if (!shared_ || count == 1) {
@@ -84,6 +85,7 @@ class Team {
     }
     while (do_part(shared, 0)) continue;
     for (int spins = 0; shared.unfinished.load(std::memory_order_acquire) > 0; spins++) pause(spins);
+    if (shared.failed.exchange(false)) throw std::bad_alloc();
   }
 
   // A thread's own range of the parts, so that it finds its rows in its cache again: the
@@ -101,6 +103,7 @@ class Team {
     std::atomic<const void*> work{nullptr};
     std::atomic<void (*)(const void*, int)> call{nullptr};
     std::atomic<int> unfinished{0};
+    std::atomic<bool> failed{false};  // A part had no memory.
     std::atomic<bool> closed{false};
   };
 
@@ -113,7 +116,12 @@ class Team {
         const void* const work = shared.work.load(std::memory_order_relaxed);
         const auto call = shared.call.load(std::memory_order_relaxed);
         if (!slot.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-        call(work, static_cast<int>(ticket & 0xfffff));
+        try {
+          call(work, static_cast<int>(ticket & 0xfffff));
+        } catch (const std::bad_alloc&) {
+          // A helper has no one to catch it, and the caller must wait for the others.
+          shared.failed.store(true, std::memory_order_relaxed);
+        }
         shared.unfinished.fetch_sub(1, std::memory_order_release);
         return true;
       }

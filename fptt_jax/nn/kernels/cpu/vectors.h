@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -50,6 +51,13 @@ FPTT_INLINE Vector load(const float* from, int count) {
 FPTT_INLINE void store(float* to, Vector v, int count) {
   if (count >= kLanes) return store(to, v);
   std::memcpy(to, &v, 4 * static_cast<size_t>(count));
+}
+
+// Returns the first `count` numbers, and 0 in place of the others.
+FPTT_INLINE Vector first_lanes(Vector v, int count) {
+  Vector first{};
+  std::memcpy(&first, &v, 4 * static_cast<size_t>(std::min(count, kLanes)));
+  return first;
 }
 
 // Limits the absolute value. NaN stays, so that the caller finds it in the results.

@@ -94,7 +94,7 @@ struct Forward {
   size_t stride_h() const { return kPair == 1 ? window.units.count : window.units.packed(1); }
   size_t scratch_size() const {
     const size_t packed = window.units.blocks() * (panel_x() + panel_h());
-    const size_t rounded = kPair == 1 ? 0 : window.rows() * stride_x() + 2 * window.batch * stride_h();
+    const size_t rounded = kPair == 1 ? 0 : window.rows() * stride_x() + size_t{2} * window.batch * stride_h();
     return packed + rounded + 128;
   }
 
@@ -132,7 +132,7 @@ struct Forward {
   // the one before while it writes its own.
   void round_operands(Scratch& scratch) {
     rounded_x = scratch.next<Operand>(window.rows() * stride_x());
-    rounded_h = scratch.next<Operand>(2 * window.batch * stride_h());
+    rounded_h = scratch.next<Operand>(size_t{2} * window.batch * stride_h());
     const auto round = [](const float* from, Units units, size_t rows, Operand* to, size_t stride) {
       for (size_t row = 0; row < rows; row++, from += units.count, to += stride) {
         for (int block = 0; block < units.blocks(); block++) {
@@ -169,7 +169,7 @@ struct Forward {
   template <int R>
   FPTT_INLINE void multiply_h(Vector (&sums)[R][GH], int t, int row, int block) const {
     const Operand* const rows = kPair == 1 ? reinterpret_cast<const Operand*>(h_before(t, row))
-                                           : rounded_h + (t % 2 * window.batch + row) * stride_h();
+                                           : rounded_h + (size_t(t % 2) * window.batch + row) * stride_h();
     multiply(sums, rows, stride_h(), 1, operands(window.units.count), packed_h + block * panel_h());
   }
 
@@ -177,7 +177,8 @@ struct Forward {
   FPTT_INLINE void keep_h(int t, int row, int block, Vector h) const {
     store(y + window.row(t, row) * window.units.count + block * kLanes, h, window.units.in_block(block));
     if (kPair > 1) {
-      store_row(rounded_h + ((t + 1) % 2 * window.batch + row) * stride_h() + block * kLanes / kPair, h);
+      Operand* const to = rounded_h + (size_t((t + 1) % 2) * window.batch + row) * stride_h();
+      store_row(to + block * kLanes / kPair, first_lanes(h, window.units.in_block(block)));
     }
   }
 
@@ -306,6 +307,12 @@ struct Backward {
         // A masked step passes the gradient on. Its dz is 0.
         const bool valid = !mask || mask[window.row(t, row)];
         store(dh_here, valid ? cell(t, row, block, d, to_h[i], to_x[i]) : d);
+      }
+      // Lanes beyond the units have weights of 0, which make NaN of what is infinite.
+      const int there = window.units.in_block(block);
+      for (int i = 0; i < kPair && there < kLanes; i++) {
+        for (Vector& d : to_h[i]) d = first_lanes(d, there);
+        for (Vector& d : to_x[i]) d = first_lanes(d, there);
       }
       dz_h.keep(step * window.step_rows() + first, block, to_h);
       if constexpr (!kShared) dz_x.keep(step * window.step_rows() + first, block, to_x);

@@ -6,18 +6,19 @@ H = 128 a block needs up to 128 KiB of shared memory for the LSTM (A100, H100 or
 data-center GPUs) and 30 KiB for the GRU.
 """
 
-import ctypes
+import functools
 import hashlib
+from importlib.metadata import version
 import os
 from pathlib import Path
 import shutil
 import subprocess
-import tempfile
 
 import jax
 import jax.numpy as jnp
 
 from fptt_jax._checks import Words, require
+from fptt_jax.nn.kernels._libraries import load_library
 
 NUM_GATES = {'LSTM': 4, 'GRU': 3}
 NUM_FACTORS = {'LSTM': 6, 'GRU': 5}
@@ -38,7 +39,7 @@ def is_available() -> bool:
 def build(cell: str, platform: str) -> None:
   """Compile a cell's kernels and registers them with JAX, once per process.
 
-  The library is kept in `$XDG_CACHE_HOME/fptt_jax` for later processes.
+  The library is kept for later processes, see :mod:`fptt_jax.nn.kernels._libraries`.
 
   Args:
     cell: 'LSTM' or 'GRU'.
@@ -50,10 +51,8 @@ def build(cell: str, platform: str) -> None:
   if (cell, platform) in _built:
     return
   command = compile_command(cell, platform)
-  library = _library_path(cell, command)
-  if not library.exists():
-    _compile(cell, command, library)
-  handlers = ctypes.CDLL(str(library))
+  compile_to = functools.partial(_compile, cell, command)
+  handlers = load_library(_library_name(cell, command), compile_to)
   for direction in ('forward', 'backward'):
     target = f'{cell.lower()}_{direction}'
     # Targets are looked up by name when a compiled program is loaded.
@@ -206,8 +205,8 @@ def _fill_mask(mask: jax.Array | None, like: jax.Array) -> jax.Array:
   return jnp.ones(like.shape[:2], bool) if mask is None else mask
 
 
-def _library_path(cell: str, command: list[str]) -> Path:
-  """Return the path of the compiled library, named by a digest of its origins."""
+def _library_name(cell: str, command: list[str]) -> str:
+  """Return the name of the compiled library, with a digest of its origins."""
   compiler = subprocess.run(
     [command[0], '--version'], capture_output=True, text=True, check=True
   )
@@ -218,26 +217,20 @@ def _library_path(cell: str, command: list[str]) -> Path:
     source.read_text(),
     *(header.read_text() for header in headers),
     compiler.stdout,
-    jax.__version__,
+    version('jaxlib'),
     *command,
   ]
   digest = hashlib.sha256(repr(origins).encode()).hexdigest()[:32]
-  cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-  return cache / 'fptt_jax' / f'{source.stem}-{digest}.so'
+  return f'{source.stem}-{digest}'
 
 
 def _compile(cell: str, command: list[str], library: Path) -> None:
-  library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-  # Other processes may compile the same library: each moves a whole file into place.
-  with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-    output = Path(folder) / library.name
-    done = subprocess.run(
-      [*command, '-o', str(output)], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-      problem = f'{command[0]} failed to compile {_source(cell).name}'
-      raise RuntimeError(f'{problem}:\n{done.stdout}{done.stderr}')
-    output.replace(library)
+  done = subprocess.run(
+    [*command, '-o', str(library)], capture_output=True, text=True, check=False
+  )
+  if done.returncode != 0:
+    problem = f'{command[0]} failed to compile {_source(cell).name}'
+    raise RuntimeError(f'{problem}:\n{done.stdout}{done.stderr}')
 
 
 def _find_compiler(platform: str) -> str:
