@@ -270,7 +270,7 @@ def read_batch(config: Config, item: dict[str, Any]) -> fptt_jax.Batch:
 
 
 def test_batch(config: Config, seed: int) -> intervals.HeldOut:
-  """Return the test data of a seed, of which no run trains on any."""
+  """Return the test data of a seed. No run trains on what is scored."""
   problem = PROBLEMS[config.task]
   rng = np.random.default_rng([seed, 2**31])
   if not problem.is_stream:

@@ -162,11 +162,6 @@ class WindowView(NamedTuple):
       count = jax.lax.pmean(count, self.axis)
     return jnp.where(count > 0, count, 1)
 
-  @property
-  def parts(self) -> int:
-    """Number of parts that the rows of the batch are split into."""
-    return 1 if self.axis is None else jax.lax.axis_size(self.axis)
-
   def gather(self, rows: Any) -> Any:
     """Return a tree of arrays [B, ...] of the global batch, given this device's
     share.
@@ -243,21 +238,18 @@ def _zero_where_masked(x: jax.Array, window: WindowView) -> jax.Array:
   return cleared
 
 
-def is_time_major(
-  target: Any, num_steps: int, batch_size: int, by_row: bool, parts: int = 1
-) -> bool:
+def is_time_major(target: Any, num_steps: int, batch_size: int, by_row: bool) -> bool:
   """Return whether a target is [T, B, ...] rather than [B, ...].
 
   Args:
-    target: One array of the targets, or one part of it.
+    target: One array of the targets.
     num_steps: T.
-    batch_size: B, or the rows of a part.
+    batch_size: B.
     by_row: Whether the loss has one target per sequence. It decides if T = B, where the
       shape cannot tell.
-    parts: Number of parts that the rows of the batch were split into.
   """
   has_shape = jnp.shape(target)[:2] == (num_steps, batch_size)
-  return has_shape and not (by_row and num_steps == batch_size * parts)
+  return has_shape and not (by_row and num_steps == batch_size)
 
 
 def lengths_in_range(lengths: jax.Array, num_steps: int) -> jax.Array:

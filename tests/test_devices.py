@@ -597,33 +597,36 @@ def test_gradient_of_evaluation_on_devices():
     assert_same(split, one, 1e-6)
 
 
-@pytest.mark.parametrize('terminal', [None, True])
-def test_a_part_of_the_rows_may_be_as_many_as_the_steps(terminal):
-  """T = 4 steps, and four of B = 8 rows on each of two devices: targets [T, B] are
-  still those of the steps.
+@pytest.mark.parametrize('per_step', [False, True])
+def test_a_part_of_the_rows_may_be_as_many_as_the_steps(per_step):
+  """T = 4 steps, and four of B = 8 rows on each of two devices: targets [T, B] of a
+  loss at the end are still those of the steps, and targets [B, 4] those of the rows.
   """
 
   def error(outputs, targets, window):
-    if terminal is None:
-      squared = (outputs[..., 0] - window.slice(targets)) ** 2
-      return window.mean(squared, window.mask)
     rows = jnp.arange(outputs.shape[1])
     last = window.slice(targets)[window.last, rows]
     return window.mean((outputs[window.last, rows, 0] - last) ** 2, window.active)
+
+  def measure(outputs, targets, window):
+    return {'loss': jnp.float32(0), 'count': window.mask.sum()}
 
   rng = np.random.default_rng(0)
   mask = np.ones((4, 8), bool)
   mask[:, [3, 7]] = False
   batch = fptt_jax.Batch(
     rng.normal(size=(4, 8, 2)).astype(np.float32),
-    rng.normal(size=(4, 8)).astype(np.float32),
+    rng.normal(size=(4, 8) if per_step else (8, 4)).astype(np.float32),
     mask=mask,
   )
+  loss = losses.terminal_regression()
+  if per_step:
+    loss = losses.from_function(error, measure, terminal=True)
   found = []
   for mesh in (None, jax.sharding.Mesh(jax.devices()[:2], ('batch',))):
     trainer = helpers.quick_trainer(
-      helpers.elman(),
-      losses.from_function(error, terminal=terminal),
+      helpers.elman(out=1 if per_step else 4),
+      loss,
       optax.sgd(0.1),
       method='tbptt',
       num_windows=2,

@@ -32,7 +32,7 @@ def emulated(tmp_path_factory):
   if not shutil.which('g++'):
     pytest.skip('emulation needs g++')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+    patch.setenv('FPTT_JAX_CACHE_DIR', str(tmp_path_factory.mktemp('cache')))
     for cell in LAYERS:
       cuda.build(cell, 'cpu')
 
@@ -282,7 +282,7 @@ def test_a_failed_compilation_shows_the_compiler_output(monkeypatch, tmp_path):
   """No library is left behind."""
   (tmp_path / 'broken.cu').write_text('no program')
   monkeypatch.setattr(cuda, 'FOLDER', tmp_path)
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  monkeypatch.setenv('FPTT_JAX_CACHE_DIR', str(tmp_path / 'cache'))
   with pytest.raises(RuntimeError, match=r'(?s)failed to compile broken\.cu:.*error'):
     cuda.build('broken', 'cpu')
   assert list((tmp_path / 'cache').rglob('*.so')) == []

@@ -1099,25 +1099,37 @@ def test_an_infinite_input_harms_no_more_than_it_must(layer: str) -> None:
   assert found[0] == found[1]
 
 
-def test_gradients_within_a_shard_map_that_checks_types(kernels: None) -> None:
-  """They are added up over devices as those of the plain scan."""
+@pytest.mark.parametrize('layer', [nn.GRU, nn.LSTM, nn.IndRNN, nn.LRU])
+@pytest.mark.parametrize('split', ['rows', 'mask'])
+def test_gradients_within_a_shard_map_that_checks_types(layer: Any, split: str) -> None:
+  """They are added up over devices as those of the plain scan, also where the mask
+  alone varies.
+  """
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('batch',))
   spec = jax.sharding.PartitionSpec
-  x = draw(1, 3, 4, 2)
+  x = draw(1, 3, 4, 2) if split == 'rows' else draw(1, 3, 2, 2)
+  mask = jnp.asarray(np.random.default_rng(0).random((3, 4)) < 0.6)
   found = []
   for implementation in ('scan', 'auto'):
-    model = make_model('GRU', 2, 5, implementation=implementation)
-
-    def total(params: Any, x: jax.Array, model: Any = model) -> jax.Array:
-      # The state must vary over devices as the inputs do.
-      state = model.initial_state(2) + 0 * x[0, :, :1]
-      outputs = model.apply(params, state, x, None, None)[1]
-      return jax.lax.psum(jnp.sin(outputs).sum(), 'batch')
-
-    split = jax.shard_map(
-      total, mesh=mesh, in_specs=(spec(), spec(None, 'batch')), out_specs=spec()
+    model = nn.from_nnx(
+      lambda rngs, implementation=implementation: layer(
+        2, 5, implementation=implementation, rngs=rngs
+      )
     )
-    found.append(jax.jit(jax.grad(split))(model.init(jax.random.key(0)), x))
+
+    def total(params: Any, x: jax.Array, mask: jax.Array, model: Any = model) -> Any:
+      # The state must vary over devices as what it is computed from does.
+      zero = 0 * x[0, :, :1] * mask[0, :, None]
+      state = jax.tree.map(lambda leaf: leaf + zero, model.initial_state(2))
+      outputs = model.apply(params, state, x, mask, None)[1]
+      kept = jnp.where(mask[..., None], jnp.sin(outputs), 0)
+      return jax.lax.psum(kept.sum(), 'batch')
+
+    rows = spec(None, 'batch') if split == 'rows' else spec()
+    specs = (spec(), rows, spec(None, 'batch'))
+    over_devices = jax.shard_map(total, mesh=mesh, in_specs=specs, out_specs=spec())
+    params = model.init(jax.random.key(0))
+    found.append(jax.jit(jax.grad(over_devices))(params, x, mask))
   assert_close(*found)
 
 

@@ -529,6 +529,10 @@ def test_the_length_of_intervals_cannot_change_within_a_run(tmp_path: Path) -> N
   )
   with pytest.raises(UserError, match=r'--eval_every must stay .*was 2, now 4'):
     add_task.run(longer, str(tmp_path))
+  # As it was, the run goes on.
+  again = dataclasses.replace(longer, eval_every=2)
+  _, [summary] = add_task.run(again, str(tmp_path))
+  assert summary['batches'] == 12
 
 
 def test_other_settings_by_override(

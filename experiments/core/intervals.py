@@ -133,8 +133,11 @@ class IntervalReporter:
   def measure(
     self, member: Member, params: Any, record: loop.Record, last: Any
   ) -> dict[str, Any]:
-    """Return the loss of the last batch, means over its updates, and the test loss."""
-    # Skipped updates have losses that are not finite.
+    """Return the loss of the last batch, means over its updates, and the test loss.
+
+    Where an update was skipped, the mean objective of the others takes the place of the
+    loss, which is not finite.
+    """
     made = ~last.skipped
     count = max(1, made.sum())
     train_loss = fptt_jax.compute_metrics(last.totals)['loss']

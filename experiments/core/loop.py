@@ -539,7 +539,9 @@ class _Loop:
     for number in sorted(set(range(len(self._members))) - self._ended):
       changes = workdir.changes_since(self._folder, self._saved_under[number])
       lengths = [text for name, text in changes if name == 'eval_every']
-      if lengths:
+      # A length that was put back is the one that the run began with.
+      now = getattr(self._config, 'eval_every', None)
+      if lengths and not lengths[0].startswith(f'eval_every: was {now!r},'):
         raise UserError(
           f'--eval_every must stay as it is for the run in '
           f'{self._folder / self._members[number].name}, which has begun '

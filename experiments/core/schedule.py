@@ -249,7 +249,8 @@ def resume_points(folder: Path) -> dict[int, int]:
 
   Returns:
     The number of runs in the program until then, by step. Step 0, with 0 runs, is among
-    them if at most one checkpoint has ever been written.
+    them if at most one checkpoint has ever been written, and not by a run alone in its
+    program.
   """
   saved = {
     step: checkpoints.read_record(folder, step).get('places', 1)

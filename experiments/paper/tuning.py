@@ -59,9 +59,10 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
       _remark_on_edge(trials, best)
     # Written after each line: tuning takes hours and may be stopped. Other commands may
     # tune other lines at the same time.
-    with filelock.FileLock(folder / 'tuned.json.lock'):
+    path = folder / 'tuned.json'
+    with files.user_errors(path), filelock.FileLock(f'{path}.lock'):
       tuned = read_tuned(folder) | {entry.label: chosen | windows_of(best)}
-      files.write_json(folder / 'tuned.json', tuned)
+      files.write_json(path, tuned)
     curves.setdefault(entry.score, []).extend(_trial_curves(entry, finite))
   title = f'{config.item}, scale {config.scale}: tuning'
   for score, lines in curves.items():

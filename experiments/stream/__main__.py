@@ -122,7 +122,7 @@ def saved_lines(folder: Path, config: Config) -> dict[tuple[str, str], dict[str,
     config: settings of this command.
 
   Raises:
-    UserError: they have another number of seeds.
+    UserError: they have another number of seeds, or do not say how many.
   """
   path = folder / 'stream.json'
   if not path.exists():

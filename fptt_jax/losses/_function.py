@@ -64,8 +64,7 @@ def from_function(
   def default_measure(
     outputs: jax.Array, targets: Any, window: WindowView
   ) -> MetricSums:
-    sizes = (window.num_steps, window.mask.shape[1])
-    if _is_terminal(terminal, targets, *sizes, window.parts):
+    if _is_terminal(terminal, targets, window.num_steps, window.mask.shape[1]):
       return _measure_last_steps(function, outputs, targets, window)
     return _measure_steps(function, outputs, targets, window)
 
@@ -84,23 +83,15 @@ def from_function(
 
 
 def _is_terminal(
-  terminal: bool | None, targets: Any, num_steps: int, batch_size: int, parts: int = 1
+  terminal: bool | None, targets: Any, num_steps: int, batch_size: int
 ) -> bool:
-  """Return `terminal`, or what the targets' shapes imply if it is None.
-
-  Args:
-    terminal: What the user said.
-    targets: A tree of arrays, or one part of their rows.
-    num_steps: T.
-    batch_size: B, or the rows of a part.
-    parts: Number of parts.
-  """
+  """Return `terminal`, or what the targets' shapes imply if it is None."""
   if terminal is not None:
     return terminal
   leaf_shapes = [np.shape(leaf) for leaf in jax.tree.leaves(targets)]
   time_major = [shape[:2] == (num_steps, batch_size) for shape in leaf_shapes]
   # With T = B, targets [B, ...] and [T, B, ...] cannot be told apart.
-  certain = num_steps != batch_size * parts or not any(time_major)
+  certain = num_steps != batch_size or not any(time_major)
   if leaf_shapes and certain and all(time_major) == any(time_major):
     return not any(time_major)
   raise ValueError(
@@ -157,7 +148,6 @@ def _measure_each_last_step(
     window: The window of the whole batch.
   """
   sizes = (window.num_steps, window.mask.shape[1])
-  parts = window.parts
 
   def value_of(row: jax.Array) -> jax.Array:
     def take(leaf: jax.Array, axis: int) -> jax.Array:
@@ -178,7 +168,7 @@ def _measure_each_last_step(
       axis=None,
     )
     row_targets = jax.tree.map(
-      lambda leaf: take(leaf, int(is_time_major(leaf, *sizes, True, parts))), targets
+      lambda leaf: take(leaf, int(is_time_major(leaf, *sizes, True))), targets
     )
     return function(take(outputs, 1), row_targets, last_step)
 

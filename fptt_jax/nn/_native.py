@@ -87,7 +87,7 @@ class Call(NamedTuple):
 
 
 def find_problem(
-  cell: NativeCell, weights: Weights, state: State, x: jax.Array
+  cell: NativeCell, weights: Weights, state: State, x: jax.Array, mask: Mask
 ) -> str | None:
   """Return why a window cannot run in the native kernel, or None if it can."""
   parts = jax.tree.leaves(state)
@@ -103,7 +103,7 @@ def find_problem(
   sizes = (math.prod(x.shape[-3:-1]), x.shape[-1], parts[0].shape[-1])
   if not 0 < min(sizes) <= max(sizes) <= 2**30:
     return f'it takes 1 to 2^30 rows and features, got inputs of the shape {x.shape}'
-  if varies((weights, state, x)):
+  if varies((weights, state, x, mask)):
     return 'jax.shard_map runs with check_vma=True'
   # A kernel reads raw memory by these shapes, so a wrong operand must not reach it.
   expected = cell.weight_shapes(x.shape[-1], parts[0].shape[-1])

@@ -131,8 +131,9 @@ class Recurrent(nnx.Module):
         exported by `jax.export` never hold the kernel.
       * 'custom_vjp': with the hand-written backward pass, if the layer has one. It is
         fast and small, and differentiable once, in reverse mode.
-        Windows of one step run as 'scan' unless their products are rounded, and so
-        do those within `jax.shard_map` with `check_vma=True`.
+        A window of one step runs as 'scan' unless its products are rounded. Within
+        `jax.shard_map` with `check_vma=True`, windows that vary over devices run as
+        'scan', because JAX adds up gradients over devices by types there.
       * 'scan': the plain scan of `step`, which `jax.jvp` and second derivatives need.
       * 'cuda': the hand-written backward pass, all steps of a window in one CUDA kernel
         (:mod:`fptt_jax.nn.kernels.cuda`). Only :class:`LSTM` and :class:`GRU` have
@@ -204,7 +205,7 @@ class Recurrent(nnx.Module):
       (state after the window, y [S, B, H]). y is undefined at masked steps.
     """
     state, x = self._check_call(state, x, mask)
-    native = self._choose_native(state, x)
+    native = self._choose_native(state, x, mask)
     if native is not None:
       return _native.run_native(*native, state, x, mask)
     products = self._choose_products()
@@ -212,7 +213,11 @@ class Recurrent(nnx.Module):
     several_steps = export.is_symbolic_dim(x.shape[0]) or x.shape[0] > 1
     gains = several_steps or products == 'bfloat16' or self.implementation == 'cuda'
     fused = self._fused_cell() if gains and not self._runs_step() else None
-    if fused is None or (products != 'bfloat16' and varies((fused[1], state, x))):
+    if fused is None:
+      return scan_cell(self.step(), state, x, mask)
+    if varies((fused[1], state, x, mask)):
+      accepted = "False in jax.shard_map with products='bfloat16'"
+      require(self.products != 'bfloat16', 'check_vma', accepted, True)
       return scan_cell(self.step(), state, x, mask)
     cell, weights = fused
     kernel = self._cuda_kernel if self.implementation == 'cuda' else None
@@ -270,7 +275,7 @@ class Recurrent(nnx.Module):
       The influence after the window; empty where no kernel can run.
     """
     state, x = self._check_call(state, x, mask)
-    native = self._choose_native(state, x, single=True)
+    native = self._choose_native(state, x, mask, single=True)
     if native is None or not _native_own.can_advance(*native, state, influence):
       return {}
     return _native_own.advance_own(*native, state, x, mask, influence, credit, own_only)
@@ -299,13 +304,14 @@ class Recurrent(nnx.Module):
     return state, x.astype(self.param_dtype)
 
   def _choose_native(
-    self, state: Any, x: jax.Array, single: bool = False
+    self, state: Any, x: jax.Array, mask: jax.Array | None, single: bool = False
   ) -> tuple[_native.NativeCell, Any] | None:
     """Return the cell and the weights if a window runs in the native kernel.
 
     Args:
       state: state before the window.
       x: inputs [S, B, D].
+      mask: bool [S, B], or None.
       single: whether one step of one sequence counts as a window.
     """
     cell = self._make_native_cell()
@@ -316,12 +322,12 @@ class Recurrent(nnx.Module):
     assert fused is not None
     problem: str | None = "implementation='custom_vjp' never runs in the kernel"
     if self.implementation != 'custom_vjp':
-      problem = _native.find_problem(cell, fused[1], state, x)
+      problem = _native.find_problem(cell, fused[1], state, x, mask)
     if problem is None:
       gains = single or self._native_gains(cell, x)
       return (cell, fused[1]) if gains else None
     if self.implementation == 'native':
-      _native.warn_once(f"implementation='native' runs as 'custom_vjp': {problem}.")
+      _native.warn_once(f"implementation='native' runs without the kernel: {problem}.")
     if self.products == 'bfloat16' and jax.default_backend() == 'cpu':
       _native.warn_once(f"products='bfloat16' is slower than 'float32': {problem}.")
     return None

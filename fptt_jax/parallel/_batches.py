@@ -72,7 +72,7 @@ def make_global_batch(
   _, rows = check_shapes(one)
   devices = len(mesh.local_devices)
   check_divisible("a process's rows", rows, devices)
-  specs = batch_specs(one, axis, targets_by_row(loss), jax.process_count())
+  specs = batch_specs(one, axis, targets_by_row(loss))
   for leaf, spec in zip(
     jax.tree.leaves(one.targets), jax.tree.leaves(specs.targets), strict=True
   ):

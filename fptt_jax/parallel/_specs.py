@@ -36,7 +36,7 @@ def place(tree: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree.map(restore, tree, placed)
 
 
-def batch_specs(batch: Batch, axis: str | None, terminal: bool, parts: int = 1) -> Any:
+def batch_specs(batch: Batch, axis: str | None, terminal: bool) -> Any:
   """Return the specs of a batch whose rows are split over an axis.
 
   Args:
@@ -44,14 +44,13 @@ def batch_specs(batch: Batch, axis: str | None, terminal: bool, parts: int = 1) 
     axis: Name of the mesh axis; None leaves the batch whole.
     terminal: Whether the loss has one target per sequence. Targets of shape
       [T, B, ...] are split along their second axis, unless T = B then.
-    parts: Number of parts of the whole batch, of which this is one.
   """
   rows: Any = PartitionSpec(axis)
   columns: Any = PartitionSpec(None, axis)
   num_steps, batch_size = jnp.shape(jax.tree.leaves(batch.inputs)[0])[:2]
 
   def target_spec(target: Any) -> Any:
-    split_later = is_time_major(target, num_steps, batch_size, terminal, parts)
+    split_later = is_time_major(target, num_steps, batch_size, terminal)
     return columns if split_later else rows
 
   return Batch(

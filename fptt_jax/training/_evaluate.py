@@ -16,7 +16,7 @@ from fptt_jax._windows import (
 )
 from fptt_jax.losses import MetricSums
 from fptt_jax.parallel._collectives import sum_over_devices
-from fptt_jax.training._invalid import batch_in_range, clear_idle_targets
+from fptt_jax.training._invalid import batch_in_range
 from fptt_jax.training._spec import StepSpec
 from fptt_jax.training._window import (
   Sequence,
@@ -46,7 +46,6 @@ def run_evaluate(
   num_steps, batch_size = check_shapes(batch)
   windows = make_windows(num_steps)
   valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
-  batch = clear_idle_targets(loss, batch, valid, axis)
   sequence = Sequence(batch, windows, valid, key=None, axis=axis)
 
   def body(hidden: Hidden, k: jax.Array) -> tuple[Hidden, MetricSums]:

@@ -25,6 +25,7 @@ from fptt_jax.losses import MetricSums
 from fptt_jax.parallel._placement import Placement
 from fptt_jax.training._credit import first_influence, reset_influence
 from fptt_jax.training._evaluate import run_evaluate, run_predict
+from fptt_jax.training._invalid import clear_idle_targets
 from fptt_jax.training._optimizer import check_optimizer
 from fptt_jax.training._schedules import plan_updates
 from fptt_jax.training._spec import StepSpec
@@ -114,6 +115,7 @@ class Functions:
         hidden=hidden, influence=reset_influence(spec, state.influence)
       )
     step = functools.partial(run_step, spec, self.placement)
+    batch = clear_idle_targets(spec.loss, batch)
     return self.placement.wrap_step(step)(state, batch)
 
   def evaluate(
@@ -124,6 +126,7 @@ class Functions:
     batch = with_mask(batch)
     params, hidden = self._arguments(params, batch, hidden)
     evaluate = functools.partial(run_evaluate, self.spec)
+    batch = clear_idle_targets(self.spec.loss, batch)
     return self.placement.wrap_evaluate(evaluate)(params, batch, hidden)
 
   def predict(

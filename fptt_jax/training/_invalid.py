@@ -7,37 +7,39 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fptt_jax._batch import Batch, targets_by_row
+from fptt_jax._batch import Batch, check_shapes, targets_by_row
 from fptt_jax._trees import zero_unless
-from fptt_jax._windows import ValidSteps, is_time_major, lengths_in_range
+from fptt_jax._windows import (
+  is_time_major,
+  lengths_in_range,
+  make_windows,
+  valid_steps,
+)
 from fptt_jax.losses import Loss
 from fptt_jax.parallel._collectives import (
   all_over_devices,
 )
 
 
-def clear_idle_targets(
-  loss: Loss, batch: Batch, valid: ValidSteps, axis: str | None
-) -> Batch:
+def clear_idle_targets(loss: Loss, batch: Batch) -> Batch:
   """Put 0 in place of the targets of sequences without any valid step.
 
   NaN there would come back as a NaN gradient, although it counts for nothing.
 
   Args:
     loss: Loss. One with a target per step clears masked steps itself.
-    batch: One device's rows of the batch, or all.
-    valid: Its valid steps.
-    axis: Name of the mesh axis that the rows are split over; None for all rows.
+    batch: The whole batch. The shape of a part of its rows does not always tell targets
+      [T, B, ...] from targets [B, ...].
   """
   if batch.mask is None:
     return batch
-  shape = jax.tree.leaves(batch.inputs)[0].shape[:2]
+  num_steps, batch_size = check_shapes(batch)
+  valid = valid_steps(make_windows(num_steps), batch_size, batch.lengths, batch.mask)
   rows = valid.lengths > 0
   by_row = targets_by_row(loss)
-  parts = 1 if axis is None else jax.lax.axis_size(axis)
 
   def clear(target: jax.Array) -> jax.Array:
-    is_late = is_time_major(target, shape[0], shape[1], by_row, parts)
+    is_late = is_time_major(target, num_steps, batch_size, by_row)
     if is_late and not by_row:
       return target
     cleared: jax.Array = zero_unless(rows[None] if is_late else rows, target)

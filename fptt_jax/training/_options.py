@@ -137,7 +137,7 @@ def _check_method_options(name: str, method: Method, options: dict[str, Any]) ->
   """Raise a ValueError unless the windows' options fit each other and the method."""
   sizes = ('num_windows', 'window_size')
   given = {size: options[size] for size in sizes if options[size] is not None}
-  # A method that fixes K takes neither.
+  # A method that fixes K, or is truncated, takes neither.
   most = 1 if method.num_windows is None and not method.truncated else 0
   if len(given) > most:
     raise ValueError(f'method {name!r} takes {most} of {sizes}, got {given}.')

@@ -60,7 +60,8 @@ def start_idle_rows(
     fresh: bool [B], rows that started from the learned initial state, or None.
     valid: Valid steps of the batch.
   """
-  if fresh is None or not valid.ragged:
+  # A length is at least one step.
+  if fresh is None or valid.mask is None:
     return hidden
   idle = fresh & (valid.lengths == 0)
   start = start_rows(spec.model, params, len(idle), placement.step_axis)

@@ -28,7 +28,6 @@ from fptt_jax.parallel._collectives import (
 from fptt_jax.parallel._placement import Placement
 from fptt_jax.training._invalid import (
   batch_in_range,
-  clear_idle_targets,
   invalid_updates,
   run_if,
 )
@@ -66,7 +65,6 @@ def run_step(
     prefix = placement.wrap_prefix(functools.partial(run_prefix, spec))
     start = prefix(state.params, state.hidden, batch, key)
   valid = valid_steps(windows, batch_size, batch.lengths, batch.mask)
-  batch = clear_idle_targets(spec.loss, batch, valid, placement.step_axis)
   gradient = functools.partial(update_gradient, spec, windows, plan)
   constants = Constants(
     spec=spec,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fptt_jax._checks import FLOAT32_TINY, check_number
 from fptt_jax._types import OwnProduct, OwnStep
-from fptt_jax.nn._fused import elementwise_cell, run_fused
+from fptt_jax.nn._fused import elementwise_cell, run_fused, varies
 from fptt_jax.nn._recurrent import Recurrent, Step
 
 
@@ -140,7 +140,7 @@ class IndRNN(Recurrent):
 
     Arguments and result are those of the other recurrent layers.
     """
-    if self._runs_step():
+    if self._runs_step() or varies((self._clipped_u(), state, x, mask)):
       return super().__call__(state, x, mask, key)
     state, x = self._check_call(state, x, mask)
     # As rows [S B, D]: for x [S, B, D], XLA copies and transposes the gradient to

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fptt_jax._checks import FLOAT32_TINY, check_number, check_size, require
 from fptt_jax._types import OwnProduct, OwnStep
-from fptt_jax.nn._fused import elementwise_cell, run_fused
+from fptt_jax.nn._fused import elementwise_cell, run_fused, varies
 from fptt_jax.nn._recurrent import Recurrent, Step
 
 
@@ -201,7 +201,7 @@ class LRU(Recurrent):
 
     Arguments and result are those of the other recurrent layers.
     """
-    if self._runs_step():
+    if self._runs_step() or varies((self._matrices(), state, x, mask)):
       return super().__call__(state, x, mask, key)
     state, x = self._check_call(state, x, mask)
     lambda_re, lambda_im, b, c = self._matrices()

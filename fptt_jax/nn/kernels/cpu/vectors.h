@@ -5,7 +5,6 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -55,8 +54,9 @@ FPTT_INLINE void store(float* to, Vector v, int count) {
 
 // Returns the first `count` numbers, and 0 in place of the others.
 FPTT_INLINE Vector first_lanes(Vector v, int count) {
+  if (count >= kLanes) return v;
   Vector first{};
-  std::memcpy(&first, &v, 4 * static_cast<size_t>(std::min(count, kLanes)));
+  std::memcpy(&first, &v, 4 * static_cast<size_t>(count));
   return first;
 }
 

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 import shutil
 import subprocess
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ SIZES = (32, 64, 128)
 """The hidden sizes H that kernels are compiled for."""
 FOLDER = Path(__file__).parent
 _built: set[tuple[str, str]] = set()
+_first_use = threading.RLock()
+"""Held while kernels are built: JAX takes each name once."""
 
 
 def is_available() -> bool:
@@ -37,7 +40,7 @@ def is_available() -> bool:
 
 
 def build(cell: str, platform: str) -> None:
-  """Compile a cell's kernels and registers them with JAX, once per process.
+  """Compile a cell's kernels and register them with JAX, once per process.
 
   The library is kept for later processes, see :mod:`fptt_jax.nn.kernels._libraries`.
 
@@ -47,9 +50,15 @@ def build(cell: str, platform: str) -> None:
 
   Raises:
     RuntimeError: there is no compiler or no GPU, or the compiler fails.
+    OSError: the library cannot be written or loaded.
   """
-  if (cell, platform) in _built:
-    return
+  with _first_use:
+    if (cell, platform) not in _built:
+      _register(cell, platform)
+      _built.add((cell, platform))
+
+
+def _register(cell: str, platform: str) -> None:
   command = compile_command(cell, platform)
   compile_to = functools.partial(_compile, cell, command)
   handlers = load_library(_library_name(cell, command), compile_to)
@@ -58,7 +67,6 @@ def build(cell: str, platform: str) -> None:
     # Targets are looked up by name when a compiled program is loaded.
     capsule = jax.ffi.pycapsule(getattr(handlers, target))
     jax.ffi.register_ffi_target(f'fptt_jax_{target}', capsule, platform=platform)
-  _built.add((cell, platform))
 
 
 def compile_command(
