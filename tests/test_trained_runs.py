@@ -127,7 +127,8 @@ def test_a_problem_with_long_dependencies_comes_back(tmp_path: Path) -> None:
   found = load_run(path / summary['run'])
   assert (found.script, found.config.task) == ('online', 'recall')
   task = online.make_task(found.config, [0], 'tbptt', 1)
-  sums, _ = task.trainer.evaluate(found.params, online.test_batch(found.config, 0))
+  test, _ = online.test_batch(found.config, 0)
+  sums, _ = task.trainer.evaluate(found.params, test)
   loss = fptt_jax.compute_metrics(sums)['loss']
   assert loss == pytest.approx(found.result['test_recall'], rel=1e-5)
 
