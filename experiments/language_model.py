@@ -544,7 +544,7 @@ def to_score(config: Config, mean_nats: float) -> float:
   Returns:
     Bits per character, or the perplexity of words; infinity if it overflows or is NaN.
   """
-  # math.exp raises an error above 709, and NaN is below nothing.
+  # math.exp raises an error above 709. A comparison with NaN is false.
   if not mean_nats < 700:
     return math.inf
   return mean_nats / math.log(2) if config.by_characters else math.exp(mean_nats)

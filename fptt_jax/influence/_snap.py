@@ -277,9 +277,10 @@ def _find_pattern(window: WindowMap, params: Params, hidden: Hidden, n: int) -> 
 
 
 def _is_effect(derivative: jax.Array) -> np.ndarray:
-  """Return where a derivative is not 0; one that is not finite tells nothing.
+  """Return where a derivative is finite and not 0.
 
-  It belongs to a point that the model does not take, such as a token beyond its table.
+  It is not finite at inputs that the model does not take, such as a token beyond its
+  table, and then does not tell what a parameter reaches.
   """
   array = np.asarray(derivative)
   return np.isfinite(array) & (array != 0)

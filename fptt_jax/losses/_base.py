@@ -50,8 +50,8 @@ class PerStep:
 
   Attributes:
     function: See `Loss.per_step`.
-    apply: The `Loss.apply` that has the mean of its 'loss'.
-    measure: The `Loss.measure` that has the sums of its metrics.
+    apply: The `Loss.apply` that is the mean of its 'loss'.
+    measure: The `Loss.measure` that sums its metrics.
   """
 
   function: Callable[[jax.Array, Any], dict[str, jax.Array]]
@@ -105,9 +105,10 @@ class Loss(NamedTuple):
 
 
 def without_replaced_parts(loss: Loss) -> Loss:
-  """Drop the parts of an `apply` or a `measure` that were replaced.
+  """Return the loss without parts of functions that it no longer has.
 
-  The parts would silently compute what they were made for.
+  Otherwise the parts would run in place of the `apply` or `measure` that a user has put
+  there.
   """
   memory, per_step = loss.memory, loss.per_step
   if memory is not None and memory.apply != loss.apply:
