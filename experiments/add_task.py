@@ -143,8 +143,8 @@ class Config(recipe.Recipe):
   )
   decay: bool = option(
     True,
-    'decay the learning rate to 0 over the run along a half cosine (False: constant, '
-    'as in the paper)',
+    'decay the learning rate to 0 over the run along a half cosine; --nodecay keeps it '
+    'constant, as in the paper',
     group='optimizer',
   )
   test_size: int = option(
@@ -185,8 +185,8 @@ class Config(recipe.Recipe):
       rates.SEED not in self.seeds or not self.missing,
       'seeds',
       self.seeds,
-      f'without {rates.SEED}, on whose draws the rates were chosen, or give --lr and '
-      '--momentum',
+      f'other seeds than {rates.SEED}, whose draws chose the rates, unless --lr and '
+      '--momentum are given',
     )
 
   @property
@@ -442,7 +442,7 @@ def announce(config: Config, folder: Path) -> None:
     for member in chosen:
       print(f'  {member.label.strip()}: {settings_in_words(member.config)}')
     print(f'  {method} takes about {duration(seconds)}', flush=True)
-  print(f'about {duration(total)} in all, if the machine stays as busy as it is')
+  print(f'about {duration(total)} in total, if the load on the machine stays the same')
 
 
 def estimate(chosen: list[Member], folder: Path, together: int) -> float:
@@ -504,7 +504,7 @@ def rates_in_words(config: Config) -> str:
   text = f'each at its own {what}, chosen on draws of seed {rates.SEED}'
   others = [method for method in config.method if method not in tuned]
   if others:
-    text += f' (but {", ".join(others)}: untuned)'
+    text += f' (except {", ".join(others)}: untuned)'
   differ = [
     f'{name} {value!r}, here {getattr(config, name)!r}'
     for name, value in TUNED.settings.items()
@@ -574,8 +574,8 @@ def conclusion(config: Config, summaries: list[dict[str, Any]]) -> str:
   )
   order = ', '.join(map(str, ranked))
   measure = 'mean test MSE over the last quarter of the evaluations'
-  seen = f'Seen: the {measure} was {order}, chance being {CHANCE:.3f}'
-  return f'{compared}\n{seen}{_reservation(config, ranked)}.'
+  result = f'Result: the {measure} was {order}; chance is {CHANCE:.3f}'
+  return f'{compared}\n{result}{_reservation(config, ranked)}.'
 
 
 def _reservation(config: Config, ranked: list[Result]) -> str:
@@ -588,9 +588,11 @@ def _reservation(config: Config, ranked: list[Result]) -> str:
   if len(ranked) == 1:
     return '; nothing else was run to compare it with'
   if len(config.seeds) == 1:
-    return '; this is one seed, and another one may order them otherwise'
-  scores = [[math.inf if s is None else s for s in one.scores] for one in ranked]
-  wins = sum(of_seed[0] < min(of_seed[1:]) for of_seed in zip(*scores, strict=True))
+    return '; this is one seed, and another one may give another order'
+  wins = 0
+  for of_seed in zip(*(one.scores for one in ranked), strict=True):
+    best, *others = (math.inf if score is None else score for score in of_seed)
+    wins += best < min(others)
   return f'; {ranked[0].name} was the lowest from {wins} of {len(config.seeds)} seeds'
 
 
@@ -625,7 +627,7 @@ def tune(config: Config) -> None:
     learned = '' if row['learned'] else '; no rate was better than chance'
     print(f'{method}: lr {row["lr"]:g}, momentum {row["momentum"]:g}{learned}')
   name = rates.FILE.name
-  print(f'{path} takes the place of experiments/core/{name} if you copy it there')
+  print(f'copy {path} to experiments/core/{name} to use these rates')
 
 
 def trial(config: Config, method: str, folder: Path, point: Rates) -> float | None:

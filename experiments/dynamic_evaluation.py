@@ -3,7 +3,7 @@
 This is the method of Krause, Kahembwe, Murray and Renals (ICML 2018). A text is read in
 segments of a few words. The loss of each segment is measured first, and then the model
 is trained on it. The step is scaled by the size of the gradients on the training text,
-MS_g, and pulled back towards the trained weights θ_g:
+MS_g, and pulled back toward the trained weights θ_g:
 
     RMS_norm = sqrt(MS_g) / avg(sqrt(MS_g))
     θ       <- θ - lr g / (sqrt(MS_g) + ε) + decay (θ_g - θ) RMS_norm

@@ -79,7 +79,8 @@ class Config(loop.EpochRecipe):
   )
   pool: int = option(
     1,
-    'pixels, in height and in width, of which a mean makes one; they must divide both',
+    'average blocks of this many by this many pixels into one; it must divide height '
+    'and width',
     within='[1, inf)',
     group='task',
   )
@@ -117,7 +118,7 @@ class Config(loop.EpochRecipe):
   )
   divergence: str = option(
     'class_ema',
-    'Q of the divergence term',
+    'earlier estimate Q toward which the divergence term draws the predictions',
     ('class_ema', 'last_epoch', 'example', 'uniform', 'none'),
     group='model',
   )
@@ -139,7 +140,9 @@ class Config(loop.EpochRecipe):
   )
   alpha: float = redeclare(loop.EpochRecipe, 'alpha', 0.1)
   clip: float = redeclare(loop.EpochRecipe, 'clip', 1.0)
-  batch_size: int = option(128, 'B', within='[1, inf)', group='training')
+  batch_size: int = option(
+    128, 'B, sequences per batch', within='[1, inf)', group='training'
+  )
   epochs: int = redeclare(
     loop.EpochRecipe, 'epochs', 200, 'passes over the training images'
   )

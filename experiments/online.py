@@ -101,8 +101,8 @@ class Config(recipe.Recipe):
   )
   every_window: bool = option(
     False,
-    'ask for the target of an episode at the end of every window, with weight k/K at '
-    'the k-th of K, rather than of the last alone',
+    'train on the target of an episode at the end of every window, with weight k/K in '
+    'window k of K, instead of in the last window only',
     group='task',
   )
   lr: float = redeclare(recipe.Recipe, 'lr', 3e-3)
@@ -127,8 +127,8 @@ class Config(recipe.Recipe):
   )
   test_steps: int = option(
     1000,
-    'steps of a stream, for each of B rows, that the test loss is a mean over; '
-    'episodes are tested on as many sequences',
+    'steps of the test stream per row over which the test loss is averaged; for '
+    'episodes, the number of test sequences',
     within='[1, inf)',
     group='task',
   )
@@ -245,12 +245,8 @@ def draw_items(config: Config, seed: int, start: int, end: int) -> dict[str, Any
     )
     for number in range(start, end)
   ]
-  return {
-    name: np.stack(leaves)
-    for name, leaves in zip(
-      ('inputs', 'targets'), zip(*drawn, strict=True), strict=True
-    )
-  }
+  inputs, targets = zip(*drawn, strict=True)
+  return {'inputs': np.stack(inputs), 'targets': np.stack(targets)}
 
 
 @functools.lru_cache(maxsize=16)

@@ -125,7 +125,7 @@ def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> 
     ValueError: If `value` is not a whole number or is out of range.
   """
   number = as_number(value)
-  is_extreme = INT32_MAX < abs(number) < math.inf
+  is_extreme = high <= INT32_MAX < abs(number) < math.inf
   hint = 'It is outside the range of int32.' if is_extreme else ''
   fits = low <= number <= high and number.is_integer()
   require(fits, name, expected, value, hint)

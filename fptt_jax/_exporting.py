@@ -19,7 +19,7 @@ from fptt_jax._checks import Words, check_array, check_callable, check_flag, req
 from fptt_jax._trees import check_like, distinct_paths, leaf_paths, shapes
 
 FORMAT = 1
-"""Number of the file format. It grows when a manifest changes its meaning."""
+"""Version of the file format. It rises when the meaning of a manifest changes."""
 
 PROGRAM, TEXT, STATE, MANIFEST = 'step.bin', 'step.mlir', 'state.npz', 'manifest.json'
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -80,9 +80,9 @@ class LoadedStep(NamedTuple):
   Attributes:
     step: `(state, *arguments) -> (state, results)`. A state is a list of arrays in the
       manifest's order, which is donated if the manifest says so; the arguments are the
-      leaves of the step's other arguments. The results are a dict by path. Arrays of
-      other numbers, shapes or dtypes raise a ValueError, what is no array a TypeError,
-      and the state is as it was.
+      leaves of the step's other arguments. The results are a dict by path. A
+      wrong number, shape or dtype of arrays raises a ValueError, and a value that is
+      not an array a TypeError; the state is unchanged then.
     state: The first state.
     manifest: As in :class:`ExportedStep`.
   """

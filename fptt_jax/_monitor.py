@@ -59,7 +59,7 @@ def find_nonfinite(
     metrics: Concrete metrics of one run: of one step, or of N steps with a leading
       axis, as `fptt_jax.scan_train_steps` returns them. For a population, pass those of
       one member: see :func:`fptt_jax.take_member`.
-    first_update: Number of the first update in `metrics`. Batches, windows and updates
+    first_update: Index of the first update in `metrics`. Batches, windows and updates
       are counted from 0; skipped updates count.
     radius: Spectral radius from `fptt_jax.spectral_radius`, for the description.
 
@@ -102,7 +102,7 @@ def find_nonfinite(
   if run.invalid[at]:
     return (
       f'targets or lengths are out of range in {where}, which was not applied: '
-      'fptt_jax.validate_batch tells more.'
+      'call fptt_jax.validate_batch(batch, loss) to see which.'
     )
   parts = [_describe_update(run, at, where)]
   before = np.flatnonzero(finite[:at])

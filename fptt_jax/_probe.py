@@ -2,7 +2,7 @@
 
 A train step cuts sequences into windows and carries only the hidden state from one to
 the next. A layer that mixes the rows of a batch, reads later steps or restarts in each
-window would train without an error, towards another result. :func:`check_model`
+window would train without an error but compute something else. :func:`check_model`
 therefore runs a model once on a few small windows.
 """
 
@@ -264,8 +264,8 @@ def _raise_if_different(differences: dict[str, float], name: str) -> None:
   elif differences['halves'] > TOLERANCE:
     what = (
       'keeps memory outside the hidden state, or restarts in each window: a window of '
-      'four steps gives something else '
-      'than its two halves with the state carried'
+      'four steps gives a different result from its two halves run in turn with the '
+      'state carried over'
     )
   else:
     return

@@ -40,7 +40,7 @@ def state_to_arrays(state: Any) -> dict[str, np.ndarray]:
 
 
 def state_from_arrays(template: Any, arrays: Mapping[str, Any]) -> Any:
-  """Return the state that :func:`state_to_arrays` was given.
+  """Return the state whose arrays :func:`state_to_arrays` returned.
 
   Args:
     template: A state of the same structure, such as a fresh one, or its shapes as
@@ -56,6 +56,13 @@ def state_from_arrays(template: Any, arrays: Mapping[str, Any]) -> Any:
     ValueError: Paths are missing or unexpected, or an array has another shape or kind
       of numbers; named by path.
     TypeError: `arrays` is not a mapping.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> import fptt_jax
+    >>> state = {'w': jnp.ones(2)}
+    >>> fptt_jax.state_from_arrays(state, fptt_jax.state_to_arrays(state))
+    {'w': Array([1., 1.], dtype=float32)}
   """
   accepted = 'a mapping of names to arrays'
   require_type(isinstance(arrays, Mapping), 'arrays', accepted, arrays)

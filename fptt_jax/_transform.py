@@ -1,8 +1,9 @@
 """FPTT as an optax gradient transformation: the regularized update of one window.
 
-W are the parameters, λ (`lam`) is the running estimate of the previous window's loss
-gradient, and W̄ (`w_bar`) is the running summary of the parameters. λ and W̄ live in
-:class:`FPTTState`. This module knows nothing about time steps, losses or hidden states.
+W are the parameters, λ (`lam`) is a running vector that the paper derives as an
+estimate of the previous window's loss gradient, and W̄ (`w_bar`) is the running summary
+of the parameters. λ and W̄ live in :class:`FPTTState`.
+This module knows nothing about time steps, losses or hidden states.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,8 +49,8 @@ class FPTTState(NamedTuple):
   Attributes:
     step_count: int32 [], number of calls of `update` so far.
     w_bar: W̄_t, a tree like the parameters, in `state_dtype`.
-    lam: λ_t, the estimate of the previous window's loss gradient, like `w_bar`. With
-      `coupling='update'` it is in units of the weights.
+    lam: λ_t, like `w_bar`: the previous window's loss gradient if each window's problem
+      were solved exactly. With `coupling='update'` it is in units of the weights.
     base_optimizer_state: State of the wrapped optimizer.
   """
 
@@ -492,9 +493,11 @@ def _check_base_state(state: optax.OptState) -> None:
   )
   for node in nodes_of(state, *skips, *searches):
     got = describe(node)
-    around = 'Put MultiSteps and apply_if_finite around fptt; do without apply_every.'
-    require(type(node) not in skips, 'base', 'one that steps on each call', got, around)
-    require(type(node) not in searches, 'base', 'without line search', got)
+    around = 'Put MultiSteps and apply_if_finite around fptt; leave out apply_every.'
+    accepted = 'an optimizer that steps on each call'
+    require(type(node) not in skips, 'base', accepted, got, around)
+    accepted = 'an optimizer without line search'
+    require(type(node) not in searches, 'base', accepted, got)
 
 
 def is_masked(node: Any) -> bool:

@@ -130,7 +130,7 @@ def _kind(leaf: Any, exactly: bool) -> Any:
 
 def with_axes(x: jax.Array, like: jax.Array) -> jax.Array:
   """Return x with trailing axes of length 1, as many axes as `like` has."""
-  return x.reshape(*x.shape, *[1] * (like.ndim - x.ndim))
+  return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
 def where_rows(rows: jax.Array, chosen: Any, other: Any) -> Any:

@@ -45,9 +45,10 @@ class FeaturesAndReadout(NamedTuple):
 
 
 class OwnProduct(NamedTuple):
-  """Parameters that act on a step of a recurrent layer through the same sums.
+  """Parameters that act on a step of a layer through the same pre-activations.
 
-  Each of n units has k of these sums, such as the gates of an LSTM: z = a A + b B + c.
+  Each of n units has k pre-activations, called sums here, such as the gates of an LSTM:
+  z = a A + b B + c.
 
   Attributes:
     gains: For each of the m arrays of state and each of the k sums of a unit, the
@@ -113,9 +114,9 @@ class Model(NamedTuple):
       starts a sequence is differentiated with respect to it. None if it is constant.
     plain: `apply` in a form that `jax.jvp`, `jax.vmap` and derivatives of any order
       take, for windows of any size. None if `apply` itself is of that form.
-    own_steps: (params, state [R, ...], x [1, R, ...], own_only) -> {number of an array:
+    own_steps: (params, state [R, ...], x [1, R, ...], own_only) -> {index of an array:
       :class:`fptt_jax.influence.OwnStep`}, one for each recurrent layer that defines
-      `own_step`. The key is the number of the layer's first array among the
+      `own_step`. The key is the index of the layer's first array among the
       floating-point arrays of the state. Used by `fptt_jax.influence`, which
       differentiates layers that are not there.
     own_kernels: Kernels for what `own_steps` is for; None if the model has none.
@@ -162,7 +163,7 @@ class TrainState(NamedTuple):
     loss_state: State of the loss, such as tables of predictions. Changed by each
       window.
     key: Typed PRNG key. It never changes: a window's key is folded from `step_count`
-      and the window's number.
+      and the window's index.
     step_count: int32 [], number of batches so far.
     influence: [B, ...], effect of the parameters on `hidden` as the trainer's
       `influence` represents it; () without one. Changed by each window; the next step
@@ -200,9 +201,9 @@ class StepMetrics(NamedTuple):
       are NaN, and the totals are 0.
     credit_norm: [U], global norm of the part of the gradient that `influence` carried
       into the window (or, with 'synthetic', guessed for the steps after it), after the
-      mean over devices. Divided by `grad_norm` it tells how much the truncation of
-      windows would leave out. None without an influence, so that such a step has no
-      output, and computes nothing, for it.
+      mean over devices. Divided by `grad_norm`, it shows how much windows without
+      credit would leave out. None without an influence; the step then computes nothing
+      for it.
   """
 
   loss: jax.Array

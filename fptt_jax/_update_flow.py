@@ -131,7 +131,8 @@ def _combine(equation: Any, inputs: list[_Flow]) -> _Flow:
     return _either(inputs[1:])
   # MultiSteps multiplies updates by 0 on calls without a step.
   if name == 'mul':
-    for factor, switch in (inputs, inputs[::-1]):
+    left, right = inputs
+    for factor, switch in ((left, right), (right, left)):
       if switch.is_switch:
         return factor
   return _Flow()

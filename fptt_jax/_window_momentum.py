@@ -54,7 +54,7 @@ def adam_by_window(
 
   With one window it is Adam. It needs K - 1 more copies of the parameters than Adam.
 
-  The number of the window is the extra argument `window` of `update`, an integer or
+  The window's index is the extra argument `window` of `update`, an integer or
   int32 [], 0..K-1. A trainer passes it, also through `fptt`, chains and
   `optax.inject_hyperparams`. In a loop of your own call
   `update(grads, state, params, window=k)`. Inside `optax.MultiSteps` it is the window

@@ -269,7 +269,7 @@ def take_steps(x: jax.Array, step: jax.Array | int) -> jax.Array:
   """
   if isinstance(step, int):
     return x[step : step + 1]
-  index = step.reshape(1, -1, *[1] * (x.ndim - 2))
+  index = step.reshape((1, -1) + (1,) * (x.ndim - 2))
   return jnp.take_along_axis(x, index, axis=0)
 
 

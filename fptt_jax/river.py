@@ -4,11 +4,10 @@ This module needs river, which the extra 'river' of this package installs. `fptt
 itself does not import it.
 
 A prediction is a step of the stream: the next one starts from the hidden state after
-it. A label answers a step that was predicted before. If its features equal those of a
-step that waits, it is that one's. Otherwise it is the oldest waiting step's, because a
-scaler in front of the estimator may have changed the features in the meantime; such
-labels are counted, or refused if the estimator was made so. If no step waits, the
-features are a step of their own, which comes with its label.
+it. A label belongs to the waiting step with equal features. If there is none, it goes
+to the oldest waiting step, because a scaler in front of the estimator may have changed
+the features meanwhile; such labels are counted, or refused with `match_features`. If no
+step is waiting, features and label are learned as a new step.
 """
 
 import abc
@@ -249,11 +248,10 @@ class _StreamEstimator:
       return
     if not same and self._unlabeled:
       raise ValueError(
-        f'x must be of a step that waits for its label, got {x!r}, and '
-        f'{len(self._unlabeled)} steps were no longer waited for after '
-        f'delay={self.delay} steps, so that it is uncertain whose label this is. Make '
-        'the estimator with a larger delay, or call learn_one(x, None) for steps '
-        'without a label.'
+        f'x must be the features of a step that waits for its label, got {x!r}. It '
+        'is uncertain which step this label belongs to, because '
+        f'{len(self._unlabeled)} steps got no label within delay={self.delay} steps. '
+        'Use a larger delay, or call learn_one(x, None) for steps without a label.'
       )
     if waiting and not same:
       self._check_order(x, len(waiting))
@@ -355,9 +353,9 @@ class Regressor(_StreamEstimator, base.MiniBatchRegressor):
   Raises:
     TypeError: `model` or `optimizer` is not a function, or `features` is a text. When
       called: a feature or a label is not a number. Nothing is learned then.
-    ValueError: An option is out of range. When called: a label cannot be given to a
-      step for certain, see `delay` and `match_features`, or there are features beside
-      those that were named.
+    ValueError: An option is out of range. When called: a label cannot be assigned
+      to a step with certainty (see `delay` and `match_features`), or a step has
+      features that `features` does not name.
 
   Example:
     >>> from fptt_jax.river import Regressor

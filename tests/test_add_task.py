@@ -100,7 +100,7 @@ def test_every_method_runs_and_writes_its_folder(
   assert json.loads((folder / 'config.json').read_text())['seq_len'] == 12
   printed = capsys.readouterr().out
   assert str(folder) in printed
-  assert 'chance being 0.167' in printed
+  assert 'chance is 0.167' in printed
   best = min(summary['runs'], key=lambda run: run['last_quarter_mse'])
   assert f'best last quarter mse: {best["run"]}\n' in printed
 

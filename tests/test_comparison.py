@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from experiments.core.comparison import compare, holm
+from experiments.core.flags import UserError
 from experiments.paper import items, tournament
 from experiments.records import contest, store, tables
 from experiments.records.store import Row
@@ -64,7 +65,7 @@ def test_holm_rejects_as_its_definition_does():
   assert holm([]) == []
 
 
-def row(line, seed, value, seconds=10.0, curve=(0.5, 0.2)):
+def row(line, seed, value, curve=(0.5, 0.2)):
   return Row(
     series='cpu',
     stage='final',
@@ -75,14 +76,33 @@ def row(line, seed, value, seconds=10.0, curve=(0.5, 0.2)):
     status='done',
     settings={'method': 'tbptt', 'lr': 0.01},
     source={},
-    numbers={'test_mse': value, 'K': 10, 'seconds': seconds},
-    curves={'step': [1, 2], 'seconds': [seconds / 2, seconds], 'test_mse': list(curve)},
+    numbers={'test_mse': value, 'K': 10, 'seconds': 1.0},
+    curves={'step': [1, 2], 'seconds': [0.5, 1.0], 'test_mse': list(curve)},
   )
 
 
-def test_a_table_names_the_method_that_beats_both():
+def cost(method, batch_ms):
+  """Return a row of the item `costs`."""
+  settings = {'task': 'adding-K10', 'method': method}
+  numbers = {'batch_ms': batch_ms, 'relative': 1.0}
+  return Row(
+    series='cpu',
+    stage='costs',
+    line=method,
+    run='',
+    seed=None,
+    tuned=None,
+    status='done',
+    settings=settings,
+    source={'versions': {'jax': '1'}},
+    numbers=numbers,
+  )
+
+
+def test_a_table_names_the_method_that_beats_both(tmp_path):
   """`momentum0` has half the loss of both rivals at every seed; `by_window` beats
-  one of them; the slower method's score at equal seconds is an earlier one.
+  one of them. At equal seconds, the score of a method whose batches cost twice as much
+  is an earlier one, and that of a method without a cost is not known.
   """
   rng = np.random.default_rng(1)
   rows = []
@@ -90,9 +110,11 @@ def test_a_table_names_the_method_that_beats_both():
   for name, mean in means.items():
     for seed in range(5):
       value = mean * math.exp(0.05 * rng.normal())
-      seconds = 20.0 if name == 'momentum0' else 10.0
-      rows.append(row(f'adding-K10.{name}', seed, value, seconds))
-  [text] = tables.final_tables('tournament', 'cpu', rows, {})
+      rows.append(row(f'adding-K10.{name}', seed, value))
+  measured = [cost('tbptt', 1.0), cost('momentum0', 2.0), cost('by_window', 1.05)]
+  series = {'cpu': {'scale': 'cpu', 'notes': ''}}
+  store.save(store.Item('costs', series, measured), tmp_path)
+  [text] = tables.final_tables('tournament', 'cpu', rows, {}, tmp_path)
   lines = {
     cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
     for cells in (line.split('|') for line in text.splitlines() if '|' in line)
@@ -107,6 +129,8 @@ def test_a_table_names_the_method_that_beats_both():
   other = dict(zip(header, lines['by_window'], strict=True))
   assert other[''] == ''
   assert other['at equal seconds'] == '0.2000'
+  without = dict(zip(header, lines['bptt'], strict=True))
+  assert without['at equal seconds'] == ''
   methods = contest.by_task(rows)['adding-K10']
   found = contest.comparisons(methods, items.ERROR, 'tbptt')
   logs = {
@@ -143,12 +167,14 @@ def test_the_overview_marks_what_is_sure(tmp_path):
     one.source.update(versions={'jax': '1'})
   series = {'cpu': {'scale': 'cpu', 'notes': ''}}
   store.save(store.Item('tournament', series, rows), tmp_path)
-  text = tables.overview(tmp_path)
+  text = tables.overview('cpu', tmp_path)
   header, _, *lines = text.splitlines()
   assert header.startswith('| method | `recall` | `adding-K3` |')
   assert lines[0].startswith('| `momentum0` | **0.5')
   assert '| *2.0' in lines[1] or '| *1.9' in lines[1]
   assert lines[2] == '| `average` | – | – | – | – | – |'
+  with pytest.raises(UserError, match="must be of the series cpu, got 'short'"):
+    tables.overview('short', tmp_path)
 
 
 def test_solved_problems_are_equal():

@@ -8,13 +8,23 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import pytest
 from scipy import stats
 
 from experiments.core.comparison import interval
 from experiments.core.flags import UserError
 from experiments.paper import __main__ as paper
-from experiments.paper import entries, items, quoted, settings, studies, tables, tuning
+from experiments.paper import (
+  costs,
+  entries,
+  items,
+  quoted,
+  settings,
+  studies,
+  tables,
+  tuning,
+)
 import fptt_jax
 
 
@@ -352,9 +362,7 @@ def test_runs_of_other_settings_go_on_if_told_to(tmp_path: Path) -> None:
   ):
     run('fig1', tmp_path, lines=('T12-tbptt',))
   # The run has ended, and its weights must not be reported at another rate.
-  with pytest.raises(
-    UserError, match=r'tbptt-seed0 has been trained to its end.*lr: was 0\.001'
-  ):
+  with pytest.raises(UserError, match=r'tbptt-seed0 is finished.*lr: was 0\.001'):
     run('fig1', tmp_path, lines=('T12-tbptt',), allow_config_change=True)
   shutil.rmtree(tmp_path / 'T12-tbptt' / 'tbptt-seed0')
   run('fig1', tmp_path, lines=('T12-tbptt',), allow_config_change=True)
@@ -525,7 +533,9 @@ def test_numbers_stay_in_their_columns_where_a_line_has_no_result(
 @pytest.mark.parametrize(
   'study',
   [
-    pytest.param(study, marks=pytest.mark.slow if study == 'convergence' else ())
+    pytest.param(
+      study, marks=pytest.mark.slow if study in ('convergence', 'costs') else ()
+    )
     for study in studies.STUDIES
   ],
 )
@@ -535,6 +545,8 @@ def test_studies_run(tmp_path: Path, study: str) -> None:
   content = json.loads((tmp_path / f'{study}.json').read_text())
   assert len(content['lines']) >= 2
   assert content['hardware']['cpu_cores']
+  if study == 'costs':
+    assert all(line['batch_ms'] > 0 for line in content['lines'])
   if study == 'walltime':  # Eight batches of eight an epoch.
     for line in content['lines']:
       assert line['epoch_s'] == pytest.approx(
@@ -624,3 +636,29 @@ def test_command_line_help() -> None:
   ).stdout
   for word in ('fig1', 'table5', 'convergence', 'smoke', '--tune'):
     assert word in shown, word
+
+
+def test_costs_are_measured_on_data_of_the_shapes_of_each_task() -> None:
+  """A batch of each script's task as its runs have it; `tbptt` is 1 by definition."""
+  lines = {entry.label: entry for entry in items.tournament_of('cpu')}
+  shapes = {
+    'recall.tbptt': (100, 16, 32),
+    'adding-K10.tbptt': (200, 32, 2),
+    'permuted-rows.tbptt': (28, 100, 28),
+    'pooled-pixels.tbptt': (196, 100, 1),
+    'ptb_c.tbptt': (150, 16),
+    'ptb300.tbptt': (300, 16),
+  }
+  for label, shape in shapes.items():
+    task = costs.make_task(lines[label], 2)
+    portion = next(iter(task.portions(1, 0)))
+    assert len(jax.tree.leaves(portion.items)[0]) >= 2
+    item = jax.tree.map(lambda leaf: leaf[0], portion.items)
+    batch = jax.eval_shape(task.read, task.source, item)
+    assert batch.inputs.shape == shape, label
+  smoke = {entry.label: entry for entry in items.tournament_of('smoke')}
+  chosen = [smoke[f'recall.{name}'] for name in ('tbptt', 'momentum0')]
+  rows = costs.measure(chosen, 2, 3)
+  assert [row['method'] for row in rows] == ['tbptt', 'momentum0']
+  assert rows[0]['relative'] == 1
+  assert all(row['batch_ms'] > 0 for row in rows)

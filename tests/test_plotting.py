@@ -180,7 +180,7 @@ def test_a_run_that_diverged_has_no_score() -> None:
     (
       (0,),
       [0.02, 0.01],
-      '0.0100 for bptt, 0.0200 for fptt, chance being 0.167; this is one seed',
+      '0.0100 for bptt, 0.0200 for fptt; chance is 0.167; this is one seed',
     ),
     ((0,), [0.02, None], '0.0200 for fptt, none (diverged) for bptt, '),
     (
@@ -191,7 +191,7 @@ def test_a_run_that_diverged_has_no_score() -> None:
     (
       (0, 1),
       [0.02, 0.04, 0.01, None],
-      '0.0300 for fptt, none (diverged) for bptt, chance being 0.167; fptt was the '
+      '0.0300 for fptt, none (diverged) for bptt; chance is 0.167; fptt was the '
       'lowest from 1 of 2',
     ),
   ],

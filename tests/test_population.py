@@ -493,7 +493,7 @@ def test_chunks(number: int, size: int, lengths: set[int]) -> None:
     (dict(grid=('lr=-1:1',)), r'--lr must be .*, got -1\.0\.'),
     (
       dict(grid=('clip=0:1',)),
-      r'--grid must be of values > 0: whether to clip is not for a grid',
+      r'--grid must be a list of values > 0, since a grid cannot switch clipping off',
     ),
     (
       dict(grid=('alpha=1:2',), method=('tbptt',)),

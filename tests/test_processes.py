@@ -134,7 +134,7 @@ def test_one_of_two_processes_is_killed_and_both_go_on(
   # other.
   assert code in (1, -signal.SIGABRT), errors
   said = (
-    'If another process has ended, start all of them again; they go on by',
+    'If another process has stopped, start all of them again; to resume, run',
     'another task died',
   )
   assert said[code < 0] in errors
@@ -216,7 +216,7 @@ def test_alone_all_is_as_if_there_were_no_others() -> None:
     (dict(shard_params=True), '--shard_params must be false without --data_parallel'),
     (
       dict(data_parallel=True, population=2),
-      '--population must be not given, nor --devices, with --data_parallel',
+      '--population must be 0 or 1, and --devices 0, with --data_parallel',
     ),
   ],
 )

@@ -164,7 +164,9 @@ def test_labels_that_come_too_late_are_counted() -> None:
     estimator.predict_one(x)
   estimator.learn_one(*steps[0])
   assert estimator.late == 1
-  with pytest.raises(ValueError, match=r'x must be of a step that waits .* delay=1'):
+  with pytest.raises(
+    ValueError, match=r'x must be the features of a step that waits .* delay=1'
+  ):
     estimator.learn_one(*steps[4])
   estimator.learn_one(steps[1][0], None)
   assert estimator.late == 1

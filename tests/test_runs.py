@@ -127,7 +127,7 @@ def test_a_broken_checkpoint_is_set_aside(
   damage(folder / 'checkpoints' / '2')
   said = (
     r'the checkpoint after step 2 is broken \(.+\); set aside as broken/2-\d+-\d+, '
-    r'going on from the one after step 1'
+    r'resuming from the one after step 1'
   )
   with pytest.raises(checkpoints.BrokenCheckpoint, match=said):
     checkpoints.Run(folder).restore(2, CARRY)
@@ -157,7 +157,7 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(
   flip(largest(folder / 'fptt-seed0' / 'checkpoints' / '4'))
   capsys.readouterr()
   add_task.run(config, str(folder))
-  assert 'going on from the one after step 2' in capsys.readouterr().err
+  assert 'resuming from the one after step 2' in capsys.readouterr().err
   assert (
     json.loads((folder / 'fptt-seed0' / 'result.json').read_text()) | {'seconds': 0}
     == expected
@@ -375,7 +375,7 @@ def test_checkpoints_that_cannot_be_written_are_said_before_training(
 
   monkeypatch.setattr(checkpoints.tempfile, 'TemporaryFile', refuse)
   with pytest.raises(
-    UserError, match=r'cannot write to .*checkpoints.*step 1 is whole'
+    UserError, match=r'cannot write to .*checkpoints.*step 1 is complete'
   ):
     checkpoints.Run(folder)
 
@@ -428,7 +428,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     with pytest.raises(
       UserError,
       match=(
-        r'cannot write to .*/run: .*\. The checkpoint after step 1 is whole: the '
+        r'cannot write to .*/run: .*\. The checkpoint after step 1 is complete: the '
         r'same command'
       ),
     ):
@@ -557,7 +557,7 @@ def test_other_settings_by_override(
     dataclasses.replace(other, allow_config_change=True), str(tmp_path)
   )
   assert (
-    'goes on with other settings than before; batches: was 6, now 8; lr: was 0.001, '
+    'is resumed with other settings; batches: was 6, now 8; lr: was 0.001, '
     'now 1e-30' in capsys.readouterr().out
   )
   rows = files.read_jsonl(tmp_path / 'fptt-seed0' / 'metrics.jsonl')
@@ -582,7 +582,7 @@ def test_a_run_that_has_ended_keeps_its_settings(tmp_path: Path) -> None:
   _, [before] = add_task.run(config, str(tmp_path))
   other = dataclasses.replace(config, lr=1.0, allow_config_change=True)
   with pytest.raises(
-    UserError, match=r'fptt-seed0 has been trained to its end.*lr: was 0\.001, now 1\.0'
+    UserError, match=r'fptt-seed0 is finished.*lr: was 0\.001, now 1\.0'
   ):
     add_task.run(other, str(tmp_path))
   assert files.read_json(tmp_path / 'fptt-seed0' / 'result.json')['lr'] == 1e-3

@@ -150,7 +150,7 @@ def test_a_signal_after_the_last_batch_is_not_forgotten(
 
   monkeypatch.setattr(loop, 'finish_run', interrupted)
   with pytest.raises(
-    signals.Stopped, match='stopped by SIGTERM, all these runs have ended'
+    signals.Stopped, match='stopped by SIGTERM; all these runs are finished'
   ):
     adding(tmp_path)('run')
   assert (tmp_path / 'run' / 'fptt-seed0' / 'result.json').exists()
@@ -193,7 +193,7 @@ def test_a_signal_during_dynamic_evaluation(
     patch.setattr(language_model, 'adapted', interrupted)
     with pytest.raises(
       signals.Stopped,
-      match='stopped by SIGTERM after training, before this run has come to its result',
+      match='stopped by SIGTERM after training, before the result of this run',
     ):
       run('cut')
   assert not (tmp_path / 'cut' / 'fptt-seed0' / 'result.json').exists()

@@ -184,7 +184,10 @@ RUN = 'fptt-seed0'
 DAMAGES: list[tuple[str, Callable[[Path], Any]]] = [
   ('there is no folder', shutil.rmtree),
   ('no config.json', lambda folder: (folder / 'config.json').unlink()),
-  ('fptt-seed0 has not ended', lambda folder: (folder / RUN / 'result.json').unlink()),
+  (
+    'fptt-seed0 has no result yet',
+    lambda folder: (folder / RUN / 'result.json').unlink(),
+  ),
   (
     'parameters.npz: put it back',
     lambda folder: (folder / RUN / 'parameters.npz').unlink(),
@@ -219,7 +222,7 @@ DAMAGES: list[tuple[str, Callable[[Path], Any]]] = [
     lambda folder: change(folder / 'config.json', script='other'),
   ),
   (
-    'has not ended under the settings',
+    'has no result under the settings',
     lambda folder: change(folder / 'config.json', sha256='0'),
   ),
   ('config.json is damaged', lambda folder: truncate(folder / 'config.json')),
@@ -276,7 +279,7 @@ def test_several_runs_and_unfinished_ones_are_told_apart(
       ),
       str(folder),
     )
-  with pytest.raises(UserError, match=r'no run in .* has ended'):
+  with pytest.raises(UserError, match=r'no run in .* has a result yet'):
     load_run(folder)
 
 

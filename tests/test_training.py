@@ -669,7 +669,7 @@ def test_a_method_names_its_windows():
   with pytest.raises(ValueError, match=r"num_windows of a Method must be .*'bogus'"):
     two_windows(fptt_jax.Method(False, True, False, num_windows='bogus'), False)
   with pytest.raises(
-    ValueError, match=r"method 'custom' takes 0 of .*'num_windows': 2"
+    ValueError, match=r"method 'custom' takes neither of .*'num_windows': 2"
   ):
     fptt_jax.make_trainer(
       helpers.elman(),
@@ -1439,11 +1439,11 @@ def make(method: str = 'tbptt', **options: Any) -> fptt_jax.Trainer:
     ),
     (
       {'method': 'bptt', 'num_windows': 2},
-      r"method 'bptt' takes 0 of .* got {'num_windows': 2}",
+      r"method 'bptt' takes neither of .* got {'num_windows': 2}",
     ),
     (
       {'method': 'ogd', 'window_size': 2},
-      r"method 'ogd' takes 0 of .* got {'window_size': 2}",
+      r"method 'ogd' takes neither of .* got {'window_size': 2}",
     ),
     (
       {'method': 'tbptt_final'},
@@ -1656,7 +1656,7 @@ SAME_HIDDEN = (
       losses.terminal_classification(3),
       GOOD,
       TypeError,
-      r'labels .*must be integer, got float32\[2\]',
+      r'labels .*must be integers, got float32\[2\]',
     ),
     (
       helpers.elman(),
@@ -1796,7 +1796,7 @@ def test_check_batch_refuses_labels_that_mean_nothing():
   loss = losses.terminal_classification(3)
   with pytest.raises(ValueError, match=r'labels must be in 0\.\.2, got \[3\]\.'):
     fptt_jax.validate_batch(Batch(GOOD.inputs, np.array([3, 1])), loss)
-  with pytest.raises(TypeError, match=r'labels .*must be integer'):
+  with pytest.raises(TypeError, match=r'labels .*must be integers'):
     fptt_jax.validate_batch(Batch(GOOD.inputs, np.array([0.0, 1.0])), loss)
 
 

@@ -31,9 +31,10 @@ All these parts write their rows to one file, benchmark.json. Commands with the 
 --workdir share it, so that cases and parts can be measured one after the other: new
 rows replace earlier ones of the same case.
 
-'gpu-day' is for a GPU that is there for a few minutes: it checks the CUDA kernels, runs
-the GPU's tests, and times the cases, the first of --cases first. It writes one file,
-gpu-day.json, after each stage. The same --workdir goes on where the time ran out.
+'gpu-day' is for a GPU that is available for a few minutes only: it checks the CUDA
+kernels, runs the GPU's tests, and times the cases, the first of --cases first. It
+writes one file, gpu-day.json, after each stage. A command with the same --workdir
+resumes where the time ran out.
 
 Systems compute in float32, matrix products on a GPU too unless --precision says
 otherwise, except those with bfloat16 in their name. Batches are on the device before

@@ -26,18 +26,18 @@ class Config:
     ),
   )
   cases: tuple[str, ...] = option(
-    DEFAULT_CASES, 'cases of rivals', CASES, required=True
+    DEFAULT_CASES, "cases that the part 'rivals' times", CASES, required=True
   )
   without: tuple[str, ...] = option(
     (), 'leave out the rivals whose names contain one of these words'
   )
   rounds: int = option(9, 'timed calls of each program', within='[1, inf)')
   minutes: float = option(
-    12.0, 'gpu-day starts no stage later than this', within='(0, inf)'
+    12.0, 'minutes after which gpu-day starts no further stage', within='(0, inf)'
   )
   precision: str = option(
     'float32',
-    'precision of matrix products on a GPU, of all systems that do not say another',
+    'precision of matrix products on a GPU, for systems whose names do not give one',
     ('float32', 'tensorfloat32'),
   )
   workdir: str = option(

@@ -185,7 +185,7 @@ class Run:
       )
     target = Path(processes.on_first_process(self._move, step)).relative_to(self.folder)
     raise BrokenCheckpoint(
-      f'{which}; set aside as {target}, going on from the one after step {before[-1]}'
+      f'{which}; set aside as {target}; resuming from the one after step {before[-1]}'
     )
 
   def _move(self, step: int) -> str:
@@ -218,8 +218,8 @@ class Run:
     if differ:
       more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
       back = (
-        ' To go back: the settings that "overrides" of config.json say there were, '
-        'with --allow_config_change.'
+        ' To go back, pass the earlier settings, which "overrides" of config.json '
+        'lists, with --allow_config_change.'
       )
       raise UserError(
         f'{which} does not fit this model and optimizer; '
@@ -312,7 +312,7 @@ class Run:
     except (OSError, ValueError) as error:  # tensorstore raises ValueError.
       last = max(saved_steps(self.folder), default=0)
       state = (
-        f'The checkpoint after step {last} is whole: the same command goes on from it.'
+        f'The checkpoint after step {last} is complete: the same command resumes it.'
         if last
         else 'There is no checkpoint.'
       )

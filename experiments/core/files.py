@@ -200,7 +200,7 @@ def user_errors(path: Path) -> Iterator[None]:
     yield
   except OSError as error:
     raise UserError(
-      f'cannot write {path}: {error}. The same command goes on from what is saved.'
+      f'cannot write {path}: {error}. The same command resumes from what is saved.'
     ) from error
 
 

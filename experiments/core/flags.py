@@ -219,7 +219,7 @@ def _parsed_config(config_class: Any, presets: dict[str, dict[str, Any]] | None)
     }
     if presets:
       preset = presets.get(settings['task'], {})
-      # A flag may be given with its default value, so the values are no guide.
+      # A flag may be given with its default value, so the values do not show it.
       settings |= {
         name: value for name, value in preset.items() if not flags.FLAGS[name].present
       }
@@ -235,13 +235,15 @@ def _call_main(main: Callable[[Any], None], config: Any, resume_command: str) ->
   except UserError as error:
     _leave(f'error: {error}', 1)
   except signals.Stopped as stopped:
-    print_error(f'{stopped}; go on by\n  {resume_command}')
+    print_error(f'{stopped}; resume with\n  {resume_command}')
     # All processes stop here together, so a normal exit waits for nobody.
     raise SystemExit(signals.EXIT_CODE) from stopped
   except KeyboardInterrupt:
     # 128 + SIGINT, as shells report a program that Ctrl-C has ended.
     _leave(
-      f'cut off by Ctrl-C; what was saved is used again by\n  {resume_command}', 130
+      'interrupted by Ctrl-C; to resume from the last checkpoint, run\n'
+      f'  {resume_command}',
+      130,
     )
   except Exception as error:
     if jax.process_count() == 1:
@@ -250,8 +252,8 @@ def _call_main(main: Callable[[Any], None], config: Any, resume_command: str) ->
     if not isinstance(error, jax.errors.JaxRuntimeError):
       traceback.print_exc()
     _leave(
-      f'error: {error}\nIf another process has ended, start all of them again; '
-      f'they go on by\n  {resume_command}',
+      f'error: {error}\nIf another process has stopped, start all of them again; '
+      f'to resume, run\n  {resume_command}',
       1,
     )
 

@@ -58,14 +58,14 @@ class EpochRecipe(recipe.Recipe):
   )
   evaluate_test: bool = option(
     True,
-    'look at the test split in the end; --evaluate_test=false while settings are '
-    'still being chosen',
+    'evaluate the test split at the end; use --evaluate_test=false while you still '
+    'choose settings',
     group='training',
   )
   plateau_factor: float = option(
     1.0,
-    'divides the learning rate after an epoch without a better validation score; 1 '
-    'does not',
+    'factor that divides the learning rate after an epoch without a better validation '
+    'score; 1 keeps the rate',
     within='[1, inf)',
     group='optimizer',
   )
@@ -76,7 +76,10 @@ class EpochRecipe(recipe.Recipe):
     group='optimizer',
   )
   milestone_factor: float = option(
-    10.0, 'see milestones', within='[1, inf)', group='optimizer'
+    10.0,
+    'factor that divides the learning rate at each milestone',
+    within='[1, inf)',
+    group='optimizer',
   )
   decay: bool = option(
     False,
@@ -553,7 +556,7 @@ class _Loop:
       if changed:
         folder = self._folder / self._members[number].name
         raise UserError(
-          f'{folder} has been trained to its end, and settings have changed since; '
+          f'{folder} is finished, but settings have changed since; '
           f'{"; ".join(changed)}. Delete this folder to train the run anew, or choose '
           'another --workdir.'
         )

@@ -103,7 +103,7 @@ def until_stopped(items: Iterable[Any]) -> Iterator[Any]:
     asked = stopped_by()
     if asked:
       raise signals.Stopped(
-        f'stopped by {asked} after training, before this run has come to its result'
+        f'stopped by {asked} after training, before the result of this run was written'
       )
     yield item
 

@@ -79,7 +79,9 @@ class Recipe:
     within='[0, inf)',
     group='optimizer',
   )
-  beta: float = option(0.5, 'mixing of the summary', within='(0, 1]', group='optimizer')
+  beta: float = option(
+    0.5, 'mixing rate of the summary', within='(0, 1]', group='optimizer'
+  )
   kappa: float = option(
     1.0, 'scale of the quadratic term', within='[0, inf)', group='optimizer'
   )
@@ -91,7 +93,8 @@ class Recipe:
   )
   gradient_estimate: str = option(
     'running',
-    'estimate of the gradient at the new weights',
+    "how lambda, the estimate of the gradient, is found: 'running' by its recursion, "
+    "'recomputed' by a second pass over the window, 'lagged' as the last gradient",
     ('running', 'recomputed', 'lagged'),
     group='optimizer',
   )
@@ -118,8 +121,8 @@ class Recipe:
   nesterov: bool = option(False, "Nesterov's momentum, of 'sgd'", group='optimizer')
   momentum_windows: int = option(
     0,
-    'number of windows, K, if each has a momentum of its own from sequence to '
-    'sequence; 0 for one momentum from window to window',
+    'keep one momentum per window index, each updated once per sequence, for this '
+    'many windows (at least K); 0 keeps one momentum for all windows',
     within='[0, inf)',
     group='optimizer',
   )
@@ -136,9 +139,9 @@ class Recipe:
   )
   bootstrap: float = option(
     0.0,
-    'share, at the end of the run, of the prediction of the next window in the targets '
-    'of early windows, which grows linearly from 0; the mean of the weights over about '
-    '--average_horizon updates predicts',
+    'share of a prediction in the targets of early windows at the end of the run; it '
+    'grows linearly from 0; the prediction is that of the mean of the weights (see '
+    '--average_horizon) at the end of the next window',
     within='[0, 1]',
     group='training',
   )
@@ -175,8 +178,8 @@ class Recipe:
   )
   population: int = option(
     0,
-    'largest number of runs (seeds, grid) in one program; 0 chooses: all, or one if a '
-    'CPU splits its batches better',
+    'largest number of runs (seeds and grid values) to train in one program; 0 '
+    'chooses: all, or one on a CPU if a single run keeps its cores busy',
     within='[0, inf)',
     group='run',
   )
@@ -196,7 +199,8 @@ class Recipe:
   )
   products: str = option(
     'float32',
-    'what the operands of the products in recurrent layers are rounded to',
+    'precision to which the operands of matrix products in recurrent layers are '
+    'rounded',
     ('float32', 'bfloat16'),
     group='devices',
   )
@@ -253,7 +257,7 @@ class Recipe:
   )
   logger: str = option(
     'none',
-    'program for which curves are also written, with points within each epoch',
+    'program for which the curves are also written, with points within each epoch',
     LOGGERS,
     group='run',
   )
@@ -358,7 +362,7 @@ class Recipe:
       not (is_distributed and is_placed),
       'population',
       self.population,
-      'not given, nor --devices, with --data_parallel or --coordinator',
+      '0 or 1, and --devices 0, with --data_parallel or --coordinator',
     )
     given = [self.num_processes is not None, self.process_id is not None]
     check(
@@ -437,7 +441,7 @@ class Recipe:
     check(is_distinct, 'grid', text, 'of values different from each other')
     # Without clipping the optimizer has another structure, and all runs of a grid share
     # one program.
-    expected = 'of values > 0: whether to clip is not for a grid'
+    expected = 'a list of values > 0, since a grid cannot switch clipping off'
     check(name != 'clip' or min(numbers) > 0, 'grid', text, expected)
     without = [
       method for method in self.method if not fptt_jax.METHODS[method].regularized

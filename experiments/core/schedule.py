@@ -108,7 +108,7 @@ def train_all(
     # Too late for the last run, but the caller must not go on with its own work.
     asked = processes.stopped_by()
     if asked:
-      raise signals.Stopped(f'stopped by {asked}, all these runs have ended')
+      raise signals.Stopped(f'stopped by {asked}; all these runs are finished')
 
   def read_results() -> list[dict[str, Any]]:
     return [
@@ -288,7 +288,9 @@ def group_runs(
     places = saved[left[0]][step]
     # Runs of programs of another size cannot join: they were rounded differently.
     fits = sorted(n for n in left if saved[n].get(step) == places)[:size]
-    groups.append((fits, max(len(fits), min(places, size or places))))
+    # As many places as before within the limit, and at least one per run.
+    limit = places if size is None else min(places, size)
+    groups.append((fits, max(len(fits), limit)))
     left = [number for number in left if number not in fits]
   return groups
 

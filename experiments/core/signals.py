@@ -44,7 +44,7 @@ def catch_signals() -> Iterator[None]:
     _noted.append(signal.Signals(number).name)
     restore()
     # Not print: the signal may have come in the middle of one.
-    text = f'\n{_noted[-1]}: stopping after this chunk; once more stops at once\n'
+    text = f'\n{_noted[-1]}: stopping after this chunk; send it again to stop at once\n'
     os.write(2, text.encode())
 
   # A signal that is ignored, as in background jobs of a shell, stays ignored.

@@ -67,17 +67,17 @@ def load_run(folder: str | Path) -> TrainedRun:
   root, path = _find(Path(folder).expanduser().absolute())
   described = workdir.read_config(root)
   if not (path / 'result.json').is_file():
-    raise UserError(f'{path} has not ended: the command that began it goes on with it.')
+    raise UserError(f'{path} has no result yet: run its command again to resume it.')
   result = files.read_json(path / 'result.json', ('method', 'seed', 'config_sha256'))
   # The settings were changed by --allow_config_change, and the run did not go on.
   if result['config_sha256'] != described['sha256']:
     raise UserError(
-      f'{path} has not ended under the settings of config.json: start its command '
-      'again.'
+      f'{path} has no result under the settings of config.json: run its command again.'
     )
   if described['script'] not in SCRIPTS:
     raise UserError(
-      f'{root} is no folder of {", ".join(SCRIPTS)}, but of {described["script"]!r}.'
+      f'{root} was made by {described["script"]!r}; load_run reads runs of '
+      f'{", ".join(SCRIPTS)}.'
     )
   script = importlib.import_module(f'experiments.{described["script"]}')
   data: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def _find(path: Path) -> tuple[Path, Path]:
   ended = [place for place in started if (place / 'result.json').is_file()]
   if not ended:
     raise UserError(
-      f'no run in {path} has ended: the command that began them goes on with them.'
+      f'no run in {path} has a result yet: run its command again to resume them.'
     )
   if len(ended) > 1 and (path / 'summary.json').exists():
     best = files.read_json(path / 'summary.json').get('best')

@@ -168,10 +168,10 @@ def _claim(folder: Path, described: dict[str, Any], override: bool) -> str:
       if differ and not override:
         raise UserError(
           f'{folder} holds runs of another configuration; {"; ".join(differ)}. Choose '
-          'another --workdir, or go on with these runs by --allow_config_change.'
+          'another --workdir, or resume these runs with --allow_config_change.'
         )
       if differ:
-        print(f'{folder} goes on with other settings than before; {"; ".join(differ)}')
+        print(f'{folder} is resumed with other settings; {"; ".join(differ)}')
         overrides = [*overrides, {'sha256': found['sha256'], 'differences': differ}]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {**described, 'overrides': overrides})

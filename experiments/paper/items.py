@@ -748,7 +748,7 @@ TOURNAMENT_SCORES = {
   'online': CREDIT['recall'],
   'stream': STREAM,
 }
-"""Scores of these scripts, but for characters."""
+"""Scores of these scripts, except for characters."""
 
 
 def tournament_of(scale: str) -> list[Entry]:

@@ -71,7 +71,7 @@ class Config:
     )
     if self.item in studies.STUDIES:
       check(
-        self.scale != 'short',
+        self.scale != 'short' or self.item in studies.SHORT,
         'scale',
         self.scale,
         f'another one with --item={self.item}, which has no such scale',

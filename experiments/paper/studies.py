@@ -13,7 +13,7 @@ from tabulate import tabulate
 from experiments import add_task, images
 from experiments.benchmark import cost
 from experiments.core import devices, environment, files, optimizers
-from experiments.paper import convergence, copying, interleaving
+from experiments.paper import convergence, copying, costs, interleaving, items
 import fptt_jax
 
 
@@ -228,6 +228,30 @@ def interleaving_study(scale: str, folder: Path) -> None:
   write_rows('interleaving', scale, rows, folder)
 
 
+def costs_study(scale: str, folder: Path) -> None:
+  """Measure the time of a batch by each method of the tournament.
+
+  The paper has no such comparison. Streams are left out: they are seen once.
+
+  Args:
+    scale: a name of `items.SCALES`.
+    folder: the folder to write to.
+  """
+  batches, rounds = (1, 1) if scale == 'smoke' else (2, 9)
+  by_task: dict[str, list[items.Entry]] = {}
+  for entry in items.tournament_of(scale):
+    if items.TOURNAMENT_SCRIPTS['stream'] is not entry.script:
+      by_task.setdefault(entry.task, []).append(entry)
+  rows = []
+  for task, entries in by_task.items():
+    if scale == 'smoke':
+      entries = [entry for entry in entries if entry.label == f'{task}.tbptt']
+    study = functools.partial(costs.measure, entries, batches, rounds)
+    rows += files.computed_rows(folder / f'{task}-{scale}.json', study)
+    print(f'{task}: {len(entries)} methods are measured', flush=True)
+  write_rows('costs', scale, rows, folder)
+
+
 def print_row(row: dict[str, Any]) -> None:
   """Print a line for a row of :func:`cost.measure`."""
   interval = '' if row['± update_ms'] is None else f' ± {row["± update_ms"]:.2f}'
@@ -268,5 +292,10 @@ STUDIES: dict[str, Callable[[str, Path], None]] = {
   'convergence': convergence_study,
   'copying': copying_study,
   'interleaving': interleaving_study,
+  'costs': costs_study,
 }
 """Studies by the value of --item: (scale, folder) -> None."""
+
+
+SHORT = ('costs',)
+"""Studies that have the scale 'short'."""

@@ -20,7 +20,7 @@ The protocol was fixed before the first run:
   Holm's correction covers the methods of a task, for each of the two rivals by itself.
   A method beats both if it has the better mean and p < 0.05 against both.
 * `tbptt` is Adam with b1 = 0.9 and windows; on PTB-300 SGD with momentum 0.9. The rate
-  falls to 0 along a half cosine, but for averages and the schedule-free optimizer,
+  falls to 0 along a half cosine, except for averages and the schedule-free optimizer,
   which are meant for a constant one.
 
 Two parts were added after the first tasks had been run, before their own first runs:

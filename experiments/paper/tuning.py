@@ -23,7 +23,7 @@ def tune(config: Config, entries: list[Entry], folder: Path) -> None:
   """Try learning rates and numbers of windows for each line, and choose the best.
 
   A grid whose best rate is its lowest or highest is extended on that side until the
-  best rate lies inside. It is extended upwards while no rate is better than chance. The
+  best rate lies inside. It is extended upward while no rate is better than chance. The
   results are tuned.json, plots and printed tables.
 
   Args:

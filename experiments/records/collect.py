@@ -35,6 +35,7 @@ REPORTS = {
   'walltime': ('task', 'T', 'method', 'K'),
   'convergence': ('run',),
   'copying': ('influence', 'seed'),
+  'costs': ('task', 'method'),
   'interleaving': ('order', 'momentum', 'seed'),
   'rivals': ('case', 'system'),
   'population': ('case', 'R'),
@@ -104,7 +105,9 @@ def collect_folder(folder: Path, name: str, origin: Origin, store_folder: Path) 
       other results of the same run.
   """
   if not folder.is_dir():
-    raise UserError(f'--collect must be a run folder, got {folder}, which is none.')
+    raise UserError(
+      f'--collect must be a run folder, got {folder}, which is not a folder.'
+    )
   scale = origin.scale or reported_scale(folder, name)
   series = origin.series or scale
   rows = [*training_rows(folder, series), *report_rows(folder, name, series)]

@@ -1,6 +1,6 @@
 """Tables of the tournament: each method against `tbptt` and `bptt`, task by task."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 from typing import NamedTuple
 
@@ -126,34 +126,36 @@ def standings(methods: dict[str, list[Row]], score: Score) -> dict[str, Standing
   return found
 
 
-def at_equal_seconds(methods: dict[str, list[Row]], score: Score) -> dict[str, float]:
-  """Return each method's score when the fastest method of the task had ended.
+def at_equal_seconds(
+  methods: dict[str, list[Row]], score: Score, costs: Mapping[str, float]
+) -> dict[str, float]:
+  """Return each method's score when the fastest method of the task would have ended.
 
   It is the mean over the seeds of the last measurement before, in the runs as they
-  were, whose rates may not have fallen to 0 by then. Methods with a run that diverged,
-  or that was not measured in time, are left out.
+  were, whose rates may not have fallen to 0 by then. Methods without a cost, with a run
+  that diverged, or with one that was not measured in time are left out.
 
   Args:
     methods: rows by method.
     score: the score of the task.
+    costs: time of a batch by method, in any unit. The seconds of the runs do not count,
+      since other programs may have shared the machine.
   """
   whole = {
     name: rows
     for name, rows in methods.items()
-    if all(row.status == 'done' and row.curves.get('seconds') for row in rows)
+    if name in costs and all(row.status == 'done' and row.curves for row in rows)
   }
-  ends = [
-    np.mean([row.curves['seconds'][-1] for row in rows]) for rows in whole.values()
-  ]
+  fastest = min((costs[name] for name in whole), default=0.0)
   found = {}
   for name, rows in whole.items():
+    # A tenth more, since costs differ a little from one measurement to the next.
+    share = 1.1 * fastest / costs[name]
     values = []
     for row in rows:
-      pairs = zip(
-        row.curves.get('seconds', ()), row.curves.get(score.curve, ()), strict=True
-      )
-      # A tenth more, since runs of equal speed end at times that differ a little.
-      known = [value for seconds, value in pairs if seconds <= 1.1 * min(ends)]
+      steps = row.curves['step']
+      pairs = zip(steps, row.curves.get(score.curve, ()), strict=True)
+      known = [value for step, value in pairs if step <= share * steps[-1]]
       if known and known[-1] is not None:
         values.append(known[-1])
     if len(values) == len(rows):

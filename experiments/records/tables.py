@@ -1,9 +1,9 @@
 """Tables in Markdown, made from the results and kept between markers in pages.
 
-<!-- table: ITEM -->        all series of an item
-<!-- table: ITEM/SERIES --> one of them
-<!-- table: provenance -->  sources of all numbers
-<!-- table: overview -->    methods and tasks of the tournament
+<!-- table: ITEM -->            all series of an item
+<!-- table: ITEM/SERIES -->     one of them
+<!-- table: overview/SERIES --> methods and tasks of one series of the tournament
+<!-- table: provenance -->      sources of all numbers
 <!-- end table -->
 """
 
@@ -91,7 +91,7 @@ def table_of(name: str, folder: Path = store.FOLDER) -> str:
   """Return the tables that a marker names.
 
   Args:
-    name: 'ITEM', 'ITEM/SERIES', 'provenance' or 'overview'.
+    name: 'ITEM', 'ITEM/SERIES', 'provenance' or 'overview/SERIES'.
     folder: folder of the results.
 
   Raises:
@@ -99,18 +99,21 @@ def table_of(name: str, folder: Path = store.FOLDER) -> str:
   """
   if name == 'provenance':
     return provenance(folder)
-  if name == 'overview':
-    return overview(folder)
   item_name, _, wanted = name.partition('/')
+  if item_name == 'overview':
+    return overview(wanted, folder)
   item = store.load(item_name, folder)
   found = [
     (series, rows) for series, rows in store.by_series(item) if wanted in ('', series)
   ]
   if not found:
     known = ', '.join(store.item_names(folder))
-    raise UserError(f'a table must be of {known}, provenance or overview, got {name}.')
+    known += ', provenance or overview/SERIES'
+    raise UserError(f'a table must be of {known}, got {name}.')
   tables = [
-    series_table(item, series, rows) for series, rows in found if not is_untuned(rows)
+    series_table(item, series, rows, folder)
+    for series, rows in found
+    if not is_untuned(rows)
   ]
   untuned = [f'`{series}`' for series, rows in found if is_untuned(rows)]
   if untuned:
@@ -136,20 +139,24 @@ def is_untuned(rows: Sequence[Row]) -> bool:
   )
 
 
-def series_table(item: Item, series: str, rows: Sequence[Row]) -> str:
+def series_table(
+  item: Item, series: str, rows: Sequence[Row], folder: Path = store.FOLDER
+) -> str:
   """Return the tables of one series under its name.
 
   Args:
     item: the item.
     series: name of the series.
     rows: its rows.
+    folder: folder of the results.
   """
   about = item.series[series]
   parts = [f'**{item.name}, {series}** (scale {about["scale"]})']
   for stage in dict.fromkeys(row.stage for row in rows):
     chosen = [row for row in rows if row.stage == stage]
     if stage == 'final':
-      parts += final_tables(item.name, about['scale'], chosen, trials_of(item, series))
+      tried = trials_of(item, series)
+      parts += final_tables(item.name, about['scale'], chosen, tried, folder)
     elif stage == 'tuning':
       parts += tuning_tables(chosen)
     else:
@@ -219,7 +226,11 @@ def describe_tuning(row: Row, score: Score, tried: Trials) -> str:
 
 
 def final_tables(
-  name: str, scale: str, rows: Sequence[Row], tried: Trials
+  name: str,
+  scale: str,
+  rows: Sequence[Row],
+  tried: Trials,
+  folder: Path = store.FOLDER,
 ) -> list[str]:
   """Return a table per score, with a line per configuration over its seeds.
 
@@ -228,9 +239,10 @@ def final_tables(
     scale: scale of the series.
     rows: rows of the final runs.
     tried: the learning rates tried and their scores, by line.
+    folder: folder of the results.
   """
   if name == 'tournament':
-    return contest_tables(rows, tried)
+    return contest_tables(rows, tried, costs_of(scale, folder))
   entries = {}
   # Series of other scales, and items that the paper does not have, have no numbers to
   # compare with.
@@ -250,7 +262,7 @@ def final_tables(
   return [*tables, *unscored_tables(rows)]
 
 
-def overview(folder: Path = store.FOLDER) -> str:
+def overview(series: str, folder: Path = store.FOLDER) -> str:
   """Return a table of the tournament's methods by task, compared with `tbptt`.
 
   A cell is the ratio of the losses, bold if the method is significantly better and
@@ -258,10 +270,18 @@ def overview(folder: Path = store.FOLDER) -> str:
   Methods of a few tasks only are left out.
 
   Args:
+    series: series of the tournament, such as 'cpu'.
     folder: folder of the results.
+
+  Raises:
+    UserError: the tournament has no such series.
   """
   lines: dict[str, dict[str, str]] = {}
-  rows = [row for row in store.load('tournament', folder).rows if row.series == 'cpu']
+  known = dict(store.by_series(store.load('tournament', folder)))
+  if series not in known:
+    accepted = ', '.join(known)
+    raise UserError(f'an overview must be of the series {accepted}, got {series!r}.')
+  rows = known[series]
   for task, found in standings(rows).items():
     for name, standing in found.items():
       marks = {'better': '**', 'worse': '*', '': ''}[standing.outcome]
@@ -287,12 +307,30 @@ def standings(rows: Sequence[Row]) -> dict[str, dict[str, contest.Standing]]:
   return found
 
 
-def contest_tables(rows: Sequence[Row], tried: Trials) -> list[str]:
+def costs_of(scale: str, folder: Path) -> dict[str, dict[str, float]]:
+  """Return the times of a batch that the item `costs` has, by task and method.
+
+  Args:
+    scale: scale of the tournament.
+    folder: folder of the results.
+  """
+  found: dict[str, dict[str, float]] = {}
+  for row in store.load('costs', folder).rows:
+    if row.series == scale:
+      of_task = found.setdefault(row.settings['task'], {})
+      of_task[row.settings['method']] = row.numbers['batch_ms']
+  return found
+
+
+def contest_tables(
+  rows: Sequence[Row], tried: Trials, costs: Mapping[str, Mapping[str, float]]
+) -> list[str]:
   """Return a table per task of the tournament, with each method's comparisons.
 
   Args:
     rows: rows of the final runs.
     tried: the learning rates tried and their scores, by line.
+    costs: time of a batch by task and method.
   """
   tables = []
   for task, methods in contest.by_task(rows).items():
@@ -300,7 +338,7 @@ def contest_tables(rows: Sequence[Row], tried: Trials) -> list[str]:
     if score is None:
       continue
     found = [contest.comparisons(methods, score, rival) for rival in contest.RIVALS]
-    equal = contest.at_equal_seconds(methods, score)
+    equal = contest.at_equal_seconds(methods, score, costs.get(task, {}))
     table = []
     for name, of_method in methods.items():
       cells = contest_line(name, of_method, score, tried)

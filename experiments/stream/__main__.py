@@ -5,21 +5,21 @@
     python -m experiments.stream --streams=ptb-characters --data_dir=FOLDER
     python -m experiments.stream --streams=sf-temps --networks='LSTM*'
 
-Each stream is seen once, in order, and each forecast is made before its value is known.
-The first steps set the scales. Learning rates are chosen by the error over the first
-30 % of the steps that follow, separately for each network and stream, and more rates
-are tried as long as the best one is at the edge; the table has the error over the other
-70 %, with the mean over seeds and half the width of its 95 % confidence interval. All
-networks have the same inputs: of values the last change, the change that followed a
-season ago, and the difference to a season ago.
+Each stream is read once, in order, and each forecast is made before its value is known.
+The first steps set the scales. The next 30 % of the steps choose the learning rate,
+separately for each network and stream; more rates are tried as long as the best one is
+at the edge. The table shows the error over the remaining 70 %: the mean over seeds and
+half the width of its 95 % confidence interval. All networks get the same inputs. For
+values these are the last change, the change that followed the same step of the previous
+season, and the difference from the value one season ago.
 
 Streams come with packages, and those whose package is not installed are left out; the
-text is one of --data_dir. --networks takes patterns of the names in the table, of those
-of deep-river, too. deep-river is no dependency of this library; the part 'river'
-compares it with this library's estimators where it is installed.
+text is read from --data_dir. --networks takes patterns of the names in the table,
+including those of deep-river. deep-river is not a dependency of this library; the part
+'river' compares it with this library's estimators where it is installed.
 
-The same --workdir goes on where a command was stopped: lines that stream.json has are
-kept, and others are added to them.
+A command with the same --workdir resumes an earlier one: it keeps the lines in
+stream.json and adds the missing ones.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -50,7 +50,7 @@ class Config:
     tuple(SOURCES), 'streams to forecast', tuple(SOURCES), required=True
   )
   systems: tuple[str, ...] = option(
-    PARTS, 'what to compare; speed is measured on no stream', PARTS, required=True
+    PARTS, "what to compare; 'speed' does not use --streams", PARTS, required=True
   )
   networks: tuple[str, ...] = option(
     ('*',), "patterns of the networks' names, such as 'LSTM*'", required=True
@@ -136,8 +136,8 @@ def saved_lines(folder: Path, config: Config) -> dict[tuple[str, str], dict[str,
     )
   if seeds != config.seeds:
     raise UserError(
-      f'--seeds must be {seeds}, as of the lines in {path}, or --workdir another '
-      f'folder; got {config.seeds}.'
+      f'--seeds must be {seeds}, the number of seeds of the lines in {path}, got '
+      f'{config.seeds}. Choose another --workdir for another number.'
     )
   return {(line['stream'], line['system']): line for line in saved['lines']}
 

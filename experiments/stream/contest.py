@@ -109,7 +109,8 @@ def make_forecaster(problem: Problem, of: Member) -> Callable[[Member], np.ndarr
     (run) -> its forecasts [n].
   """
   size = of.config.window_size
-  # Whole windows take the shorter way. What ends the last one is learned from in vain.
+  # Padded to whole windows, which run faster. Outputs of the padding are cut off below,
+  # so that learning from it has no effect.
   padding = (0, -len(problem.targets) % size)
   x = np.pad(problem.inputs, (padding, (0, 0)))[:, None]
   y = np.pad(problem.targets, padding)[:, None, None]

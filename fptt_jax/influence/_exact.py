@@ -30,10 +30,10 @@ def rtrl(max_bytes: int = MAX_BYTES) -> Influence:
   pull-backs and B·N²·P multiply-adds. So this is for small networks.
 
   A model whose only recurrent layer keeps its units apart, such as an :class:`LRU` or
-  an :class:`IndRNN`, needs one number per parameter and array of the state alone:
+  an :class:`IndRNN`, needs only one number per parameter and array of the state:
   B·m·P numbers, and one to two times the time of the window itself. Whether a model is
   of this kind is found by running one step. A layer before the recurrent one, such as a
-  linear encoder, reaches all units, so that the model is not.
+  linear encoder, reaches all units, so that such a model is not of this kind.
 
   With weights that do not move, the gradients of a sequence's windows add up to that of
   back-propagation through time. With weights that move, each gradient is the derivative

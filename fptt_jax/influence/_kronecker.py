@@ -282,6 +282,9 @@ def _random_root(values: jax.Array, terms: int, key: jax.Array) -> jax.Array:
   """
   if terms >= len(values):
     return jnp.eye(len(values), terms, dtype=values.dtype) * jnp.sqrt(values)[:, None]
+  # sums[m] is the sum of all values but the m largest. The m-th value fits into the
+  # columns left, k = terms - m, if k value <= sums[m]. The first such m is the number
+  # of values kept as they are.
   sums = jnp.cumsum(values[::-1])[::-1]
   left = terms - jnp.arange(len(values))
   # At m = r - 1 the condition always holds.

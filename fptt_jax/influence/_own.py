@@ -205,7 +205,7 @@ def given_steps(
 ) -> dict[int, OwnStep]:
   """Return the derivatives that layers compute themselves, of all steps of a window.
 
-  They are keyed by the number of the layer's first array, as in :class:`Layer`, and
+  They are keyed by the index of the layer's first array, as in :class:`Layer`, and
   their arrays are [S, B, ...], at least float32.
   """
   if window.own_steps is None:
@@ -246,6 +246,9 @@ def _advance_layer(
   if window.fresh is not None:
     width = join(jax.tree.map(lambda leaf: leaf[0], before)).shape[1]
     first = jnp.zeros((arrays, len(window.fresh), width), carried[0][0].dtype)
+    # A row that starts anew gets its state from the learned initial state. The carried
+    # derivatives are widened to all N numbers of the state, pulled back through that
+    # start, and cut out again.
     rows = jnp.stack([jnp.stack(row, 1) for row in carried])
     first = first.at[:, :, layer.columns].set(rows)
     direct, first = pull_to_start(window, params, direct, first)

@@ -40,7 +40,7 @@ Pattern = dict[str, np.ndarray]
 def snap1(own_only: bool = False) -> Influence:
   """Make the influence of each parameter on its own unit (SnAp-1).
 
-  A parameter acts on the units of its layer in one step; almost all act on one. Only
+  In one step almost every parameter acts on a single unit of its layer. Only
   the effect on that unit's arrays of state is carried, and what it passes on to other
   units between steps is left out: B·m·P numbers for layers of m arrays of state. Inside
   a window the gradient is whole, across layers, too.
@@ -133,9 +133,10 @@ def _check_units(
   units: Units, window: WindowMap, params: Params, hidden: Hidden, own_only: bool
 ) -> None:
   """Raise a ValueError for a model without units, or without given transitions."""
-  name = "parameters with influence 'snap1'"
-  accepted = 'such that some reach one unit of the state in a step'
-  require(units.layers, name, accepted, Words('none'), "Use 'rtrl' or 'none'.")
+  name = "model with influence 'snap1'"
+  accepted = 'one in which some parameters reach a single unit of the state per step'
+  got = Words('a model without such parameters')
+  require(units.layers, name, accepted, got, "Use 'rtrl' or 'none'.")
   if not own_only:
     return
 

@@ -46,7 +46,7 @@ def synthetic(
   the bias is 0. Rows share G, so that its memory does not depend on the batch: N² + N
   numbers, and those of its optimizer.
 
-  A window costs one to two times its own time more. G is kept where hidden states start
+  A window takes two to three times as long. G is kept where hidden states start
   anew, and nothing is guessed after the end of a sequence.
 
   Args:

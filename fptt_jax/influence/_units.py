@@ -145,6 +145,9 @@ class _Probe:
       Of each entry of the parameters, {path: int [A, ...]}, and of the hidden state,
       int [A, N], for the A arrays of the state after the step.
     """
+    # A unit's index is written in base 2**BITS. For each digit, cotangents 2**digit are
+    # pulled back besides cotangents of 1. If an entry reaches a single unit, the ratio
+    # of its two derivatives is 2**digit, and log2 gives the digit.
     width = sum(len(columns) for columns in self.columns)
     most = max(len(columns) for columns in self.columns)
     digits = -(-most.bit_length() // BITS)
@@ -194,7 +197,7 @@ class _Probe:
         with np.errstate(divide='ignore', invalid='ignore'):
           exponent = np.log2(np.real(power / total))
           nearest = np.nan_to_num(np.rint(exponent), posinf=0, neginf=0).astype(int)
-          # Of several units, the sum is no power of two.
+          # The sum of several units is not a power of two.
           single &= np.abs(exponent - nearest) < TOLERANCE
         unit += nearest << BITS * digit
       single &= (unit >= 0) & (unit < len(columns))
@@ -259,6 +262,7 @@ def _group_arrays(columns: list[np.ndarray], of_state: np.ndarray) -> list[list[
   for after in range(number):
     for before in range(number):
       depends[after, before] |= bool((of_state[after, columns[before]] != -1).any())
+  # Each squaring adds dependencies through twice as many arrays.
   for _ in range(number):
     depends = (depends.astype(int) @ depends.astype(int)) > 0
   groups: list[list[int]] = []

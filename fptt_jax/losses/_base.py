@@ -83,9 +83,9 @@ class Loss(NamedTuple):
       float [s, B], other metrics}, for any s steps. Give it if `apply` is the mean of
       'loss' over the window's valid steps, `measure` sums all entries over them, and
       there is no state. Outputs may then be computed a few steps at a time. Else None.
-      Where `apply` or `measure` of a loss of this module was replaced, it is not used.
-    terminal: Whether there is one target per sequence. Targets are then [B, ...] where
-      T = B lets their shape be read as [T, B, ...].
+      It is ignored if `apply` or `measure` of a loss of this module was replaced.
+    terminal: Whether there is one target per sequence. If T = B, targets of shape
+      [B, B, ...] are then read as [B, ...] and not as [T, B, ...].
     memory: `apply` in two parts; None if the state is small.
     valid: (targets, mask bool [T, B]) -> bool [], traced: whether all targets are in
       range at the valid steps. If it is False, the train step skips the batch's updates
@@ -203,8 +203,11 @@ def check_classes(num_classes: Any) -> int:
 def require_kind(name: str, values: jax.Array, kind: type) -> None:
   """Raise TypeError unless an array's dtype is of a kind, such as `jnp.integer`."""
   fits = jnp.issubdtype(values.dtype, kind)
-  hint = 'Class indices are integers.'
-  require_type(fits, name, kind.__name__, values, hint)
+  accepted, hint = 'integers', ''
+  if kind is not jnp.integer:
+    accepted = 'floating-point numbers'
+    hint = 'Integers are class indices, which need a classification loss.'
+  require_type(fits, name, accepted, values, hint)
 
 
 def require_features(outputs: jax.Array, features: int) -> None:
@@ -227,7 +230,8 @@ def check_indices(name: str, values: Any, valid: np.ndarray, limit: int) -> None
     ValueError: If their shape differs, or one is not in 0..limit-1.
   """
   require_kind(name, values, jnp.integer)
-  values = np.asarray(check_shape(name, values, 'of shape', valid.shape))
+  axes = '[T, B]' if valid.ndim == 2 else '[B]'
+  values = np.asarray(check_shape(name, values, axes, valid.shape))
   bad = values[valid & ~((values >= 0) & (values < limit))]
   # Other libraries ignore labels such as -1 or -100.
   ignored = 'Negative labels are not ignored; give lengths or a mask.'

@@ -1,4 +1,4 @@
-"""References of the Div term: the predictions that a window's output is drawn to."""
+"""Reference distributions Q, toward which the Div term draws the predictions."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

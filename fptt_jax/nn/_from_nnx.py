@@ -391,7 +391,7 @@ def _warn_if_stateless(model: Model, name: str) -> None:
 
 
 def _seed_streams(streams: Any, key: jax.Array | None) -> Any:
-  """Restarts a module's random streams from the window's key, each with its own key."""
+  """Restart a module's random streams from the window's key, each with its own key."""
   key = jax.random.key(0) if key is None else key
   leaves, structure = jax.tree.flatten(streams)
   fresh = []

@@ -520,7 +520,7 @@ def _run_chunk_backward(
   carry: tuple[State, Weights],
   inputs: tuple[Any, ...],
 ) -> tuple[Any, jax.Array]:
-  """Run a chunk backward and adds its share to the weights' gradients.
+  """Run a chunk backward and add its share to the weights' gradients.
 
   Args:
     cell: the parts of a step.
@@ -690,8 +690,8 @@ def _round(a: jax.Array) -> jax.Array:
 
 
 def _add_axes(vector: jax.Array, like: jax.Array) -> jax.Array:
-  """Reshapes a vector [G, 1] or [1, G] to as many axes as `like` has."""
-  return vector.reshape(*[1] * (like.ndim - 2), *vector.shape)
+  """Reshape a vector [G, 1] or [1, G] to as many axes as `like` has."""
+  return vector.reshape((1,) * (like.ndim - 2) + vector.shape)
 
 
 def _where(axis: int, mask_t: Mask, new: Any, old: Any) -> Any:

@@ -80,7 +80,7 @@ def _cast_like(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _add_axes(mask: jax.Array, ndim: int) -> jax.Array:
-  return mask.reshape(-1, *[1] * (ndim - 1))
+  return mask.reshape((-1,) + (1,) * (ndim - 1))
 
 
 def own_recurrence(

@@ -193,7 +193,7 @@ def own_steps(module: Any, state: Any, x: Any, own_only: bool) -> dict[int, OwnS
     own_only: as in `Recurrent.own_step`.
 
   Returns:
-    {number of the layer's first array among the floating-point arrays of the state:
+    {index of the layer's first array among the floating-point arrays of the state:
     its step}, with the paths of the parameters in place of their names.
   """
   is_stack = isinstance(module, Sequential)

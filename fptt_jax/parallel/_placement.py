@@ -246,7 +246,7 @@ class Replicated(Placement):
     )
 
   def _metrics_specs(self) -> Any:
-    metrics = StepMetrics(*[_EVERYWHERE] * len(StepMetrics._fields))
+    metrics = StepMetrics(**dict.fromkeys(StepMetrics._fields, _EVERYWHERE))
     return metrics._replace(outputs=self._columns)
 
 

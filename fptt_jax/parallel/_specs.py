@@ -75,7 +75,7 @@ def shard_specs(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   def spec(leaf: Any) -> PartitionSpec:
     for number, length in enumerate(jnp.shape(leaf)):
       if length > 0 and length % mesh.size == 0:
-        return PartitionSpec(*[None] * number, mesh.axis_names[0])
+        return PartitionSpec(*([None] * number), mesh.axis_names[0])
     return PartitionSpec()
 
   return jax.tree.map(spec, tree)

@@ -140,7 +140,8 @@ def _check_method_options(name: str, method: Method, options: dict[str, Any]) ->
   # A method that fixes K, or is truncated, takes neither.
   most = 1 if method.num_windows is None and not method.truncated else 0
   if len(given) > most:
-    raise ValueError(f'method {name!r} takes {most} of {sizes}, got {given}.')
+    takes = 'at most one of' if most else 'neither of'
+    raise ValueError(f'method {name!r} takes {takes} {sizes}, got {given}.')
   several_windows = method.whole_gradient and method.num_windows != 1
   fits = several_windows or not options['checkpoint_windows']
   accepted = "'bptt_aux' or 'ftrl' with checkpoint_windows=True"

@@ -25,6 +25,13 @@ class Method(NamedTuple):
     truncated: Whether only the last `truncation_steps` steps are differentiated, as in
       classic truncated BPTT.
     summary: One line for tables and help texts.
+
+  Example:
+    >>> import fptt_jax
+    >>> # One update per sequence, with the gradient cut at the windows' borders.
+    >>> method = fptt_jax.Method(
+    ...   regularized=False, update_each_window=False, whole_gradient=False
+    ... )
   """
 
   regularized: bool

@@ -52,8 +52,8 @@ def make_trainer(
       Its `update` gets those of these extra arguments that it takes: `value` (the
       objective), `grad` (its gradient), `value_fn` (params -> the same objective from
       the same hidden state), `grad_fn` (params and, optionally, an unused number -> its
-      gradient), `inner_steps` and `window` (int32 [], the number of the update in its
-      sequence). `optax.contrib.reduce_on_plateau` sees one value per update. To
+      gradient), `inner_steps` and `window` (int32 [], the index of the update in its
+      sequence, from 0). `optax.contrib.reduce_on_plateau` sees one value per update. To
       count sequences, give it `accumulation_size` = K (times `inner_steps`) for methods
       with one update per window, and put it inside:
       `fptt(optax.chain(base, plateau))`. It then compares means of K objectives;
@@ -68,9 +68,9 @@ def make_trainer(
       from the model's initial state.
     loss_weights: K finite factors of the windows' losses; all 1 by default.
     inner_steps: Gradient steps per window, each from the hidden state before the
-      window. The hidden state of the last one's pass is carried on. 'ftrl' runs through
-      the sequence in each window, even if no sequence has steps left: then the pass
-      uses the parameters after the last update.
+      window. The hidden state of the last inner step's forward pass is carried on.
+      'ftrl' runs the whole sequence for each window, even where no sequence has steps
+      left; that pass uses the parameters after the last update.
     truncation_steps: k of 'tbptt_final': how many of the last steps are differentiated.
     skip_nonfinite: Whether to leave out updates whose objective, gradient norm or new λ
       is not finite in any inner step. Parameters, optimizer state, hidden state and
@@ -91,9 +91,9 @@ def make_trainer(
       the number of devices divides, or is replicated if there is none. In each window,
       parameters are gathered once and gradients are reduced and scattered once.
     readout_chunk: Steps whose outputs, loss and gradient are computed at a time, for
-      models with a `split` and losses with a `per_step`. By default all of a window
-      unless, on a CPU, the readout would make an array above 32 MiB: then as many as
-      make 10 MiB. It changes rounding, and for large vocabularies it saves memory and
+      models with a `split` and losses with a `per_step`. By default a whole window.
+      On a CPU, if the readout would make an array above 32 MiB, as many steps as make
+      10 MiB. It changes rounding, and for large vocabularies it saves memory and
       time. Such an objective has no forward-mode derivative.
     return_outputs: Whether `StepMetrics.outputs` holds the model's outputs of all T
       steps. It costs their memory, [T, B, ...], and the readout of all steps, where a
@@ -109,9 +109,10 @@ def make_trainer(
       update; dropout noise differs. Readouts with a `split` run in S/micro_batches
       steps at a time unless `readout_chunk` is given. Ragged batches are excluded for
       models that return penalties.
-    influence: How a window's gradient gains what lies before the window: a name in
-      `fptt_jax.influence.INFLUENCES`, or what a function of `fptt_jax.influence` makes,
-      for methods with one update per window and gradients that reach back to its start.
+    influence: How a window's gradient includes what the weights did before the window:
+      a name in `fptt_jax.influence.INFLUENCES`, or what a function of that module
+      makes. It is for methods with one update per window and gradients that reach back
+      to its start.
       'none' leaves it out. The model must not draw noise, such as dropout, before or in
       its recurrent layers. Excludes `shard_params`.
     checkpoint_windows: Whether methods whose updates run through several windows
@@ -122,8 +123,7 @@ def make_trainer(
   Returns:
     A :class:`Trainer`. Masked steps change neither state, loss nor gradient. A window
     in which no sequence of a ragged batch has a valid step changes nothing, parameters
-    and optimizer state included; the state of a loss of one's own is what the loss
-    returns.
+    and optimizer state included; the state of a custom loss is whatever it returns.
 
   Raises:
     ValueError: An option is out of range, options contradict each other, or the

@@ -166,11 +166,11 @@ class LSTM(Recurrent):
       'flax' draws `w_x` LeCun normal and `w_h` orthogonal per gate; the bias is 0.
     forget_bias: initial bias of the forget gate, in place of `init`'s. 1 gives long
       memories from the start.
-    implementation: 'native' runs all steps of a window in one kernel for the CPU,
-      which a C++ compiler compiles at first use, for float32. 'custom_vjp' runs windows
-      with a hand-written backward pass. 'auto' takes the first that can run. They are
-      differentiable once, in reverse mode. 'scan' is the plain scan over steps, which
-      `jax.jvp` and second derivatives need.
+    implementation: how a window runs. 'auto' takes 'native' where it can run, else
+      'custom_vjp'. 'native' runs all steps in one CPU kernel for float32, which a C++
+      compiler builds at first use. 'custom_vjp' is a scan with a hand-written backward
+      pass. Both are differentiable once, in reverse mode. 'scan' is the plain scan over
+      steps, which `jax.jvp` and second derivatives need.
       'cuda' runs all steps of a window in one CUDA kernel, for float32 and H of 32, 64
       or 128; the kernels have only run in emulation so far.
     products: 'bfloat16' rounds the operands of all products of a window, forward and
