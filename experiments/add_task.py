@@ -574,8 +574,8 @@ def conclusion(config: Config, summaries: list[dict[str, Any]]) -> str:
   )
   order = ', '.join(map(str, ranked))
   measure = 'mean test MSE over the last quarter of the evaluations'
-  result = f'Result: the {measure} was {order}; chance is {CHANCE:.3f}'
-  return f'{compared}\n{result}{_reservation(config, ranked)}.'
+  text = f'Result: the {measure} was {order}; chance is {CHANCE:.3f}'
+  return f'{compared}\n{text}{_reservation(config, ranked)}.'
 
 
 def _reservation(config: Config, ranked: list[Result]) -> str:

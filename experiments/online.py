@@ -245,8 +245,10 @@ def draw_items(config: Config, seed: int, start: int, end: int) -> dict[str, Any
     )
     for number in range(start, end)
   ]
-  inputs, targets = zip(*drawn, strict=True)
-  return {'inputs': np.stack(inputs), 'targets': np.stack(targets)}
+  return {
+    'inputs': np.stack([inputs for inputs, _ in drawn]),
+    'targets': np.stack([targets for _, targets in drawn]),
+  }
 
 
 @functools.lru_cache(maxsize=16)

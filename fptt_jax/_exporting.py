@@ -126,7 +126,7 @@ def export_step(
     TypeError: `step` is not a function, or an argument holds a leaf that is not an
       array.
     ValueError: The step does not return a new state of the same structure, shapes and
-      dtypes first, or a platform is unknown.
+      dtypes first, it runs on several devices, or a platform is unknown.
 
   Example:
     >>> import tempfile, jax.numpy as jnp, fptt_jax
@@ -165,6 +165,10 @@ def export_step(
   # Typed keys exist in JAX alone; other runtimes know plain arrays.
   abstract = [jax.eval_shape(_key_data, leaf) for leaf in leaves]
   exported = export.export(jitted, platforms=wanted)(*abstract)
+  hint = 'A trainer made without mesh= has the same states.'
+  accepted = 'a step that runs on one device'
+  got = Words(f'one that runs on {exported.nr_devices}')
+  require(exported.nr_devices == 1, 'step', accepted, got, hint)
   manifest = {
     'format': FORMAT,
     'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),

@@ -50,7 +50,8 @@ def state_from_arrays(template: Any, arrays: Mapping[str, Any]) -> Any:
       that was restored without a template.
 
   Returns:
-    A tree like `template`, of JAX's arrays. Keys are of the template's implementation.
+    A tree like `template`, of JAX's arrays in the template's dtypes. Keys are of the
+    template's implementation.
 
   Raises:
     ValueError: Paths are missing or unexpected, or an array has another shape or kind
@@ -82,7 +83,13 @@ def state_from_arrays(template: Any, arrays: Mapping[str, Any]) -> Any:
       return jax.random.wrap_key_data(jnp.asarray(array), impl=implementation)
     return jnp.asarray(array)
 
-  return check_like(name, jax.tree.map(restored, tree, template), template, whose)
+  tree = check_like(name, jax.tree.map(restored, tree, template), template, whose)
+  # A state that was saved in another width, such as float16, trains in the template's.
+  return jax.tree.map(
+    lambda leaf, like: leaf if _is_key(leaf) else leaf.astype(like.dtype),
+    tree,
+    template,
+  )
 
 
 def _is_key(leaf: Any) -> bool:

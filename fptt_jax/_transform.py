@@ -300,8 +300,8 @@ def _base_step(
     return regularize(extra_args['grad_fn'](params), params)
 
   regularized = regularize(grads, params)
-  # Extra arguments that describe the objective must include the regularizer, which is
-  # part of what the base optimizer descends.
+  # Gradients that the base optimizer asks for must include the regularizer, which is
+  # part of what it descends. `value` and `value_fn` are of the loss alone.
   base_args = dict(extra_args)
   if 'grad' in extra_args:
     base_args['grad'] = regularized
@@ -485,7 +485,13 @@ def _check_trees(grads: optax.Updates, state: FPTTState, params: optax.Params) -
 def _check_base_state(state: optax.OptState) -> None:
   """Raise if the base optimizer skips steps or evaluates the loss itself."""
   # λ and W̄ would move on calls without a step.
-  skips = (optax.MultiStepsState, optax.ApplyIfFiniteState, optax.ApplyEvery)
+  skips = (
+    optax.MultiStepsState,
+    optax.ApplyIfFiniteState,
+    optax.ApplyEvery,
+    optax.ConditionallyMaskState,
+    optax.ConditionallyTransformState,
+  )
   # It would see the loss without the regularizer.
   searches = (
     optax.ScaleByZoomLinesearchState,
@@ -493,7 +499,7 @@ def _check_base_state(state: optax.OptState) -> None:
   )
   for node in nodes_of(state, *skips, *searches):
     got = describe(node)
-    around = 'Put MultiSteps and apply_if_finite around fptt; leave out apply_every.'
+    around = 'Put wrappers that skip steps around fptt; leave out apply_every.'
     accepted = 'an optimizer that steps on each call'
     require(type(node) not in skips, 'base', accepted, got, around)
     accepted = 'an optimizer without line search'

@@ -120,6 +120,10 @@ class Model(NamedTuple):
       floating-point arrays of the state. Used by `fptt_jax.influence`, which
       differentiates layers that are not there.
     own_kernels: Kernels for what `own_steps` is for; None if the model has none.
+    original: The model as a function of `fptt_jax.nn` made it. If `apply` was replaced
+      since, a trainer ignores those of `apply_last`, `split`, `plain`, `own_steps` and
+      `own_kernels` that are still the original's, so that `model._replace(apply=...)`
+      trains with the new function. None keeps all of them.
   """
 
   init: Callable[[jax.Array], Params]
@@ -134,6 +138,7 @@ class Model(NamedTuple):
   plain: Callable[..., tuple[Hidden, jax.Array | OutputsWithPenalty]] | None = None
   own_steps: Callable[..., dict[int, OwnStep]] | None = None
   own_kernels: OwnKernels | None = None
+  original: 'Model | None' = None
 
   def start(self, params: Params, batch_size: int) -> Hidden:
     """Make the hidden state before the first step.
@@ -149,6 +154,19 @@ class Model(NamedTuple):
     if self.learned_initial_state is None:
       return self.initial_state(batch_size)
     return self.learned_initial_state(params, batch_size)
+
+  def without_stale_parts(self) -> 'Model':
+    """Return the model without parts of an `apply` that it no longer has."""
+    # Not `==`, which an `apply` of one's own may define.
+    if self.original is None or self.original.apply is self.apply:
+      return self
+    parts = ('apply_last', 'split', 'plain', 'own_steps', 'own_kernels')
+    stale: dict[str, Any] = {
+      name: None
+      for name in parts
+      if getattr(self, name) is getattr(self.original, name)
+    }
+    return self._replace(**stale)
 
 
 class TrainState(NamedTuple):
@@ -184,7 +202,8 @@ class StepMetrics(NamedTuple):
 
   Attributes:
     loss: [U], the objective before each update. U is K, or 1 for methods with one
-      update per sequence.
+      update per sequence. With several inner steps, `loss`, `grad_norm` and `totals`
+      are of the last one, whose parameters the earlier ones have already fitted.
     grad_norm: [U], global norm of its gradient, before clipping and without the
       regularizer.
     totals: Metrics of the loss, summed over the sequence; see

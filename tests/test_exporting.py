@@ -359,3 +359,20 @@ def test_numpys_64_bits_are_written_in_jaxs_width(dtype: str, tmp_path: Path) ->
   new, results = loaded.step(loaded.state, np.ones(2, np.float32))
   np.testing.assert_array_equal(new[0], [2, 3, 4])
   assert [float(leaf) for leaf in results.values()] == [1.5]
+
+
+def test_a_step_on_several_devices_is_refused() -> None:
+  """Its program could not be called from a program on one device."""
+  devices = np.asarray(jax.devices()[:2])
+  trainer = fptt_jax.make_trainer(
+    helpers.elman(),
+    fptt_jax.losses.terminal_regression(),
+    optax.sgd(0.1),
+    method='tbptt',
+    num_windows=2,
+    mesh=jax.sharding.Mesh(devices, ('batch',)),
+  )
+  batch = helpers.regression_batch(4, 4)
+  state = trainer.init(jax.random.key(0), batch)
+  with pytest.raises(ValueError, match='step must be a step that runs on one device'):
+    fptt_jax.export_step(trainer.step, state, batch)

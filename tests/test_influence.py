@@ -1217,3 +1217,28 @@ def test_kronecker_refuses_a_layer_that_is_used_twice():
   batch = helpers.series_batch(T, B)
   with pytest.raises(ValueError, match=r'layers must be used once .*layers/1/'):
     total_gradient(nn.from_nnx(build), [batch], num_windows=3, influence='kronecker')
+
+
+def test_credit_is_that_of_a_replaced_apply() -> None:
+  """Exact credit gives the gradient of the whole sequence, of a model whose `apply`
+  forgets a fifth of its state after each step, too.
+  """
+  model = stack(nn.IndRNN)
+
+  def forget(params: Any, hidden: Any, x: Any, mask: Any, key: Any) -> Any:
+    def step(hidden: Any, x_t: jax.Array) -> Any:
+      hidden, y = model.apply(params, hidden, x_t[None], None, None)
+      return jax.tree.map(lambda leaf: 0.8 * leaf, hidden), y[0]
+
+    assert mask is None
+    return jax.lax.scan(step, hidden, x)
+
+  changed = model._replace(apply=forget)
+  batch = [batch_of()]
+  options = dict(num_windows=T)
+  whole, _ = total_gradient(changed, batch, 'bptt_aux', **options)
+  exact, _ = total_gradient(changed, batch, influence='rtrl', **options)
+  chex.assert_trees_all_close(exact, whole, rtol=1e-9)
+  other, _ = total_gradient(model, batch, influence='rtrl', **options)
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_close(other, whole, rtol=1e-3)

@@ -304,3 +304,62 @@ def test_activations_keep_their_dtype(dtype) -> None:
 
   y = jax.eval_shape(run, KEY, jax.ShapeDtypeStruct((S, B), jnp.int32))
   assert (y.outputs.dtype, y.penalty.dtype) == (dtype, jnp.float32)
+
+
+class Noisy(nnx.Module):
+  """A module with a random stream of its own."""
+
+  def __init__(self, rngs: nnx.Rngs):
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.dropout(x)
+
+
+def test_streams_and_layers_draw_independent_noise() -> None:
+  """A number is kept by both of two dropouts a quarter of the time: one in a nested
+  `Sequential`, the other in a module with a stream of its own.
+  """
+
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(
+      nn.GRU(1, 2, rngs=rngs),
+      lambda x: jnp.ones((*x.shape[:-1], 4000)),
+      nn.Sequential(nnx.Dropout(0.5)),
+      Noisy(rngs),
+    )
+  )
+  params = model.init(jax.random.key(0))
+  start = model.initial_state(1)
+  _, y = model.apply(params, start, jnp.ones((1, 1, 1)), None, jax.random.key(1))
+  kept = np.asarray(y != 0).mean()
+  # The standard error is 0.007.
+  assert abs(kept - 0.25) < 0.04
+
+
+def test_a_vmapped_stack_of_layers_has_noise() -> None:
+  """Flax's idiom for a stack: its stream holds a key for each layer."""
+
+  class Stack(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+      make = nnx.split_rngs(splits=3)(nnx.vmap(Noisy))
+      self.layers = make(rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+      run = nnx.scan(
+        lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry
+      )
+      return run(self.layers, x)
+
+  model = nn.from_nnx(
+    lambda rngs: nn.Sequential(
+      nn.GRU(1, 2, rngs=rngs), lambda x: jnp.ones((*x.shape[:-1], 4000)), Stack(rngs)
+    )
+  )
+  params = model.init(jax.random.key(0))
+  start, x = model.initial_state(1), jnp.ones((1, 1, 1))
+  _, y = model.apply(params, start, x, None, jax.random.key(1))
+  # Three independent masks keep an eighth; the standard error is 0.005.
+  assert abs(np.asarray(y != 0).mean() - 0.125) < 0.03
+  _, y = model.apply(params, start, x, None, None)
+  assert (y == 1).all()

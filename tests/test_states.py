@@ -228,6 +228,19 @@ def test_a_file_of_bfloat16() -> None:
   half = {'w': jnp.zeros(2, jnp.float16), 'n': jnp.int32(0)}
   got = fptt_jax.state_from_arrays(half, fptt_jax.state_to_arrays(state))
   np.testing.assert_array_equal(np.asarray(got['w'], np.float32), [1.0, -2.5])
+  assert got['w'].dtype == jnp.float16
+
+
+def test_a_state_saved_in_half_width_trains_in_full_width(trainer):
+  """λ and W̄ hold differences that 16 bits would lose."""
+  state = fresh(trainer)
+  arrays = {
+    path: array.astype(np.float16) if array.dtype == np.float32 else array
+    for path, array in fptt_jax.state_to_arrays(state).items()
+  }
+  back = fptt_jax.state_from_arrays(state, arrays)
+  chex.assert_trees_all_equal_dtypes(back, state)
+  chex.assert_trees_all_close(back.params, state.params, rtol=1e-3)
 
 
 def test_arrays_of_another_byte_order(trainer):

@@ -1431,7 +1431,7 @@ def make(method: str = 'tbptt', **options: Any) -> fptt_jax.Trainer:
     ({'window_size': 0}, r'window_size must be an integer >= 1, got 0\.'),
     (
       {'num_windows': 2, 'window_size': 3},
-      r"'tbptt' takes 1 of .* got {'num_windows': 2, 'window_size': 3}",
+      r"'tbptt' takes at most one of .* got {'num_windows': 2, 'window_size': 3}",
     ),
     (
       {'method': 'bppt'},
@@ -2054,3 +2054,51 @@ def test_a_penalty_of_another_shape_is_refused() -> None:
     ),
   ):
     trainer.step(trainer.init(jax.random.key(0), batch), batch)
+
+
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_a_replaced_apply_is_the_model_that_trains(micro_batches: int) -> None:
+  """With outputs of 0, the losses are those of an answer of 0 in training, evaluation
+  and prediction: no part of the old model runs.
+  """
+  model = helpers.lstm()
+  silent = model._replace(
+    apply=lambda *args: (lambda h, y: (h, 0 * y))(*model.apply(*args))
+  )
+  trainer = helpers.quick_trainer(
+    silent,
+    losses.terminal_regression(),
+    optax.sgd(0.0),
+    method='tbptt',
+    num_windows=1,
+    micro_batches=micro_batches,
+  )
+  batch = helpers.regression_batch(4, 4)
+  state = trainer.init(jax.random.key(0), batch)
+  expected = np.mean(batch.targets**2)
+  _, metrics = trainer.step(state, batch)
+  assert float(metrics.loss[0]) == pytest.approx(expected)
+  sums, _ = trainer.evaluate(state.params, batch)
+  assert fptt_jax.compute_metrics(sums)['loss'] == pytest.approx(expected)
+  assert not np.any(trainer.predict(state.params, batch.inputs))
+
+
+def test_a_step_to_infinite_weights_is_skipped() -> None:
+  """Also without the regularizer, whose λ would show them: later updates go on."""
+  trainer = helpers.quick_trainer(
+    helpers.elman(),
+    losses.terminal_regression(),
+    optax.sgd(3e38),
+    method='tbptt',
+    num_windows=2,
+    skip_nonfinite=True,
+  )
+  batch = helpers.regression_batch(4, 3)
+  state = trainer.init(jax.random.key(0), batch)
+  start = state.params
+  batch = batch._replace(targets=1e3 * batch.targets)
+  state, metrics = trainer.step(state, batch)
+  assert metrics.skipped is not None
+  assert metrics.skipped.all()
+  assert np.isfinite(metrics.grad_norm).all()
+  chex.assert_trees_all_equal(state.params, start)

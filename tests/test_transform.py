@@ -1568,3 +1568,19 @@ def test_integer_parameters(dtype):
     match=rf'^params .* got {dtype}\[3\]',
   ):
     fptt(optax.sgd(0.1)).init({'w': jnp.ones(2), 'n': jnp.zeros(3, dtype)})
+
+
+@pytest.mark.parametrize(
+  'base',
+  [
+    optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+    optax.apply_if_finite(optax.sgd(0.1), 3),
+    optax.conditionally_mask(optax.sgd(0.1), lambda step: step > 1),
+    optax.conditionally_transform(optax.sgd(0.1), lambda step: step > 1),
+  ],
+  ids=['multi_steps', 'apply_if_finite', 'conditionally_mask', 'transform'],
+)
+def test_bases_that_skip_steps_are_refused(base):
+  """λ and W̄ would move on calls without a step."""
+  with pytest.raises(ValueError, match='base must be an optimizer that steps on each'):
+    fptt(base).init({'w': jnp.ones(2)})

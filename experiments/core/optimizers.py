@@ -207,7 +207,10 @@ def flat_loss_radius(recipe: Recipe, method: str) -> float | None:
   """
   regularized = fptt_jax.METHODS[method].regularized
   is_linear = recipe.optimizer == 'sgd' or recipe.coupling == 'update'
-  is_analyzed = is_linear and recipe.gradient_estimate == 'running'
+  has_plain_momentum = not recipe.nesterov and not recipe.momentum_windows
+  is_analyzed = (
+    is_linear and has_plain_momentum and recipe.gradient_estimate == 'running'
+  )
   if not regularized or not is_analyzed or recipe.first_moment < 0:
     return None
   # A recipe whose rate is not chosen yet has no radius either.

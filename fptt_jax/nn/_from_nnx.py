@@ -32,6 +32,12 @@ from fptt_jax.nn._native_own import find_credit
 from fptt_jax.nn._recurrent import Recurrent
 from fptt_jax.nn._sequential import Sequential, advance_own, own_steps
 
+STREAMS = 0x52_4E_47
+"""Number folded into a window's key for the random streams of modules.
+
+The layers of a `Sequential` fold in their index, so that no stream shares their keys.
+"""
+
 
 def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
   """Turn an NNX module into a :class:`fptt_jax.Model`.
@@ -89,14 +95,13 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     own_kernels=_make_own_kernels(parts),
   )
   _check_model(model, abstract, known)
-  if not isinstance(abstract, Sequential):
-    return model
-  # A Sequential accepts `last`, so one function serves as apply and apply_last.
-  model = model._replace(apply_last=apply)
-  # Without a readout there is nothing to run in chunks.
-  if abstract.readout_start == len(abstract.layers):
-    return model
-  return model._replace(split=_split_readout(parts))
+  if isinstance(abstract, Sequential):
+    # A Sequential accepts `last`, so one function serves as apply and apply_last.
+    model = model._replace(apply_last=apply)
+    # Without a readout there is nothing to run in chunks.
+    if abstract.readout_start < len(abstract.layers):
+      model = model._replace(split=_split_readout(parts))
+  return model._replace(original=model)
 
 
 def to_nnx(build: Callable[[nnx.Rngs], nnx.Module], params: Any) -> nnx.Module:
@@ -393,12 +398,15 @@ def _warn_if_stateless(model: Model, name: str) -> None:
 def _seed_streams(streams: Any, key: jax.Array | None) -> Any:
   """Restart a module's random streams from the window's key, each with its own key."""
   key = jax.random.key(0) if key is None else key
+  key = jax.random.fold_in(key, STREAMS)
   leaves, structure = jax.tree.flatten(streams)
   fresh = []
   # A stream holds a key and a counter of its draws, which starts at 0.
   for index, leaf in enumerate(leaves):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      fresh.append(jax.random.fold_in(key, index))
+      stream = jax.random.fold_in(key, index)
+      # A stack of layers made by `nnx.vmap` has a stream of several keys.
+      fresh.append(jax.random.split(stream, leaf.shape) if leaf.shape else stream)
     else:
       fresh.append(jnp.zeros(leaf.shape, leaf.dtype))
   return jax.tree.unflatten(structure, fresh)

@@ -46,6 +46,7 @@ def with_float32_params(model: Model) -> Model:
     dtype(bfloat16)
   """
   check_type('model', model, Model, ', as from_nnx makes one')
+  model = model.without_stale_parts()
   drawn = jax.eval_shape(model.init, jax.random.key(0))
 
   def init(key: jax.Array) -> Any:
@@ -66,7 +67,7 @@ def with_float32_params(model: Model) -> Model:
     split = FeaturesAndReadout(cast(split.features), cast(split.readout))
   learned = model.learned_initial_state
   own = model.own_steps
-  return Model(
+  cast_model = Model(
     init=init,
     initial_state=model.initial_state,
     apply=apply,
@@ -76,6 +77,7 @@ def with_float32_params(model: Model) -> Model:
     plain=None if model.plain is None else cast(model.plain),
     own_steps=None if own is None else cast(own),
   )
+  return cast_model._replace(original=cast_model)
 
 
 def _widen_low_precision(leaf: jax.Array) -> jax.Array:

@@ -86,9 +86,9 @@ def make_learner(
     inner_steps: Gradient steps per window, each from the hidden state before it.
     skip_nonfinite: Whether to guard against NaN and infinity. A row's step whose input
       is not finite counts as one without an input, a label that is not finite as none.
-      A window whose objective, gradient norm or new λ is not finite moves neither
-      weights nor hidden state; rows whose hidden state was above 1e6 start anew after
-      it.
+      A window whose objective, gradient norm, new λ or new weights are not finite moves
+      neither weights nor hidden state; rows whose hidden state was above 1e6 start anew
+      after it.
     fading: Two factors in (0, 1], the fast one and the slow one. In each window with a
       label, the sums of the metrics and their count are multiplied by the factor, and
       the window's are added. Their ratio is a mean over about 1 / (1 - factor) windows.

@@ -61,7 +61,7 @@ def resolve_spec(
     if options[size] is not None:
       options[size] = check_size(size, options[size])
   _check_method_options(name, method, options)
-  loss = without_replaced_parts(loss)
+  model, loss = model.without_stale_parts(), without_replaced_parts(loss)
   _check_readout(model, loss, options)
   options['influence'] = _find_influence(options['influence'], name, method)
   options['loss_weights'] = _finite_weights(options['loss_weights'])

@@ -43,7 +43,8 @@ def make_trainer(
   """Make the functions that train a recurrent model forward through time.
 
   To start from given weights, such as imported ones, pass the model
-  `model._replace(init=lambda key: params)`.
+  `model._replace(init=lambda key: params)`. With `model._replace(apply=...)` the parts
+  of the old `apply`, such as its chunked readout, are not used: see `Model.original`.
 
   Args:
     model: Pure functions of the model.
@@ -72,13 +73,13 @@ def make_trainer(
       'ftrl' runs the whole sequence for each window, even where no sequence has steps
       left; that pass uses the parameters after the last update.
     truncation_steps: k of 'tbptt_final': how many of the last steps are differentiated.
-    skip_nonfinite: Whether to leave out updates whose objective, gradient norm or new λ
-      is not finite in any inner step. Parameters, optimizer state, hidden state and
-      loss state stay as they were, and the totals exclude the update; see
-      `StepMetrics.skipped`. An influence that is not finite starts anew, and so does
-      one with numbers above 1e12 from which an update is skipped. 'ftrl' runs through
-      all windows in each update, so that a bad window skips all. The cost is a few more
-      passes per window over the state, including large tables of the loss.
+    skip_nonfinite: Whether to leave out updates whose objective, gradient norm, new λ
+      or new parameters are not finite in any inner step. Parameters, optimizer state,
+      hidden state and loss state stay as they were, and the totals exclude the update;
+      see `StepMetrics.skipped`. An influence that is not finite starts anew, and so
+      does one with numbers above 1e12 from which an update is skipped. 'ftrl' runs
+      through all windows in each update, so that a bad window skips all. The cost is
+      a few more passes per window over the state, including large tables of the loss.
     mesh: Mesh with one axis, over whose devices the batch is split. There is one mean
       over the devices per window, of gradient and objective together. Parameters and
       optimizer state are the same on all devices. The batch size must be a multiple of

@@ -153,7 +153,7 @@ def run_update(
     )
   skip = None
   if spec.skip_nonfinite:
-    skip = ~all_finite((move.measured, early, lambda_norm(opt_state)))
+    skip = ~all_finite((move.measured, early, lambda_norm(opt_state), params))
   result = move.result
   # With one window per update, the loss's memory writes what it has observed.
   memory = spec.loss.memory if constants.plan.windows.shape[1] == 1 else None

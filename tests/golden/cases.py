@@ -162,7 +162,7 @@ def make_trainer(case: Case, dtype: Any, traced: list[int]) -> fptt_jax.Trainer:
     return call
 
   model = model._replace(
-    apply=counted(model.apply), apply_last=counted(model.apply_last)
+    apply=counted(model.apply), apply_last=counted(model.apply_last), original=None
   )
   base = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.02))
   if case.method == 'fptt':
