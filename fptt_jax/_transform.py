@@ -102,10 +102,10 @@ def fptt(
     W_{t+1} = W_t + u_t + c\,\lambda_t - \kappa\alpha\,(W_t - \bar W_t)
 
   and the last two lines stay. α is then a number without units, and λ is in units of
-  the weights. With SGD of rate η, both forms are the same if α here is η times α there.
-  An adaptive optimizer divides the regularizer by its own scale in the first form,
-  which makes it strongest where gradients are small; the second form pulls all weights
-  alike.
+  the weights. With plain SGD of rate η, both forms are the same if α here is η times
+  α there. An adaptive optimizer divides the regularizer by its own scale in the first
+  form, which makes it strongest where gradients are small; the second form pulls all
+  weights alike.
 
   Composition with other transformations:
 
@@ -116,6 +116,9 @@ def fptt(
   * `MultiSteps(fptt(base), n)` and `apply_if_finite(fptt(base), n)` work, both with one
     gradient step per window. The reverse nesting raises an error, because λ
     and W̄ would move on skipped steps.
+  * A base optimizer that asks for `grad` or `grad_fn` gets them with the regularizer;
+    `value` and `value_fn` are of the loss alone. Leave out bases that take the value
+    for their objective, such as `optax.polyak_sgd`; line searches raise an error.
   * Nothing may change the updates after `fptt`. A trainer raises an error for an
     optimizer that does; a training loop of your own must take care itself.
   * `optax.masked` passes the raw gradient of left-out leaves through, so they move. To
