@@ -281,6 +281,8 @@ def _trainer(
   trained = model._replace(
     init=lambda key: params,
     apply=lambda params, state, x, mask, key: model.apply(params, state, x, mask, None),
+    apply_last=None,
+    split=None,
   )
   return fptt_jax.make_trainer(
     trained, loss, optimizer, method='tbptt', window_size=segment, carry_hidden=True

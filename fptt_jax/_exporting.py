@@ -166,8 +166,8 @@ def export_step(
   abstract = [jax.eval_shape(_key_data, leaf) for leaf in leaves]
   exported = export.export(jitted, platforms=wanted)(*abstract)
   hint = 'A trainer made without mesh= has the same states.'
-  accepted = 'a step that runs on one device'
-  got = Words(f'one that runs on {exported.nr_devices}')
+  accepted = 'one that runs on one device'
+  got = Words(f'one that runs on {exported.nr_devices} devices')
   require(exported.nr_devices == 1, 'step', accepted, got, hint)
   manifest = {
     'format': FORMAT,

@@ -50,8 +50,9 @@ def state_from_arrays(template: Any, arrays: Mapping[str, Any]) -> Any:
       that was restored without a template.
 
   Returns:
-    A tree like `template`, of JAX's arrays in the template's dtypes. Keys are of the
-    template's implementation.
+    A tree like `template`, of JAX's arrays. Floating-point numbers have the template's
+    dtypes, in which large ones may become infinite. Keys are of the template's
+    implementation.
 
   Raises:
     ValueError: Paths are missing or unexpected, or an array has another shape or kind
@@ -85,11 +86,14 @@ def state_from_arrays(template: Any, arrays: Mapping[str, Any]) -> Any:
 
   tree = check_like(name, jax.tree.map(restored, tree, template), template, whose)
   # A state that was saved in another width, such as float16, trains in the template's.
-  return jax.tree.map(
-    lambda leaf, like: leaf if _is_key(leaf) else leaf.astype(like.dtype),
-    tree,
-    template,
-  )
+  return jax.tree.map(_in_width_of, tree, template)
+
+
+def _in_width_of(leaf: jax.Array, like: Any) -> jax.Array:
+  """Return a floating-point or complex array in the dtype of another one."""
+  if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    return leaf
+  return leaf.astype(jax.dtypes.canonicalize_dtype(like.dtype))
 
 
 def _is_key(leaf: Any) -> bool:

@@ -113,9 +113,9 @@ def fptt(
     gradient. Clipping inside, `fptt(optax.chain(clip, base))`, clips loss plus
     regularizer, as the release does. With 'recomputed', clip inside: the gradient that
     `grad_fn` returns is not clipped, so λ and a clipped g_t would differ in scale.
-  * `MultiSteps(fptt(base), n)` and `apply_if_finite(fptt(base), n)` work, both with one
-    gradient step per window. The reverse nesting raises an error, because λ
-    and W̄ would move on skipped steps.
+  * `MultiSteps(fptt(base), n)`, `apply_if_finite(fptt(base), n)` and
+    `conditionally_mask(fptt(base), f)` work, with one gradient step per window. The
+    reverse nesting raises an error, because λ and W̄ would move on skipped steps.
   * A base optimizer that asks for `grad` or `grad_fn` gets them with the regularizer;
     `value` and `value_fn` are of the loss alone. Leave out bases that take the value
     for their objective, such as `optax.polyak_sgd`; line searches raise an error.
@@ -493,7 +493,6 @@ def _check_base_state(state: optax.OptState) -> None:
     optax.ApplyIfFiniteState,
     optax.ApplyEvery,
     optax.ConditionallyMaskState,
-    optax.ConditionallyTransformState,
   )
   # It would see the loss without the regularizer.
   searches = (

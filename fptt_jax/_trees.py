@@ -123,7 +123,7 @@ def _kind(leaf: Any, exactly: bool) -> Any:
   """Return shape and dtype of an array, or the kind of its dtype unless `exactly`."""
   if exactly or not isinstance(leaf, ARRAYS):
     return describe(leaf)
-  kinds = (jnp.inexact, jnp.integer, jax.dtypes.prng_key)
+  kinds = (jnp.complexfloating, jnp.inexact, jnp.integer, jax.dtypes.prng_key)
   found = [kind for kind in kinds if jnp.issubdtype(leaf.dtype, kind)]
   return leaf.shape, found or leaf.dtype
 

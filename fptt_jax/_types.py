@@ -123,7 +123,9 @@ class Model(NamedTuple):
     original: The model as a function of `fptt_jax.nn` made it. If `apply` was replaced
       since, a trainer ignores those of `apply_last`, `split`, `plain`, `own_steps` and
       `own_kernels` that are still the original's, so that `model._replace(apply=...)`
-      trains with the new function. None keeps all of them.
+      trains with the new function. Replace them together with `apply` to keep them, or
+      pass `original=None` if the new `apply` computes the same. Without `plain` a
+      layer with a hand-written backward pass has no forward mode, which 'uoro' needs.
   """
 
   init: Callable[[jax.Array], Params]

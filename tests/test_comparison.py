@@ -173,7 +173,7 @@ def test_the_overview_marks_what_is_sure(tmp_path):
   assert lines[0].startswith('| `momentum0` | **0.5')
   assert '| *2.0' in lines[1] or '| *1.9' in lines[1]
   assert lines[2] == '| `average` | – | – | – | – | – |'
-  with pytest.raises(UserError, match="must be of the series cpu, got 'short'"):
+  with pytest.raises(UserError, match="must be of one of cpu, got 'short'"):
     tables.overview('short', tmp_path)
 
 

@@ -374,5 +374,5 @@ def test_a_step_on_several_devices_is_refused() -> None:
   )
   batch = helpers.regression_batch(4, 4)
   state = trainer.init(jax.random.key(0), batch)
-  with pytest.raises(ValueError, match='step must be a step that runs on one device'):
+  with pytest.raises(ValueError, match='step must be one that runs on one device'):
     fptt_jax.export_step(trainer.step, state, batch)

@@ -462,7 +462,8 @@ def test_refused_models(monkeypatch: pytest.MonkeyPatch) -> None:
       nnx.Dropout(0.5), nn.GRU(2, H, rngs=rngs), nnx.Linear(H, 1, rngs=rngs)
     )
 
-  refused(ValueError, 'hidden state .*without noise, got', nn.from_nnx(noisy))
+  said = 'hidden state .*with and without a random key, got a relative difference'
+  refused(ValueError, said, nn.from_nnx(noisy))
   model = helpers.elman(hidden=H)
   refused(
     ValueError,
@@ -932,7 +933,7 @@ def test_refused_units() -> None:
   """Models without own units, or without own transitions."""
   refused(
     ValueError,
-    "influence 'snap1' .*one unit .*none",
+    "influence 'snap1' .*a single unit .* without such parameters",
     stack(nn.IncrementalRNN),
     influence='snap1',
   )

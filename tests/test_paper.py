@@ -660,5 +660,6 @@ def test_costs_are_measured_on_data_of_the_shapes_of_each_task() -> None:
   chosen = [smoke[f'recall.{name}'] for name in ('tbptt', 'momentum0')]
   rows = costs.measure(chosen, 2, 3)
   assert [row['method'] for row in rows] == ['tbptt', 'momentum0']
-  assert rows[0]['relative'] == 1
   assert all(row['batch_ms'] > 0 for row in rows)
+  # One program each, of the same size.
+  assert 0.01 < rows[1]['relative'] < 100

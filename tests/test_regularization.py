@@ -323,10 +323,7 @@ def test_streams_and_layers_draw_independent_noise() -> None:
 
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(
-      nn.GRU(1, 2, rngs=rngs),
-      lambda x: jnp.ones((*x.shape[:-1], 4000)),
-      nn.Sequential(nnx.Dropout(0.5)),
-      Noisy(rngs),
+      nn.GRU(1, 4000, rngs=rngs), nn.Sequential(nnx.Dropout(0.5)), Noisy(rngs)
     )
   )
   params = model.init(jax.random.key(0))

@@ -126,7 +126,7 @@ def test_a_broken_checkpoint_is_set_aside(
   folder = saved_run(tmp_path, 1, 2)
   damage(folder / 'checkpoints' / '2')
   said = (
-    r'the checkpoint after step 2 is broken \(.+\); set aside as broken/2-\d+-\d+, '
+    r'the checkpoint after step 2 is broken \(.+\); set aside as broken/2-\d+-\d+; '
     r'resuming from the one after step 1'
   )
   with pytest.raises(checkpoints.BrokenCheckpoint, match=said):
@@ -599,7 +599,7 @@ def test_a_model_of_other_size_is_refused_even_so(tmp_path: Path) -> None:
   said = (
     r"does not fit this model and optimizer; .*hidden\[0\]\.c: was 'float32\[8, "
     r"4\]', now 'float32\[8, 5\]'; .* and 19 more\. "
-    r'To go back: the settings that "overrides" of config\.json say there were, '
+    r'To go back, pass the earlier settings, which "overrides" of config\.json lists, '
     r'with --allow_config_change'
   )
   with pytest.raises(UserError, match=said):

@@ -240,7 +240,10 @@ def test_a_state_saved_in_half_width_trains_in_full_width(trainer):
   }
   back = fptt_jax.state_from_arrays(state, arrays)
   chex.assert_trees_all_equal_dtypes(back, state)
-  chex.assert_trees_all_close(back.params, state.params, rtol=1e-3)
+  chex.assert_trees_all_close(data(back), data(state), rtol=1e-3, atol=1e-6)
+  imaginary = {'w': jnp.zeros(2, jnp.complex64)}
+  with pytest.raises(ValueError, match=r'w.* must be float32\[2\].*got complex64'):
+    fptt_jax.state_from_arrays({'w': jnp.zeros(2)}, imaginary)
 
 
 def test_arrays_of_another_byte_order(trainer):

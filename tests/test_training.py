@@ -2102,3 +2102,46 @@ def test_a_step_to_infinite_weights_is_skipped() -> None:
   assert metrics.skipped.all()
   assert np.isfinite(metrics.grad_norm).all()
   chex.assert_trees_all_equal(state.params, start)
+
+
+def test_weights_that_begin_infinite_do_not_stop_training() -> None:
+  """A mask of -inf among the parameters is the model's own."""
+  model = helpers.elman()
+  masked = model._replace(
+    init=lambda key: (model.init(key), jnp.array([-jnp.inf, 0.0]))
+  )
+  masked = masked._replace(
+    apply=lambda params, *args: model.apply(params[0], *args), original=None
+  )
+  trainer = helpers.quick_trainer(
+    masked,
+    losses.terminal_regression(),
+    optax.sgd(0.01),
+    method='tbptt',
+    num_windows=2,
+    skip_nonfinite=True,
+  )
+  batch = helpers.regression_batch(4, 3)
+  state = trainer.init(jax.random.key(0), batch)
+  _, metrics = trainer.step(state, batch)
+  assert metrics.skipped is not None
+  assert not metrics.skipped.any()
+
+
+def test_a_replaced_apply_has_no_chunked_readout() -> None:
+  """The message says where the split has gone; per-step losses see the new outputs."""
+  model = helpers.lstm()
+  silent = model._replace(
+    apply=lambda *args: (lambda h, y: (h, 0 * y))(*model.apply(*args))
+  )
+  loss = losses.sequence_regression()
+  options = dict(method='tbptt', num_windows=1)
+  with pytest.raises(
+    ValueError, match=r'readout_chunk .*A replaced apply drops the spl'
+  ):
+    fptt_jax.make_trainer(silent, loss, optax.sgd(0.0), readout_chunk=1, **options)
+  trainer = helpers.quick_trainer(silent, loss, optax.sgd(0.0), **options)
+  batch = helpers.series_batch(4, 3)
+  state = trainer.init(jax.random.key(0), batch)
+  _, metrics = trainer.step(state, batch)
+  assert float(metrics.loss[0]) == pytest.approx(np.mean(batch.targets**2))

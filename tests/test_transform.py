@@ -1576,9 +1576,8 @@ def test_integer_parameters(dtype):
     optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
     optax.apply_if_finite(optax.sgd(0.1), 3),
     optax.conditionally_mask(optax.sgd(0.1), lambda step: step > 1),
-    optax.conditionally_transform(optax.sgd(0.1), lambda step: step > 1),
   ],
-  ids=['multi_steps', 'apply_if_finite', 'conditionally_mask', 'transform'],
+  ids=['multi_steps', 'apply_if_finite', 'conditionally_mask'],
 )
 def test_bases_that_skip_steps_are_refused(base):
   """λ and W̄ would move on calls without a step."""

@@ -207,7 +207,8 @@ def flat_loss_radius(recipe: Recipe, method: str) -> float | None:
   """
   regularized = fptt_jax.METHODS[method].regularized
   is_linear = recipe.optimizer == 'sgd' or recipe.coupling == 'update'
-  has_plain_momentum = not recipe.nesterov and not recipe.momentum_windows
+  is_other = recipe.nesterov or recipe.momentum_windows > 0
+  has_plain_momentum = recipe.first_moment == 0 or not is_other
   is_analyzed = (
     is_linear and has_plain_momentum and recipe.gradient_estimate == 'running'
   )

@@ -166,7 +166,7 @@ class Recipe:
   on_nonfinite: str = option(
     'stop',
     'reaction to a loss or gradient that is not finite: end the run, or skip the '
-    'update',
+    'update, also one to weights that are not finite',
     ('stop', 'skip'),
     group='optimizer',
   )
@@ -357,13 +357,13 @@ class Recipe:
     )
     # Both flags below choose devices of this process alone.
     is_distributed = self.data_parallel or bool(self.coordinator)
-    is_placed = self.population > 1 or self.devices > 0
-    check(
-      not (is_distributed and is_placed),
-      'population',
-      self.population,
-      '0 or 1, and --devices 0, with --data_parallel or --coordinator',
-    )
+    for name, is_free in (
+      ('population', self.population <= 1),
+      ('devices', self.devices == 0),
+    ):
+      expected = f'{"0 or 1" if name == "population" else "0"} with --data_parallel '
+      expected += 'or --coordinator'
+      check(is_free or not is_distributed, name, getattr(self, name), expected)
     given = [self.num_processes is not None, self.process_id is not None]
     check(
       not self.coordinator or all(given),

@@ -129,7 +129,7 @@ def _find(path: Path) -> tuple[Path, Path]:
   ended = [place for place in started if (place / 'result.json').is_file()]
   if not ended:
     raise UserError(
-      f'no run in {path} has a result yet: run its command again to resume them.'
+      f'no run in {path} has a result yet: run the command again to resume them.'
     )
   if len(ended) > 1 and (path / 'summary.json').exists():
     best = files.read_json(path / 'summary.json').get('best')

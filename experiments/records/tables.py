@@ -280,7 +280,7 @@ def overview(series: str, folder: Path = store.FOLDER) -> str:
   known = dict(store.by_series(store.load('tournament', folder)))
   if series not in known:
     accepted = ', '.join(known)
-    raise UserError(f'an overview must be of the series {accepted}, got {series!r}.')
+    raise UserError(f'an overview must be of one of {accepted}, got {series!r}.')
   rows = known[series]
   for task, found in standings(rows).items():
     for name, standing in found.items():

@@ -206,7 +206,8 @@ def require_kind(name: str, values: jax.Array, kind: type) -> None:
   accepted, hint = 'integers', ''
   if kind is not jnp.integer:
     accepted = 'floating-point numbers'
-    hint = 'Integers are class indices, which need a classification loss.'
+    if jnp.issubdtype(values.dtype, jnp.integer):
+      hint = 'Integers are class indices, which need a classification loss.'
   require_type(fits, name, accepted, values, hint)
 
 

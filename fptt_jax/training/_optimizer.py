@@ -133,10 +133,10 @@ def _check_inner_steps(inner_steps: int, opt_state: optax.OptState) -> None:
   It counts its calls to know the last one, and a skipped call would shift them.
   `MultiSteps` calls it only once per several steps.
   """
-  skipping = nodes_of(opt_state, optax.ApplyIfFiniteState)
+  skipping = nodes_of(opt_state, optax.ApplyIfFiniteState, optax.ConditionallyMaskState)
   averaging = nodes_of(opt_state, optax.MultiStepsState)
   skips = any(find_states(node.inner_state) for node in skipping)
   skips |= any(find_states(node.inner_opt_state) for node in averaging)
-  accepted = '1 with apply_if_finite or MultiSteps around fptt'
+  accepted = '1 with apply_if_finite, conditionally_mask or MultiSteps around fptt'
   hint = 'Use skip_nonfinite or micro_batches of the trainer instead.'
   require(inner_steps == 1 or not skips, 'inner_steps', accepted, inner_steps, hint)

@@ -160,9 +160,12 @@ def _check_readout(model: Model, loss: Loss, options: dict[str, Any]) -> None:
     'a loss with per_step=None': loss.per_step is None,
     'return_outputs=True': options['return_outputs'],
   }
+  hint = ''
+  if model.split is None and model.original is not None and model.original.split:
+    hint = 'A replaced apply drops the split of the old one.'
   for case, is_given in excluded.items():
     fits = chunk is None or not is_given
-    require(fits, 'readout_chunk', f'None with {case}', chunk)
+    require(fits, 'readout_chunk', f'None with {case}', chunk, hint)
 
 
 def _finite_weights(loss_weights: Any) -> np.ndarray | None:

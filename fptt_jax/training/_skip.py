@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from fptt_jax._dtypes import widen
+from fptt_jax._summary import lambda_norm
 from fptt_jax._trees import zero_unless
+from fptt_jax._types import Params
 from fptt_jax.losses import LossState, Memory
 
 RUNAWAY = 1e12
@@ -78,3 +80,23 @@ def _near_rows(influence: Any, skip: jax.Array) -> jax.Array:
 
 def all_finite(tree: Any) -> jax.Array:
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def must_skip(
+  measured: Any, carry: Any, params: Params, opt_state: optax.OptState
+) -> jax.Array:
+  """Return bool [], whether an update measured or left a number that is not finite.
+
+  Args:
+    measured: Tree of measurements.
+    carry: What the update started from. Weights that were not finite there, such as a
+      mask of -inf, do not count.
+    params: Parameters after it.
+    opt_state: Optimizer state after it, whose λ counts.
+  """
+  fits = [all_finite((measured, lambda_norm(opt_state)))]
+  for new, old in zip(
+    jax.tree.leaves(params), jax.tree.leaves(carry.params), strict=True
+  ):
+    fits.append((jnp.isfinite(new) | ~jnp.isfinite(old)).all())
+  return ~jnp.stack(fits).all()

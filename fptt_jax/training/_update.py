@@ -8,7 +8,6 @@ import optax
 
 from fptt_jax._batch import Batch
 from fptt_jax._dtypes import widen
-from fptt_jax._summary import lambda_norm
 from fptt_jax._types import (
   Hidden,
   Params,
@@ -22,7 +21,7 @@ from fptt_jax.parallel._placement import Gradient
 from fptt_jax.training._credit import advance_influence
 from fptt_jax.training._optimizer import make_extra_args
 from fptt_jax.training._schedules import UpdatePlan
-from fptt_jax.training._skip import all_finite, next_loss_state, usable_influence
+from fptt_jax.training._skip import must_skip, next_loss_state, usable_influence
 from fptt_jax.training._spec import StepSpec
 
 
@@ -153,7 +152,7 @@ def run_update(
     )
   skip = None
   if spec.skip_nonfinite:
-    skip = ~all_finite((move.measured, early, lambda_norm(opt_state), params))
+    skip = must_skip((move.measured, early), carry, params, opt_state)
   result = move.result
   # With one window per update, the loss's memory writes what it has observed.
   memory = spec.loss.memory if constants.plan.windows.shape[1] == 1 else None
