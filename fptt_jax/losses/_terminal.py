@@ -70,6 +70,7 @@ def terminal_classification(
     ema_decay: Weight of the old Q with 'class_ema', in [0, 1).
     num_examples: N, size of the training set, for 'example' or a reference of your own
       that needs example ids. Targets are then pairs (labels [B], example ids [B]).
+      Evaluation takes pairs, too, and does not use the ids; give any in 0..N-1.
 
   Returns:
     A :class:`Loss` for targets int [B], or the pairs above. It measures 'loss'
