@@ -1,6 +1,6 @@
 """Tables of the tournament: each method against `tbptt` and `bptt`, task by task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import math
 from typing import NamedTuple
 
@@ -36,6 +36,18 @@ def by_task(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
       if chosen:
         found.setdefault(arena.name, {})[contestant.name] = chosen
   return found
+
+
+def is_complete(task: str, methods: Iterable[str]) -> bool:
+  """Return whether all declared methods of a task are among some methods.
+
+  Args:
+    task: the task.
+    methods: the methods that have ended.
+  """
+  arena = next(arena for arena in tournament.ARENAS if arena.name == task)
+  declared = {contestant.name for contestant in tournament.contestants(arena)}
+  return declared <= set(methods)
 
 
 def losses(rows: Sequence[Row], score: Score) -> dict[int, float | None]:

@@ -267,7 +267,8 @@ def overview(series: str, folder: Path = store.FOLDER) -> str:
 
   A cell is the ratio of the losses, bold if the method is significantly better and
   italic if it is significantly worse. It is a dash if a run of either method diverged.
-  Methods of a few tasks only are left out.
+  Methods of a few tasks only are left out, and so are tasks of which a method is
+  missing.
 
   Args:
     series: series of the tournament, such as 'cpu'.
@@ -283,6 +284,9 @@ def overview(series: str, folder: Path = store.FOLDER) -> str:
     raise UserError(f'an overview must be of one of {accepted}, got {series!r}.')
   rows = known[series]
   for task, found in standings(rows).items():
+    # Holm's correction changes with the number of methods.
+    if not contest.is_complete(task, ['tbptt', *found]):
+      continue
     for name, standing in found.items():
       marks = {'better': '**', 'worse': '*', '': ''}[standing.outcome]
       text = '–' if standing.ratio is None else f'{standing.ratio:.2f}'
