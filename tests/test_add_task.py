@@ -300,7 +300,7 @@ def test_unstable_sgd_is_warned_about() -> None:
 @pytest.mark.parametrize('other', [{'nesterov': True}, {'momentum_windows': 20}])
 def test_other_momenta_have_no_known_radius(other: dict[str, Any]) -> None:
   """The analysis is of heavy-ball momentum from update to update."""
-  config = add_task.Config(optimizer='sgd', lr=2.0, alpha=0.5, kappa=2.0)
+  config = add_task.Config(optimizer='sgd', lr=2.0, alpha=0.5, kappa=2.0, momentum=0.9)
   assert optimizers.flat_loss_radius(config, 'fptt') is not None
   changed = dataclasses.replace(config, **other)
   assert optimizers.flat_loss_radius(changed, 'fptt') is None

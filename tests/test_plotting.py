@@ -132,7 +132,7 @@ def test_the_announcement_names_runs_and_time(
     own = add_task.TUNED.methods[method]
     assert f'{method} seed 0: lr {own.lr:g}, momentum {own.momentum:g}\n' in said
     assert f'{method} takes about ' in said
-  assert ' in all' in said
+  assert ' in total' in said
   _, summaries = add_task.run(
     dataclasses.replace(config, method=('bptt',)), str(tmp_path)
   )
@@ -182,7 +182,7 @@ def test_a_run_that_diverged_has_no_score() -> None:
       [0.02, 0.01],
       '0.0100 for bptt, 0.0200 for fptt; chance is 0.167; this is one seed',
     ),
-    ((0,), [0.02, None], '0.0200 for fptt, none (diverged) for bptt, '),
+    ((0,), [0.02, None], '0.0200 for fptt, none (diverged) for bptt; '),
     (
       (0, 1, 2),
       [0.02, 0.02, 0.05, 0.01, 0.01, 0.06],

@@ -216,7 +216,7 @@ def test_alone_all_is_as_if_there_were_no_others() -> None:
     (dict(shard_params=True), '--shard_params must be false without --data_parallel'),
     (
       dict(data_parallel=True, population=2),
-      '--population must be 0 or 1, and --devices 0, with --data_parallel',
+      '--population must be 0 or 1 with --data_parallel',
     ),
   ],
 )
