@@ -82,7 +82,7 @@ def row(line, seed, value, curve=(0.5, 0.2)):
 
 
 def cost(method, batch_ms):
-  """Return a row of the item `costs`."""
+  """Return a row of the study `costs`."""
   settings = {'task': 'adding-K10', 'method': method}
   numbers = {'batch_ms': batch_ms, 'relative': 1.0}
   return Row(
@@ -113,7 +113,7 @@ def test_a_table_names_the_method_that_beats_both(tmp_path):
       rows.append(row(f'adding-K10.{name}', seed, value))
   measured = [cost('tbptt', 1.0), cost('momentum0', 2.0), cost('by_window', 1.05)]
   series = {'cpu': {'scale': 'cpu', 'notes': ''}}
-  store.save(store.Item('costs', series, measured), tmp_path)
+  store.save(store.Item('walltime', series, measured), tmp_path)
   [text] = tables.final_tables('tournament', 'cpu', rows, {}, tmp_path)
   lines = {
     cells[1].strip(): [cell.strip() for cell in cells[2:-1]]

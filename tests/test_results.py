@@ -673,7 +673,7 @@ def test_committed_results_are_whole_and_small() -> None:
     for path in store.FOLDER.rglob('*')
     if path.is_file() and '__pycache__' not in path.parts
   ]
-  assert len(kept) <= 45
+  assert len(kept) <= 40
   assert sum(path.stat().st_size for path in kept) <= 3 * 2**20
   for name in store.item_names():
     item = store.load(name)

@@ -48,6 +48,10 @@ REPORTS = {
 """Columns that identify a line, by the report of a study or benchmark."""
 
 
+HOMES = {'costs': 'walltime'}
+"""Items that keep the rows of a study besides their own, by the study."""
+
+
 NO_SOURCE = (
   'item',
   'scale',
@@ -118,7 +122,7 @@ def collect_folder(folder: Path, name: str, origin: Origin, store_folder: Path) 
   given = {'command': origin.command, 'commit': origin.commit}
   given = {key: value for key, value in given.items() if value}
   rows = [dataclasses.replace(row, source=row.source | given) for row in rows]
-  item = store.load(name, store_folder)
+  item = store.load(HOMES.get(name, name), store_folder)
   known = item.series.get(series, {'scale': scale, 'notes': ''})
   # The numbers of a series stand in one table, so they must be comparable.
   if known['scale'] != scale:

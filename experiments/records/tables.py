@@ -312,15 +312,16 @@ def standings(rows: Sequence[Row]) -> dict[str, dict[str, contest.Standing]]:
 
 
 def costs_of(scale: str, folder: Path) -> dict[str, dict[str, float]]:
-  """Return the times of a batch that the item `costs` has, by task and method.
+  """Return the times of a batch that the study `costs` has, by task and method.
 
   Args:
     scale: scale of the tournament.
     folder: folder of the results.
   """
   found: dict[str, dict[str, float]] = {}
-  for row in store.load('costs', folder).rows:
-    if row.series == scale:
+  item = store.load('walltime', folder)
+  for row in item.rows:
+    if row.stage == 'costs' and item.series[row.series]['scale'] == scale:
       of_task = found.setdefault(row.settings['task'], {})
       of_task[row.settings['method']] = row.numbers['batch_ms']
   return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.core import flags
 from experiments.core.flags import check, option
 from experiments.records import plots, store, tables
-from experiments.records.collect import Origin, collect_folder, known_items
+from experiments.records.collect import HOMES, Origin, collect_folder, known_items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ def main(config: Config) -> None:
     names = [field.name for field in dataclasses.fields(Origin)]
     origin = Origin(**{name: getattr(config, name) for name in names})
     number = collect_folder(Path(config.collect), config.item, origin, store.FOLDER)
-    print(f'{number} rows of {config.collect} are in {config.item}.json')
+    home = HOMES.get(config.item, config.item)
+    print(f'{number} rows of {config.collect} are in {home}.json')
   if config.tables:
     changed = tables.update_pages(pages(root))
     names = [str(page.relative_to(root)) for page in changed]
