@@ -143,10 +143,7 @@ def export_step(
   for name, tree in (('state', state), ('args', args)):
     for path, leaf in jax.tree.leaves_with_path(tree):
       check_array(f'{name}{jax.tree_util.keystr(path)}', leaf)
-  # A text would be taken for a sequence of its letters.
-  wanted = () if isinstance(platforms, str) else tuple(dict.fromkeys(platforms))
-  known = bool(wanted) and set(wanted) <= set(PLATFORMS)
-  require(known, 'platforms', f'one or more out of {PLATFORMS}', platforms)
+  wanted = _known_platforms(platforms)
   num_state = len(jax.tree.leaves(state))
   # The structure of the results is known only once the step has been traced.
   outputs: dict[str, Any] = {}
@@ -165,10 +162,7 @@ def export_step(
   # Typed keys exist in JAX alone; other runtimes know plain arrays.
   abstract = [jax.eval_shape(_key_data, leaf) for leaf in leaves]
   exported = export.export(jitted, platforms=wanted)(*abstract)
-  hint = 'A trainer made without mesh= has the same states.'
-  accepted = 'one that runs on one device'
-  got = Words(f'one that runs on {exported.nr_devices} devices')
-  require(exported.nr_devices == 1, 'step', accepted, got, hint)
+  _check_one_device(exported)
   manifest = {
     'format': FORMAT,
     'created': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
@@ -189,6 +183,23 @@ def export_step(
   return ExportedStep(
     bytes(exported.serialize()), exported.mlir_module(), manifest, first
   )
+
+
+def _known_platforms(platforms: Any) -> tuple[str, ...]:
+  """Return distinct platforms; raise a ValueError if there are none or unknown ones."""
+  # A text would be taken for a sequence of its letters.
+  wanted = () if isinstance(platforms, str) else tuple(dict.fromkeys(platforms))
+  known = bool(wanted) and set(wanted) <= set(PLATFORMS)
+  require(known, 'platforms', f'one or more out of {PLATFORMS}', platforms)
+  return wanted
+
+
+def _check_one_device(exported: export.Exported) -> None:
+  """Raise a ValueError unless a program runs on one device."""
+  hint = 'A trainer made without mesh= has the same states.'
+  got = Words(f'one that runs on {exported.nr_devices} devices')
+  fits = exported.nr_devices == 1
+  require(fits, 'step', 'one that runs on one device', got, hint)
 
 
 def load_exported_step(folder: str | Path) -> LoadedStep:

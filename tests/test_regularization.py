@@ -320,7 +320,6 @@ def test_streams_and_layers_draw_independent_noise() -> None:
   """A number is kept by both of two dropouts a quarter of the time: one in a nested
   `Sequential`, the other in a module with a stream of its own.
   """
-
   model = nn.from_nnx(
     lambda rngs: nn.Sequential(
       nn.GRU(1, 16, rngs=rngs), nn.Sequential(nnx.Dropout(0.5)), Noisy(rngs)
